@@ -1,0 +1,1 @@
+"""What the user wrote, validated into one frozen RunConfig."""

@@ -1,0 +1,43 @@
+"""SimpleTuner's values of supported keys that are not supported here, and what to do about each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+_OPTIMIZERS = (
+    "adamw_bf16 adamw_schedulefree adamw_schedulefree+aggressive adamw_schedulefree+no_kahan adamw8bit "
+    "bnb-adamw8bit bnb-adamw bnb-adamw-paged bnb-adamw8bit-paged bnb-adagrad bnb-adagrad8bit bnb-rmsprop "
+    "bnb-rmsprop8bit bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged bnb-ademamix bnb-ademamix8bit "
+    "bnb-lamb optimi-adamw optimi-lion optimi-stableadamw optimi-ranger optimi-adan optimi-adam "
+    "optimi-radam optimi-sgd optimi-lamb adafactor lion soap stableadamw torch-adafactor torch-adamw "
+    "ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 optimum-adamw prodigy_plus came muon dion ranger8bit "
+    "deepspeed-adamw"
+)
+_VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
+    "optimizer": (_OPTIMIZERS, "Use adamw, or prodigy."),
+    "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
+    "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
+    "dataset_type": (
+        "conditioning eval video audio image_embeds conditioning_image_embeds caption distillation_cache",
+        'Remove the entry, or set "disabled": true in it.',
+    ),
+    "caption_strategy": (
+        "parquet csv huggingface",
+        "Write each caption into a text file beside its image and use textfile.",
+    ),
+    "crop_aspect": ("closest random", "Use square, or preserve for the nearest bucket."),
+    "crop_style": ("face", "Use center, random or corner."),
+    "report_to": ("trackio all comet_ml swanlab custom-tracker", "Use wandb, tensorboard or none."),
+    "mixed_precision": ("fp8 fp32", "Use bf16, fp16 or no, which is float32."),
+    "lora_init_type": ("loftq pissa_niter_16 corda eva orthogonal", "Use default, gaussian, olora or pissa."),
+    "lora_type": ("singlora", "Use standard or lycoris."),
+    "validation_noise_scheduler": (
+        "flow_matching flow-match dpm sana karras",
+        "Use null, the model's own scheduler.",
+    ),
+}
+UNSUPPORTED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
+    {(key, value): advice for key, (values, advice) in _VALUE_ADVICE.items() for value in values.split()}
+)
+"""(key, value) that SimpleTuner has and that is not supported here -> what to do."""

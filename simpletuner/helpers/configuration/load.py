@@ -1,0 +1,227 @@
+"""Config.json, the lycoris json, the dataset json and the command line into one checked RunConfig."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import JsonValue
+
+from simpletuner.helpers.configuration import rules
+from simpletuner.helpers.configuration.base import PathContext, Section
+from simpletuner.helpers.configuration.building import Built, Place, build
+from simpletuner.helpers.configuration.dataset_file import DatasetFile, read_datasets
+from simpletuner.helpers.configuration.layers import Given, Keys, from_command_line, from_file, layered
+from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.placeholders import Environment
+from simpletuner.helpers.configuration.problems import Problems
+from simpletuner.helpers.configuration.prompts import prompts_of, read_library
+from simpletuner.helpers.configuration.reading import read_json
+from simpletuner.helpers.configuration.sections import (
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    NoiseConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    RunConfig,
+    TrackingConfig,
+    TrainingConfig,
+    ValidationConfig,
+    ValidationPrompt,
+)
+from simpletuner.helpers.contracts import FamilyFacts
+
+SECTIONS: tuple[type[Section], ...] = (
+    ModelConfig,
+    AdapterConfig,
+    TrainingConfig,
+    OptimizerConfig,
+    NoiseConfig,
+    PrecisionConfig,
+    DataConfig,
+    CheckpointConfig,
+    TrackingConfig,
+    ValidationConfig,
+)
+COMPUTED_KEYS = frozenset({"prompts"})
+KEYS = Keys(
+    {key: section for section in SECTIONS for key in section.model_fields if key not in COMPUTED_KEYS}
+)
+_STAND_INS = {"model_family": "?", "pretrained_model_name_or_path": "unknown/unknown"}
+
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Reads the files that config.json names."""
+
+    main: str
+    """Config.json as it is named in messages."""
+    given: Mapping[str, Given]
+    place: Place
+    environment: Environment
+
+    def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Place] | None:
+        """(value, value as written, place) of the file that a key names, or of the value in its stead."""
+        given = self.given.get(key)
+        if given is not None and isinstance(given.value, dict | list):
+            place = replace(self.place, source_of=lambda _: f"{given.source}, {key}")
+            return given.value, given.written, place
+        if path is None:
+            return None
+        source = display(path)
+        written = read_json(path, source=source, problems=self.place.problems)
+        if written is None:
+            return None
+        value = self.environment.filled(written, source=source, key="")
+        return value, written, replace(self.place, source_of=lambda _: source)
+
+
+def load_config(
+    path: Path, *, overrides: Sequence[str] = (), families: Mapping[str, FamilyFacts]
+) -> RunConfig:
+    """Read and check everything that a run is told, without importing torch.
+
+    Args:
+        path: The config.json.
+        overrides: Arguments of the command line: key=value, --key=value, --key value, or --key for true.
+        families: Name -> facts of every model family.
+
+    Raises:
+        ConfigError: Something is wrong; the message lists every problem of every file.
+    """
+    problems = Problems()
+    environment = Environment(os.environ, problems)
+    main = display(path)
+    values = read_json(path, source=main, problems=problems)
+    if values is not None and not isinstance(values, dict):
+        problems.add(main, "", "must hold an object, {...}.")
+    if not isinstance(values, dict):
+        problems.raise_if_any()
+        values = {}
+    given = layered(
+        from_file(values, KEYS, source=main, problems=problems, environment=environment),
+        from_command_line(overrides, KEYS, problems=problems, environment=environment),
+        keys=KEYS,
+    )
+    context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
+    place = Place(problems, lambda key: given[key].source if key in given else main, context)
+    run = _assembled(path, _Files(main, given, place, environment), families)
+    problems.raise_if_any()
+    assert run is not None, "a run that cannot be assembled has a problem"
+    return run
+
+
+def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -> RunConfig | None:
+    given, place = files.given, files.place
+    facts = rules.family_of(given, families, place)
+    values: dict[str, object] = {key: each.value for key, each in given.items()}
+    for key in ("lycoris_config", "data_backend_config"):
+        if isinstance(values.get(key), dict | list):
+            del values[key]
+    values = (_STAND_INS if facts is None else rules.family_defaults(given, facts)) | values
+    names = {"model_family": str(values.get("model_family", ""))}
+    make = _maker(values, replace(place, context=replace(place.context, names=names)))
+    checkpoint = make(CheckpointConfig)
+    if checkpoint.section is not None:
+        names["output_dir"] = str(checkpoint.section.output_dir)
+    model, adapter, data = make(ModelConfig), make(AdapterConfig), make(DataConfig)
+    validation = make(ValidationConfig)
+    training, optimizer, noise = make(TrainingConfig), make(OptimizerConfig), make(NoiseConfig)
+    precision, tracking = make(PrecisionConfig), make(TrackingConfig)
+
+    files = replace(files, place=replace(place, context=replace(place.context, names=names)))
+    lycoris = _lycoris(adapter, files)
+    dataset_file = _datasets(data, files)
+    prompts = _prompts(validation, files)
+    if facts is not None:
+        if model.section is not None:
+            rules.check_model(model.section, facts, place)
+        rules.check_alignment(data, facts, place)
+        rules.check_pictures(validation, facts, place)
+    folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}
+    rules.check_output(checkpoint, folders, place)
+    if len(place.problems) or facts is None or data.section is None or validation.section is None:
+        return None
+    sizes = validation.section.validation_resolution or (rules.training_size(data.section, facts),)
+    text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
+    return RunConfig.model_validate(
+        {
+            "source": Path(os.path.abspath(path)),
+            "model": model.section,
+            "adapter": adapter.section,
+            "lycoris": lycoris,
+            "training": training.section,
+            "optimizer": optimizer.section,
+            "noise": noise.section,
+            "precision": precision.section,
+            "data": data.section.model_copy(update=text_cache),
+            "datasets": dataset_file.datasets,
+            "checkpoint": checkpoint.section,
+            "tracking": tracking.section,
+            "validation": validation.section.model_copy(
+                update={"validation_resolution": sizes, "prompts": prompts}
+            ),
+            "hidden": files.environment.used,
+        }
+    )
+
+
+def _maker(values: Mapping[str, object], place: Place) -> Callable[[type[S]], Built[S]]:
+    def make(section: type[S]) -> Built[S]:
+        own = {key: values[key] for key in section.model_fields if key in values and key not in COMPUTED_KEYS}
+        stand_ins = {key: value for key, value in _STAND_INS.items() if key in section.model_fields}
+        return build(section, own, place, stand_ins=stand_ins)
+
+    return make
+
+
+def _lycoris(adapter: Built[AdapterConfig], files: _Files) -> LycorisConfig | None:
+    """The adapter that the lycoris json describes; its file is checked too when lora_type cannot be read."""
+    section = adapter.section
+    if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.wrong):
+        return None
+    document = files.document("lycoris_config", section.lycoris_config)
+    if document is None:
+        if "lycoris_config" not in files.given:
+            files.place.add(
+                "lycoris_config", "required by lora_type lycoris. Give the path of the lycoris json."
+            )
+        return None
+    value, written, place = document
+    return read_lycoris(value, place, written=written)
+
+
+def _datasets(data: Built[DataConfig], files: _Files) -> DatasetFile:
+    path = data.section.data_backend_config if data.section is not None else None
+    document = files.document("data_backend_config", path)
+    if document is None:
+        if "data_backend_config" not in files.given:
+            files.place.add(
+                "data_backend_config", "required, but missing. Give the path of the dataset json."
+            )
+        return DatasetFile((), None)
+    value, _, place = document
+    return read_datasets(value, place, data=data)
+
+
+def _prompts(validation: Built[ValidationConfig], files: _Files) -> tuple[ValidationPrompt, ...]:
+    section = validation.section
+    if section is None:
+        return ()
+    document = files.document("user_prompt_library", section.user_prompt_library)
+    user = read_library(document[0], document[2]) if document is not None else ()
+    return prompts_of(section.validation_prompt, with_library=section.validation_prompt_library, user=user)
+
+
+def display(path: Path) -> str:
+    """A path as messages name it: from the working directory where it lies below it."""
+    absolute, here = Path(os.path.abspath(path)), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)

@@ -1,0 +1,169 @@
+"""Everything that is wrong with a configuration, collected, worded for people and listed by file."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+
+from pydantic import JsonValue
+from pydantic_core import ErrorDetails
+
+from simpletuner.helpers.errors import ConfigError
+
+_LONGEST_SHOWN = 60
+_WIDEST_KEY = 40
+SHORTEST_SECRET = 4
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
+
+_LIMITS = {
+    "greater_than_equal": ("ge", "must be at least"),
+    "greater_than": ("gt", "must be above"),
+    "less_than_equal": ("le", "must be at most"),
+    "less_than": ("lt", "must be below"),
+}
+_KINDS = (
+    (("int_",), "must be a whole number."),
+    (("float_",), "must be a number."),
+    (("finite_",), "must be finite."),
+    (("bool_",), "must be true or false."),
+    (("string_",), "must be a text."),
+    (("tuple_", "list_", "iterable_"), "must be a list."),
+    (("dict_", "mapping_", "model_"), "must be an object, {...}."),
+)
+
+
+class Problems:
+    """Collects problems by file and words them without the values of environment variables."""
+
+    def __init__(self) -> None:
+        self._by_source: dict[str, dict[tuple[str, str], None]] = {}
+        self._secrets: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_source.values()))
+
+    def add(self, source: str, key: str, text: str) -> None:
+        """Note what is wrong with a key of a file; the same problem counts once."""
+        self._by_source.setdefault(source, {})[key, text] = None
+
+    def hide(self, value: str, placeholder: str) -> None:
+        """Show the placeholder wherever the value of an environment variable would appear."""
+        self._secrets[value] = placeholder
+
+    def shown(self, value: JsonValue) -> str:
+        """A value as it stands in a message: json, shortened, on one line, no variable's value."""
+        return shown(without(value, self._secrets))
+
+    def order(self, sources: Iterable[str]) -> None:
+        """List these files first, in this order."""
+        first = {source: self._by_source[source] for source in sources if source in self._by_source}
+        self._by_source = first | self._by_source
+
+    def message(self) -> str:
+        """All problems, one per line, below a heading per file."""
+        lines: list[str] = []
+        for source, problems in self._by_source.items():
+            width = min(max(len(key) for key, _ in problems), _WIDEST_KEY)
+            lines.append(f"{source}: {len(problems)} problem{'s' if len(problems) != 1 else ''}")
+            lines += [
+                f"  {printable(key):<{width}}  {text}" if key else f"  {text}" for key, text in problems
+            ]
+        return hide_all("\n".join(lines), self._secrets)
+
+    def raise_if_any(self) -> None:
+        """Raise a ConfigError that lists every problem, if there is one.
+
+        Raises:
+            ConfigError: A problem was added.
+        """
+        if self._by_source:
+            raise ConfigError(self.message())
+
+
+def hide_all(text: str, secrets: Mapping[str, str]) -> str:
+    """The text with each secret replaced by its placeholder, and without credentials in URLs."""
+    for value in sorted(secrets, key=len, reverse=True):
+        text = text.replace(value, secrets[value])
+    return _CREDENTIALS.sub("***@", text)
+
+
+def without(value: JsonValue, secrets: Mapping[str, str]) -> JsonValue:
+    """The value with each secret in its texts replaced by its placeholder."""
+    if isinstance(value, str):
+        return hide_all(value, secrets)
+    if isinstance(value, list | tuple):
+        return [without(each, secrets) for each in value]
+    if isinstance(value, Mapping):
+        return {hide_all(str(key), secrets): without(each, secrets) for key, each in value.items()}
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as it stands in a message: as json, shortened, on one line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = "..."
+    text = printable(text)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
+
+
+def printable(text: str) -> str:
+    """The text on one line, control characters and lone surrogates as escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The question whether the closest known name was meant, or nothing when none is close."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f" Did you mean {by_lower[match[0]]}?" if match else ""
+
+
+def unknown_key(name: str, known: Iterable[str]) -> str:
+    """What to say about a key that nobody knows."""
+    return f"unknown key.{nearest(printable(name).lstrip('-'), known)}"
+
+
+def described(error: ErrorDetails, *, show: Callable[[JsonValue], str]) -> tuple[str, str]:
+    """Key and wording of one pydantic error.
+
+    Args:
+        error: The error.
+        show: Gives the text for the value that was found.
+    """
+    key = _dotted(error["loc"])
+    context = error.get("ctx", {})
+    kind = error["type"]
+    if kind == "contradiction":
+        return ".".join(filter(None, (key, str(context["key"])))), str(context["text"])
+    if kind == "missing":
+        return key, "required, but missing."
+    return key, f"{show(error['input'])}: {_reason(kind, context, error)}"
+
+
+def _reason(kind: str, context: Mapping[str, object], error: ErrorDetails) -> str:
+    if kind in _LIMITS:
+        name, wording = _LIMITS[kind]
+        return f"{wording} {context[name]:g}."
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", str(context["expected"]))
+        found = error["input"]
+        hint = nearest(found, allowed) if isinstance(found, str) else ""
+        return f"must be {'' if len(allowed) == 1 else 'one of '}{', '.join(allowed)}.{hint}"
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "none_required":
+        return "must be null."
+    return next((text for starts, text in _KINDS if kind.startswith(starts)), f"{error['msg']}.")
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

@@ -1,0 +1,227 @@
+"""The page that describes every configuration key, made from the sections themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from pydantic import JsonValue
+
+from simpletuner.helpers.configuration.base import Section
+from simpletuner.helpers.configuration.dataset_file import INHERITED, TextCacheEntry
+from simpletuner.helpers.configuration.datasets import DatasetConfig
+from simpletuner.helpers.configuration.known_keys import (
+    ALIASES,
+    CONFIG_KEYS,
+    DATASET_KEYS,
+    LYCORIS_KEYS,
+    PRESET_KEYS,
+    Unsupported,
+)
+from simpletuner.helpers.configuration.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
+from simpletuner.helpers.configuration.lycoris import (
+    ALGORITHM_ARGUMENTS,
+    COMPUTED_FIELDS,
+    AlgorithmArguments,
+    LayerArguments,
+    LycorisConfig,
+    TargetPreset,
+)
+from simpletuner.helpers.configuration.values import OPTIMIZER_ARGUMENTS
+from simpletuner.helpers.contracts import FamilyFacts
+
+_INTRODUCTION = """\
+# Configuration reference
+
+Made by `simpletuner config-reference --output documentation/config-reference.md` from the code that reads the
+configuration; do not edit it by hand.
+
+A run is described by three json files: `config.json`, the dataset json that its `data_backend_config`
+names, and for LyCORIS adapters the lycoris json that its `lycoris_config` names. `simpletuner validate`
+checks all three and lists every mistake at once.
+
+- A key may be written with or without leading dashes: `"seed"` or `"--seed"`.
+- Numbers, `true` and `false` may be written as texts: `"1e-4"`, `"true"`.
+- `null` means that a key is not given, where it is no value of its own.
+- Precedence: defaults, then the file, then the command line (`key=value`, `--key=value`, `--key value`, and
+  `--key` alone for true).
+- Paths are relative to the working directory, or to the folder of `config.json` for what is only there.
+  What is written is relative to the working directory.
+- `{env:VAR}` in a text is replaced by an environment variable. The value appears in no message and in no file
+  that is written; the placeholder does.
+- In paths, `{model_family}` and `{output_dir}` are replaced, in the dataset json also `{id}`.
+- The configuration that a run used is written to `config.resolved.json` in `output_dir` and in every
+  checkpoint. It holds the lycoris json and the dataset json and can itself be given to `--config`.
+"""
+
+_KIND_NAMES = {"boolean": "true, false", "integer": "whole number", "number": "number", "string": "text"}
+_BOUNDS = {"minimum": "≥ {}", "exclusiveMinimum": "> {}", "maximum": "≤ {}", "exclusiveMaximum": "< {}"}
+_LARGEST_SHOWN = 2**53
+_Schema = Mapping[str, JsonValue]
+
+
+def reference(families: Mapping[str, FamilyFacts]) -> str:
+    """The whole page as markdown.
+
+    Args:
+        families: Name -> facts of every model family.
+    """
+    parts = [_INTRODUCTION, "## config.json\n"]
+    parts += [_section(section, leaving_out=COMPUTED_KEYS) for section in SECTIONS]
+    parts += [_optimizers(), _families(families)]
+    parts += ["## Dataset json\n", "An array of objects, one per dataset.\n"]
+    parts += [
+        _section(DatasetConfig),
+        f"Inherited from config.json: {_codes(INHERITED)}.\n",
+        _section(TextCacheEntry),
+    ]
+    parts += [
+        "## Lycoris json\n",
+        _section(LycorisConfig, leaving_out=COMPUTED_FIELDS),
+        _section(TargetPreset),
+    ]
+    parts += [_section(AlgorithmArguments), _algorithms()]
+    own = {key for key in LayerArguments.model_fields if key not in AlgorithmArguments.model_fields}
+    parts += [_section(LayerArguments, leaving_out=set(LayerArguments.model_fields) - own)]
+    parts += ["## Prompt library\n", _PROMPT_LIBRARY, _other_names(), _not_supported()]
+    return "\n".join(parts)
+
+
+_PROMPT_LIBRARY = """\
+The json that `user_prompt_library` names: an object of name and prompt, or of name and
+`{"prompt": "...", "adapter_strength": 0.8}`. A name may be used once; it names the pictures.
+"""
+
+
+def _section(section: type[Section], *, leaving_out: Iterable[str] = ()) -> str:
+    schema = cast("_Schema", section.model_json_schema(mode="validation"))
+    properties = cast("Mapping[str, _Schema]", schema["properties"])
+    required = cast("list[str]", schema.get("required", []))
+    definitions = cast("Mapping[str, _Schema]", schema.get("$defs", {}))
+    lines = [
+        f"### {section.__name__}\n",
+        f"{section.__doc__}\n",
+        "| key | values | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for key, each in properties.items():
+        if key not in set(leaving_out):
+            default = _default(each, required=key in required)
+            meaning = str(each.get("description", "")).replace("\n", " ").replace("|", "\\|")
+            lines.append(f"| `{key}` | {_kind(each, definitions)} | {default} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default(schema: _Schema, *, required: bool) -> str:
+    if required:
+        return "see text" if "Default:" in str(schema.get("description")) else "**required**"
+    if "default" not in schema or "Default:" in str(schema.get("description")):
+        return "see text"
+    default = schema["default"]
+    # A nested section is not given by default.
+    return "{}" if isinstance(default, dict) else f"`{json.dumps(default)}`"
+
+
+def _kind(schema: _Schema, definitions: Mapping[str, _Schema]) -> str:
+    if "$ref" in schema:
+        name = str(schema["$ref"]).rpartition("/")[2]
+        return "width x height" if name == "Size" else name
+    if "anyOf" in schema:
+        each = [_kind(option, definitions) for option in cast("list[_Schema]", schema["anyOf"])]
+        return ", ".join(dict.fromkeys(each))
+    if "enum" in schema:
+        return ", ".join(f"`{choice}`" for choice in cast("list[str]", schema["enum"]))
+    if "const" in schema:
+        return f"`{schema['const']}`"
+    kind = schema.get("type")
+    if kind == "array":
+        items = schema.get("items")
+        return f"list of {_kind(cast('_Schema', items), definitions)}" if isinstance(items, dict) else "list"
+    if kind == "object":
+        return "object"
+    if kind == "null":
+        return "`null`"
+    if str(schema.get("format", "")).endswith("path"):
+        return "path"
+    bounds = [
+        text.format(schema[name]) for name, text in _BOUNDS.items() if _is_worth_saying(schema.get(name))
+    ]
+    return " ".join([_KIND_NAMES.get(str(kind), str(kind)), ", ".join(bounds)]).strip()
+
+
+def _is_worth_saying(bound: JsonValue) -> bool:
+    return isinstance(bound, int | float) and bound < _LARGEST_SHOWN
+
+
+def _optimizers() -> str:
+    lines = ["Keys of `optimizer_config`:\n"]
+    lines += [f"- `{name}`: {_codes(arguments)}" for name, arguments in OPTIMIZER_ARGUMENTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _families(families: Mapping[str, FamilyFacts]) -> str:
+    lines = ["### Model families\n"]
+    for name, facts in sorted(families.items()):
+        lines += [
+            f"`{name}`: resolution {facts.default_resolution}, aspect_bucket_alignment "
+            f"{facts.pixel_alignment} (a multiple of {facts.minimum_alignment}), prediction_type "
+            f"{_codes(facts.prediction_types)}, "
+            f"peft_lora_target_modules {_codes(facts.lora_targets)}.\n",
+            "| model_flavour | repository |",
+            "|---|---|",
+            *(
+                f"| `{flavour}`{' (default)' if flavour == facts.default_flavour else ''} | {repository} |"
+                for flavour, repository in facts.flavours.items()
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _algorithms() -> str:
+    lines = ["Which algorithm takes which:\n"]
+    lines += [f"- `{algo}`: {_codes(sorted(arguments))}" for algo, arguments in ALGORITHM_ARGUMENTS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _other_names() -> str:
+    lines = ["## Other names\n", "| also accepted | key |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{old}` | `{new}` |" for old, new in ALIASES.items())]) + "\n"
+
+
+def _not_supported() -> str:
+    parts = [
+        "## Known from SimpleTuner, not supported here\n",
+        "These end a run with a message that says what to do, except where the value asks for what happens "
+        "anyway (`false`, `null`, `0`, an empty text).\n",
+    ]
+    tables = {
+        "config.json": CONFIG_KEYS,
+        "Dataset json": DATASET_KEYS,
+        "Lycoris json": LYCORIS_KEYS,
+        "apply_preset of the lycoris json": PRESET_KEYS,
+    }
+    for title, table in tables.items():
+        parts += [f"### {title}\n", _advice_table(table)]
+    by_advice: dict[tuple[str, str], list[str]] = {}
+    for (key, value), advice in UNSUPPORTED_VALUES.items():
+        by_advice.setdefault((key, advice), []).append(value)
+    lines = ["### Values\n", "| key | values | what to do |", "|---|---|---|"]
+    lines += [f"| `{key}` | {_codes(values)} | {advice} |" for (key, advice), values in by_advice.items()]
+    return "\n".join([*parts, *lines]) + "\n"
+
+
+def _advice_table(table: Mapping[str, Unsupported]) -> str:
+    by_advice: dict[str, list[str]] = {}
+    for key, entry in table.items():
+        by_advice.setdefault(entry.advice, []).append(key)
+    lines = ["| keys | what to do |", "|---|---|"]
+    return (
+        "\n".join([*lines, *(f"| {_codes(keys)} | {advice} |" for advice, keys in by_advice.items())]) + "\n"
+    )
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,166 @@
+"""Values that users write as a line of text: sizes, trackers, arguments of an optimiser."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Literal
+
+from simpletuner.helpers.contracts import Size
+
+OptimizerArgument = bool | int | float | str | tuple[float, ...]
+ArgumentKind = Literal["number", "switch", "betas"]
+
+_COMMON_ARGUMENTS: Mapping[str, ArgumentKind] = {"betas": "betas", "eps": "number", "weight_decay": "number"}
+OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, ArgumentKind]] = {
+    "adamw": _COMMON_ARGUMENTS,
+    "prodigy": {
+        **_COMMON_ARGUMENTS,
+        "beta3": "number",
+        "decouple": "switch",
+        "use_bias_correction": "switch",
+        "safeguard_warmup": "switch",
+        "d0": "number",
+        "d_coef": "number",
+        "growth_rate": "number",
+    },
+}
+"""Optimiser -> its arguments beside the learning rate. Source: torch 2.13, prodigyopt 1.1."""
+
+LARGEST_PICTURE_PX = 8192
+_SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
+_BETAS = ("beta1", "beta2")
+_DEFAULT_BETAS = (0.9, 0.999)
+
+
+def sizes(value: object) -> tuple[Size, ...]:
+    """Sizes from 1024, "1024", "1024x768" (width x height), several separated by commas, or a list of those.
+
+    Raises:
+        ValueError: A part is no size.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, Size):
+        return (value,)
+    if isinstance(value, str):
+        parts: Iterable[object] = [part for part in value.split(",") if part.strip()]
+    else:
+        parts = value if isinstance(value, Sequence) else [value]
+    return tuple(_size(part) for part in parts)
+
+
+def _size(part: object) -> Size:
+    if isinstance(part, Size):
+        return part
+    match = None if isinstance(part, bool) else _SIZE.fullmatch(str(part))
+    if match is None:
+        raise ValueError(
+            'must be an edge in pixels or width x height, for instance 1024 or "1024x768,768x1024".'
+        )
+    width, height = int(match.group(1)), int(match.group(2) or match.group(1))
+    if not (1 <= width <= LARGEST_PICTURE_PX and 1 <= height <= LARGEST_PICTURE_PX):
+        raise ValueError(f"must be from 1 to {LARGEST_PICTURE_PX} pixels wide and high.")
+    return Size(height=height, width=width)
+
+
+def trackers(value: object) -> object:
+    """Names of trackers from a comma-separated text or a list; "none" is no name."""
+    if value is None:
+        return ()
+    names: object = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, Sequence):
+        return names
+    plain = [name.strip().lower() if isinstance(name, str) else name for name in names]
+    return tuple(dict.fromkeys(name for name in plain if name not in ("", "none")))
+
+
+def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
+    """Arguments from "name=value,name=value" or an object; beta1 and beta2 become betas.
+
+    Raises:
+        ValueError: A part is no name=value, or a value is neither a number, true, false, a text nor a list.
+    """
+    if value is None or value == "":
+        return {}
+    pairs = _pairs(value) if isinstance(value, str) else value
+    if not isinstance(pairs, Mapping):
+        raise ValueError('must be an object, or a text such as "weight_decay=0.01,eps=1e-8".')
+    arguments = {str(name): _argument(each) for name, each in pairs.items()}
+    single = {name: arguments.pop(name) for name in _BETAS if name in arguments}
+    if single:
+        if "betas" in arguments:
+            raise ValueError("gives betas twice. Keep betas, or beta1 and beta2.")
+        both = dict(zip(_BETAS, _DEFAULT_BETAS, strict=True)) | single
+        arguments["betas"] = tuple(_number(both[name]) for name in _BETAS)
+    return arguments
+
+
+def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]) -> str | None:
+    """The first thing that is wrong with arguments for an optimiser; None if it can take them all."""
+    known = OPTIMIZER_ARGUMENTS[optimizer]
+    for name, value in arguments.items():
+        if name in ("lr", "learning_rate"):
+            return f"{name} is not set here. Use the key learning_rate."
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            return f"{name} is no argument of {optimizer}.{hint} It takes {', '.join(known)}."
+        if reason := _argument_problem(value, known[name]):
+            return f"{name} {reason}"
+    return None
+
+
+def _argument_problem(value: OptimizerArgument, kind: ArgumentKind) -> str | None:
+    if kind == "switch":
+        return None if isinstance(value, bool) else "must be true or false."
+    if kind == "betas":
+        right = isinstance(value, tuple) and len(value) == 2 and all(0 <= beta < 1 for beta in value)
+        return None if right else "must be two numbers from 0 to below 1."
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        return "must be a number of at least 0."
+    return None
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    # A comma inside brackets or before a bare value belongs to a list: betas=0.9,0.99
+    for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text.strip().strip(",")):
+        name, equals, value = part.partition("=")
+        name = name.strip().lstrip("-")
+        if not equals or not name or not value.strip():
+            raise ValueError('must be name=value,name=value, for instance "weight_decay=0.01,eps=1e-8".')
+        if name in pairs:
+            raise ValueError(f"gives {name} twice.")
+        pairs[name] = value.strip()
+    return pairs
+
+
+def _argument(value: object) -> OptimizerArgument:
+    if isinstance(value, list | tuple):
+        return tuple(_number(each) for each in value)
+    if isinstance(value, bool | int | float):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("values must be numbers, true, false, texts or lists of numbers.")
+    lowered = value.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    inner = value.strip("()[] ")
+    if "," in inner or inner != value:
+        return tuple(_number(part) for part in inner.split(",") if part.strip())
+    try:
+        return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+    except ValueError:
+        return value
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("lists must hold numbers.")
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError("lists must hold numbers.") from None

@@ -1,0 +1,1 @@
+"""Files: storage, atomic writes, optional imports, logs."""

@@ -1,0 +1,255 @@
+"""Files and folders that appear complete or not at all.
+
+Everything is written beside its place under a hidden temporary name, brought to the disk (fsync) and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from simpletuner.helpers.io.faults import crash_point, storage_error
+from simpletuner.helpers.io.names import printable
+
+MANIFEST = "manifest.json"
+_HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40] or "host"
+_PARTIAL = re.compile(r"^\.partial_(?P<host>[A-Za-z0-9-]+)_(?P<pid>\d+)_[0-9a-f]{8}$")
+_REPLACED = re.compile(r"^\.replaced_[0-9a-f]{8}_(?P<name>.+)$")
+
+Json = Mapping[str, "JsonValue"]
+JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[str, "JsonValue"]
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace a file by these bytes; a reader sees the old content or the new, never a part.
+
+    With durable=False nothing waits for the disk: after a power cut the file may hold garbage, so its
+    reader has to check it.
+
+    Raises:
+        StorageError: The file cannot be written. What was there before is unchanged.
+    """
+    partial = path.parent / _partial_name()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_new(partial, data, durable=durable)
+            crash_point("file.before_rename")
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        crash_point("file.after_rename")
+        if durable:
+            _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_error(path, error, needed=len(data)) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by this text as UTF-8; bytes of undecodable names are written as escapes.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: Path, data: Json | Sequence[JsonValue]) -> None:
+    """Replace a file by these values as indented JSON.
+
+    Raises:
+        StorageError: The file cannot be written.
+        ValueError: A number is not finite.
+    """
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on leaving it becomes `path`, complete and with a manifest.
+
+    A folder that is already at `path` is replaced. When the body raises, `path` is as it was.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    partial = path.parent / _partial_name()
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            crash_point("folder.filled")
+            _seal(partial)
+            crash_point("folder.before_rename")
+            _move_into_place(partial, path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        crash_point("folder.after_rename")
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def verify_manifest(folder: Path) -> list[str]:
+    """What is wrong with a published folder, one sentence each; empty when every file is as written."""
+    manifest = folder / MANIFEST
+    try:
+        listed = json.loads(manifest.read_bytes())["files"]
+        facts = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+    except OSError as error:
+        return [f"{MANIFEST} cannot be read: {error.strerror}"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [f"{MANIFEST} is damaged"]
+    checks = (
+        _file_problem(folder, name, size=size, digest=digest)
+        for name, (size, digest) in sorted(facts.items())
+    )
+    return [problem for problem in checks if problem is not None]
+
+
+def remove_leftovers(folder: Path, *, of_other_hosts: bool = False) -> list[str]:
+    """Remove what writers that died left in a folder, and put back a folder whose replacement was cut short.
+
+    Temporary files of running processes stay. Those of other hosts stay unless of_other_hosts is set, which
+    is right for the holder of the folder's run lock. Returns the names that were removed or put back.
+    """
+    handled = []
+    for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
+        partial, replaced = _PARTIAL.match(entry.name), _REPLACED.match(entry.name)
+        if partial and _is_abandoned(partial["host"], int(partial["pid"]), of_other_hosts=of_other_hosts):
+            _remove(entry)
+            handled.append(entry.name)
+        elif replaced:
+            _settle_replacement(entry, folder / replaced["name"])
+            handled.append(entry.name)
+    return handled
+
+
+def _partial_name() -> str:
+    return f".partial_{_HOST}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
+
+
+def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with os.fdopen(descriptor, "wb") as file:
+        crash_point("file.created")
+        file.write(data)
+        file.flush()
+        crash_point("file.written")
+        if durable:
+            os.fsync(file.fileno())
+
+
+def _seal(folder: Path) -> None:
+    """Bring every file to the disk, then write the manifest over them, last."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries: dict[str, JsonValue] = {}
+    for file in files:
+        assert not file.is_symlink(), f"{file} is a link; a published folder holds its own files"
+        _sync_file(file)
+        name = file.relative_to(folder).as_posix()
+        entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+    for subfolder in sorted(sub for sub in folder.rglob("*") if sub.is_dir()):
+        _sync_folder(subfolder)
+    crash_point("folder.before_manifest")
+    manifest = json.dumps({"version": 1, "files": entries}, indent=2) + "\n"
+    _write_new(folder / MANIFEST, manifest.encode(), durable=True)
+    _sync_folder(folder)
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    if path.exists():
+        aside = path.parent / f".replaced_{uuid.uuid4().hex[:8]}_{path.name}"
+        path.rename(aside)
+        crash_point("folder.moved_aside")
+        partial.rename(path)
+        _sync_folder(path.parent)
+        shutil.rmtree(aside)
+    else:
+        partial.rename(path)
+    _sync_folder(path.parent)
+
+
+def _settle_replacement(aside: Path, path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(aside)
+    else:
+        aside.rename(path)
+        _sync_folder(path.parent)
+
+
+def _file_problem(folder: Path, name: str, *, size: int, digest: str) -> str | None:
+    shown = printable(name)
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return f"{shown} is not a name inside the folder"
+    file = folder / name
+    if file.is_symlink() or not file.is_file():
+        return f"{shown} is missing"
+    try:
+        found = file.stat().st_size
+        if found != size:
+            return f"{shown} has {found} bytes instead of {size}"
+        return None if _sha256(file) == digest else f"{shown} differs from what was written"
+    except OSError as error:
+        return f"{shown} cannot be read: {error.strerror}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_abandoned(host: str, pid: int, *, of_other_hosts: bool) -> bool:
+    if host != _HOST:
+        return of_other_hosts
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems cannot fsync a folder and say EINVAL; the rename is then all there is.
+        with _suppress_errno(errno.EINVAL):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _suppress_errno(number: int) -> Iterator[None]:
+    """Pass over the OSError with this number and no other."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != number:
+            raise

@@ -1,0 +1,56 @@
+"""What a failed read or write becomes, and the named points at which tests stop a process."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from simpletuner.helpers.errors import SimpleTunerError
+from simpletuner.helpers.io.names import printable
+
+
+class StorageError(SimpleTunerError):
+    """A file or folder cannot be written or read; the message says why and what to do."""
+
+
+def storage_error(path: Path, error: OSError, *, needed: int | None = None) -> StorageError:
+    """The error for a failed operation on a path; for a full disk it states bytes needed and bytes free."""
+    where = printable(str(path))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        need = "more bytes than that" if needed is None else f"{needed} bytes"
+        return StorageError(
+            f"{where}: the disk or quota is full: {_free_bytes(path)} bytes free, {need} needed. "
+            "Free some space or choose another folder; what was there before is unchanged."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StorageError(f"{where}: no permission to write here. Choose a folder that you may write to.")
+    return StorageError(f"{where}: {error.strerror or error}. Choose another folder or repair this one.")
+
+
+def _free_bytes(path: Path) -> int:
+    folder = path
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+_actions: list[Callable[[str], None]] = []
+
+
+def crash_point(name: str) -> None:
+    """A place where a process may be stopped in a test; it does nothing otherwise."""
+    for action in _actions:
+        action(name)
+
+
+@contextmanager
+def at_crash_points(action: Callable[[str], None]) -> Iterator[None]:
+    """Call the action with the name of every crash point that is passed while the context is open."""
+    _actions.append(action)
+    try:
+        yield
+    finally:
+        _actions.remove(action)

@@ -1,0 +1,56 @@
+"""One run per output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.faults import StorageError, storage_error
+from simpletuner.helpers.io.names import printable
+
+_LOCK = ".run.lock"
+_HOLDER = ".run.holder.json"
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold an output folder for one run; the folder is made when it is missing.
+
+    The lock belongs to the process: when it dies, however it dies, the next run takes the folder over.
+
+    Raises:
+        StorageError: Another run holds the folder (the message names its process and host), or the folder
+            cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise StorageError(
+            f"{printable(str(folder))}: in use by {_holder(folder)}. "
+            "Wait for that run to end, stop it, or set another output_dir."
+        ) from error
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    try:
+        write_json(folder / _HOLDER, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(folder: Path) -> str:
+    try:
+        holder = json.loads((folder / _HOLDER).read_bytes())
+        return f"process {int(holder['pid'])} on {printable(str(holder['host']))}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another run"

@@ -1,0 +1,32 @@
+"""Names that are safe to print and safe to use as a file name."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_NOT_ALLOWED = re.compile(r"[^\w.+-]+")
+_MAX_BYTES = 120
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters and bytes that are not UTF-8 are written as escapes."""
+    return "".join(_escaped(character) for character in text)
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def file_name(text: str) -> str:
+    """A file name made of the text: one path component, not hidden, at most 120 bytes.
+
+    Two texts may share a name; where that matters, the caller adds a number or a digest.
+    """
+    plain = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
+    name = _NOT_ALLOWED.sub("_", plain).strip("._-")
+    while len(name.encode()) > _MAX_BYTES:
+        name = name[:-1]
+    return name or "unnamed"

@@ -1,0 +1,358 @@
+"""From files to a RunConfig, and every mistake at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pydantic import ValidationError
+
+from simpletuner.helpers.configuration.base import Section
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+
+def test_a_small_configuration_is_completed_with_defaults(workspace: Workspace) -> None:
+    config = workspace.load()
+    assert config.source == workspace.folder / "config.json"
+    assert config.training.train_batch_size == 1
+    assert config.training.gradient_checkpointing is True
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.checkpoint.output_dir == workspace.folder / "output"
+    assert config.data.cache_dir_text == workspace.folder / "cache" / "text"
+    assert [dataset.id for dataset in config.datasets] == ["photos"]
+    assert config.lycoris is not None
+    assert config.lycoris.linear_dim == 8
+
+
+def test_what_the_family_knows_is_filled_in(workspace: Workspace) -> None:
+    config = workspace.load()
+    assert config.model.pretrained_model_name_or_path == "somebody/toy-small"
+    assert config.model.model_flavour == "small"
+    assert config.model.prediction_type == "v_prediction"
+    assert config.data.resolution == 512
+    assert config.data.aspect_bucket_alignment == 32
+    assert config.adapter.peft_lora_target_modules == ("to_q", "to_v")
+    assert [str(size) for size in config.validation.validation_resolution] == ["512x512"]
+
+
+def test_a_flavour_names_its_repository(workspace: Workspace) -> None:
+    config = workspace.load(model_flavour="large")
+    assert config.model.pretrained_model_name_or_path == "somebody/toy-large"
+    assert config.model.model_flavour == "large"
+
+
+def test_a_configuration_is_frozen(workspace: Workspace) -> None:
+    config = workspace.load()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.training.seed = 1  # type: ignore[misc]
+
+
+def test_row_28_every_mistake_of_all_files_is_listed_at_once(workspace: Workspace) -> None:
+    workspace.lycoris |= {"linear_dim": "many", "fctor": 1, "tlora_alpha": -1}
+    workspace.datasets += [{"id": "photos", "instance_data_dir": "nowhere", "repeats": -1}]
+    message = workspace.problems("--sede=3", lerning_rate=1, train_batch_size=0, mixed_precision="bf61")
+    assert message.splitlines() == [
+        "config.json: 3 problems",
+        "  lerning_rate      unknown key. Did you mean learning_rate?",
+        "  train_batch_size  0: must be at least 1.",
+        '  mixed_precision   "bf61": must be one of bf16, fp16, no. Did you mean bf16?',
+        "command line: 1 problem",
+        "  sede  unknown key. Did you mean seed?",
+        "lycoris.json: 3 problems",
+        "  fctor        unknown key.",
+        '  linear_dim   "many": must be a whole number.',
+        "  tlora_alpha  -1: must be above 0.",
+        "data.json: 3 problems",
+        '  [1].id                 "photos": [0] has this id too. Change one.',
+        f'  [1].instance_data_dir  "nowhere": not found from {workspace.folder}.',
+        "  [1].repeats            -1: must be at least 0.",
+    ]
+
+
+def test_a_contradiction_is_found_beside_other_mistakes(workspace: Workspace) -> None:
+    workspace.lycoris |= {"multiplier": "x", "tlora_min_rank": 9}
+    message = workspace.problems(lr_end=1, lr_power="x")
+    assert "lr_end    1 is above learning_rate 0.0001." in message
+    assert "tlora_min_rank  9 is above linear_dim 8." in message
+
+
+def test_a_contradiction_with_a_value_that_is_itself_wrong_is_not_reported(workspace: Workspace) -> None:
+    message = workspace.problems(lr_end=1, learning_rate="x")
+    assert message.splitlines() == ["config.json: 1 problem", '  learning_rate  "x": must be a number.']
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "value"),
+    [
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", 1, 1.0),
+        ("train_batch_size", "4", 4),
+        ("train_batch_size", 4.0, 4),
+        ("max_train_steps", "1e3", 1000),
+        ("gradient_checkpointing", "false", False),
+        ("gradient_checkpointing", "False", False),
+        ("gradient_checkpointing", False, False),
+        ("max_train_steps", 0, None),
+        ("checkpoints_total_limit", None, None),
+        ("snr_gamma", "none", None),
+        ("snr_gamma", 0, None),
+        ("snr_gamma", 5, 5.0),
+        ("resume_from_checkpoint", None, None),
+        ("resume_from_checkpoint", "none", None),
+        ("resume_from_checkpoint", "checkpoint-20", "checkpoint-20"),
+        ("validation_seed", "7", 7),
+        ("lora_alpha", "0.5", 0.5),
+        ("report_to", "wandb, tensorboard", ("wandb", "tensorboard")),
+        ("report_to", "none", ()),
+        ("peft_lora_target_modules", "to_k,to_q", ("to_k", "to_q")),
+        ("tracker_run_name", 5, "5"),
+        ("caption_strategy", "instance_prompt", "instanceprompt"),
+        ("optimizer_config", "weight_decay=1e-4", {"weight_decay": 1e-4}),
+    ],
+)
+def test_values_are_read_as_json_types_and_as_texts(
+    workspace: Workspace, key: str, written: object, value: object
+) -> None:
+    if key == "max_train_steps":
+        workspace.config["num_train_epochs"] = 1
+    workspace.config["instance_prompt"] = "a cat"
+    config = workspace.load(**{key: written})
+    found = {name: each for _, section in config for name, each in _items(section)}[key]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def _items(section: object) -> list[tuple[str, object]]:
+    return list(section) if isinstance(section, Section) else []
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "text"),
+    [
+        ("train_batch_size", True, "true: must be a number."),
+        ("train_batch_size", 1.5, "1.5: must be a whole number."),
+        ("train_batch_size", "1e-1", '"1e-1": must be a whole number.'),
+        ("learning_rate", "fast", '"fast": must be a number.'),
+        ("learning_rate", "inf", '"inf": must be finite.'),
+        ("learning_rate", 0, "0: must be above 0."),
+        ("gradient_checkpointing", "maybe", '"maybe": must be true or false.'),
+        ("gradient_checkpointing", 2, "2: must be true or false."),
+        ("caption_dropout_probability", 1.5, "1.5: must be at most 1."),
+        ("lora_dropout", 1, "1: must be below 1."),
+        ("seed", -1, "-1: must be at least 0."),
+        ("lr_scheduler", "cosin", "Did you mean cosine?"),
+        ("tracker_project_name", [], "[]: must be a text."),
+        ("output_dir", 3, "3: must be a path, written as a text."),
+        ("output_dir", "s3://bucket", "remote storage is not supported here."),
+        ("init_lora", "missing.safetensors", "not found from"),
+        ("init_lora", "images", "is a folder. Give the path of a file."),
+        ("resume_from_checkpoint", "../other", "the name of a checkpoint folder inside output_dir."),
+        ("resume_from_checkpoint", "..", "the name of a checkpoint folder inside output_dir."),
+        ("optimizer_config", "weight_decya=1", "Did you mean weight_decay?"),
+        ("resolution", 1.0, 'For megapixels set resolution_type to "area".'),
+        ("num_train_epochs", -1, "-1: must be at least 0."),
+        ("validation_resolution", "big", "must be an edge in pixels or width x height"),
+        ("pretrained_model_name_or_path", "model.safetensors", "single-file models are not supported here."),
+        ("pretrained_model_name_or_path", "./nowhere", "is no folder here."),
+        ("pretrained_model_name_or_path", "", "must be the folder or the repository of a model"),
+        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder here."),
+    ],
+)
+def test_a_wrong_value_says_what_was_found_and_what_is_allowed(
+    workspace: Workspace, key: str, written: object, text: str
+) -> None:
+    message = workspace.problems(**{key: written})
+    assert message.startswith("config.json: 1 problem\n")
+    assert f"  {key}  " in message
+    assert text in message
+
+
+def test_a_run_without_an_end_is_refused(workspace: Workspace) -> None:
+    message = workspace.problems(max_train_steps=0, num_train_epochs=0)
+    assert "the run has no end. Set max_train_steps or num_train_epochs above 0." in message
+
+
+def test_prodigy_starts_at_rate_one(workspace: Workspace) -> None:
+    assert workspace.load(optimizer="prodigy").optimizer.learning_rate == 1.0
+
+
+def test_lora_alpha_follows_the_rank(workspace: Workspace) -> None:
+    assert workspace.load(lora_rank=4).adapter.lora_alpha == 4.0
+
+
+def test_null_stands_for_the_default_where_it_is_no_value(workspace: Workspace) -> None:
+    config = workspace.load(train_batch_size=None, lora_alpha=None, report_to=None)
+    assert (config.training.train_batch_size, config.adapter.lora_alpha) == (1, 16.0)
+
+
+@pytest.mark.parametrize("key", ["model_family", "data_backend_config"])
+def test_a_required_key_that_is_missing_is_named(workspace: Workspace, key: str) -> None:
+    message = workspace.without(key).problems()
+    assert f"  {key}  required, but missing." in message
+
+
+def test_lora_type_lycoris_needs_its_file(workspace: Workspace) -> None:
+    assert "required by lora_type lycoris." in workspace.without("lycoris_config").problems()
+
+
+def test_lora_type_standard_does_not_read_the_lycoris_json(workspace: Workspace) -> None:
+    workspace.lycoris = {"nonsense": 1}
+    assert workspace.load(lora_type="standard").lycoris is None
+
+
+def test_the_lycoris_json_is_checked_though_lora_type_is_misspelt(workspace: Workspace) -> None:
+    workspace.lycoris = {"nonsense": 1}
+    message = workspace.problems(lora_type="lycorice")
+    assert "Did you mean lycoris?" in message
+    assert "nonsense" in message
+
+
+def test_an_unknown_family_lists_the_known_ones(workspace: Workspace) -> None:
+    message = workspace.problems(model_family="toyy")
+    assert '"toyy": not a model family here. Known families: toy. Did you mean toy?' in message
+
+
+def test_row_28_a_missing_config_is_one_problem_with_exit_code_2(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError) as caught:
+        workspace.load_as_written(path=workspace.folder / "none.json")
+    assert str(caught.value) == "none.json: 1 problem\n  not found. Check the path."
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"text"'])
+def test_a_config_that_is_no_object_is_one_problem(workspace: Workspace, text: str) -> None:
+    path = workspace.text("config.json", text)
+    with pytest.raises(ConfigError, match="1 problem\n  must hold an object"):
+        workspace.load_as_written(path=path)
+
+
+def test_the_rest_of_a_file_with_slips_is_checked_too(workspace: Workspace) -> None:
+    path = workspace.write()
+    path.write_text(path.read_text()[:-1] + ', "seed": "x",}', encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        workspace.load_as_written()
+    assert "a comma before the closing }" in str(caught.value)
+    assert '"x": must be a whole number.' in str(caught.value)
+
+
+def test_row_28_malformed_json_in_each_file_is_reported_for_each(workspace: Workspace) -> None:
+    workspace.write()
+    workspace.text("lycoris.json", "{")
+    workspace.text("data.json", "[{]")
+    with pytest.raises(ConfigError) as caught:
+        workspace.load_as_written()
+    message = str(caught.value)
+    assert "lycoris.json: 1 problem\n  line 1, column 1  the { opened here is never closed by }" in message
+    assert "data.json: 1 problem\n  line 1, column 3" in message
+
+
+# Paths
+
+
+def test_inputs_are_looked_for_in_the_working_directory_then_beside_the_config(workspace: Workspace) -> None:
+    run = workspace.folder / "conf"
+    run.mkdir()
+    for name in ("lycoris.json", "data.json"):
+        workspace.write()
+        (workspace.folder / name).rename(run / name)
+    (run / "config.json").write_text(json.dumps(workspace.config), encoding="utf-8")
+    config = workspace.load_as_written(path=run / "config.json")
+    assert config.data.data_backend_config == run / "data.json"
+    (workspace.folder / "data.json").write_text(json.dumps(workspace.datasets), encoding="utf-8")
+    config = workspace.load_as_written(path=run / "config.json")
+    assert config.data.data_backend_config == workspace.folder / "data.json"
+    assert config.checkpoint.output_dir == workspace.folder / "output"
+
+
+def test_a_model_folder_becomes_absolute_and_a_repository_stays(workspace: Workspace) -> None:
+    (workspace.folder / "models" / "mine").mkdir(parents=True)
+    found = workspace.load(pretrained_model_name_or_path="models/mine").model.pretrained_model_name_or_path
+    assert found == str(workspace.folder / "models" / "mine")
+    other = workspace.load(pretrained_model_name_or_path="models/others")
+    assert other.model.pretrained_model_name_or_path == "models/others"
+
+
+def test_names_in_braces_are_replaced_in_paths(workspace: Workspace) -> None:
+    config = workspace.load(
+        output_dir="out/{model_family}",
+        cache_dir_vae="{output_dir}/latents",
+        cache_dir_text="text-{model_family}",
+    )
+    assert config.checkpoint.output_dir == workspace.folder / "out" / "toy"
+    assert config.data.cache_dir_vae == workspace.folder / "out" / "toy" / "latents"
+    assert config.data.cache_dir_text == workspace.folder / "text-toy"
+    assert config.datasets[0].cache_dir_vae == workspace.folder / "out" / "toy" / "latents" / "photos"
+
+
+@pytest.mark.parametrize(
+    ("key", "known"), [("output_dir", "{model_family}"), ("cache_dir_vae", "{output_dir}")]
+)
+def test_an_unknown_name_in_braces_lists_the_known(workspace: Workspace, key: str, known: str) -> None:
+    message = workspace.problems(**{key: "a/{familie}"})
+    assert "{familie} is not known here. Known placeholders: {model_family}" in message
+    assert known in message
+
+
+def test_output_inside_a_dataset_is_refused(workspace: Workspace) -> None:
+    assert "lies inside instance_data_dir of dataset photos" in workspace.problems(output_dir="images/out")
+
+
+# The lycoris json and the dataset json may stand in config.json itself
+
+
+def test_the_other_files_may_stand_in_config_json(workspace: Workspace) -> None:
+    config = workspace.load(
+        lycoris_config=dict(workspace.lycoris), data_backend_config=list(workspace.datasets)
+    )
+    assert config.lycoris is not None
+    assert config.lycoris.algo == "tlora"
+    assert config.datasets[0].id == "photos"
+
+
+def test_mistakes_in_what_stands_in_config_json_name_it(workspace: Workspace) -> None:
+    message = workspace.problems(lycoris_config={"algo": "tlra"}, data_backend_config=[1])
+    assert "config.json, lycoris_config: 4 problems" in message
+    assert "Did you mean tlora?" in message
+    assert "config.json, data_backend_config: 2 problems" in message
+
+
+# Speed
+
+
+def test_loading_imports_no_torch_and_is_fast(workspace: Workspace, repository: Path) -> None:
+    workspace.write()
+    script = (
+        "import sys, time; start = time.process_time()\n"
+        f"sys.path.insert(0, {str(repository)!r})\n"
+        "from pathlib import Path\n"
+        "from simpletuner.helpers.configuration.load import load_config\n"
+        "from simpletuner.helpers.contracts import FamilyFacts\n"
+        "facts = FamilyFacts('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
+        "load_config(Path('config.json'), families={'toy': facts})\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "print(time.process_time() - start)\n"
+    )
+    command = [sys.executable, "-c", script]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(run.stdout) for run in runs) < 0.4
+
+
+def test_loading_alone_takes_under_a_fifth_of_a_second(workspace: Workspace) -> None:
+    path = workspace.write()
+    workspace.image_folder("images", [f"{index:04}.png" for index in range(2000)])
+    times = []
+    for _ in range(3):
+        started = time.process_time()
+        load_config(path, families=workspace.families)
+        times.append(time.process_time() - started)
+    assert min(times) < 0.2

@@ -1,0 +1,255 @@
+"""Whatever is valid can be written and read again, as json types and as texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from simpletuner.helpers.configuration.load import KEYS
+from simpletuner.helpers.configuration.sections import RunConfig
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+# The workspace is written anew for every example.
+SETTINGS = settings(
+    max_examples=1000,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+# Without braces, which name placeholders, and not blank, which would be no value.
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="{}\x00"), min_size=1, max_size=12).filter(
+    lambda text: bool(text.strip()) and text.strip().lower() not in ("none", "null")
+)
+NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True).filter(
+    lambda name: name not in ("none", "null")
+)
+COUNTS = st.integers(1, 10_000)
+COUNTS_OR_ZERO = st.integers(0, 10_000)
+RATES = st.floats(1e-9, 1e3)
+SHARES = st.floats(0, 1)
+SWITCHES = st.booleans()
+SIZES = st.tuples(st.integers(1, 100), st.integers(1, 100)).map(lambda size: f"{8 * size[0]}x{8 * size[1]}")
+BETAS = st.floats(0, 0.999)
+
+CONFIG = {
+    "model_flavour": st.sampled_from(["small", "large"]),
+    "model_type": st.just("lora"),
+    "pretrained_model_name_or_path": st.tuples(NAMES, NAMES).map("/".join),
+    "pretrained_unet_model_name_or_path": st.none() | st.tuples(NAMES, NAMES).map("/".join),
+    "pretrained_unet_subfolder": st.none() | WORDS,
+    "pretrained_vae_model_name_or_path": st.none() | st.tuples(NAMES, NAMES).map("/".join),
+    "pretrained_vae_subfolder": st.none() | WORDS,
+    "revision": st.none() | WORDS,
+    "variant": st.none() | WORDS,
+    "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
+    "rescale_betas_zero_snr": SWITCHES,
+    "lora_type": st.sampled_from(["standard", "lycoris"]),
+    "lora_rank": COUNTS,
+    "lora_alpha": RATES,
+    "lora_dropout": st.floats(0, 0.99),
+    "lora_init_type": st.sampled_from(["default", "gaussian", "olora", "pissa"]),
+    "use_dora": SWITCHES,
+    "peft_lora_target_modules": st.lists(NAMES, min_size=1, max_size=3),
+    "init_lora": st.none() | st.just("start.safetensors"),
+    "max_train_steps": st.none() | COUNTS_OR_ZERO,
+    "num_train_epochs": COUNTS,
+    "train_batch_size": COUNTS,
+    "gradient_accumulation_steps": COUNTS,
+    "gradient_checkpointing": SWITCHES,
+    "seed": st.integers(0, 2**63 - 1),
+    "caption_dropout_probability": SHARES,
+    "max_grad_norm": RATES,
+    "grad_clip_method": st.sampled_from(["norm", "value"]),
+    "optimizer": st.sampled_from(["adamw", "prodigy"]),
+    "optimizer_config": st.fixed_dictionaries(
+        {}, optional={"eps": RATES, "weight_decay": SHARES, "betas": st.lists(BETAS, min_size=2, max_size=2)}
+    ),
+    "learning_rate": st.floats(1e-3, 1e3),
+    "lr_scheduler": st.sampled_from(
+        ["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "sine"]
+    ),
+    "lr_warmup_steps": COUNTS_OR_ZERO,
+    "lr_end": st.floats(0, 1e-4),
+    "lr_power": RATES,
+    "lr_num_cycles": RATES,
+    "snr_gamma": st.none() | RATES,
+    "mixed_precision": st.sampled_from(["bf16", "fp16", "no"]),
+    "vae_batch_size": COUNTS,
+    "vae_enable_tiling": SWITCHES,
+    "vae_enable_slicing": SWITCHES,
+    "resolution": st.floats(32, 4096),
+    "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
+    "minimum_image_size": st.floats(0, 4096),
+    "aspect_bucket_alignment": st.sampled_from([8, 16, 32]),
+    "aspect_bucket_rounding": st.integers(0, 9),
+    "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
+    "cache_dir_vae": st.sampled_from(["latents", "{model_family}/latents", "{output_dir}/latents"]),
+    "cache_dir_text": NAMES,
+    "text_encoder_batch_size": COUNTS,
+    "output_dir": st.sampled_from(["out", "out/{model_family}"]),
+    "checkpoint_step_interval": COUNTS_OR_ZERO,
+    "checkpoints_total_limit": st.none() | COUNTS,
+    "resume_from_checkpoint": st.none() | st.sampled_from(["latest", "checkpoint-20"]),
+    "report_to": st.lists(st.sampled_from(["wandb", "tensorboard"]), unique=True),
+    "tracker_project_name": WORDS,
+    "tracker_run_name": st.none() | WORDS,
+    "validation_prompt": st.none() | WORDS,
+    "validation_prompt_library": SWITCHES,
+    "user_prompt_library": st.none() | st.just("prompts.json"),
+    "validation_negative_prompt": st.just("") | WORDS,
+    "validation_resolution": st.lists(SIZES, max_size=3),
+    "validation_guidance": RATES,
+    "validation_guidance_rescale": SHARES,
+    "validation_num_inference_steps": COUNTS,
+    "validation_seed": st.none() | st.integers(-(2**40), 2**40),
+    "validation_noise_scheduler": st.none() | st.sampled_from(["ddim", "euler", "dpm++", "unipc"]),
+    "num_validation_images": COUNTS,
+    "validation_step_interval": COUNTS_OR_ZERO,
+    "validation_on_startup": SWITCHES,
+    "validation_disable": SWITCHES,
+    "disable_benchmark": SWITCHES,
+    "validation_lycoris_strength": st.floats(-4, 4),
+}
+# What every example has; the rest of the keys come and go.
+ALWAYS = {
+    "model_family": st.just("toy"),
+    "instance_prompt": WORDS,
+    "lycoris_config": st.just("lycoris.json"),
+    "data_backend_config": st.just("data.json"),
+}
+DATASET = {
+    "type": st.just("local"),
+    "dataset_type": st.just("image"),
+    "disabled": st.just(False),
+    "cache_dir_vae": st.sampled_from(["own", "own/{id}", "{output_dir}/{id}"]),
+    "resolution": st.floats(32, 4096),
+    "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
+    "minimum_image_size": st.floats(0, 4096),
+    "crop": SWITCHES,
+    "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
+    "crop_aspect": st.sampled_from(["square", "preserve"]),
+    "caption_strategy": st.sampled_from(["textfile", "filename", "instance_prompt"]),
+    "instance_prompt": WORDS,
+    "prepend_instance_prompt": SWITCHES,
+    "only_instance_prompt": SWITCHES,
+    "repeats": COUNTS_OR_ZERO,
+    "probability": RATES,
+    "max_num_samples": st.none() | COUNTS_OR_ZERO,
+}
+LYCORIS = {
+    "tlora_min_rank": st.integers(1, 8),
+    "tlora_alpha": RATES,
+    "tlora_schedule": st.sampled_from(["floor", "inclusive"]),
+    "tlora_init": st.sampled_from(["random", "weight", "vanilla"]),
+    "sig_type": st.sampled_from(["last", "middle", "principal"]),
+    "conv_dim": COUNTS,
+    "apply_preset": st.fixed_dictionaries(
+        {},
+        optional={
+            "target_module": st.lists(NAMES, max_size=2),
+            "enable_conv": SWITCHES,
+            "target_name": NAMES,
+        },
+    ),
+}
+
+CONFIGS = st.fixed_dictionaries(ALWAYS, optional=CONFIG)
+DATASETS = st.lists(
+    st.fixed_dictionaries({"id": NAMES}, optional=DATASET),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda d: d["id"],
+)
+LYCORIS_FILES = st.fixed_dictionaries(
+    {
+        "algo": st.just("tlora"),
+        "multiplier": st.floats(0.01, 4),
+        "linear_dim": st.integers(8, 64),
+        "linear_alpha": RATES,
+    },
+    optional=LYCORIS,
+)
+
+
+@pytest.fixture
+def loaded(workspace: Workspace) -> Iterator[Callable[..., RunConfig]]:
+    """Loads a whole configuration."""
+    workspace.text("start.safetensors", "")
+    workspace.text("prompts.json", '{"one": "a dog", "two": {"prompt": "a bird", "adapter_strength": 0.5}}')
+
+    def load(
+        config: dict[str, object], lycoris: dict[str, object], datasets: list[dict[str, object]]
+    ) -> RunConfig:
+        workspace.config, workspace.lycoris = config, lycoris
+        workspace.datasets = [{"instance_data_dir": "images"} | dataset for dataset in datasets]
+        return workspace.load()
+
+    return load
+
+
+def test_every_key_takes_part_in_the_round_trip() -> None:
+    assert KEYS.owners.keys() == CONFIG.keys() | ALWAYS.keys()
+
+
+def _same(first: RunConfig, second: RunConfig) -> None:
+    paths = {"data": {"data_backend_config"}, "adapter": {"lycoris_config"}}
+    for name in RunConfig.model_fields.keys() - {"source"}:
+        leaving_out = paths.get(name)
+        if leaving_out is None:
+            assert vars(first)[name] == vars(second)[name], name
+        else:
+            assert vars(first)[name].model_dump(exclude=leaving_out) == vars(second)[name].model_dump(
+                exclude=leaving_out
+            )
+
+
+@settings(SETTINGS)
+@given(CONFIGS, LYCORIS_FILES, DATASETS)
+def test_row_32_a_resolved_configuration_reads_back_as_itself(
+    workspace: Workspace,
+    loaded: Callable[..., RunConfig],
+    config: dict[str, object],
+    lycoris: dict[str, object],
+    datasets: list[dict[str, object]],
+) -> None:
+    first = loaded(config, lycoris, datasets)
+    path = workspace.text("resolved.json", json.dumps(first.resolved()))
+    second = workspace.load_as_written(path=path)
+    _same(first, second)
+    assert second.resolved() == first.resolved()
+
+
+def _as_text(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _as_text(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_text(each) for each in value]
+    if value is None:
+        return value
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@settings(SETTINGS, max_examples=300)
+@given(CONFIGS, LYCORIS_FILES, DATASETS)
+def test_row_32_values_written_as_texts_mean_the_same(
+    loaded: Callable[..., RunConfig],
+    config: dict[str, object],
+    lycoris: dict[str, object],
+    datasets: list[dict[str, object]],
+) -> None:
+    first = loaded(config, lycoris, datasets)
+    dashed = {f"--{key}": _as_text(value) for key, value in config.items()}
+    second = loaded(dashed, _as_text(lycoris), _as_text(datasets))
+    for name in RunConfig.model_fields.keys() - {"lycoris"}:
+        assert vars(first)[name] == vars(second)[name], name
+    if first.lycoris is not None:
+        assert second.lycoris is not None
+        assert second.lycoris.model_dump(exclude={"raw"}) == first.lycoris.model_dump(exclude={"raw"})

@@ -1,0 +1,57 @@
+"""The configurations that come with the repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.models import registry
+
+Load = Callable[[str | Path], RunConfig]
+
+
+@pytest.fixture
+def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.chdir(repository)
+    return lambda name: load_config(Path("config") / name, families=registry.facts())
+
+
+def test_every_example_is_valid(repository: Path, load: Load) -> None:
+    names = [path.relative_to(repository / "config") for path in (repository / "config").rglob("config.json")]
+    assert len(names) >= 2
+    for name in names:
+        assert isinstance(load(name), RunConfig)
+
+
+def test_the_demo_is_small_and_t_lora(load: Load, repository: Path) -> None:
+    config = load("config.json")
+    assert config.model.pretrained_model_name_or_path == str(repository / "simpletuner" / "demo" / "sdxl")
+    assert config.lycoris.algo == "tlora"
+    assert (config.lycoris.linear_dim, config.lycoris.tlora_min_rank) == (8, 1)
+    assert config.data.resolution == 64
+    assert config.training.max_train_steps <= 60
+    assert config.checkpoint.checkpoint_step_interval == 20
+    assert config.validation.validation_on_startup
+    assert config.validation.validation_step_interval == 30
+    assert config.precision.mixed_precision == "no"
+    assert config.checkpoint.output_dir == repository / "output" / "demo"
+    assert config.tracking.report_to == ()
+
+
+def test_the_papers_recipe_is_the_papers(load: Load) -> None:
+    config = load("examples/sdxl-tlora-paper/config.json")
+    lycoris = config.lycoris
+    assert (lycoris.linear_dim, lycoris.tlora_min_rank, lycoris.linear_alpha) == (64, 32, 64.0)
+    assert (lycoris.tlora_init, lycoris.sig_type, lycoris.tlora_schedule) == ("random", "last", "floor")
+    assert lycoris.apply_preset.target_module == ("Attention",)
+    assert config.optimizer.optimizer == "adamw"
+    assert config.optimizer.learning_rate == 1e-4
+    assert config.optimizer.optimizer_config == {"weight_decay": 1e-4}
+    assert config.optimizer.lr_scheduler == "constant"
+    assert (config.training.train_batch_size, config.training.max_train_steps) == (1, 800)
+    assert config.precision.mixed_precision == "bf16"
+    assert config.model.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"

@@ -1,0 +1,255 @@
+"""Files and folders appear complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from simpletuner.helpers.io import atomic
+from simpletuner.helpers.io.atomic import (
+    publish_folder,
+    remove_leftovers,
+    verify_manifest,
+    write_bytes,
+    write_json,
+    write_text,
+)
+from simpletuner.helpers.io.faults import StorageError, at_crash_points
+
+CRASH_POINTS = re.findall(r'crash_point\("([a-z_.]+)"\)', Path(atomic.__file__).read_text(encoding="utf-8"))
+FILE_POINTS = sorted({name for name in CRASH_POINTS if name.startswith("file.")})
+# Publishing also writes its manifest as a new file.
+FOLDER_POINTS = sorted(set(CRASH_POINTS) - {"file.before_rename", "file.after_rename"})
+
+# Dies as by kill -9: nothing is cleaned up, no finally runs.
+DYING_WRITER = """
+import os, sys
+from pathlib import Path
+from simpletuner.helpers.io.atomic import publish_folder, write_bytes
+from simpletuner.helpers.io.faults import at_crash_points
+
+point, kind, target = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+with at_crash_points(lambda name: os._exit(9) if name == point else None):
+    if kind == "file":
+        write_bytes(target, b"new")
+    else:
+        with publish_folder(target) as folder:
+            (folder / "weights").write_bytes(b"new")
+"""
+
+
+def dies_at(point: str, kind: str, target: Path) -> None:
+    command = [sys.executable, "-c", DYING_WRITER, point, kind, str(target)]
+    finished = subprocess.run(command, check=False, cwd=Path(__file__).parents[3])
+    assert finished.returncode == 9, f"{point} was not passed"
+
+
+def publish(target: Path, content: bytes) -> None:
+    with publish_folder(target) as folder:
+        (folder / "weights").write_bytes(content)
+        (folder / "deeper").mkdir()
+        (folder / "deeper" / "state.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_write_bytes_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path, durable: bool) -> None:
+    file = tmp_path / "new" / "file"
+    write_bytes(file, b"old", durable=durable)
+    write_bytes(file, b"new", durable=durable)
+    assert file.read_bytes() == b"new"
+    assert [each.name for each in file.parent.iterdir()] == ["file"]
+
+
+def test_write_bytes_honours_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        write_bytes(tmp_path / "file", b"")
+    finally:
+        os.umask(previous)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_write_json_keeps_every_name_readable_back(tmp_path: Path) -> None:
+    names = ["plain", "emoji 🐈", "a\u0301", "\u202eright", "-dash", "new\nline", os.fsdecode(b"\xff\xfe")]
+    write_json(tmp_path / "names.json", names)
+    assert json.loads((tmp_path / "names.json").read_bytes()) == names
+
+
+def test_write_json_refuses_a_number_that_is_not_finite(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "numbers.json", {"loss": float("nan")})
+    assert not (tmp_path / "numbers.json").exists()
+
+
+def test_write_text_writes_undecodable_bytes_as_escapes(tmp_path: Path) -> None:
+    write_text(tmp_path / "text", os.fsdecode(b"a\xff"))
+    assert (tmp_path / "text").read_bytes() == rb"a\udcff"
+
+
+def fails_with(number: int, point: str) -> object:
+    def fail(name: str) -> None:
+        if name == point:
+            raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOSPC, r"full: \d+ bytes free, 3 bytes needed"),
+        (errno.EDQUOT, r"full: \d+ bytes free, 3 bytes needed"),
+        (errno.EROFS, "no permission"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("point", ["file.created", "file.written", "file.before_rename"])
+def test_row_05_a_failed_write_says_why_and_keeps_the_old_file(
+    tmp_path: Path, number: int, message: str, point: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    with at_crash_points(fails_with(number, point)), pytest.raises(StorageError, match=message):
+        write_bytes(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_row_05_a_full_disk_during_publishing_keeps_the_old_folder(tmp_path: Path) -> None:
+    publish(tmp_path / "checkpoint", b"old")
+    full = fails_with(errno.ENOSPC, "folder.before_manifest")
+    with at_crash_points(full), pytest.raises(StorageError, match="disk or quota is full"):
+        publish(tmp_path / "checkpoint", b"new")
+    assert (tmp_path / "checkpoint" / "weights").read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_row_26_writing_below_a_file_is_an_error_that_names_the_path(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file/inside"):
+        write_bytes(tmp_path / "file" / "inside", b"")
+
+
+@pytest.mark.parametrize("point", FILE_POINTS)
+def test_row_02_a_file_is_old_or_new_whenever_its_writer_dies(tmp_path: Path, point: str) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"old")
+    dies_at(point, "file", file)
+    assert file.read_bytes() == (b"new" if point == "file.after_rename" else b"old")
+    remove_leftovers(tmp_path)
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("point", "replaces"),
+    [(point, True) for point in FOLDER_POINTS]
+    + [(point, False) for point in FOLDER_POINTS if point != "folder.moved_aside"],
+)
+def test_row_02_a_folder_verifies_whenever_its_writer_dies(
+    tmp_path: Path, point: str, replaces: bool
+) -> None:
+    folder = tmp_path / "checkpoint"
+    if replaces:
+        publish(folder, b"old")
+    dies_at(point, "folder", folder)
+    remove_leftovers(tmp_path)
+    expected = b"new" if point == "folder.after_rename" else b"old" if replaces else None
+    assert [each.name for each in tmp_path.iterdir()] == (["checkpoint"] if expected else [])
+    if expected:
+        assert verify_manifest(folder) == []
+        assert (folder / "weights").read_bytes() == expected
+
+
+def test_publish_folder_leaves_nothing_when_its_body_raises(tmp_path: Path) -> None:
+    def stop(name: str) -> None:
+        raise KeyError(name)
+
+    with at_crash_points(stop), pytest.raises(KeyError, match=r"folder\.filled"):
+        publish(tmp_path / "checkpoint", b"half")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_folder_verifies_and_lists_every_file(tmp_path: Path) -> None:
+    publish(tmp_path / "checkpoint", b"content")
+    assert verify_manifest(tmp_path / "checkpoint") == []
+    manifest = json.loads((tmp_path / "checkpoint" / "manifest.json").read_bytes())
+    assert sorted(manifest["files"]) == ["deeper/state.json", "weights"]
+    assert manifest["files"]["weights"]["size"] == 7
+
+
+def damage_by_flip(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"cOntent")
+
+
+def damage_by_cut(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"con")
+
+
+def damage_by_removal(folder: Path) -> None:
+    (folder / "deeper" / "state.json").unlink()
+
+
+def damage_by_link(folder: Path) -> None:
+    (folder / "weights").rename(folder.parent / "outside")
+    (folder / "weights").symlink_to(folder.parent / "outside")
+
+
+def damage_manifest_text(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"[1, 2")
+
+
+def damage_manifest_shape(folder: Path) -> None:
+    (folder / "manifest.json").write_bytes(b"[]")
+
+
+def damage_manifest_missing(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def damage_manifest_escape(folder: Path) -> None:
+    entry = {"size": 0, "sha256": ""}
+    (folder / "manifest.json").write_text(json.dumps({"files": {"../outside": entry}}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (damage_by_flip, "weights differs"),
+        (damage_by_cut, "weights has 3 bytes instead of 7"),
+        (damage_by_removal, "deeper/state.json is missing"),
+        (damage_by_link, "weights is missing"),
+        (damage_manifest_text, "damaged"),
+        (damage_manifest_shape, "damaged"),
+        (damage_manifest_missing, "cannot be read"),
+        (damage_manifest_escape, "not a name inside"),
+    ],
+)
+def test_row_06_verify_manifest_names_the_damage(tmp_path: Path, damage: object, problem: str) -> None:
+    publish(tmp_path / "checkpoint", b"content")
+    assert callable(damage)
+    damage(tmp_path / "checkpoint")
+    found = verify_manifest(tmp_path / "checkpoint")
+    assert len(found) == 1
+    assert problem in found[0]
+
+
+def test_remove_leftovers_keeps_those_of_living_writers_and_of_other_hosts(tmp_path: Path) -> None:
+    own = tmp_path / f".partial_{atomic._HOST}_{os.getpid()}_00000000"
+    parent = tmp_path / f".partial_{atomic._HOST}_{os.getppid()}_00000000"
+    other = tmp_path / ".partial_elsewhere_1_00000000"
+    for file in (own, parent, other, tmp_path / ".hidden", tmp_path / "file"):
+        file.write_bytes(b"")
+    assert remove_leftovers(tmp_path) == []
+    assert remove_leftovers(tmp_path, of_other_hosts=True) == [other.name]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_remove_leftovers_of_a_missing_folder_finds_nothing(tmp_path: Path) -> None:
+    assert remove_leftovers(tmp_path / "none") == []

@@ -1,0 +1,47 @@
+"""Which log lines are shown."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+from rich.logging import RichHandler
+
+from simpletuner.helpers.io.logs import configure_logging
+
+
+@pytest.fixture
+def shown() -> Iterator[io.StringIO]:
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield io.StringIO()
+    for handler in set(root.handlers) - set(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)
+
+
+def test_configure_logging_shows_our_lines_and_only_errors_of_libraries(shown: io.StringIO) -> None:
+    configure_logging(console=Console(file=shown, width=200))
+    logging.getLogger("simpletuner.helpers.data").info("Encoded %d images.", 3)
+    logging.getLogger("diffusers.pipelines").warning("chatter")
+    logging.getLogger("LyCORIS").error("serious")
+    assert "Encoded 3 images." in shown.getvalue()
+    assert "chatter" not in shown.getvalue()
+    assert "serious" in shown.getvalue()
+
+
+def test_configure_logging_keeps_other_processes_silent(shown: io.StringIO) -> None:
+    configure_logging(main_process=False, console=Console(file=shown, width=200))
+    logging.getLogger("simpletuner.helpers.data").warning("skipped")
+    assert shown.getvalue() == ""
+
+
+def test_configure_logging_twice_shows_each_line_once(shown: io.StringIO) -> None:
+    for _ in range(2):
+        configure_logging(console=Console(file=shown, width=200))
+    logging.getLogger("simpletuner").info("once")
+    assert shown.getvalue().count("once") == 1
+    assert sum(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers) == 1
