@@ -1,0 +1,1 @@
+"""Adapters of the denoiser: T-LoRA, LyCORIS and PEFT."""

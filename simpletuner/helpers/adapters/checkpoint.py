@@ -1,0 +1,140 @@
+"""Adapter files: safetensors with what is needed to use them again in the header."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.atomic import write_bytes
+
+logger = logging.getLogger(__name__)
+
+SCHEDULE_KEY = "tlora_config"
+HASH_KEY = "base_weights_hash"
+PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
+NUM_HASHED = 4096  # evenly spaced values of a layer
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """The tensors of an adapter file, and the text in its header."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+    def schedule(self) -> dict[str, Any] | None:
+        """The rank schedule in the header; None in a file without one.
+
+        Raises:
+            AdapterError: The entry is not JSON.
+        """
+        return self._json(SCHEDULE_KEY)
+
+    def base_hashes(self) -> dict[str, str]:
+        """Layer name -> hash of the base weights it was trained on; empty when the file states none.
+
+        Raises:
+            AdapterError: The entry is not JSON.
+        """
+        return self._json(HASH_KEY) or {}
+
+    def _json(self, key: str) -> dict[str, Any] | None:
+        if key not in self.metadata:
+            return None
+        try:
+            return cast("dict[str, Any]", json.loads(self.metadata[key]))
+        except ValueError as error:
+            raise AdapterError(f"{self.path}: the header's {key} is not JSON: {error}.") from error
+
+
+def read(path: Path) -> AdapterFile:
+    """Read an adapter file whole.
+
+    Raises:
+        AdapterError: The file is missing, empty, no safetensors file, or holds a value that is not finite.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path}: no such file. Give the path of an adapter's .safetensors file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path}: not a readable safetensors file: {error}. Copy or download it again."
+        ) from error
+    if not tensors:
+        raise AdapterError(f"{path}: holds no tensors, so there is no adapter in it.")
+    _refuse_non_finite(path, tensors)
+    return AdapterFile(path=path, tensors=tensors, metadata=metadata)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Write an adapter file, whole or not at all; equal content gives equal bytes.
+
+    Raises:
+        AdapterError: A tensor holds a value that is not finite.
+        StorageError: The file cannot be written.
+    """
+    _refuse_non_finite(path, tensors)
+    own = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
+    write_bytes(path, _with_sorted_header(save(own, metadata={"format": "pt"} | dict(metadata))))
+
+
+def weight_hash(weight: Tensor) -> str:
+    """Identity of a layer's base weight: 4,096 evenly spaced values, rounded to bf16."""
+    flat = weight.detach().flatten()
+    index = torch.linspace(0, flat.numel() - 1, min(NUM_HASHED, flat.numel()), dtype=torch.float64).long()
+    values = flat[index.to(flat.device)].to(torch.bfloat16).cpu().contiguous()
+    return xxhash.xxh3_64_hexdigest(values.view(torch.int16).numpy().tobytes())
+
+
+def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer name -> identity of its base weight; layers without data (meta) or packed ones are left out."""
+    weights = {name: cast(Tensor, layer.weight) for name, layer in layers.items()}
+    return {
+        name: weight_hash(weight)
+        for name, weight in weights.items()
+        if not weight.is_meta and weight.is_floating_point()
+    }
+
+
+def warn_about_other_base(file: AdapterFile, layers: Mapping[str, nn.Module]) -> None:
+    """Say so when the model's weights are not those that the adapter was trained on."""
+    stored = file.base_hashes()
+    here = base_hashes({name: layer for name, layer in layers.items() if name in stored})
+    differing = [name for name, value in here.items() if stored[name] != value]
+    if differing:
+        logger.warning(
+            "%s was trained on other base weights (%s): %d of %d layers differ here. The result may be off.",
+            file.path.name,
+            file.metadata.get("base_model", "not stated"),
+            len(differing),
+            len(here),
+        )
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with its header's keys in order, which the library writes in any order."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))
+
+
+def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(f"{path}: {key} holds a value that is not finite. The adapter is not usable.")

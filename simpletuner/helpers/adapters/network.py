@@ -1,0 +1,274 @@
+"""Attach an adapter to a denoiser: LyCORIS algorithms with T-LoRA among them, or PEFT LoRA."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from lycoris import create_lycoris_from_weights
+from lycoris.logging import logger as lycoris_logger
+from lycoris.wrapper import LycorisNetwork
+from torch import Tensor, nn
+
+from simpletuner.helpers.adapters import checkpoint, mask, targets
+from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.attachment import Attachment
+from simpletuner.helpers.adapters.peft_lora import PeftAdapter
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import AdapterError
+
+
+def attach_adapter(
+    denoiser: nn.Module,
+    config: AdapterConfig,
+    *,
+    lycoris: LycorisConfig | None,
+    facts: FamilyFacts,
+    seed: int,
+) -> Adapter:
+    """Attach a new adapter to a frozen denoiser, at zero effect unless `init_lora` names a file.
+
+    Raises:
+        ConfigError: A target matches nothing, or the rank is above a layer's size.
+        AdapterError: The file to start from does not fit.
+    """
+    adapter: Adapter
+    if lycoris is None:
+        adapter = PeftAdapter(denoiser, config, facts=facts, seed=seed)
+    else:
+        adapter = LycorisAdapter.create(denoiser, lycoris, facts=facts, seed=seed)
+    if config.init_lora is not None:
+        adapter.start_from(config.init_lora)
+    return adapter
+
+
+def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> LycorisAdapter:
+    """Attach the adapter of a LyCORIS-layout file, with the rank schedule that the file states.
+
+    Raises:
+        AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
+    """
+    stored = checkpoint.read(file)
+    names = {key.split(".")[0] for key in stored.tensors}
+    with _quiet_lycoris():
+        network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=stored.tensors)
+    found = {module.lora_name for module in network.loras}
+    if not found:
+        raise AdapterError(
+            f"{file}: none of its {len(names)} layers is in this {type(denoiser).__name__}. "
+            "It is for another model family, or in another key layout."
+        )
+    if found != names:
+        lost = sorted(names - found)
+        raise AdapterError(
+            f"{file}: {len(lost)} of its {len(names)} layers are not in this model, first {lost[0]}."
+        )
+    config = stored.schedule()
+    try:
+        schedule = RankSchedule.from_config(config) if config is not None else None
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{file}: the rank schedule in its header cannot be used: {error}.") from error
+    layers = {module.lora_name: module.org_module[0] for module in network.loras}
+    checkpoint.warn_about_other_base(stored, layers)
+    raw = json.loads(stored.metadata.get("lycoris_config", "{}"))
+    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
+    adapter.set_strength(strength)
+    return adapter
+
+
+class LycorisAdapter(Adapter):
+    """A LyCORIS network whose modules are children of the layers that they adapt."""
+
+    def __init__(
+        self,
+        network: LycorisNetwork,
+        denoiser: nn.Module,
+        *,
+        raw: Mapping[str, Any],
+        schedule: RankSchedule | None,
+    ) -> None:
+        self.network = network
+        self.kind = str(raw.get("algo", "lycoris"))
+        self.num_layers = len(network.loras)
+        self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
+        tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
+        self.schedule = (schedule or _schedule_of(tlora)) if tlora else None
+        self.group = mask.new_group()
+        for layer in tlora:
+            layer.join(self.group, schedule=self.schedule)
+        layers = {module.lora_name: module.org_module[0] for module in network.loras}
+        self._base_hashes = checkpoint.base_hashes(layers)
+        paths = {id(layer): path for path, layer in denoiser.named_modules()}
+        self._paths = {name: paths[id(layer)] for name, layer in layers.items()}
+        self._attachments: list[Attachment] = []
+        self._attach()
+
+    @classmethod
+    def create(
+        cls, denoiser: nn.Module, config: LycorisConfig, *, facts: FamilyFacts, seed: int
+    ) -> LycorisAdapter:
+        """A new network on a denoiser, as the user's lycoris json describes it.
+
+        Raises:
+            ConfigError: A target matches nothing, or the rank is above a layer's size.
+        """
+        preset = targets.translate(
+            config.apply_preset.model_dump(exclude_none=True), aliases=facts.target_aliases
+        )
+        schedule = RankSchedule(
+            max_rank=config.linear_dim,
+            min_rank=min(config.tlora_min_rank, config.linear_dim),
+            alpha=config.tlora_alpha,
+            num_timesteps=facts.num_train_timesteps,
+            kind=config.tlora_schedule,
+        )
+        extra = dict(config.extra)
+        with targets.preset_in_force(preset), _quiet_lycoris(), torch.random.fork_rng():
+            torch.manual_seed(seed)  # stock algorithms draw their start from the global generator
+            network = LycorisNetwork(
+                denoiser,
+                multiplier=config.multiplier,
+                lora_dim=config.linear_dim,
+                conv_lora_dim=extra.pop("conv_dim", config.linear_dim),
+                alpha=config.linear_alpha,
+                conv_alpha=extra.pop("conv_alpha", config.linear_alpha),
+                network_module=config.algo,
+                warn_on_unmatched=False,
+                tlora_init=config.tlora_init,
+                sig_type=config.sig_type,
+                schedule=schedule,
+                seed=seed,
+                **extra,
+            )
+        targets.check_matches(preset, denoiser, adapted=[module.org_module[0] for module in network.loras])
+        return cls(network, denoiser, raw=config.raw, schedule=schedule)
+
+    def _attach(self) -> None:
+        self.network.apply_to()
+        for module in self.network.loras:
+            if not isinstance(module, TLoraLayer):
+                layer = module.org_module[0]
+                module.to(device=layer.weight.device, dtype=torch.float32)
+                self._attachments.append(Attachment(layer, module))
+
+    @property
+    def tlora_config(self) -> dict[str, int | float | str] | None:
+        """What a pipeline needs as `_tlora_config`; None when no layer is a T-LoRA layer."""
+        return self.schedule.config() if self.schedule is not None else None
+
+    @property
+    def lycoris_network(self) -> LycorisNetwork:
+        """The LyCORIS network."""
+        return self.network
+
+    @contextmanager
+    def ranks_for(self, timesteps: Sequence[int]) -> Iterator[None]:
+        """Open the ranks of these timesteps, one per sample, for a forward and its backward."""
+        with ExitStack() as stack:
+            if self.schedule is not None:
+                device = self.parameters()[0].device
+                stack.enter_context(mask.rank_mask(self.schedule, timesteps, group=self.group, device=device))
+            yield
+
+    def mean_active_rank(self, timesteps: Sequence[int]) -> float | None:
+        """Mean number of open ranks over these timesteps; None when no layer is a T-LoRA layer."""
+        return fmean(self.schedule.rank_at(t) for t in timesteps) if self.schedule is not None else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, layer by layer."""
+        return [p for module in self.network.loras for p in module.parameters() if p.requires_grad]
+
+    def set_strength(self, strength: float) -> None:
+        """Scale the adapter's contribution; 0 gives the base model."""
+        self.network.set_multiplier(self._multiplier * strength)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer as it stands: differences, not sums."""
+        return {
+            f"{module.lora_name}.{name}": tensor.detach()
+            for module in self.network.loras
+            for name, tensor in _tensors_of(module)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            AdapterError: A tensor is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise AdapterError(
+                f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
+            )
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+
+    def start_from(self, file: Path) -> None:
+        """Begin training at the adapter of a file.
+
+        Raises:
+            AdapterError: The file is of another algorithm or rank, or its layers are others.
+        """
+        stored = checkpoint.read(file)
+        try:
+            self.network.load_state_dict(stored.tensors, strict=True)
+        except RuntimeError as error:
+            raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
+
+    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+        """Write the network in LyCORIS's key layout, T-LoRA with its base factors and schedule.
+
+        Raises:
+            AdapterError: A weight is not finite; nothing is written.
+            StorageError: The file cannot be written.
+        """
+        metadata = dict(facts) | {
+            "lycoris_config": json.dumps(self._raw, sort_keys=True),
+            checkpoint.HASH_KEY: json.dumps(self._base_hashes, sort_keys=True),
+            checkpoint.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
+        }
+        if self.schedule is not None:
+            metadata[checkpoint.SCHEDULE_KEY] = json.dumps(self.schedule.config())
+        checkpoint.write(file, self.network.state_dict(), metadata=metadata)
+
+    def detach(self) -> None:
+        """Take every module off its layer."""
+        self.network.restore()
+        for attachment in self._attachments:
+            attachment.remove()
+        self._attachments.clear()
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from ((name, tensor) for name, tensor in module.named_buffers() if name != "dtype_tensor")
+
+
+def _schedule_of(layers: Sequence[TLoraLayer]) -> RankSchedule:
+    """The schedule that the layers of a file state, else the plain one of their rank."""
+    stated = {layer.schedule for layer in layers if layer.schedule is not None}
+    if len(stated) > 1:
+        raise AdapterError(f"The file's layers state {len(stated)} different rank schedules.")
+    return stated.pop() if stated else RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
+
+
+@contextmanager
+def _quiet_lycoris() -> Iterator[None]:
+    """Keep LyCORIS from printing a line per setting; what matters is checked and said here."""
+    level = lycoris_logger.level
+    lycoris_logger.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        lycoris_logger.setLevel(level)

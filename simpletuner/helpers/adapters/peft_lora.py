@@ -1,0 +1,119 @@
+"""PEFT LoRA on the same path: `lora_type: standard`, saved in diffusers' own format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.targets import no_match_message
+from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import AdapterError, ConfigError
+
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+ADAPTER_NAME = "default"
+
+
+class PeftAdapter(Adapter):
+    """PEFT LoRA layers in a diffusers model, float32 whatever the base layer's dtype.
+
+    Raises:
+        ConfigError: The target names match no layer.
+    """
+
+    kind = "standard"
+
+    def __init__(self, denoiser: Any, config: AdapterConfig, *, facts: FamilyFacts, seed: int) -> None:
+        self.denoiser, self.prefix = denoiser, facts.denoiser_name
+        wanted = list(config.peft_lora_target_modules or facts.lora_targets)
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # a float is right at run time
+            lora_dropout=config.lora_dropout,
+            init_lora_weights=True if config.lora_init_type == "default" else config.lora_init_type,
+            use_dora=config.use_dora,
+            target_modules=wanted,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            try:
+                denoiser.add_adapter(lora, adapter_name=ADAPTER_NAME)
+            except ValueError as error:  # PEFT found no layer, or one of a kind that it cannot adapt
+                message = no_match_message(wanted, denoiser).replace(
+                    "apply_preset", "peft_lora_target_modules"
+                )
+                raise ConfigError(f"{message} PEFT says: {error}") from error
+        self.layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+        self.num_layers = len(self.layers)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, layer by layer."""
+        return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+
+    def set_strength(self, strength: float) -> None:
+        """Scale the adapter's contribution; 0 gives the base model."""
+        for layer in self.layers:
+            layer.set_scale(ADAPTER_NAME, strength)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The LoRA weights under PEFT's names."""
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER_NAME)
+        return {key: tensor.detach() for key, tensor in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave.
+
+        Raises:
+            AdapterError: A tensor is missing, unknown or of another shape.
+        """
+        own = self.state_dict()
+        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise AdapterError(
+                f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
+            )
+        set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER_NAME)
+
+    def start_from(self, file: Path) -> None:
+        """Begin training at a LoRA in diffusers' format.
+
+        Raises:
+            AdapterError: The file's layers or ranks are others.
+        """
+        stored = checkpoint.read(file)
+        prefix = f"{self.prefix}."
+        try:
+            self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items()})
+        except AdapterError as error:
+            raise AdapterError(f"init_lora {file}: {error}") from error
+
+    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+        """Write the LoRA for diffusers' `load_lora_weights`, rank and alpha in the header.
+
+        Raises:
+            AdapterError: A weight is not finite; nothing is written.
+            StorageError: The file cannot be written.
+        """
+        config: dict[str, Any] = self.denoiser.peft_config[ADAPTER_NAME].to_dict()
+        described = {
+            f"{self.prefix}.{key}": sorted(value) if isinstance(value, set) else value
+            for key, value in config.items()
+        }
+        metadata = dict(facts) | {METADATA_KEY: json.dumps(described, sort_keys=True)}
+        tensors = {f"{self.prefix}.{key}": tensor for key, tensor in self.state_dict().items()}
+        checkpoint.write(file, tensors, metadata=metadata)
+
+    def detach(self) -> None:
+        """Take the LoRA layers out of the denoiser."""
+        self.denoiser.delete_adapters(ADAPTER_NAME)

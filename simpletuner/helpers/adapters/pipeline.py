@@ -1,0 +1,144 @@
+"""The rank mask around each denoiser call of any diffusers pipeline."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from simpletuner.helpers.adapters import mask
+from simpletuner.helpers.adapters.attachment import adapter_keys_visible
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.errors import AdapterError
+
+_in_use: dict[int, int] = {}  # id of a denoiser -> id of the thread that samples from it
+_in_use_lock = threading.Lock()
+
+
+class MaskedDenoising:
+    """Mixin before a diffusers pipeline class: at each denoising step, the ranks of that step are open.
+
+    `_tlora_config` (`max_rank`, optionally `min_rank`, `alpha`, `schedule`, `num_timesteps`) switches it on.
+    The timestep is the scheduler's own; what a transformer is given is rounded to its dtype and divided.
+    """
+
+    denoiser_name: ClassVar[str]
+    """Component that predicts the noise: "unet" or "transformer"."""
+
+    _tlora_config: Mapping[str, Any] | None = None
+
+    scheduler: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the pipeline as its diffusers class does, with the ranks of each step open in that step.
+
+        Raises:
+            AdapterError: `_tlora_config` is malformed or names another rank than the network's.
+            RuntimeError: Another thread is sampling from the same denoiser.
+        """
+        denoiser: nn.Module = vars(self)[self.denoiser_name]
+        with _one_thread(denoiser), self._masked(denoiser):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload layer by layer, the adapter's tensors with them."""
+        with adapter_keys_visible():
+            super().enable_sequential_cpu_offload(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _masked(self, denoiser: nn.Module) -> Iterator[None]:
+        if self._tlora_config is None:
+            yield
+            return
+        schedules = schedules_of(denoiser, config=self._tlora_config, scheduler=self.scheduler)
+
+        def open_ranks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            sample = args[0] if args else next(iter(kwargs.values()))
+            timestep = scheduler_timestep(self.scheduler, given=given)
+            for group, schedule in schedules.items():
+                mask.set_mask(schedule, [timestep], group=group, device=sample.device)
+
+        def close_ranks(*_: object) -> None:
+            for group in schedules:
+                mask.clear_mask(group)
+
+        handles = [
+            denoiser.register_forward_pre_hook(open_ranks, with_kwargs=True),
+            denoiser.register_forward_hook(close_ranks, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            close_ranks()
+
+
+def scheduler_timestep(scheduler: Any, *, given: Any) -> int:
+    """The timestep of the step that a scheduler is about to take, floored to an integer.
+
+    Args:
+        scheduler: A diffusers scheduler whose timesteps are set.
+        given: What the denoiser is called with; used for schedulers that keep no step index (DDIM and its
+            like), which hand the denoiser their own timestep.
+    """
+    attributes = vars(scheduler)
+    if "_step_index" not in attributes:
+        return int(torch.as_tensor(given).flatten()[0])
+    index = attributes["_step_index"]
+    if index is None:
+        index = attributes.get("_begin_index") or 0
+    return int(scheduler.timesteps[index])
+
+
+def schedules_of(
+    denoiser: nn.Module, *, config: Mapping[str, Any], scheduler: Any
+) -> dict[int, RankSchedule]:
+    """Mask group -> schedule, for every group that a denoiser's T-LoRA layers read.
+
+    The config is for the network of its `max_rank`; beside that one, another network keeps its own schedule.
+
+    Raises:
+        AdapterError: The config is malformed, or no network has its `max_rank`.
+    """
+    num_timesteps = int(scheduler.config.num_train_timesteps)
+    try:
+        wanted = RankSchedule.from_config(config, num_timesteps=num_timesteps)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"_tlora_config cannot be used: {error}.") from error
+    layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
+    groups = {layer.mask_group_id: layer.schedule for layer in layers}
+    ranks = {group: own.max_rank if own is not None else wanted.max_rank for group, own in groups.items()}
+    if groups and wanted.max_rank not in ranks.values():
+        found = ", ".join(str(rank) for rank in sorted(set(ranks.values())))
+        raise AdapterError(
+            f"_tlora_config says max_rank {wanted.max_rank}, the network in the denoiser has {found}. "
+            "Set max_rank to the network's."
+        )
+    chosen = {
+        group: wanted if own is None or own.max_rank == wanted.max_rank else own
+        for group, own in groups.items()
+    }
+    return chosen or {mask.PUBLIC_GROUP: wanted}  # stock LyCORIS layers read the public group
+
+
+@contextmanager
+def _one_thread(denoiser: nn.Module) -> Iterator[None]:
+    thread = threading.get_ident()
+    with _in_use_lock:
+        if _in_use.setdefault(id(denoiser), thread) != thread:
+            raise RuntimeError(
+                "This denoiser is in use by another thread. The rank mask belongs to the denoiser, so each "
+                "thread needs a denoiser of its own; load the pipeline once per thread, or take turns."
+            )
+    try:
+        yield
+    finally:
+        with _in_use_lock:
+            _in_use.pop(id(denoiser), None)

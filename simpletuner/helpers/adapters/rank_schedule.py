@@ -1,0 +1,124 @@
+"""How many ranks are open at a noise level: integers and masks, no state.
+
+Shapes: B batch, R rank.
+Source: T-LoRA, arXiv:2507.05964, rank schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+ScheduleKind = Literal["floor", "inclusive"]
+KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+
+
+def active_rank(
+    timestep: int, *, max_rank: int, min_rank: int, alpha: float, num_timesteps: int, inclusive: bool = False
+) -> int:
+    """Rank left open at one noise level.
+
+    All arithmetic is in Python floats: in float32 six of 70,070 values of a usual grid come out one off.
+
+    Args:
+        timestep: In [0, num_timesteps]; 0 is the clean image.
+        max_rank: Rank at timestep 0.
+        min_rank: Rank at the highest noise.
+        alpha: Exponent; above 1 closes ranks earlier.
+        num_timesteps: The timestep of pure noise.
+        inclusive: Share the timesteps over max_rank too, which the paper's floor reaches only at timestep 0.
+
+    Source: T-LoRA, arXiv:2507.05964, rank schedule; `inclusive` is ours.
+    """
+    share = ((num_timesteps - timestep) / num_timesteps) ** alpha
+    return min(max_rank, min_rank + int(share * (max_rank - min_rank + int(inclusive))))
+
+
+@dataclass(frozen=True, slots=True)
+class RankSchedule:
+    """The rank at every timestep.
+
+    Raises:
+        ValueError: A value is outside its range.
+    """
+
+    max_rank: int
+    min_rank: int = 1
+    alpha: float = 1.0
+    num_timesteps: int = 1000
+    kind: ScheduleKind = "floor"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_rank <= self.max_rank:
+            raise ValueError(
+                f"min_rank {self.min_rank} must be in 1..max_rank, and max_rank is {self.max_rank}"
+            )
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha {self.alpha} must be a positive number")
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 1")
+        if self.kind not in KINDS:
+            raise ValueError(f"schedule {self.kind!r} is not one of {', '.join(KINDS)}")
+
+    def rank_at(self, timestep: int) -> int:
+        """Rank open at a timestep in [0, num_timesteps].
+
+        Raises:
+            ValueError: The timestep is outside the schedule.
+        """
+        if not 0 <= timestep <= self.num_timesteps:
+            raise ValueError(f"timestep {timestep} is outside 0..{self.num_timesteps} of the rank schedule")
+        return active_rank(
+            timestep,
+            max_rank=self.max_rank,
+            min_rank=self.min_rank,
+            alpha=self.alpha,
+            num_timesteps=self.num_timesteps,
+            inclusive=self.kind == "inclusive",
+        )
+
+    def for_rank(self, rank: int) -> RankSchedule:
+        """The same schedule for a layer of another rank, its minimum no larger than that rank."""
+        return replace(self, max_rank=rank, min_rank=min(self.min_rank, rank))
+
+    def mask(self, timesteps: Sequence[int]) -> Tensor:
+        """[B, R] float32 on the CPU: the first `rank_at(t)` entries of each row are 1, the others 0."""
+        return rank_rows([self.rank_at(timestep) for timestep in timesteps], max_rank=self.max_rank)
+
+    def config(self) -> dict[str, int | float | str]:
+        """The schedule under the names that `_tlora_config` and adapter files use."""
+        return {
+            "max_rank": self.max_rank,
+            "min_rank": self.min_rank,
+            "alpha": self.alpha,
+            "schedule": self.kind,
+            "num_timesteps": self.num_timesteps,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, object], *, num_timesteps: int = 1000) -> Self:
+        """Read what `config()` wrote, or a plain `{"max_rank": ..., "min_rank": ..., "alpha": ...}`.
+
+        Raises:
+            ValueError: `max_rank` is missing, a key is unknown, or a value is outside its range.
+        """
+        known = {"max_rank", "min_rank", "alpha", "schedule", "num_timesteps"}
+        unknown = set(config) - known
+        if unknown or "max_rank" not in config:
+            found = ", ".join(sorted(config)) or "nothing"
+            raise ValueError(
+                f"a T-LoRA config has max_rank and optionally {', '.join(sorted(known))}; found {found}"
+            )
+        values = {key: config[key] for key in config if key != "schedule"} | {
+            "kind": config.get("schedule", "floor")
+        }
+        return cls(**({"num_timesteps": num_timesteps} | values))  # type: ignore[arg-type]
+
+
+def rank_rows(ranks: Sequence[int], *, max_rank: int) -> Tensor:
+    """[B, R] float32 whose row b starts with `ranks[b]` ones."""
+    return (torch.arange(max_rank) < torch.tensor(ranks)[:, None]).float()

@@ -1,0 +1,407 @@
+"""The T-LoRA layer: a fused rank-2R branch beside a frozen layer, its ranks opened by the current mask.
+
+    y = W x + multiplier * (alpha / R) * [ P diag(lam m) Q x  -  P0 diag(lam0 m) Q0 x ]
+
+What is trained are the differences dQ, dP, dlam from the frozen initial factors, zero at the start. With
+Q = Q0 + dQ, P = P0 + dP, lam = lam0 + dlam the bracket equals
+
+    B diag(m, m) A x,   A = [ lam Q ; lam0 dQ + dlam Q ],   B = [ dP, P0 ]
+
+which is exactly zero at the start in every dtype, where the difference of two products is rounding noise.
+Importing this module registers the layer with LyCORIS in place of its own.
+
+Shapes: B batch, N tokens, R rank, r open rank, I in features, O out features, k kernel.
+Source: T-LoRA, arXiv:2507.05964.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from lycoris import modules as lycoris_modules
+from lycoris import wrapper as lycoris_wrapper
+from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.tlora import TLoraModule
+from torch import Tensor, nn
+
+from simpletuner.helpers.adapters import initialisation, mask
+from simpletuner.helpers.adapters.attachment import Attachment
+from simpletuner.helpers.adapters.delta import product_norm, shrink
+from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit, difference
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.io.logs import say_once
+
+logger = logging.getLogger(__name__)
+
+
+class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
+    """One adapted layer. Its parameters are float32 whatever the base layer's dtype.
+
+    Raises:
+        ConfigError: The rank is above the layer's size, or the layer is of a kind that has no T-LoRA.
+    """
+
+    name = "tlora"
+    support_module = {"linear", "conv1d", "conv2d", "conv3d"}  # noqa: RUF012  LyCORIS declares it so
+    weight_list = [  # noqa: RUF012
+        "tlora_schedule",
+        "alpha",
+        "q_layer.weight",
+        "p_layer.weight",
+        "lambda_layer",
+        "base_q",
+        "base_p",
+        "base_lambda",
+        "lora_down.weight",
+        "lora_up.weight",
+    ]
+    weight_list_det = ["tlora_schedule", "lambda_layer"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        lora_name: str,
+        org_module: nn.Module,
+        multiplier: float = 1.0,
+        lora_dim: int = 4,
+        alpha: float | None = None,
+        *_dropouts: object,  # LyCORIS passes its dropouts by position; the configuration refuses them
+        tlora_init: TLoraInit = "random",
+        sig_type: SigType = "last",
+        schedule: RankSchedule | None = None,
+        mask_group_id: int = mask.PUBLIC_GROUP,
+        seed: int = 0,
+        factors: initialisation.Factors | None = None,
+        **_others: object,
+    ) -> None:
+        super().__init__(lora_name, org_module, multiplier)
+        if self.module_type not in self.support_module:
+            raise ConfigError(
+                f"{lora_name}: a {type(org_module).__name__} has no T-LoRA form. Exclude it by name."
+            )
+        self.lora_dim = lora_dim
+        self.description = Description(tlora_init, sig_type, schedule)
+        self.scale = (alpha or lora_dim) / lora_dim
+        self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
+        self.set_group(mask_group_id)
+        self._attachment: Attachment | None = None
+        self._create_factors(factors or self._initial_factors(seed))
+
+    # What the layer is made of
+
+    @property
+    def is_vanilla(self) -> bool:
+        """Whether the layer has no base branch and no singular values."""
+        return self.description.init == "vanilla"
+
+    @property
+    def schedule(self) -> RankSchedule | None:
+        """The network's rank schedule, where anything states one."""
+        return self.description.schedule
+
+    def join(self, group: int, *, schedule: RankSchedule | None) -> None:
+        """Become part of a network: its schedule, and its mask group from now on."""
+        self.description = replace(self.description, schedule=schedule)
+        self.set_group(group)
+
+    def set_group(self, group: int) -> None:
+        """Read the masks of this group from now on."""
+        self.mask_group_id = group
+        mask.register_rank(group, self.lora_dim)
+
+    def _initial_factors(self, seed: int) -> initialisation.Factors:
+        shape = self.shape[0], int(torch.Size(self.shape[1:]).numel())
+        if self.lora_dim > min(shape):
+            raise ConfigError(
+                f"{self.lora_name}: rank {self.lora_dim} is above {min(shape)}, the smaller side of this "
+                f"{shape[0]}x{shape[1]} layer. Lower linear_dim or exclude the layer."
+            )
+        options = {
+            "rank": self.lora_dim,
+            "description": self.description,
+            "seed": seed,
+            "name": self.lora_name,
+        }
+        return initialisation.initial_factors(self.org_module[0].weight, shape, **options)
+
+    def _create_factors(self, factors: initialisation.Factors) -> None:
+        q = factors.q.float().reshape(self.lora_dim, *self.shape[1:])
+        p, values = factors.p.float(), factors.values.float()
+        if self.is_vanilla:
+            self.down, self.up = nn.Parameter(q), nn.Parameter(p)
+            return
+        self.register_buffer("base_q", q)
+        self.register_buffer("base_p", p)
+        self.register_buffer("base_lambda", values)
+        self.delta_q, self.delta_p = nn.Parameter(torch.zeros_like(q)), nn.Parameter(torch.zeros_like(p))
+        self.delta_lambda = nn.Parameter(torch.zeros_like(values))
+
+    def branch(self, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """The two factors of the delta without its scale, over the first `rank` ranks, float32.
+
+        Returns:
+            A [2r, I] (or [2r, I, k...]) and B [O, 2r]; [r, ...] and [O, r] for a vanilla layer.
+        """
+        r = self.lora_dim if rank is None else rank
+        if self.is_vanilla:
+            return self.down[:r], self.up[:, :r]
+        column = (-1,) + (1,) * (self.delta_q.ndim - 1)
+        base_lambda, delta_lambda = self.base_lambda[:r].view(column), self.delta_lambda[:r].view(column)
+        delta_q = self.delta_q[:r]
+        q = self.base_q[:r] + delta_q
+        a = torch.cat([(base_lambda + delta_lambda) * q, base_lambda * delta_q + delta_lambda * q])
+        return a, torch.cat([self.delta_p[:, :r], self.base_p[:, :r]], dim=1)
+
+    # What it computes
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add the open ranks' contribution to what the base layer made of `x`.
+
+        Args:
+            x: [B, I], [B, N, I], or [B, I, H, W] for a convolution (one or three axes likewise).
+            output: The base layer's result for `x`.
+
+        Raises:
+            RuntimeError: The base layer is in training mode with no mask set, or the mask's batch is another.
+        """
+        if self.multiplier == 0:
+            return output
+        gate, rank = self._gate(x)
+        a, b = self.branch(rank)
+        b = b * (self.scale * self.multiplier)
+        if gate is not None:
+            gate = gate if self.is_vanilla else torch.cat([gate, gate], dim=1)
+            if gate.shape[0] == 1:
+                a, gate = a * gate.view(-1, *(1,) * (a.ndim - 1)), None
+        if self.module_type != "linear":
+            return self._convolve(x, output, a=a, b=b, gate=gate)
+        hidden = F.linear(x, a.to(x.dtype))
+        if gate is not None:
+            # [B, 1, 2R]: without the token axis torch would mask tokens whenever N == B.
+            hidden = hidden * gate.to(hidden.dtype).view(gate.shape[0], *(1,) * (hidden.ndim - 2), -1)
+        b = b.to(hidden.dtype)
+        if hidden.dtype != output.dtype:
+            return output + F.linear(hidden, b).to(output.dtype)
+        total = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.T)
+        return total.view(output.shape)
+
+    def _convolve(self, x: Tensor, output: Tensor, *, a: Tensor, b: Tensor, gate: Tensor | None) -> Tensor:
+        # Each half by itself: in a grouped convolution, channel j reads input group j // (R / groups).
+        halves = [
+            self.op(x, half.to(x.dtype), None, **self.kw_dict) for half in torch.split(a, self.lora_dim)
+        ]
+        hidden = torch.cat(halves, dim=1)
+        if gate is not None:
+            hidden = hidden * gate.to(hidden.dtype).view(*gate.shape, *(1,) * (hidden.ndim - 2))
+        kernel = b.view(*b.shape, *(1,) * (hidden.ndim - 2))
+        contribution: Tensor = self.op(hidden, kernel.to(hidden.dtype))
+        return output + contribution.to(output.dtype)
+
+    def _gate(self, x: Tensor) -> tuple[Tensor | None, int | None]:
+        """The mask to multiply by, or the rank to slice to; both None leaves every rank open."""
+        gate = mask.current_mask(self.mask_group_id, self.lora_dim)
+        if gate is None:
+            self._refuse_to_train_unmasked()
+            return None, None
+        if not torch.compiler.is_compiling():
+            nominal = self.schedule.max_rank if self.schedule is not None else None
+            mask.check_fits(gate, group=self.mask_group_id, rank=self.lora_dim, nominal=nominal)
+            if gate.device != x.device:
+                gate = mask.move_mask(self.mask_group_id, self.lora_dim, x.device)
+            rank = mask.shared_rank(self.mask_group_id, self.lora_dim)
+            if rank is not None and self.module_type == "linear":  # cost falls with the rank
+                return None, rank
+        if gate.shape[0] not in (1, x.shape[0]):
+            raise RuntimeError(
+                f"{self.lora_name}: the rank mask is for {gate.shape[0]} samples, the input holds "
+                f"{x.shape[0]}. Set one timestep per sample, or a single one for all."
+            )
+        return gate, None
+
+    def _refuse_to_train_unmasked(self) -> None:
+        if self.org_module[0].training:
+            raise RuntimeError(
+                f"{self.lora_name}: a T-LoRA layer ran in training mode with no rank mask, which would train "
+                "every rank at every noise level. Call apply_tlora_timestep_mask before the forward and "
+                "clear_tlora_mask after backward, or put the model in eval mode."
+            )
+        say_once(
+            logger.warning,
+            "A model with T-LoRA layers ran with no rank mask: all ranks are open at every noise level. Set "
+            "`_tlora_config` on a bundled pipeline, or call apply_tlora_inference_mask at each step.",
+        )
+
+    # Life in the model
+
+    def apply_to(self, **_: object) -> None:
+        """Add the branch to the base layer's output from now on; a second call changes nothing."""
+        if self._attachment is not None:
+            return
+        layer: nn.Module = self.org_module[0]
+        self.to(device=cast(Tensor, layer.weight).device)
+        self._attachment = Attachment(layer, self)
+        self._hook = layer.register_forward_hook(self._after_base, with_kwargs=True)
+
+    def restore(self) -> None:
+        """Take the branch off; the base layer is bit-identical to what it was."""
+        if self._attachment is not None:
+            self._hook.remove()
+            self._attachment.remove()
+            self._attachment = None
+
+    def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
+        """Attach the layer and keep it live: a delta that depends on the timestep is not one matrix."""
+        say_once(
+            logger.info,
+            "merge_to() keeps T-LoRA layers live, because their delta depends on the timestep. "
+            "Set `_tlora_config` on the pipeline, and the ranks follow it at each step.",
+        )
+        self.multiplier = multiplier
+        self.apply_to()
+
+    def _after_base(
+        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        return cast(Tensor, self(args[0] if args else kwargs["input"], output))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return cast(Self, super()._apply(keep_dtype, recurse))
+
+    def get_diff_weight(
+        self, multiplier: float = 1.0, shape: Any = None, device: torch.device | None = None
+    ) -> tuple[Tensor, None]:
+        """The dense delta under the current mask (all ranks without one), in the base weight's shape."""
+        gate = mask.current_mask(self.mask_group_id, self.lora_dim)
+        a, b = self.branch()
+        if gate is not None:
+            b = b * (gate[0] if self.is_vanilla else torch.cat([gate[0], gate[0]])).to(b.device)
+        delta = (b @ a.flatten(1)).view(self.shape) * (self.scale * multiplier)
+        return delta.to(device or delta.device).view(shape or self.shape), None
+
+    @torch.no_grad()
+    def apply_max_norm(self, max_norm: float, device: torch.device | None = None) -> tuple[bool, Tensor]:
+        """Shrink the differences until the full-rank delta's Frobenius norm is at most `max_norm`.
+
+        Returns:
+            Whether anything was shrunk, and the norm afterwards.
+        """
+        trained = [self.up] if self.is_vanilla else [self.delta_q, self.delta_p, self.delta_lambda]
+        return shrink(trained, norm=self.delta_norm, limit=max_norm)
+
+    def delta_norm(self) -> Tensor:
+        """Frobenius norm of the full-rank delta at multiplier 1, without forming it."""
+        return product_norm(*self.branch()) * self.scale
+
+    # What it stores
+
+    def custom_state_dict(self) -> dict[str, Tensor]:
+        """The layer under the keys of adapter files: sums of base and difference, and the base."""
+        p_shape = (self.shape[0], self.lora_dim) + (1,) * (len(self.shape) - 2)
+        state = {"alpha": self.alpha, "tlora_schedule": self.description.tensor(self.lora_dim)}
+        if self.is_vanilla:
+            return state | {"lora_down.weight": self.down, "lora_up.weight": self.up.view(p_shape)}
+        return state | {
+            "q_layer.weight": self.base_q + self.delta_q,
+            "p_layer.weight": (self.base_p + self.delta_p).view(p_shape),
+            "lambda_layer": (self.base_lambda + self.delta_lambda)[None],
+            "base_q": self.base_q,
+            "base_p": self.base_p.view(p_shape),
+            "base_lambda": self.base_lambda[None],
+        }
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        missing_keys = args[2]
+        given = {key: state_dict[prefix + key] for key in self.weight_list if prefix + key in state_dict}
+        if not given:
+            missing_keys.append(f"{prefix}{self.weight_list_det[0]}")
+            return
+        try:
+            self._read_factors(given)
+        except (AdapterError, KeyError, RuntimeError) as error:
+            args[4].append(f"{prefix}: {error}")
+
+    @torch.no_grad()
+    def _read_factors(self, given: Mapping[str, Tensor]) -> None:
+        if self.is_vanilla:
+            self.down.copy_(given["lora_down.weight"])
+            self.up.copy_(given["lora_up.weight"].flatten(1))
+            return
+        if "base_q" in given:
+            self.base_q.copy_(given["base_q"])
+            self.base_p.copy_(given["base_p"].flatten(1))
+            self.base_lambda.copy_(given["base_lambda"].flatten())
+        self.delta_q.copy_(difference(given["q_layer.weight"].to(self.base_q), self.base_q))
+        self.delta_p.copy_(difference(given["p_layer.weight"].flatten(1).to(self.base_p), self.base_p))
+        self.delta_lambda.copy_(
+            difference(given["lambda_layer"].flatten().to(self.base_lambda), self.base_lambda)
+        )
+
+    @classmethod
+    def make_module_from_state_dict(
+        cls, lora_name: str, orig_module: nn.Module, *weights: Tensor | None
+    ) -> Self:
+        """The layer that a file describes, on the module that it names.
+
+        A file without base factors is stock LyCORIS's: its base is recomputed from the layer's weight.
+
+        Raises:
+            AdapterError: Factors are missing or do not fit the layer.
+        """
+        stored = dict(zip(cls.weight_list, weights, strict=True))
+        given = {key: weight for key, weight in stored.items() if weight is not None}
+        rank_key = "lora_down.weight" if "lora_down.weight" in given else "q_layer.weight"
+        if rank_key not in given:
+            raise AdapterError(f"{lora_name}: the file has no {rank_key}; it is incomplete.")
+        described = Description.read(given.get("tlora_schedule"))
+        if described.init != "vanilla" and "base_q" not in given:
+            say_once(
+                logger.warning,
+                "This T-LoRA file holds no base factors (stock LyCORIS and SimpleTuner write none). They "
+                "were recomputed from this model's weights as weight/principal; a file that was trained "
+                "otherwise, or on other weights, will be wrong.",
+            )
+            described = Description(init="weight", sig_type="principal", schedule=described.schedule)
+        base = None
+        if "base_q" in given:
+            q, p, values = (
+                given["base_q"].flatten(1),
+                given["base_p"].flatten(1),
+                given["base_lambda"].flatten(),
+            )
+            base = initialisation.Factors(q=q, p=p, values=values)
+        alpha = float(given["alpha"]) if "alpha" in given else None
+        try:
+            layer = cls(
+                lora_name,
+                orig_module,
+                1.0,
+                given[rank_key].shape[0],
+                alpha,
+                tlora_init=described.init,
+                sig_type=described.sig_type,
+                schedule=described.schedule,
+                factors=base,
+            )
+            layer._read_factors(given)
+        except (RuntimeError, KeyError) as error:
+            raise AdapterError(f"{lora_name}: the file's factors do not fit this layer: {error}") from error
+        return layer
+
+
+def register() -> None:
+    """Put this layer in place of LyCORIS's own, first in line so that marked vanilla files are recognised."""
+    others = [module for module in lycoris_modules.MODULE_LIST if module not in (TLoraLayer, TLoraModule)]
+    lycoris_modules.MODULE_LIST[:] = [TLoraLayer, *others]
+    lycoris_wrapper.network_module_dict["tlora"] = TLoraLayer
+
+
+register()
