@@ -1,0 +1,1 @@
+"""The embedded demo: a toy model and a photograph, and what made them."""

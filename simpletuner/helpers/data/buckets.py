@@ -1,0 +1,90 @@
+"""From an image's size to what is trained on: aspect buckets, resizing, cropping, as plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from random import Random
+
+from simpletuner.helpers.configuration.datasets import CropStyle, ResolutionType
+from simpletuner.helpers.contracts import Size
+
+_PIXELS_PER_MEGAPIXEL = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How an image becomes what is encoded: resized, then cut."""
+
+    resized_px: Size
+    top_left: tuple[int, int]
+    target_px: Size
+
+
+def bucket_size(
+    image_px: Size,
+    *,
+    resolution: float,
+    resolution_type: ResolutionType,
+    alignment: int,
+    aspect_decimals: int,
+) -> Size:
+    """The size, in multiples of `alignment`, that stands for an image's aspect at a resolution.
+
+    The resolution is the shorter edge in pixels ("pixel"), megapixels ("area"), or the edge in pixels of
+    the square with the wanted area ("pixel_area"). The long edge over the short one is rounded to
+    `aspect_decimals`, so that nearly equal aspects share a bucket and a portrait is its landscape turned.
+    """
+    longer, shorter = max(image_px.height, image_px.width), min(image_px.height, image_px.width)
+    aspect = round(longer / shorter, aspect_decimals)
+    if resolution_type == "pixel":
+        short = resolution
+    else:
+        short = math.sqrt(target_area_px(resolution, resolution_type) / aspect)
+    long_px, short_px = (nearest_multiple(edge, alignment) for edge in (short * aspect, short))
+    if image_px.height > image_px.width:
+        return Size(height=long_px, width=short_px)
+    return Size(height=short_px, width=long_px)
+
+
+def square_size(*, resolution: float, resolution_type: ResolutionType, alignment: int) -> Size:
+    """The square bucket of a resolution."""
+    edge = (
+        resolution if resolution_type == "pixel" else math.sqrt(target_area_px(resolution, resolution_type))
+    )
+    edge_px = nearest_multiple(edge, alignment)
+    return Size(height=edge_px, width=edge_px)
+
+
+def target_area_px(resolution: float, resolution_type: ResolutionType) -> float:
+    """The area in pixels that a resolution means; for "pixel" that of the square with that edge."""
+    return resolution * _PIXELS_PER_MEGAPIXEL if resolution_type == "area" else resolution**2
+
+
+def nearest_multiple(edge_px: float, alignment: int) -> int:
+    """The multiple of `alignment` nearest to an edge, at least one; a tie goes up."""
+    return max(1, math.floor(edge_px / alignment + 0.5)) * alignment
+
+
+def is_too_small(image_px: Size, minimum: float, resolution_type: ResolutionType) -> bool:
+    """Whether an image is below the minimum: its shorter edge ("pixel") or its area (the others)."""
+    if resolution_type == "pixel":
+        return min(image_px.height, image_px.width) < minimum
+    return image_px.height * image_px.width < target_area_px(minimum, resolution_type)
+
+
+def place(image_px: Size, target_px: Size, *, style: CropStyle, rng: Random) -> Placement:
+    """Resize an image, aspect kept, until it just covers the target, and cut the target out of it."""
+    scale = max(target_px.height / image_px.height, target_px.width / image_px.width)
+    resized_px = Size(
+        height=max(target_px.height, round(image_px.height * scale)),
+        width=max(target_px.width, round(image_px.width * scale)),
+    )
+    spare = (resized_px.height - target_px.height, resized_px.width - target_px.width)
+    if style == "random":
+        top_left = (rng.randint(0, spare[0]), rng.randint(0, spare[1]))
+    elif style == "center":
+        top_left = (spare[0] // 2, spare[1] // 2)
+    else:
+        top_left = (0, 0)
+    return Placement(resized_px=resized_px, top_left=top_left, target_px=target_px)

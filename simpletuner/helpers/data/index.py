@@ -1,0 +1,120 @@
+"""What is known about the images of a folder, so that unchanged files are neither read nor decoded again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import PIL
+import xxhash
+
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.images import inspect_image
+from simpletuner.helpers.data.sources import MAX_FILE_BYTES, FoundFile, read_bounded
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.atomic import write_bytes
+from simpletuner.helpers.io.names import printable
+
+logger = logging.getLogger(__name__)
+
+# Verdicts are only kept for the decoder and the rules that gave them.
+_VERSION = f"1 {PIL.__version__}"
+# A file that changed this shortly before it was read may change again within one tick of its clock.
+_RACY_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What inspection of an image's bytes gave."""
+
+    digest: str
+    """Of the bytes."""
+    size: Size | None
+    """Orientation applied; None when it cannot be used."""
+    problem: str | None
+    """Why it cannot be used."""
+
+
+def content_digest(data: bytes) -> str:
+    """128 bits over the bytes of a file, in hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+class ImageIndex:
+    """The facts of the images under one folder, kept in one file.
+
+    A file is read again when its size, times or inode changed; the status change time also changes when
+    somebody sets the modification time back. Bytes that were inspected before are not decoded again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._known_files, self._known_contents = _read(file)
+        self._files: dict[str, list[int | str]] = {}
+        self._contents: dict[str, list[int] | str] = {}
+
+    def facts(self, image: FoundFile) -> ImageFacts:
+        """What is to be known about an image; its digest is empty when it cannot even be read."""
+        started_ns = time.time_ns()
+        known = self._known_files.get(image.name)
+        if known is not None and known[:-1] == list(image.signature):
+            digest = str(known[-1])
+            if digest in self._known_contents:
+                self._files[image.name] = known
+                return self._facts_of(digest, lambda: self._known_contents[digest])
+        try:
+            data = read_bounded(image, limit=MAX_FILE_BYTES)
+        except DataError as error:
+            return ImageFacts(digest="", size=None, problem=str(error))
+        digest = content_digest(data)
+        if started_ns - image.signature[2] > _RACY_NS:
+            self._files[image.name] = [*image.signature, digest]
+        return self._facts_of(digest, lambda: self._known_contents.get(digest) or _inspected(data))
+
+    def save(self) -> None:
+        """Write the facts of the images that were asked for since the index was opened.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        if self._files == self._known_files and self._contents == self._known_contents:
+            return
+        body = json.dumps({"version": _VERSION, "files": self._files, "contents": self._contents})
+        write_bytes(self._file, json.dumps([content_digest(body.encode()), body]).encode(), durable=False)
+
+    def _facts_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageFacts:
+        verdict = self._contents.get(digest)
+        if verdict is None:
+            verdict = self._contents[digest] = inspect()
+        if isinstance(verdict, str):
+            return ImageFacts(digest=digest, size=None, problem=verdict)
+        height, width = verdict
+        return ImageFacts(digest=digest, size=Size(height=height, width=width), problem=None)
+
+
+def _inspected(data: bytes) -> list[int] | str:
+    try:
+        size = inspect_image(data)
+    except DataError as error:
+        return str(error)
+    return [size.height, size.width]
+
+
+def _read(file: Path) -> tuple[dict[str, list[int | str]], dict[str, list[int] | str]]:
+    """The kept facts; none when there is no file or it is not as it was written."""
+    try:
+        digest, body = json.loads(file.read_bytes())
+        if digest != content_digest(body.encode()):
+            raise ValueError("its digest differs")
+        content = json.loads(body)
+        if content["version"] == _VERSION:
+            return content["files"], content["contents"]
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("The image index %s is read anew: %s.", printable(str(file)), error)
+    return {}, {}

@@ -1,0 +1,146 @@
+"""Which images a dataset's folder holds."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.names import printable
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+CAPTION_SUFFIX = ".txt"
+MAX_FILE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """An image that is not trained on, and why."""
+
+    dataset_id: str
+    path: str
+    """Relative to the dataset's folder, printable."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A regular file in a dataset's folder, with what tells whether it changed."""
+
+    path: Path
+    name: str
+    """Relative to the dataset's folder with forward slashes, as the file system gives it."""
+    signature: tuple[int, int, int, int]
+    """(bytes, modification time, status change time, inode); times in nanoseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a folder holds, in the order of the names."""
+
+    images: tuple[FoundFile, ...]
+    captions: dict[str, tuple[FoundFile, ...]]
+    """Name without suffix -> the text files of that name (.txt, .TXT)."""
+    skipped: tuple[tuple[str, str], ...]
+    """(name, reason)."""
+
+
+def scan_folder(folder: Path) -> Scan:
+    """Find the images and text files in a folder and its subfolders, in the order of their names.
+
+    Hidden files, links that leave the folder, links to folders and everything that is not a regular file are
+    passed over; those with an image's suffix are listed with the reason.
+
+    Raises:
+        DataError: The folder itself cannot be read.
+    """
+    root = folder.resolve()
+    images: list[FoundFile] = []
+    captions: dict[str, list[FoundFile]] = {}
+    skipped: list[tuple[str, str]] = []
+    for name, found in sorted(_walk(root), key=lambda entry: entry[0].split("/")):
+        stem, suffix = os.path.splitext(name)
+        if isinstance(found, str):
+            skipped.append((name, found))
+        elif suffix.lower() == CAPTION_SUFFIX:
+            captions.setdefault(stem, []).append(found)
+        else:
+            images.append(found)
+    texts = {stem: tuple(files) for stem, files in captions.items()}
+    return Scan(images=tuple(images), captions=texts, skipped=tuple(skipped))
+
+
+def read_bounded(file: FoundFile, *, limit: int) -> bytes:
+    """The bytes of a file, which must be a regular one of at most `limit` bytes.
+
+    Raises:
+        DataError: The file cannot be read or is larger; the message does not repeat the name.
+    """
+    try:
+        # Not blocking: the file may have been replaced by a pipe since the scan.
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise DataError("it is not a regular file")
+            data = opened.read(limit + 1)
+    except OSError as error:
+        raise DataError(f"it cannot be read: {error.strerror}") from error
+    if len(data) > limit:
+        raise DataError(f"it is over {limit} bytes")
+    return data
+
+
+def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
+    """(name, file or reason) of every file that matters, in no particular order."""
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        try:
+            with os.scandir(root / prefix) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if not prefix:
+                raise DataError(
+                    f"{printable(str(root))}: the dataset's folder cannot be read: {error.strerror}. "
+                    "Check instance_data_dir."
+                ) from error
+            yield prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"
+            continue
+        for entry in entries:
+            name = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                pending.append(name + "/")
+            elif _matters(entry.name):
+                yield name, _file_or_reason(root, entry, name)
+            elif entry.is_symlink() and _is_folder(entry):
+                yield name, "it is a link to a folder"
+
+
+def _matters(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in IMAGE_SUFFIXES or suffix == CAPTION_SUFFIX
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a loop of links
+        return False
+
+
+def _file_or_reason(root: Path, entry: os.DirEntry[str], name: str) -> FoundFile | str:
+    try:
+        if entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(root):
+            return "it is a link that leaves the dataset's folder"
+        facts = entry.stat()
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
+        return "it is a link to nothing" if entry.is_symlink() else "its facts cannot be read"
+    if not stat.S_ISREG(facts.st_mode):
+        return "it is not a regular file"
+    signature = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+    return FoundFile(path=Path(entry.path), name=name, signature=signature)

@@ -1,0 +1,41 @@
+"""Which families there are; nothing here imports torch until a family is loaded."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import ModelError
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.models.family import Family
+
+FAMILIES = {
+    "sdxl": "simpletuner.helpers.models.sdxl.family:SDXL",
+}
+
+
+def facts() -> dict[str, FamilyFacts]:
+    """The facts of every family by its name, without importing torch or diffusers."""
+    return {name: _facts_of(target) for name, target in FAMILIES.items()}
+
+
+def load_family(name: str) -> type[Family]:
+    """Import the class of one family, and with it torch and diffusers.
+
+    Raises:
+        ModelError: There is no family of that name.
+    """
+    if name not in FAMILIES:
+        raise ModelError(
+            f"model_family {name!r} is not known. Known families: {', '.join(sorted(FAMILIES))}. "
+            "Set model_family to one of them."
+        )
+    module, _, class_name = FAMILIES[name].partition(":")
+    return cast("type[Family]", vars(import_module(module))[class_name])
+
+
+def _facts_of(target: str) -> FamilyFacts:
+    folder = target.partition(":")[0].rpartition(".")[0]
+    return cast(FamilyFacts, vars(import_module(f"{folder}.facts"))["FACTS"])

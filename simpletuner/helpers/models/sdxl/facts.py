@@ -1,0 +1,24 @@
+"""What SDXL is, as plain data; read before torch is imported."""
+
+from __future__ import annotations
+
+from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+
+FACTS = FamilyFacts(
+    name="sdxl",
+    flavours={
+        "base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+        "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9",
+        "turbo": "stabilityai/sdxl-turbo",
+    },
+    default_flavour="base-1.0",
+    prediction_types=("epsilon", "v_prediction"),
+    pixel_alignment=64,
+    minimum_alignment=8,
+    default_resolution=1024,
+    lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    target_aliases={
+        "Attention": TargetAlias(modules=("Attention",)),
+        "FeedForward": TargetAlias(modules=("FeedForward",)),
+    },
+)

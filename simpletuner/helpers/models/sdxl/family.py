@@ -1,0 +1,298 @@
+"""SDXL: a UNet with two CLIP text encoders, told the size and the crop of each image.
+
+Shapes: B batch, L text tokens, D text width, P pooled width, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import diffusers
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Sample, TextEmbeds
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.models.autoencoder import Float32Autoencoder, encode_scaled
+from simpletuner.helpers.models.components import Loadable, load_weights, quiet
+from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.noise import DiffusionPrediction, DiffusionSchedule, noised_batch
+from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
+from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.parts import SDXLParts, find_parts
+from simpletuner.helpers.models.sdxl.pipeline import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.sections import ModelConfig, NoiseConfig, PrecisionConfig
+
+logger = logging.getLogger(__name__)
+
+PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+    "text2image": StableDiffusionXLPipeline,
+    "image2image": StableDiffusionXLImg2ImgPipeline,
+    "inpaint": StableDiffusionXLInpaintPipeline,
+}
+
+
+class SDXL(Family):
+    """Stable Diffusion XL and models of its shape."""
+
+    facts: ClassVar[FamilyFacts] = FACTS
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        *,
+        noise: NoiseConfig,
+        precision: PrecisionConfig,
+        device: torch.device,
+        weight_dtype: torch.dtype,
+    ) -> None:
+        """Find every part of the model and check that the parts fit; a repository is downloaded here."""
+        super().__init__(model, noise=noise, precision=precision, device=device, weight_dtype=weight_dtype)
+        self._parts: SDXLParts = find_parts(model)
+        self._prediction: DiffusionPrediction = self._parts.prediction_type(model.prediction_type)
+        self._zero_snr = model.rescale_betas_zero_snr or self._parts.scheduler_is_zero_snr
+        self._schedule = DiffusionSchedule(
+            training_alpha_bars(self._parts.scheduler, zero_snr=self._zero_snr),
+            prediction=self._prediction,
+            snr_gamma=noise.snr_gamma,
+        )
+        self._vae: Float32Autoencoder | None = None
+        self._encoder: diffusers.StableDiffusionXLPipeline | None = None
+        self._warned_of_long_prompts = False
+
+    @cached_property
+    def vae_identity(self) -> str:
+        """Changes with the VAE's configuration, its weights and how it is run."""
+        tiling = " tiled" if self.precision.vae_enable_tiling else ""
+        return f"{self._parts.vae.identity()} float32 mean{tiling}"
+
+    @cached_property
+    def text_identity(self) -> str:
+        """Changes with both tokenizers, both text encoders, their precision and the meaning of no prompt."""
+        parts = self._parts
+        components = (parts.tokenizer, parts.text_encoder, parts.tokenizer_2, parts.text_encoder_2)
+        identities = " ".join(component.identity() for component in components)
+        return f"{identities} {self.weight_dtype} zeros={parts.empty_prompt_is_zero}"
+
+    def load_vae(self) -> None:
+        """Load the VAE to the device in float32; does nothing when it is there."""
+        if self._vae is not None:
+            return
+        vae = load_weights(cast(Loadable, Float32Autoencoder), self._parts.vae, dtype=torch.float32)
+        assert isinstance(vae, Float32Autoencoder)
+        # It is in float32 for good; a pipeline that upcasts it would cast it back to 16 bits afterwards.
+        vae.register_to_config(force_upcast=False)
+        if self.precision.vae_enable_tiling:
+            vae.enable_tiling()
+        if self.precision.vae_enable_slicing:
+            vae.enable_slicing()
+        self._vae = vae.requires_grad_(False).to(self.device)
+
+    def unload_vae(self) -> None:
+        """Free the VAE."""
+        self._vae = None
+        self._release_memory()
+
+    def load_text_encoders(self) -> None:
+        """Load both text encoders to the device in weight_dtype; does nothing when they are there."""
+        if self._encoder is not None:
+            return
+        parts, dtype = self._parts, self.weight_dtype
+        text_encoder = load_weights(cast(Loadable, CLIPTextModel), parts.text_encoder, dtype=dtype)
+        text_encoder_2 = load_weights(
+            cast(Loadable, CLIPTextModelWithProjection), parts.text_encoder_2, dtype=dtype
+        )
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(str(parts.tokenizer.folder), local_files_only=True)
+            tokenizer_2 = CLIPTokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True)
+            self._encoder = diffusers.StableDiffusionXLPipeline(
+                vae=None,
+                text_encoder=text_encoder.requires_grad_(False).to(self.device),
+                text_encoder_2=text_encoder_2.requires_grad_(False).to(self.device),
+                tokenizer=tokenizer,
+                tokenizer_2=tokenizer_2,
+                unet=None,
+                scheduler=None,
+                force_zeros_for_empty_prompt=parts.empty_prompt_is_zero,
+                add_watermarker=False,
+            )
+
+    def unload_text_encoders(self) -> None:
+        """Free the text encoders."""
+        self._encoder = None
+        self._release_memory()
+
+    def load_denoiser(self) -> UNet2DConditionModel:
+        """The UNet, frozen, on the device in weight_dtype; the caller keeps it."""
+        unet = load_weights(cast(Loadable, UNet2DConditionModel), self._parts.unet, dtype=self.weight_dtype)
+        assert isinstance(unet, UNet2DConditionModel)
+        return unet.requires_grad_(False).to(self.device)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, 4, H/8, W/8] float32 latents on the device.
+
+        Raises:
+            DataError: The VAE produced a value that is not finite.
+        """
+        assert self._vae is not None, "load_vae comes first"
+        return encode_scaled(self._vae, pixels)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TextEmbeds]:
+        """Encode each prompt to [1, L, D] and [1, P] float32 on the CPU.
+
+        The empty prompt gives what the pipeline itself takes when it is given no negative prompt: zeros if
+        the model says so, which is how SDXL was trained without a caption, else the encoding of "".
+
+        Raises:
+            DataError: A text encoder produced a value that is not finite.
+        """
+        assert self._encoder is not None, "load_text_encoders comes first"
+        self._warn_of_long_prompts(prompts)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
+            tokens, no_tokens, pooled, no_pooled = self._encoder.encode_prompt(
+                prompt=list(prompts), device=self.device, negative_prompt=None
+            )
+        embeds = []
+        for index, prompt in enumerate(prompts):
+            chosen, chosen_pooled = (tokens, pooled) if prompt else (no_tokens, no_pooled)
+            rows = slice(index, index + 1)
+            embeds.append(TextEmbeds(tokens=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows])))
+            if not _is_finite(embeds[-1]):
+                raise DataError(
+                    f"The text encoders gave values that are not finite for the prompt {prompt[:80]!r} in "
+                    f"{self.weight_dtype}. Set mixed_precision to bf16 or no."
+                )
+        return embeds
+
+    def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
+        """Join embeddings to [B, L, D] and [B, P]."""
+        return TextEmbeds(
+            tokens=torch.cat([text.tokens for text in texts]),
+            pooled=torch.cat([_pooled(text) for text in texts]),
+        )
+
+    def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
+        """Noise [B, 4, h, w] latents as a function of the seed and each sample's position alone."""
+        return noised_batch(latents.to(self.device), schedule=self._schedule, positions=positions, seed=seed)
+
+    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+        """Run the UNet on a noised batch; [B, 4, h, w] float32: the noise, or the velocity."""
+        prediction: Tensor = denoiser(
+            noised.latents.to(self.device, self.weight_dtype),
+            torch.tensor(noised.timesteps, dtype=torch.int64, device=self.device),
+            encoder_hidden_states=batch.text.tokens.to(self.device, self.weight_dtype),
+            added_cond_kwargs={
+                "text_embeds": _pooled(batch.text).to(self.device, self.weight_dtype),
+                # In float32: bfloat16 has no odd numbers above 256.
+                "time_ids": time_ids(batch.samples).to(self.device),
+            },
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    def make_pipeline(
+        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+    ) -> diffusers.DiffusionPipeline:
+        """The bundled pipeline around this very UNet, without text encoders and without watermark.
+
+        Args:
+            denoiser: Used as it is, with whatever adapter is attached to it.
+            kind: What the pipeline starts from.
+            scheduler: One of the sampler names; None takes the model's own.
+
+        Raises:
+            ModelError: The scheduler is not known.
+        """
+        sampler = make_sampler(
+            self._parts.scheduler, name=scheduler, prediction=self._prediction, zero_snr=self._zero_snr
+        )
+        self.load_vae()
+        with quiet():
+            pipeline = PIPELINES[kind](
+                vae=self._vae,
+                text_encoder=None,
+                text_encoder_2=None,
+                tokenizer=None,
+                tokenizer_2=None,
+                unet=denoiser,
+                scheduler=sampler,
+                force_zeros_for_empty_prompt=self._parts.empty_prompt_is_zero,
+                add_watermarker=False,
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def pipeline_inputs(self, prompt: TextEmbeds, negative: TextEmbeds) -> dict[str, object]:
+        """Keyword arguments that hand encoded prompts to the pipeline's call, on the device."""
+        tensors = {
+            "prompt_embeds": prompt.tokens,
+            "pooled_prompt_embeds": _pooled(prompt),
+            "negative_prompt_embeds": negative.tokens,
+            "negative_pooled_prompt_embeds": _pooled(negative),
+        }
+        return {name: tensor.to(self.device, self.weight_dtype) for name, tensor in tensors.items()}
+
+    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
+        assert self._encoder is not None
+        tokenizer: CLIPTokenizer = self._encoder.tokenizer
+        with quiet():
+            lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+        longest = max(range(len(prompts)), key=lengths.__getitem__, default=None)
+        if self._warned_of_long_prompts or longest is None or lengths[longest] <= tokenizer.model_max_length:
+            return
+        self._warned_of_long_prompts = True
+        logger.warning(
+            "A caption has %d tokens and the text encoders see the first %d; the rest has no effect, here "
+            "and in other long captions: %r",
+            lengths[longest],
+            tokenizer.model_max_length,
+            prompts[longest][:80],
+        )
+
+    def _release_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def time_ids(samples: Sequence[Sample]) -> Tensor:
+    """[B, 6] float32: original height and width, crop top and left, target height and width, in pixels.
+
+    Source: Podell et al., arXiv:2307.01952, section 2.2; the order is that of diffusers' _get_add_time_ids.
+    """
+    return torch.tensor(
+        [
+            (
+                sample.original_px.height,
+                sample.original_px.width,
+                *sample.crop_top_left,
+                sample.target_px.height,
+                sample.target_px.width,
+            )
+            for sample in samples
+        ],
+        dtype=torch.float32,
+    )
+
+
+def _pooled(text: TextEmbeds) -> Tensor:
+    assert text.pooled is not None, "SDXL needs pooled embeddings"
+    return text.pooled
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).clone()
+
+
+def _is_finite(embeds: TextEmbeds) -> bool:
+    return bool(embeds.tokens.isfinite().all() and _pooled(embeds).isfinite().all())

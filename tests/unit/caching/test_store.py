@@ -1,0 +1,153 @@
+"""Tensors under content keys: what comes back is what was put, or nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import Tensor
+
+from simpletuner.helpers.caching.store import TensorStore, content_key
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io import atomic
+
+KEY, OTHER_KEY = content_key("one"), content_key("other")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TensorStore:
+    return TensorStore(tmp_path / "cache")
+
+
+def put_example(store: TensorStore) -> dict[str, Tensor]:
+    tensors = {"latents": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)}
+    store.put(KEY, tensors, facts={"image": "cat.png"})
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(4, 8, 8),
+        torch.randn(4, 8).to(torch.bfloat16),
+        torch.randn(4, 8).half(),
+        torch.tensor([True, False]),
+        torch.tensor(1.5),
+        torch.empty(0, 4),
+        torch.randn(4, 6).T,
+    ],
+    ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}",
+)
+def test_get_gives_what_was_put_for_every_kind_of_tensor(store: TensorStore, tensor: Tensor) -> None:
+    store.put(KEY, {"a": tensor, "b": torch.ones(2)}, facts={})
+    entry = store.get(KEY)
+    assert entry is not None
+    assert entry["a"].dtype == tensor.dtype
+    assert torch.equal(entry["a"], tensor)
+
+
+def test_get_of_a_missing_key_is_none(store: TensorStore) -> None:
+    assert store.get(KEY) is None
+    assert KEY not in store
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 60, -1])
+def test_row_18_a_truncated_entry_is_removed_and_counts_as_missing(store: TensorStore, length: int) -> None:
+    put_example(store)
+    data = store.path(KEY).read_bytes()
+    store.path(KEY).write_bytes(data[:length])
+    assert store.get(KEY) is None
+    assert not store.path(KEY).exists()
+
+
+def test_row_18_no_flipped_byte_gives_other_tensors(store: TensorStore) -> None:
+    tensors = put_example(store)
+    data = store.path(KEY).read_bytes()
+    for place in range(len(data)):
+        flipped = bytearray(data)
+        flipped[place] ^= 0x11
+        store.path(KEY).write_bytes(flipped)
+        entry = store.get(KEY)
+        assert entry is None or torch.equal(entry["latents"], tensors["latents"]), f"byte {place}"
+    store.path(KEY).unlink(missing_ok=True)
+
+
+def test_row_18_an_entry_under_another_key_is_refused(store: TensorStore) -> None:
+    put_example(store)
+    store.path(OTHER_KEY).parent.mkdir(parents=True, exist_ok=True)
+    store.path(KEY).rename(store.path(OTHER_KEY))
+    assert store.get(OTHER_KEY) is None
+
+
+def test_row_18_two_writers_at_once_leave_a_whole_entry(store: TensorStore) -> None:
+    writers = [threading.Thread(target=put_example, args=(store,)) for _ in range(8)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert KEY in store
+    assert [file.name for file in store.path(KEY).parent.iterdir()] == [store.path(KEY).name]
+
+
+def test_row_22_a_pickle_under_an_entry_name_is_not_executed(store: TensorStore, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (os.mkdir, (str(tmp_path / "executed"),))
+
+    store.path(KEY).parent.mkdir(parents=True)
+    store.path(KEY).write_bytes(pickle.dumps(Evil()))
+    assert store.get(KEY) is None
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 62).to_bytes(8, "little") + b"{}",
+        save({"latents": torch.ones(2)}),
+        save({"latents": torch.ones(2)}, {"key": KEY}),
+        save({"latents": torch.ones(2)}, {"key": KEY, "digest": "0" * 32}),
+        (2).to_bytes(8, "little") + b"[]",
+    ],
+    ids=["huge header", "no facts", "no digest", "wrong digest", "list"],
+)
+def test_row_23_a_hostile_entry_is_refused(store: TensorStore, data: bytes) -> None:
+    store.path(KEY).parent.mkdir(parents=True)
+    store.path(KEY).write_bytes(data)
+    assert store.get(KEY) is None
+
+
+def test_an_entry_that_is_a_folder_is_an_error_that_names_it(store: TensorStore) -> None:
+    store.path(KEY).mkdir(parents=True)
+    with pytest.raises(DataError, match=KEY):
+        store.get(KEY)
+
+
+def test_tidy_removes_what_dead_writers_left(store: TensorStore) -> None:
+    put_example(store)
+    folder = store.path(KEY).parent
+    dead = folder / f".partial_{atomic._HOST}_{2**22 + 1}_00000000"
+    dead.write_bytes(b"half")
+    store.tidy()
+    assert not dead.exists()
+    assert KEY in store
+
+
+@given(st.lists(st.binary(max_size=8), max_size=4), st.lists(st.binary(max_size=8), max_size=4))
+def test_content_key_differs_whenever_a_part_or_its_end_differs(
+    left: list[bytes], right: list[bytes]
+) -> None:
+    assert (content_key(*left) == content_key(*right)) == (left == right)
+
+
+def test_content_key_is_the_same_on_every_machine() -> None:
+    assert content_key("text", b"\x00", "ü") == content_key("text", "\0", "ü")
+    assert content_key("cat") == xxhash.xxh3_128_hexdigest(b"3:cat")

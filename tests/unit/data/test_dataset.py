@@ -1,0 +1,574 @@
+"""Datasets on disk to batches: scanned, cached, ordered, reproducible."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from simpletuner.helpers.configuration.datasets import DatasetConfig
+from simpletuner.helpers.configuration.sections import DataConfig
+from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
+from simpletuner.helpers.data.dataset import TrainingData, load_pixels, stack_text
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.faults import StorageError, at_crash_points
+
+Make = Callable[..., TrainingData]
+
+
+class Encoders:
+    """Stand-ins for a VAE and text encoders, which count what they are given."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.prompts: list[str] = []
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        self.images += len(pixels)
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def text(self, prompts: Sequence[str]) -> list[TextEmbeds]:
+        self.prompts.extend(prompts)
+        return [
+            TextEmbeds(
+                tokens=torch.full((1, 4, 2), float(len(prompt))),
+                pooled=torch.full((1, 3), float(len(prompt))),
+            )
+            for prompt in prompts
+        ]
+
+
+def paint(folder: Path, name: str, size: tuple[int, int] = (64, 64), *, caption: str | None = None) -> None:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    color = np.random.default_rng(sum(name.encode())).integers(0, 256, 3)
+    Image.new("RGB", size, tuple(map(int, color))).save(file)
+    if caption is not None:
+        file.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(8):
+        paint(tmp_path / "photos", f"{number}.png", caption=f"photo {'x' * number}")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def made(*folders: Path, **options: object) -> TrainingData:
+        own = {
+            name: options.pop(name)
+            for name in list(options)
+            if name in ("seed", "batch_size", "num_processes", "process_index", "caption_dropout")
+        }
+        alignment = options.pop("aspect_bucket_alignment", None)
+        datasets = [
+            DatasetConfig(id=folder.name, instance_data_dir=folder, **{"resolution": 64, **options})
+            for folder in folders
+        ]
+        data = DataConfig(
+            cache_dir_vae=tmp_path / "cache" / "vae",
+            cache_dir_text=tmp_path / "cache" / "text",
+            aspect_bucket_alignment=alignment,
+        )
+        return TrainingData(datasets, data, **{"seed": 42, "batch_size": 2, "pixel_alignment": 64, **own})
+
+    return made
+
+
+def cached(data: TrainingData, encoders: Encoders | None = None) -> TrainingData:
+    encoders = encoders or Encoders()
+    data.cache_latents(encoders.latents, identity="vae", batch_size=4)
+    data.cache_text(encoders.text, identity="clip", batch_size=4)
+    return data
+
+
+def taken(data: TrainingData, number: int, *, start: int = 0) -> list[Batch]:
+    batches = data.batches(start=start)
+    try:
+        return list(islice(batches, number))
+    finally:
+        assert isinstance(batches, Iterator)
+        batches.close()
+
+
+def shape(batches: list[Batch]) -> list[tuple[list[str], list[str], tuple[int, ...]]]:
+    """What identifies batches: paths, captions, positions."""
+    return [
+        ([sample.path for sample in batch.samples], [s.caption for s in batch.samples], batch.positions)
+        for batch in batches
+    ]
+
+
+def test_batches_hold_the_latents_and_text_of_their_samples(make: Make, photos: Path) -> None:
+    data = cached(make(photos))
+    assert data.batches_per_epoch == 4
+    seen = Counter()
+    for batch in taken(data, 4):
+        assert batch.latents.shape == (2, 3, 8, 8)
+        assert batch.latents.dtype == torch.float32
+        for sample, latents, tokens in zip(batch.samples, batch.latents, batch.text.tokens, strict=True):
+            with Image.open(photos / sample.path) as image:
+                color = torch.tensor(image.getpixel((0, 0))) / 127.5 - 1
+            torch.testing.assert_close(latents.mean((1, 2)), color)
+            assert tokens[0, 0] == len(sample.caption)
+            seen[sample.path] += 1
+    assert set(seen.values()) == {1}
+    assert len(seen) == 8
+
+
+def test_positions_count_every_sample_of_the_run_once(make: Make, photos: Path) -> None:
+    parts = [
+        taken(cached(make(photos, batch_size=2, num_processes=2, process_index=index)), 6) for index in (0, 1)
+    ]
+    positions = [position for part in parts for batch in part for position in batch.positions]
+    assert sorted(positions) == list(range(24))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_row_08_two_processes_see_the_global_batches_of_one(make: Make, photos: Path, dropout: float) -> None:
+    paint(photos, "wide.png", (128, 64), caption="wide")
+    whole = taken(cached(make(photos, batch_size=4, caption_dropout=dropout)), 10)
+    halves = [
+        taken(
+            cached(make(photos, batch_size=2, num_processes=2, process_index=index, caption_dropout=dropout)),
+            10,
+        )
+        for index in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert batch.samples == first.samples + second.samples
+        assert batch.positions == first.positions + second.positions
+        assert torch.equal(batch.latents, torch.cat([first.latents, second.latents]))
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 11])
+def test_row_04_starting_at_k_equals_skipping_k(make: Make, photos: Path, start: int) -> None:
+    data = cached(make(photos, caption_dropout=0.3))
+    assert shape(taken(data, 4, start=start)) == shape(taken(data, start + 4)[start:])
+
+
+def test_row_04_a_far_start_is_found_at_once(make: Make, photos: Path) -> None:
+    (batch,) = taken(cached(make(photos)), 1, start=10**9)
+    assert batch.positions == (2 * 10**9, 2 * 10**9 + 1)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "probability", "batches"), [(0, 1.0, 4), (2, 1.0, 12), (0, 0.5, 2), (1, 2.0, 16)]
+)
+def test_repeats_and_probability_set_the_length_of_an_epoch(
+    make: Make, photos: Path, repeats: int, probability: float, batches: int
+) -> None:
+    data = make(photos, repeats=repeats, probability=probability)
+    assert data.batches_per_epoch == batches
+
+
+@settings(max_examples=25, deadline=None)
+@given(wide=st.integers(0, 3), tall=st.integers(1, 3), repeats=st.integers(0, 2), seed=st.integers(0, 99))
+def test_row_32_each_image_is_seen_repeats_plus_one_times_per_epoch(
+    tmp_path_factory: pytest.TempPathFactory, wide: int, tall: int, repeats: int, seed: int
+) -> None:
+    root = tmp_path_factory.mktemp("run")
+    for number in range(2 * wide):
+        paint(root / "photos", f"wide {number}.png", (128, 64))
+    for number in range(2 * tall):
+        paint(root / "photos", f"tall {number}.png", (64, 128))
+    config = DatasetConfig(id="p", instance_data_dir=root / "photos", resolution=64, repeats=repeats)
+    folders = DataConfig(cache_dir_vae=root / "cache", cache_dir_text=root / "cache")
+    data = cached(TrainingData([config], folders, seed=seed, batch_size=2, pixel_alignment=32))
+    seen = Counter()
+    for batch in taken(data, data.batches_per_epoch):
+        assert len({sample.target_px for sample in batch.samples}) == 1
+        seen.update(sample.path for sample in batch.samples)
+    assert len(seen) == 2 * (wide + tall)
+    assert set(seen.values()) == {repeats + 1}
+
+
+def test_row_29_one_image_fills_a_batch_of_eight_and_says_so(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paint(tmp_path / "one", "cat.png")
+    data = cached(make(tmp_path / "one", batch_size=8))
+    assert data.batches_per_epoch == 1
+    assert [len(batch) for batch in taken(data, 2)] == [8, 8]
+    assert "1 of 1 buckets have fewer images than a batch of 8 and repeat them" in caplog.text
+
+
+def test_row_29_two_datasets_and_several_buckets_never_mix_in_a_batch(make: Make, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        for size in ((64, 64), (128, 64), (64, 192)):
+            paint(tmp_path / folder, f"{size[0]}x{size[1]}.png", size)
+    data = cached(make(tmp_path / "a", tmp_path / "b", aspect_bucket_alignment=16))
+    assert data.batches_per_epoch == 6
+    for batch in taken(data, 12):
+        assert len({(sample.dataset_id, sample.target_px) for sample in batch.samples}) == 1
+
+
+def test_row_13_unusable_images_are_skipped_and_listed_once(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "page.jpg").write_bytes(b"<html>")
+    (photos / "empty.png").write_bytes(b"")
+    cut = photos / "cut.png"
+    cut.write_bytes((photos / "1.png").read_bytes()[:70])
+    paint(photos, "small.png", (10, 10))
+    for _ in range(2):  # the second time out of the index
+        caplog.clear()
+        data = make(photos, minimum_image_size=32)
+        reasons = {each.path: each.reason for each in data.skipped}
+        assert sorted(reasons) == ["cut.png", "empty.png", "page.jpg", "small.png"]
+        assert "web page" in reasons["page.jpg"]
+        assert "10x10 px is smaller than minimum_image_size 32" in reasons["small.png"]
+        assert len(data.samples) == 8
+        assert all(caplog.text.count(f"skipped {name}") == 1 for name in reasons)
+
+
+@pytest.mark.parametrize("content", [None, b"<html>"])
+def test_a_dataset_without_a_usable_image_is_an_error_that_says_why(
+    make: Make, tmp_path: Path, content: bytes | None
+) -> None:
+    (tmp_path / "photos").mkdir()
+    if content is not None:
+        (tmp_path / "photos" / "page.jpg").write_bytes(content)
+    reason = "there are no images" if content is None else "page.jpg: it holds a web page"
+    with pytest.raises(DataError, match=f"no image in .*photos can be used .{reason}"):
+        make(tmp_path / "photos")
+
+
+def test_row_15_captions_that_are_not_utf8_are_one_error_that_names_the_files(
+    make: Make, photos: Path
+) -> None:
+    (photos / "1.txt").write_bytes("Kätzchen".encode("latin-1"))
+    (photos / "2.txt").write_bytes(b"a\0b")
+    with pytest.raises(
+        DataError, match=r"2 captions cannot be used: .*1\.txt: it is not UTF-8.*2\.txt: .*NUL"
+    ):
+        make(photos)
+
+
+def test_row_15_missing_and_empty_captions_are_counted_and_train_unconditionally(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "1.txt").unlink()
+    (photos / "2.txt").write_bytes(b" \r\n")
+    data = make(photos)
+    assert [sample.caption for sample in data.samples[1:3]] == ["", ""]
+    assert "1 captions are missing: 1.png" in caplog.text
+    assert "1 captions are empty: 2.png" in caplog.text
+
+
+def test_row_16_two_images_with_one_text_file_are_an_error(make: Make, photos: Path) -> None:
+    paint(photos, "1.jpg")
+    with pytest.raises(DataError, match=r"1\.txt could be the caption of 1\.jpg or 1\.png"):
+        make(photos)
+    assert len(make(photos, caption_strategy="filename").samples) == 9
+
+
+def test_row_16_equal_images_in_two_places_share_one_cache_entry(make: Make, photos: Path) -> None:
+    (photos / "sub").mkdir()
+    (photos / "sub" / "0.png").write_bytes((photos / "0.png").read_bytes())
+    encoders = Encoders()
+    data = make(photos)
+    assert len(data.samples) == 9
+    progress: list[tuple[int, int]] = []
+    data.cache_latents(
+        encoders.latents,
+        identity="vae",
+        batch_size=4,
+        on_progress=lambda done, total: progress.append((done, total)),
+    )
+    assert encoders.images == 8
+    assert progress == [(4, 8), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("options", "caption"),
+    [
+        ({}, "photo x"),
+        ({"caption_strategy": "filename"}, "1"),
+        ({"caption_strategy": "instanceprompt", "instance_prompt": "sks"}, "sks"),
+        ({"only_instance_prompt": True, "instance_prompt": "sks"}, "sks"),
+        ({"prepend_instance_prompt": True, "instance_prompt": "sks"}, "sks photo x"),
+    ],
+)
+def test_captions_follow_the_strategy(
+    make: Make, photos: Path, options: dict[str, object], caption: str
+) -> None:
+    assert make(photos, **options).samples[1].caption == caption
+
+
+def test_captions_are_file_names_where_there_are_no_text_files(make: Make, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", "a_red_square.png")
+    assert make(tmp_path / "photos").captions() == ("a red square",)
+
+
+def test_each_line_of_a_text_file_is_drawn_and_encoded(make: Make, tmp_path: Path) -> None:
+    paint(tmp_path / "one", "cat.png", caption="a cat\r\na tabby\r\n")
+    data = cached(make(tmp_path / "one", batch_size=4))
+    assert data.captions() == ("a cat", "a tabby")
+    seen = {sample.caption for batch in taken(data, 8) for sample in batch.samples}
+    assert seen == {"a cat", "a tabby"}
+
+
+@pytest.mark.parametrize(("dropout", "low", "high"), [(0.0, 0, 0), (0.5, 80, 120), (1.0, 200, 200)])
+def test_caption_dropout_empties_its_share_of_captions(
+    make: Make, photos: Path, dropout: float, low: int, high: int
+) -> None:
+    data = cached(make(photos, caption_dropout=dropout))
+    assert ("" in data.captions()) == (dropout > 0)
+    empty = sum(sample.caption == "" for batch in taken(data, 100) for sample in batch.samples)
+    assert low <= empty <= high
+
+
+def test_caches_are_filled_once_and_by_content(make: Make, photos: Path) -> None:
+    encoders = Encoders()
+    data = make(photos)
+    assert data.cache_latents(encoders.latents, identity="vae", batch_size=4) == 8
+    assert data.cache_text(encoders.text, identity="clip", batch_size=4, extra=["a prompt"]) == 9
+    again = make(photos)
+    assert again.cache_latents(encoders.latents, identity="vae", batch_size=4) == 0
+    assert again.cache_text(encoders.text, identity="clip", batch_size=4, extra=["a prompt"]) == 0
+    assert again.cache_latents(encoders.latents, identity="another vae", batch_size=4) == 8
+    assert again.cache_text(encoders.text, identity="t5", batch_size=4) == 8
+    assert again.text_embeds("photo xx").tokens[0, 0, 0] == len("photo xx")
+
+
+def test_row_17_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(
+    make: Make, photos: Path
+) -> None:
+    file = photos / "1.png"
+    Image.new("RGB", (64, 64), "red").save(file, "BMP")  # of one length in every colour
+    cached(make(photos))
+    before = file.stat()
+    Image.new("RGB", (64, 64), "blue").save(file, "BMP")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    (photos / "3.txt").write_text("another caption", encoding="utf-8")
+    encoders = Encoders()
+    data = cached(make(photos), encoders)
+    assert encoders.images == 1
+    assert encoders.prompts == ["another caption"]
+    latents = {
+        sample.path: latents
+        for batch in taken(data, 4)
+        for sample, latents in zip(batch.samples, batch.latents, strict=True)
+    }
+    assert latents["1.png"].mean((1, 2)).tolist() == [-1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_row_18_damaged_entries_are_encoded_again(
+    make: Make, photos: Path, tmp_path: Path, damage: str
+) -> None:
+    cached(make(photos))
+    entries = sorted((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(entries) == 16
+    for entry in entries:
+        data = bytearray(entry.read_bytes())
+        data[-1] ^= 1
+        entry.write_bytes(data[:-3] if damage == "cut" else data)
+    encoders = Encoders()
+    cached(make(photos), encoders)
+    assert encoders.images == 8
+    assert len(encoders.prompts) == 8
+
+
+@pytest.mark.parametrize("change", [{"resolution": 128}, {"crop": True, "seed": 1}])
+def test_row_18_another_resolution_or_crop_is_another_entry(
+    make: Make, tmp_path: Path, change: dict[str, object]
+) -> None:
+    for number in range(4):
+        paint(tmp_path / "photos", f"{number}.png", (640, 64))
+    cached(make(tmp_path / "photos", crop=True))
+    encoders = Encoders()
+    cached(make(tmp_path / "photos", **change), encoders)
+    assert encoders.images == 4
+
+
+def test_a_lost_entry_in_mid_run_is_an_error_that_names_the_image(
+    make: Make, photos: Path, tmp_path: Path
+) -> None:
+    data = cached(make(photos))
+    for entry in (tmp_path / "cache" / "vae").rglob("*.safetensors"):
+        entry.write_bytes(b"")
+    with pytest.raises(DataError, match=r"latents of \d\.png .dataset 'photos'. are not in .*Start again"):
+        taken(data, 1)
+
+
+def test_an_image_that_changes_after_the_scan_is_an_error_that_names_it(make: Make, photos: Path) -> None:
+    data = make(photos)
+    (photos / "1.png").write_bytes((photos / "2.png").read_bytes())
+    with pytest.raises(DataError, match=r"1\.png: it changed while the run was starting"):
+        cached(data)
+
+
+def test_a_prompt_that_was_never_encoded_is_an_error_that_names_it(make: Make, photos: Path) -> None:
+    with pytest.raises(DataError, match="lacks the prompt 'unknown'"):
+        cached(make(photos)).text_embeds("unknown")
+
+
+def test_the_work_of_caching_is_shared_between_processes(make: Make, photos: Path) -> None:
+    parts = [make(photos, batch_size=1, num_processes=3, process_index=index) for index in range(3)]
+    encoders = Encoders()
+    for index, data in enumerate(parts):
+        data.cache_latents(encoders.latents, identity="vae", batch_size=2, shard=(index, 3))
+        data.cache_text(encoders.text, identity="clip", batch_size=2, shard=(index, 3))
+    assert encoders.images == 8
+    assert len(encoders.prompts) == 8
+    assert len(taken(parts[2], 9)) == 9
+
+
+@pytest.mark.parametrize("stage", ["latents", "text"])
+@pytest.mark.parametrize("point", ["file.created", "file.written", "file.before_rename"])
+def test_row_05_a_full_disk_while_caching_leaves_only_whole_entries(
+    make: Make, photos: Path, tmp_path: Path, stage: str, point: str
+) -> None:
+    data = make(photos)
+    writes = 0
+
+    def fill_disk(name: str) -> None:
+        nonlocal writes
+        writes += name == point
+        if writes > 3:
+            raise OSError(errno.ENOSPC, "no space left")
+
+    encoders = Encoders()
+    caching = {
+        "latents": lambda: data.cache_latents(encoders.latents, identity="vae", batch_size=2),
+        "text": lambda: data.cache_text(encoders.text, identity="clip", batch_size=2),
+    }
+    with at_crash_points(fill_disk), pytest.raises(StorageError, match="disk or quota is full"):
+        caching[stage]()
+    assert not list((tmp_path / "cache").rglob(".partial*"))
+    again = Encoders()
+    cached(make(photos), again)
+    assert (again.images, len(again.prompts)) == ((5, 8) if stage == "latents" else (8, 5))
+
+
+def test_row_26_a_read_only_dataset_is_never_written_to(make: Make, photos: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in (photos, *photos.iterdir())}
+    photos.chmod(0o500)
+    try:
+        taken(cached(make(photos)), 4)
+    finally:
+        photos.chmod(0o700)
+    assert {file: file.stat().st_mtime_ns for file in (photos, *photos.iterdir())} == before
+
+
+@pytest.mark.parametrize("kind", ["vae", "text"])
+def test_row_26_a_cache_inside_the_images_folder_is_refused(photos: Path, tmp_path: Path, kind: str) -> None:
+    folders = {"vae": tmp_path / "cache", "text": tmp_path / "cache"} | {kind: photos / "cache"}
+    config = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64)
+    data = DataConfig(cache_dir_vae=folders["vae"], cache_dir_text=folders["text"])
+    with pytest.raises(DataError, match="lies inside instance_data_dir of dataset 'photos'"):
+        TrainingData([config], data, seed=0, batch_size=1, pixel_alignment=64)
+    assert not (photos / "cache").exists()
+
+
+def test_row_20_any_file_name_trains_and_is_shown_on_one_line(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    names = [
+        "🐈.png",
+        "a\u0301.png",
+        "\u202eright.png",
+        "-dash.png",
+        "new\nline.png",
+        os.fsdecode(b"\xff.png"),
+    ]
+    for name in names:
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(exist_ok=True)
+        with file.open("wb") as opened:
+            Image.new("RGB", (64, 64), (names.index(name) * 40, 0, 0)).save(opened, "PNG")
+    data = cached(make(tmp_path / "photos", caption_strategy="instanceprompt", instance_prompt="a cat"))
+    assert len(data.samples) == 6
+    assert all(sample.path.isprintable() for sample in data.samples)
+    assert len({sample.path for batch in taken(data, 3) for sample in batch.samples}) == 6
+    named = make(tmp_path / "photos", caption_strategy="filename")
+    assert [each.reason for each in named.skipped] == ["its name is its caption and is not UTF-8; rename it"]
+
+
+def test_max_num_samples_takes_a_random_part_by_the_seed(make: Make, photos: Path) -> None:
+    def paths(seed: int) -> list[str]:
+        return [sample.path for sample in make(photos, max_num_samples=3, seed=seed).samples]
+
+    assert len(paths(0)) == 3
+    assert paths(0) == paths(0)
+    assert len({tuple(paths(seed)) for seed in range(10)}) > 1
+    assert len(make(photos, max_num_samples=100).samples) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "resized", "top_left"),
+    [
+        ({}, Size(64, 128), Size(64, 128), (0, 0)),
+        ({"crop": True, "crop_style": "center"}, Size(64, 64), Size(64, 128), (0, 32)),
+        ({"crop": True, "crop_style": "corner"}, Size(64, 64), Size(64, 128), (0, 0)),
+        ({"crop": True, "crop_aspect": "preserve"}, Size(64, 128), Size(64, 128), (0, 0)),
+        ({"resolution": 128}, Size(128, 256), Size(128, 256), (0, 0)),
+        ({"resolution": 0.016384, "resolution_type": "area"}, Size(64, 192), Size(96, 192), (16, 0)),
+    ],
+)
+def test_samples_say_how_their_image_was_resized_and_cut(
+    make: Make,
+    tmp_path: Path,
+    options: dict[str, object],
+    target: Size,
+    resized: Size,
+    top_left: tuple[int, int],
+) -> None:
+    paint(tmp_path / "photos", "wide.png", (400, 200))
+    (sample,) = make(tmp_path / "photos", **{"resolution_type": "pixel", **options}).samples
+    assert sample.original_px == Size(height=200, width=400)
+    assert (sample.target_px, sample.resized_px, sample.crop_top_left) == (target, resized, top_left)
+
+
+def test_a_crop_with_random_place_is_the_same_in_every_run_of_a_seed(make: Make, tmp_path: Path) -> None:
+    for number in range(6):
+        paint(tmp_path / "photos", f"{number}.png", (1000, 64))
+
+    def places(seed: int) -> list[tuple[int, int]]:
+        return [s.crop_top_left for s in make(tmp_path / "photos", crop=True, seed=seed).samples]
+
+    assert places(1) == places(1)
+    assert places(1) != places(2)
+    assert len(set(places(1))) > 3
+
+
+def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
+    image = Image.new("RGB", (128, 64), "black")
+    image.paste("white", (64, 0, 128, 64))
+    (tmp_path / "photos").mkdir()
+    image.save(tmp_path / "photos" / "half.png")
+    data = make(tmp_path / "photos", crop=True, crop_style="corner")
+    pixels = load_pixels(data._images[0])
+    assert pixels.shape == (3, 64, 64)
+    assert pixels.max() == -1.0
+
+
+def test_stack_text_keeps_what_every_part_has() -> None:
+    one = TextEmbeds(tokens=torch.zeros(1, 4, 2), pooled=torch.zeros(1, 3), mask=torch.ones(1, 4).bool())
+    stacked = stack_text([one, one])
+    assert stacked.tokens.shape == (2, 4, 2)
+    assert stacked.pooled is not None
+    assert stacked.pooled.shape == (2, 3)
+    assert stacked.mask is not None
+    assert stacked.mask.shape == (2, 4)
+    bare = stack_text([TextEmbeds(tokens=torch.zeros(1, 4, 2))])
+    assert bare.pooled is None
+    assert bare.mask is None

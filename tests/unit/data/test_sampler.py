@@ -1,0 +1,111 @@
+"""The endless order of samples is a pure function."""
+
+from __future__ import annotations
+
+from collections import Counter
+from time import perf_counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simpletuner.helpers.data.sampler import Bucket, Sampler, shuffled
+
+SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
+
+
+def sampler(
+    sizes: list[int], *, batch_size: int, repeats: int = 0, seed: int = 0, share: float = 1.0
+) -> Sampler:
+    buckets = [
+        Bucket(
+            name=str(place), num_samples=size, samples_per_epoch=max(1, round(size * (repeats + 1) * share))
+        )
+        for place, size in enumerate(sizes)
+    ]
+    return Sampler(buckets, seed=seed, batch_size=batch_size)
+
+
+def counted(order: Sampler, start: int, stop: int) -> Counter[tuple[int, int]]:
+    draws = (order.draw(index) for index in range(start, stop))
+    return Counter((draw.bucket, sample) for draw in draws for sample in draw.samples)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(SIZES, st.integers(1, 4), st.integers(0, 3), st.integers(0, 5), st.integers(0, 99))
+def test_row_32_each_sample_is_drawn_repeats_plus_one_times_per_epoch_when_buckets_divide(
+    counts: list[int], batch_size: int, repeats: int, epoch: int, seed: int
+) -> None:
+    sizes = [count * batch_size for count in counts]
+    order = sampler(sizes, batch_size=batch_size, repeats=repeats, seed=seed)
+    length = order.batches_per_epoch
+    assert length == sum(counts) * (repeats + 1)
+    seen = counted(order, epoch * length, (epoch + 1) * length)
+    assert set(seen.values()) == {repeats + 1}
+    assert len(seen) == sum(sizes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, st.integers(1, 8), st.integers(0, 2), st.integers(1, 4), st.integers(0, 99))
+def test_row_32_no_sample_is_favoured_when_buckets_do_not_divide(
+    sizes: list[int], batch_size: int, repeats: int, epochs: int, seed: int
+) -> None:
+    order = sampler(sizes, batch_size=batch_size, repeats=repeats, seed=seed)
+    seen = counted(order, 0, epochs * order.batches_per_epoch)
+    for bucket, size in enumerate(sizes):
+        times = [seen[bucket, sample] for sample in range(size)]
+        assert min(times) >= epochs * (repeats + 1)
+        assert max(times) - min(times) <= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.integers(1, 8), st.integers(0, 99), st.integers(0, 40))
+def test_row_04_a_draw_is_the_same_whatever_was_drawn_before(
+    sizes: list[int], batch_size: int, seed: int, index: int
+) -> None:
+    used = sampler(sizes, batch_size=batch_size, seed=seed)
+    earlier = [used.draw(number) for number in range(index + 1)]
+    assert sampler(sizes, batch_size=batch_size, seed=seed).draw(index) == earlier[-1]
+
+
+def test_row_29_one_sample_fills_a_batch_of_eight() -> None:
+    order = sampler([1], batch_size=8)
+    assert order.batches_per_epoch == 1
+    assert order.num_draws(0) == 8
+    assert order.draw(5).samples == (0,) * 8
+
+
+def test_a_share_of_a_bucket_moves_on_from_epoch_to_epoch() -> None:
+    order = sampler([12], batch_size=2, share=0.25)
+    assert order.batches_per_epoch == 2  # round(12 * 0.25) = 3 draws, filled up to 2 batches of 2
+    assert set(counted(order, 0, 6).values()) == {1}
+
+
+def test_epochs_and_seeds_have_their_own_order() -> None:
+    order = sampler([64], batch_size=1)
+    first = [order.draw(index).samples for index in range(64)]
+    second = [order.draw(index).samples for index in range(64, 128)]
+    other = sampler([64], batch_size=1, seed=1)
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert first != [other.draw(index).samples for index in range(64)]
+
+
+def test_shuffled_is_the_same_on_every_machine() -> None:
+    assert shuffled(42, "epoch", 3, length=8).tolist() == [0, 2, 7, 3, 5, 1, 4, 6]
+
+
+def test_shuffled_is_uniform_enough() -> None:
+    first = np.array([shuffled(0, "epoch", index, length=6)[0] for index in range(3000)])
+    counts = np.bincount(first, minlength=6)
+    # Chi-squared with 5 degrees of freedom: 20.5 is passed by chance once in a thousand.
+    assert ((counts - 500) ** 2 / 500).sum() < 20.5
+
+
+@pytest.mark.parametrize("index", [0, 999_999, 10**12])
+def test_a_far_place_among_a_million_samples_is_found_within_a_second(index: int) -> None:
+    order = sampler([10**6], batch_size=1)
+    started = perf_counter()
+    order.draw(index)
+    assert perf_counter() - started < 1.0

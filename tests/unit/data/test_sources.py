@@ -1,0 +1,121 @@
+"""Which images a folder holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from time import perf_counter
+
+import pytest
+
+from simpletuner.helpers.data.sources import read_bounded, scan_folder
+from simpletuner.helpers.errors import DataError
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def image_names(folder: Path) -> list[str]:
+    return [file.name for file in scan_folder(folder).images]
+
+
+def test_scan_folder_finds_images_and_captions_in_the_order_of_their_names(tmp_path: Path) -> None:
+    touch(tmp_path, "b.jpg", "B.PNG", "a.webp", "a.txt", "sub/c.tiff", "sub/c.TXT", "notes.md", "sub-2/d.png")
+    scan = scan_folder(tmp_path)
+    assert [file.name for file in scan.images] == ["B.PNG", "a.webp", "b.jpg", "sub/c.tiff", "sub-2/d.png"]
+    assert sorted(scan.captions) == ["a", "sub/c"]
+    assert scan.skipped == ()
+
+
+def test_scan_folder_passes_over_hidden_files(tmp_path: Path) -> None:
+    touch(tmp_path, "._a.jpg", ".thumbnails/a.jpg", "a.jpg")
+    assert image_names(tmp_path) == ["a.jpg"]
+
+
+def test_row_16_names_that_differ_by_case_or_folder_are_different_images(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg", "A.jpg", "sub/a.jpg")
+    assert sorted(image_names(tmp_path)) == ["A.jpg", "a.jpg", "sub/a.jpg"]
+
+
+def test_row_19_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    touch(root, "a.jpg", "sub/b.jpg")
+    touch(tmp_path, "outside.jpg", "other/c.jpg")
+    os.mkfifo(root / "pipe.jpg")
+    (root / "folder.jpg").mkdir()
+    (root / "dangling.jpg").symlink_to(root / "nothing.jpg")
+    (root / "loop.jpg").symlink_to(root / "loop.jpg")
+    (root / "out.jpg").symlink_to(tmp_path / "outside.jpg")
+    (root / "in.jpg").symlink_to(root / "a.jpg")
+    (root / "up").symlink_to(root)
+    (root / "aside").symlink_to(tmp_path / "other")
+    (root / "sub" / "loop").symlink_to(root / "sub")
+    scan = scan_folder(root)
+    assert [file.name for file in scan.images] == ["a.jpg", "in.jpg", "sub/b.jpg"]
+    assert dict(scan.skipped) == {
+        "pipe.jpg": "it is not a regular file",
+        "dangling.jpg": "it is a link to nothing",
+        "loop.jpg": "it is a link to nothing",
+        "out.jpg": "it is a link that leaves the dataset's folder",
+        "up": "it is a link to a folder",
+        "aside": "it is a link to a folder",
+        "sub/loop": "it is a link to a folder",
+    }
+
+
+def test_row_19_a_path_beyond_255_bytes_is_found(tmp_path: Path) -> None:
+    name = "/".join(["d" * 100] * 4 + ["e" * 250 + ".jpg"])
+    touch(tmp_path, name)
+    assert image_names(tmp_path) == [name]
+
+
+def test_row_20_any_name_that_the_file_system_allows_is_found(tmp_path: Path) -> None:
+    names = [
+        "🐈.jpg",
+        "a\u0301.jpg",
+        "\u202eright.jpg",
+        "-dash.jpg",
+        "new\nline.jpg",
+        os.fsdecode(b"\xff.jpg"),
+    ]
+    touch(tmp_path, *names)
+    assert sorted(image_names(tmp_path)) == sorted(names)
+
+
+def test_the_dataset_folder_itself_may_be_a_link(tmp_path: Path) -> None:
+    touch(tmp_path / "real", "a.jpg")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert image_names(tmp_path / "link") == ["a.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, kind: str) -> None:
+    if kind == "file":
+        touch(tmp_path, "dataset")
+    with pytest.raises(DataError, match=r"dataset.*Check instance_data_dir"):
+        scan_folder(tmp_path / "dataset")
+
+
+def test_row_19_thousands_of_files_are_scanned_fast(tmp_path: Path) -> None:
+    for number in range(5000):
+        (tmp_path / f"{number}.jpg").touch()
+    started = perf_counter()
+    assert len(scan_folder(tmp_path).images) == 5000
+    assert perf_counter() - started < 5.0 / 20 + 0.5  # 10^5 files in 5 s, and room for a busy machine
+
+
+def test_read_bounded_refuses_a_larger_file_a_pipe_and_a_missing_one(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg")
+    (file,) = scan_folder(tmp_path).images
+    assert read_bounded(file, limit=1) == b"x"
+    with pytest.raises(DataError, match="over 0 bytes"):
+        read_bounded(file, limit=0)
+    file.path.unlink()
+    with pytest.raises(DataError, match="cannot be read: No such file"):
+        read_bounded(file, limit=1)
+    os.mkfifo(file.path)
+    with pytest.raises(DataError, match="not a regular file"):
+        read_bounded(file, limit=1)

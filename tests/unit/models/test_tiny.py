@@ -1,0 +1,98 @@
+"""The tiny SDXL and the embedded demo that is made from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
+
+from simpletuner.demo import make
+from simpletuner.helpers.models.sdxl.tiny import fill_weights, make_tokenizer, make_unet, save_tiny_sdxl
+
+VERSIONS = {"_diffusers_version", "transformers_version"}
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def assert_same_model(first: Path, second: Path) -> None:
+    assert files_of(first) == files_of(second)
+    for file in files_of(first):
+        if file.name in ("config.json", "model_index.json", "scheduler_config.json"):
+            one, two = (json.loads((folder / file).read_text()) for folder in (first, second))
+            differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+            assert differing <= VERSIONS, file
+        else:
+            assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+def test_save_tiny_sdxl_gives_the_same_bytes_again(tiny_sdxl: Path, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    save_tiny_sdxl(tmp_path / "again")
+    assert_same_model(tiny_sdxl, tmp_path / "again")
+
+
+def test_save_tiny_sdxl_gives_other_weights_for_another_seed(tiny_sdxl: Path, tmp_path: Path) -> None:
+    save_tiny_sdxl(tmp_path / "other", seed=1)
+    for file in files_of(tiny_sdxl):
+        if file.suffix == ".safetensors":
+            assert (tiny_sdxl / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
+
+
+def test_the_demo_model_is_what_make_writes(tmp_path: Path) -> None:
+    make.make_model(tmp_path / "model")
+    assert_same_model(make.FOLDER / "sdxl", tmp_path / "model")
+
+
+def test_the_demo_stays_small() -> None:
+    assert sum(path.stat().st_size for path in (make.FOLDER / "sdxl").rglob("*") if path.is_file()) < 2.5e6
+
+
+def test_the_demo_photograph_is_whole_and_its_licence_is_named() -> None:
+    folder = make.FOLDER / "photo"
+    with Image.open(folder / "cat.jpg") as picture:
+        picture.load()
+        assert picture.size == (451, 300)
+    assert (folder / "cat.txt").read_text(encoding="utf-8") == make.CAPTION
+    assert "CC0" in (folder / "LICENSE.md").read_text(encoding="utf-8")
+
+
+def test_stock_diffusers_loads_the_tiny_model(tiny_sdxl: Path) -> None:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a cat", height=64, width=64, num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+    assert image.std() > 0.01
+
+
+def test_rank_8_fits_every_linear_layer_of_the_usual_targets() -> None:
+    targets = [each for each in make_unet().modules() if type(each).__name__ in ("Attention", "FeedForward")]
+    linears = [each for target in targets for each in target.modules() if isinstance(each, torch.nn.Linear)]
+    assert sum(type(each).__name__ == "Attention" for each in targets) >= 8
+    assert min(min(linear.weight.shape) for linear in linears) >= 16
+
+
+def test_fill_weights_stays_within_the_bound_of_the_fan_in() -> None:
+    unet: UNet2DConditionModel = make_unet()
+    fill_weights(unet, seed=0)
+    weight = unet.conv_in.weight  # [16, 4, 3, 3]
+    assert weight.abs().max() <= 1 / 6
+    assert weight.std().item() == pytest.approx(1 / 6 / 3**0.5, rel=0.1)
+    assert torch.equal(unet.conv_in.bias, torch.zeros(16))
+    assert torch.equal(unet.conv_norm_out.weight, torch.ones(16))
+
+
+def test_the_tokenizer_knows_its_words_and_can_spell_the_rest() -> None:
+    tokenizer = make_tokenizer(pad="!")
+    assert tokenizer.tokenize("a photo of a Cat") == ["a</w>", "photo</w>", "of</w>", "a</w>", "cat</w>"]
+    assert tokenizer.unk_token_id not in tokenizer("naïve 猫!", add_special_tokens=False).input_ids
+    ids = tokenizer("cat", padding="max_length").input_ids
+    assert len(ids) == 77
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[2] == tokenizer.eos_token_id
+    assert set(ids[3:]) == {tokenizer.convert_tokens_to_ids("!")}
