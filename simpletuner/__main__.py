@@ -1,0 +1,6 @@
+"""`python -m simpletuner` is the `simpletuner` command."""
+
+from simpletuner.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The one place that wires a run together."""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from simpletuner.helpers.adapters.network import attach_adapter
+from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.errors import CheckpointError, ConfigError
+from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.models.registry import load_family
+from simpletuner.helpers.training.caches import CacheFilling
+from simpletuner.helpers.training.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
+from simpletuner.helpers.training.identity import adapter_facts, base_weights_hash, run_settings
+from simpletuner.helpers.training.lr_schedules import build_lr_schedule
+from simpletuner.helpers.training.optimizers import build_optimizer
+from simpletuner.helpers.training.preemption import Preemption
+from simpletuner.helpers.training.progress import Progress
+from simpletuner.helpers.training.prompts import Shot, plan_shots
+from simpletuner.helpers.training.report import FinishedRun, load_report
+from simpletuner.helpers.training.state import RunState
+from simpletuner.helpers.training.trackers import Trackers, build_trackers
+from simpletuner.helpers.training.trainer import Trainer
+from simpletuner.helpers.training.validation import Validation
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.models.family import Family
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The other processes wait while the main one validates.
+LONGEST_WAIT = timedelta(hours=6)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ground:
+    """What stands before the first weight is loaded."""
+
+    config: RunConfig
+    accelerator: Accelerator
+    preemption: Preemption
+    checkpoints: Checkpoints
+    resumed: Checkpoint | None
+    family: Family
+    data: TrainingData
+    max_steps: int
+
+    @property
+    def step(self) -> int:
+        """The optimiser step that the run starts from."""
+        return 0 if self.resumed is None else self.resumed.step
+
+
+def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
+    """Prepare a run up to its next step: lock, data, caches, model, adapter, optimiser, resumed state.
+
+    Raises:
+        SimpleTunerError: Something that the run needs is missing or does not fit.
+    """
+    with ExitStack() as resources:  # closed if anything below fails, else handed to the trainer
+        ground = lay_ground(config, resources)
+        report = load_report(config.checkpoint.output_dir)
+        if report is not None and report.step == ground.step >= ground.max_steps:
+            return FinishedRun(report, ground.max_steps)
+        trackers = build_run_trackers(ground)
+        shots = plan_shots(config.validation, seed=config.training.seed)
+        fill_caches(ground, shots)
+        return assemble(ground, shots=shots, trackers=trackers, resources=resources)
+
+
+def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
+    """Everything that can fail without a model: device, output folder, checkpoints, images."""
+    accelerator = build_accelerator(config)
+    preemption = resources.enter_context(Preemption())
+    checkpoints = Checkpoints(config.checkpoint, settings=run_settings(config), resolved=config.resolved())
+    if accelerator.is_main_process:
+        resources.enter_context(run_lock(config.checkpoint.output_dir))
+        checkpoints.clean()
+    accelerator.wait_for_everyone()
+    resumed = checkpoints.find()
+    family = build_family(config, accelerator)
+    data = build_data(config, family=family, accelerator=accelerator)
+    return Ground(
+        config=config,
+        accelerator=accelerator,
+        preemption=preemption,
+        checkpoints=checkpoints,
+        resumed=resumed,
+        family=family,
+        data=data,
+        max_steps=planned_steps(config, batches_per_epoch=data.batches_per_epoch),
+    )
+
+
+def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, resources: ExitStack) -> Trainer:
+    """Load the denoiser, attach the adapter, take the resumed state over, and wire the loop."""
+    config, accelerator, data = ground.config, ground.accelerator, ground.data
+    denoiser, adapter, base_hash = build_model(ground)
+    ground.checkpoints.bind({"base weights": base_hash}, resumed=ground.resumed)
+    optimizer = build_optimizer(adapter.parameters(), config.optimizer)
+    state = RunState(adapter=adapter, optimizer=optimizer, progress=Progress(), scaler=accelerator.scaler)
+    if ground.resumed is not None:
+        resume(state, ground.resumed)
+    schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=ground.max_steps, step=ground.step)
+    prepared, prepared_optimizer = accelerator.prepare(denoiser, optimizer)
+    validation = Validation(
+        config=config.validation,
+        accelerator=accelerator,
+        family=ground.family,
+        adapter=adapter,
+        denoiser=denoiser,
+        shots=shots,
+        text_embeds=data.text_embeds,
+        folder=config.checkpoint.output_dir / "validation",
+        base_model=base_hash,
+        trackers=trackers,
+        preemption=ground.preemption,
+    )
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        family=ground.family,
+        denoiser=prepared,
+        adapter=adapter,
+        data=data,
+        optimizer=prepared_optimizer,
+        lr_schedule=schedule,
+        state=state,
+        checkpoints=ground.checkpoints,
+        validation=validation,
+        trackers=trackers,
+        preemption=ground.preemption,
+        max_steps=ground.max_steps,
+        facts=adapter_facts(config, data),
+        resources=resources.pop_all(),
+    )
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Devices, processes and precision.
+
+    Raises:
+        ConfigError: The device cannot train in the wanted precision.
+    """
+    wanted = config.precision.mixed_precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=wanted,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            ],
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"mixed_precision {wanted} does not run on this device: {error} "
+            "Set mixed_precision to bf16 or no."
+        ) from error
+    # On a CPU accelerate passes over fp16: no autocast, no scaler, and float16 weights all the same.
+    if wanted == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            f"mixed_precision fp16 does not train on {accelerator.device.type}. "
+            "Set mixed_precision to bf16 or no."
+        )
+    return accelerator
+
+
+def build_family(config: RunConfig, accelerator: Accelerator) -> Family:
+    """The model's family, with nothing loaded yet."""
+    return load_family(config.model.model_family)(
+        config.model,
+        noise=config.noise,
+        precision=config.precision,
+        device=accelerator.device,
+        weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
+    )
+
+
+def build_data(config: RunConfig, *, family: Family, accelerator: Accelerator) -> TrainingData:
+    """The samples and their order, as this process sees them."""
+    return TrainingData(
+        config.datasets,
+        config.data,
+        seed=config.training.seed,
+        batch_size=config.training.train_batch_size,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        pixel_alignment=config.data.aspect_bucket_alignment or family.facts.pixel_alignment,
+        caption_dropout=config.training.caption_dropout_probability,
+        stack_text=family.stack_text,
+    )
+
+
+def fill_caches(ground: Ground, shots: tuple[Shot, ...]) -> None:
+    """Encode images, captions and validation prompts; the encoders are gone again afterwards."""
+    prompts = {shot.prompt for shot in shots}
+    if shots:
+        prompts.add(ground.config.validation.validation_negative_prompt)
+    filling = CacheFilling(
+        config=ground.config,
+        accelerator=ground.accelerator,
+        family=ground.family,
+        preemption=ground.preemption,
+    )
+    filling.fill(ground.data, prompts=sorted(prompts))
+
+
+def build_model(ground: Ground) -> tuple[nn.Module, Adapter, str]:
+    """The denoiser ready to train with its adapter attached, and the identity of its own weights."""
+    config, accelerator = ground.config, ground.accelerator
+    denoiser = ground.family.load_denoiser()
+    base_hash = base_weights_hash(denoiser)
+    if config.training.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
+    denoiser.train()
+    adapter = attach_adapter(
+        denoiser,
+        config.adapter,
+        lycoris=config.lycoris,
+        facts=ground.family.facts,
+        seed=config.training.seed,
+    )
+    logger.info(
+        "Adapter %s: %d layers, %d trainable parameters.",
+        adapter.kind,
+        adapter.num_layers,
+        sum(parameter.numel() for parameter in adapter.parameters()),
+    )
+    # What other people's code reads from an accelerator.
+    accelerator._tlora_config = adapter.tlora_config
+    accelerator._tlora_active = adapter.tlora_config is not None
+    accelerator._lycoris_wrapped_network = adapter.lycoris_network
+    return denoiser, adapter, base_hash
+
+
+def planned_steps(config: RunConfig, *, batches_per_epoch: int) -> int:
+    """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
+    if config.training.max_train_steps is not None:
+        return config.training.max_train_steps
+    micro_steps = config.training.num_train_epochs * batches_per_epoch
+    return math.ceil(micro_steps / config.training.gradient_accumulation_steps)
+
+
+def resume(state: RunState, checkpoint: Checkpoint) -> None:
+    """Take over the state of a checkpoint.
+
+    Raises:
+        CheckpointError: Its files do not fit this run, or its folder was renamed.
+    """
+    state.load(checkpoint.path)
+    if state.progress.step != checkpoint.step:
+        raise CheckpointError(
+            f"{checkpoint.path} holds the state of step {state.progress.step}. Rename it back."
+        )
+    logger.info("Resumed from %s.", checkpoint.path)
+
+
+def build_run_trackers(ground: Ground) -> Trackers:
+    """Everything that records the run, on the main process; on the others nothing does.
+
+    Raises:
+        MissingDependencyError: The package of a tracker is not installed.
+    """
+    if not ground.accelerator.is_main_process:
+        return Trackers([])
+    config, output_dir = ground.config, ground.config.checkpoint.output_dir
+    write_json(output_dir / CONFIG_FILE, config.resolved())
+    return build_trackers(
+        config.tracking, output_dir=output_dir, settings=config.resolved(), resumed_step=ground.step
+    )

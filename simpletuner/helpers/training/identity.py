@@ -1,0 +1,66 @@
+"""What a resumed run must share with the one that was saved, and what an adapter says of its run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from simpletuner import __version__
+from simpletuner.helpers.adapters.checkpoint import weight_hash
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.data.dataset import TrainingData
+    from simpletuner.helpers.io.atomic import JsonValue
+
+# Of the adapter's settings, those that may change in mid-run.
+SAFE_ADAPTER_KEYS = {"lora_dropout", "lycoris_config", "init_lora"}
+
+
+def run_settings(config: RunConfig) -> dict[str, JsonValue]:
+    """The settings that decide what the training state means; all others may change on resume."""
+    settings: dict[str, JsonValue] = {
+        "model_family": config.model.model_family,
+        "prediction_type": config.model.prediction_type,
+        "optimizer": config.optimizer.optimizer,
+        "lora_type": config.adapter.lora_type,
+    }
+    if config.lycoris is not None:
+        chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
+        return settings | {f"lycoris {key}": value for key, value in chosen.items()}
+    return settings | config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
+
+
+def base_weights_hash(denoiser: nn.Module) -> str:
+    """Identity of a model's weights, whatever their dtype and wherever they were loaded from."""
+    digest = xxhash.xxh3_64()
+    for name, parameter in sorted(denoiser.named_parameters()):
+        digest.update(f"{name}={weight_hash(parameter)}\n".encode())
+    return digest.hexdigest()
+
+
+def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
+    """What the header of the adapter's file says about its training."""
+    datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
+    facts = {
+        "software": f"simpletuner {__version__}",
+        "base_model": config.model.pretrained_model_name_or_path,
+        "model_family": config.model.model_family,
+        "model_flavour": config.model.model_flavour,
+        "optimizer": config.optimizer.optimizer,
+        "learning_rate": config.optimizer.learning_rate,
+        "lr_scheduler": config.optimizer.lr_scheduler,
+        "train_batch_size": config.training.train_batch_size,
+        "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
+        "mixed_precision": config.precision.mixed_precision,
+        "seed": config.training.seed,
+        "resolution": config.data.resolution,
+        "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),
+        "trigger_words": ", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets})),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}

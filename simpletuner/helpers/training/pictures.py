@@ -1,0 +1,61 @@
+"""One labelled picture out of many: rows of validation images, base model beside trained."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+MARGIN_PX = 8
+LINE_PX = 16
+LABEL_WIDTH_PX = 200
+SMALLEST_CELL_PX = 128
+LARGEST_CELL_PX = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Pictures of one prompt, size and seed, one per column; None leaves a column empty."""
+
+    label: str
+    pictures: tuple[Image.Image | None, ...]
+
+
+def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image:
+    """Place the rows under column titles, each picture scaled into a cell, each row's label at its left."""
+    cell_px = _cell_px(rows)
+    step_px = cell_px + MARGIN_PX
+    width = LABEL_WIDTH_PX + MARGIN_PX + len(columns) * step_px
+    height = LINE_PX + 2 * MARGIN_PX + len(rows) * step_px
+    grid = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
+    for column, title in enumerate(columns):
+        draw.text((LABEL_WIDTH_PX + MARGIN_PX + column * step_px, MARGIN_PX), title, fill="black", font=font)
+    for index, row in enumerate(rows):
+        top = LINE_PX + 2 * MARGIN_PX + index * step_px
+        draw.multiline_text((MARGIN_PX, top), _wrapped(row.label, cell_px=cell_px), fill="black", font=font)
+        for column, picture in enumerate(row.pictures):
+            if picture is not None:
+                grid.paste(_fitted(picture, cell_px), (LABEL_WIDTH_PX + MARGIN_PX + column * step_px, top))
+    return grid
+
+
+def _cell_px(rows: Sequence[Row]) -> int:
+    edges = [max(picture.size) for row in rows for picture in row.pictures if picture is not None]
+    return min(max([SMALLEST_CELL_PX, *edges]), LARGEST_CELL_PX)
+
+
+def _fitted(picture: Image.Image, cell_px: int) -> Image.Image:
+    scale = cell_px / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Nearest when enlarging: a small picture shows its own pixels.
+    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+
+
+def _wrapped(label: str, *, cell_px: int) -> str:
+    # The built-in font knows Latin-1 only.
+    drawable = label.encode("latin-1", "replace").decode("latin-1")
+    lines = [part for line in drawable.splitlines() for part in textwrap.wrap(line, width=30) or [""]]
+    return "\n".join(lines[: cell_px // LINE_PX])

@@ -1,0 +1,47 @@
+"""Every accepted key does something."""
+
+from __future__ import annotations
+
+import ast
+
+from package_source import Module, assert_only, modules
+
+# "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
+READ_WHILE_LOADING: dict[str, str] = {}
+
+
+def test_every_configuration_field_is_read_outside_configuration() -> None:
+    read = {
+        node.attr
+        for module in modules()
+        if module.folder != "configuration"
+        for node in ast.walk(module.tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+    }
+    fields = _fields()
+    assert len(fields) > 50, "the sections were not found"
+    assert_only({each for each in fields if each.partition(".")[2] not in read}, allowed=READ_WHILE_LOADING)
+
+
+def _fields() -> set[str]:
+    """Class.field of every section, which is every class that descends from Section."""
+    classes = [node for module in modules() if module.folder == "configuration" for node in _classes(module)]
+    sections = {"Section"}
+    for _ in classes:  # once per class is enough for any order of inheritance
+        sections |= {node.name for node in classes if sections & _base_names(node)}
+    return {
+        f"{node.name}.{statement.target.id}"
+        for node in classes
+        if node.name in sections - {"Section"}
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+        if "ClassVar" not in ast.dump(statement.annotation)
+    }
+
+
+def _classes(module: Module) -> list[ast.ClassDef]:
+    return [node for node in ast.walk(module.tree) if isinstance(node, ast.ClassDef)]
+
+
+def _base_names(node: ast.ClassDef) -> set[str]:
+    return {base.id for base in node.bases if isinstance(base, ast.Name)}

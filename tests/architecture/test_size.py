@@ -1,0 +1,103 @@
+"""Modules and functions stay small enough to be read."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+from package_source import Function, Module, assert_only, functions, modules
+
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 6
+MAX_NESTING = 3
+# weighted_mse(prediction, target, weight) reads well; with a fourth nobody knows which is which.
+MAX_POSITIONAL = 3
+
+# "module function" -> why the rule would make this code worse. An entry that is no longer needed fails.
+MORE_PARAMETERS: dict[str, str] = {}
+MORE_POSITIONAL = {
+    "simpletuner/helpers/adapters/mask.py apply_tlora_timestep_mask": "people's code calls it by position",
+    "simpletuner/helpers/adapters/mask.py apply_tlora_inference_mask": "people's code calls it by position",
+}
+POSITIONAL_FLAGS: dict[str, str] = {}
+
+_BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_a_module_has_at_most_400_lines(module: Module) -> None:
+    assert len(module.path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_a_function_has_at_most_60_lines(module: Module) -> None:
+    long = {
+        name: _num_lines(each) for name, each in functions(module) if _num_lines(each) > MAX_FUNCTION_LINES
+    }
+    assert not long
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_a_function_nests_at_most_3_blocks(module: Module) -> None:
+    deep = {name: _nesting(each) for name, each in functions(module) if _nesting(each) > MAX_NESTING}
+    assert not deep
+
+
+def test_a_function_has_at_most_6_parameters() -> None:
+    many = {f"{module} {name}" for module, name, each in _all() if _num_parameters(each) > MAX_PARAMETERS}
+    assert_only(many, allowed=MORE_PARAMETERS)
+
+
+def test_parameters_after_the_third_are_keyword_only() -> None:
+    positional = {
+        f"{module} {name}" for module, name, each in _all() if _num_positional(name, each) > MAX_POSITIONAL
+    }
+    assert_only(positional, allowed=MORE_POSITIONAL)
+
+
+def test_a_flag_is_keyword_only() -> None:
+    flags = {f"{module} {name}" for module, name, each in _all() if _has_positional_flag(each)}
+    assert_only(flags, allowed=POSITIONAL_FLAGS)
+
+
+def _has_positional_flag(function: Function) -> bool:
+    positional = function.args.posonlyargs + function.args.args
+    return any(isinstance(each.annotation, ast.Name) and each.annotation.id == "bool" for each in positional)
+
+
+def _all() -> list[tuple[Module, str, Function]]:
+    return [(module, name, each) for module in modules() for name, each in functions(module)]
+
+
+def _num_lines(function: Function) -> int:
+    assert function.end_lineno is not None
+    return function.end_lineno - function.lineno + 1
+
+
+def _names(parameters: list[ast.arg]) -> list[str]:
+    return [each.arg for each in parameters if each.arg not in ("self", "cls")]
+
+
+def _num_parameters(function: Function) -> int:
+    arguments = function.args
+    variadic = [each for each in (arguments.vararg, arguments.kwarg) if each is not None]
+    return len(_names(arguments.posonlyargs + arguments.args)) + len(arguments.kwonlyargs) + len(variadic)
+
+
+def _num_positional(name: str, function: Function) -> int:
+    if name.rpartition(".")[2].startswith("__"):  # Python itself calls it, by position
+        return 0
+    return len(_names(function.args.posonlyargs + function.args.args))
+
+
+def _nesting(node: ast.AST, *, depth: int = 0) -> int:
+    """Blocks inside blocks; an elif is no deeper than its if, a nested function starts anew."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        deeper = isinstance(child, _BLOCKS) and not (is_elif and len(node.orelse) == 1)
+        deepest = max(deepest, _nesting(child, depth=depth + deeper))
+    return deepest

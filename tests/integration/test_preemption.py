@@ -1,0 +1,168 @@
+"""SIGTERM, SIGUSR1 and SIGINT at every stage of a run: a checkpoint, exit code 75, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.training.caches import CacheFilling
+from simpletuner.helpers.training.preemption import EXIT_PREEMPTED, Preempted
+from tests.integration.test_validation import PICTURES
+from tests.integration.tiny_runs import TinyRun, reset_accelerate, start, wait_for_steps
+
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path / "stopped")
+
+
+@pytest.fixture
+def expected(tmp_path: Path) -> Callable[..., str]:
+    """The digest of the same run when nothing stops it."""
+
+    def digest(**keys: object) -> str:
+        with TinyRun(tmp_path / "whole").trainer(**keys) as trainer:
+            trainer.run()
+            return trainer.state_digest()
+
+    return digest
+
+
+def signal_at(call: int, *, number: signal.Signals, then: Callable[..., Any]) -> Callable[..., Any]:
+    """`then`, with a signal to this process just before its `call`-th call."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return then(*args, **kwargs)
+
+    return wrapped
+
+
+def finish(run: TinyRun, **keys: object) -> str:
+    with run.trainer(**keys) as trainer:
+        assert trainer.run() == 0
+        return trainer.state_digest()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_row_03_signal_in_mid_step_saves_and_ends_resumable(
+    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    keys = {"checkpoint_step_interval": 0}
+    with run.trainer(**keys) as trainer:
+        before = signal.getsignal(number)
+        then = trainer.family.predict
+        monkeypatch.setattr(trainer.family, "predict", signal_at(2, number=number, then=then))
+        assert trainer.run() == EXIT_PREEMPTED
+        assert trainer.progress.step == 2  # the step in which the signal came
+        assert signal.getsignal(number) != before
+    assert (run.output_dir / "checkpoint-2").is_dir()
+    assert finish(run, **keys) == expected(**keys)
+
+
+def test_row_03_signal_while_accumulating_waits_for_the_optimiser_step(
+    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"gradient_accumulation_steps": 3, "checkpoint_step_interval": 0}
+    with run.trainer(**keys) as trainer:
+        then = trainer.family.predict
+        monkeypatch.setattr(trainer.family, "predict", signal_at(4, number=signal.SIGTERM, then=then))
+        assert trainer.run() == EXIT_PREEMPTED
+        assert (trainer.progress.step, trainer.progress.samples) == (2, 6)
+    assert finish(run, **keys) == expected(**keys)
+
+
+def test_row_03_signal_while_saving_finishes_the_checkpoint(
+    run: TinyRun, expected: Callable[..., str]
+) -> None:
+    def send(name: str) -> None:
+        if name == "folder.before_manifest":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with run.trainer() as trainer, at_crash_points(send):
+        assert trainer.run() == EXIT_PREEMPTED
+        assert trainer.progress.step == 2
+    assert finish(run) == expected()
+
+
+def test_row_03_signal_while_validating_ends_at_once_and_the_pictures_are_made_later(
+    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**PICTURES, "disable_benchmark": True}
+    with run.trainer(**keys) as trainer:
+        then = trainer.family.pipeline_inputs
+        monkeypatch.setattr(trainer.family, "pipeline_inputs", signal_at(1, number=signal.SIGTERM, then=then))
+        assert trainer.run() == EXIT_PREEMPTED
+        assert trainer.progress.step == 2
+        assert trainer.denoiser.training
+    grid = run.output_dir / "validation" / "step-2" / "grid.png"
+    assert not grid.exists()
+    assert finish(run, **keys) == expected(**keys)
+    assert grid.is_file()
+
+
+def test_row_03_signal_in_the_last_validation_leaves_the_run_unfinished(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**PICTURES, "disable_benchmark": True, "max_train_steps": 1}
+    with run.trainer(**keys) as trainer:
+        then = trainer.family.pipeline_inputs
+        monkeypatch.setattr(trainer.family, "pipeline_inputs", signal_at(1, number=signal.SIGTERM, then=then))
+        assert trainer.run() == EXIT_PREEMPTED
+    assert (run.output_dir / "pytorch_lora_weights.safetensors").is_file()
+    assert run.run(**keys) == 0
+    assert (run.output_dir / "validation" / "step-1" / "grid.png").is_file()
+
+
+def test_row_03_signal_before_the_first_step_ends_without_a_checkpoint(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run.trainer(**PICTURES) as trainer:
+        then = trainer.family.make_pipeline
+        monkeypatch.setattr(trainer.family, "make_pipeline", signal_at(1, number=signal.SIGINT, then=then))
+        assert trainer.run() == EXIT_PREEMPTED
+    assert not list(run.output_dir.glob("checkpoint-*"))
+    assert run.run() == 0
+
+
+@pytest.mark.parametrize("stage", ["_images", "_texts"])
+def test_row_03_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with monkeypatch.context() as patched:
+        then = vars(CacheFilling)[stage]
+        patched.setattr(CacheFilling, stage, signal_at(1, number=signal.SIGTERM, then=then))
+        with pytest.raises(Preempted) as info:
+            run.run()
+    assert info.value.exit_code == EXIT_PREEMPTED
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    reset_accelerate()
+    assert run.run() == 0
+
+
+def test_row_03_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, keys={"max_train_steps": 100_000, "checkpoint_step_interval": 0})
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    process = start(run, *launcher, environment={"PIDS": str(pids)})
+    wait_for_steps(run, 3, process=process)
+    os.kill(int((pids / "1").read_text()), signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    steps = len(run.log())
+    assert (run.output_dir / f"checkpoint-{steps}").is_dir(), errors
+    assert run.log()[-1]["samples"] == 2 * steps
+    assert errors.count("exitcode  : 75") >= 1, errors

@@ -1,0 +1,183 @@
+"""A run that was interrupted ends bit-identical to one that was not."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
+from tests.integration.tiny_runs import TLORA, TinyRun, start, wait_for_steps
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def digest_after(run: TinyRun, steps: int, **keys: object) -> str:
+    """Train to `steps`, resuming whatever is there, and take the digest of the end."""
+    with run.trainer(max_train_steps=steps, lr_scheduler="constant_with_warmup", **keys) as trainer:
+        trainer.run()
+        return trainer.state_digest()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path / "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("stops", "keys"),
+    [
+        ([3], {}),
+        ([1, 2, 5], {}),  # 3 images: mid-epoch, twice within an epoch
+        ([3], {"gradient_accumulation_steps": 2, "train_batch_size": 2}),
+        ([3], {"lora_type": "standard", "lora_dropout": 0.3, "lora_rank": 4}),
+        ([3], {"optimizer": "prodigy", "learning_rate": 1.0}),
+    ],
+    ids=["once", "often", "accumulating", "dropout", "prodigy"],
+)
+def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+    tmp_path: Path, run: TinyRun, stops: list[int], keys: dict[str, object]
+) -> None:
+    whole = TinyRun(tmp_path / "whole")
+    expected = digest_after(whole, 6, **keys)
+    for stop in stops:
+        digest_after(run, stop, **keys)
+    assert digest_after(run, 6, **keys) == expected
+    assert run.log() == whole.log()
+    ours, theirs = (load_file(each.output_dir / "pytorch_lora_weights.safetensors") for each in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_row_06_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = digest_after(TinyRun(tmp_path / "whole"), 6)
+    digest_after(run, 4)
+    file = run.output_dir / "checkpoint-4" / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        assert digest_after(run, 6) == expected
+    assert "Passing over" in caplog.text
+
+
+def test_row_02_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
+    expected = digest_after(TinyRun(tmp_path / "whole"), 6)
+    for stage in ("folder.filled", "folder.before_rename", "folder.after_rename"):
+        saves = 0
+
+        def die(name: str, stage: str = stage) -> None:
+            nonlocal saves
+            saves += name == stage
+            if saves == 2:
+                raise Killed
+
+        folder = TinyRun(tmp_path / stage)
+        with pytest.raises(Killed), at_crash_points(die):
+            digest_after(folder, 6)
+        assert digest_after(folder, 6) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"linear_dim": 4, "linear_alpha": 4}, "linear_dim"),
+        ({"linear_alpha": 4}, "linear_alpha"),
+        ({"tlora_init": "vanilla"}, "tlora_init"),
+        ({"apply_preset": {"target_module": ["FeedForward"]}}, "apply_preset"),
+        ({"algo": "lora", "tlora_min_rank": 1}, "algo"),
+    ],
+    ids=["rank", "alpha", "init", "targets", "algorithm"],
+)
+def test_row_09_resume_with_another_adapter_is_refused(
+    run: TinyRun, change: dict[str, object], field: str
+) -> None:
+    digest_after(run, 1)
+    other = {**TLORA, **change}
+    if other["algo"] != "tlora":
+        del other["tlora_min_rank"]
+    run.lycoris = other
+    with pytest.raises(CheckpointError, match=rf"lycoris {field}\s+.* in the checkpoint"):
+        digest_after(run, 2)
+
+
+def test_row_09_resume_with_another_optimiser_is_refused(run: TinyRun) -> None:
+    digest_after(run, 1)
+    with pytest.raises(CheckpointError, match=r"optimizer +'adamw' in the checkpoint, 'prodigy'"):
+        digest_after(run, 2, optimizer="prodigy")
+
+
+def test_row_09_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(
+    tmp_path: Path, run: TinyRun
+) -> None:
+    digest_after(run, 1)
+    save_tiny_sdxl(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="base weights"):
+        digest_after(run, 2, pretrained_model_name_or_path=str(tmp_path / "other"))
+    save_tiny_sdxl(tmp_path / "moved")
+    digest_after(run, 2, pretrained_model_name_or_path=str(tmp_path / "moved"))
+
+
+def test_row_09_safe_settings_may_change(run: TinyRun) -> None:
+    digest_after(run, 2)
+    digest_after(run, 4, learning_rate=5e-4, checkpoint_step_interval=3, max_grad_norm=0.5)
+    assert [line["lr"] for line in run.log()] == [5e-4, 1e-3, 5e-4, 5e-4]
+
+
+def test_named_checkpoint_begins_a_second_branch(run: TinyRun) -> None:
+    digest_after(run, 4)
+    digest_after(run, 3, resume_from_checkpoint="checkpoint-2")
+    assert [line["step"] for line in run.log()] == [1, 2, 3]
+
+
+def test_row_01_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
+    keys = {"max_train_steps": 30, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}
+    whole = TinyRun(tmp_path / "whole")
+    with whole.trainer(**keys) as trainer:
+        trainer.run()
+        expected = trainer.state_digest()
+    for steps_until_kill in (5, 17):
+        process = start(run, **keys)
+        wait_for_steps(run, steps_until_kill, process=process)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    output, errors = start(run, **keys).communicate(timeout=120)
+    assert f"digest {expected}" in output, errors
+    assert run.log() == whole.log()
+    assert not list(run.output_dir.glob(".partial*"))
+
+
+def test_row_08_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
+    keys = {"checkpoint_step_interval": 0, "gradient_accumulation_steps": 2}
+    whole = TinyRun(tmp_path / "whole")
+    assert whole.run(**keys, max_train_steps=6, train_batch_size=2, lr_scheduler="constant") == 0
+    one = {**keys, "train_batch_size": 2, "lr_scheduler": "constant"}
+    two = {**keys, "train_batch_size": 1, "lr_scheduler": "constant"}
+    assert run.run(**one, max_train_steps=2) == 0
+    pair = start(run, "-m", "torch.distributed.run", "--nproc_per_node", "2", **two, max_train_steps=4)
+    _, errors = pair.communicate(timeout=200)
+    assert pair.returncode == 0, errors
+    assert run.run(**one, max_train_steps=6) == 0
+    for ours, theirs in zip(run.log(), whole.log(), strict=True):
+        assert ours["samples"] == theirs["samples"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+        assert ours["mean_active_rank"] == pytest.approx(theirs["mean_active_rank"], abs=1e-6)
+
+
+def test_output_folder_can_be_moved_between_two_starts(tmp_path: Path, run: TinyRun) -> None:
+    digest_after(run, 2)
+    moved = tmp_path / "moved"
+    shutil.move(run.folder, moved)
+    digest_after(TinyRun(moved), 4)
+    assert [line["step"] for line in TinyRun(moved).log()] == [1, 2, 3, 4]

@@ -1,0 +1,215 @@
+"""Validation pictures on the tiny SDXL model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simpletuner.helpers.adapters import mask
+from simpletuner.helpers.training.trainer import Trainer
+from tests.integration.tiny_runs import TinyRun
+
+PICTURES = {
+    "validation_disable": False,
+    "validation_prompt": "a cat on a sofa",
+    "validation_resolution": "64",
+    "validation_num_inference_steps": 2,
+    "validation_guidance": 3.0,
+    "validation_step_interval": 2,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> TinyRun:
+    return TinyRun(tmp_path, keys=PICTURES)
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def give_effect(trainer: Trainer) -> None:
+    with torch.no_grad():
+        for parameter in trainer.adapter.parameters():
+            parameter += 0.2
+
+
+def pictures_of(run: TinyRun, step: int) -> dict[str, np.ndarray]:
+    folder = run.output_dir / "validation" / f"step-{step}"
+    return {file.name: pixels(file) for file in sorted(folder.glob("*.png")) if file.name != "grid.png"}
+
+
+def test_run_makes_base_pictures_once_and_a_grid_at_every_interval_and_the_end(run: TinyRun) -> None:
+    run.run(max_train_steps=3)
+    folder = run.output_dir / "validation"
+    assert sorted(path.name for path in folder.iterdir()) == ["base", "step-2", "step-3"]
+    assert len(list((folder / "base").glob("*.png"))) == 1
+    assert (folder / "step-3" / "grid.png").is_file()
+
+
+def test_every_prompt_size_and_seed_has_its_picture(run: TinyRun) -> None:
+    library = run.folder / "prompts.json"
+    library.write_text(json.dumps({"a/../b": "one", "two": {"prompt": "two", "adapter_strength": 0.5}}))
+    run.run(
+        max_train_steps=1,
+        user_prompt_library=str(library),
+        validation_resolution="64x64,128x64",
+        num_validation_images=2,
+        validation_seed=5,
+    )
+    made = pictures_of(run, 1)
+    assert len(made) == 3 * 2 * 2  # all of them in the step's folder, whatever a prompt is named
+    assert sum("128x64" in name for name in made) == 6
+    assert sum("seed6" in name for name in made) == 6
+    assert {picture.shape for picture in made.values()} == {(64, 64, 3), (64, 128, 3)}
+
+
+def test_untrained_adapter_gives_the_base_picture_and_a_trained_one_another(run: TinyRun) -> None:
+    with run.trainer() as trainer:
+        trainer.validation.start(0)
+        trainer.validation.run(0)
+        give_effect(trainer)
+        trainer.validation.run(1)
+    base = pixels(next((run.output_dir / "validation" / "base").glob("*.png")))
+    (untrained,), (trained,) = (pictures_of(run, step).values() for step in (0, 1))
+    np.testing.assert_array_equal(untrained, base)
+    assert np.abs(trained - base).max() > 2
+
+
+@pytest.mark.parametrize("key", ["validation_lycoris_strength", "adapter_strength"])
+def test_strength_zero_gives_the_base_picture_of_a_trained_adapter(run: TinyRun, key: str) -> None:
+    library = run.folder / "prompts.json"
+    prompt = {"prompt": "a dog"} | ({key: 0.0} if key == "adapter_strength" else {})
+    library.write_text(json.dumps({"dog": prompt}))
+    keys = {"validation_prompt": None, "user_prompt_library": str(library)}
+    if key != "adapter_strength":
+        keys[key] = 0.0
+    with run.trainer(**keys) as trainer:
+        give_effect(trainer)
+        trainer.validation.start(0)
+        trainer.validation.run(1)
+    base = pixels(next((run.output_dir / "validation" / "base").glob("*.png")))
+    (strengthless,) = pictures_of(run, 1).values()
+    np.testing.assert_array_equal(strengthless, base)
+
+
+def test_same_step_gives_the_same_pictures_again(run: TinyRun) -> None:
+    with run.trainer() as trainer:
+        give_effect(trainer)
+        for step in (1, 2):
+            trainer.validation.run(step)
+    (first,), (second,) = (pictures_of(run, step).values() for step in (1, 2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_base_pictures_are_kept_until_a_setting_changes(run: TinyRun) -> None:
+    with run.trainer() as trainer:
+        trainer.validation.start(0)
+    (file,) = (run.output_dir / "validation" / "base").glob("*.png")
+    made_at = file.stat().st_mtime_ns
+    with run.trainer() as trainer:
+        trainer.validation.start(0)
+    assert file.stat().st_mtime_ns == made_at
+    with run.trainer(validation_guidance=5.0) as trainer:
+        trainer.validation.start(0)
+    assert len(list((run.output_dir / "validation" / "base").glob("*.png"))) == 2
+
+
+def test_benchmark_can_be_left_out(run: TinyRun) -> None:
+    run.run(max_train_steps=1, disable_benchmark=True)
+    assert not (run.output_dir / "validation" / "base").exists()
+    assert (run.output_dir / "validation" / "step-1" / "grid.png").is_file()
+
+
+def test_validation_changes_nothing_that_training_sees(tmp_path: Path) -> None:
+    digests = []
+    for disabled in (True, False):
+        run = TinyRun(tmp_path / str(disabled), keys=PICTURES)
+        with run.trainer(validation_disable=disabled, validation_step_interval=1) as trainer:
+            trainer.run()
+            digests.append(trainer.state_digest())
+            assert trainer.denoiser.training
+    assert digests[0] == digests[1]
+
+
+def test_setup_pipeline_copies_the_rank_schedule_and_clean_pipeline_removes_it(run: TinyRun) -> None:
+    with run.trainer() as trainer:
+        validation = trainer.validation
+        validation.setup_pipeline("intermediary")
+        pipeline = validation.pipeline
+        assert pipeline._tlora_config == trainer.accelerator._tlora_config
+        assert pipeline._tlora_config is not trainer.accelerator._tlora_config
+        assert pipeline.unet is validation.denoiser
+        validation.clean_pipeline()
+        assert pipeline._tlora_config is None
+        assert validation.pipeline is None
+        assert trainer.family._vae is None
+
+
+def test_setup_pipeline_without_a_rank_schedule_sets_none(run: TinyRun) -> None:
+    with run.trainer(lora_type="standard") as trainer:
+        trainer.validation.setup_pipeline("final")
+        assert trainer.validation.pipeline._tlora_config is None
+        trainer.validation.clean_pipeline()
+
+
+def test_every_denoising_step_of_a_validation_is_masked_for_its_timestep(run: TinyRun) -> None:
+    timesteps: list[int] = []
+    open_ranks: list[int] = []
+    with run.trainer(validation_num_inference_steps=4, disable_benchmark=True) as trainer:
+
+        def note_ranks(module: torch.nn.Module, args: object) -> None:
+            current = mask.current_mask(trainer.adapter.group, 8)
+            assert current is not None
+            assert not module.training
+            open_ranks.append(int(current.sum()))
+
+        trainer.denoiser.register_forward_pre_hook(lambda _, args: timesteps.append(int(args[1])))
+        # The pipeline opens the mask as the denoiser is called, so it is looked at one layer inside.
+        trainer.denoiser.conv_in.register_forward_pre_hook(note_ranks)
+        trainer.validation.run(1)
+        assert mask.current_mask(trainer.adapter.group, 8) is None
+    assert len(timesteps) == 4
+    assert open_ranks == [int((1000 - t) / 1000 * 6) + 2 for t in timesteps]
+
+
+@pytest.mark.parametrize("where", ["make_pipeline", "pipeline_inputs"])
+def test_validation_that_fails_is_reported_and_the_run_goes_on(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with run.trainer() as trainer:
+        monkeypatch.setattr(trainer.family, where, fail)
+        assert trainer.run() == 0
+        assert trainer.denoiser.training
+    assert "Lost the base-model pictures: RuntimeError: out of memory" in caplog.text
+    assert "Lost the validation of step 2: RuntimeError: out of memory" in caplog.text
+    assert (run.output_dir / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_pictures_that_a_restart_finds_missing_are_made(run: TinyRun) -> None:
+    run.run(max_train_steps=2)
+    grid = run.output_dir / "validation" / "step-2" / "grid.png"
+    grid.unlink()
+    run.run(max_train_steps=3)
+    assert grid.is_file()
+
+
+def test_tracker_is_given_the_pictures(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    with run.trainer(max_train_steps=1) as trainer:
+        keep: Callable[..., None] = lambda _, pictures: given.append(sorted(pictures))  # noqa: E731
+        monkeypatch.setattr(trainer.trackers, "log_pictures", keep)
+        trainer.run()
+    assert len(given) == 1
+    assert "grid" in given[0]
+    assert len(given[0]) == 2

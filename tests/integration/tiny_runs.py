@@ -1,0 +1,178 @@
+"""Runs of a few steps on the tiny SDXL model: configuration files written as a user writes them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from torch import Tensor
+
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
+from simpletuner.helpers.training.build import build_trainer
+from simpletuner.helpers.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.sections import RunConfig
+
+TLORA = {
+    "algo": "tlora",
+    "multiplier": 1.0,
+    "linear_dim": 8,
+    "linear_alpha": 8,
+    "apply_preset": {"target_module": ["Attention"]},
+    "tlora_min_rank": 2,
+}
+
+
+@functools.cache
+def tiny_model() -> Path:
+    """A tiny SDXL in the diffusers layout, made once per process."""
+    folder = Path(tempfile.mkdtemp(prefix="tiny_sdxl_"))
+    save_tiny_sdxl(folder)
+    return folder
+
+
+@dataclass
+class TinyRun:
+    """A run in its own folder; keyword arguments are keys of config.json."""
+
+    folder: Path
+    lycoris: dict[str, object] = field(default_factory=lambda: dict(TLORA))
+    num_images: int = 3
+    keys: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        images = self.folder / "images"
+        images.mkdir(parents=True, exist_ok=True)
+        for index in range(self.num_images):
+            pixels = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(images / f"image{index}.png")
+            (images / f"image{index}.txt").write_text(f"picture number {index}")
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run writes."""
+        return self.folder / "output"
+
+    def config(self, **overrides: object) -> RunConfig:
+        """The configuration, from files in the run's folder."""
+        keys: dict[str, object] = {
+            "model_family": "sdxl",
+            "pretrained_model_name_or_path": str(tiny_model()),
+            "lora_type": "lycoris",
+            "lycoris_config": "lycoris.json",
+            "data_backend_config": "data.json",
+            "output_dir": str(self.output_dir),
+            "cache_dir_vae": str(self.folder / "cache" / "vae"),
+            "cache_dir_text": str(self.folder / "cache" / "text"),
+            "resolution": 64,
+            "mixed_precision": "no",
+            "max_train_steps": 4,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 2,
+            "checkpoint_step_interval": 2,
+            "validation_disable": True,
+            "seed": 7,
+            **self.keys,
+            **overrides,
+        }
+        dataset = [{"id": "pictures", "type": "local", "instance_data_dir": str(self.folder / "images")}]
+        (self.folder / "data.json").write_text(json.dumps(dataset))
+        (self.folder / "lycoris.json").write_text(json.dumps(self.lycoris))
+        (self.folder / "config.json").write_text(json.dumps(keys))
+        return load_config(self.folder / "config.json", families=registry.facts())
+
+    @contextmanager
+    def trainer(self, **overrides: object) -> Iterator[Trainer]:
+        """A trainer of the run, closed afterwards."""
+        reset_accelerate()
+        trainer = build_trainer(self.config(**overrides))
+        assert isinstance(trainer, Trainer)
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+    def run(self, **overrides: object) -> int:
+        """Build and run, as the command does; the exit code."""
+        reset_accelerate()
+        return build_trainer(self.config(**overrides)).run()
+
+    def log(self) -> list[dict[str, float]]:
+        """The lines of the local log, without the times, which differ from run to run."""
+        lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def reset_accelerate() -> None:
+    """Forget the process-wide state that accelerate keeps from run to run."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def gradients(trainer: Trainer) -> list[Tensor]:
+    """The adapter's gradients, and none left behind."""
+    found = [parameter.grad for parameter in trainer.adapter.parameters()]
+    for parameter in trainer.adapter.parameters():
+        parameter.grad = None
+    assert all(gradient is not None for gradient in found)
+    return [gradient.clone() for gradient in found if gradient is not None]
+
+
+COMMAND = """
+import os
+import sys
+from pathlib import Path
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.training.build import build_trainer
+if "PIDS" in os.environ:
+    (Path(os.environ["PIDS"]) / os.environ["RANK"]).write_text(str(os.getpid()))
+trainer = build_trainer(load_config(Path(sys.argv[1]), families=registry.facts()))
+code = trainer.run()
+if trainer.accelerator.is_main_process:
+    print("digest", trainer.state_digest())
+sys.exit(code)
+"""
+
+
+def start(
+    run: TinyRun, *launcher: str, environment: Mapping[str, str] | None = None, **keys: object
+) -> subprocess.Popen[str]:
+    """The run as a process of its own."""
+    run.config(**keys)
+    script = run.folder / "command.py"
+    script.write_text(COMMAND)
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(script), str(run.folder / "config.json")],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_steps(run: TinyRun, steps: int, *, process: subprocess.Popen[str]) -> None:
+    """Return once the log has this many lines."""
+    deadline_s = time.monotonic() + 120
+    log = run.output_dir / "metrics.jsonl"
+    while not log.exists() or log.read_text().count("\n") < steps:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s
+        time.sleep(0.005)

@@ -1,0 +1,186 @@
+#!/usr/bin/env bash
+# Installs what is missing, checks the configuration and trains: ./train.sh [key=value ...]
+#
+#   CONFIG_PATH                 configuration file (config/config.json); ".json" may be left out
+#   ENV                         uses config/<ENV>/config.json and config/<ENV>/config.env
+#   VENV_PATH                   environment to use or make (the active one, else .venv)
+#   TRAINING_NUM_PROCESSES      processes over all machines (1)
+#   TRAINING_NUM_MACHINES       machines (1); more need --main_process_ip, --main_process_port and
+#                               --machine_rank in ACCELERATE_EXTRA_ARGS
+#   MIXED_PRECISION             overrides mixed_precision of the configuration
+#   TRAINING_DYNAMO_BACKEND     torch.compile backend
+#   ACCELERATE_CONFIG_PATH      accelerate's own yaml file; decides processes and machines
+#   ACCELERATE_EXTRA_ARGS       further arguments of `accelerate launch`
+#
+# The same names may stand in config/config.env and config/<ENV>/config.env (shell assignments); the second
+# file wins over the first, and the environment of this command wins over both.
+# Exit codes: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped by a signal and resumable.
+set -u
+cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+. tools/environment.sh
+
+settings="ENV CONFIG_BACKEND CONFIG_PATH VENV_PATH TRAINING_NUM_PROCESSES TRAINING_NUM_MACHINES MIXED_PRECISION
+    TRAINING_DYNAMO_BACKEND ACCELERATE_EXTRA_ARGS ACCELERATE_CONFIG_PATH"
+
+# read_settings FILE: what the file assigns is exported, except where the caller's environment had it set.
+read_settings() {
+    [ -f "$1" ] || return 0
+    set -a +u
+    # shellcheck disable=SC1090
+    . "$1" || fail 2 "$1 could not be read as shell assignments."
+    set +a -u
+    eval "$callers_settings"
+}
+
+callers_settings=
+for name in $settings; do
+    if [ -n "${!name+set}" ]; then
+        callers_settings="$callers_settings export $name=$(printf '%q' "${!name}");"
+    fi
+done
+read_settings config/config.env
+[ -z "${ENV:-}" ] || [ "$ENV" = default ] || read_settings "config/$ENV/config.env"
+
+find_config() {
+    [ "${CONFIG_BACKEND:-json}" = json ] ||
+        fail 2 "CONFIG_BACKEND=$CONFIG_BACKEND is not supported; write the configuration as json and leave CONFIG_BACKEND out."
+    if [ -n "${CONFIG_PATH:-}" ]; then
+        config=$CONFIG_PATH
+    elif [ -n "${ENV:-}" ] && [ "$ENV" != default ]; then
+        [ -d "config/$ENV" ] || fail 2 "ENV=$ENV, but there is no folder config/$ENV."
+        config=config/$ENV/config.json
+    else
+        config=config/config.json
+    fi
+    if [ ! -f "$config" ] && [ -f "$config.json" ]; then
+        config=$config.json
+    fi
+}
+
+is_positive_number() {
+    case $1 in
+    '' | *[!0-9]* | 0*) return 1 ;;
+    esac
+}
+
+choose_launch() {
+    processes=${TRAINING_NUM_PROCESSES:-1}
+    machines=${TRAINING_NUM_MACHINES:-1}
+    is_positive_number "$processes" || fail 2 "TRAINING_NUM_PROCESSES=$processes is not a number from 1 up."
+    is_positive_number "$machines" || fail 2 "TRAINING_NUM_MACHINES=$machines is not a number from 1 up."
+    if [ $((processes % machines)) -ne 0 ]; then
+        fail 2 "TRAINING_NUM_PROCESSES=$processes counts all machines and must be a multiple of TRAINING_NUM_MACHINES=$machines."
+    fi
+    if [ -n "${ACCELERATE_CONFIG_PATH:-}" ]; then
+        [ -f "$ACCELERATE_CONFIG_PATH" ] || fail 2 "ACCELERATE_CONFIG_PATH=$ACCELERATE_CONFIG_PATH is not a file."
+    fi
+}
+
+# Sets launcher_args for accelerate.
+choose_launcher_args() {
+    launcher_args=()
+    if [ -n "${ACCELERATE_CONFIG_PATH:-}" ]; then
+        launcher_args+=(--config_file "$ACCELERATE_CONFIG_PATH")
+    else
+        local devices per_machine=$((processes / machines))
+        devices=$("$python" -c 'import torch; print(torch.cuda.device_count())') ||
+            fail 1 "torch could not be imported from $environment; its message is above."
+        if [ "$devices" -eq 0 ]; then
+            # With --cpu accelerate starts one process whatever is asked for; this way it starts them all.
+            export ACCELERATE_USE_CPU=true
+        elif [ "$devices" -lt "$per_machine" ]; then
+            fail 2 "$per_machine processes on this machine, but it has $devices GPUs. Set TRAINING_NUM_PROCESSES to at most $((devices * machines))."
+        fi
+        [ "$processes" -eq 1 ] || launcher_args+=(--multi_gpu)
+        launcher_args+=(--num_processes "$processes" --num_machines "$machines")
+        [ "$machines" -gt 1 ] || launcher_args+=(--main_process_port 0)
+        launcher_args+=(--dynamo_backend "$(printf %s "${TRAINING_DYNAMO_BACKEND:-no}" | tr '[:upper:]' '[:lower:]')")
+        launcher_args+=(--mixed_precision "${MIXED_PRECISION:-no}")
+        if [ -z "${OMP_NUM_THREADS:-}" ]; then
+            local cores
+            cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+            export OMP_NUM_THREADS=$((cores > per_machine ? cores / per_machine : 1))
+        fi
+    fi
+    # Split into words as the user wrote them.
+    # shellcheck disable=SC2206
+    launcher_args+=(${ACCELERATE_EXTRA_ARGS:-})
+}
+
+# Runs the workers in a process group of their own, hands them the signals and takes the exit code that the
+# first of them left: accelerate's launcher hands on no signal in time and turns every code but 0 into 1.
+launch_several() {
+    SIMPLETUNER_LAUNCH_DIR=$(mktemp -d "${TMPDIR:-/tmp}/simpletuner.XXXXXX") || fail 1 "No temporary folder could be made."
+    export SIMPLETUNER_LAUNCH_DIR
+    trap 'rm -rf "$SIMPLETUNER_LAUNCH_DIR"' EXIT
+    launcher=
+    trap 'forward TERM' TERM
+    trap 'forward INT' INT
+    trap 'forward USR1' USR1
+    set -m
+    "$python" -m accelerate.commands.launch "${launcher_args[@]}" -m simpletuner.train "$@" &
+    launcher=$!
+    set +m
+    local code=0 latest
+    while :; do
+        interrupted=
+        wait "$launcher" 2>/dev/null
+        latest=$?
+        [ "$latest" -ne 127 ] || break
+        code=$latest
+        [ -n "$interrupted" ] || break
+    done
+    exit "$(real_exit_code "$code")"
+}
+
+real_exit_code() { # real_exit_code LAUNCHER_CODE
+    local written=
+    [ ! -f "$SIMPLETUNER_LAUNCH_DIR/exit_code" ] || written=$(cat "$SIMPLETUNER_LAUNCH_DIR/exit_code")
+    if [ "$1" -eq 0 ]; then
+        echo "${written:-1}"
+    elif [ -z "$written" ] && [ -e "$SIMPLETUNER_LAUNCH_DIR/signalled" ]; then
+        echo 75 # before training began: the same command starts again
+    elif [ -z "$written" ] || [ "$written" -eq 0 ]; then
+        echo 1 # another process failed
+    else
+        echo "$written"
+    fi
+}
+
+forward() { # forward SIGNAL: to the workers, which left their process ids; before that there is nothing to save
+    local record workers=0
+    interrupted=yes
+    : >"$SIMPLETUNER_LAUNCH_DIR/signalled"
+    for record in "$SIMPLETUNER_LAUNCH_DIR"/*.pid; do
+        [ -e "$record" ] || continue
+        record=${record##*/}
+        kill -s "$1" "${record%.pid}" 2>/dev/null && workers=$((workers + 1))
+    done
+    [ "$workers" -gt 0 ] || [ -z "$launcher" ] || kill -s TERM "$launcher" 2>/dev/null
+}
+
+find_config
+choose_launch
+choose_environment
+install_project
+
+# Until the run has begun, stopping loses nothing and the same command starts again.
+trap 'exit 75' TERM INT USR1
+
+# An environment variable is more particular than the file and less than an argument.
+[ -z "${MIXED_PRECISION:-}" ] || set -- "mixed_precision=$MIXED_PRECISION" "$@"
+"$python" -m simpletuner validate --config "$config" "$@" || exit $?
+
+# GNU's OpenMP threads spin while they wait, which costs many times the work wherever another program runs.
+[ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
+
+if [ "$processes" -eq 1 ] && [ -z "${ACCELERATE_CONFIG_PATH:-}${ACCELERATE_EXTRA_ARGS:-}" ]; then
+    [ -z "${MIXED_PRECISION:-}" ] || export ACCELERATE_MIXED_PRECISION="$MIXED_PRECISION"
+    if [ -n "${TRAINING_DYNAMO_BACKEND:-}" ]; then
+        ACCELERATE_DYNAMO_BACKEND=$(printf %s "$TRAINING_DYNAMO_BACKEND" | tr '[:lower:]' '[:upper:]')
+        export ACCELERATE_DYNAMO_BACKEND
+    fi
+    exec "$python" -m simpletuner.train --config "$config" "$@"
+fi
+choose_launcher_args
+launch_several --config "$config" "$@"
