@@ -22,12 +22,10 @@ def _at_the_root(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr("sys.argv", ["simpletuner", *arguments])
-    try:
+    with pytest.raises(SystemExit) as end:
         cli.main()
-    except SystemExit as end:
-        assert isinstance(end.code, int)
-        return end.code
-    return 0
+    assert isinstance(end.value.code, int)
+    return end.value.code
 
 
 def test_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

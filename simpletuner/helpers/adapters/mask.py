@@ -149,6 +149,10 @@ def shared_rank(group: int, rank: int) -> int | None:
 
 def move_mask(group: int, rank: int, device: torch.device) -> Tensor:
     """The mask of a layer, moved to its device once for all layers of that rank."""
+    mask = current_mask(group, rank)
+    assert mask is not None, "only a mask that is set can be moved"
+    moved = mask.to(device)
     owner = group if (group, rank) in _masks else PUBLIC_GROUP
-    mask = _masks[owner, rank] = _masks[owner, rank].to(device)
-    return mask
+    if (owner, rank) in _masks:  # one that was set through LyCORIS is not ours to keep
+        _masks[owner, rank] = moved
+    return moved

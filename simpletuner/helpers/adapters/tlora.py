@@ -39,6 +39,10 @@ from simpletuner.helpers.io.logs import say_once
 
 logger = logging.getLogger(__name__)
 
+TRAINED_KEYS = ("q_layer.weight", "p_layer.weight", "lambda_layer")
+BASE_KEYS = ("base_q", "base_p", "base_lambda")
+VANILLA_KEYS = ("lora_down.weight", "lora_up.weight")
+
 
 class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
     """One adapted layer. Its parameters are float32 whatever the base layer's dtype.
@@ -49,18 +53,7 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
 
     name = "tlora"
     support_module = {"linear", "conv1d", "conv2d", "conv3d"}  # noqa: RUF012  LyCORIS declares it so
-    weight_list = [  # noqa: RUF012
-        "tlora_schedule",
-        "alpha",
-        "q_layer.weight",
-        "p_layer.weight",
-        "lambda_layer",
-        "base_q",
-        "base_p",
-        "base_lambda",
-        "lora_down.weight",
-        "lora_up.weight",
-    ]
+    weight_list = ["tlora_schedule", "alpha", *TRAINED_KEYS, *BASE_KEYS, *VANILLA_KEYS]  # noqa: RUF012
     weight_list_det = ["tlora_schedule", "lambda_layer"]  # noqa: RUF012
 
     def __init__(
@@ -81,9 +74,8 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
     ) -> None:
         super().__init__(lora_name, org_module, multiplier)
         if self.module_type not in self.support_module:
-            raise ConfigError(
-                f"{lora_name}: a {type(org_module).__name__} has no T-LoRA form. Exclude it by name."
-            )
+            kind = type(org_module).__name__
+            raise ConfigError(f"{lora_name}: a {kind} has no T-LoRA form. Exclude it by name.")
         self.lora_dim = lora_dim
         self.description = Description(tlora_init, sig_type, schedule)
         self.scale = (alpha or lora_dim) / lora_dim

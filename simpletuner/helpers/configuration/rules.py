@@ -41,7 +41,6 @@ def family_of(
 def family_defaults(given: Mapping[str, Given], facts: FamilyFacts) -> dict[str, object]:
     """What the family gives to keys that the user left out."""
     defaults: dict[str, object] = {
-        "prediction_type": facts.prediction_types[0],
         "aspect_bucket_alignment": facts.pixel_alignment,
         "peft_lora_target_modules": facts.lora_targets,
     }

@@ -95,7 +95,7 @@ class ModelConfig(Section):
     variant: OptionalText = None
     """Variant of the weight files, for instance fp16; null is the plain one."""
     prediction_type: PredictionType | None = None
-    """What the denoiser predicts. Default: the family's."""
+    """What the denoiser predicts. Default: what the model's own scheduler says."""
     rescale_betas_zero_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise."""
 

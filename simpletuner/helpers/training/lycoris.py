@@ -1,8 +1,8 @@
 """The public T-LoRA mask functions.
 
 Set a mask before the forward, keep it until backward has finished, then clear it. What is set here is what
-LyCORIS's own `get_timestep_mask()` returns, so stock LyCORIS layers obey it too. Importing this module registers
-our T-LoRA layer with LyCORIS.
+LyCORIS's own `get_timestep_mask()` returns, so stock LyCORIS layers obey it too. Importing this module
+registers our T-LoRA layer with LyCORIS.
 """
 
 from __future__ import annotations
