@@ -15,12 +15,18 @@ MAX_NESTING = 3
 MAX_POSITIONAL = 3
 
 # "module function" -> why the rule would make this code worse. An entry that is no longer needed fails.
-MORE_PARAMETERS: dict[str, str] = {}
-MORE_POSITIONAL = {
-    "simpletuner/helpers/adapters/mask.py apply_tlora_timestep_mask": "people's code calls it by position",
-    "simpletuner/helpers/adapters/mask.py apply_tlora_inference_mask": "people's code calls it by position",
+MORE_PARAMETERS: dict[str, str] = {
+    "simpletuner/helpers/adapters/tlora.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
 }
-POSITIONAL_FLAGS: dict[str, str] = {}
+MORE_POSITIONAL = {
+    "simpletuner/helpers/training/lycoris.py apply_tlora_timestep_mask": "people's code calls it by position",
+    "simpletuner/helpers/training/lycoris.py apply_tlora_inference_mask": "people's code calls it by position",
+    "simpletuner/helpers/adapters/attachment.py _hide_keys": "a torch hook, called by position",
+    "simpletuner/helpers/adapters/tlora.py TLoraLayer._after_base": "a torch hook, called by position",
+}
+POSITIONAL_FLAGS: dict[str, str] = {
+    "simpletuner/helpers/adapters/tlora.py TLoraLayer._apply": "torch's signature",
+}
 
 _BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 

@@ -63,23 +63,21 @@ def as_glob(pattern: str) -> str:
 @contextmanager
 def preset_in_force(preset: Preset) -> Iterator[None]:
     """Set LyCORIS's class-level preset while a network is created, and put back what was there."""
-    names = (
-        "ENABLE_CONV",
-        "TARGET_REPLACE_MODULE",
-        "TARGET_REPLACE_NAME",
-        "TARGET_EXCLUDE_NAME",
-        "MODULE_ALGO_MAP",
-        "NAME_ALGO_MAP",
-        "USE_FNMATCH",
-        "LORA_PREFIX",
-    )
-    before = {name: vars(LycorisNetwork)[name] for name in names}
+    before = {
+        "enable_conv": LycorisNetwork.ENABLE_CONV,
+        "target_module": LycorisNetwork.TARGET_REPLACE_MODULE,
+        "target_name": LycorisNetwork.TARGET_REPLACE_NAME,
+        "exclude_name": LycorisNetwork.TARGET_EXCLUDE_NAME,
+        "module_algo_map": LycorisNetwork.MODULE_ALGO_MAP,
+        "name_algo_map": LycorisNetwork.NAME_ALGO_MAP,
+        "use_fnmatch": LycorisNetwork.USE_FNMATCH,
+        "lora_prefix": LycorisNetwork.LORA_PREFIX,
+    }
     LycorisNetwork.apply_preset(preset)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(LycorisNetwork, name, value)
+        LycorisNetwork.apply_preset(before)
 
 
 def check_matches(preset: Preset, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:

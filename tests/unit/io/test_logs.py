@@ -27,7 +27,7 @@ def test_configure_logging_shows_our_lines_and_only_errors_of_libraries(shown: i
     configure_logging(console=Console(file=shown, width=200))
     logging.getLogger("simpletuner.helpers.data").info("Encoded %d images.", 3)
     logging.getLogger("diffusers.pipelines").warning("chatter")
-    logging.getLogger("LyCORIS").error("serious")
+    logging.getLogger("urllib3").error("serious")
     assert "Encoded 3 images." in shown.getvalue()
     assert "chatter" not in shown.getvalue()
     assert "serious" in shown.getvalue()
