@@ -9,7 +9,7 @@ from package_source import Module, assert_only, modules
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
-_LYCORIS_ARGUMENTS = [
+_LYCORIS_ARGUMENTS = (
     "block_size",
     "bypass_mode",
     "constraint",
@@ -31,8 +31,8 @@ _LYCORIS_ARGUMENTS = [
     "use_tucker",
     "wd_on_out",
     "weight_decompose",
-]
-_PRESET = [
+)
+_PRESET = (
     "enable_conv",
     "exclude_name",
     "module_algo_map",
@@ -40,7 +40,7 @@ _PRESET = [
     "target_module",
     "target_name",
     "use_fnmatch",
-]
+)
 READ_WHILE_LOADING: dict[str, str] = {
     "AdapterConfig.lycoris_config": _OPENED,
     "DataConfig.data_backend_config": _OPENED,

@@ -18,9 +18,10 @@ MAX_POSITIONAL = 3
 MORE_PARAMETERS: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
 }
+_PUBLIC = "people's code calls it by position"
 MORE_POSITIONAL = {
-    "simpletuner/helpers/training/lycoris.py apply_tlora_timestep_mask": "people's code calls it by position",
-    "simpletuner/helpers/training/lycoris.py apply_tlora_inference_mask": "people's code calls it by position",
+    "simpletuner/helpers/training/lycoris.py apply_tlora_timestep_mask": _PUBLIC,
+    "simpletuner/helpers/training/lycoris.py apply_tlora_inference_mask": _PUBLIC,
     "simpletuner/helpers/adapters/attachment.py _hide_keys": "a torch hook, called by position",
     "simpletuner/helpers/adapters/tlora.py TLoraLayer._after_base": "a torch hook, called by position",
 }

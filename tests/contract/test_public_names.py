@@ -17,6 +17,7 @@ from simpletuner.helpers.training.validation import Validation
 PUBLIC_NAMES = [
     ("simpletuner", "__version__"),
     ("simpletuner.train", "main"),
+    ("simpletuner.lycoris_defaults", "default_lycoris_config"),
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLPipeline"),
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLImg2ImgPipeline"),
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLInpaintPipeline"),

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ class Checkout:
     root: Path
     environment: Path
     notes: Path
-    variables: dict[str, str] = field(default_factory=dict)
+    temporary: Path
 
     def start(self, *arguments: str, trainer: str = "end", **variables: str) -> subprocess.Popen[str]:
         clean = {
@@ -90,6 +90,7 @@ class Checkout:
         own = {
             "VENV_PATH": str(self.environment),
             "PYTHONPATH": str(self.root),
+            "TMPDIR": str(self.temporary),
             "TEST_NOTES": str(self.notes),
             "TEST_TRAINER": trainer,
         }
@@ -140,13 +141,14 @@ def checkout(tmp_path: Path, repository: Path) -> Checkout:
     for name in ("train.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(repository / name, root / name)
     (root / "simpletuner/helpers/training/build.py").write_text(TRAINER)
-    environment, notes = tmp_path / "environment", tmp_path / "notes"
+    environment, notes, temporary = tmp_path / "environment", tmp_path / "notes", tmp_path / "temporary"
     (environment / "bin").mkdir(parents=True)
     notes.mkdir()
+    temporary.mkdir()
     python = environment / "bin" / "python"
     python.write_text(PYTHON.format(calls=notes / "pip.txt", python=sys.executable))
     python.chmod(0o755)
-    return Checkout(root, environment, notes)
+    return Checkout(root, environment, notes, temporary)
 
 
 def _wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
@@ -305,15 +307,14 @@ def test_a_signal_before_the_processes_start_ends_with_code_75_and_leaves_none_b
     checkout: Checkout,
 ) -> None:
     process = checkout.start(trainer="wait", TRAINING_NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
-    folders = Path(os.environ.get("TMPDIR", "/tmp"))
-    before = set(folders.glob("simpletuner.*"))
-    _wait_until(lambda: bool(set(folders.glob("simpletuner.*")) - before))
+    _wait_until(lambda: any(checkout.temporary.glob("simpletuner.*")))
     time.sleep(0.2)
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not checkout.saved()
     _wait_until(lambda: not _session_of(process.pid), seconds=10)
+    assert not list(checkout.temporary.glob("simpletuner.*"))
 
 
 @pytest.mark.parametrize(("trainer", "code"), [("fail:1", 1), ("fail:0", 1), ("resume", 3)])

@@ -1,0 +1,274 @@
+"""Bundled SDXL pipelines with a T-LoRA adapter: the right ranks at every step, and none left behind."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from lycoris import create_lycoris_from_weights
+from PIL import Image
+
+from simpletuner.helpers.adapters import mask
+from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.pipeline import (
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
+
+SCHEDULE = RankSchedule(8, min_rank=2)
+CONFIG = {"max_rank": 8, "min_rank": 2, "alpha": 1.0}
+SCHEDULERS = [
+    EulerDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+    DDIMScheduler,
+]
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_sdxl(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = load(model)
+    adapter = attach(pipeline)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    file = tmp_path_factory.mktemp("adapter") / "pytorch_lora_weights.safetensors"
+    adapter.save(file, facts={"base_model": "tiny"})
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _no_mask_left_behind() -> Iterator[None]:
+    yield
+    assert not mask._masks
+
+
+def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:
+    pipeline = kind.from_pretrained(model, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def attach(pipeline: Any) -> LycorisAdapter:
+    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
+    config = LycorisConfig.model_validate(values | {"raw": values})
+    adapter = attach_adapter(
+        pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
+    )
+    assert isinstance(adapter, LycorisAdapter)
+    return adapter
+
+
+def sample(pipeline: Any, **options: Any) -> np.ndarray:
+    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np"} | options
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        options = {"height": 64, "width": 64} | options
+    generator = torch.Generator().manual_seed(5)
+    return pipeline("a photo of sks cat", generator=generator, **options).images[0]
+
+
+def record_steps(
+    pipeline: Any, adapter: LycorisAdapter, monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[int, int]]:
+    """(timestep handed to scheduler.step, open ranks in the denoiser call before it), filled while sampling."""
+    steps: list[tuple[int, int]] = []
+    open_ranks: list[int] = []
+
+    def look(*_: object) -> None:
+        current = mask.current_mask(adapter.group, 8)
+        assert current is not None
+        assert current.shape == (1, 8)
+        open_ranks.append(int(current.sum()))
+
+    pipeline.unet.conv_in.register_forward_hook(look)
+    step = pipeline.scheduler.step
+
+    def watched(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append((int(timestep), open_ranks[-1]))
+        assert mask.current_mask(adapter.group, 8) is None, "the mask outlived the denoiser call"
+        return step(output, timestep, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", watched)
+    return steps
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("strength", [None, 0.3, 1.0], ids=lambda value: f"strength {value}")
+def test_every_step_opens_the_ranks_of_the_timestep_it_removes(
+    scheduler: Any, strength: float | None, model: Path, adapter_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = (
+        [StableDiffusionXLPipeline]
+        if strength is None
+        else [
+            StableDiffusionXLImg2ImgPipeline,
+            StableDiffusionXLInpaintPipeline,
+        ]
+    )
+    for kind in kinds:
+        pipeline = load(model, kind)
+        pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+        adapter = load_adapter(pipeline.unet.eval(), adapter_file)
+        pipeline._tlora_config = adapter.tlora_config
+        steps = record_steps(pipeline, adapter, monkeypatch)
+        options: dict[str, Any] = {"num_inference_steps": 7}
+        if strength is not None:
+            options |= {"image": PICTURE, "strength": strength}
+        if kind is StableDiffusionXLInpaintPipeline:
+            options |= {"mask_image": PICTURE.convert("L")}
+        sample(pipeline, **options)
+        assert len(steps) >= 2
+        assert len({rank for _, rank in steps}) > 1 or strength == 0.3
+        assert steps == [(timestep, SCHEDULE.rank_at(timestep)) for timestep, _ in steps]
+
+
+def test_mask_is_gone_after_a_call_that_raises(model: Path, adapter_file: Path) -> None:
+    pipeline = load(model)
+    adapter = load_adapter(pipeline.unet.eval(), adapter_file)
+    pipeline._tlora_config = CONFIG
+
+    def fail(*_: object) -> None:
+        raise KeyError("denoiser")
+
+    hook = pipeline.unet.conv_out.register_forward_hook(fail)
+    with pytest.raises(KeyError, match="denoiser"):
+        sample(pipeline)
+    assert mask.current_mask(adapter.group, 8) is None
+    hook.remove()
+    hooks = len(pipeline.unet._forward_hooks), len(pipeline.unet._forward_pre_hooks)
+    assert hooks == (0, 0)
+    sample(pipeline)
+
+
+def test_well_known_recipe_is_masked_and_equals_the_live_adapter(model: Path, adapter_file: Path) -> None:
+    pipeline = load(model)
+    base = sample(pipeline)
+    network, _ = create_lycoris_from_weights(1.0, str(adapter_file), pipeline.unet.eval())
+    network.merge_to()
+    unmasked = sample(pipeline)
+    pipeline._tlora_config = CONFIG
+    masked = sample(pipeline)
+    live = load(model)
+    live._tlora_config = load_adapter(live.unet.eval(), adapter_file).tlora_config
+    np.testing.assert_allclose(masked, sample(live), rtol=0, atol=1e-6)
+    assert np.abs(masked - unmasked).max() > 1e-3, "the mask changes nothing"
+    assert np.abs(masked - base).max() > 1e-3, "the adapter changes nothing"
+
+
+def test_detached_adapter_leaves_the_pipeline_bit_identical(model: Path, adapter_file: Path) -> None:
+    pipeline = load(model)
+    before, weights = sample(pipeline), {k: v.clone() for k, v in pipeline.unet.state_dict().items()}
+    adapter = load_adapter(pipeline.unet, adapter_file)
+    pipeline._tlora_config = adapter.tlora_config
+    sample(pipeline)
+    pipeline._tlora_config = None
+    adapter.detach()
+    assert np.array_equal(sample(pipeline), before)
+    assert all(torch.equal(value, weights[key]) for key, value in pipeline.unet.state_dict().items())
+
+
+def test_save_pretrained_of_an_adapted_model_holds_the_base_alone(
+    model: Path, adapter_file: Path, tmp_path: Path
+) -> None:
+    pipeline = load(model)
+    load_adapter(pipeline.unet, adapter_file)
+    pipeline.unet.save_pretrained(tmp_path / "unet")
+    again = type(pipeline.unet).from_pretrained(tmp_path / "unet")
+    plain = load(model).unet
+    assert again.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_rank": 16}, "says max_rank 16, the network in the denoiser has 8"),
+        ({"rank": 8}, "max_rank and optionally"),
+        ({"max_rank": 8, "alpha": -1.0}, "alpha -1.0 must be"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused_before_any_step(
+    config: dict[str, Any], message: str, model: Path, adapter_file: Path
+) -> None:
+    pipeline = load(model)
+    load_adapter(pipeline.unet.eval(), adapter_file)
+    pipeline._tlora_config = config
+    with pytest.raises(AdapterError, match=message):
+        sample(pipeline)
+
+
+def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(
+    model: Path, adapter_file: Path
+) -> None:
+    pipelines = [load(model), load(model)]
+    expected = []
+    for pipeline in pipelines:
+        pipeline._tlora_config = load_adapter(pipeline.unet.eval(), adapter_file).tlora_config
+        expected.append(sample(pipeline))
+    found: dict[str, Any] = {}
+
+    def elsewhere(name: str, pipeline: Any) -> None:
+        try:
+            found[name] = sample(pipeline)
+        except RuntimeError as error:
+            found[name] = error
+
+    def during_a_step(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 1:
+            for name, other in (("same", pipelines[0]), ("other", pipelines[1])):
+                thread = threading.Thread(target=elsewhere, args=(name, other))
+                thread.start()
+                thread.join()
+        return values
+
+    here = sample(pipelines[0], callback_on_step_end=during_a_step)
+    assert isinstance(found["same"], RuntimeError)
+    assert "another thread" in str(found["same"])
+    assert np.array_equal(here, expected[0])
+    assert np.array_equal(found["other"], expected[1])
+
+
+@pytest.mark.parametrize("name", ["recipe", "loader"])
+def test_code_of_the_documentation_runs(
+    name: str, model: Path, adapter_file: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (repository / "documentation" / "tlora.md").read_text()
+    block = re.search(rf"<!-- tested: {name} -->\n```python\n(.+?)```", page, re.DOTALL)
+    assert block is not None
+    code = block[1].replace("stabilityai/stable-diffusion-xl-base-1.0", str(model))
+    code = code.replace('{"max_rank": 64, "min_rank": 32, "alpha": 1.0}', str(CONFIG))
+    assert str(model) in code
+    monkeypatch.chdir(adapter_file.parent)
+    names: dict[str, Any] = {}
+    exec(compile(code, f"tlora.md {name}", "exec"), names)
+    assert isinstance(names["image"], Image.Image)
