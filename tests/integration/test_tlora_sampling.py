@@ -100,7 +100,7 @@ def sample(pipeline: Any, **options: Any) -> np.ndarray:
 def record_steps(
     pipeline: Any, adapter: LycorisAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[int, int]]:
-    """(timestep handed to scheduler.step, open ranks in the denoiser call before it), filled while sampling."""
+    """(timestep handed to scheduler.step, open ranks in the denoiser call before it) of each step."""
     steps: list[tuple[int, int]] = []
     open_ranks: list[int] = []
 

@@ -71,6 +71,27 @@ def test_run_ends_with_everything_it_promises(run: TinyRun, caplog: pytest.LogCa
     assert all(2 <= line["mean_active_rank"] <= 8 for line in run.log())
 
 
+def test_every_training_step_opens_the_ranks_of_the_timesteps_that_the_denoiser_gets(
+    run: TinyRun,
+) -> None:
+    given: list[list[int]] = []
+    opened: list[list[int]] = []
+    with run.trainer(train_batch_size=3, max_train_steps=2) as trainer:
+        unet = trainer.accelerator.unwrap_model(trainer.denoiser)
+        unet.register_forward_pre_hook(lambda _, args: given.append(args[1].tolist()))
+
+        def note_ranks(*_: object) -> None:
+            current = mask.current_mask(trainer.adapter.group, 8)
+            assert current is not None
+            opened.append(current.sum(dim=1).int().tolist())
+
+        unet.conv_in.register_forward_pre_hook(note_ranks)
+        for batch in (first_batch(trainer), replace(first_batch(trainer), positions=(7, 8, 9))):
+            trainer.train_step(batch)
+    assert len({timestep for step in given for timestep in step}) > 3
+    assert opened == [[int((1000 - t) / 1000 * 6) + 2 for t in step] for step in given]
+
+
 def test_adapter_file_tells_what_it_was_trained_on(run: TinyRun) -> None:
     run.run(max_train_steps=1)
     with safe_open(run.output_dir / "pytorch_lora_weights.safetensors", framework="pt") as file:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 
 from rich.console import Console
 from rich.logging import RichHandler
+
+UNWRAPPED = 1000  # columns of a line in a file, where a path cut in two is of no use
 
 # The logger names of libraries whose information lines would bury ours.
 _CHATTY = (
@@ -44,7 +47,7 @@ def configure_logging(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler = RichHandler(
-        console=console or Console(stderr=True),
+        console=console or Console(stderr=True, width=None if sys.stderr.isatty() else UNWRAPPED),
         show_path=False,
         markup=False,
         rich_tracebacks=False,

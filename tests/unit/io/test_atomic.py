@@ -67,6 +67,56 @@ def test_write_bytes_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Pa
     assert [each.name for each in file.parent.iterdir()] == ["file"]
 
 
+def _note_syncs_and_renames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """("sync" or "rename", inode) in the order in which they happen."""
+    events: list[tuple[str, int]] = []
+    sync, rename = os.fsync, Path.rename
+    replace = Path.replace
+
+    def noted_sync(descriptor: int) -> None:
+        events.append(("sync", os.fstat(descriptor).st_ino))
+        sync(descriptor)
+
+    def noted_replace(path: Path, target: Path) -> Path:
+        events.append(("rename", path.stat().st_ino))
+        return replace(path, target)
+
+    def noted_rename(path: Path, target: Path) -> Path:
+        events.append(("rename", path.stat().st_ino))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", noted_replace)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    return events
+
+
+def test_row_02_a_file_is_on_the_disk_before_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = _note_syncs_and_renames(monkeypatch)
+    write_bytes(tmp_path / "a", b"1")
+    file, folder = (tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino
+    assert events == [("sync", file), ("rename", file), ("sync", folder)]
+
+
+def test_row_02_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = _note_syncs_and_renames(monkeypatch)
+    with publish_folder(tmp_path / "made") as partial:
+        (partial / "sub").mkdir()
+        (partial / "sub" / "a").write_bytes(b"1")
+        (partial / "b").write_bytes(b"2")
+    made = tmp_path / "made"
+    renamed = events.index(("rename", made.stat().st_ino))
+    before = {inode for kind, inode in events[:renamed] if kind == "sync"}
+    everything = [made, *made.rglob("*")]
+    assert len(everything) == 5, "folder, subfolder, two files and the manifest"
+    assert {path.stat().st_ino for path in everything} <= before
+    assert ("sync", tmp_path.stat().st_ino) in events[renamed:]
+
+
 def test_write_bytes_honours_the_umask(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
