@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -172,3 +173,9 @@ def test_the_pipeline_draws_no_progress_bar(make_family: MakeSDXL, capfd: pytest
     pipeline = family.make_pipeline(family.load_denoiser())
     pipeline(**family.pipeline_inputs(embeds, embeds), height=64, width=64, num_inference_steps=1)
     assert "".join(capfd.readouterr()) == ""
+
+
+@pytest.mark.parametrize("kind", BUNDLED)
+def test_bundled_pipeline_is_called_with_the_arguments_of_its_diffusers_class(kind: PipelineKind) -> None:
+    assert inspect.signature(BUNDLED[kind].__call__) == inspect.signature(STOCK[kind].__call__)
+    assert len(inspect.signature(BUNDLED[kind].__call__).parameters) > 20

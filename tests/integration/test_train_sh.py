@@ -60,7 +60,8 @@ class Trainer:
             while action in ("wait", "fail") and not preemption.requested:
                 time.sleep(0.02)
             if preemption.requested:
-                time.sleep(0.3 if RANK == "0" else 0)  # the main process writes the checkpoint
+                # The main process writes the checkpoint; the others end long after the signal and before it.
+                time.sleep(1.8 if RANK == "0" else 0.8)
                 (notes / f"saved-{RANK}").touch()
         return 75 if preemption.requested else 0
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,8 @@ class MaskedDenoising:
 
     `_tlora_config` (`max_rank`, optionally `min_rank`, `alpha`, `schedule`, `num_timesteps`) switches it on.
     The timestep is the scheduler's own; what a transformer is given is rounded to its dtype and divided.
+    A call raises AdapterError when `_tlora_config` is malformed or names another rank than the network's, and
+    RuntimeError when another thread is sampling from the same denoiser.
     """
 
     denoiser_name: ClassVar[str]
@@ -34,16 +37,11 @@ class MaskedDenoising:
 
     scheduler: Any
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the pipeline as its diffusers class does, with the ranks of each step open in that step.
-
-        Raises:
-            AdapterError: `_tlora_config` is malformed or names another rank than the network's.
-            RuntimeError: Another thread is sampling from the same denoiser.
-        """
-        denoiser: nn.Module = vars(self)[self.denoiser_name]
-        with _one_thread(denoiser), self._masked(denoiser):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Put the mask around diffusers' call, keeping its signature and documentation."""
+        super().__init_subclass__(**kwargs)
+        if "__call__" not in vars(cls):
+            cls.__call__ = _masked_call(super().__call__)  # type: ignore[method-assign, misc]
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
         """Offload layer by layer, the adapter's tensors with them."""
@@ -78,6 +76,16 @@ class MaskedDenoising:
             for handle in handles:
                 handle.remove()
             close_ranks()
+
+
+def _masked_call(call: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(call)
+    def masked(pipeline: MaskedDenoising, *args: Any, **kwargs: Any) -> Any:
+        denoiser: nn.Module = vars(pipeline)[pipeline.denoiser_name]
+        with _one_thread(denoiser), pipeline._masked(denoiser):
+            return call(pipeline, *args, **kwargs)
+
+    return masked
 
 
 def scheduler_timestep(scheduler: Any, *, given: Any) -> int:
