@@ -23,6 +23,7 @@ from PIL import Image
 
 from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.pipeline import schedules_of
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
@@ -79,9 +80,9 @@ def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:
     return pipeline
 
 
-def attach(pipeline: Any) -> LycorisAdapter:
+def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
     values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
-    config = LycorisConfig.model_validate(values | {"raw": values})
+    config = LycorisConfig.model_validate(values | options | {"raw": values})
     adapter = attach_adapter(
         pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
     )
@@ -225,6 +226,28 @@ def test_config_that_does_not_fit_is_refused_before_any_step(
     pipeline._tlora_config = config
     with pytest.raises(AdapterError, match=message):
         sample(pipeline)
+
+
+def test_sampling_while_a_backward_is_pending_is_refused_and_leaves_its_mask(
+    model: Path, adapter_file: Path
+) -> None:
+    pipeline = load(model)
+    adapter = load_adapter(pipeline.unet.eval(), adapter_file)
+    pipeline._tlora_config = adapter.tlora_config
+    with adapter.ranks_for([500]):
+        with pytest.raises(RuntimeError, match="held for a backward"):
+            sample(pipeline)
+        assert mask.current_mask(adapter.group, 8) is not None
+
+
+def test_config_for_one_network_leaves_what_another_states(model: Path, adapter_file: Path) -> None:
+    pipeline = load(model)
+    first, second = attach(pipeline), attach(pipeline, tlora_alpha=2.0, tlora_schedule="inclusive")
+    found = schedules_of(pipeline.unet, config=first.tlora_config, scheduler=pipeline.scheduler)
+    assert found == {first.group: first.schedule, second.group: second.schedule}
+    first.detach()
+    found = schedules_of(pipeline.unet, config={"max_rank": 8, "alpha": 1.5}, scheduler=pipeline.scheduler)
+    assert found == {second.group: RankSchedule(8, min_rank=2, alpha=1.5, kind="inclusive")}
 
 
 def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(

@@ -221,7 +221,7 @@ def test_row_10_mask_is_closed_after_a_step_that_raises(
             patched.setattr(trainer.accelerator, "backward", broken)
             with pytest.raises(RuntimeError, match="out of memory"):
                 trainer.train_step(batch)
-        assert mask.current_mask(mask.PUBLIC_GROUP, 8) is None
+        assert mask.current_mask(trainer.adapter.group, 8) is None
         trainer.train_step(batch)  # a mask that was still held would raise
 
 

@@ -19,6 +19,22 @@ def product_norm(a: Tensor, b: Tensor) -> Tensor:
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt()
 
 
+def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
+    """A grouped convolution's first factor, [R', I/g, ...], as one that reads every input, [R', I, ...].
+
+    Args:
+        a: Stacked parts of `rank` rows each; row j of a part reads input group j // (rank / groups).
+        groups: g of the convolution.
+        rank: Rows of a part, a multiple of g.
+    """
+    if groups == 1:
+        return a
+    rows = torch.arange(a.shape[0], device=a.device)
+    spread = a.new_zeros(a.shape[0], groups, *a.shape[1:])
+    spread[rows, rows % rank // (rank // groups)] = a
+    return spread.flatten(1, 2)
+
+
 @torch.no_grad()
 def shrink(parameters: Sequence[Tensor], *, norm: Callable[[], Tensor], limit: float) -> tuple[bool, Tensor]:
     """Scale the parameters in place by the largest common share that brings `norm()` to the limit.

@@ -63,9 +63,3 @@ class Description:
             )
         except (ValueError, IndexError, OverflowError) as error:
             raise AdapterError(f"tlora_schedule holds {values}: {error}.") from error
-
-
-def difference(total: Tensor, base: Tensor) -> Tensor:
-    """`d` so that `base + d` gives `total` back to the last bit wherever float32 allows it."""
-    first = total - base
-    return first + (total - (base + first))

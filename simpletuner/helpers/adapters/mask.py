@@ -74,7 +74,7 @@ def set_mask(
     if not timesteps:
         raise ValueError("a rank mask needs at least one timestep")
     clear_mask(group)
-    for rank in {schedule.max_rank, *_layer_ranks[group]}:
+    for rank in {schedule.max_rank, *tuple(_layer_ranks[group])}:
         layer_schedule = schedule.for_rank(rank)
         ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
         _masks[group, rank] = layer_schedule.mask(timesteps).to(device)
@@ -90,7 +90,7 @@ def clear_mask(group: int = PUBLIC_GROUP) -> None:
     """Close the group's mask; nothing happens when none is set."""
     _held.discard(group)
     _schedules.pop(group, None)
-    for key in [key for key in _masks if key[0] == group]:
+    for key in [key for key in list(_masks) if key[0] == group]:  # other threads set their own meanwhile
         del _masks[key]
         _shared_ranks.pop(key, None)
     clear_timestep_mask(group)

@@ -80,7 +80,11 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     layers = {module.lora_name: module.org_module[0] for module in network.loras}
     checkpoint.warn_about_other_base(stored, layers)
     raw = json.loads(stored.metadata.get("lycoris_config", "{}"))
-    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
+    stated = _schedule_of([module for module in network.loras if isinstance(module, TLoraLayer)])
+    if schedule is not None and (stated is None or stated.max_rank != schedule.max_rank):
+        has = "no T-LoRA layers" if stated is None else f"layers of a network of rank {stated.max_rank}"
+        raise AdapterError(f"{file}: the header states max_rank {schedule.max_rank}, the file has {has}.")
+    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule or stated)
     adapter.set_strength(strength)
     return adapter
 
@@ -101,7 +105,7 @@ class LycorisAdapter(Adapter):
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
         tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
-        self.schedule = (schedule or _schedule_of(tlora)) if tlora else None
+        self.schedule = schedule if tlora else None
         self.group = mask.new_group()
         for layer in tlora:
             layer.join(self.group, schedule=self.schedule)
@@ -221,6 +225,13 @@ class LycorisAdapter(Adapter):
             AdapterError: The file is of another algorithm or rank, or its layers are others.
         """
         stored = checkpoint.read(file)
+        for module in self.network.loras:
+            alpha = stored.tensors.get(f"{module.lora_name}.alpha")
+            if alpha is not None and float(alpha) != float(module.alpha):
+                raise AdapterError(
+                    f"init_lora {file}: alpha is {float(alpha):g} in the file, {float(module.alpha):g} here. "
+                    "Set linear_alpha to the file's."
+                )
         try:
             self.network.load_state_dict(stored.tensors, strict=True)
         except RuntimeError as error:
@@ -255,12 +266,14 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in module.named_buffers() if name != "dtype_tensor")
 
 
-def _schedule_of(layers: Sequence[TLoraLayer]) -> RankSchedule:
-    """The schedule that the layers of a file state, else the plain one of their rank."""
+def _schedule_of(layers: Sequence[TLoraLayer]) -> RankSchedule | None:
+    """The schedule that the layers of a file state, else the plain one of their rank; None without layers."""
     stated = {layer.schedule for layer in layers if layer.schedule is not None}
     if len(stated) > 1:
         raise AdapterError(f"The file's layers state {len(stated)} different rank schedules.")
-    return stated.pop() if stated else RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
+    if stated or not layers:
+        return stated.pop() if stated else None
+    return RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
 
 
 @contextmanager

@@ -93,6 +93,12 @@ class PeftAdapter(Adapter):
         """
         stored = checkpoint.read(file)
         prefix = f"{self.prefix}."
+        described = json.loads(stored.metadata.get(METADATA_KEY, "{}"))
+        alpha, own = described.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
+        if alpha not in (None, own):
+            raise AdapterError(
+                f"init_lora {file}: lora_alpha is {alpha} in the file, {own} here. Set it alike."
+            )
         try:
             self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items()})
         except AdapterError as error:

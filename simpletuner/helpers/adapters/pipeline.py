@@ -54,6 +54,7 @@ class MaskedDenoising:
             yield
             return
         schedules = schedules_of(denoiser, config=self._tlora_config, scheduler=self.scheduler)
+        opened: set[int] = set()
 
         def open_ranks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
@@ -61,10 +62,11 @@ class MaskedDenoising:
             timestep = scheduler_timestep(self.scheduler, given=given)
             for group, schedule in schedules.items():
                 mask.set_mask(schedule, [timestep], group=group, device=sample.device)
+                opened.add(group)
 
         def close_ranks(*_: object) -> None:
-            for group in schedules:
-                mask.clear_mask(group)
+            while opened:  # a mask that somebody else holds is not ours to clear
+                mask.clear_mask(opened.pop())
 
         handles = [
             denoiser.register_forward_pre_hook(open_ranks, with_kwargs=True),
@@ -110,7 +112,9 @@ def schedules_of(
 ) -> dict[int, RankSchedule]:
     """Mask group -> schedule, for every group that a denoiser's T-LoRA layers read.
 
-    The config is for the network of its `max_rank`; beside that one, another network keeps its own schedule.
+    The config is for the network of its `max_rank`; what it leaves out is as that network states it. A
+    network of another rank keeps its own schedule, and so does one beside a network that the config describes
+    exactly.
 
     Raises:
         AdapterError: The config is malformed, or no network has its `max_rank`.
@@ -121,25 +125,33 @@ def schedules_of(
     except (ValueError, TypeError) as error:
         raise AdapterError(f"_tlora_config cannot be used: {error}.") from error
     layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
-    groups = {layer.mask_group_id: layer.schedule for layer in layers}
-    ranks = {group: own.max_rank if own is not None else wanted.max_rank for group, own in groups.items()}
-    if groups and wanted.max_rank not in ranks.values():
-        found = ", ".join(str(rank) for rank in sorted(set(ranks.values())))
+    own = {layer.mask_group_id: layer.schedule for layer in layers}
+    if not own:
+        return {mask.PUBLIC_GROUP: wanted}  # stock LyCORIS layers read the public group
+    fitting = {group for group, stated in own.items() if stated is None or stated.max_rank == wanted.max_rank}
+    if not fitting:
+        found = ", ".join(str(stated.max_rank) for stated in own.values() if stated is not None)
         raise AdapterError(
             f"_tlora_config says max_rank {wanted.max_rank}, the network in the denoiser has {found}. "
             "Set max_rank to the network's."
         )
-    chosen = {
-        group: wanted if own is None or own.max_rank == wanted.max_rank else own
-        for group, own in groups.items()
-    }
-    return chosen or {mask.PUBLIC_GROUP: wanted}  # stock LyCORIS layers read the public group
+    completed = {group: _completed(config, wanted, stated=own[group]) for group in fitting}
+    described = {group for group in fitting if completed[group] == own[group]} or fitting
+    kept = {group: stated for group, stated in own.items() if stated is not None and group not in described}
+    return {group: completed[group] for group in described} | kept
+
+
+def _completed(
+    config: Mapping[str, Any], wanted: RankSchedule, *, stated: RankSchedule | None
+) -> RankSchedule:
+    return wanted if stated is None else RankSchedule.from_config({**stated.config(), **config})
 
 
 @contextmanager
 def _one_thread(denoiser: nn.Module) -> Iterator[None]:
     thread = threading.get_ident()
     with _in_use_lock:
+        is_first = id(denoiser) not in _in_use
         if _in_use.setdefault(id(denoiser), thread) != thread:
             raise RuntimeError(
                 "This denoiser is in use by another thread. The rank mask belongs to the denoiser, so each "
@@ -149,4 +161,5 @@ def _one_thread(denoiser: nn.Module) -> Iterator[None]:
         yield
     finally:
         with _in_use_lock:
-            _in_use.pop(id(denoiser), None)
+            if is_first:  # a call inside a call leaves the guard to the outer one
+                del _in_use[id(denoiser)]

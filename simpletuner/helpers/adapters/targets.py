@@ -13,6 +13,7 @@ from typing import Any
 from lycoris.wrapper import LycorisNetwork
 from torch import nn
 
+from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import ConfigError
 
@@ -47,7 +48,11 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
         "enable_conv": bool(preset.get("enable_conv", True)),
         "target_module": list(dict.fromkeys(modules)),
         "target_name": list(dict.fromkeys(names)),
-        "exclude_name": list(preset.get("exclude_name") or []),
+        # The layers of an adapter that is attached already are not the model's.
+        "exclude_name": [
+            *(preset.get("exclude_name") or []),
+            f"*{CHILD_PREFIX}*" if uses_fnmatch else f".*{CHILD_PREFIX}",
+        ],
         "module_algo_map": module_algos,
         "name_algo_map": name_algos,
         "use_fnmatch": uses_fnmatch,

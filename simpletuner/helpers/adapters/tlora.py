@@ -31,17 +31,14 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import initialisation, mask
 from simpletuner.helpers.adapters.attachment import Attachment
-from simpletuner.helpers.adapters.delta import product_norm, shrink
-from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit, difference
+from simpletuner.helpers.adapters.delta import product_norm, shrink, ungrouped
+from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.stored_layer import KEYS, StoredLayer, difference
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io.logs import say_once
 
 logger = logging.getLogger(__name__)
-
-TRAINED_KEYS = ("q_layer.weight", "p_layer.weight", "lambda_layer")
-BASE_KEYS = ("base_q", "base_p", "base_lambda")
-VANILLA_KEYS = ("lora_down.weight", "lora_up.weight")
 
 
 class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
@@ -53,7 +50,7 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
 
     name = "tlora"
     support_module = {"linear", "conv1d", "conv2d", "conv3d"}  # noqa: RUF012  LyCORIS declares it so
-    weight_list = ["tlora_schedule", "alpha", *TRAINED_KEYS, *BASE_KEYS, *VANILLA_KEYS]  # noqa: RUF012
+    weight_list = [*KEYS]  # noqa: RUF012
     weight_list_det = ["tlora_schedule", "lambda_layer"]  # noqa: RUF012
 
     def __init__(
@@ -92,6 +89,11 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
         return self.description.init == "vanilla"
 
     @property
+    def num_groups(self) -> int:
+        """Groups of the convolution; 1 for a linear layer."""
+        return int(self.kw_dict.get("groups", 1))
+
+    @property
     def schedule(self) -> RankSchedule | None:
         """The network's rank schedule, where anything states one."""
         return self.description.schedule
@@ -113,13 +115,15 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
                 f"{self.lora_name}: rank {self.lora_dim} is above {min(shape)}, the smaller side of this "
                 f"{shape[0]}x{shape[1]} layer. Lower linear_dim or exclude the layer."
             )
-        options = {
-            "rank": self.lora_dim,
-            "description": self.description,
-            "seed": seed,
-            "name": self.lora_name,
-        }
-        return initialisation.initial_factors(self.org_module[0].weight, shape, **options)
+        if self.lora_dim % self.num_groups:
+            raise ConfigError(
+                f"{self.lora_name}: rank {self.lora_dim} is not a multiple of this convolution's "
+                f"{self.num_groups} groups. Change linear_dim or exclude the layer."
+            )
+        weight, rank = self.org_module[0].weight, self.lora_dim
+        return initialisation.initial_factors(
+            weight, shape, rank=rank, description=self.description, seed=seed, name=self.lora_name
+        )
 
     def _create_factors(self, factors: initialisation.Factors) -> None:
         q = factors.q.float().reshape(self.lora_dim, *self.shape[1:])
@@ -271,7 +275,13 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
     def get_diff_weight(
         self, multiplier: float = 1.0, shape: Any = None, device: torch.device | None = None
     ) -> tuple[Tensor, None]:
-        """The dense delta under the current mask (all ranks without one), in the base weight's shape."""
+        """The dense delta under the current mask (all ranks without one), in the base weight's shape.
+
+        Raises:
+            AdapterError: The layer is a grouped convolution, whose delta mixes groups and has no such shape.
+        """
+        if self.num_groups > 1:
+            raise AdapterError(f"{self.lora_name}: the delta of a grouped convolution is not of its shape.")
         gate = mask.current_mask(self.mask_group_id, self.lora_dim)
         a, b = self.branch()
         if gate is not None:
@@ -291,7 +301,8 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
 
     def delta_norm(self) -> Tensor:
         """Frobenius norm of the full-rank delta at multiplier 1, without forming it."""
-        return product_norm(*self.branch()) * self.scale
+        a, b = self.branch()
+        return product_norm(ungrouped(a, groups=self.num_groups, rank=self.lora_dim), b) * self.scale
 
     # What it stores
 
@@ -311,31 +322,39 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
         }
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-        missing_keys = args[2]
-        given = {key: state_dict[prefix + key] for key in self.weight_list if prefix + key in state_dict}
+        given = {key: state_dict[prefix + key] for key in KEYS if prefix + key in state_dict}
+        missing_keys, error_messages = args[2], args[4]
         if not given:
             missing_keys.append(f"{prefix}{self.weight_list_det[0]}")
             return
         try:
-            self._read_factors(given)
-        except (AdapterError, KeyError, RuntimeError) as error:
-            args[4].append(f"{prefix}: {error}")
+            self._take_over(StoredLayer.read(self.lora_name, given))
+        except AdapterError as error:
+            error_messages.append(str(error))
 
     @torch.no_grad()
-    def _read_factors(self, given: Mapping[str, Tensor]) -> None:
+    def _take_over(self, stored: StoredLayer) -> None:
+        stored.check_fits(self.custom_state_dict())
+        if (stored.description.init == "vanilla") != self.is_vanilla:
+            found, own = stored.description.init, self.description.init
+            raise AdapterError(f"{self.lora_name}: the file's init is {found}, the adapter's {own}.")
         if self.is_vanilla:
-            self.down.copy_(given["lora_down.weight"])
-            self.up.copy_(given["lora_up.weight"].flatten(1))
+            self.down.copy_(stored.tensors["lora_down.weight"])
+            self.up.copy_(stored.tensors["lora_up.weight"].view(self.up.shape))
             return
-        if "base_q" in given:
-            self.base_q.copy_(given["base_q"])
-            self.base_p.copy_(given["base_p"].flatten(1))
-            self.base_lambda.copy_(given["base_lambda"].flatten())
-        self.delta_q.copy_(difference(given["q_layer.weight"].to(self.base_q), self.base_q))
-        self.delta_p.copy_(difference(given["p_layer.weight"].flatten(1).to(self.base_p), self.base_p))
-        self.delta_lambda.copy_(
-            difference(given["lambda_layer"].flatten().to(self.base_lambda), self.base_lambda)
-        )
+        base = stored.base
+        began = replace(stored.description, schedule=self.schedule)
+        if base is None and began != self.description:  # a stock file: its base is the weight's own
+            self.description = began
+            base = self._initial_factors(seed=0)
+        self.description = began
+        if base is not None:
+            self.base_q.copy_(base.q.view(self.base_q.shape))
+            self.base_p.copy_(base.p)
+            self.base_lambda.copy_(base.values)
+        self.delta_q.copy_(difference(stored.tensors["q_layer.weight"], self.base_q))
+        self.delta_p.copy_(difference(stored.tensors["p_layer.weight"], self.base_p))
+        self.delta_lambda.copy_(difference(stored.tensors["lambda_layer"], self.base_lambda))
 
     @classmethod
     def make_module_from_state_dict(
@@ -343,49 +362,27 @@ class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no typ
     ) -> Self:
         """The layer that a file describes, on the module that it names.
 
-        A file without base factors is stock LyCORIS's: its base is recomputed from the layer's weight.
-
         Raises:
             AdapterError: Factors are missing or do not fit the layer.
         """
-        stored = dict(zip(cls.weight_list, weights, strict=True))
-        given = {key: weight for key, weight in stored.items() if weight is not None}
-        rank_key = "lora_down.weight" if "lora_down.weight" in given else "q_layer.weight"
-        if rank_key not in given:
-            raise AdapterError(f"{lora_name}: the file has no {rank_key}; it is incomplete.")
-        described = Description.read(given.get("tlora_schedule"))
-        if described.init != "vanilla" and "base_q" not in given:
-            say_once(
-                logger.warning,
-                "This T-LoRA file holds no base factors (stock LyCORIS and SimpleTuner write none). They "
-                "were recomputed from this model's weights as weight/principal; a file that was trained "
-                "otherwise, or on other weights, will be wrong.",
-            )
-            described = Description(init="weight", sig_type="principal", schedule=described.schedule)
-        base = None
-        if "base_q" in given:
-            q, p, values = (
-                given["base_q"].flatten(1),
-                given["base_p"].flatten(1),
-                given["base_lambda"].flatten(),
-            )
-            base = initialisation.Factors(q=q, p=p, values=values)
-        alpha = float(given["alpha"]) if "alpha" in given else None
+        given = {key: tensor for key, tensor in zip(KEYS, weights, strict=True) if tensor is not None}
+        stored = StoredLayer.read(lora_name, given)
+        began = stored.description
         try:
             layer = cls(
                 lora_name,
                 orig_module,
                 1.0,
-                given[rank_key].shape[0],
-                alpha,
-                tlora_init=described.init,
-                sig_type=described.sig_type,
-                schedule=described.schedule,
-                factors=base,
+                stored.rank,
+                stored.alpha,
+                tlora_init=began.init,
+                sig_type=began.sig_type,
+                schedule=began.schedule,
+                factors=stored.base,
             )
-            layer._read_factors(given)
-        except (RuntimeError, KeyError) as error:
+        except RuntimeError as error:
             raise AdapterError(f"{lora_name}: the file's factors do not fit this layer: {error}") from error
+        layer._take_over(stored)
         return layer
 
 

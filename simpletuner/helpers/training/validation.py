@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,7 +69,15 @@ class Validation:
         return self.folder / f"step-{step}" / GRID_FILE
 
     def start(self, step: int) -> None:
-        """Before the first optimiser step: base-model pictures, and what a run cut short left undone."""
+        """Before the first optimiser step: base-model pictures, and what a run cut short left undone.
+
+        Pictures of later steps were made by a run that this one leaves behind, and are removed.
+        """
+        if self.shots and self.accelerator.is_main_process:
+            for folder in self.folder.glob("step-*"):
+                number = folder.name.removeprefix("step-")
+                if number.isdigit() and int(number) > step:
+                    shutil.rmtree(folder)
         if self.shots and not self.config.disable_benchmark and self.accelerator.is_main_process:
             self._guarded("the base-model pictures", self._base_pictures)
         if (step == 0 and self.config.validation_on_startup) or self.is_due(step):

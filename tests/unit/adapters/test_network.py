@@ -339,6 +339,73 @@ def test_init_lora_starts_at_the_adapter_of_a_file(tmp_path: Path) -> None:
         attach_adapter(unet(), config, lycoris=smaller, facts=FACTS, seed=99)
 
 
+def with_init_lora(file: Path, **values: Any) -> AdapterConfig:
+    return AdapterConfig.model_construct(**(dict(AdapterConfig(**values)) | {"init_lora": file}))
+
+
+def test_init_lora_of_a_stock_file_takes_the_weight_as_its_base(tmp_path: Path) -> None:
+    attach(unet(), TLORA | {"tlora_init": "weight", "sig_type": "principal"}).save(
+        tmp_path / "a.safetensors", facts={}
+    )
+    stock = {
+        key: value
+        for key, value in load_file(tmp_path / "a.safetensors").items()
+        if "base_" not in key and "tlora_schedule" not in key
+    }
+    save_file(stock, tmp_path / "stock.safetensors")
+    model, config = unet(), with_init_lora(tmp_path / "stock.safetensors", lora_type="lycoris")
+    base = predict(model, None, 300, 700)
+    adapter = attach_adapter(model, config, lycoris=lycoris_config(TLORA), facts=FACTS, seed=3)
+    torch.testing.assert_close(predict(model, adapter, 300, 700), base, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["tlora", "lora", "standard"])
+def test_init_lora_of_another_alpha_is_refused_naming_both(kind: str, tmp_path: Path) -> None:
+    file, lycoris = tmp_path / "a.safetensors", TLORA | {"algo": kind, "linear_alpha": 2.0}
+    if kind == "standard":
+        attach(unet(), lora_rank=4, lora_alpha=2.0).save(file, facts={})
+        config, other = with_init_lora(file, lora_rank=4, lora_alpha=8.0), None
+    else:
+        attach(unet(), lycoris).save(file, facts={})
+        config, other = (
+            with_init_lora(file, lora_type="lycoris"),
+            lycoris_config(lycoris | {"linear_alpha": 8.0}),
+        )
+    with pytest.raises(AdapterError, match=r"alpha is 2(\.0)? in the file, 8"):
+        attach_adapter(unet(), config, lycoris=other, facts=FACTS, seed=3)
+
+
+def test_init_lora_of_rank_one_is_not_spread_over_all_ranks(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    attach(unet(), TLORA | {"linear_dim": 1, "tlora_min_rank": 1, "linear_alpha": 4.0}).save(file, facts={})
+    with pytest.raises(AdapterError, match="does not fit"):
+        attach_adapter(
+            unet(),
+            with_init_lora(file, lora_type="lycoris"),
+            lycoris=lycoris_config(TLORA),
+            facts=FACTS,
+            seed=3,
+        )
+
+
+def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    attach(unet(), TLORA).save(file, facts={})
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    metadata["tlora_config"] = json.dumps({"max_rank": 64})
+    save_file(load_file(file), file, metadata=metadata)
+    with pytest.raises(AdapterError, match="max_rank 64, the file has layers of a network of rank 8"):
+        load_adapter(unet(), file)
+
+
+def test_second_network_leaves_the_layers_of_the_first_alone() -> None:
+    model = unet()
+    first = attach(model, {"algo": "lora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0})
+    second = attach(model, TLORA)
+    assert second.num_layers == first.num_layers
+
+
 def test_strength_scales_the_effect_and_zero_is_the_base() -> None:
     model = unet()
     base = predict(model, None, 500, 500)

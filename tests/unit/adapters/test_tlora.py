@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.description import INITS, Description, difference
+from simpletuner.helpers.adapters.delta import ungrouped
+from simpletuner.helpers.adapters.description import INITS, Description
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.stored_layer import difference
 from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io import logs
@@ -385,3 +387,19 @@ def test_layer_takes_the_place_of_lycoris_own() -> None:
     assert TLoraModule not in MODULE_LIST
     assert MODULE_LIST.count(TLoraLayer) == 1
     assert lycoris_wrapper.network_module_dict["tlora"] is TLoraLayer
+
+
+def test_grouped_convolution_has_no_dense_delta_and_needs_a_rank_that_its_groups_divide() -> None:
+    layer = LAYERS["conv2d grouped"]().eval()
+    adapter = adapt(layer, trained=0.1)
+    with pytest.raises(AdapterError, match="grouped convolution"):
+        adapter.get_diff_weight()
+    with pytest.raises(ConfigError, match="rank 6 is not a multiple of this convolution's 4 groups"):
+        TLoraLayer("lycoris_layer", layer, 1.0, 6)
+
+
+def test_ungrouped_factor_convolves_like_the_grouped_one() -> None:
+    x, a = torch.randn(2, 16, 5, 5), torch.randn(2 * RANK, 4, 3, 3)
+    halves = [torch.nn.functional.conv2d(x, half, groups=4) for half in a.chunk(2)]
+    whole = torch.nn.functional.conv2d(x, ungrouped(a, groups=4, rank=RANK))
+    torch.testing.assert_close(whole, torch.cat(halves, dim=1), rtol=0, atol=2e-5)
