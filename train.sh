@@ -17,6 +17,12 @@
 # Exit codes: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped by a signal and resumable.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set -u/s/^# \{0,1\}//p' train.sh
+    exit 0
+    ;;
+esac
 . tools/environment.sh
 
 settings="ENV CONFIG_BACKEND CONFIG_PATH VENV_PATH TRAINING_NUM_PROCESSES TRAINING_NUM_MACHINES MIXED_PRECISION

@@ -58,6 +58,10 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
     stored = checkpoint.read(file)
+    if any(".lora_A." in key for key in stored.tensors):
+        raise AdapterError(
+            f"{file}: a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...) instead."
+        )
     names = {key.split(".")[0] for key in stored.tensors}
     with _quiet_lycoris():
         network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=stored.tensors)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.logging import RichHandler
 
-UNWRAPPED = 1000  # columns of a line in a file, where a path cut in two is of no use
+HANDLER_NAME = "simpletuner"
 
 # The logger names of libraries whose information lines would bury ours.
 _CHATTY = (
@@ -46,17 +46,18 @@ def configure_logging(
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    handler = RichHandler(
-        console=console or Console(stderr=True, width=None if sys.stderr.isatty() else UNWRAPPED),
-        show_path=False,
-        markup=False,
-        rich_tracebacks=False,
-        log_time_format="[%X]",
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler: logging.Handler
+    if console is None and not sys.stderr.isatty():  # a path cut in two is of no use in a file
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
+    else:
+        console = console or Console(stderr=True)
+        handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.set_name(HANDLER_NAME)
     handler.addFilter(_from_us_or_serious)
     root = logging.getLogger()
-    for previous in [each for each in root.handlers if isinstance(each, RichHandler)]:
+    for previous in [each for each in root.handlers if each.name == HANDLER_NAME]:
         root.removeHandler(previous)
     root.addHandler(handler)
     root.setLevel(level.upper() if main_process else logging.ERROR)

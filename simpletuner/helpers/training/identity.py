@@ -27,6 +27,7 @@ def run_settings(config: RunConfig) -> dict[str, JsonValue]:
     settings: dict[str, JsonValue] = {
         "model_family": config.model.model_family,
         "prediction_type": config.model.prediction_type,
+        "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr,
         "optimizer": config.optimizer.optimizer,
         "lora_type": config.adapter.lora_type,
     }
@@ -52,6 +53,8 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "base_model": config.model.pretrained_model_name_or_path,
         "model_family": config.model.model_family,
         "model_flavour": config.model.model_flavour,
+        "prediction_type": config.model.prediction_type,
+        "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,
         "lr_scheduler": config.optimizer.lr_scheduler,

@@ -399,6 +399,12 @@ def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Pa
         load_adapter(unet(), file)
 
 
+def test_loading_a_peft_file_says_how_diffusers_loads_it(tmp_path: Path) -> None:
+    attach(unet(), lora_rank=4).save(tmp_path / "a.safetensors", facts={})
+    with pytest.raises(AdapterError, match=r"pipeline\.load_lora_weights"):
+        load_adapter(unet(), tmp_path / "a.safetensors")
+
+
 def test_second_network_leaves_the_layers_of_the_first_alone() -> None:
     model = unet()
     first = attach(model, {"algo": "lora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0})

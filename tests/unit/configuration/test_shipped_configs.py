@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +27,20 @@ def test_every_example_is_valid(repository: Path, load: Load) -> None:
     assert len(names) >= 2
     for name in names:
         assert isinstance(load(name), RunConfig)
+
+
+def test_a_copied_example_reads_its_own_files(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    mine = tmp_path / "mine"
+    shutil.copytree(repository / "config" / "examples" / "sdxl-tlora-paper", mine)
+    adapter = json.loads((mine / "lycoris_tlora.json").read_text())
+    (mine / "lycoris_tlora.json").write_text(json.dumps(adapter | {"linear_dim": 48}))
+    config = load_config(mine / "config.json", families=registry.facts())
+    assert config.lycoris is not None
+    assert config.lycoris.linear_dim == 48
+    assert config.data.data_backend_config == mine / "multidatabackend.json"
 
 
 def test_the_demo_is_small_and_t_lora(load: Load, repository: Path) -> None:

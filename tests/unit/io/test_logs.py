@@ -45,3 +45,13 @@ def test_configure_logging_twice_shows_each_line_once(shown: io.StringIO) -> Non
     logging.getLogger("simpletuner").info("once")
     assert shown.getvalue().count("once") == 1
     assert sum(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers) == 1
+
+
+def test_configure_logging_writes_whole_unpadded_lines_where_there_is_no_terminal(
+    shown: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", shown)
+    configure_logging()
+    logging.getLogger("simpletuner").info("Saved %s", "a/" * 100)
+    (line,) = shown.getvalue().splitlines()
+    assert line.endswith("Saved " + "a/" * 100)
