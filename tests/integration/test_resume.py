@@ -181,3 +181,22 @@ def test_output_folder_can_be_moved_between_two_starts(tmp_path: Path, run: Tiny
     shutil.move(run.folder, moved)
     digest_after(TinyRun(moved), 4)
     assert [line["step"] for line in TinyRun(moved).log()] == [1, 2, 3, 4]
+
+
+def test_run_from_an_older_checkpoint_makes_its_own_pictures(tmp_path: Path) -> None:
+    pictures = {
+        "validation_disable": False,
+        "validation_prompt": "a cat",
+        "validation_resolution": "64",
+        "validation_num_inference_steps": 2,
+        "validation_step_interval": 2,
+        "disable_benchmark": True,
+    }
+    run = TinyRun(tmp_path, keys=pictures)
+    assert run.run() == 0
+    grids = [run.output_dir / "validation" / f"step-{step}" / "grid.png" for step in (2, 4)]
+    before = [grid.read_bytes() for grid in grids]
+    assert run.run(resume_from_checkpoint="checkpoint-2", learning_rate=0.1) == 0
+    after = [grid.read_bytes() for grid in grids]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
