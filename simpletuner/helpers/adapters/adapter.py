@@ -9,6 +9,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from simpletuner.helpers.errors import AdapterError
+
 
 class Adapter(ABC):
     """One adapter attached to one denoiser, reachable from that denoiser."""
@@ -80,3 +82,16 @@ class Adapter(ABC):
     @abstractmethod
     def detach(self) -> None:
         """Take the adapter off; the denoiser is bit-identical to what it was."""
+
+
+def refuse_other_state(state: Mapping[str, Tensor], *, own: Mapping[str, Tensor]) -> None:
+    """Check that a training state has an adapter's own tensors and no others.
+
+    Raises:
+        AdapterError: A tensor is missing, unknown or of another shape.
+    """
+    wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise AdapterError(
+            f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
+        )

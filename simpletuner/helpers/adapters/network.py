@@ -16,7 +16,7 @@ from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import checkpoint, mask, targets
-from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
@@ -214,11 +214,7 @@ class LycorisAdapter(Adapter):
             AdapterError: A tensor is missing, unknown or of another shape.
         """
         own = self.state_dict()
-        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
-        if wrong:
-            raise AdapterError(
-                f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
-            )
+        refuse_other_state(state, own=own)
         for key, tensor in own.items():
             tensor.copy_(state[key])
 

@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import checkpoint
-from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.configuration.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
@@ -77,12 +77,7 @@ class PeftAdapter(Adapter):
         Raises:
             AdapterError: A tensor is missing, unknown or of another shape.
         """
-        own = self.state_dict()
-        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
-        if wrong:
-            raise AdapterError(
-                f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
-            )
+        refuse_other_state(state, own=self.state_dict())
         set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER_NAME)
 
     def start_from(self, file: Path) -> None:
