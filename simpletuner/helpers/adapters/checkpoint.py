@@ -21,6 +21,7 @@ from simpletuner.helpers.io.atomic import write_bytes
 logger = logging.getLogger(__name__)
 
 SCHEDULE_KEY = "tlora_config"
+LYCORIS_KEY = "lycoris_config"
 HASH_KEY = "base_weights_hash"
 PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
 NUM_HASHED = 4096  # evenly spaced values of a layer
@@ -34,23 +35,12 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
-    def schedule(self) -> dict[str, Any] | None:
-        """The rank schedule in the header; None in a file without one.
+    def entry(self, key: str) -> dict[str, Any] | None:
+        """A header entry that holds JSON; None in a file without it.
 
         Raises:
             AdapterError: The entry is not JSON.
         """
-        return self._json(SCHEDULE_KEY)
-
-    def base_hashes(self) -> dict[str, str]:
-        """Layer name -> hash of the base weights it was trained on; empty when the file states none.
-
-        Raises:
-            AdapterError: The entry is not JSON.
-        """
-        return self._json(HASH_KEY) or {}
-
-    def _json(self, key: str) -> dict[str, Any] | None:
         if key not in self.metadata:
             return None
         try:
@@ -111,18 +101,18 @@ def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     }
 
 
-def warn_about_other_base(file: AdapterFile, layers: Mapping[str, nn.Module]) -> None:
-    """Say so when the model's weights are not those that the adapter was trained on."""
-    stored = file.base_hashes()
-    here = base_hashes({name: layer for name, layer in layers.items() if name in stored})
-    differing = [name for name, value in here.items() if stored[name] != value]
+def warn_about_other_base(file: AdapterFile, here: Mapping[str, str]) -> None:
+    """Say so when the model's `base_hashes` are not those of the weights that the adapter was trained on."""
+    stored = file.entry(HASH_KEY) or {}
+    shared = [name for name in here if name in stored]
+    differing = [name for name in shared if stored[name] != here[name]]
     if differing:
         logger.warning(
             "%s was trained on other base weights (%s): %d of %d layers differ here. The result may be off.",
             file.path.name,
             file.metadata.get("base_model", "not stated"),
             len(differing),
-            len(here),
+            len(shared),
         )
 
 

@@ -18,7 +18,7 @@ import torch
 from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_timestep_mask
 from torch import Tensor
 
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule, rank_rows
 from simpletuner.helpers.errors import AdapterError
 
 PUBLIC_GROUP = 0
@@ -77,7 +77,7 @@ def set_mask(
     for rank in {schedule.max_rank, *tuple(_layer_ranks[group])}:
         layer_schedule = schedule.for_rank(rank)
         ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
-        _masks[group, rank] = layer_schedule.mask(timesteps).to(device)
+        _masks[group, rank] = rank_rows(ranks, max_rank=rank).to(device)
         if len(set(ranks)) == 1:
             _shared_ranks[group, rank] = ranks[0]
     _schedules[group] = schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -76,19 +76,10 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
         raise AdapterError(
             f"{file}: {len(lost)} of its {len(names)} layers are not in this model, first {lost[0]}."
         )
-    config = stored.schedule()
-    try:
-        schedule = RankSchedule.from_config(config) if config is not None else None
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{file}: the rank schedule in its header cannot be used: {error}.") from error
-    layers = {module.lora_name: module.org_module[0] for module in network.loras}
-    checkpoint.warn_about_other_base(stored, layers)
-    raw = json.loads(stored.metadata.get("lycoris_config", "{}"))
-    stated = _schedule_of([module for module in network.loras if isinstance(module, TLoraLayer)])
-    if schedule is not None and (stated is None or stated.max_rank != schedule.max_rank):
-        has = "no T-LoRA layers" if stated is None else f"layers of a network of rank {stated.max_rank}"
-        raise AdapterError(f"{file}: the header states max_rank {schedule.max_rank}, the file has {has}.")
-    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule or stated)
+    schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
+    raw = stored.entry(checkpoint.LYCORIS_KEY) or {}
+    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
+    checkpoint.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
     return adapter
 
@@ -114,7 +105,7 @@ class LycorisAdapter(Adapter):
         for layer in tlora:
             layer.join(self.group, schedule=self.schedule)
         layers = {module.lora_name: module.org_module[0] for module in network.loras}
-        self._base_hashes = checkpoint.base_hashes(layers)
+        self.base_hashes = checkpoint.base_hashes(layers)
         paths = {id(layer): path for path, layer in denoiser.named_modules()}
         self._paths = {name: paths[id(layer)] for name, layer in layers.items()}
         self._attachments: list[Attachment] = []
@@ -134,7 +125,7 @@ class LycorisAdapter(Adapter):
         )
         schedule = RankSchedule(
             max_rank=config.linear_dim,
-            min_rank=min(config.tlora_min_rank, config.linear_dim),
+            min_rank=config.tlora_min_rank,
             alpha=config.tlora_alpha,
             num_timesteps=facts.num_train_timesteps,
             kind=config.tlora_schedule,
@@ -178,14 +169,12 @@ class LycorisAdapter(Adapter):
         """The LyCORIS network."""
         return self.network
 
-    @contextmanager
-    def ranks_for(self, timesteps: Sequence[int]) -> Iterator[None]:
+    def ranks_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
         """Open the ranks of these timesteps, one per sample, for a forward and its backward."""
-        with ExitStack() as stack:
-            if self.schedule is not None:
-                device = self.parameters()[0].device
-                stack.enter_context(mask.rank_mask(self.schedule, timesteps, group=self.group, device=device))
-            yield
+        if self.schedule is None:
+            return nullcontext()
+        device = self.network.loras[0].alpha.device
+        return mask.rank_mask(self.schedule, timesteps, group=self.group, device=device)
 
     def mean_active_rank(self, timesteps: Sequence[int]) -> float | None:
         """Mean number of open ranks over these timesteps; None when no layer is a T-LoRA layer."""
@@ -245,8 +234,8 @@ class LycorisAdapter(Adapter):
             StorageError: The file cannot be written.
         """
         metadata = dict(facts) | {
-            "lycoris_config": json.dumps(self._raw, sort_keys=True),
-            checkpoint.HASH_KEY: json.dumps(self._base_hashes, sort_keys=True),
+            checkpoint.LYCORIS_KEY: json.dumps(self._raw, sort_keys=True),
+            checkpoint.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
             checkpoint.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
         }
         if self.schedule is not None:
@@ -266,14 +255,30 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in module.named_buffers() if name != "dtype_tensor")
 
 
-def _schedule_of(layers: Sequence[TLoraLayer]) -> RankSchedule | None:
-    """The schedule that the layers of a file state, else the plain one of their rank; None without layers."""
+def _schedule_of(stored: checkpoint.AdapterFile, layers: Sequence[TLoraLayer]) -> RankSchedule | None:
+    """The schedule that a file's header states, else its layers, else the plain one of their rank.
+
+    Raises:
+        AdapterError: Header and layers contradict each other, or one of them cannot be used.
+    """
+    config = stored.entry(checkpoint.SCHEDULE_KEY)
+    try:
+        header = RankSchedule.from_config(config) if config is not None else None
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{stored.path}: its header's rank schedule cannot be used: {error}.") from error
     stated = {layer.schedule for layer in layers if layer.schedule is not None}
     if len(stated) > 1:
-        raise AdapterError(f"The file's layers state {len(stated)} different rank schedules.")
-    if stated or not layers:
-        return stated.pop() if stated else None
-    return RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
+        raise AdapterError(f"{stored.path}: its layers state {len(stated)} different rank schedules.")
+    if not layers:
+        own = None
+    else:
+        own = stated.pop() if stated else RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
+    if header is not None and (own is None or own.max_rank != header.max_rank):
+        has = "no T-LoRA layers" if own is None else f"layers of a network of rank {own.max_rank}"
+        raise AdapterError(
+            f"{stored.path}: the header states max_rank {header.max_rank}, the file has {has}."
+        )
+    return header or own
 
 
 @contextmanager

@@ -48,9 +48,7 @@ class PeftAdapter(Adapter):
             try:
                 denoiser.add_adapter(lora, adapter_name=ADAPTER_NAME)
             except ValueError as error:  # PEFT found no layer, or one of a kind that it cannot adapt
-                message = no_match_message(wanted, denoiser).replace(
-                    "apply_preset", "peft_lora_target_modules"
-                )
+                message = no_match_message(wanted, denoiser, key="peft_lora_target_modules")
                 raise ConfigError(f"{message} PEFT says: {error}") from error
         self.layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
         self.num_layers = len(self.layers)
@@ -88,7 +86,7 @@ class PeftAdapter(Adapter):
         """
         stored = checkpoint.read(file)
         prefix = f"{self.prefix}."
-        described = json.loads(stored.metadata.get(METADATA_KEY, "{}"))
+        described = stored.entry(METADATA_KEY) or {}
         alpha, own = described.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
         if alpha not in (None, own):
             raise AdapterError(

@@ -107,8 +107,8 @@ def check_matches(preset: Preset, model: nn.Module, *, adapted: Sequence[nn.Modu
         raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model))
 
 
-def no_match_message(idle: Sequence[str], model: nn.Module) -> str:
-    """What to tell a user whose targets match no layer."""
+def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply_preset") -> str:
+    """What to tell a user whose targets, under this key, match no layer."""
     counts = Counter(
         type(module).__name__
         for module in model.modules()
@@ -119,7 +119,7 @@ def no_match_message(idle: Sequence[str], model: nn.Module) -> str:
     hint = "".join(f" Did you mean {match[0]} instead of {name}?" for name, match in near.items())
     available = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     return (
-        f"apply_preset: {', '.join(idle)} matches no layer of {type(model).__name__}.{hint} "
+        f"{key}: {', '.join(idle)} matches no layer of {type(model).__name__}.{hint} "
         f"Classes with linear layers in this model: {available}. "
         f"{' and '.join(GENERIC_TARGETS)} mean this family's attention and feed-forward layers."
     )

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.helpers.configuration.dataset_file import IMAGE_SUFFIXES
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 CAPTION_SUFFIX = ".txt"
 MAX_FILE_BYTES = 256 << 20
 

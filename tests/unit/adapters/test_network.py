@@ -399,6 +399,17 @@ def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Pa
         load_adapter(unet(), file)
 
 
+@pytest.mark.parametrize("key", ["tlora_config", "lycoris_config", "base_weights_hash"])
+def test_header_entry_that_is_not_json_is_named(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    attach(unet(), TLORA).save(file, facts={})
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata=metadata | {key: "{"})
+    with pytest.raises(AdapterError, match=f"the header's {key} is not JSON"):
+        load_adapter(unet(), file)
+
+
 def test_loading_a_peft_file_says_how_diffusers_loads_it(tmp_path: Path) -> None:
     attach(unet(), lora_rank=4).save(tmp_path / "a.safetensors", facts={})
     with pytest.raises(AdapterError, match=r"pipeline\.load_lora_weights"):
