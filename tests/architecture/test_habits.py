@@ -18,7 +18,9 @@ GUESSING: dict[str, str] = {
 # modules, and the names that other people's code relies on, need no module.
 PUBLIC_CONTRACT = {"_tlora_config", "_tlora_active", "_lycoris_wrapped_network"}
 TORCH_SWITCHES = {"requires_grad", "grad", "data"}
-FOREIGN_ATTRIBUTES: dict[str, str] = {}
+FOREIGN_ATTRIBUTES: dict[str, str] = {
+    "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline object gets the mixin in place",
+}
 
 # "module function" -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {

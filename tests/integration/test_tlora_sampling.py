@@ -20,21 +20,19 @@ from diffusers import (
 )
 from lycoris import create_lycoris_from_weights
 from PIL import Image
+from tiny_pipelines import attach, load, sample, trained_adapter_file
+from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import schedules_of
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.models.sdxl.facts import FACTS
 from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 CONFIG = {"max_rank": 8, "min_rank": 2, "alpha": 1.0}
@@ -49,53 +47,19 @@ PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3),
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    save_tiny_sdxl(folder)
-    return folder
+def model() -> Path:
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
-def adapter_file(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pipeline = load(model)
-    adapter = attach(pipeline)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    file = tmp_path_factory.mktemp("adapter") / "pytorch_lora_weights.safetensors"
-    adapter.save(file, facts={"base_model": "tiny"})
-    return file
+def adapter_file() -> Path:
+    return trained_adapter_file()
 
 
 @pytest.fixture(autouse=True)
 def _no_mask_left_behind() -> Iterator[None]:
     yield
     assert not mask._masks
-
-
-def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:
-    pipeline = kind.from_pretrained(model, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
-    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
-    config = LycorisConfig.model_validate(values | options | {"raw": values})
-    adapter = attach_adapter(
-        pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
-    )
-    assert isinstance(adapter, LycorisAdapter)
-    return adapter
-
-
-def sample(pipeline: Any, **options: Any) -> np.ndarray:
-    options = {"num_inference_steps": 4, "guidance_scale": 5.0, "output_type": "np"} | options
-    if isinstance(pipeline, StableDiffusionXLPipeline):
-        options = {"height": 64, "width": 64} | options
-    generator = torch.Generator().manual_seed(5)
-    return pipeline("a photo of sks cat", generator=generator, **options).images[0]
 
 
 def record_steps(

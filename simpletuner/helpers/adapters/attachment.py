@@ -6,27 +6,44 @@ Its keys stay out of the base model's `state_dict()`, and are not asked for when
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 CHILD_PREFIX = "lycoris_adapter"
+IS_MOUNTED = re.compile(rf"(^|\.){CHILD_PREFIX}_\d+\.$")
 
 _visible = False
 
 
 @contextmanager
 def adapter_keys_visible() -> Iterator[None]:
-    """Let `state_dict()` of an adapted model list the adapters' tensors too, as sequential offload needs."""
+    """Let `state_dict()` of an adapted model list its adapters' tensors too, for sequential offload."""
     global _visible
     previous, _visible = _visible, True
     try:
         yield
     finally:
         _visible = previous
+
+
+class UnlistedChild:
+    """Mixin before a LyCORIS module: mounted in a layer, it adds nothing to the model's `state_dict()`.
+
+    What it would list are sums made for a file, which are not made in vain here, and cannot be made while
+    sequential offload keeps its parameters elsewhere.
+    """
+
+    def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
+        """As LyCORIS's, but as it was given when called for a layer that it is mounted in."""
+        if IS_MOUNTED.search(prefix):
+            return options["destination"]
+        return super().state_dict(*args, prefix=prefix, **options)  # type: ignore[misc]
 
 
 class Attachment:
@@ -58,10 +75,15 @@ def adapters_of(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _hide_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
-    if _visible:
-        return
     for key in [key for key in state_dict if key.startswith(f"{prefix}{CHILD_PREFIX}")]:
         del state_dict[key]
+    if _visible:  # by their own names: LyCORIS modules list what their files hold instead
+        for name, child in layer.named_children():
+            if name.startswith(CHILD_PREFIX):
+                tensors = chain(
+                    child.named_parameters(f"{prefix}{name}"), child.named_buffers(f"{prefix}{name}")
+                )
+                state_dict.update((key, tensor.detach()) for key, tensor in tensors)
 
 
 def _ask_for_none(layer: nn.Module, incompatible_keys: Any) -> None:

@@ -62,6 +62,11 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
         raise AdapterError(
             f"{file}: a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...) instead."
         )
+    if any(parameter.is_meta for parameter in denoiser.parameters()):
+        raise AdapterError(
+            f"{file}: this {type(denoiser).__name__} holds no weights now; sequential offload keeps them "
+            "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
+        )
     names = {key.split(".")[0] for key in stored.tensors}
     with _quiet_lycoris():
         network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=stored.tensors)

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from inspect import ismethod
 from typing import Any, ClassVar
 
 import torch
+from lycoris.modules.tlora import TLoraModule
 from torch import nn
 
 from simpletuner.helpers.adapters import mask
@@ -114,7 +116,7 @@ def schedules_of(
 
     The config is for the network of its `max_rank`; what it leaves out is as that network states it. A
     network of another rank keeps its own schedule, and so does one beside a network that the config describes
-    exactly.
+    exactly. Stock LyCORIS layers read the public group, which is opened only where there are any.
 
     Raises:
         AdapterError: The config is malformed, or no network has its `max_rank`.
@@ -126,10 +128,9 @@ def schedules_of(
         raise AdapterError(f"_tlora_config cannot be used: {error}.") from error
     layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
     own = {layer.mask_group_id: layer.schedule for layer in layers}
-    if not own:
-        return {mask.PUBLIC_GROUP: wanted}  # stock LyCORIS layers read the public group
+    stock = {mask.PUBLIC_GROUP: wanted} if not own or _has_stock_layers(denoiser) else {}
     fitting = {group for group, stated in own.items() if stated is None or stated.max_rank == wanted.max_rank}
-    if not fitting:
+    if not fitting and not stock:
         found = ", ".join(str(stated.max_rank) for stated in own.values() if stated is not None)
         raise AdapterError(
             f"_tlora_config says max_rank {wanted.max_rank}, the network in the denoiser has {found}. "
@@ -138,7 +139,13 @@ def schedules_of(
     completed = {group: _completed(config, wanted, stated=own[group]) for group in fitting}
     described = {group for group in fitting if completed[group] == own[group]} or fitting
     kept = {group: stated for group, stated in own.items() if stated is not None and group not in described}
-    return {group: completed[group] for group in described} | kept
+    return stock | {group: completed[group] for group in described} | kept
+
+
+def _has_stock_layers(denoiser: nn.Module) -> bool:
+    """Whether LyCORIS's own T-LoRA layers, which replace `forward` and are no children, are in a model."""
+    forwards = (vars(module).get("forward") for module in denoiser.modules())
+    return any(ismethod(forward) and isinstance(forward.__self__, TLoraModule) for forward in forwards)
 
 
 def _completed(

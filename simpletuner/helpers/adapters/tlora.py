@@ -30,7 +30,7 @@ from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import initialisation, mask
-from simpletuner.helpers.adapters.attachment import Attachment
+from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
 from simpletuner.helpers.adapters.delta import product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
@@ -41,7 +41,7 @@ from simpletuner.helpers.io.logs import say_once
 logger = logging.getLogger(__name__)
 
 
-class TLoraLayer(LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
+class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
     """One adapted layer. Its parameters are float32 whatever the base layer's dtype.
 
     Raises:
