@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that win over the file's.", show_default=False),
 ]
+
+SAMPLES = Path("output/samples")
+Dtype = Literal["fp32", "bf16", "fp16"]
+SAMPLE_OPTIONS = {
+    "model_family": "--family",
+    "pretrained_model_name_or_path": "--model",
+    "validation_resolution": "--size",
+    "validation_num_inference_steps": "--steps",
+    "validation_guidance": "--guidance",
+    "validation_seed": "--seed",
+    "num_validation_images": "--count",
+    "validation_noise_scheduler": "--scheduler",
+}
+"""Key of the configuration -> option of `sample` that sets it, for messages."""
 
 app = typer.Typer(
     add_completion=False,
@@ -53,6 +67,61 @@ def validate(
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
     print(f"{config}: valid. {len(run.datasets)} dataset(s), output in {run.checkpoint.output_dir}.")
+
+
+@app.command("sample")
+def sample_command(
+    *,
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="FILE", help="The adapter's file.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Their folder.")] = SAMPLES,
+    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to lead away from.")] = "",
+    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
+    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
+    guidance: Annotated[float, typer.Option("--guidance", help="1 or below is no guidance.")] = 7.5,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first picture; the others count up.")] = 0,
+    count: Annotated[int, typer.Option("--count", help="Pictures per prompt and size.")] = 1,
+    strength: Annotated[float, typer.Option("--strength", help="0 is the base model.")] = 1.0,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", help="As validation_noise_scheduler; default: the model's.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", metavar="MODEL", help="Folder or repository; default: what the file says."),
+    ] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Default: what the file says.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of the model; default: bf16 on a GPU, else fp32.")
+    ] = None,
+) -> None:
+    """Make pictures with an adapter; the base model and the rank schedule are read from its file."""
+    from simpletuner.helpers.io.logs import configure_logging
+    from simpletuner.helpers.training.sampling import SampleRequest, sample
+
+    configure_logging(main_process=True)
+    request = SampleRequest(
+        adapter=adapter,
+        prompts=prompt,
+        model=_given(model_family=family, pretrained_model_name_or_path=model),
+        pictures=_given(
+            validation_negative_prompt=negative,
+            validation_resolution=size,
+            validation_num_inference_steps=steps,
+            validation_guidance=guidance,
+            validation_seed=seed,
+            num_validation_images=count,
+            validation_lycoris_strength=strength,
+            validation_noise_scheduler=scheduler,
+        ),
+        dtype=dtype,
+        options=SAMPLE_OPTIONS,
+    )
+    for file in sample(request, output=output, families=registry.facts()):
+        print(file)
+
+
+def _given(**values: object) -> dict[str, object]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 @app.command("config-reference")

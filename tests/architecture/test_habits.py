@@ -19,7 +19,7 @@ GUESSING: dict[str, str] = {
 PUBLIC_CONTRACT = {"_tlora_config", "_tlora_active", "_lycoris_wrapped_network"}
 TORCH_SWITCHES = {"requires_grad", "grad", "data"}
 FOREIGN_ATTRIBUTES: dict[str, str] = {
-    "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline object gets the mixin in place",
+    "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",
 }
 
 # "module function" -> the boundary that must outlive whatever fails behind it.

@@ -17,6 +17,7 @@ MAX_POSITIONAL = 3
 # "module function" -> why the rule would make this code worse. An entry that is no longer needed fails.
 MORE_PARAMETERS: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
+    "simpletuner/cli.py sample_command": "each is an option of the command line",
 }
 _PUBLIC = "people's code calls it by position"
 MORE_POSITIONAL = {

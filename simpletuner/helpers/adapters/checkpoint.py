@@ -35,6 +35,11 @@ class AdapterFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
 
+    @property
+    def is_peft(self) -> bool:
+        """Whether it is a LoRA in diffusers' format."""
+        return any(".lora_A." in key for key in self.tensors)
+
     def entry(self, key: str) -> dict[str, Any] | None:
         """A header entry that holds JSON; None in a file without it.
 

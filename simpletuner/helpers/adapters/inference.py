@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.errors import AdapterError
 
 DENOISER_NAMES = ("unet", "transformer")
+PEFT_NAME = "default"
 
 
 def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> LycorisAdapter:
@@ -30,6 +33,30 @@ def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0
     if adapter.tlora_config is not None:
         masked(pipeline)._tlora_config = adapter.tlora_config
     return adapter
+
+
+def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> None:
+    """Attach a LoRA in diffusers' format through diffusers' own loader, and see that all of it arrived.
+
+    Raises:
+        AdapterError: The file cannot be loaded, or has layers that the pipeline has not; nothing is attached.
+    """
+    file = Path(file)
+    wanted = sum(key.endswith(".lora_A.weight") for key in checkpoint.read(file).tensors)
+    denoiser: nn.Module = vars(pipeline)[_denoiser_name(pipeline)]
+    try:  # from the file itself: diffusers reads rank and alpha from its header
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=PEFT_NAME)
+    except (ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{file}: diffusers cannot load it: {reason}") from error
+    found = sum(isinstance(module, LoraLayer) for module in denoiser.modules())
+    if found != wanted:
+        pipeline.unload_lora_weights()
+        raise AdapterError(
+            f"{file}: {found} of its {wanted} layers are in this {type(denoiser).__name__}. It is for "
+            "another model family, or adapts text encoders too."
+        )
+    pipeline.set_adapters(PEFT_NAME, strength)
 
 
 def remove_from_pipeline(pipeline: Any, adapter: LycorisAdapter) -> None:

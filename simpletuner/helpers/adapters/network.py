@@ -58,7 +58,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
     stored = checkpoint.read(file)
-    if any(".lora_A." in key for key in stored.tensors):
+    if stored.is_peft:
         raise AdapterError(
             f"{file}: a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...) instead."
         )

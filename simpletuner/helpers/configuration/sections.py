@@ -206,7 +206,7 @@ class PrecisionConfig(Section):
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Format of the frozen model and of the computation; no is float32. The adapter itself is float32."""
     vae_batch_size: Count = 1
-    """Images encoded at a time."""
+    """Images encoded at a time; above 1, last bits depend on it as with text_encoder_batch_size."""
     vae_enable_tiling: bool = False
     """Encode and decode in tiles: less memory, slightly different values."""
     vae_enable_slicing: bool = False
@@ -238,8 +238,9 @@ class DataConfig(Section):
     """Folder of cached latents, one subfolder per dataset. Default: cache/vae."""
     cache_dir_text: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/text"))
     """Folder of cached text embeddings. Default: cache/text."""
-    text_encoder_batch_size: Count = 4
-    """Captions encoded at a time."""
+    text_encoder_batch_size: Count = 1
+    """Captions encoded at a time; above 1, the last bits of an embedding depend on what it was encoded with, so
+    that a run whose caching was interrupted may end a rounding error apart."""
 
     @model_validator(mode="after")
     def _resolution_fits_its_type(self) -> Self:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from simpletuner.helpers.io.atomic import write_bytes
 
 MARGIN_PX = 8
 LINE_PX = 16
@@ -40,6 +44,13 @@ def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image
             if picture is not None:
                 grid.paste(_fitted(picture, cell_px), (LABEL_WIDTH_PX + MARGIN_PX + column * step_px, top))
     return grid
+
+
+def save_png(picture: Image.Image, file: Path) -> None:
+    """Write a picture, whole or not at all."""
+    data = io.BytesIO()
+    picture.save(data, format="PNG")
+    write_bytes(file, data.getvalue())
 
 
 def _cell_px(rows: Sequence[Row]) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from simpletuner.helpers.io.names import file_name
 
@@ -50,3 +52,17 @@ def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
         for size in config.validation_resolution
         for shot_seed in range(first_seed, first_seed + config.num_validation_images)
     )
+
+
+def call_options(shot: Shot, config: ValidationConfig) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call that make this picture, but for the prompt."""
+    rescale = config.validation_guidance_rescale
+    return {
+        "height": shot.size.height,
+        "width": shot.size.width,
+        "num_inference_steps": config.validation_num_inference_steps,
+        "guidance_scale": config.validation_guidance,
+        "generator": torch.Generator("cpu").manual_seed(shot.seed),
+        # Only named when used: not every family's pipeline has it.
+        **({"guidance_rescale": rescale} if rescale else {}),
+    }

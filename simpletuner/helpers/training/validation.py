@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import shutil
 import time
@@ -16,9 +15,9 @@ import torch
 import xxhash
 from PIL import Image
 
-from simpletuner.helpers.io.atomic import write_bytes
-from simpletuner.helpers.training.pictures import Row, labelled_grid
+from simpletuner.helpers.training.pictures import Row, labelled_grid, save_png
 from simpletuner.helpers.training.preemption import Preempted
+from simpletuner.helpers.training.prompts import call_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,7 +130,7 @@ class Validation:
             for shot, file in files.items():
                 self._make(shot, strength=shot.strength, file=file)
         grid = self._grid(step, files)
-        _save_png(grid, self.grid_file(step))
+        save_png(grid, self.grid_file(step))
         logger.info("Validation of step %d: %s", step, self.grid_file(step))
         self.trackers.log_pictures(
             step, {"grid": self.grid_file(step), **{shot.name: file for shot, file in files.items()}}
@@ -158,21 +157,9 @@ class Validation:
             self.text_embeds(shot.prompt), self.text_embeds(self.config.validation_negative_prompt)
         )
         picture = self.pipeline(
-            **text,
-            **self._rescale(),
-            height=shot.size.height,
-            width=shot.size.width,
-            num_inference_steps=self.config.validation_num_inference_steps,
-            guidance_scale=self.config.validation_guidance,
-            generator=torch.Generator("cpu").manual_seed(shot.seed),
-            callback_on_step_end=self._between_steps,
+            **text, **call_options(shot, self.config), callback_on_step_end=self._between_steps
         ).images[0]
-        _save_png(picture, file)
-
-    def _rescale(self) -> dict[str, float]:
-        # Only named when used: not every family's pipeline has it.
-        rescale = self.config.validation_guidance_rescale
-        return {"guidance_rescale": rescale} if rescale else {}
+        save_png(picture, file)
 
     def _between_steps(self, *_: object) -> dict[str, Any]:
         self.preemption.check("making validation pictures")
@@ -199,12 +186,6 @@ class Validation:
             sources = [self._base_file(shot), file][-len(columns) :]
             rows.append(Row(shot.label, tuple(map(_load_png, sources))))
         return labelled_grid(rows, columns=columns)
-
-
-def _save_png(picture: Image.Image, file: Path) -> None:
-    data = io.BytesIO()
-    picture.save(data, format="PNG")
-    write_bytes(file, data.getvalue())
 
 
 def _load_png(file: Path) -> Image.Image | None:

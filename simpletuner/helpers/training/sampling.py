@@ -1,0 +1,130 @@
+"""Pictures from an adapter file, outside a run: its base model, its schedule, one prompt after another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft_into_pipeline
+from simpletuner.helpers.configuration import rules
+from simpletuner.helpers.configuration.base import PathContext
+from simpletuner.helpers.configuration.building import Place, build
+from simpletuner.helpers.configuration.problems import Problems
+from simpletuner.helpers.configuration.sections import (
+    ModelConfig,
+    NoiseConfig,
+    PrecisionConfig,
+    ValidationConfig,
+    ValidationPrompt,
+)
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.registry import load_family
+from simpletuner.helpers.training.pictures import save_png
+from simpletuner.helpers.training.prompts import call_options, plan_shots
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODEL_KEY = "pretrained_model_name_or_path"
+HEADER_KEYS = {
+    "model_family": "model_family",
+    "model_flavour": "model_flavour",
+    "base_model": MODEL_KEY,
+    "prediction_type": "prediction_type",
+    "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+}
+"""What an adapter's header says about the model -> key of the model section."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """What `simpletuner sample` was asked for."""
+
+    adapter: Path
+    prompts: Sequence[str]
+    model: Mapping[str, object]
+    """Keys of the configuration's model section that win over what the file says."""
+    pictures: Mapping[str, object]
+    """Keys of the configuration's validation section."""
+    dtype: str | None
+    """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
+    options: Mapping[str, str]
+    """Key of a section -> the option that sets it, for messages."""
+
+
+def sample(request: SampleRequest, *, output: Path, families: Mapping[str, FamilyFacts]) -> Iterator[Path]:
+    """Make the pictures and write each as PNG.
+
+    Yields:
+        Each file once it is written, in the order of prompts, sizes and seeds.
+
+    Raises:
+        ConfigError: The base model is stated nowhere, or a value cannot be used; every problem at once.
+        AdapterError: The file cannot be read or does not fit the model.
+        ModelError: The model cannot be found or loaded.
+    """
+    stored = checkpoint.read(request.adapter)  # whole: a damaged file is found before a model is loaded
+    model, pictures = _checked(request, header=stored.metadata, families=families)
+    family = _family(model, dtype=request.dtype)
+    shots, negative = plan_shots(pictures, seed=0), pictures.validation_negative_prompt
+    prompts = sorted({negative, *(shot.prompt for shot in shots)})
+    family.load_text_encoders()
+    embeds = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
+    family.unload_text_encoders()
+    denoiser, scheduler = family.load_denoiser().eval(), pictures.validation_noise_scheduler
+    pipeline: Any = family.make_pipeline(denoiser, scheduler=scheduler)
+    load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
+    del stored
+    load(pipeline, request.adapter, strength=pictures.validation_lycoris_strength)
+    for shot in shots:
+        inputs = family.pipeline_inputs(embeds[shot.prompt], embeds[negative])
+        picture = pipeline(**inputs, **call_options(shot, pictures)).images[0]
+        file = output / f"{shot.name}.png"
+        save_png(picture, file)
+        yield file
+
+
+def _checked(
+    request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, FamilyFacts]
+) -> tuple[ModelConfig, ValidationConfig]:
+    """The sections of the configuration that making pictures needs."""
+    stated = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
+    values = stated | dict(request.model)
+    missing = [key for key in ("model_family", MODEL_KEY) if key not in values]
+    if missing:
+        wanted = " and ".join(request.options[key] for key in missing)
+        raise ConfigError(f"{request.adapter} does not say what model it is for. Name it with {wanted}.")
+    facts = families.get(str(values["model_family"]))
+    if facts is None:
+        raise ConfigError(
+            f"{request.adapter} is for the family {values['model_family']}. Known families: "
+            f"{', '.join(sorted(families))}. Give another with {request.options['model_family']}."
+        )
+    problems = Problems()
+    place = Place(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
+    size = {"validation_resolution": facts.default_resolution}
+    model = build(ModelConfig, values, place)
+    pictures = build(ValidationConfig, size | dict(request.pictures), place)
+    rules.check_pictures(pictures, facts, place)
+    problems.raise_if_any()
+    assert model.section is not None, "a section that cannot be made has a problem"
+    assert pictures.section is not None, "a section that cannot be made has a problem"
+    prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
+    return model.section, pictures.section.model_copy(update={"prompts": prompts})
+
+
+def _family(model: ModelConfig, *, dtype: str | None) -> Family:
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    default = "bf16" if device.type == "cuda" else "fp32"
+    return load_family(model.model_family)(
+        model,
+        noise=NoiseConfig(),
+        precision=PrecisionConfig(),
+        device=device,
+        weight_dtype=DTYPES[dtype or default],
+    )

@@ -1,0 +1,126 @@
+"""`simpletuner sample`: pictures from nothing but an adapter file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import load, trained_adapter_file
+from tiny_runs import TinyRun, tiny_model
+
+from simpletuner import cli
+from simpletuner.helpers.adapters.inference import load_into_pipeline
+from simpletuner.helpers.training.trainer import ADAPTER_FILE
+
+PROMPT = "a photo of sks cat"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["simpletuner", "sample", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def pixels(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file))
+
+
+def small(output: Path) -> tuple[object, ...]:
+    return "--size", "64", "--steps", 3, "--guidance", 5, "--output", output
+
+
+def test_pictures_are_those_of_the_pipeline_that_loads_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = trained_adapter_file()
+    prompts = ("--prompt", PROMPT, "--prompt", "a dog")
+    assert run(monkeypatch, "--adapter", file, *prompts, "--count", 2, "--seed", 5, *small(tmp_path)) == 0
+    written = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(written) == len(set(written)) == 4
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    pipeline = load(tiny_model())
+    load_into_pipeline(pipeline, file, strength=1.0)
+    generator = torch.Generator().manual_seed(5)
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64}
+    expected = pipeline(PROMPT, generator=generator, **options).images[0]
+    assert np.abs(pixels(written[0]).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def test_strength_zero_is_the_base_model_and_the_default_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = []
+    for strength in (0, 1):
+        folder = tmp_path / str(strength)
+        arguments = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--strength", strength)
+        assert run(monkeypatch, *arguments, *small(folder)) == 0
+        pictures.append(pixels(next(folder.iterdir())).astype(int))
+    base = load(tiny_model())(
+        PROMPT, num_inference_steps=3, guidance_scale=5.0, height=64, width=64,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert np.abs(pictures[0] - np.asarray(base)).max() <= 1
+    assert np.abs(pictures[1] - pictures[0]).max() > 3
+
+
+def test_standard_lora_of_a_run_is_sampled_at_its_own_alpha(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TinyRun(tmp_path / "run")
+    keys = {"lora_type": "standard", "lora_rank": 4, "lora_alpha": 8, "learning_rate": 0.05}
+    assert training.run(**keys) == 0
+    file = training.output_dir / ADAPTER_FILE
+    assert run(monkeypatch, "--adapter", file, "--prompt", PROMPT, *small(tmp_path / "out")) == 0
+    pipeline = load(tiny_model())
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64}
+    expected = pipeline(PROMPT, generator=torch.Generator().manual_seed(0), **options).images[0]
+    made = pixels(next((tmp_path / "out").iterdir())).astype(int)
+    assert np.abs(made - np.asarray(expected)).max() <= 1
+
+
+def test_file_without_a_header_needs_the_model_and_says_how(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare.safetensors"
+    save_file(load_file(trained_adapter_file()), bare)
+    arguments = ("--adapter", bare, "--prompt", PROMPT, *small(tmp_path / "out"))
+    assert run(monkeypatch, *arguments) == 2
+    assert "Name it with --family and --model" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--family", "sdxl", "--model", tiny_model()) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "100x100"), "--size: 1 problem"),
+        (("--steps", 0), "--steps: 1 problem"),
+        (("--scheduler", "eulre"), "--scheduler: 1 problem"),
+        (("--model", "/nowhere"), "--model: 1 problem"),
+        (("--family", "sdlx"), "Known families: "),
+        (("--size", "100", "--count", 0), "--count: 1 problem"),
+    ],
+)
+def test_value_that_cannot_be_used_is_named_by_its_option(
+    arguments: tuple[object, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--output", tmp_path / "out")
+    assert run(monkeypatch, *given, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_file_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--adapter", tmp_path / "none.safetensors", "--prompt", PROMPT) == 1
+    assert "no such file" in capsys.readouterr().err
