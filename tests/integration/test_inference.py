@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from lycoris.modules.tlora import TLoraModule, get_timestep_mask
 from tiny_pipelines import load, sample, trained_adapter_file
 from tiny_runs import tiny_model
@@ -143,6 +144,29 @@ def test_adapter_is_loaded_after_model_offload_too() -> None:
     pipeline.enable_model_cpu_offload(device="cpu:0")
     load_into_pipeline(pipeline, trained_adapter_file())
     np.testing.assert_allclose(sample(pipeline), reference(), rtol=0, atol=2e-6)
+
+
+def compile_in_place(pipeline: Any) -> None:
+    pipeline.unet.compile(backend="eager", fullgraph=True)
+
+
+def compile_as_wrapper(pipeline: Any) -> None:
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager", fullgraph=True)
+
+
+def compile_repeated_blocks(pipeline: Any) -> None:
+    pipeline.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("compiled", [compile_in_place, compile_as_wrapper, compile_repeated_blocks])
+def test_compiled_denoiser_follows_the_schedule_in_one_graph(compiled: Callable[[Any], None]) -> None:
+    torch.compiler.reset()
+    pipeline = load(tiny_model())
+    compiled(pipeline)
+    load_into_pipeline(pipeline, trained_adapter_file())
+    np.testing.assert_allclose(sample(pipeline), reference(), rtol=0, atol=2e-6)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        sample(pipeline, num_inference_steps=50)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from simpletuner.helpers.errors import AdapterError
 
 DENOISER_NAMES = ("unet", "transformer")
 PEFT_NAME = "default"
+COMPILED_CHILD = "_orig_mod"  # where torch.compile(denoiser) keeps the denoiser
 
 
 def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> LycorisAdapter:
@@ -29,6 +30,7 @@ def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0
             nothing is attached.
     """
     denoiser: nn.Module = vars(pipeline)[_denoiser_name(pipeline)]
+    denoiser = dict(denoiser.named_children()).get(COMPILED_CHILD, denoiser)
     adapter = load_adapter(denoiser, Path(file), strength=strength)
     if adapter.tlora_config is not None:
         masked(pipeline)._tlora_config = adapter.tlora_config

@@ -70,16 +70,39 @@ class MaskedDenoising:
             while opened:  # a mask that somebody else holds is not ours to clear
                 mask.clear_mask(opened.pop())
 
-        handles = [
-            denoiser.register_forward_pre_hook(open_ranks, with_kwargs=True),
-            denoiser.register_forward_hook(close_ranks, always_call=True),
-        ]
-        try:
+        with _around_calls(denoiser, before=open_ranks, after=close_ranks):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            close_ranks()
+
+
+@contextmanager
+def _around_calls(
+    denoiser: nn.Module, *, before: Callable[..., None], after: Callable[..., None]
+) -> Iterator[None]:
+    """Call `before` with what the denoiser is called with, and `after` whatever comes of the call."""
+    compiled = denoiser._compiled_call_impl
+    if compiled is None:
+        handles = [
+            denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            denoiser.register_forward_hook(after, always_call=True),
+        ]
+    else:  # `denoiser.compile()` compiles hooks too, and a rank that is read from a tensor cannot be compiled
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before(denoiser, args, kwargs)
+            try:
+                return compiled(*args, **kwargs)
+            finally:
+                after()
+
+        handles = []
+        denoiser._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        denoiser._compiled_call_impl = compiled
+        after()
 
 
 def _masked_call(call: Callable[..., Any]) -> Callable[..., Any]:
