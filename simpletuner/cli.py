@@ -26,6 +26,8 @@ Overrides = Annotated[
 ]
 
 SAMPLES = Path("output/samples")
+Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+Form = Literal["exact", "truncated"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 SAMPLE_OPTIONS = {
     "model_family": "--family",
@@ -122,6 +124,32 @@ def sample_command(
 
 def _given(**values: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
+
+
+@app.command("export")
+def export_command(
+    *,
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter's file.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write.")],
+    layout: Annotated[Layout, typer.Option("--format", help="Whose names the layers get.")] = "diffusers",
+    form: Annotated[
+        Form, typer.Option("--form", help="exact has rank 2R; truncated has rank R and an error.")
+    ] = "exact",
+    rank: Annotated[int | None, typer.Option("--rank", help="Open rank; default: all.")] = None,
+    timestep: Annotated[
+        int | None, typer.Option("--timestep", help="Instead: the rank that the schedule opens there.")
+    ] = None,
+    bands: Annotated[
+        int | None, typer.Option("--bands", help="Instead: so many files, one for each range of timesteps.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the tensors written.")] = "fp32",
+) -> None:
+    """Write a T-LoRA file as a plain LoRA for tools that know no rank schedule."""
+    from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+
+    options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
+    for each in export_adapter(adapter, output, options, families=registry.facts()):
+        print(each.summary())
 
 
 @app.command("config-reference")

@@ -5,7 +5,7 @@ Shapes: B batch, C latent channels, H W latent height and width, L text tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -59,6 +59,9 @@ class FamilyFacts:
     """Folder of the denoiser in the diffusers layout, and the prefix of its keys in LoRA files."""
     num_train_timesteps: int = 1000
     target_aliases: Mapping[str, TargetAlias] = field(default_factory=dict)
+    original_name: Callable[[str], str] | None = None
+    """A denoiser layer's path in diffusers -> in the original checkpoint, which other tools go by;
+    raises ValueError for a path that the model has not."""
 
 
 @dataclass(frozen=True, slots=True)

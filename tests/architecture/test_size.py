@@ -18,6 +18,7 @@ MAX_POSITIONAL = 3
 MORE_PARAMETERS: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
     "simpletuner/cli.py sample_command": "each is an option of the command line",
+    "simpletuner/cli.py export_command": "each is an option of the command line",
 }
 _PUBLIC = "people's code calls it by position"
 MORE_POSITIONAL = {

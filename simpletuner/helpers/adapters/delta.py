@@ -13,6 +13,31 @@ from torch import Tensor
 HALVINGS = 24
 
 
+Triplet = tuple[Tensor, Tensor, Tensor]
+
+
+def branch(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is P diag(lam) Q - P0 diag(lam0) Q0 over the first `rank` ranks, all if None.
+
+    Exactly zero where the differences are zero, in every dtype.
+
+    Args:
+        base: Q0 [R, I, ...], P0 [O, R], lam0 [R].
+        difference: dQ, dP, dlam of the same shapes; Q is Q0 + dQ and so on.
+        rank: r.
+
+    Returns:
+        A [2r, I, ...] and B [O, 2r].
+    """
+    (base_q, base_p, base_lambda), (delta_q, delta_p, delta_lambda) = base, difference
+    column = (-1,) + (1,) * (delta_q.ndim - 1)
+    base_lambda, delta_lambda = base_lambda[:rank].view(column), delta_lambda[:rank].view(column)
+    delta_q = delta_q[:rank]
+    q = base_q[:rank] + delta_q
+    a = torch.cat([(base_lambda + delta_lambda) * q, base_lambda * delta_q + delta_lambda * q])
+    return a, torch.cat([delta_p[:, :rank], base_p[:, :rank]], dim=1)
+
+
 def product_norm(a: Tensor, b: Tensor) -> Tensor:
     """Frobenius norm of `b @ a` for a [R, I, ...] and b [O, R], without forming the product."""
     a = a.flatten(1)

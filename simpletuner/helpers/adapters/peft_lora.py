@@ -104,15 +104,20 @@ class PeftAdapter(Adapter):
             AdapterError: A weight is not finite; nothing is written.
             StorageError: The file cannot be written.
         """
-        config: dict[str, Any] = self.denoiser.peft_config[ADAPTER_NAME].to_dict()
-        described = {
-            f"{self.prefix}.{key}": sorted(value) if isinstance(value, set) else value
-            for key, value in config.items()
-        }
-        metadata = dict(facts) | {METADATA_KEY: json.dumps(described, sort_keys=True)}
+        config: LoraConfig = self.denoiser.peft_config[ADAPTER_NAME]
+        metadata = dict(facts) | {METADATA_KEY: described(config, prefix=self.prefix)}
         tensors = {f"{self.prefix}.{key}": tensor for key, tensor in self.state_dict().items()}
         checkpoint.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Take the LoRA layers out of the denoiser."""
         self.denoiser.delete_adapters(ADAPTER_NAME)
+
+
+def described(config: LoraConfig, *, prefix: str) -> str:
+    """A LoRA's configuration as json, as diffusers looks for it in a file's header."""
+    values = {
+        f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]
+    }
+    return json.dumps(values, sort_keys=True)

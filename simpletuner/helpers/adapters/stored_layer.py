@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from simpletuner.helpers.adapters.delta import branch
 from simpletuner.helpers.adapters.description import Description
 from simpletuner.helpers.adapters.initialisation import Factors
 from simpletuner.helpers.errors import AdapterError
@@ -76,6 +77,26 @@ class StoredLayer:
             return None
         q, p, values = (self.tensors[key] for key in BASE_KEYS)
         return Factors(q=q.flatten(1), p=p.flatten(1), values=values.flatten())
+
+    @property
+    def scale(self) -> float:
+        """What the product of the layer's factors is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def branch(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The two factors of the delta without its scale, over the first `rank` ranks, float32.
+
+        Returns:
+            A [2r, I, ...] and B [O, 2r]; [r, I, ...] and [O, r] for a vanilla layer.
+        """
+        if self.description.init == "vanilla":
+            down, up = (self.tensors[key].float() for key in VANILLA_KEYS)
+            return down[:rank], up.flatten(1)[:, :rank]
+        q, p, values = (self.tensors[key].float() for key in BASE_KEYS)
+        base = q, p.flatten(1), values.flatten()
+        totals = (self.tensors[key] for key in TRAINED_KEYS)
+        differences = [difference(total, start) for total, start in zip(totals, base, strict=True)]
+        return branch(base, (differences[0], differences[1], differences[2]), rank=rank)
 
     def check_fits(self, own: Mapping[str, Tensor]) -> None:
         """Compare with a layer that is to take these values over.

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import initialisation, mask
 from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
-from simpletuner.helpers.adapters.delta import product_norm, shrink, ungrouped
+from simpletuner.helpers.adapters.delta import branch, product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import KEYS, StoredLayer, difference
@@ -143,15 +143,10 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         Returns:
             A [2r, I] (or [2r, I, k...]) and B [O, 2r]; [r, ...] and [O, r] for a vanilla layer.
         """
-        r = self.lora_dim if rank is None else rank
         if self.is_vanilla:
-            return self.down[:r], self.up[:, :r]
-        column = (-1,) + (1,) * (self.delta_q.ndim - 1)
-        base_lambda, delta_lambda = self.base_lambda[:r].view(column), self.delta_lambda[:r].view(column)
-        delta_q = self.delta_q[:r]
-        q = self.base_q[:r] + delta_q
-        a = torch.cat([(base_lambda + delta_lambda) * q, base_lambda * delta_q + delta_lambda * q])
-        return a, torch.cat([self.delta_p[:, :r], self.base_p[:, :r]], dim=1)
+            return self.down[:rank], self.up[:, :rank]
+        base = self.base_q, self.base_p, self.base_lambda
+        return branch(base, (self.delta_q, self.delta_p, self.delta_lambda), rank=rank)
 
     # What it computes
 

@@ -83,9 +83,6 @@ CONFIG_KEYS: Mapping[str, Unsupported] = MappingProxyType(
         ),
         **_group("Remove it: QKV projections stay apart, as adapters expect them.", "fuse_qkv_projections"),
         **_group(
-            "Remove it: LoRA files are written in diffusers' format.", "lora_format", harmless=("diffusers",)
-        ),
-        **_group(
             "Remove it: adapters start at zero effect; init_lora starts from a file.",
             "init_lokr_norm init_lora_weights peft_lora_mode singlora_ramp_up_steps slider_lora_target",
             harmless=("standard",),

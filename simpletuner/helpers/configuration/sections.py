@@ -119,6 +119,9 @@ class AdapterConfig(Section):
     """Names of the layers that get a LoRA, a list or comma-separated. Default: the family's."""
     lycoris_config: OptionalInputFile = None
     """The lycoris json: its path, or the object itself. Required by lora_type lycoris."""
+    lora_format: Literal["diffusers", "comfyui"] = "diffusers"
+    """comfyui leaves, beside the adapter's own file, a plain LoRA with every rank open, under the names that
+    ComfyUI and kohya's tools read."""
     init_lora: OptionalInputFile = None
     """Adapter file of the same kind and rank to start from."""
 
@@ -239,7 +242,7 @@ class DataConfig(Section):
     cache_dir_text: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/text"))
     """Folder of cached text embeddings. Default: cache/text."""
     text_encoder_batch_size: Count = 1
-    """Captions encoded at a time; above 1, the last bits of an embedding depend on what it was encoded with, so
+    """Captions encoded at a time; above 1, an embedding's last bits depend on what it was encoded with, so
     that a run whose caching was interrupted may end a rounding error apart."""
 
     @model_validator(mode="after")

@@ -25,6 +25,8 @@ class Report:
     config: str
     grid: str | None
     """None when no validation was asked for, or the last one failed."""
+    comfyui: str | None = None
+    """The plain LoRA for ComfyUI; None when none was asked for."""
 
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
@@ -33,6 +35,8 @@ class Report:
     def show(self) -> None:
         """Log one line for each thing the run made."""
         logger.info("Adapter:     %s", self.adapter)
+        if self.comfyui is not None:
+            logger.info("For ComfyUI: %s", self.comfyui)
         if self.grid is not None:
             logger.info("Pictures:    %s", self.grid)
         logger.info("Checkpoint:  %s", self.checkpoint)

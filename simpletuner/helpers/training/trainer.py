@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
 from simpletuner.helpers.contracts import StepStats, TextEmbeds
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.randomness import mix
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
 # A fresh gradient scaler overflows a few times to find its scale; this many in a row leave nothing of it.
 MAX_SKIPPED_STEPS = 25
 
@@ -241,12 +243,23 @@ class Trainer:
     def _save_adapter(self, file: Path) -> None:
         self.adapter.save(file, facts={**self.facts, "steps": str(self.progress.step)})
 
+    @property
+    def _wants_comfyui(self) -> bool:
+        return self.config.adapter.lora_format == "comfyui"
+
+    def _export(self, folder: Path) -> None:
+        if self._wants_comfyui:
+            facts, options = self.family.facts, ExportOptions(layout="comfyui")
+            families = {facts.name: facts}
+            export_adapter(folder / ADAPTER_FILE, folder / COMFYUI_FILE, options, families=families)
+
     def _finish(self) -> None:
         """The last checkpoint, the adapter, the last pictures, and where all of it lies."""
         step, output_dir = self.progress.step, self.config.checkpoint.output_dir
         checkpoint = self.save_checkpoint()
         if self.accelerator.is_main_process:
             self._save_adapter(output_dir / ADAPTER_FILE)
+            self._export(output_dir)
         self.validation.run(step, "final")
         if self.preemption.requested:
             self.stopping = True
@@ -259,6 +272,7 @@ class Trainer:
                 metrics=str(output_dir / METRICS_FILE),
                 config=str(output_dir / CONFIG_FILE),
                 grid=str(grid) if grid.exists() else None,
+                comfyui=str(output_dir / COMFYUI_FILE) if self._wants_comfyui else None,
             )
             report.save(output_dir)
             logger.info("Finished %d steps.", step)

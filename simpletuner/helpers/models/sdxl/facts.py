@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.models.sdxl.key_names import original_name
 
 FACTS = FamilyFacts(
     name="sdxl",
@@ -21,4 +22,5 @@ FACTS = FamilyFacts(
         "Attention": TargetAlias(modules=("Attention",)),
         "FeedForward": TargetAlias(modules=("FeedForward",)),
     },
+    original_name=original_name,
 )

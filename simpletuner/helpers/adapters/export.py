@@ -1,0 +1,263 @@
+"""T-LoRA files as plain LoRAs, for tools that know nothing of a rank schedule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.description import Description
+from simpletuner.helpers.adapters.layouts import Layout, header_of, tensors_of
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
+from simpletuner.helpers.adapters.plain import PlainLayer, exact, relative_error, truncated
+from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import AdapterError
+
+Form = Literal["exact", "truncated"]
+FORMS = {"exact": exact, "truncated": truncated}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the source's header, what would say something untrue about a plain LoRA.
+NOT_KEPT = {
+    "format",
+    checkpoint.SCHEDULE_KEY,
+    checkpoint.LYCORIS_KEY,
+    checkpoint.HASH_KEY,
+    checkpoint.PATHS_KEY,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What a file is exported as. Of rank, timestep and bands at most one is given; none opens every rank."""
+
+    layout: Layout = "diffusers"
+    form: Form = "exact"
+    """exact: rank 2R, no error but rounding; truncated: the best approximation of rank R."""
+    rank: int | None = None
+    """The rank to fix."""
+    timestep: int | None = None
+    """Fix the rank that the schedule opens at this timestep."""
+    bands: int | None = None
+    """Write so many files instead of one, each for an equal share of the timesteps, with the rank of its
+    middle."""
+    dtype: str = "fp32"
+    """Key of DTYPES."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """One file written."""
+
+    file: Path
+    timesteps: tuple[int, int] | None
+    """First and last timestep that it is for; None for all."""
+    open_rank: int
+    """Rank that it fixes, of the network; layers of another rank follow with theirs."""
+    ranks: tuple[int, int]
+    """Smallest and largest rank of a written layer."""
+    num_layers: int
+    mean_error: float
+    """Over the layers, relative to the live adapter at that rank."""
+    worst_error: float
+    worst_layer: str
+    edge_error: float | None
+    """Largest error of a layer at either end of the band, where the live adapter opens other ranks."""
+
+    def summary(self) -> str:
+        """What was written, on one line."""
+        low, high = self.ranks
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        parts = [
+            f"{self.file}: {self.num_layers} layers of {ranks}, {self.open_rank} open",
+            f"error {self.mean_error:.1e} on average, {self.worst_error:.1e} in {self.worst_layer}",
+        ]
+        if self.timesteps is not None and self.edge_error is not None:
+            first, last = self.timesteps
+            parts.append(f"for timesteps {first} to {last}, up to {self.edge_error:.1e} at their ends")
+        return "; ".join(parts) + "."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The layers of an adapter file by their path in the denoiser."""
+
+    layers: Mapping[str, StoredLayer]
+    schedule: RankSchedule
+    multiplier: float
+    metadata: Mapping[str, str]
+
+
+def export_adapter(
+    file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, FamilyFacts]
+) -> list[Exported]:
+    """Write an adapter file as one plain LoRA, or one for each band of timesteps.
+
+    Args:
+        file: A T-LoRA or plain LoRA file written by this program.
+        output: The file to write; for bands, the timesteps are added to its name.
+        options: What to write.
+        families: Name -> facts of every model family; the file's header names its own.
+
+    Raises:
+        AdapterError: The file cannot be read or exported, or an option does not fit it; nothing is written.
+        StorageError: A file cannot be written.
+    """
+    stored = checkpoint.read(file)
+    source = read_source(stored)
+    name = stored.metadata.get("model_family", "not stated in its header")
+    if name not in families:
+        known = ", ".join(sorted(families))
+        raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
+    written = []
+    for cut in _cuts(source.schedule, options):
+        layers, exported = _fixed(source, cut, options)
+        facts = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
+            "exported_from": file.name,
+            "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
+        }
+        if cut.band is not None:
+            facts["timesteps"] = json.dumps(cut.band)
+        facts |= header_of(layers, options.layout, families[name])
+        target = _file_name(output, cut.band)
+        checkpoint.write(target, tensors_of(layers, options.layout, families[name]), metadata=facts)
+        written.append(replace(exported, file=target))
+    return written
+
+
+def read_source(stored: checkpoint.AdapterFile) -> Source:
+    """The layers of an adapter file, ready to be exported.
+
+    Raises:
+        AdapterError: It has layers of another algorithm, or lacks what an export needs.
+    """
+    layers = _peft_layers(stored) if stored.is_peft else _lycoris_layers(stored)
+    config = stored.entry(checkpoint.SCHEDULE_KEY)
+    largest = max(layer.rank for layer in layers.values())
+    schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
+    multiplier = float((stored.entry(checkpoint.LYCORIS_KEY) or {}).get("multiplier", 1.0))
+    return Source(layers, schedule, multiplier, stored.metadata)
+
+
+def _lycoris_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:
+    paths = stored.entry(checkpoint.PATHS_KEY)
+    if paths is None:
+        raise AdapterError(
+            f"{stored.path}: its header has no {checkpoint.PATHS_KEY}: it was not written by this program. "
+            "Attach it to its base model with load_adapter, save() the adapter, and export that file."
+        )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.tensors.items():
+        layer, _, part = key.partition(".")
+        tensors.setdefault(layer, {})[part] = tensor
+    return {paths.get(name, name): _layer(name, parts, stored.path) for name, parts in tensors.items()}
+
+
+def _peft_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:
+    config = stored.entry(METADATA_KEY) or {}
+    layers = {}
+    for key in stored.tensors:
+        prefix, _, path = key.removesuffix(".lora_A.weight").partition(".")
+        if key.endswith(".lora_B.weight"):
+            continue
+        if not key.endswith(".lora_A.weight"):
+            raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
+        down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
+        alpha = torch.tensor(float(config.get(f"{prefix}.lora_alpha", down.shape[0])))
+        parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
+        layers[path] = StoredLayer(key, parts, Description("vanilla", "last", None))
+    return layers
+
+
+def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
+    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's plain LoRA
+        return StoredLayer(name, parts, Description("vanilla", "last", None))
+    if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
+        raise AdapterError(
+            f"{file}: {name} is neither T-LoRA nor plain LoRA: it holds {', '.join(sorted(parts))}. "
+            "Tools read LyCORIS's other algorithms as they are."
+        )
+    layer = StoredLayer.read(name, parts)
+    if layer.description.init != "vanilla" and BASE_KEYS[0] not in parts:
+        raise AdapterError(f"{file}: {name} has no base factors. Load it, save it again, and export that.")
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where one file fixes the ranks."""
+
+    rank: int
+    """Of the network."""
+    timestep: int | None = None
+    """At which the schedule opens that rank; None when the rank itself was asked for."""
+    band: tuple[int, int] | None = None
+    """First and last timestep that the file is for."""
+
+    def rank_of(self, layer: StoredLayer, schedule: RankSchedule) -> int:
+        """The rank of one layer, which may have another maximum than the network."""
+        if self.timestep is None:
+            return min(self.rank, layer.rank)
+        return schedule.for_rank(layer.rank).rank_at(self.timestep)
+
+
+def _cuts(schedule: RankSchedule, options: ExportOptions) -> list[_Cut]:
+    """One for every file to write."""
+    chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
+    if len(chosen) > 1:
+        raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
+    end = schedule.num_timesteps
+    if options.timestep is not None:
+        if not 0 <= options.timestep <= end:
+            raise AdapterError(f"timestep {options.timestep} is outside 0..{end}, the schedule of the file.")
+        return [_Cut(schedule.rank_at(options.timestep), options.timestep)]
+    if options.bands is not None:
+        if not 1 <= options.bands <= end:
+            raise AdapterError(f"bands {options.bands} must be in 1..{end}.")
+        edges = [round(end * index / options.bands) for index in range(options.bands + 1)]
+        bands = [(first, last - int(last < end)) for first, last in pairwise(edges)]
+        return [_Cut(schedule.rank_at(sum(band) // 2), sum(band) // 2, band) for band in bands]
+    rank = schedule.max_rank if options.rank is None else options.rank
+    if not 1 <= rank <= schedule.max_rank:
+        raise AdapterError(f"rank {rank} must be in 1..{schedule.max_rank}, the rank of the file.")
+    return [_Cut(rank)]
+
+
+def _fixed(source: Source, cut: _Cut, options: ExportOptions) -> tuple[list[PlainLayer], Exported]:
+    make, dtype = FORMS[options.form], DTYPES[options.dtype]
+    layers, edge_errors = [], []
+    for path, stored in source.layers.items():
+        layer = make(path, stored, rank=cut.rank_of(stored, source.schedule), dtype=dtype)
+        layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
+        for timestep in cut.band or ():
+            live = stored.branch(source.schedule.for_rank(stored.rank).rank_at(timestep))
+            edge_errors.append(relative_error(live, (layer.down, layer.up.flatten(1))))
+    worst = max(layers, key=lambda layer: layer.error)
+    exported = Exported(
+        file=Path(),
+        timesteps=cut.band,
+        open_rank=cut.rank,
+        ranks=(min(layer.rank for layer in layers), max(layer.rank for layer in layers)),
+        num_layers=len(layers),
+        mean_error=fmean(layer.error for layer in layers),
+        worst_error=worst.error,
+        worst_layer=worst.path,
+        edge_error=max(edge_errors, default=None),
+    )
+    return layers, exported
+
+
+def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:
+    if timesteps is None:
+        return output
+    first, last = timesteps
+    return output.with_name(f"{output.stem}-t{first:04d}-{last:04d}{output.suffix}")

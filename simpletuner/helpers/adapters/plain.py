@@ -1,0 +1,95 @@
+"""A T-LoRA layer with its ranks fixed, as the two factors of a plain LoRA, and how far those are off.
+
+Shapes: R rank of a layer, r open rank, I in (times the kernel of a convolution), O out features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.adapters.delta import product_norm
+from simpletuner.helpers.adapters.stored_layer import StoredLayer
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """What a plain LoRA loader adds: alpha / rank * up @ down."""
+
+    path: str
+    """Of the adapted layer in the denoiser, with dots."""
+    down: Tensor
+    """[rank, I] or [rank, I, k, k]."""
+    up: Tensor
+    """[O, rank] or [O, rank, 1, 1]."""
+    alpha: float
+    error: float
+    """Frobenius norm of what is missing, relative to that of the live layer's delta."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[0]
+
+
+def exact(path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype) -> PlainLayer:
+    """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
+
+    The factors are those of the differences. Written as [P lam, -P0 lam0] and [Q; Q0], two large products
+    would be left to cancel, which bf16 cannot.
+    """
+    a, b = layer.branch(rank)
+    return _plain(path, layer, (a, b), live=(a, b), dtype=dtype)
+
+
+def truncated(path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype) -> PlainLayer:
+    """The best approximation of rank r to the layer with its first r ranks open.
+
+    Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
+    """
+    a, b = layer.branch(rank)
+    if a.shape[0] <= rank:
+        return _plain(path, layer, (a, b), live=(a, b), dtype=dtype)
+    left, left_core = torch.linalg.qr(b.double())
+    right, right_core = torch.linalg.qr(a.double().flatten(1).T)
+    u, values, vh = torch.linalg.svd(left_core @ right_core.T)
+    root = values[:rank].sqrt()
+    down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
+    up = left @ u[:, :rank] * root
+    return _plain(path, layer, (down, up), live=(a, b), dtype=dtype)
+
+
+def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
+    """||B A - B' A'|| / ||B A|| in float64, without forming a product; 0 for a delta that is 0.
+
+    Args:
+        live: A [n, I, ...] and B [O, n].
+        written: A' [m, I, ...] and B' [O, m].
+    """
+    (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
+    if a.shape == a2.shape:  # one term for each factor's rounding: nothing large is left to cancel
+        missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
+    else:
+        missing = product_norm(torch.cat([a, a2]), torch.cat([b, -b2], dim=1))
+    whole = float(product_norm(a, b))
+    return float(missing) / whole if whole else 0.0
+
+
+def _plain(
+    path: str,
+    layer: StoredLayer,
+    factors: tuple[Tensor, Tensor],
+    *,
+    live: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+) -> PlainLayer:
+    down, up = (factor.to(dtype) for factor in factors)
+    return PlainLayer(
+        path=path,
+        down=down.contiguous(),
+        up=up.reshape(*up.shape, *(1,) * (down.ndim - 2)).contiguous(),
+        alpha=down.shape[0] * layer.scale,
+        error=relative_error(live, (down, up)),
+    )
