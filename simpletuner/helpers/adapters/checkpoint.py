@@ -24,6 +24,9 @@ SCHEDULE_KEY = "tlora_config"
 LYCORIS_KEY = "lycoris_config"
 HASH_KEY = "base_weights_hash"
 PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
+MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # evenly spaced values of a layer
 
 
@@ -44,24 +47,27 @@ class AdapterFile:
         """A header entry that holds JSON; None in a file without it.
 
         Raises:
-            AdapterError: The entry is not JSON.
+            AdapterError: The entry is not JSON, or no object.
         """
         if key not in self.metadata:
             return None
         try:
-            return cast("dict[str, Any]", json.loads(self.metadata[key]))
-        except ValueError as error:
+            value = json.loads(self.metadata[key])
+        except (ValueError, RecursionError) as error:
             raise AdapterError(f"{self.path}: the header's {key} is not JSON: {error}.") from error
+        if not isinstance(value, dict):
+            raise AdapterError(f"{self.path}: the header's {key} is {type(value).__name__}, not an object.")
+        return value
 
 
 def read(path: Path) -> AdapterFile:
     """Read an adapter file whole.
 
     Raises:
-        AdapterError: The file is missing, empty, no safetensors file, or holds a value that is not finite.
+        AdapterError: The file is missing, empty, no safetensors file, or holds a value that is not finite or
+            no floating-point number.
     """
-    if not path.is_file():
-        raise AdapterError(f"{path}: no such file. Give the path of an adapter's .safetensors file.")
+    _refuse_unreadable(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -72,8 +78,31 @@ def read(path: Path) -> AdapterFile:
         ) from error
     if not tensors:
         raise AdapterError(f"{path}: holds no tensors, so there is no adapter in it.")
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES and not key.endswith(".alpha"):
+            found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
+            raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
     _refuse_non_finite(path, tensors)
     return AdapterFile(path=path, tensors=tensors, metadata=metadata)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Refuse, before it is read, what is no safetensors file or has a header that would fill the memory."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise AdapterError(f"{path}: {what}. Give the path of an adapter's .safetensors file.")
+    if path.suffix in PICKLED:
+        raise AdapterError(
+            f"{path}: {path.suffix} files are pickles, which can run code, and are never opened. Convert it "
+            "to safetensors with a tool that you trust."
+        )
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise AdapterError(
+            f"{path}: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read. It is no "
+            "safetensors file, or not one of an adapter."
+        )
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:

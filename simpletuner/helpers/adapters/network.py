@@ -15,7 +15,7 @@ from lycoris.logging import logger as lycoris_logger
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters import checkpoint, mask, targets
+from simpletuner.helpers.adapters import checkpoint, foreign, mask, targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
@@ -24,7 +24,7 @@ from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
-from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.errors import AdapterError, ConfigError
 
 
 def attach_adapter(
@@ -67,26 +67,39 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
             f"{file}: this {type(denoiser).__name__} holds no weights now; sequential offload keeps them "
             "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
         )
-    names = {key.split(".")[0] for key in stored.tensors}
-    with _quiet_lycoris():
-        network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=stored.tensors)
-    found = {module.lora_name for module in network.loras}
-    if not found:
-        raise AdapterError(
-            f"{file}: none of its {len(names)} layers is in this {type(denoiser).__name__}. "
-            "It is for another model family, or in another key layout."
-        )
-    if found != names:
-        lost = sorted(names - found)
-        raise AdapterError(
-            f"{file}: {len(lost)} of its {len(names)} layers are not in this model, first {lost[0]}."
-        )
+    tensors = foreign.converted(stored.tensors) if foreign.is_released(stored.tensors) else stored.tensors
+    network = _network_on(denoiser, tensors, file=stored)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = stored.entry(checkpoint.LYCORIS_KEY) or {}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
     checkpoint.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
     return adapter
+
+
+def _network_on(
+    denoiser: nn.Module, tensors: dict[str, Tensor], *, file: checkpoint.AdapterFile
+) -> LycorisNetwork:
+    """The network that a file describes, not attached yet, with every layer of the file."""
+    names = {key.split(".")[0] for key in tensors}
+    try:
+        with _quiet_lycoris():
+            network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
+    except (AdapterError, ConfigError) as error:
+        raise AdapterError(f"{file.path}: {error}") from error
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:  # LyCORIS checks no shapes
+        reason = " ".join(str(error).split())[:300]
+        raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
+    found = {module.lora_name for module in network.loras}
+    if found != names:
+        family = file.metadata.get("model_family")
+        trained_on = f" It was trained on the family {family}." if family else ""
+        lost = sorted(names - found)
+        raise AdapterError(
+            f"{file.path}: {len(lost)} of its {len(names)} layers are not in this {type(denoiser).__name__}, "
+            f"first {lost[0]}.{trained_on} Give it a model of its family, or a file in LyCORIS's key layout."
+        )
+    return network
 
 
 class LycorisAdapter(Adapter):
@@ -274,16 +287,21 @@ def _schedule_of(stored: checkpoint.AdapterFile, layers: Sequence[TLoraLayer]) -
     stated = {layer.schedule for layer in layers if layer.schedule is not None}
     if len(stated) > 1:
         raise AdapterError(f"{stored.path}: its layers state {len(stated)} different rank schedules.")
-    if not layers:
-        own = None
-    else:
-        own = stated.pop() if stated else RankSchedule(max_rank=max(layer.lora_dim for layer in layers))
-    if header is not None and (own is None or own.max_rank != header.max_rank):
-        has = "no T-LoRA layers" if own is None else f"layers of a network of rank {own.max_rank}"
-        raise AdapterError(
-            f"{stored.path}: the header states max_rank {header.max_rank}, the file has {has}."
-        )
-    return header or own
+    own = stated.pop() if stated else None
+    if header is not None and own is not None and own != header:
+        raise AdapterError(f"{stored.path}: the header states {header.config()}, its layers {own.config()}.")
+    largest = max((layer.lora_dim for layer in layers), default=0)
+    schedule = header or own or (RankSchedule(max_rank=largest) if layers else None)
+    if schedule is not None and schedule.max_rank != largest and not _has_other_ranks(stored):
+        has = f"layers of rank {largest}" if layers else "no T-LoRA layers"
+        raise AdapterError(f"{stored.path}: it states max_rank {schedule.max_rank}, and has {has}.")
+    return schedule
+
+
+def _has_other_ranks(stored: checkpoint.AdapterFile) -> bool:
+    """Whether the json that the adapter was trained with gives some layers a rank of their own."""
+    preset = (stored.entry(checkpoint.LYCORIS_KEY) or {}).get("apply_preset")
+    return isinstance(preset, dict) and bool(preset.get("module_algo_map") or preset.get("name_algo_map"))
 
 
 @contextmanager

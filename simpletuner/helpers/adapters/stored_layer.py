@@ -39,6 +39,8 @@ class StoredLayer:
         Raises:
             AdapterError: A tensor is missing, or the layer's description cannot be used.
         """
+        if "alpha" in tensors and tensors["alpha"].numel() != 1:
+            raise AdapterError(f"{name}: alpha holds {tensors['alpha'].numel()} values, not one.")
         description = Description.read(tensors.get("tlora_schedule"))
         has_base = any(key in tensors for key in BASE_KEYS)
         if description.init == "vanilla":

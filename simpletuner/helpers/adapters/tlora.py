@@ -127,7 +127,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
     def _create_factors(self, factors: initialisation.Factors) -> None:
         q = factors.q.float().reshape(self.lora_dim, *self.shape[1:])
-        p, values = factors.p.float(), factors.values.float()
+        p, values = factors.p.float().contiguous(), factors.values.float()
         if self.is_vanilla:
             self.down, self.up = nn.Parameter(q), nn.Parameter(p)
             return

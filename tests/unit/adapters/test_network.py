@@ -395,7 +395,7 @@ def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Pa
         metadata = opened.metadata()
     metadata["tlora_config"] = json.dumps({"max_rank": 64})
     save_file(load_file(file), file, metadata=metadata)
-    with pytest.raises(AdapterError, match="max_rank 64, the file has layers of a network of rank 8"):
+    with pytest.raises(AdapterError, match=r"the header states .*64.* its layers .*8"):
         load_adapter(unet(), file)
 
 
