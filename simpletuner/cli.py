@@ -126,6 +126,18 @@ def _given(**values: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+@app.command("inspect")
+def inspect_command(
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter's file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as json.")] = False,
+) -> None:
+    """Say what an adapter file is: algorithm, ranks, rank schedule, base model, training."""
+    from simpletuner.helpers.adapters.inspection import inspect
+
+    found = inspect(adapter)
+    print(found.as_json() if as_json else found.text())
+
+
 @app.command("export")
 def export_command(
     *,
