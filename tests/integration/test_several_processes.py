@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,13 @@ from safetensors.torch import load_file
 from tiny_runs import TinyRun
 from torch import Tensor
 
+from simpletuner.helpers.training.trainer import ADAPTER_FILE
+
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.build import build_trainer
@@ -25,17 +27,37 @@ config = load_config(Path(sys.argv[1]), families=registry.facts())
 trainer = build_trainer(config)
 folder = Path(sys.argv[1]).parent
 rank = trainer.accelerator.process_index
-save_file({k: v.clone() for k, v in trainer.adapter.state_dict().items()}, folder / f"start-{rank}.safetensors")
+def keep(name):
+    state = trainer.adapter.state_dict()
+    save_file({k: v.clone() for k, v in state.items()}, folder / f"{name}-{rank}.safetensors")
+keep("start")
 seen, add_noise = [], trainer.family.add_noise
 def watched(latents, **options):
     noised = add_noise(latents, **options)
     seen.append(noised.timesteps)
     return noised
 trainer.family.add_noise = watched
+parts = [isinstance(p, DTensor) for p in trainer.denoiser.parameters()]
+(folder / f"parts-{rank}.json").write_text(json.dumps([sum(parts), len(parts)]))
 code = trainer.run()
-save_file({k: v.clone() for k, v in trainer.adapter.state_dict().items()}, folder / f"end-{rank}.safetensors")
+keep("end")
 (folder / f"timesteps-{rank}.json").write_text(json.dumps(seen))
 sys.exit(code)
+"""
+# accelerate passes over its FSDP plugin on a CPU; told that it is at work, it shards there too.
+ON_CPU_TOO = """
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+import simpletuner.helpers.training.build as build
+make = build.build_accelerator
+def build_accelerator(config):
+    accelerator = make(config)
+    AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True,
+        auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BasicTransformerBlock"])
+    return accelerator
+build.build_accelerator = build_accelerator
 """
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
 VARIANTS = {
@@ -44,12 +66,17 @@ VARIANTS = {
 }
 
 
-def train(run: TinyRun, *launcher: str, **keys: object) -> TinyRun:
+def train(run: TinyRun, *launcher: str, before: str = "", **keys: object) -> TinyRun:
     run.config(**keys)
     script = run.folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     command = [sys.executable, *launcher, str(script), str(run.folder / "config.json")]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.getcwd(),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return run
@@ -93,7 +120,43 @@ def test_two_processes_train_what_one_trains_with_the_same_samples(runs: tuple[T
 def test_each_process_opens_the_ranks_of_its_own_samples(runs: tuple[TinyRun, TinyRun]) -> None:
     two, one = runs
     first, second, both = (
-        json.loads((run.folder / f"timesteps-{rank}.json").read_text()) for run, rank in ((two, 0), (two, 1), (one, 0))
+        json.loads((run.folder / f"timesteps-{rank}.json").read_text())
+        for run, rank in ((two, 0), (two, 1), (one, 0))
     )
     assert [left + right for left, right in zip(first, second, strict=True)] == both
     assert first != second
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, TinyRun]:
+    """Three steps with every weight shared out over two processes, stopped after two; and on one process."""
+    folder = tmp_path_factory.mktemp("sharded")
+    keys = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3", "gradient_checkpointing": True}
+    two, one = TinyRun(folder / "two", num_images=4), TinyRun(folder / "one", num_images=4)
+    for steps in (2, 3):
+        train(two, *TORCHRUN, before=ON_CPU_TOO, train_batch_size=1, max_train_steps=steps, **keys)
+    train(one, train_batch_size=2, max_train_steps=3, **keys)
+    return two, one
+
+
+def test_sharded_run_holds_no_weight_whole(sharded: tuple[TinyRun, TinyRun]) -> None:
+    for rank in (0, 1):
+        num_parts, num_parameters = json.loads((sharded[0].folder / f"parts-{rank}.json").read_text())
+        assert num_parts == num_parameters > 3 * 64
+
+
+def test_sharded_and_resumed_run_trains_what_one_process_trains(sharded: tuple[TinyRun, TinyRun]) -> None:
+    two, one = sharded
+    expected = tensors(one, "end-0")
+    for rank in (0, 1):
+        for key, tensor in tensors(two, f"end-{rank}").items():
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-7)
+    norms = [[line["grad_norm"] for line in run.log()] for run in sharded]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_file_of_a_sharded_run_is_that_of_one_process(sharded: tuple[TinyRun, TinyRun]) -> None:
+    two, one = (load_file(run.output_dir / ADAPTER_FILE) for run in sharded)
+    assert two.keys() == one.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ HASH_KEY = "base_weights_hash"
 PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
 MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MATRICES = ("q_layer.weight", "p_layer.weight", "lora_down.weight", "lora_up.weight")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # evenly spaced values of a layer
 
@@ -42,6 +44,18 @@ class AdapterFile:
     def is_peft(self) -> bool:
         """Whether it is a LoRA in diffusers' format."""
         return any(".lora_A." in key for key in self.tensors)
+
+    @property
+    def multiplier(self) -> float:
+        """Strength that the json it was trained with gives the adapter; 1 in a file without that json.
+
+        Raises:
+            AdapterError: It is no finite number.
+        """
+        value = (self.entry(LYCORIS_KEY) or {}).get("multiplier", 1.0)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(f"{self.path}: the header's multiplier is {value!r}, no finite number.")
+        return float(value)
 
     def entry(self, key: str) -> dict[str, Any] | None:
         """A header entry that holds JSON; None in a file without it.
@@ -69,21 +83,35 @@ def read(path: Path) -> AdapterFile:
     """
     _refuse_unreadable(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: not a readable safetensors file: {error}. Copy or download it again."
         ) from error
     if not tensors:
         raise AdapterError(f"{path}: holds no tensors, so there is no adapter in it.")
+    _refuse_strange(path, tensors)
+    _refuse_non_finite(path, tensors)
+    file = AdapterFile(path=path, tensors=tensors, metadata=metadata)
+    for key in (SCHEDULE_KEY, LYCORIS_KEY, HASH_KEY, PATHS_KEY):
+        file.entry(key)  # whatever cannot be read is told before anything is attached
+    return file
+
+
+def _refuse_strange(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.dtype not in DTYPES and not key.endswith(".alpha"):
+        shape = tuple(tensor.shape)
+        if key.endswith(".alpha"):
+            if tensor.numel() != 1:
+                raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
+            continue
+        if tensor.dtype not in DTYPES:
             found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
             raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
-    _refuse_non_finite(path, tensors)
-    return AdapterFile(path=path, tensors=tensors, metadata=metadata)
+        if tensor.numel() == 0 or (tensor.ndim < 2 and key.endswith(MATRICES)):
+            raise AdapterError(f"{path}: {key} has the shape {shape}, which no factor of an adapter has.")
 
 
 def _refuse_unreadable(path: Path) -> None:

@@ -144,8 +144,7 @@ def read_source(stored: checkpoint.AdapterFile) -> Source:
     config = stored.entry(checkpoint.SCHEDULE_KEY)
     largest = max(layer.rank for layer in layers.values())
     schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
-    multiplier = float((stored.entry(checkpoint.LYCORIS_KEY) or {}).get("multiplier", 1.0))
-    return Source(layers, schedule, multiplier, stored.metadata)
+    return Source(layers, schedule, stored.multiplier, stored.metadata)
 
 
 def _lycoris_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:

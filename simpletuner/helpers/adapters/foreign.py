@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.adapters.description import Description, TLoraInit
+from simpletuner.helpers.errors import AdapterError
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ def is_released(tensors: Mapping[str, Tensor]) -> bool:
 def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under LyCORIS's keys, marked as T-LoRA, with the alpha that their scale of 1 means.
 
+    Raises:
+        AdapterError: A layer that began at singular triplets comes without them.
+
     Source: https://github.com/ControlGenAI/T-LoRA, the names of its attention processors' parameters.
     """
     result = {}
@@ -49,6 +53,11 @@ def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name = f"lycoris_{match['attention']}.{layer}".replace(".", "_")
         factor = _FACTORS.get(match["factor"], match["factor"])
         result[f"{name}.{factor}"] = tensor[None] if "lambda" in factor and tensor.ndim == 1 else tensor
+        if factor == "q_layer.weight" and key.replace("q_layer.weight", "base_q.weight") not in tensors:
+            raise AdapterError(
+                f"{key}: the base factors of this layer (base_q, base_p, base_lambda) are not in the file, "
+                "and nothing tells what they were. Take a file that holds them."
+            )
         if factor in _RANK_FIRST:
             rank = tensor.shape[0]
             init: TLoraInit = "vanilla" if factor == "lora_down.weight" else "random"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from simpletuner.helpers.adapters import checkpoint, foreign
 from simpletuner.helpers.adapters.description import Description
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.names import printable
 
 CHART_TIMESTEPS = range(0, 1001, 100)
 CHART_WIDTH = 40
@@ -93,7 +95,7 @@ class Inspection:
             *((name, value) for name, value in sorted(self.training.items())),
             ("Missing", "; ".join(self.missing) or None),
         ]
-        shown = [(name, str(value)) for name, value in lines if value]
+        shown = [(printable(name), printable(str(value))) for name, value in lines if value]
         width = max(len(name) for name, _ in shown)
         return "\n".join(
             [*(f"{name:<{width}}  {value}" for name, value in shown), *self._chart(), self._use()]
@@ -114,7 +116,7 @@ class Inspection:
 
     def _use(self) -> str:
         model = "" if self.base_model else " --family FAMILY --model MODEL"
-        return f'\nPictures: simpletuner sample --adapter {self.file}{model} --prompt "..."'
+        return f'\nPictures: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
 
 
 def inspect(file: Path) -> Inspection:

@@ -20,6 +20,7 @@ from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.sharding import spread, whole
 from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
@@ -70,7 +71,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     tensors = foreign.converted(stored.tensors) if foreign.is_released(stored.tensors) else stored.tensors
     network = _network_on(denoiser, tensors, file=stored)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
-    raw = stored.entry(checkpoint.LYCORIS_KEY) or {}
+    raw = (stored.entry(checkpoint.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
     checkpoint.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
@@ -208,11 +209,7 @@ class LycorisAdapter(Adapter):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer as it stands: differences, not sums."""
-        return {
-            f"{module.lora_name}.{name}": tensor.detach()
-            for module in self.network.loras
-            for name, tensor in _tensors_of(module)
-        }
+        return {name: whole(tensor) for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave.
@@ -220,10 +217,17 @@ class LycorisAdapter(Adapter):
         Raises:
             AdapterError: A tensor is missing, unknown or of another shape.
         """
-        own = self.state_dict()
+        own = self._tensors()
         refuse_other_state(state, own=own)
         for key, tensor in own.items():
-            tensor.copy_(state[key])
+            tensor.copy_(spread(state[key], like=tensor))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{module.lora_name}.{name}": tensor.detach()
+            for module in self.network.loras
+            for name, tensor in _tensors_of(module)
+        }
 
     def start_from(self, file: Path) -> None:
         """Begin training at the adapter of a file.

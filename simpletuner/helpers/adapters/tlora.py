@@ -34,6 +34,7 @@ from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
 from simpletuner.helpers.adapters.delta import branch, product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.sharding import whole
 from simpletuner.helpers.adapters.stored_layer import KEYS, StoredLayer, difference
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io.logs import say_once
@@ -306,11 +307,12 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         p_shape = (self.shape[0], self.lora_dim) + (1,) * (len(self.shape) - 2)
         state = {"alpha": self.alpha, "tlora_schedule": self.description.tensor(self.lora_dim)}
         if self.is_vanilla:
-            return state | {"lora_down.weight": self.down, "lora_up.weight": self.up.view(p_shape)}
+            down, up = whole(self.down), whole(self.up)
+            return state | {"lora_down.weight": down, "lora_up.weight": up.view(p_shape)}
         return state | {
-            "q_layer.weight": self.base_q + self.delta_q,
-            "p_layer.weight": (self.base_p + self.delta_p).view(p_shape),
-            "lambda_layer": (self.base_lambda + self.delta_lambda)[None],
+            "q_layer.weight": self.base_q + whole(self.delta_q),
+            "p_layer.weight": (self.base_p + whole(self.delta_p)).view(p_shape),
+            "lambda_layer": (self.base_lambda + whole(self.delta_lambda))[None],
             "base_q": self.base_q,
             "base_p": self.base_p.view(p_shape),
             "base_lambda": self.base_lambda[None],

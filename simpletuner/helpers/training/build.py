@@ -10,10 +10,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from simpletuner.helpers.adapters.network import attach_adapter
+from simpletuner.helpers.adapters.sharding import shard_adapters
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
@@ -86,6 +87,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
 def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
     """Everything that can fail without a model: device, output folder, checkpoints, images."""
     accelerator = build_accelerator(config)
+    check_distribution(config, accelerator)
     preemption = resources.enter_context(Preemption())
     checkpoints = Checkpoints(config.checkpoint, settings=run_settings(config), resolved=config.resolved())
     if accelerator.is_main_process:
@@ -112,6 +114,8 @@ def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, res
     config, accelerator, data = ground.config, ground.accelerator, ground.data
     denoiser, adapter, base_hash = build_model(ground)
     ground.checkpoints.bind({"base weights": base_hash}, resumed=ground.resumed)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
     state = RunState(adapter=adapter, optimizer=optimizer, progress=Progress(), scaler=accelerator.scaler)
     if ground.resumed is not None:
@@ -179,6 +183,37 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "Set mixed_precision to bf16 or no."
         )
     return accelerator
+
+
+def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
+    """Refuse what a run on several processes cannot do.
+
+    Raises:
+        ConfigError: The message says what to set instead.
+    """
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate's {kind.value} is not supported. Use plain data parallelism or FSDP 2."
+        )
+    if kind != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    problems = {
+        "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
+        "FSDP trains T-LoRA only. Set algo to tlora, without other algorithms beside it": config.lycoris
+        is None
+        or config.lycoris.algo != "tlora",
+        "FSDP makes no pictures while training. Set validation_disable to true": bool(
+            config.validation.prompts and not config.validation.validation_disable
+        ),
+        "FSDP does not load through one process. Set fsdp_cpu_ram_efficient_loading to false": bool(
+            plugin.cpu_ram_efficient_loading
+        ),
+    }
+    found = [message for message, is_wrong in problems.items() if is_wrong]
+    if found:
+        raise ConfigError(". ".join(found) + ".")
 
 
 def build_family(config: RunConfig, accelerator: Accelerator) -> Family:

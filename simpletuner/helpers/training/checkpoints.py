@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
@@ -76,10 +77,11 @@ class Checkpoints:
         interval = self._config.checkpoint_step_interval
         return interval > 0 and step % interval == 0
 
-    def save(self, step: int, *, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, *, write: Callable[[Path], None], publish: bool = True) -> None:
         """Publish `checkpoint-<step>` with what `write` puts into it, then remove those beyond the limit.
 
-        Saving a step again, as at the end of a run, does nothing.
+        Saving a step again, as at the end of a run, does nothing. A process that does not publish writes all
+        the same, because a sharded state is put together by all processes, and lets go of the result.
 
         Raises:
             CheckpointError: A file cannot be written. Earlier checkpoints are kept.
@@ -87,11 +89,15 @@ class Checkpoints:
         """
         if self._saved_step == step:
             return
+        self._saved_step = step
+        if not publish:
+            with TemporaryDirectory() as scratch:
+                write(Path(scratch))
+            return
         with publish_folder(self.path(step)) as folder:
             write(folder)
             write_json(folder / COMPATIBILITY_FILE, {"settings": self._settings, "weights": self._weights})
             write_json(folder / CONFIG_FILE, self._resolved)
-        self._saved_step = step
         logger.info("Saved %s", self.path(step))
         self._prune()
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from simpletuner.helpers.adapters.sharding import spread, whole
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
 
@@ -100,7 +101,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value
+                tensors[f"{index}.{name}"] = whole(value)
             elif value is not None:
                 numbers.setdefault(str(index), {})[name] = value
     groups = [_adapted(group) for group in state["param_groups"]]
@@ -122,7 +123,8 @@ def load_optimizer_state(
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         _refuse_foreign(key, tensor, parameters=parameters)
-        state.setdefault(int(index), {})[name] = tensor
+        own = tensor if tensor.numel() == 1 else spread(tensor, like=parameters[int(index)])
+        state.setdefault(int(index), {})[name] = own
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, numbers["groups"], strict=True):
         group.update(saved)

@@ -9,11 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import torch
 
 from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.sharding import is_part, whole
 from simpletuner.helpers.contracts import StepStats, TextEmbeds
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.randomness import mix
@@ -112,6 +114,11 @@ class Trainer:
         return self.state.progress
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether the adapter is shared out over the processes (FSDP)."""
+        return any(is_part(parameter) for parameter in self.adapter.parameters())
+
+    @property
     def global_batch(self) -> int:
         """Samples in one micro-batch of all processes."""
         num_processes: int = self.accelerator.num_processes
@@ -157,8 +164,9 @@ class Trainer:
     def save_checkpoint(self) -> Path:
         """Publish a checkpoint of the current step; every process takes part."""
         path = self.checkpoints.path(self.progress.step)
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.progress.step, write=self._write_state)
+        is_main = self.accelerator.is_main_process
+        if is_main or self.is_sharded:
+            self.checkpoints.save(self.progress.step, write=self._write_state, publish=is_main)
         self.accelerator.wait_for_everyone()
         return path
 
@@ -219,10 +227,9 @@ class Trainer:
         """Bound the gradients; their norm before that, a scalar."""
         parameters, bound = self.adapter.parameters(), self.config.training.max_grad_norm
         if self.config.training.grad_clip_method == "norm":
-            norm: Tensor = self.accelerator.clip_grad_norm_(parameters, bound or float("inf"))
-            return norm
+            return whole(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))
         self.accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if bound:
             torch.nn.utils.clip_grad_value_(parameters, bound)
         return norm
@@ -260,6 +267,9 @@ class Trainer:
         if self.accelerator.is_main_process:
             self._save_adapter(output_dir / ADAPTER_FILE)
             self._export(output_dir)
+        elif self.is_sharded:
+            with TemporaryDirectory() as scratch:  # every process takes part in putting the adapter together
+                self._save_adapter(Path(scratch) / ADAPTER_FILE)
         self.validation.run(step, "final")
         if self.preemption.requested:
             self.stopping = True

@@ -136,6 +136,8 @@ def test_row_23_factors_of_a_dtype_that_no_adapter_has_are_refused(
         ("lambda_layer", torch.ones(1, 5), "fit|the layer needs"),
         ("p_layer.weight", torch.ones(9, 4), "fit|the layer needs"),
         ("tlora_schedule", torch.ones(4), "not version 1"),
+        ("q_layer.weight", torch.ones(0, 12), "which no factor of an adapter has"),
+        ("q_layer.weight", torch.ones(()), "which no factor of an adapter has"),
     ],
 )
 def test_row_23_tensor_of_another_shape_is_refused(
@@ -177,6 +179,19 @@ def test_header_schedule_outside_its_range_or_against_its_layers_is_refused(
     header = {checkpoint.SCHEDULE_KEY: json.dumps(config)}
     save_file(layer_tensors(), tmp_path / "a.safetensors", metadata=header)
     refused(tmp_path / "a.safetensors", message)
+
+
+@pytest.mark.parametrize("key", [checkpoint.LYCORIS_KEY, checkpoint.HASH_KEY, checkpoint.PATHS_KEY])
+def test_header_entry_that_cannot_be_read_leaves_nothing_attached(key: str, tmp_path: Path) -> None:
+    save_file(layer_tensors(), tmp_path / "a.safetensors", metadata={key: "[1]"})
+    refused(tmp_path / "a.safetensors", f"the header's {key} is list")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"strong"', "null"])
+def test_multiplier_that_is_no_finite_number_is_refused(value: str, tmp_path: Path) -> None:
+    header = {checkpoint.LYCORIS_KEY: f'{{"multiplier": {value}}}'}
+    save_file(layer_tensors(), tmp_path / "a.safetensors", metadata=header)
+    refused(tmp_path / "a.safetensors", "multiplier is .*, no finite number")
 
 
 def test_header_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:

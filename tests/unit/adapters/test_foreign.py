@@ -15,6 +15,7 @@ from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.errors import AdapterError
 
 RANK = 4
 
@@ -131,16 +132,12 @@ def test_authors_vanilla_file_is_masked_and_not_taken_for_a_plain_lora(tmp_path:
     torch.testing.assert_close(run(model, adapter, x, timestep=500), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_authors_file_without_base_factors_takes_them_from_the_weight(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_authors_file_without_base_factors_is_refused(tmp_path: Path) -> None:
     save_file(released("", with_base=False), tmp_path / "a.safetensors")
     model = Model().eval()
-    load_adapter(model, tmp_path / "a.safetensors")
-    assert "weight/principal" in caplog.text
-    layer = next(module for module in model.modules() if isinstance(module, TLoraLayer))
-    values = torch.linalg.svdvals(Model().mid_block["attn1"].to_q.weight)[:RANK]  # type: ignore[arg-type, union-attr]
-    torch.testing.assert_close(layer.base_lambda, values, rtol=1e-4, atol=1e-5)
+    with pytest.raises(AdapterError, match="base factors of this layer"):
+        load_adapter(model, tmp_path / "a.safetensors")
+    assert not [module for module in model.modules() if isinstance(module, TLoraLayer)]
 
 
 @pytest.mark.parametrize("timestep", [0, 400, 900])

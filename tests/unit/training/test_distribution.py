@@ -1,0 +1,58 @@
+"""Ways to use several processes that are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from accelerate import Accelerator, DistributedType
+
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.training.build import check_distribution
+
+
+def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = False) -> Accelerator:
+    plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=through_one)
+    return cast(
+        Accelerator, SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
+    )
+
+
+@pytest.fixture
+def config(repository: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.chdir(repository)
+    path = Path("config/config.json")
+    return load_config(path, overrides=("validation_disable=true",), families=registry.facts())
+
+
+@pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])
+def test_what_works_is_let_through(kind: DistributedType, config: RunConfig) -> None:
+    check_distribution(config, accelerator(kind))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_other_ways_are_refused_by_name(kind: DistributedType, config: RunConfig) -> None:
+    with pytest.raises(
+        ConfigError, match=f"{kind.value} is not supported. Use plain data parallelism or FSDP 2"
+    ):
+        check_distribution(config, accelerator(kind))
+
+
+def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
+    with_pictures = config.validation.model_copy(update={"validation_disable": False})
+    wrong: dict[str, Any] = {"lycoris": None, "validation": with_pictures}
+    found = accelerator(DistributedType.FSDP, version=1, through_one=True)
+    with pytest.raises(ConfigError) as caught:
+        check_distribution(config.model_copy(update=wrong), found)
+    for remedy in (
+        "fsdp_version to 2",
+        "algo to tlora",
+        "validation_disable to true",
+        "fsdp_cpu_ram_efficient_loading to false",
+    ):
+        assert remedy in str(caught.value)
