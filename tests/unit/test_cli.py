@@ -38,7 +38,10 @@ def test_help_lists_every_command(
 ) -> None:
     assert _run(monkeypatch, "--help") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("train", "validate", "sample", "inspect", "export", "config-reference", "version"))
+    assert all(
+        command in out
+        for command in ("train", "validate", "sample", "inspect", "export", "config-reference", "version")
+    )
 
 
 def test_an_unknown_command_names_the_nearest(
