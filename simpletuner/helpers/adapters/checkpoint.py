@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.delta import is_plain
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_bytes
 
@@ -159,7 +160,7 @@ def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
         name: weight_hash(weight)
         for name, weight in weights.items()
-        if not weight.is_meta and weight.is_floating_point()
+        if not weight.is_meta and is_plain(weight)
     }
 
 
