@@ -19,6 +19,7 @@ from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_ti
 from torch import Tensor
 
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule, rank_rows
+from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
 from simpletuner.helpers.errors import AdapterError
 
 PUBLIC_GROUP = 0
@@ -28,7 +29,7 @@ _shared_ranks: dict[tuple[int, int], int] = {}  # (group, R) -> the rank that th
 _schedules: dict[int, RankSchedule] = {}  # group -> what its mask was made from
 _held: set[int] = set()  # groups whose mask a pending backward may still need
 _layer_ranks: defaultdict[int, set[int]] = defaultdict(set)  # group -> ranks of its layers
-_new_group = count(1)
+_new_group = count(FIRST_OWN_MASK_GROUP)
 
 
 def new_group() -> int:

@@ -113,6 +113,7 @@ class LycorisAdapter(Adapter):
         *,
         raw: Mapping[str, Any],
         schedule: RankSchedule | None,
+        group: int | None = None,
     ) -> None:
         self.network = network
         self.kind = str(raw.get("algo", "lycoris"))
@@ -120,7 +121,7 @@ class LycorisAdapter(Adapter):
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
         tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
         self.schedule = schedule if tlora else None
-        self.group = mask.new_group()
+        self.group = mask.new_group() if group is None else group
         for layer in tlora:
             layer.join(self.group, schedule=self.schedule)
         layers = {module.lora_name: module.org_module[0] for module in network.loras}
@@ -168,7 +169,7 @@ class LycorisAdapter(Adapter):
                 **extra,
             )
         targets.check_matches(preset, denoiser, adapted=[module.org_module[0] for module in network.loras])
-        return cls(network, denoiser, raw=config.raw, schedule=schedule)
+        return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
 
     def _attach(self) -> None:
         self.network.apply_to()

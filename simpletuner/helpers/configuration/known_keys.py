@@ -341,7 +341,6 @@ DATASET_KEYS: Mapping[str, Unsupported] = MappingProxyType(
 
 LYCORIS_KEYS: Mapping[str, Unsupported] = MappingProxyType(
     {
-        **_group("Remove it: every adapter has a mask group of its own.", "mask_group_id"),
         **_group(
             "Use apply_preset, which names the layers.", "preset target_module target_name unet_target_module"
         ),

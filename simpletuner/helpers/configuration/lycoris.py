@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from simpletuner.helpers.configuration.base import (
     Count,
@@ -19,6 +19,7 @@ from simpletuner.helpers.configuration.base import (
     Whole,
     contradiction,
 )
+from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
 
 Algorithm = Literal[
     "tlora", "lora", "locon", "loha", "lokr", "full", "diag-oft", "boft", "ia3", "glora", "dylora"
@@ -213,6 +214,9 @@ class LycorisConfig(Section):
     vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
     sig_type: Literal["last", "middle", "principal"] = "last"
     """Which singular vectors: the smallest, the middle or the largest."""
+    mask_group_id: Annotated[int, Field(ge=0, lt=FIRST_OWN_MASK_GROUP)] | None = None
+    """LyCORIS's mask group of the network, for a training loop that sets masks itself: networks of one group
+    share theirs, and 0 is what the public functions set. null gives each network a group of its own."""
     extra: Mapping[str, Scalar] = {}
     """The algorithm's other arguments, under the names of LyCORIS's constructors."""
     raw: Mapping[str, JsonValue] = {}
@@ -237,4 +241,12 @@ class LycorisConfig(Section):
 
 
 COMPUTED_FIELDS = frozenset({"extra", "raw"})
-TLORA_FIELDS = ("tlora_min_rank", "tlora_alpha", "tlora_schedule", "tlora_init", "sig_type", "use_data_init")
+TLORA_FIELDS = (
+    "tlora_min_rank",
+    "tlora_alpha",
+    "tlora_schedule",
+    "tlora_init",
+    "sig_type",
+    "use_data_init",
+    "mask_group_id",
+)

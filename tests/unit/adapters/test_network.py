@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from lycoris.modules.tlora import get_timestep_mask
 from lycoris.wrapper import LycorisNetwork
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,11 @@ from simpletuner.helpers.adapters.description import INITS
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.configuration.base import PathContext
+from simpletuner.helpers.configuration.building import Place
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.problems import Problems
 from simpletuner.helpers.configuration.sections import AdapterConfig
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import AdapterError, ConfigError
@@ -509,3 +514,28 @@ def test_real_sdxl_wraps_700_layers_on_meta() -> None:
     assert isinstance(adapter, LycorisAdapter)
     assert adapter.num_layers == 700
     assert sum(p.numel() for p in adapter.parameters()) == 167_489_280
+
+
+@pytest.mark.parametrize("sig_type", ["last", "middle", "principal"])
+@pytest.mark.parametrize("use_data_init", [True, False])
+def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
+    sig_type: str, use_data_init: bool, tmp_path: Path
+) -> None:
+    written = TLORA | {"sig_type": sig_type, "use_data_init": use_data_init, "mask_group_id": 3}
+    (tmp_path / "lycoris.json").write_text(json.dumps(written))
+    problems = Problems()
+    place = Place(problems, lambda _: "lycoris.json", PathContext())
+    config = read_lycoris(json.loads((tmp_path / "lycoris.json").read_text()), place, written=written)
+    problems.raise_if_any()
+    assert config is not None
+    adapter = attach_adapter(unet(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0)
+    assert isinstance(adapter, LycorisAdapter)
+    init = "weight" if use_data_init else "random"
+    for layer in adapter.network.loras:
+        assert (layer.description.init, layer.description.sig_type, layer.mask_group_id) == (
+            init,
+            sig_type,
+            3,
+        )
+    with adapter.ranks_for([500]):
+        assert get_timestep_mask(3) is not None

@@ -139,7 +139,7 @@ def test_init_from_the_weight_takes_the_numbers_that_the_packed_weight_stands_fo
 def test_init_from_a_weight_that_cannot_be_unpacked_is_refused_naming_the_layer(quantise: Quantise) -> None:
     model = bf16_base()
     quantise(model)
-    with pytest.raises(ConfigError, match="lycoris_0_proj: its weight is packed .* Use tlora_init random"):
+    with pytest.raises(ConfigError, match=r"lycoris_0_proj: its weight is packed .* Use tlora_init random"):
         attach(model, tlora_init="weight")
     assert not [module for module in model.modules() if isinstance(module, TLoraLayer)]
 
