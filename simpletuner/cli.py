@@ -155,6 +155,9 @@ def export_command(
         int | None, typer.Option("--bands", help="Instead: so many files, one for each range of timesteps.")
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the tensors written.")] = "fp32",
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="Print the error of each layer too.")
+    ] = False,
 ) -> None:
     """Write a T-LoRA file as a plain LoRA for tools that know no rank schedule."""
     from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
@@ -162,6 +165,8 @@ def export_command(
     options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
     for each in export_adapter(adapter, output, options, families=registry.facts()):
         print(each.summary())
+        for path, error in each.errors.items() if per_layer else ():
+            print(f"{error:.1e} {path}")
 
 
 @app.command("config-reference")

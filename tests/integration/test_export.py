@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,18 @@ from lycoris import create_lycoris_from_weights
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import attach, load
 from tiny_runs import TinyRun, tiny_model
 from torch import Tensor
 
 from simpletuner import cli
 from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.export import ExportOptions, export_adapter, export_live
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models import registry
+from simpletuner.helpers.models.sdxl.facts import FACTS
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 STOCK = diffusers.StableDiffusionXLPipeline
@@ -117,8 +120,8 @@ def test_stock_diffusers_loads_every_layer_and_predicts_what_the_live_adapter_do
     (exported,) = export_adapter(
         file, tmp_path / "out.safetensors", ExportOptions(layout=layout, timestep=400), families=FAMILIES
     )
-    assert exported.worst_error == 0
-    assert exported.num_layers == num_layers
+    assert len(exported.errors) == num_layers
+    assert not any(exported.errors.values())
     pipeline.load_lora_weights(str(tmp_path), weight_name="out.safetensors")
     assert sum(isinstance(module, LoraLayer) for module in pipeline.unet.modules()) == num_layers
     assert close(predict(pipeline.unet), expected, base=base)
@@ -206,6 +209,45 @@ def test_export_of_a_file_that_was_loaded_and_saved_again_is_the_same(tmp_path: 
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
+def test_file_of_stock_lycoris_is_exported_from_the_adapter_on_its_base(tmp_path: Path) -> None:
+    pipeline = make_pipeline()
+    _, file = saved(pipeline, tmp_path, tlora_init="weight", sig_type="principal", multiplier=0.5)
+    bare = {
+        key: tensor
+        for key, tensor in load_file(file).items()
+        if not key.endswith(("schedule",)) and "base_" not in key
+    }
+    save_file(bare, tmp_path / "bare.safetensors")
+    with pytest.raises(AdapterError, match="give that adapter to export_live"):
+        export_adapter(
+            tmp_path / "bare.safetensors", tmp_path / "x.safetensors", ExportOptions(), families=FAMILIES
+        )
+    pipeline = make_pipeline()
+    adapter = load_adapter(pipeline.unet, tmp_path / "bare.safetensors")
+    output = tmp_path / "out.safetensors"
+    (exported,) = export_live(
+        adapter, output, ExportOptions(timestep=400), family=FACTS, facts={"base_model": "tiny"}
+    )
+    assert not any(exported.errors.values())
+    with safe_open(output, "pt") as content:
+        assert content.metadata()["base_model"] == "tiny"
+    expected, base = live(pipeline, adapter, timestep=400)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="out.safetensors")
+    assert close(predict(pipeline.unet), expected, base=base)
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 0.5])
+def test_attached_adapter_and_its_file_give_the_same_export(multiplier: float, tmp_path: Path) -> None:
+    adapter, file = saved(make_pipeline(), tmp_path, multiplier=multiplier)
+    adapter.set_strength(0.3)
+    options = ExportOptions(layout="kohya")
+    export_live(adapter, tmp_path / "live.safetensors", options, family=FACTS)
+    export_adapter(file, tmp_path / "file.safetensors", options, families=FAMILIES)
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("live", "file"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["simpletuner", "export", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
@@ -216,14 +258,28 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_command_writes_the_file_and_says_how_far_it_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, file = saved(make_pipeline(), tmp_path)
+    adapter, file = saved(make_pipeline(), tmp_path)
     output = tmp_path / "small.safetensors"
-    arguments = ("--output", output, "--format", "kohya", "--form", "truncated", "--dtype", "bf16")
+    arguments = (
+        "--output",
+        output,
+        "--format",
+        "kohya",
+        "--form",
+        "truncated",
+        "--dtype",
+        "bf16",
+        "--per-layer",
+    )
     assert run(monkeypatch, file, *arguments) == 0
     out = capsys.readouterr().out
     assert str(output) in out
     assert "rank 8" in out
     assert "error" in out
+    assert len(out.splitlines()) == 1 + adapter.num_layers
+    assert re.search(
+        r"^\d\.\de-\d\d down_blocks\.1\.attentions\.0\.transformer_blocks\.0\.attn1\.to_q$", out, re.M
+    )
     tensors = load_file(output)
     assert {tensor.dtype for key, tensor in tensors.items() if not key.endswith("alpha")} == {torch.bfloat16}
     assert all(key.startswith("lora_unet_") for key in tensors)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.delta import is_plain
+from simpletuner.helpers.adapters.quantised import is_packed
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_bytes
 
@@ -28,7 +28,8 @@ HASH_KEY = "base_weights_hash"
 PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
 MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MATRICES = ("q_layer.weight", "p_layer.weight", "lora_down.weight", "lora_up.weight")
+WHOLE = (torch.int64, torch.int32)
+MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # evenly spaced values of a layer
 
@@ -104,11 +105,12 @@ def read(path: Path) -> AdapterFile:
 def _refuse_strange(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
-        if key.endswith(".alpha"):
-            if tensor.numel() != 1:
-                raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
-            continue
-        if tensor.dtype not in DTYPES:
+        if not key.isprintable() or "/" in key or "\\" in key:
+            raise AdapterError(f"{path}: {key[:80]!a} is no name of an adapter's tensor.")
+        is_alpha = key.endswith(".alpha")
+        if is_alpha and tensor.numel() != 1:
+            raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
+        if tensor.dtype not in (*DTYPES, *(WHOLE if is_alpha else ())):
             found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
             raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
         if tensor.numel() == 0 or (tensor.ndim < 2 and key.endswith(MATRICES)):
@@ -160,7 +162,7 @@ def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
         name: weight_hash(weight)
         for name, weight in weights.items()
-        if not weight.is_meta and is_plain(weight)
+        if not weight.is_meta and not is_packed(weight)
     }
 
 
@@ -189,5 +191,5 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
             raise AdapterError(f"{path}: {key} holds a value that is not finite. The adapter is not usable.")

@@ -13,11 +13,6 @@ from torch import Tensor
 HALVINGS = 24
 
 
-def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is a tensor of numbers, and no packed or quantised one that stands for them."""
-    return weight.is_floating_point() and type(weight.detach()) is Tensor
-
-
 Triplet = tuple[Tensor, Tensor, Tensor]
 
 

@@ -48,6 +48,8 @@ class Description:
         values = stored.double().flatten().tolist()
         if len(values) != LENGTH or values[0] != VERSION:
             raise AdapterError(f"tlora_schedule holds {values}: not version {VERSION}. Update simpletuner.")
+        if any(value < 0 or not value.is_integer() for value in values[:4] + values[5:]):
+            raise AdapterError(f"tlora_schedule holds {values}: all but alpha must be whole numbers.")
         try:
             schedule = RankSchedule(
                 max_rank=int(values[2]),

@@ -8,18 +8,21 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.description import Description
 from simpletuner.helpers.adapters.layouts import Layout, header_of, tensors_of
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
-from simpletuner.helpers.adapters.plain import PlainLayer, exact, relative_error, truncated
+from simpletuner.helpers.adapters.plain import PlainLayer, errors_by_rank, exact, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
+from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError
 
@@ -65,25 +68,28 @@ class Exported:
     """Rank that it fixes, of the network; layers of another rank follow with theirs."""
     ranks: tuple[int, int]
     """Smallest and largest rank of a written layer."""
-    num_layers: int
-    mean_error: float
-    """Over the layers, relative to the live adapter at that rank."""
-    worst_error: float
-    worst_layer: str
-    edge_error: float | None
-    """Largest error of a layer at either end of the band, where the live adapter opens other ranks."""
+    errors: Mapping[str, float]
+    """Path of a layer -> its error, relative to the live layer at that rank, rounding included."""
+    band_error: float | None
+    """Largest error of a layer at any timestep of the band, where the live adapter opens other ranks."""
+
+    @property
+    def worst_layer(self) -> str:
+        """The layer with the largest error."""
+        return max(self.errors, key=lambda path: self.errors[path])
 
     def summary(self) -> str:
         """What was written, on one line."""
         low, high = self.ranks
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         parts = [
-            f"{self.file}: {self.num_layers} layers of {ranks}, {self.open_rank} open",
-            f"error {self.mean_error:.1e} on average, {self.worst_error:.1e} in {self.worst_layer}",
+            f"{self.file}: {len(self.errors)} layers of {ranks}, {self.open_rank} open",
+            f"error {fmean(self.errors.values()):.1e} on average, "
+            f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
         ]
-        if self.timesteps is not None and self.edge_error is not None:
+        if self.timesteps is not None and self.band_error is not None:
             first, last = self.timesteps
-            parts.append(f"for timesteps {first} to {last}, up to {self.edge_error:.1e} at their ends")
+            parts.append(f"for timesteps {first} to {last}, within which it reaches {self.band_error:.1e}")
         return "; ".join(parts) + "."
 
 
@@ -93,8 +99,18 @@ class Source:
 
     layers: Mapping[str, StoredLayer]
     schedule: RankSchedule
+    """Of the network; without effect if none of its layers follows one."""
     multiplier: float
     metadata: Mapping[str, str]
+
+    def rank_at(self, timestep: int, layer: StoredLayer) -> int:
+        """The rank that one layer, which may have another maximum than the network, opens at a timestep."""
+        return self.schedule.for_rank(layer.rank).rank_at(timestep) if follows(layer) else layer.rank
+
+
+def follows(layer: StoredLayer) -> bool:
+    """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no plain LoRA."""
+    return "tlora_schedule" in layer.tensors or TRAINED_KEYS[0] in layer.tensors
 
 
 def export_adapter(
@@ -119,7 +135,7 @@ def export_adapter(
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
     written = []
-    for cut in _cuts(source.schedule, options):
+    for cut in _cuts(source, options):
         layers, exported = _fixed(source, cut, options)
         facts = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
@@ -132,6 +148,40 @@ def export_adapter(
         checkpoint.write(target, tensors_of(layers, options.layout, families[name]), metadata=facts)
         written.append(replace(exported, file=target))
     return written
+
+
+def export_live(
+    adapter: Adapter,
+    output: Path,
+    options: ExportOptions,
+    *,
+    family: FamilyFacts,
+    facts: Mapping[str, str] | None = None,
+) -> list[Exported]:
+    """Write an attached adapter as `export_adapter` writes its file, at the strength it was trained with.
+
+    Args:
+        adapter: T-LoRA or plain LoRA; also one whose file lacks what an export needs.
+        output: As for `export_adapter`.
+        options: What to write.
+        family: Of the denoiser that it is attached to.
+        facts: What else the header says.
+
+    Raises:
+        AdapterError: The adapter cannot be exported, or an option does not fit it; nothing is written.
+        StorageError: A file cannot be written.
+    """
+    network = adapter.lycoris_network
+    layers = [each for each in network.modules() if isinstance(each, TLoraLayer)] if network else []
+    grouped = [each.lora_name for each in layers if each.num_groups > 1]
+    if grouped:
+        raise AdapterError(
+            f"{grouped[0]}: a plain LoRA has no form of a grouped convolution's T-LoRA. Exclude the layer."
+        )
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "live_adapter.safetensors"
+        adapter.save(file, facts={**(facts or {}), "model_family": family.name})
+        return export_adapter(file, output, options, families={family.name: family})
 
 
 def read_source(stored: checkpoint.AdapterFile) -> Source:
@@ -152,7 +202,7 @@ def _lycoris_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:
     if paths is None:
         raise AdapterError(
             f"{stored.path}: its header has no {checkpoint.PATHS_KEY}: it was not written by this program. "
-            "Attach it to its base model with load_adapter, save() the adapter, and export that file."
+            "Attach it to its base model with load_adapter, and give that adapter to export_live."
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
@@ -187,7 +237,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
         )
     layer = StoredLayer.read(name, parts)
     if layer.description.init != "vanilla" and BASE_KEYS[0] not in parts:
-        raise AdapterError(f"{file}: {name} has no base factors. Load it, save it again, and export that.")
+        raise AdapterError(f"{file}: {name} has no base factors. Give load_adapter's adapter to export_live.")
     return layer
 
 
@@ -202,18 +252,32 @@ class _Cut:
     band: tuple[int, int] | None = None
     """First and last timestep that the file is for."""
 
-    def rank_of(self, layer: StoredLayer, schedule: RankSchedule) -> int:
-        """The rank of one layer, which may have another maximum than the network."""
-        if self.timestep is None:
-            return min(self.rank, layer.rank)
-        return schedule.for_rank(layer.rank).rank_at(self.timestep)
+    def rank_of(self, layer: StoredLayer, source: Source) -> int:
+        """The rank of one layer; a plain one is never cut."""
+        if self.timestep is not None:
+            return source.rank_at(self.timestep, layer)
+        return min(self.rank, layer.rank) if follows(layer) else layer.rank
+
+    def worst_within(self, layer: StoredLayer, plain: PlainLayer, source: Source) -> float | None:
+        """The largest error of what was written for a layer at any timestep of the band; None without one."""
+        if self.band is None:
+            return None
+        first, last = self.band
+        errors = errors_by_rank(layer, plain)
+        ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
+        return max(errors[rank - 1] for rank in ranks)
 
 
-def _cuts(schedule: RankSchedule, options: ExportOptions) -> list[_Cut]:
+def _cuts(source: Source, options: ExportOptions) -> list[_Cut]:
     """One for every file to write."""
+    schedule = source.schedule
     chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
     if len(chosen) > 1:
         raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
+    if chosen and not any(map(follows, source.layers.values())):
+        raise AdapterError(
+            f"{chosen[0]}: the file is a plain LoRA, whose ranks are always all open. Omit it."
+        )
     end = schedule.num_timesteps
     if options.timestep is not None:
         if not 0 <= options.timestep <= end:
@@ -233,24 +297,18 @@ def _cuts(schedule: RankSchedule, options: ExportOptions) -> list[_Cut]:
 
 def _fixed(source: Source, cut: _Cut, options: ExportOptions) -> tuple[list[PlainLayer], Exported]:
     make, dtype = FORMS[options.form], DTYPES[options.dtype]
-    layers, edge_errors = [], []
+    layers, band_errors = [], []
     for path, stored in source.layers.items():
-        layer = make(path, stored, rank=cut.rank_of(stored, source.schedule), dtype=dtype)
+        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype)
         layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
-        for timestep in cut.band or ():
-            live = stored.branch(source.schedule.for_rank(stored.rank).rank_at(timestep))
-            edge_errors.append(relative_error(live, (layer.down, layer.up.flatten(1))))
-    worst = max(layers, key=lambda layer: layer.error)
+        band_errors.append(cut.worst_within(stored, layer, source))
     exported = Exported(
         file=Path(),
         timesteps=cut.band,
         open_rank=cut.rank,
         ranks=(min(layer.rank for layer in layers), max(layer.rank for layer in layers)),
-        num_layers=len(layers),
-        mean_error=fmean(layer.error for layer in layers),
-        worst_error=worst.error,
-        worst_layer=worst.path,
-        edge_error=max(edge_errors, default=None),
+        errors={layer.path: layer.error for layer in layers},
+        band_error=max((error for error in band_errors if error is not None), default=None),
     )
     return layers, exported
 

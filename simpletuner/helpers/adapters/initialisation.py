@@ -13,9 +13,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from simpletuner.helpers.adapters.delta import is_plain
 from simpletuner.helpers.adapters.description import Description, SigType
-from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.randomness import mix
 
 MAX_VALUE_ERROR = 1e-3  # relative, of a singular value found by the randomised method
@@ -46,9 +44,6 @@ def initial_factors(
         description: Init and sig_type.
         seed: Of the run.
         name: Of the layer; with the seed it decides every random number.
-
-    Raises:
-        ConfigError: The factors begin at the weight, which is packed.
     """
     num_rows, num_columns = shape
     if weight.is_meta:
@@ -57,8 +52,7 @@ def initial_factors(
                 q=torch.empty(rank, num_columns), p=torch.empty(num_rows, rank), values=torch.empty(rank)
             )
     if description.init == "weight":
-        numbers = unpacked(weight, name=name)
-        return weight_factors(numbers.reshape(shape), rank, sig_type=description.sig_type)
+        return weight_factors(weight.reshape(shape), rank, sig_type=description.sig_type)
     if description.init == "random":
         return random_factors(
             num_rows, num_columns, rank, sig_type=description.sig_type, seed=seed, name=name
@@ -66,20 +60,6 @@ def initial_factors(
     generator = torch.Generator().manual_seed(mix(seed, "tlora-vanilla", name))
     q = torch.randn(rank, num_columns, generator=generator) / rank
     return Factors(q=q, p=torch.zeros(num_rows, rank), values=torch.ones(rank))
-
-
-def unpacked(weight: Tensor, *, name: str) -> Tensor:
-    """The weight as numbers; a quantised layer may hold it packed.
-
-    Raises:
-        ConfigError: It cannot be unpacked.
-    """
-    if not weight.is_floating_point():
-        raise ConfigError(
-            f"{name}: its weight is packed ({type(weight).__name__}), and factors that begin at the weight "
-            "need its numbers. Use tlora_init random, or quantise after the adapter is attached."
-        )
-    return weight if is_plain(weight) else weight.dequantize()
 
 
 def band(size: int, rank: int, sig_type: SigType) -> tuple[int, int]:

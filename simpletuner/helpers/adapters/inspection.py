@@ -127,7 +127,10 @@ def inspect(file: Path) -> Inspection:
     """
     stored = checkpoint.read(file)
     released = foreign.is_released(stored.tensors)
-    tensors = foreign.converted(stored.tensors) if released else stored.tensors
+    try:
+        tensors = foreign.converted(stored.tensors) if released else stored.tensors
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from error
     suffix = next((each for each in KINDS if any(key.endswith(each) for key in tensors)), None)
     if suffix is None:
         raise AdapterError(

@@ -21,6 +21,7 @@ from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.sharding import spread, whole
+from simpletuner.helpers.adapters.stored_layer import KEYS
 from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
@@ -68,8 +69,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
             f"{file}: this {type(denoiser).__name__} holds no weights now; sequential offload keeps them "
             "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
         )
-    tensors = foreign.converted(stored.tensors) if foreign.is_released(stored.tensors) else stored.tensors
-    network = _network_on(denoiser, tensors, file=stored)
+    network = _network_on(denoiser, stored)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(checkpoint.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
@@ -78,19 +78,22 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     return adapter
 
 
-def _network_on(
-    denoiser: nn.Module, tensors: dict[str, Tensor], *, file: checkpoint.AdapterFile
-) -> LycorisNetwork:
+def _network_on(denoiser: nn.Module, file: checkpoint.AdapterFile) -> LycorisNetwork:
     """The network that a file describes, not attached yet, with every layer of the file."""
-    names = {key.split(".")[0] for key in tensors}
+    tensors = file.tensors
     try:
+        if foreign.is_released(tensors):
+            tensors = foreign.converted(tensors)
+        names = {key.split(".")[0] for key in tensors}
         with _quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
     except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{file.path}: {error}") from error
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError) as error:  # LyCORIS checks no shapes
+    # LyCORIS checks no shapes, and asks nothing for a layer of no algorithm that it knows.
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
+    _refuse_unread(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}
     if found != names:
         family = file.metadata.get("model_family")
@@ -101,6 +104,16 @@ def _network_on(
             f"first {lost[0]}.{trained_on} Give it a model of its family, or a file in LyCORIS's key layout."
         )
     return network
+
+
+def _refuse_unread(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse what a T-LoRA layer of the file would have and ours would pass over."""
+    own = {module.lora_name for module in network.loras if isinstance(module, TLoraLayer)}
+    known = {*KEYS, "dtype_tensor"}
+    for key in tensors:
+        name, _, part = key.partition(".")
+        if name in own and part not in known:
+            raise AdapterError(f"{path}: {key} is no part of a T-LoRA layer; it would have no effect.")
 
 
 class LycorisAdapter(Adapter):

@@ -68,6 +68,8 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
         live: A [n, I, ...] and B [O, n].
         written: A' [m, I, ...] and B' [O, m].
     """
+    if all(map(torch.equal, live, written)):
+        return 0.0
     (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
     if a.shape == a2.shape:  # one term for each factor's rounding: nothing large is left to cancel
         missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
@@ -75,6 +77,21 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
         missing = product_norm(torch.cat([a, a2]), torch.cat([b, -b2], dim=1))
     whole = float(product_norm(a, b))
     return float(missing) / whole if whole else 0.0
+
+
+def errors_by_rank(layer: StoredLayer, written: PlainLayer) -> list[float]:
+    """The error of what was written against the live layer with 1, 2, ... R ranks open.
+
+    Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
+    """
+    a, b = (factor.double().flatten(1) for factor in layer.branch(layer.rank))
+    a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1)
+    terms = a.shape[0] // layer.rank  # of a rank: its own and its base's
+    table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
+    shared = ((b.T @ b2) * (a @ a2.T)).sum(1).view(terms, layer.rank).sum(0)
+    whole = table.cumsum(0).cumsum(1).diagonal()
+    missing = (whole - 2 * shared.cumsum(0) + product_norm(a2, b2) ** 2).clamp(min=0)
+    return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
 
 
 def _plain(

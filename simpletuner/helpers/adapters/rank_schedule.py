@@ -53,6 +53,11 @@ class RankSchedule:
     kind: ScheduleKind = "floor"
 
     def __post_init__(self) -> None:
+        if not all(isinstance(value, int) for value in (self.max_rank, self.min_rank, self.num_timesteps)):
+            raise ValueError(
+                f"max_rank {self.max_rank!r}, min_rank {self.min_rank!r} and num_timesteps "
+                f"{self.num_timesteps!r} must be whole numbers"
+            )
         if not 1 <= self.min_rank <= self.max_rank:
             raise ValueError(
                 f"min_rank {self.min_rank} must be in 1..max_rank, and max_rank is {self.max_rank}"

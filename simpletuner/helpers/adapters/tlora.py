@@ -33,6 +33,7 @@ from simpletuner.helpers.adapters import initialisation, mask
 from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
 from simpletuner.helpers.adapters.delta import branch, product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.description import Description, SigType, TLoraInit
+from simpletuner.helpers.adapters.quantised import dense_weight
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.sharding import whole
 from simpletuner.helpers.adapters.stored_layer import KEYS, StoredLayer, difference
@@ -121,9 +122,10 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 f"{self.lora_name}: rank {self.lora_dim} is not a multiple of this convolution's "
                 f"{self.num_groups} groups. Change linear_dim or exclude the layer."
             )
-        weight, rank = self.org_module[0].weight, self.lora_dim
+        layer, rank, name = self.org_module[0], self.lora_dim, self.lora_name
+        weight = dense_weight(layer, shape, name=name) if self.description.init == "weight" else layer.weight
         return initialisation.initial_factors(
-            weight, shape, rank=rank, description=self.description, seed=seed, name=self.lora_name
+            weight, shape, rank=rank, description=self.description, seed=seed, name=name
         )
 
     def _create_factors(self, factors: initialisation.Factors) -> None:
@@ -200,9 +202,9 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         if gate is None:
             self._refuse_to_train_unmasked()
             return None, None
+        nominal = self.schedule.max_rank if self.schedule is not None else None
+        mask.check_fits(gate, group=self.mask_group_id, rank=self.lora_dim, nominal=nominal)
         if not torch.compiler.is_compiling():
-            nominal = self.schedule.max_rank if self.schedule is not None else None
-            mask.check_fits(gate, group=self.mask_group_id, rank=self.lora_dim, nominal=nominal)
             if gate.device != x.device:
                 gate = mask.move_mask(self.mask_group_id, self.lora_dim, x.device)
             rank = mask.shared_rank(self.mask_group_id, self.lora_dim)
@@ -222,6 +224,8 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 "every rank at every noise level. Call apply_tlora_timestep_mask before the forward and "
                 "clear_tlora_mask after backward, or put the model in eval mode."
             )
+        if torch.compiler.is_compiling():  # a log line cannot be part of a graph
+            return
         say_once(
             logger.warning,
             "A model with T-LoRA layers ran with no rank mask: all ranks are open at every noise level. Set "

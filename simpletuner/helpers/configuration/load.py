@@ -144,6 +144,7 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
     if facts is not None:
         if model.section is not None:
             rules.check_model(model.section, facts, place)
+        rules.check_format(adapter, lycoris, facts=facts, place=place)
         rules.check_alignment(data, facts, place)
         rules.check_pictures(validation, facts, place)
     folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 
 from simpletuner.helpers.configuration.building import Built, Place
 from simpletuner.helpers.configuration.layers import Given
+from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.problems import nearest
 from simpletuner.helpers.configuration.sections import (
+    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -17,6 +19,9 @@ from simpletuner.helpers.configuration.sections import (
 from simpletuner.helpers.contracts import FamilyFacts, Size
 
 _PIXELS_PER_MEGAPIXEL = 1_000_000
+_PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
+_NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
+"""Arguments with which even those train more than two factors."""
 
 
 def family_of(
@@ -67,6 +72,33 @@ def check_model(model: ModelConfig, facts: FamilyFacts, place: Place) -> None:
             "prediction_type",
             f"{place.problems.shown(model.prediction_type)}: {facts.name} predicts {allowed}.",
         )
+
+
+def check_format(
+    adapter: Built[AdapterConfig], lycoris: LycorisConfig | None, *, facts: FamilyFacts, place: Place
+) -> None:
+    """What is trained can be written as a plain LoRA, where one is asked for."""
+    section = adapter.right("lora_format", "lora_type", "use_dora", "lora_init_type")
+    if section is None or section.lora_format == "diffusers":
+        return
+    reasons = []
+    if facts.original_name is None:
+        reasons.append(f"{facts.name} has no such names here")
+    if section.lora_type == "standard":
+        if section.use_dora:
+            reasons.append("use_dora trains more than a plain LoRA holds")
+        if section.lora_init_type in ("olora", "pissa"):
+            reasons.append(f"lora_init_type {section.lora_init_type} changes the base weights")
+    elif lycoris is not None:
+        preset = lycoris.apply_preset
+        entries = (*preset.module_algo_map.values(), *preset.name_algo_map.values())
+        algorithms = {lycoris.algo, *(entry.algo for entry in entries if entry.algo is not None)}
+        reasons += [f"algo {algo} is no plain LoRA" for algo in sorted(algorithms - _PLAIN_ALGORITHMS)]
+        for name in _NO_PLAIN_FORM:
+            if lycoris.extra.get(name) or any(dict(entry)[name] for entry in entries):
+                reasons.append(f"{name} trains more than a plain LoRA holds")
+    if reasons:
+        place.add("lora_format", f"comfyui: {'; '.join(reasons)}. Change that, or set it to diffusers.")
 
 
 def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -> None:

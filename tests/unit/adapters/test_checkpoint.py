@@ -168,7 +168,9 @@ def test_schedule_of_another_rank_than_the_layers_have_is_refused_naming_both(tm
         ({"max_rank": 4, "min_rank": 9}, "min_rank 9 must be in"),
         ({"max_rank": 4, "alpha": -1}, "alpha -1 must be a positive number"),
         ({"max_rank": 4, "schedule": "steep"}, "schedule 'steep' is not one of"),
-        ({"max_rank": "four"}, "cannot be used"),
+        ({"max_rank": "four"}, "must be whole numbers"),
+        ({"max_rank": 4.0}, "must be whole numbers"),
+        ({"max_rank": 4, "num_timesteps": 1e400}, "must be whole numbers"),
         ({"max_rank": 4, "min_rank": 1}, "the header states .*'min_rank': 1.* its layers .*'min_rank': 2"),
         ([4], "is list, not an object"),
     ],
@@ -192,6 +194,26 @@ def test_multiplier_that_is_no_finite_number_is_refused(value: str, tmp_path: Pa
     header = {checkpoint.LYCORIS_KEY: f'{{"multiplier": {value}}}'}
     save_file(layer_tensors(), tmp_path / "a.safetensors", metadata=header)
     refused(tmp_path / "a.safetensors", "multiplier is .*, no finite number")
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("lycoris_proj.base_q", torch.full((4, 12), 1e300, dtype=torch.float64), "not finite"),
+        ("lycoris_proj.dora_scale", torch.ones(8, 1), "no part of a T-LoRA layer"),
+        ("lycoris_proj.alpha", torch.tensor(True), r"alpha is torch\.bool"),
+        ("lycoris_\x1b[31m.alpha", torch.tensor(1.0), "no name of an adapter's tensor"),
+        ("../lycoris.alpha", torch.tensor(1.0), "no name of an adapter's tensor"),
+        ("lycoris_lone.alpha", torch.tensor(1.0), "fit no layer|are not in this"),
+        ("lycoris_proj.tlora_schedule", torch.tensor([1.0, 1, 4, 2, 1, 1000, -1, 0, 0]), "whole numbers"),
+        ("lycoris_proj.tlora_schedule", torch.tensor([1.0, 1, 4, 2, 1, 1000, 0, 0.9, 0]), "whole numbers"),
+    ],
+)
+def test_row_23_tensor_that_no_adapter_has_is_refused(
+    key: str, tensor: Tensor, message: str, tmp_path: Path
+) -> None:
+    save_file(layer_tensors() | {key: tensor}, tmp_path / "a.safetensors")
+    refused(tmp_path / "a.safetensors", message)
 
 
 def test_header_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:

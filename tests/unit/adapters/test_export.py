@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.description import Description
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
-from simpletuner.helpers.adapters.plain import exact, relative_error, truncated
+from simpletuner.helpers.adapters.export import ExportOptions, export_adapter, export_live
+from simpletuner.helpers.adapters.network import LycorisAdapter
+from simpletuner.helpers.adapters.plain import errors_by_rank, exact, relative_error, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import StoredLayer
 from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.configuration.lycoris import LycorisConfig, TargetPreset
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError
 
@@ -128,16 +130,29 @@ def test_alpha_makes_a_plain_loaders_scale_that_of_the_adapter(tmp_path: Path) -
     assert float(tensors["lycoris_proj.alpha"]) == 8 * (2.0 / 4) * 0.5
 
 
-def test_band_states_how_far_it_is_off_at_its_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [exact, truncated])
+@pytest.mark.parametrize("init", ["random", "vanilla"])
+def test_error_at_every_rank_is_that_of_the_dense_deltas(init: Any, form: Any) -> None:
+    layer = trained_layer(tlora_init=init)
+    plain = form("proj", stored(layer), rank=3, dtype=torch.bfloat16)
+    written = dense(plain.down, plain.up, plain.alpha / layer.scale)
+    expected = []
+    for rank in range(1, 5):
+        a, b = (factor.detach().double() for factor in layer.branch(rank))
+        expected.append(float((b @ a - written).norm() / (b @ a).norm()))
+    assert errors_by_rank(stored(layer), plain) == pytest.approx(expected, rel=1e-5)
+
+
+def test_band_states_the_largest_error_within_it(tmp_path: Path) -> None:
     source = adapter_file(tmp_path)
     (one,) = export_adapter(source, tmp_path / "out.safetensors", ExportOptions(bands=1), families=FAMILIES)
     layer = trained_layer()
     expected = []
-    for timestep in (0, 1000):
+    for timestep in (0, 300, 700, 1000):
         a, b = (factor.detach().double() for factor in layer.branch(SCHEDULE.rank_at(timestep)))
         a2, b2 = (factor.detach().double() for factor in layer.branch(SCHEDULE.rank_at(500)))
         expected.append(float((b @ a - b2 @ a2).norm() / (b @ a).norm()))
-    assert one.edge_error == pytest.approx(max(expected), rel=1e-5)
+    assert one.band_error == pytest.approx(max(expected), rel=1e-5)
     assert "timesteps 0 to 1000" in one.summary()
 
 
@@ -194,3 +209,70 @@ def test_description_of_a_plain_lora_opens_every_rank() -> None:
     )
     assert plain.alpha == 1.0
     assert plain.rank == 2
+
+
+def test_band_error_counts_the_timesteps_within_and_no_others(tmp_path: Path) -> None:
+    written = export_adapter(
+        adapter_file(tmp_path), tmp_path / "out.safetensors", ExportOptions(bands=10), families=FAMILIES
+    )
+    of_one_rank = [each for each in written if len({*map(SCHEDULE.rank_at, each.timesteps or ())}) == 1]
+    assert 0 < len(of_one_rank) < len(written)
+    for each in written:
+        assert each.band_error is not None
+        assert (each.band_error < 1e-6) == (each in of_one_rank)
+
+
+def plain_file(folder: Path, *, beside: Path | None = None) -> Path:
+    """A file of a plain LoRA of rank 4, or of one beside the layers of another file."""
+    content = checkpoint.read(beside) if beside is not None else None
+    tensors = dict(content.tensors) if content is not None else {}
+    generator = torch.Generator().manual_seed(2)
+    tensors["lycoris_mid.lora_down.weight"] = torch.randn(4, 24, generator=generator)
+    tensors["lycoris_mid.lora_up.weight"] = torch.randn(16, 4, generator=generator)
+    tensors["lycoris_mid.alpha"] = torch.tensor(2.0)
+    header = dict(content.metadata) if content is not None else {"model_family": "toy"}
+    header[checkpoint.PATHS_KEY] = json.dumps({"lycoris_mid": "mid", "lycoris_proj": "proj"})
+    file = folder / "plain.safetensors"
+    checkpoint.write(file, tensors, metadata=header)
+    return file
+
+
+def test_plain_layer_beside_t_lora_keeps_every_rank_at_every_timestep(tmp_path: Path) -> None:
+    source = plain_file(tmp_path, beside=adapter_file(tmp_path))
+    for options in (ExportOptions(timestep=1000), ExportOptions(rank=1), ExportOptions(bands=2)):
+        for each in export_adapter(source, tmp_path / "out.safetensors", options, families=FAMILIES):
+            tensors = load_file(each.file)
+            assert torch.equal(
+                tensors["unet.mid.lora_A.weight"], load_file(source)["lycoris_mid.lora_down.weight"]
+            )
+            assert tensors["unet.proj.lora_A.weight"].shape[0] < 8
+            assert each.errors["mid"] == 0
+
+
+def test_rank_of_a_plain_lora_cannot_be_chosen(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="timestep: the file is a plain LoRA"):
+        export_adapter(
+            plain_file(tmp_path),
+            tmp_path / "out.safetensors",
+            ExportOptions(timestep=500),
+            families=FAMILIES,
+        )
+    (one,) = export_adapter(
+        plain_file(tmp_path), tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES
+    )
+    assert one.ranks == (4, 4)
+
+
+def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2))
+    config = LycorisConfig(
+        algo="tlora",
+        multiplier=1.0,
+        linear_dim=4,
+        linear_alpha=4.0,
+        apply_preset=TargetPreset(target_name=(".*",)),
+    )
+    adapter = LycorisAdapter.create(model, config, facts=FACTS, seed=0)
+    with pytest.raises(AdapterError, match="no form of a grouped convolution"):
+        export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=FACTS)
+    assert not list(tmp_path.iterdir())

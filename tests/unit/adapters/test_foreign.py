@@ -132,11 +132,28 @@ def test_authors_vanilla_file_is_masked_and_not_taken_for_a_plain_lora(tmp_path:
     torch.testing.assert_close(run(model, adapter, x, timestep=500), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_authors_file_without_base_factors_is_refused(tmp_path: Path) -> None:
-    save_file(released("", with_base=False), tmp_path / "a.safetensors")
+PLACE = "mid_block.attn1.processor.to_q_lora"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{PLACE}.base_q.weight": None}, "needs just .* missing or too much: base_q"),
+        ({f"{PLACE}.gate.weight": torch.ones(2, 2)}, "has no such tensor"),
+        ({"lycoris_other.alpha": torch.ones(())}, r"lycoris_other\.alpha: the layout .* has no such tensor"),
+        ({f"unet.{PLACE}.base_q.weight": torch.ones(RANK, 12)}, "holds this tensor twice"),
+        ({f"{PLACE}.down.weight": torch.ones(RANK, 12)}, "missing or too much"),
+    ],
+)
+def test_authors_file_that_lacks_or_adds_something_is_refused(
+    change: dict[str, Tensor | None], message: str, tmp_path: Path
+) -> None:
+    tensors = {key: tensor for key, tensor in (released("") | change).items() if tensor is not None}
+    save_file(tensors, tmp_path / "a.safetensors")
     model = Model().eval()
-    with pytest.raises(AdapterError, match="base factors of this layer"):
+    with pytest.raises(AdapterError, match=message) as caught:
         load_adapter(model, tmp_path / "a.safetensors")
+    assert str(tmp_path) in str(caught.value)
     assert not [module for module in model.modules() if isinstance(module, TLoraLayer)]
 
 

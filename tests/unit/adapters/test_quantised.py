@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 from simpletuner.helpers.adapters import checkpoint
-from simpletuner.helpers.adapters.initialisation import weight_factors
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.quantised import dense_weight
 from simpletuner.helpers.adapters.tlora import TLoraLayer
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
-from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.facts import FACTS
 
 
@@ -124,22 +124,21 @@ def test_packed_base_trains_from_zero_and_the_file_reloads_exactly_on_the_bf16_b
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-@pytest.mark.parametrize("quantise", TORCHAO)
+@pytest.mark.parametrize("quantise", TORCHAO + BITSANDBYTES)
 def test_init_from_the_weight_takes_the_numbers_that_the_packed_weight_stands_for(quantise: Quantise) -> None:
     model = bf16_base()
     quantise(model)
     (layer,) = attach(model, tlora_init="weight", sig_type="principal").network.loras
-    expected = weight_factors(model[0].proj.weight.dequantize(), 8, sig_type="principal")
-    torch.testing.assert_close(layer.base_lambda, expected.values)
     true_values = torch.linalg.svdvals(bf16_base()[0].proj.weight.float())[:8]
-    torch.testing.assert_close(layer.base_lambda, true_values, rtol=0.05, atol=0)
+    torch.testing.assert_close(layer.base_lambda, true_values, rtol=0.1, atol=0)
+    inverse = dense_weight(model[0].proj, (48, 64), name="proj")
+    assert (inverse.float() - bf16_base()[0].proj.weight.float()).norm() < 0.1 * inverse.float().norm()
 
 
-@pytest.mark.parametrize("quantise", BITSANDBYTES)
-def test_init_from_a_weight_that_cannot_be_unpacked_is_refused_naming_the_layer(quantise: Quantise) -> None:
+def test_weight_that_is_packed_in_an_unknown_way_is_refused_naming_the_layer() -> None:
     model = bf16_base()
-    quantise(model)
-    with pytest.raises(ConfigError, match=r"lycoris_0_proj: its weight is packed .* Use tlora_init random"):
+    model[0].proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(AdapterError, match=r"lycoris_0_proj: its weight is packed .* Use tlora_init random"):
         attach(model, tlora_init="weight")
     assert not [module for module in model.modules() if isinstance(module, TLoraLayer)]
 

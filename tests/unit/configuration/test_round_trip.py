@@ -58,7 +58,7 @@ CONFIG = {
     "lora_init_type": st.sampled_from(["default", "gaussian", "olora", "pissa"]),
     "use_dora": SWITCHES,
     "peft_lora_target_modules": st.lists(NAMES, min_size=1, max_size=3),
-    "lora_format": st.sampled_from(["diffusers", "comfyui"]),
+    "lora_format": st.just("diffusers"),
     "init_lora": st.none() | st.just("start.safetensors"),
     "max_train_steps": st.none() | COUNTS_OR_ZERO,
     "num_train_epochs": COUNTS,
