@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.io.atomic import JsonValue
 
 # Of the adapter's settings, those that may change in mid-run.
-SAFE_ADAPTER_KEYS = {"lora_dropout", "lycoris_config", "init_lora"}
+SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 
 
 def run_settings(config: RunConfig) -> dict[str, JsonValue]:
