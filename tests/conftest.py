@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from simpletuner.helpers.io.logs import HANDLER_NAME
 
 # Before torch is imported by any test: two threads wait for each other in a spin on a busy machine, and the
 # number of threads changes the last digits of results.
@@ -26,3 +30,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def repository() -> Path:
     """The repository's root."""
     return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    """Take off the handler that a command put on the root logger: its stream is closed after the test."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [each for each in root.handlers if each.name == HANDLER_NAME]:
+        root.removeHandler(handler)
