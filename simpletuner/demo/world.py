@@ -1,0 +1,223 @@
+"""The world that the embedded model knows: one object at a place on a background, drawn and put into words.
+
+A scene has five attributes, each one word or phrase of its caption. A tenth of their combinations is held
+out: the embedded model never saw them, so pictures of them show what it understood.
+
+Pictures are [64, 64, 3] uint8, masks [64, 64] float32 in [0, 1]; positions in pixels, x to the right, y down.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+Picture = NDArray[np.uint8]
+Mask = NDArray[np.float32]
+Point = tuple[float, float]
+RGB = tuple[int, int, int]
+
+SIZE_PX = 64
+CELL_PX = 8
+"""Width of a stripe and edge of a checker's square."""
+RADIUS_PX = 11.0
+"""Radius of a shape that is drawn without another being asked for."""
+_OVERSAMPLING = 4
+
+COLOURS: dict[str, RGB] = {
+    "red": (214, 40, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 220, 60),
+    "green": (40, 160, 70),
+    "blue": (45, 90, 220),
+    "purple": (140, 60, 180),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+PATTERNS = ("plain", "striped", "checkered")
+PLACES: dict[str, Point] = {
+    "at the top left": (16, 16),
+    "at the top": (32, 16),
+    "at the top right": (48, 16),
+    "at the left": (16, 32),
+    "in the center": (32, 32),
+    "at the right": (48, 32),
+    "at the bottom left": (16, 48),
+    "at the bottom": (32, 48),
+    "at the bottom right": (48, 48),
+}
+"""The words for a place, and the middle of what lies there."""
+HELD_OUT_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What an object lies on: one colour, or that colour and a shade of it in turn."""
+
+    colour: str
+    pattern: str
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {self.colour} background"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A shape of one colour at a place on a background of another colour."""
+
+    shape: str
+    colour: str
+    place: str
+    background: Background
+
+    @property
+    def subject(self) -> str:
+        """The shape and its colour in words."""
+        return with_article(f"{self.colour} {self.shape}")
+
+    def __str__(self) -> str:
+        return caption(self.subject, place=self.place, background=self.background)
+
+
+def caption(subject: str, *, place: str, background: Background) -> str:
+    """The sentence in which the embedded model was mostly told what it sees."""
+    return f"{subject} {place} on {with_article(str(background))}"
+
+
+def with_article(words: str) -> str:
+    """Put "a" or "an" before words."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def backgrounds() -> Iterator[Background]:
+    """Every background there is."""
+    return (Background(colour, pattern) for colour, pattern in product(COLOURS, PATTERNS))
+
+
+@cache
+def scenes() -> tuple[Scene, ...]:
+    """Every scene there is; the shape never has the colour of its background."""
+    every = product(SHAPES, COLOURS, PLACES, backgrounds())
+    return tuple(Scene(*attributes) for attributes in every if attributes[1] != attributes[3].colour)
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether the embedded model was trained without this combination of attributes."""
+    digest = sha256(str(scene).encode()).digest()
+    return int.from_bytes(digest[:8]) < HELD_OUT_SHARE * 2**64
+
+
+def evaluation_scenes(num: int, *, seed: int = 0) -> list[Scene]:
+    """A fixed choice among the held-out scenes, without repetition."""
+    held_out = [scene for scene in scenes() if is_held_out(scene)]
+    order = np.random.default_rng(seed).permutation(len(held_out))[:num]
+    return [held_out[index] for index in order]
+
+
+def draw_scene(scene: Scene, *, offset_px: Point = (0, 0), radius_px: float = RADIUS_PX) -> Picture:
+    """Draw a scene, its shape moved by an offset from the middle of its place."""
+    (x, y), (dx, dy) = PLACES[scene.place], offset_px
+    mask = shape_mask(scene.shape, centre=(x + dx, y + dy), radius_px=radius_px)
+    return paint(draw_background(scene.background), mask=mask, rgb=COLOURS[scene.colour])
+
+
+def draw_background(background: Background) -> Picture:
+    """Draw a background alone; its pattern always begins with the colour itself at the top left."""
+    y, x = np.indices((SIZE_PX, SIZE_PX)) // CELL_PX
+    shaded = {"plain": 0 * x, "striped": x % 2, "checkered": (x + y) % 2}[background.pattern]
+    colour = COLOURS[background.colour]
+    picture: Picture = np.array([colour, shade(colour)], dtype=np.uint8)[shaded]
+    return picture
+
+
+def shade(colour: RGB) -> RGB:
+    """The second colour of a pattern: darker, or lighter where the colour is nearly black."""
+    red, green, blue = (round(value * 0.6) if max(colour) > 60 else value + 70 for value in colour)
+    return red, green, blue
+
+
+def shape_mask(shape: str, *, centre: Point, radius_px: float) -> Mask:
+    """How much of each pixel a shape covers."""
+    x, y = centre
+    points = [(x + radius_px * px, y + radius_px * py) for px, py in SHAPES[shape]()]
+    return polygon_mask(points)
+
+
+def polygon_mask(points: list[Point]) -> Mask:
+    """How much of each pixel a polygon with these corners covers, in steps of a sixteenth."""
+    edge = SIZE_PX * _OVERSAMPLING
+    image = Image.new("L", (edge, edge))
+    corners = [(x * _OVERSAMPLING - 0.5, y * _OVERSAMPLING - 0.5) for x, y in points]
+    ImageDraw.Draw(image).polygon(corners, fill=255)
+    fine = np.asarray(image, dtype=np.float32).reshape(SIZE_PX, _OVERSAMPLING, SIZE_PX, _OVERSAMPLING)
+    mask: Mask = fine.mean(axis=(1, 3)) / np.float32(255)
+    return mask
+
+
+def paint(picture: Picture, *, mask: Mask, rgb: RGB) -> Picture:
+    """Lay a colour over a picture where a mask says."""
+    blended = picture + mask[..., None] * (np.array(rgb, dtype=np.float32) - picture)
+    painted: Picture = np.rint(blended).astype(np.uint8)
+    return painted
+
+
+def circle(num_corners: int = 48) -> list[Point]:
+    """The unit circle as a polygon."""
+    turns = (2 * math.pi * corner / num_corners for corner in range(num_corners))
+    return [(math.cos(turn), math.sin(turn)) for turn in turns]
+
+
+def _square() -> list[Point]:
+    return [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)]
+
+
+def _triangle() -> list[Point]:
+    return [(0, -1.1), (1.1, 0.9), (-1.1, 0.9)]
+
+
+def _star() -> list[Point]:
+    radii = (1.2 if corner % 2 == 0 else 0.5 for corner in range(10))
+    turns = (math.pi * corner / 5 for corner in range(10))
+    return [
+        (radius * math.sin(turn), -radius * math.cos(turn)) for radius, turn in zip(radii, turns, strict=True)
+    ]
+
+
+def _cross() -> list[Point]:
+    arm, reach = 0.36, 1.05
+    corner = [(arm, -reach), (arm, -arm), (reach, -arm)]
+    points = list(corner)
+    for _ in range(3):
+        corner = [(-y, x) for x, y in corner]
+        points += corner
+    return points
+
+
+def _heart() -> list[Point]:
+    turns = (2 * math.pi * corner / 48 for corner in range(48))
+    return [
+        (
+            1.1 * math.sin(turn) ** 3,
+            -(13 * math.cos(turn) - 5 * math.cos(2 * turn) - 2 * math.cos(3 * turn) - math.cos(4 * turn)) / 15
+            - 0.1,
+        )
+        for turn in turns
+    ]
+
+
+SHAPES: dict[str, Callable[[], list[Point]]] = {
+    "circle": circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "heart": _heart,
+}
+"""The word for a shape, and its corners around (0, 0) at a radius of about one."""
