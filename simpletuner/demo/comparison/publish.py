@@ -1,0 +1,128 @@
+"""The tables and the plot of a comparison, as far as it is finished."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from simpletuner.demo.comparison.plan import LORA, Contender, Plan
+from simpletuner.demo.comparison.plot import plot_trade_off
+from simpletuner.demo.comparison.run import Workplace
+from simpletuner.demo.comparison.statistics import (
+    Curves,
+    Estimate,
+    at_equal,
+    collect,
+    common_likenesses,
+    difference,
+    estimate,
+)
+from simpletuner.helpers.io.atomic import write_text
+
+MEASURES = {
+    "concept": "likeness of the concept, name alone",
+    "concept_in_view": "likeness in the views asked for",
+    "alignment": "prompt alignment",
+    "background_back": "training background comes back",
+    "pose_back": "training place comes back",
+    "background_leaks": "training background against the prompt",
+    "loss 0-500": "held-out loss 0-500",
+    "loss 500-800": "held-out loss 500-800",
+    "loss 800-1000": "held-out loss 800-1000",
+}
+"""Measure -> heading."""
+Group = tuple[Contender, int]
+
+
+def publish(workplace: Workplace) -> Path | None:
+    """Write report.md and trade-off.svg; None if no run is finished."""
+    groups = finished(workplace)
+    if not groups:
+        return None
+    parts = [_heading(workplace, groups)]
+    for rank in workplace.plan.ranks:
+        of_rank = {contender: curves for (contender, each), curves in groups.items() if each == rank}
+        if of_rank:
+            parts += _rank_tables(rank, of_rank, plan=workplace.plan)
+    plot_trade_off(groups, workplace.folder / "trade-off.svg")
+    report = workplace.folder / "report.md"
+    write_text(report, "\n\n".join(parts) + "\n")
+    return report
+
+
+def finished(workplace: Workplace) -> dict[Group, Curves]:
+    """The curves of every contender and rank of which a run is finished."""
+    records: dict[Group, list[Mapping[str, object]]] = {}
+    for run in workplace.plan.runs():
+        if (record := workplace.load(run)) is not None:
+            records.setdefault((run.contender, run.rank), []).append(record)
+    return {group: collect(each) for group, each in records.items()}
+
+
+def _heading(workplace: Workplace, groups: Mapping[Group, Curves]) -> str:
+    plan = workplace.plan
+    num_done = sum(len(curves.keys) for curves in groups.values())
+    num_all = sum(1 for _ in plan.runs())
+    return (
+        f"{num_done} of {num_all} runs: concepts {', '.join(plan.concepts)}; {plan.seeds} seeds; learning "
+        f"rate {plan.learning_rate:g}; batch {plan.batch}; {plan.prompts} pictures with a prompt and "
+        f"{plan.neutral} without for each measurement. Means over concepts and seeds, "
+        f"95 % bootstrap intervals over runs. "
+        f"torch {torch.__version__}, {platform.machine()}."
+    )
+
+
+def _rank_tables(rank: int, curves: Mapping[Contender, Curves], *, plan: Plan) -> list[str]:
+    parts = [f"## Rank {rank}"]
+    for step in plan.unequal:
+        rows = {each.name: _row(each_curves, step) for each, each_curves in curves.items()}
+        parts.append(f"### After {step} steps, all alike\n\n{_table(rows)}")
+        parts += _differences(curves, step=step, reference_step=step)
+    parts += _differences(curves, step=plan.unequal[1], reference_step=plan.unequal[0])
+    parts += _equal(curves)
+    return parts
+
+
+def _row(curves: Curves, step: int) -> dict[str, Estimate | None]:
+    return {heading: estimate(curves.at(measure, step)) for measure, heading in MEASURES.items()}
+
+
+def _differences(curves: Mapping[Contender, Curves], *, step: int, reference_step: int) -> list[str]:
+    """Every contender less LoRA, on the same concepts and seeds."""
+    reference = curves.get(LORA)
+    rows = {
+        contender.name: {
+            heading: difference(each.at(measure, step), reference.at(measure, reference_step))
+            for measure, heading in MEASURES.items()
+        }
+        for contender, each in curves.items()
+        if reference is not None and contender is not LORA and each.keys == reference.keys
+    }
+    if not rows:
+        return []
+    return [f"#### After {step} steps, less LoRA after {reference_step}\n\n{_table(rows)}"]
+
+
+def _equal(curves: Mapping[Contender, Curves]) -> list[str]:
+    """Prompt alignment where the concept is equally learnt."""
+    likenesses = common_likenesses(list(curves.values()))
+    rows = {
+        contender.name: {
+            f"at likeness {likeness:.2f}": at_equal(each, "alignment", likeness=likeness)
+            for likeness in likenesses
+        }
+        for contender, each in curves.items()
+    }
+    return [f"### Prompt alignment at equal likeness of the concept\n\n{_table(rows)}"]
+
+
+def _table(rows: Mapping[str, Mapping[str, Estimate | None]]) -> str:
+    headings = list(next(iter(rows.values())))
+    lines = ["| | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
+    for name, row in rows.items():
+        cells = ("-" if each is None else str(each) for each in row.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
