@@ -26,6 +26,8 @@ Overrides = Annotated[
 ]
 
 SAMPLES = Path("output/samples")
+COMPARISON = Path("output/benchmark-tlora")
+PlanName = Literal["quick", "standard", "full"]
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
 Form = Literal["exact", "truncated"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -47,6 +49,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune diffusion models with timestep-dependent LoRA (T-LoRA).",
 )
+
+benchmark_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
+app.add_typer(benchmark_app, name="benchmark")
 
 
 @app.command("train", context_settings=TAKES_OVERRIDES)
@@ -167,6 +172,40 @@ def export_command(
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
             print(f"{error:.1e} {path}")
+
+
+@app.command("report")
+def report_command(
+    output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
+) -> None:
+    """Make the page that shows a run, finished or not, from what lies in its folder: report.html."""
+    from simpletuner.helpers.training.run_page.page import write_page
+
+    print(write_page(output_dir))
+
+
+@benchmark_app.command("tlora")
+def benchmark_tlora(
+    *,
+    output: Annotated[
+        Path,
+        typer.Option("--output", metavar="DIR", help="Folder of the results; a later start goes on there."),
+    ] = COMPARISON,
+    size: Annotated[
+        PlanName,
+        typer.Option("--size", help="quick takes three minutes; full adds initialisations and rank 64."),
+    ] = "standard",
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Runs side by side, one thread each.")] = 1,
+) -> None:
+    """Compare LoRA, T-LoRA and what lies between on the embedded model, measured in closed form."""
+    from simpletuner.demo.comparison.publish import publish
+    from simpletuner.demo.comparison.run import compare, workplace_for
+    from simpletuner.helpers.io.logs import configure_logging
+
+    configure_logging(main_process=True)
+    workplace = workplace_for(output, size=size)
+    compare(workplace, workers=workers)
+    print(publish(workplace))
 
 
 @app.command("config-reference")

@@ -131,6 +131,8 @@ class StepStats:
 
     loss: Tensor
     """Scalar, detached, on the device."""
+    sample_losses: Tensor
+    """[B], detached, on the device; their mean is the loss."""
     samples: int
     timesteps: tuple[int, ...]
     active_rank: float | None

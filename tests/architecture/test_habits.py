@@ -25,8 +25,9 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 
 # "module function" -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
+    "simpletuner/helpers/training/run_page/writer.py RunPage._guarded": "a page must never end a run",
     "simpletuner/helpers/training/trackers.py Trackers._each": "a tracker must never end a run",
-    "simpletuner/helpers/training/validation.py Validation._guarded": "a validation must never end a run",
+    "simpletuner/helpers/training/studio.py Studio.guarded": "a validation must never end a run",
 }
 
 # Modules that may print: the command line only.

@@ -35,7 +35,7 @@ PLACES = {
     "typer": ("cli.py",),
     "wandb": ("helpers/training/",),
     "tensorboard": ("helpers/training/",),
-    "matplotlib": ("helpers/training/", "helpers/publishing/"),
+    "matplotlib": ("demo/comparison/",),
 }
 
 # Distribution name where it differs from the import name.

@@ -115,6 +115,15 @@ def test_two_processes_train_what_one_trains_with_the_same_samples(runs: tuple[T
         torch.testing.assert_close(end[key], tensor, rtol=0, atol=1e-7)
     losses = [[line["loss"] for line in run.log()] for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    by_band = [
+        [(band, loss) for line in run.log() for band, loss in line["loss_by_band"].items()] for run in runs
+    ]
+    assert len({band for band, loss in by_band[0] if loss is not None}) > 1
+    assert [band for band, loss in by_band[0] if loss is None] == [
+        band for band, loss in by_band[1] if loss is None
+    ]
+    known = [[loss for _, loss in each if loss is not None] for each in by_band]
+    assert known[0] == pytest.approx(known[1], rel=1e-5)
 
 
 def test_each_process_opens_the_ranks_of_its_own_samples(runs: tuple[TinyRun, TinyRun]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -114,10 +114,13 @@ class TinyRun:
         reset_accelerate()
         return build_trainer(self.config(**overrides)).run()
 
-    def log(self) -> list[dict[str, float]]:
-        """The lines of the local log, without the times, which differ from run to run."""
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of the local log, without times and memory, which differ from run to run."""
         lines = (self.output_dir / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+        measured = {"seconds", "memory_mib", "device_memory_mib"}
+        return [
+            {key: value for key, value in json.loads(line).items() if key not in measured} for line in lines
+        ]
 
 
 def reset_accelerate() -> None:

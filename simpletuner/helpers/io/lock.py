@@ -48,6 +48,19 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a run seems to hold a folder; nothing is locked to find out, so that no run is kept from it."""
+    try:
+        holder = json.loads((folder / _HOLDER).read_bytes())
+        if holder["host"] == socket.gethostname():
+            os.kill(int(holder["pid"]), 0)
+    except PermissionError:  # somebody else's process is a process
+        return True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
 def _holder(folder: Path) -> str:
     try:
         holder = json.loads((folder / _HOLDER).read_bytes())

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.training.noise_bands import BANDS, band_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +37,12 @@ class StepRecord:
     """Seen since the run began, by all processes."""
     seconds: float
     """Of this optimiser step, without checkpoints and validations."""
+    loss_by_band: Mapping[str, float | None]
+    """Mean over the samples of each band of timesteps, of all processes; None for a band without a sample."""
+    memory_mib: float
+    """Most main memory that the main process held so far."""
+    device_memory_mib: float | None
+    """Most GPU memory that its tensors held so far; None without a CUDA GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +52,7 @@ class Measured:
     loss: float
     grad_norm: float
     active_rank: float | None
+    loss_by_band: Mapping[str, float | None]
     stop: bool
     """Some process was asked to stop."""
 
@@ -73,19 +84,34 @@ class Window:
         losses = torch.stack([stats.loss for stats in self.stats])  # [micro-batches]
         ranks = [stats.active_rank for stats in self.stats if stats.active_rank is not None]
         rank = sum(ranks) / len(ranks) if ranks else math.nan
-        shared = torch.cat([losses.mean()[None], losses.new_tensor([rank, float(stop)])])
+        shared = torch.cat([losses.mean()[None], losses.new_tensor([rank, float(stop)]), self._by_band()])
         shared = accelerator.reduce(shared, reduction="mean")
         values = torch.cat([shared, grad_norm.to(losses)[None], losses]).tolist()
-        loss, rank, stopping, norm = values[:4]
-        self._refuse_non_finite(values[4:], loss=loss, step=step)
+        (loss, rank, stopping), bands = values[:3], values[3 : 3 + 2 * len(BANDS)]
+        norm, *own = values[3 + 2 * len(BANDS) :]
+        self._refuse_non_finite(own, loss=loss, step=step)
         if not math.isfinite(norm) and accelerator.scaler is None:
             raise TrainingError(
                 f"Step {step}: the gradient is not finite (norm {norm}). Trained on: {self._described()}. "
                 "No step was taken; lower learning_rate, or look at these samples."
             )
         return Measured(
-            loss=loss, grad_norm=norm, active_rank=None if math.isnan(rank) else rank, stop=stopping > 0
+            loss=loss,
+            grad_norm=norm,
+            active_rank=None if math.isnan(rank) else rank,
+            loss_by_band={
+                band: total / count if count else None
+                for band, total, count in zip(BANDS, bands[: len(BANDS)], bands[len(BANDS) :], strict=True)
+            },
+            stop=stopping > 0,
         )
+
+    def _by_band(self) -> Tensor:
+        """[2 x bands]: the sum of the losses in each band, then the number of samples in each."""
+        losses = torch.cat([stats.sample_losses for stats in self.stats])  # [samples]
+        bands = [band_of(timestep) for stats in self.stats for timestep in stats.timesteps]
+        within = losses.new_tensor([[band == index for band in bands] for index in range(len(BANDS))])
+        return torch.cat([(within * losses).sum(dim=1), within.sum(dim=1)])
 
     def _refuse_non_finite(self, losses: list[float], *, loss: float, step: int) -> None:
         bad = [index for index, value in enumerate(losses) if not math.isfinite(value)]
@@ -108,17 +134,12 @@ class Window:
         )
 
 
-@dataclass(slots=True)
-class Smoothed:
-    """A running mean that follows new values slowly; early values are averaged evenly."""
+def peak_memory_mib() -> float:
+    """The most main memory that this process held so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
-    keep: float = 0.95
-    """Weight of the past, in [0, 1)."""
-    _total: float = 0.0
-    _weight: float = 0.0
 
-    def update(self, value: float) -> float:
-        """Take in `value` and return the mean."""
-        self._total = self.keep * self._total + (1.0 - self.keep) * value
-        self._weight = self.keep * self._weight + (1.0 - self.keep)
-        return self._total / self._weight
+def peak_device_memory_mib(device: torch.device) -> float | None:
+    """The most memory that tensors on a CUDA device held so far, MiB; None for another device."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

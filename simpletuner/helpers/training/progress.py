@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from simpletuner.helpers.errors import CheckpointError
-from simpletuner.helpers.training.metrics import Smoothed, StepRecord
+from simpletuner.helpers.training.metrics import StepRecord
+from simpletuner.helpers.training.smoothing import Smoothed
 
 logger = logging.getLogger(__name__)
 

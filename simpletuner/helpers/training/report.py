@@ -12,6 +12,10 @@ from simpletuner.helpers.io.atomic import write_json
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "finished.json"
+PAGE_FILE = "report.html"
+METRICS_FILE = "metrics.jsonl"
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class Report:
     """None when no validation was asked for, or the last one failed."""
     comfyui: str | None = None
     """The plain LoRA for ComfyUI; None when none was asked for."""
+    page: str | None = None
+    """The page that shows the run; None when it could not be written, or before there was one."""
 
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
@@ -39,6 +45,8 @@ class Report:
             logger.info("For ComfyUI: %s", self.comfyui)
         if self.grid is not None:
             logger.info("Pictures:    %s", self.grid)
+        if self.page is not None:
+            logger.info("Report:      %s", self.page)
         logger.info("Checkpoint:  %s", self.checkpoint)
         logger.info("Metrics:     %s", self.metrics)
         logger.info("Config:      %s", self.config)

@@ -15,14 +15,24 @@ from PIL import Image
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.optional import require
 from simpletuner.helpers.training.metrics import StepRecord
+from simpletuner.helpers.training.report import METRICS_FILE
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.sections import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
-CURVES = ("loss", "lr", "grad_norm", "mean_active_rank", "epoch", "samples", "seconds")
+CURVES = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "mean_active_rank",
+    "epoch",
+    "samples",
+    "seconds",
+    "memory_mib",
+    "device_memory_mib",
+)
 
 
 class Tracker(Protocol):
@@ -147,7 +157,9 @@ class Wandb:
 
 def _curves(record: StepRecord) -> dict[str, float]:
     values = asdict(record)
-    return {name: values[name] for name in CURVES if values[name] is not None}
+    values |= {f"loss_{band}": loss for band, loss in record.loss_by_band.items()}
+    names = [*CURVES, *(f"loss_{band}" for band in record.loss_by_band)]
+    return {name: values[name] for name in names if values[name] is not None}
 
 
 class Trackers:

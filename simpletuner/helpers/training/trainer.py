@@ -17,15 +17,22 @@ import torch
 from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.sharding import is_part, whole
 from simpletuner.helpers.contracts import StepStats, TextEmbeds
-from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.errors import SimpleTunerError, TrainingError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.training.checkpoints import CONFIG_FILE
 from simpletuner.helpers.training.losses import weighted_mse
-from simpletuner.helpers.training.metrics import Measured, StepRecord, Window
+from simpletuner.helpers.training.metrics import (
+    Measured,
+    StepRecord,
+    Window,
+    peak_device_memory_mib,
+    peak_memory_mib,
+)
 from simpletuner.helpers.training.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.training.progress import ProgressDisplay
-from simpletuner.helpers.training.report import Report
-from simpletuner.helpers.training.trackers import METRICS_FILE
+from simpletuner.helpers.training.report import ADAPTER_FILE as ADAPTER_FILE
+from simpletuner.helpers.training.report import COMFYUI_FILE, METRICS_FILE, Report
+from simpletuner.helpers.training.run_page.writer import RunPage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,8 +56,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
 # A fresh gradient scaler overflows a few times to find its scale; this many in a row leave nothing of it.
 MAX_SKIPPED_STEPS = 25
 
@@ -78,10 +83,14 @@ class Trainer:
     """What the adapter's file says about this run."""
     resources: ExitStack
     """Run lock and signal handlers, held until the run ends."""
+    page: RunPage = field(init=False)
     window: Window = field(default_factory=Window)
     stopping: bool = False
     skipped_steps: int = 0
     """Consecutive optimiser steps that the gradient scaler skipped."""
+
+    def __post_init__(self) -> None:
+        self.page = RunPage(self.config.checkpoint.output_dir, self.accelerator.is_main_process)
 
     def run(self) -> int:
         """Train from where the state stands to the last step.
@@ -97,11 +106,13 @@ class Trainer:
         with self.resources:
             self.trackers.start()
             self.resources.callback(self.trackers.finish)
-            self.validation.start(self.progress.step)
-            with self._display() as display:
-                self._train(display)
-            if not self.stopping:
-                self._finish()
+            try:
+                self._live()
+            except SimpleTunerError:
+                self.page.write("failed")
+                raise
+            if self.stopping:
+                self.page.write("stopped")
             return EXIT_PREEMPTED if self.stopping else 0
 
     def close(self) -> None:
@@ -136,10 +147,17 @@ class Trainer:
         noised = self.family.add_noise(batch.latents, positions=batch.positions, seed=seed)
         with self.adapter.ranks_for(noised.timesteps):  # through backward: checkpointing re-runs the forward
             prediction = self.family.predict(self.denoiser, noised, batch)
-            loss = weighted_mse(prediction, noised.target, noised.weight)
+            sample_losses = weighted_mse(prediction, noised.target, noised.weight)  # [B]
+            loss = sample_losses.mean()
             self.accelerator.backward(loss)
         active_rank = self.adapter.mean_active_rank(noised.timesteps)
-        stats = StepStats(loss.detach(), len(batch), noised.timesteps, active_rank)
+        stats = StepStats(
+            loss=loss.detach(),
+            sample_losses=sample_losses.detach(),
+            samples=len(batch),
+            timesteps=noised.timesteps,
+            active_rank=active_rank,
+        )
         self.window.add(batch, stats)
         return stats
 
@@ -169,6 +187,14 @@ class Trainer:
             self.checkpoints.save(self.progress.step, write=self._write_state, publish=is_main)
         self.accelerator.wait_for_everyone()
         return path
+
+    def _live(self) -> None:
+        self.page.begin(self)
+        self.validation.start(self.progress.step)
+        with self._display() as display:
+            self._train(display)
+        if not self.stopping:
+            self._finish()
 
     def _train(self, display: ProgressDisplay) -> None:
         first = self.progress.micro_step(global_batch=self.global_batch)
@@ -204,6 +230,9 @@ class Trainer:
             mean_active_rank=measured.active_rank,
             samples=self.progress.samples,
             seconds=seconds,
+            loss_by_band=measured.loss_by_band,
+            memory_mib=peak_memory_mib(),
+            device_memory_mib=peak_device_memory_mib(self.accelerator.device),
         )
 
     def _run_due(self, record: StepRecord, *, agreed_to_stop: bool) -> None:
@@ -214,6 +243,8 @@ class Trainer:
             self.save_checkpoint()
         if not self.stopping and record.step < self.max_steps and self.validation.is_due(record.step):
             self.validation.run(record.step)
+        if self.checkpoints.is_due(record.step) or self.validation.is_due(record.step):
+            self.page.refresh()
         self._heed_signals()
 
     def _heed_signals(self) -> None:
@@ -274,7 +305,7 @@ class Trainer:
         if self.preemption.requested:
             self.stopping = True
         elif self.accelerator.is_main_process:
-            grid = self.validation.grid_file(step)
+            grid, page = self.validation.grid_file(step), self.page.write("finished")
             report = Report(
                 step=step,
                 adapter=str(output_dir / ADAPTER_FILE),
@@ -283,6 +314,7 @@ class Trainer:
                 config=str(output_dir / CONFIG_FILE),
                 grid=str(grid) if grid.exists() else None,
                 comfyui=str(output_dir / COMFYUI_FILE) if self._wants_comfyui else None,
+                page=None if page is None else str(page),
             )
             report.save(output_dir)
             logger.info("Finished %d steps.", step)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.io.faults import StorageError
-from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.io.lock import is_held, run_lock
 
 HOLDER = """
 import sys, time
@@ -47,6 +47,17 @@ def test_row_27_a_second_run_is_refused_and_a_dead_lock_is_taken_over(tmp_path: 
             holder.kill()
     with run_lock(folder):
         assert str(os.getpid()) in (folder / ".run.holder.json").read_text(encoding="utf-8")
+
+
+def test_folder_is_held_while_its_holder_lives(tmp_path: Path) -> None:
+    assert not is_held(tmp_path)
+    with started_holder(tmp_path) as holder:
+        try:
+            assert is_held(tmp_path)
+        finally:
+            holder.kill()
+    assert (tmp_path / ".run.holder.json").exists(), "a killed holder leaves it"
+    assert not is_held(tmp_path)
 
 
 def test_run_lock_can_be_taken_again_after_release(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 
 from simpletuner.helpers.contracts import Batch, Sample, Size, StepStats, TextEmbeds
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.training.metrics import Smoothed, Window
+from simpletuner.helpers.training.metrics import Window, peak_device_memory_mib, peak_memory_mib
+from simpletuner.helpers.training.smoothing import Smoothed
 
 
 def batch(name: str) -> Batch:
@@ -22,7 +23,7 @@ def batch(name: str) -> Batch:
 
 def stats(loss: float, *, timestep: int = 500, rank: float | None = 8.0) -> StepStats:
     """What a micro-batch of one sample measured."""
-    return StepStats(torch.tensor(loss), 1, (timestep,), rank)
+    return StepStats(torch.tensor(loss), torch.tensor([loss]), 1, (timestep,), rank)
 
 
 def window_of(*losses: float, rank: float | None = 8.0) -> Window:
@@ -41,6 +42,39 @@ def accelerator() -> Accelerator:
 def test_window_averages_its_micro_batches(accelerator: Accelerator) -> None:
     measured = window_of(1.0, 3.0).measure(accelerator, grad_norm=torch.tensor(0.5), stop=False, step=1)
     assert (measured.loss, measured.grad_norm, measured.active_rank, measured.stop) == (2.0, 0.5, 8.0, False)
+
+
+def test_window_tells_the_losses_of_the_noise_bands_apart(accelerator: Accelerator) -> None:
+    window = Window()
+    window.add(batch("a.png"), StepStats(torch.tensor(2.0), torch.tensor([1.0, 3.0]), 2, (0, 500), None))
+    window.add(batch("b.png"), StepStats(torch.tensor(6.0), torch.tensor([5.0, 7.0]), 2, (499, 799), None))
+    measured = window.measure(accelerator, grad_norm=torch.tensor(0.5), stop=False, step=1)
+    assert measured.loss_by_band == {"0-500": 3.0, "500-800": 5.0, "800-1000": None}
+    assert measured.loss == 4.0
+
+
+def test_window_reads_the_device_once(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__"):
+        original = vars(torch._C.TensorBase).get(name) or vars(torch.Tensor)[name]
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *rest, _name=name, _original=original: (reads.append(_name), _original(self, *rest))[
+                1
+            ],
+            raising=False,
+        )
+    window_of(1.0, 3.0).measure(accelerator, grad_norm=torch.tensor(0.5), stop=False, step=1)
+    assert reads == ["tolist"]
+
+
+def test_peak_memory_holds_what_was_allocated() -> None:
+    before = peak_memory_mib()
+    assert 10 < before < 1 << 20
+    block = torch.ones(64 << 20)  # 256 MiB
+    assert peak_memory_mib() >= min(before + 1, block.nbytes / 2**20)
+    assert peak_device_memory_mib(torch.device("cpu")) is None
 
 
 def test_window_passes_on_the_wish_to_stop_and_knows_no_rank_without_a_schedule(

@@ -28,6 +28,15 @@ def test_grid_draws_titles_and_labels() -> None:
     assert (np.asarray(with_text)[:LINE_PX, LABEL_WIDTH_PX:] < 128).any()  # the title
 
 
+def test_grid_shortens_a_title_that_is_wider_than_its_column() -> None:
+    title, white = "T-LoRA of a folder with a very long name", plain("white")
+    grid = labelled_grid([Row("a", (white, white))], columns=[title, ""])
+    left = LABEL_WIDTH_PX + MARGIN_PX
+    titles = np.asarray(grid)[: LINE_PX + MARGIN_PX]
+    assert (titles[:, left + 64 : left + 128] < 128).any()
+    assert (titles[:, left + 128 :] == 255).all()
+
+
 def test_grid_leaves_room_for_a_missing_picture() -> None:
     grid = labelled_grid([Row("a", (None, plain("blue")))], columns=["base model", "step 3"])
     left, top = LABEL_WIDTH_PX + MARGIN_PX, LINE_PX + 2 * MARGIN_PX

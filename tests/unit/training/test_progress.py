@@ -22,6 +22,9 @@ def record(step: int, *, rank: float | None = 7.25) -> StepRecord:
         mean_active_rank=rank,
         samples=step,
         seconds=0.1,
+        loss_by_band={},
+        memory_mib=100.0,
+        device_memory_mib=None,
     )
 
 

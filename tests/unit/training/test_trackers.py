@@ -17,7 +17,17 @@ from simpletuner.helpers.training.metrics import StepRecord
 from simpletuner.helpers.training.trackers import JsonLines, Trackers, build_trackers
 
 RECORD = StepRecord(
-    step=1, epoch=0, loss=0.5, lr=1e-4, grad_norm=2.0, mean_active_rank=None, samples=2, seconds=0.1
+    step=1,
+    epoch=0,
+    loss=0.5,
+    lr=1e-4,
+    grad_norm=2.0,
+    mean_active_rank=None,
+    samples=2,
+    seconds=0.1,
+    loss_by_band={"0-500": 0.5, "500-800": None, "800-1000": None},
+    memory_mib=100.0,
+    device_memory_mib=None,
 )
 
 
@@ -44,6 +54,9 @@ def test_json_lines_hold_one_object_for_each_step(tmp_path: Path) -> None:
         "mean_active_rank": None,
         "samples": 2,
         "seconds": 0.1,
+        "loss_by_band": {"0-500": 0.5, "500-800": None, "800-1000": None},
+        "memory_mib": 100.0,
+        "device_memory_mib": None,
     }
     assert steps_in(tmp_path / "m.jsonl") == [1, 2]
 
@@ -118,6 +131,9 @@ def test_tensorboard_can_be_read_back(tmp_path: Path) -> None:
     trackers.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [0.5]
+    assert [event.value for event in events.Scalars("train/loss_0-500")] == [0.5]
+    assert "train/loss_500-800" not in events.Tags()["scalars"]
+    assert [event.value for event in events.Scalars("train/memory_mib")] == [100.0]
     assert events.Tags()["images"] == ["validation/grid"]
 
 
