@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load_config(config_path, overrides=overrides, families=registry.facts())
             output_dir = config.checkpoint.output_dir
             # Torch and the model libraries take seconds to import: a bad configuration is told before that.
-            from simpletuner.helpers.training.build import build_trainer
+            from simpletuner.helpers.training.runs import train
 
-            code = build_trainer(config).run()
+            code = train(config)
     except SimpleTunerError as error:
         code = error.exit_code
         if is_main_process() or not isinstance(error, ConfigError):

@@ -1,23 +1,26 @@
-"""Rebuilds the embedded demo in place: `python -m simpletuner.demo.make`.
+"""Rebuilds the pictures of the demo in place: `python -m simpletuner.demo.make`.
 
-The model comes out byte for byte the same. The photograph needs scikit-image, which the trainer does not.
+The toy comes out byte for byte the same. The photograph needs scikit-image, which the trainer does not. The
+embedded model is made by `simpletuner.demo.pretrain`.
 """
 
 from __future__ import annotations
 
 import logging
-import shutil
 from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
 
-from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
+from simpletuner.demo.lessons import NEW_NAME
+from simpletuner.demo.toys import CONCEPT, draw_toy
+from simpletuner.demo.world import Background
 
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 CAPTION = "a photo of sks cat with green eyes looking to the side\n"
+TOY_PLACE, TOY_BACKGROUND = "at the left", Background("yellow", "plain")
 LICENCE = """# Licence of cat.jpg
 
 The photograph shows Chelsea the cat and was taken by Stefan van der Walt, who dedicated it to the public
@@ -26,11 +29,14 @@ domain (CC0 1.0, https://creativecommons.org/publicdomain/zero/1.0/). It is dist
 """
 
 
-def make_model(folder: Path) -> None:
-    """Write the toy model to folder, replacing what is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    save_tiny_sdxl(folder, seed=0)
+def make_toy(folder: Path) -> None:
+    """Write the one picture that the demo teaches its concept from, and its caption, to folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = draw_toy(CONCEPT, place=TOY_PLACE, background=TOY_BACKGROUND)
+    Image.fromarray(picture).save(folder / "toy.png")
+    # Neither place nor background is said, as in the paper's recipe: what the picture shows beside the toy is
+    # there to be learnt by heart.
+    (folder / "toy.txt").write_text(f"a {NEW_NAME} toy\n", encoding="utf-8")
 
 
 def make_photo(folder: Path) -> None:
@@ -44,8 +50,8 @@ def make_photo(folder: Path) -> None:
 
 
 def main() -> None:
-    """Rebuild the model and, where scikit-image is installed, the photograph."""
-    make_model(FOLDER / "sdxl")
+    """Rebuild the toy and, where scikit-image is installed, the photograph."""
+    make_toy(FOLDER / "toy")
     try:
         make_photo(FOLDER / "photo")
     except ModuleNotFoundError as error:

@@ -48,7 +48,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "TextCacheEntry.cache_dir": _OPENED,
     "TextCacheEntry.default": "has one value; the key is accepted because users' files have it",
     "ValidationConfig.user_prompt_library": _OPENED,
-    "ValidationConfig.validation_adapter_config": _OPENED,
+    "ValidationConfig.validation_compared_config": _OPENED,
     "ValidationConfig.validation_prompt": _OPENED,
     "ValidationConfig.validation_prompt_library": _OPENED,
     "LayerArguments.dim": _HANDED_ON,

@@ -12,40 +12,61 @@ from PIL import Image
 
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
+from simpletuner.helpers.training.pictures import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
+
+CONFIG = Path(__file__).parents[2] / "config" / "config.json"
+STEPS: int = json.loads(CONFIG.read_text())["max_train_steps"]
 
 
-def run_demo(repository: Path, output: Path) -> subprocess.CompletedProcess[str]:
-    overrides = [f"output_dir={output}", f"cache_dir_vae={output}/vae", f"cache_dir_text={output}/text"]
-    command = [sys.executable, "-m", "simpletuner.train", "--config", "config/config.json", *overrides]
-    return subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=200, check=False)
+def run_demo(repository: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The demo in a folder that looks like a clone, where it may leave its output."""
+    for name in ("config", "simpletuner"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(repository / name)
+    command = [sys.executable, "-m", "simpletuner.train"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
 
 
 @pytest.fixture(scope="module")
 def finished(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("demo") / "output"
-    done = run_demo(repository, output)
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_demo(repository, folder)
     assert done.returncode == 0, done.stderr
-    return output, done.stderr
+    return folder, done.stderr
 
 
 def test_demo_trains_validates_and_says_where_everything_lies(finished: tuple[Path, str]) -> None:
-    output, said = finished
+    output, said = finished[0] / "output" / "demo", finished[1]
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 61))
-    for step in (0, 30, 60):
-        grid = Image.open(output / "validation" / f"step-{step}" / "grid.png")
-        assert grid.width > 2 * 64, "base model beside trained"
-    for name in ("pytorch_lora_weights.safetensors", "checkpoint-60", "validation/step-60/grid.png"):
+    assert steps == list(range(1, STEPS + 1))
+    for name in (
+        "pytorch_lora_weights.safetensors",
+        f"checkpoint-{STEPS}",
+        f"validation/step-{STEPS}/grid.png",
+    ):
         assert (output / name).exists()
         assert str(output / name) in said
+
+
+def test_demo_shows_base_lora_and_t_lora_side_by_side(finished: tuple[Path, str]) -> None:
+    folder, said = finished
+    assert "config/examples/demo-lora/config.json first" in said
+    assert (folder / "output" / "demo-lora" / "pytorch_lora_weights.safetensors").is_file()
+    pictures = folder / "output" / "demo" / "validation"
+    prompts = json.loads((folder / "config" / "prompts.json").read_text())
+    assert len(list((pictures / "base").glob("*.png"))) == 2 * len(prompts)
+    with Image.open(pictures / f"step-{STEPS}" / "grid.png") as grid:
+        columns = (grid.width - LABEL_WIDTH_PX - MARGIN_PX) // (SMALLEST_CELL_PX + MARGIN_PX)
+    assert columns == 3
 
 
 def test_demo_started_again_says_that_it_is_finished_and_how_to_start_another(
     finished: tuple[Path, str], repository: Path
 ) -> None:
-    output, _ = finished
+    folder, _ = finished
+    output = folder / "output" / "demo"
     weights = (output / "pytorch_lora_weights.safetensors").read_bytes()
-    again = run_demo(repository, output)
+    again = run_demo(repository, folder)
     assert again.returncode == 0
     assert "finished" in again.stderr
     assert "max_train_steps" in again.stderr
@@ -53,13 +74,13 @@ def test_demo_started_again_says_that_it_is_finished_and_how_to_start_another(
 
 
 def test_adapter_of_the_demo_loads_into_its_pipeline(finished: tuple[Path, str], repository: Path) -> None:
-    output, _ = finished
+    output = finished[0] / "output" / "demo"
     pipeline = StableDiffusionXLPipeline.from_pretrained(repository / "simpletuner" / "demo" / "sdxl")
     adapter = load_adapter(pipeline.unet, output / "pytorch_lora_weights.safetensors")
-    assert adapter.num_layers == 80
+    assert adapter.num_layers == 70
     assert adapter.tlora_config == {
-        "max_rank": 8,
-        "min_rank": 1,
+        "max_rank": 16,
+        "min_rank": 8,
         "alpha": 1.0,
         "schedule": "floor",
         "num_timesteps": 1000,

@@ -66,8 +66,8 @@ class Trainer:
         return 75 if preemption.requested else 0
 
 
-def build_trainer(config):
-    return Trainer(config)
+def train(config):
+    return Trainer(config).run()
 '''
 
 
@@ -141,7 +141,7 @@ def checkout(tmp_path: Path, repository: Path) -> Checkout:
         )
     for name in ("train.sh", "pyproject.toml", "constraints.txt"):
         shutil.copy(repository / name, root / name)
-    (root / "simpletuner/helpers/training/build.py").write_text(TRAINER)
+    (root / "simpletuner/helpers/training/runs.py").write_text(TRAINER)
     environment, notes, temporary = tmp_path / "environment", tmp_path / "notes", tmp_path / "temporary"
     (environment / "bin").mkdir(parents=True)
     notes.mkdir()

@@ -67,6 +67,9 @@ class _Files:
     given: Mapping[str, Given]
     place: Place
     environment: Environment
+    chain: tuple[Path, ...]
+    """The config.json whose validation_compared_config led here, one after another, and this one."""
+    load_other: Callable[[Path], RunConfig | None]
 
     def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Place] | None:
         """(value, value as written, place) of the file that a key names, or of the value in its stead."""
@@ -98,14 +101,31 @@ def load_config(
         ConfigError: Something is wrong; the message lists every problem of every file.
     """
     problems = Problems()
+    run = _loaded(path, overrides, families, leading=(), problems=problems)
+    problems.raise_if_any()
+    assert run is not None, "a run that cannot be assembled has a problem"
+    return run
+
+
+def _loaded(
+    path: Path,
+    overrides: Sequence[str],
+    families: Mapping[str, FamilyFacts],
+    *,
+    leading: tuple[Path, ...],
+    problems: Problems,
+) -> RunConfig | None:
+    """The run of a config.json, its problems noted; None if they are too many to say what it is.
+
+    `leading` are the config.json that name one another, the last of them this one.
+    """
     environment = Environment(os.environ, problems)
     main = display(path)
     values = read_json(path, source=main, problems=problems)
     if values is not None and not isinstance(values, dict):
         problems.add(main, "", "must hold an object, {...}.")
     if not isinstance(values, dict):
-        problems.raise_if_any()
-        values = {}
+        return None
     given = layered(
         from_file(values, KEYS, source=main, problems=problems, environment=environment),
         from_command_line(overrides, KEYS, problems=problems, environment=environment),
@@ -113,9 +133,14 @@ def load_config(
     )
     context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
     place = Place(problems, lambda key: given[key].source if key in given else main, context)
-    run = _assembled(path, _Files(main, given, place, environment), families)
-    problems.raise_if_any()
-    assert run is not None, "a run that cannot be assembled has a problem"
+    chain = (*leading, path)
+
+    def load_other(other: Path) -> RunConfig | None:
+        return _loaded(other, (), families, leading=chain, problems=problems)
+
+    run = _assembled(path, _Files(main, given, place, environment, chain, load_other), families)
+    if run is not None:
+        rules.check_comparison(run, place)
     return run
 
 
@@ -149,6 +174,7 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
         rules.check_pictures(validation, facts, place)
     folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}
     rules.check_output(checkpoint, folders, place)
+    compared_with = _compared_with(validation, files)
     if len(place.problems) or facts is None or data.section is None or validation.section is None:
         return None
     sizes = validation.section.validation_resolution or (rules.training_size(data.section, facts),)
@@ -170,6 +196,7 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
             "validation": validation.section.model_copy(
                 update={"validation_resolution": sizes, "prompts": prompts}
             ),
+            "compared_with": compared_with,
             "hidden": files.environment.used,
         }
     )
@@ -220,6 +247,21 @@ def _prompts(validation: Built[ValidationConfig], files: _Files) -> tuple[Valida
     document = files.document("user_prompt_library", section.user_prompt_library)
     user = read_library(document[0], document[2]) if document is not None else ()
     return prompts_of(section.validation_prompt, with_library=section.validation_prompt_library, user=user)
+
+
+def _compared_with(validation: Built[ValidationConfig], files: _Files) -> RunConfig | None:
+    """The other run whose adapter is shown beside this one's; its problems are noted with this run's."""
+    section = validation.right("validation_compared_config")
+    path = section.validation_compared_config if section is not None else None
+    if path is None:
+        return None
+    here = [os.path.realpath(each) for each in files.chain]
+    if os.path.realpath(path) not in here:
+        return files.load_other(path)
+    circle = " -> ".join(display(each) for each in (*files.chain[here.index(os.path.realpath(path)) :], path))
+    advice = "Name the config.json of another run, or leave the key out."
+    files.place.add("validation_compared_config", f"{circle}: a run is not compared with itself. {advice}")
+    return None
 
 
 def display(path: Path) -> str:

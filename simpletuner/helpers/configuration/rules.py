@@ -14,6 +14,7 @@ from simpletuner.helpers.configuration.sections import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
+    RunConfig,
     ValidationConfig,
 )
 from simpletuner.helpers.contracts import FamilyFacts, Size
@@ -22,6 +23,8 @@ _PIXELS_PER_MEGAPIXEL = 1_000_000
 _PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
 _NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
 """Arguments with which even those train more than two factors."""
+_CHANGE_THE_BASE = ("olora", "pissa")
+"""Of lora_init_type: the adapter fits the base only after subtracting its start from it."""
 
 
 def family_of(
@@ -87,7 +90,7 @@ def check_format(
     if section.lora_type == "standard":
         if section.use_dora:
             reasons.append("use_dora trains more than a plain LoRA holds")
-        if section.lora_init_type in ("olora", "pissa"):
+        if section.lora_init_type in _CHANGE_THE_BASE:
             reasons.append(f"lora_init_type {section.lora_init_type} changes the base weights")
     elif lycoris is not None:
         preset = lycoris.apply_preset
@@ -150,6 +153,23 @@ def check_output(checkpoint: Built[CheckpointConfig], folders: Mapping[str, str]
             place.add(
                 "output_dir", f"{found}: lies inside instance_data_dir of dataset {name}. Choose another."
             )
+
+
+def check_comparison(run: RunConfig, place: Place) -> None:
+    """The run that this one is compared with adapts the same model, and writes somewhere else."""
+    other = run.compared_with
+    if other is None:
+        return
+    key, theirs = "validation_compared_config", dict(other.model)
+    for each, value in run.model:
+        if theirs[each] != value and each != "model_flavour":  # which only names the default repository
+            found, here = place.problems.shown(theirs[each]), place.problems.shown(value)
+            place.add(key, f"that run's {each} is {found}, here it is {here}. Name a run on the same model.")
+    if other.checkpoint.output_dir == run.checkpoint.output_dir:
+        place.add(key, "that run has the output_dir of this one. Give one of them another.")
+    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in _CHANGE_THE_BASE:
+        found = other.adapter.lora_init_type
+        place.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
 
 
 def training_edge_px(data: DataConfig) -> float:

@@ -338,6 +338,9 @@ class ValidationConfig(Section):
     """Leaves out the pictures of the base model that stand beside the trained ones."""
     validation_lycoris_strength: Number = 1.0
     """Strength of the adapter in validation pictures; 1 as trained, 0 the base model."""
+    validation_compared_config: OptionalInputFile = None
+    """Config.json of another run on the same model, whose adapter is shown beside this run's; that run is
+    trained first where it is not finished. Arguments of the command line are not for it."""
     prompts: tuple[ValidationPrompt, ...] = ()
     """Every prompt of the above."""
 
@@ -360,6 +363,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     validation: ValidationConfig
+    compared_with: RunConfig | None = None
+    """The run that validation_compared_config names."""
     hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
     """Value of an environment variable in a text -> the placeholder that stands for it in `resolved`."""
 

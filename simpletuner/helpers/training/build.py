@@ -22,6 +22,7 @@ from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.training.caches import CacheFilling
 from simpletuner.helpers.training.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
+from simpletuner.helpers.training.comparison import build_comparison, kind_of
 from simpletuner.helpers.training.identity import adapter_facts, base_weights_hash, run_settings
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
@@ -30,6 +31,7 @@ from simpletuner.helpers.training.progress import Progress
 from simpletuner.helpers.training.prompts import Shot, plan_shots
 from simpletuner.helpers.training.report import FinishedRun, load_report
 from simpletuner.helpers.training.state import RunState
+from simpletuner.helpers.training.studio import Studio
 from simpletuner.helpers.training.trackers import Trackers, build_trackers
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
@@ -75,9 +77,9 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
     """
     with ExitStack() as resources:  # closed if anything below fails, else handed to the trainer
         ground = lay_ground(config, resources)
-        report = load_report(config.checkpoint.output_dir)
-        if report is not None and report.step == ground.step >= ground.max_steps:
-            return FinishedRun(report, ground.max_steps)
+        finished = finished_run(ground)
+        if finished is not None:
+            return finished
         trackers = build_run_trackers(ground)
         shots = plan_shots(config.validation, seed=config.training.seed)
         fill_caches(ground, shots)
@@ -109,11 +111,24 @@ def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
     )
 
 
+def finished_run(ground: Ground) -> FinishedRun | None:
+    """What the run left behind, if it has nothing left to do."""
+    report = load_report(ground.config.checkpoint.output_dir)
+    if report is not None and report.step == ground.step >= ground.max_steps:
+        return FinishedRun(report, ground.max_steps)
+    return None
+
+
 def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, resources: ExitStack) -> Trainer:
     """Load the denoiser, attach the adapter, take the resumed state over, and wire the loop."""
     config, accelerator, data = ground.config, ground.accelerator, ground.data
-    denoiser, adapter, base_hash = build_model(ground)
-    ground.checkpoints.bind({"base weights": base_hash}, resumed=ground.resumed)
+    denoiser = ground.family.load_denoiser()
+    studio = build_studio(ground, shots, base_model=base_weights_hash(denoiser))
+    ground.checkpoints.bind({"base weights": studio.base_model}, resumed=ground.resumed)
+    comparison = build_comparison(config, studio)
+    if comparison is not None and accelerator.is_main_process:
+        comparison.make_missing(denoiser)
+    adapter = build_adapter(ground, denoiser)
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
@@ -123,17 +138,12 @@ def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, res
     schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=ground.max_steps, step=ground.step)
     prepared, prepared_optimizer = accelerator.prepare(denoiser, optimizer)
     validation = Validation(
-        config=config.validation,
-        accelerator=accelerator,
-        family=ground.family,
+        studio=studio,
         adapter=adapter,
         denoiser=denoiser,
-        shots=shots,
-        text_embeds=data.text_embeds,
-        folder=config.checkpoint.output_dir / "validation",
-        base_model=base_hash,
+        title=kind_of(config),
+        comparison=comparison,
         trackers=trackers,
-        preemption=ground.preemption,
     )
     return Trainer(
         config=config,
@@ -256,11 +266,23 @@ def fill_caches(ground: Ground, shots: tuple[Shot, ...]) -> None:
     filling.fill(ground.data, prompts=sorted(prompts))
 
 
-def build_model(ground: Ground) -> tuple[nn.Module, Adapter, str]:
-    """The denoiser ready to train with its adapter attached, and the identity of its own weights."""
+def build_studio(ground: Ground, shots: tuple[Shot, ...], *, base_model: str) -> Studio:
+    """Where the pictures of the run are made."""
+    return Studio(
+        config=ground.config.validation,
+        accelerator=ground.accelerator,
+        family=ground.family,
+        shots=shots,
+        text_embeds=ground.data.text_embeds,
+        folder=ground.config.checkpoint.output_dir / "validation",
+        base_model=base_model,
+        preemption=ground.preemption,
+    )
+
+
+def build_adapter(ground: Ground, denoiser: nn.Module) -> Adapter:
+    """The adapter attached to the denoiser, which is made ready to train."""
     config, accelerator = ground.config, ground.accelerator
-    denoiser = ground.family.load_denoiser()
-    base_hash = base_weights_hash(denoiser)
     if config.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
     denoiser.train()
@@ -281,7 +303,7 @@ def build_model(ground: Ground) -> tuple[nn.Module, Adapter, str]:
     accelerator._tlora_config = adapter.tlora_config
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
-    return denoiser, adapter, base_hash
+    return adapter
 
 
 def planned_steps(config: RunConfig, *, batches_per_epoch: int) -> int:

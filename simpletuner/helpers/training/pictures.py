@@ -1,4 +1,4 @@
-"""One labelled picture out of many: rows of validation images, base model beside trained."""
+"""One labelled picture out of many: a row for each prompt, a column for each adapter."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image
     grid = Image.new("RGB", (width, height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(12)
     for column, title in enumerate(columns):
+        while font.getlength(title) > cell_px:
+            title = f"{title[:-2]}\N{HORIZONTAL ELLIPSIS}"
         draw.text((LABEL_WIDTH_PX + MARGIN_PX + column * step_px, MARGIN_PX), title, fill="black", font=font)
     for index, row in enumerate(rows):
         top = LINE_PX + 2 * MARGIN_PX + index * step_px

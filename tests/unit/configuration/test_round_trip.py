@@ -117,6 +117,7 @@ CONFIG = {
     "validation_on_startup": SWITCHES,
     "validation_disable": SWITCHES,
     "disable_benchmark": SWITCHES,
+    "validation_compared_config": st.none() | st.just("other.json"),
     "validation_lycoris_strength": st.floats(-4, 4),
 }
 # What every example has; the rest of the keys come and go.
@@ -191,6 +192,9 @@ def loaded(workspace: Workspace) -> Iterator[Callable[..., RunConfig]]:
     ) -> RunConfig:
         workspace.config, workspace.lycoris = config, lycoris
         workspace.datasets = [{"instance_data_dir": "images"} | dataset for dataset in datasets]
+        other = {key.removeprefix("--"): value for key, value in config.items()}
+        other |= {"output_dir": "output of the other", "lora_init_type": "default"}
+        workspace.text("other.json", json.dumps(other | {"validation_compared_config": None}))
         return workspace.load()
 
     return load
@@ -249,7 +253,7 @@ def test_row_32_values_written_as_texts_mean_the_same(
     first = loaded(config, lycoris, datasets)
     dashed = {f"--{key}": _as_text(value) for key, value in config.items()}
     second = loaded(dashed, _as_text(lycoris), _as_text(datasets))
-    for name in RunConfig.model_fields.keys() - {"lycoris"}:
+    for name in RunConfig.model_fields.keys() - {"lycoris", "compared_with"}:
         assert vars(first)[name] == vars(second)[name], name
     if first.lycoris is not None:
         assert second.lycoris is not None

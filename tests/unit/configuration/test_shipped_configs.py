@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from simpletuner.demo.world import COLOURS, PATTERNS, PLACES
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.sections import RunConfig
 from simpletuner.helpers.models import registry
 
+QUESTION = re.compile(r"a sks toy (.+) on a (\w+) (\w+) background")
 Load = Callable[[str | Path], RunConfig]
 
 
@@ -24,7 +27,7 @@ def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 def test_every_example_is_valid(repository: Path, load: Load) -> None:
     names = [path.relative_to(repository / "config") for path in (repository / "config").rglob("config.json")]
-    assert len(names) >= 2
+    assert len(names) >= 4
     for name in names:
         assert isinstance(load(name), RunConfig)
 
@@ -47,15 +50,40 @@ def test_the_demo_is_small_and_t_lora(load: Load, repository: Path) -> None:
     config = load("config.json")
     assert config.model.pretrained_model_name_or_path == str(repository / "simpletuner" / "demo" / "sdxl")
     assert config.lycoris.algo == "tlora"
-    assert (config.lycoris.linear_dim, config.lycoris.tlora_min_rank) == (8, 1)
+    assert config.lycoris.tlora_min_rank * 2 == config.lycoris.linear_dim
     assert config.data.resolution == 64
-    assert config.training.max_train_steps <= 60
-    assert config.checkpoint.checkpoint_step_interval == 20
-    assert config.validation.validation_on_startup
-    assert config.validation.validation_step_interval == 30
+    assert config.training.max_train_steps <= 500
     assert config.precision.mixed_precision == "no"
     assert config.checkpoint.output_dir == repository / "output" / "demo"
     assert config.tracking.report_to == ()
+
+
+def test_the_demo_is_compared_with_a_lora_that_is_trained_alike(load: Load) -> None:
+    demo = load("config.json")
+    other = demo.compared_with
+    assert other.lycoris.algo == "lora"
+    for name in ("linear_dim", "linear_alpha", "apply_preset"):
+        assert vars(other.lycoris)[name] == vars(demo.lycoris)[name]
+    for section in ("model", "training", "optimizer", "noise", "precision", "datasets"):
+        assert vars(other)[section] == vars(demo)[section]
+    assert other.validation.prompts == demo.validation.prompts
+
+
+def test_the_demo_asks_for_what_its_one_picture_does_not_show(load: Load, repository: Path) -> None:
+    config = load("config.json")
+    (dataset,) = config.datasets
+    (picture,) = dataset.instance_data_dir.glob("*.png")
+    known, *new = (prompt.text for prompt in config.validation.prompts)
+    assert picture.with_suffix(".txt").read_text(encoding="utf-8") == f"{known}\n"
+    questions = [QUESTION.fullmatch(text).groups() for text in (known, *new)]
+    assert len(questions) >= 6
+    for place, pattern, colour in questions:
+        assert place in PLACES
+        assert pattern in PATTERNS
+        assert colour in COLOURS
+    (known_place, *known_background), *others = questions
+    assert all(place != known_place for place, *_ in others)
+    assert all(background != known_background for _, *background in others)
 
 
 def test_the_papers_recipe_is_the_papers(load: Load) -> None:

@@ -1,4 +1,4 @@
-"""The tiny SDXL and the embedded demo that is made from it."""
+"""The tiny SDXL, and the pictures of the demo."""
 
 from __future__ import annotations
 
@@ -44,15 +44,6 @@ def test_save_tiny_sdxl_gives_other_weights_for_another_seed(tiny_sdxl: Path, tm
             assert (tiny_sdxl / file).read_bytes() != (tmp_path / "other" / file).read_bytes()
 
 
-def test_the_demo_model_is_what_make_writes(tmp_path: Path) -> None:
-    make.make_model(tmp_path / "model")
-    assert_same_model(make.FOLDER / "sdxl", tmp_path / "model")
-
-
-def test_the_demo_stays_small() -> None:
-    assert sum(path.stat().st_size for path in (make.FOLDER / "sdxl").rglob("*") if path.is_file()) < 2.5e6
-
-
 def test_the_demo_photograph_is_whole_and_its_licence_is_named() -> None:
     folder = make.FOLDER / "photo"
     with Image.open(folder / "cat.jpg") as picture:
@@ -60,6 +51,16 @@ def test_the_demo_photograph_is_whole_and_its_licence_is_named() -> None:
         assert picture.size == (451, 300)
     assert (folder / "cat.txt").read_text(encoding="utf-8") == make.CAPTION
     assert "CC0" in (folder / "LICENSE.md").read_text(encoding="utf-8")
+
+
+def test_the_demo_toy_is_what_make_writes(tmp_path: Path) -> None:
+    make.make_toy(tmp_path)
+    with Image.open(make.FOLDER / "toy" / "toy.png") as shipped, Image.open(tmp_path / "toy.png") as made:
+        assert shipped.size == (64, 64)
+        assert shipped.tobytes() == made.tobytes()
+    caption = (make.FOLDER / "toy" / "toy.txt").read_text(encoding="utf-8")
+    assert caption == (tmp_path / "toy.txt").read_text(encoding="utf-8")
+    assert caption == "a sks toy\n"
 
 
 def test_stock_diffusers_loads_the_tiny_model(tiny_sdxl: Path) -> None:

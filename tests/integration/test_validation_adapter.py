@@ -1,0 +1,313 @@
+"""Another run's adapter in a run's pictures: trained first where it is missing, shown, gone without trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner import train as command
+from simpletuner.helpers.errors import CheckpointError, TrainingError
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.training import comparison, runs, validation
+from simpletuner.helpers.training.preemption import EXIT_PREEMPTED
+from simpletuner.helpers.training.report import Report
+from simpletuner.helpers.training.sampling import SampleRequest, sample
+from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer
+from tests.integration.test_preemption import signal_at
+from tests.integration.test_validation import PICTURES, pixels
+from tests.integration.tiny_runs import TLORA, TinyRun, reset_accelerate, tiny_model
+
+LORA: dict[str, object] = TLORA | {"algo": "lora", "linear_dim": 4, "linear_alpha": 4}
+del LORA["tlora_min_rank"]
+SHORT = {"max_train_steps": 2, "checkpoint_step_interval": 0, "validation_step_interval": 0}
+# Two steps that change a picture, of another run in every way that the process could remember.
+OTHER = {
+    "learning_rate": 0.05,
+    "lr_warmup_steps": 0,
+    "seed": 1,
+    "mixed_precision": "bf16",
+    "gradient_accumulation_steps": 2,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "T-LoRA": {"lycoris": TLORA},
+    "LoKr": {"lycoris": LORA | {"algo": "lokr"}},
+    "LoRA": {"lora_type": "standard", "lora_rank": 4},
+}
+OWN = {"T-LoRA": {}, "LoRA": {"lora_type": "standard"}}
+
+
+def other_run(folder: Path, *, lycoris: dict[str, object] = LORA, **keys: object) -> TinyRun:
+    """A run that is not started, its files written."""
+    run = TinyRun(folder, lycoris=lycoris, keys={**SHORT, **OTHER, **keys})
+    run.config()
+    return run
+
+
+def run_beside(other: TinyRun, folder: Path, **keys: object) -> TinyRun:
+    """A run that shows another run's adapter."""
+    named = {"validation_compared_config": str(other.folder / "config.json")}
+    return TinyRun(folder, keys={**PICTURES, **SHORT, **named, **keys})
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> TinyRun:
+    return other_run(tmp_path / "other")
+
+
+@pytest.fixture
+def run(other: TinyRun, tmp_path: Path) -> TinyRun:
+    return run_beside(other, tmp_path / "run")
+
+
+def train(run: TinyRun, **keys: object) -> int:
+    reset_accelerate()
+    return runs.train(run.config(**keys))
+
+
+def steps(run: TinyRun) -> int:
+    return len(run.log()) if (run.output_dir / "metrics.jsonl").exists() else 0
+
+
+def base_files(run: TinyRun) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in (run.output_dir / "validation" / "base").glob("*.png")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    other = other_run(tmp_path / "other", **KINDS[kind])
+    run = run_beside(other, tmp_path / "run")
+    titles: list[str] = []
+    shown: list[np.ndarray] = []
+
+    def note(rows: Any, *, columns: list[str]) -> Image.Image:
+        titles.extend(columns)
+        shown.extend(np.asarray(picture).astype(int) for picture in rows[0].pictures)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(validation, "labelled_grid", note)
+    assert train(run) == 0
+    assert (steps(other), steps(run)) == (2, 2)
+    assert titles == ["base model", "T-LoRA of output" if kind == "T-LoRA" else kind, "T-LoRA, step 2"]
+    base, compared, own = shown
+    assert np.abs(compared - base).max() > 2
+    assert np.abs(compared - own).max() > 2
+    np.testing.assert_array_equal(compared, sampled(other, tmp_path / "samples"))
+
+
+def sampled(run: TinyRun, folder: Path) -> np.ndarray:
+    """The picture of PICTURES by a finished run's adapter, made by `simpletuner sample`."""
+    request = SampleRequest(
+        adapter=run.output_dir / ADAPTER_FILE,
+        prompts=[str(PICTURES["validation_prompt"])],
+        model={"pretrained_model_name_or_path": str(tiny_model())},
+        pictures={
+            "validation_resolution": "64",
+            "validation_num_inference_steps": 2,
+            "validation_guidance": 3.0,
+            "validation_seed": 7,
+        },
+        dtype="fp32",
+        options={},
+    )
+    (file,) = sample(request, output=folder, families=registry.facts())
+    return pixels(file)
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_is_bit_identical_to_a_run_that_is_compared_with_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own: str
+) -> None:
+    run = run_beside(other_run(tmp_path / "other", **KINDS[kind]), tmp_path / "run", **OWN[own])
+    digests: list[str] = []
+    then = Trainer.run
+
+    def note(trainer: Trainer) -> int:
+        code = then(trainer)
+        digests.append(trainer.state_digest())
+        return code
+
+    monkeypatch.setattr(Trainer, "run", note)
+    assert train(run) == 0
+    alone = TinyRun(tmp_path / "alone", keys={**PICTURES, **SHORT, **OWN[own]})
+    assert train(alone) == 0
+    of_other, compared, expected = digests
+    assert compared == expected != of_other
+    assert run.log() == alone.log()
+
+
+def test_adapter_that_stays_in_the_model_ends_the_run(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "remove_from_pipeline", lambda *_: None)
+    with pytest.raises(TrainingError, match="left traces in the model"):
+        train(run)
+    assert steps(run) == 0
+
+
+def test_pictures_of_the_other_adapter_are_made_once_until_it_changes(
+    run: TinyRun, other: TinyRun, tmp_path: Path
+) -> None:
+    assert train(run, validation_step_interval=1) == 0
+    made = base_files(run)
+    assert len(made) == 2
+    assert train(run, max_train_steps=3) == 0
+    assert base_files(run) == made
+    other.config(max_train_steps=3)
+    assert train(run, max_train_steps=4) == 0
+    assert steps(other) == 3
+    now = base_files(run)
+    assert len(now) == 3
+    assert made.items() < now.items()
+
+
+def test_strength_of_a_prompt_is_the_other_adapters_too(run: TinyRun) -> None:
+    library = run.folder / "prompts.json"
+    prompts = {
+        name: {"prompt": "a dog", "adapter_strength": value} for name, value in (("no", 0), ("yes", 2))
+    }
+    library.write_text(json.dumps(prompts))
+    assert train(run, validation_prompt=None, user_prompt_library=str(library)) == 0
+    differences = {}
+    for name in prompts:
+        first, second = (pixels(file) for file in base_files(run) if f"-{name}-" in file.name)
+        differences[name] = np.abs(first - second).max()
+    assert differences["no"] == 0
+    assert differences["yes"] > 2
+
+
+def test_adapter_that_cannot_be_shown_leaves_its_column_empty_and_the_run_goes_on(
+    run: TinyRun, other: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(other) == 0
+    (other.output_dir / ADAPTER_FILE).write_bytes(b"torn")
+    assert train(run) == 0
+    assert f"Lost the pictures of {other.output_dir / ADAPTER_FILE}: AdapterError" in caplog.text
+    assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
+
+
+def test_finished_run_whose_adapter_is_gone_is_told(run: TinyRun, other: TinyRun) -> None:
+    assert train(other) == 0
+    (other.output_dir / ADAPTER_FILE).unlink()
+    with pytest.raises(TrainingError, match="Copy it from that run's last checkpoint"):
+        train(run)
+
+
+def test_run_that_a_third_waits_for_is_trained_before_it(tmp_path: Path, run: TinyRun) -> None:
+    run.config()
+    assert train(run_beside(run, tmp_path / "third")) == 0
+    adapters = [tmp_path / name / "output" / ADAPTER_FILE for name in ("other", "run", "third")]
+    made = [file.stat().st_mtime_ns for file in adapters]
+    assert made == sorted(made)
+
+
+def test_mistake_of_the_run_itself_is_told_before_the_other_is_trained(run: TinyRun, other: TinyRun) -> None:
+    assert TinyRun(run.folder, keys=SHORT).run() == 0
+    run.lycoris = TLORA | {"linear_dim": 4}
+    with pytest.raises(CheckpointError, match="trained with other settings"):
+        train(run, max_train_steps=3)
+    assert steps(other) == 0
+
+
+@pytest.mark.parametrize("reason", ["no pictures", "finished"])
+def test_other_run_is_not_trained_for_pictures_that_are_not_made(
+    run: TinyRun, other: TinyRun, reason: str
+) -> None:
+    if reason == "finished":
+        assert TinyRun(run.folder, keys=SHORT).run() == 0
+    assert train(run, validation_disable=reason == "no pictures") == 0
+    assert (steps(other), steps(run)) == (0, 2)
+
+
+def run_command(run: TinyRun) -> int:
+    reset_accelerate()
+    run.config()
+    return command.main(["--config", str(run.folder / "config.json")])
+
+
+def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
+    run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        stopped = signal_at(1, number=signal.SIGTERM, then=Trainer.train_step)
+        patched.setattr(Trainer, "train_step", stopped)
+        assert run_command(run) == EXIT_PREEMPTED
+    assert (other.output_dir / "checkpoint-1").is_dir()
+    assert json.loads((run.output_dir / "exit.json").read_text())["exit_code"] == EXIT_PREEMPTED
+    assert steps(run) == 0
+    assert run_command(run) == 0
+    assert (steps(other), steps(run)) == (2, 2)
+
+
+def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
+    run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Report, "save", signal_at(1, number=signal.SIGTERM, then=Report.save))
+        assert run_command(run) == EXIT_PREEMPTED
+    assert (steps(other), steps(run)) == (2, 0)
+    assert run_command(run) == 0
+
+
+def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted = comparison.mounted
+    with monkeypatch.context() as patched:
+        patched.setattr(comparison, "mounted", signal_at(1, number=signal.SIGTERM, then=mounted))
+        assert run_command(run) == EXIT_PREEMPTED
+    assert steps(run) == 0
+    assert run_command(run) == 0
+    assert len(base_files(run)) == 2
+
+
+TWO_PROCESSES = """
+import os, signal, sys
+from pathlib import Path
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.training import report, runs
+save = report.Report.save
+def stopped(self, output_dir):
+    if len(sys.argv) > 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    save(self, output_dir)
+report.Report.save = stopped
+code = runs.train(load_config(Path(sys.argv[1]), families=registry.facts()))
+(Path(sys.argv[1]).parent / f"code-{os.environ['RANK']}").write_text(str(code))
+"""
+
+
+def test_two_processes_train_both_runs_and_agree_on_a_signal_between_them(
+    other: TinyRun, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    run = replace(run_beside(other, tmp_path / "run"), num_images=4)
+    alone = TinyRun(tmp_path / "alone", num_images=4, keys={**PICTURES, **SHORT, "train_batch_size": 2})
+
+    def codes(*arguments: str) -> list[int]:
+        run.config()
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+        script = (str(tmp_path / "script.py"), str(run.folder / "config.json"), *arguments)
+        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
+        subprocess.run([sys.executable, *launcher, *script], env=environment, check=True, timeout=120)
+        return [int((run.folder / f"code-{rank}").read_text()) for rank in (0, 1)]
+
+    assert codes("stop") == [EXIT_PREEMPTED] * 2
+    assert (steps(other), steps(run)) == (2, 0)
+    (other.output_dir / "finished.json").unlink()  # so that one start has both runs to do
+    assert codes() == [0, 0]
+    assert train(alone) == 0
+    losses = [[line["loss"] for line in each.log()] for each in (run, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert len(base_files(run)) == 2
