@@ -42,10 +42,12 @@ class Contender:
 
 
 LORA = Contender("LoRA")
+STATIC = Contender("Ortho-LoRA", init="random")
+"""T-LoRA with the rank held still: min rank = rank."""
 CONTENDERS = (
     LORA,
     Contender("Vanilla T-LoRA", init="vanilla", masked=True),
-    Contender("Ortho-LoRA", init="random"),  # T-LoRA with the rank held still: min rank = rank
+    STATIC,
     Contender("T-LoRA", init="random", masked=True),
 )
 FURTHER_CONTENDERS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from simpletuner.demo.comparison.plan import LORA, Contender, Plan
+from simpletuner.demo.comparison.plan import LORA, STATIC, Contender, Plan
 from simpletuner.demo.comparison.plot import plot_trade_off
 from simpletuner.demo.comparison.run import Workplace
 from simpletuner.demo.comparison.statistics import (
@@ -80,8 +80,10 @@ def _rank_tables(rank: int, curves: Mapping[Contender, Curves], *, plan: Plan) -
     for step in plan.unequal:
         rows = {each.name: _row(each_curves, step) for each, each_curves in curves.items()}
         parts.append(f"### After {step} steps, all alike\n\n{_table(rows)}")
-        parts += _differences(curves, step=step, reference_step=step)
-    parts += _differences(curves, step=plan.unequal[1], reference_step=plan.unequal[0])
+        for reference in (LORA, STATIC):
+            parts += _differences(curves, reference=reference, step=step, reference_step=step)
+    few, many = plan.unequal
+    parts += _differences(curves, reference=LORA, step=many, reference_step=few)
     parts += _equal(curves)
     return parts
 
@@ -90,20 +92,22 @@ def _row(curves: Curves, step: int) -> dict[str, Estimate | None]:
     return {heading: estimate(curves.at(measure, step)) for measure, heading in MEASURES.items()}
 
 
-def _differences(curves: Mapping[Contender, Curves], *, step: int, reference_step: int) -> list[str]:
-    """Every contender less LoRA, on the same concepts and seeds."""
-    reference = curves.get(LORA)
+def _differences(
+    curves: Mapping[Contender, Curves], *, reference: Contender, step: int, reference_step: int
+) -> list[str]:
+    """Every contender less one of them, on the same concepts and seeds."""
+    other = curves.get(reference)
     rows = {
         contender.name: {
-            heading: difference(each.at(measure, step), reference.at(measure, reference_step))
+            heading: difference(each.at(measure, step), other.at(measure, reference_step))
             for measure, heading in MEASURES.items()
         }
         for contender, each in curves.items()
-        if reference is not None and contender is not LORA and each.keys == reference.keys
+        if other is not None and contender is not reference and each.keys == other.keys
     }
     if not rows:
         return []
-    return [f"#### After {step} steps, less LoRA after {reference_step}\n\n{_table(rows)}"]
+    return [f"#### After {step} steps, less {reference.name} after {reference_step}\n\n{_table(rows)}"]
 
 
 def _equal(curves: Mapping[Contender, Curves]) -> list[str]:
