@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,18 @@ from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.training.pictures import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 
-CONFIG = Path(__file__).parents[2] / "config" / "config.json"
-STEPS: int = json.loads(CONFIG.read_text())["max_train_steps"]
+STEPS = 40
+"""Instead of the demo's own number, for both runs."""
 
 
 def run_demo(repository: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """The demo in a folder that looks like a clone, where it may leave its output."""
-    for name in ("config", "simpletuner"):
-        if not (folder / name).exists():
-            (folder / name).symlink_to(repository / name)
+    if not (folder / "config").exists():
+        (folder / "simpletuner").symlink_to(repository / "simpletuner")
+        shutil.copytree(repository / "config", folder / "config")
+        for file in ("config.json", "examples/demo-lora/config.json"):
+            shorter = json.loads((folder / "config" / file).read_text()) | {"max_train_steps": STEPS}
+            (folder / "config" / file).write_text(json.dumps(shorter))
     command = [sys.executable, "-m", "simpletuner.train"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
 
