@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shlex
 from pathlib import Path
@@ -64,6 +65,12 @@ def test_finished_run_leaves_a_page_that_says_so(finished: TinyRun) -> None:
     for words in ("</script><script>alert(1)</script>", "image9.png", "From 8 ranks at the clean image to 2"):
         assert words in page.text
     assert "alert(1)</script>" not in html_of(finished)
+
+
+def test_settings_that_the_family_gives_are_at_their_default(finished: TinyRun) -> None:
+    changed = json.loads((finished.output_dir / "run.json").read_bytes())["changed_keys"]
+    assert {"learning_rate", "model_family", "validation_guidance"} <= set(changed)
+    assert not {"peft_lora_target_modules", "model_flavour", "lora_rank"} & set(changed)
 
 
 def test_log_tells_the_noise_bands_apart_and_holds_memory(finished: TinyRun) -> None:
@@ -128,7 +135,7 @@ def test_page_of_a_run_in_progress_says_so_and_of_a_stopped_one_too(
         return save(trainer)
 
     monkeypatch.setattr(Trainer, "save_checkpoint", stop_after_two)
-    monkeypatch.setattr(writer, "LARGEST_SHARE", 1e9)  # never too often
+    monkeypatch.setattr(writer, "LARGEST_SHARE", math.inf)  # never too often
     assert run.run(checkpoint_step_interval=1, train_batch_size=1) == 75
     assert "running at step 0 of 4" in seen[0]
     assert "running at step 1 of 4" in seen[1]

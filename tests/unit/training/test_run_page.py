@@ -31,7 +31,7 @@ from simpletuner.helpers.training.run_page.markup import (
     without_secrets,
 )
 from simpletuner.helpers.training.run_page.page import write_page
-from simpletuner.helpers.training.run_page.series import read_log, smoothed, thinned
+from simpletuner.helpers.training.run_page.series import Points, read_log, smoothed, thinned
 from simpletuner.helpers.training.run_page.writer import RunPage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -90,6 +90,9 @@ def test_log_is_read_past_a_torn_line_and_without_newer_fields(tmp_path: Path) -
         (0.0, 1e-4, [0, 2.5e-5, 5e-5, 7.5e-5, 1e-4]),
         (5.0, 5.0, [2, 4, 6, 8]),
         (0.0, 0.0, [-0.5, -0.25, 0, 0.25, 0.5]),
+        (5.0, math.nextafter(5.0, 6.0), [2, 4, 6, 8]),
+        (-5.0, math.nextafter(-5.0, 0.0), [-8, -6, -4, -2]),
+        (100_000.0, 100_004.0, [100_000, 100_001, 100_002, 100_003, 100_004]),
     ],
 )
 def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: list[float]) -> None:
@@ -104,11 +107,28 @@ def test_one_spike_does_not_flatten_the_loss() -> None:
     assert float(re.findall(r">([\d.k]+)</span>", side)[-1]) < 10
 
 
+def test_rare_value_of_a_firm_curve_is_shown() -> None:
+    timesteps = np.arange(1001.0)
+    ranks = np.where(timesteps == 0, 16.0, 15.0)
+    figure = drawn(Chart("Open ranks", [Curve("open ranks", Points(timesteps, ranks, ranks, ranks))]))
+    assert re.search(r'class="line c1" d="M0.0 0.0L', figure), "at the top, where the axis says 16"
+    assert ">16</span>" in figure
+
+
 def test_chart_of_one_step_shows_a_line() -> None:
     one = np.array([1.0])
     assert re.search(
         r'class="line c1" d="M0.0 [\d.]+h1000"', drawn(Chart("Loss", [Curve("x", thinned(one, one))]))
     )
+
+
+def test_chart_of_equal_values_is_drawn_although_their_running_mean_is_off_in_the_last_bit() -> None:
+    values = np.full(3, 0.9351295249095365)
+    steps, means = np.arange(1.0, 4.0), smoothed(values)
+    assert 0 < np.abs(means - values).max() < 1e-15
+    each = Curve("each step", thinned(steps, values), is_faint=True)
+    figure = drawn(Chart("Loss", [each, Curve("smoothed", thinned(steps, means))]))
+    assert re.search(r'class="line c1" d="M0.0 (\d+\.\d)L500.0 \1L1000.0 \1"', figure)
 
 
 def test_chart_without_a_value_is_left_out() -> None:
@@ -209,7 +229,7 @@ def test_course_holds_the_numbers_of_the_log(html: str) -> None:
 def test_data_sheet_tells_what_is_trained_on_and_what_is_not(html: str) -> None:
     text = " ".join(Page(html).text.split())
     for words in (
-        "6 images have one, 5 differ, 1 have none",
+        "6 of 7 images, 5 distinct texts",
         "64x64 to 640x480",
         "3 x each image",
         "and 1 more",
@@ -265,6 +285,22 @@ def test_folder_of_an_earlier_version_still_has_a_page(tmp_path: Path) -> None:
         "prompt, step 3, 32x32, seed 1",
     ]
     assert "Loss by noise level" not in html
+
+
+def test_steps_that_took_no_time_by_a_coarse_clock_have_a_page_without_a_speed(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    lines = [record(step) | {"seconds": 0.0} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with np.errstate(all="raise"):
+        text = " ".join(Page(write_page(tmp_path).read_text()).text.split())
+    assert "time in steps0.0 s" in text
+    assert "samples/s" not in text
+
+
+def test_log_that_names_nothing_but_steps_has_a_page(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "running at step 1 of 100" in write_page(tmp_path, state="running").read_text()
 
 
 def test_run_that_took_no_step_yet_has_a_page(tmp_path: Path) -> None:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from simpletuner.helpers.training.run_page.markup import data_block, escaped, note, number
-from simpletuner.helpers.training.run_page.series import Floats, Points
+from simpletuner.helpers.training.run_page.series import Points
 
 WIDTH, HEIGHT = 1000, 400
-# What lies beyond these shares of the values is cut off: one spike must not flatten the rest.
+# Of faint values, what lies beyond these shares is cut off: one spike must not flatten the rest.
 CUT_SHARES = (0.5, 99.5)
+# Values that differ by less, as a share of the largest, are one value: labels have six digits, and a running
+# mean of equal numbers is off in its last bit.
+LEAST_SPAN = 1e-5
 # A label further to the right than this ends where its tick is, so that it does not stand out.
 LAST_PLACE = 0.96
 
@@ -73,9 +76,10 @@ def drawn(chart: Chart) -> str:
 
 def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
     """Round numbers at even distances, the first at or below `low` and the last at or above `high`."""
-    span = high - low
-    if span <= 0 or not math.isfinite(span):
-        low, span = low - (abs(low) or 1.0) / 2, abs(low) or 1.0
+    span, largest = high - low, max(abs(low), abs(high))
+    if not LEAST_SPAN * largest < span < math.inf:
+        span = largest or 1.0
+        low -= span / 2
         high = low + span
     power = 10.0 ** math.floor(math.log10(span / wanted))
     size = next(power * factor for factor in (1, 2, 2.5, 5, 10) if span / (power * factor) <= wanted + 0.5)
@@ -102,19 +106,13 @@ class _Frame:
 
 def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
     """The values that are shown: all of those drawn firmly, and of the faint ones all but the outliers."""
-    firm = np.concatenate([curve.points.means for curve in curves if not curve.is_faint] or [np.array([])])
-    faint = [curve.points.means for curve in curves if curve.is_faint]
-    ranges = [curve.points.highs for curve in curves if curve.is_faint]
-    lows = _inner(np.concatenate([firm, *faint]))
-    highs = _inner(np.concatenate([firm, *ranges]))
-    low = min(lows[0], highs[0])
-    high = max(lows[1], highs[1])
+    ends: list[float] = []
+    for points, is_faint in ((curve.points, curve.is_faint) for curve in curves):
+        for values in (points.means, points.highs) if is_faint else (points.means,):
+            shares = CUT_SHARES if is_faint else (0, 100)
+            ends += np.percentile(values[np.isfinite(values)], shares).tolist()
+    low, high = min(ends), max(ends)
     return (0.0 if from_zero or 0 < low < 0.4 * high else low), high
-
-
-def _inner(values: Floats) -> tuple[float, float]:
-    low, high = np.percentile(values[np.isfinite(values)], CUT_SHARES)
-    return float(low), float(high)
 
 
 def _paths(curve: Curve, frame: _Frame, *, is_stepped: bool) -> str:

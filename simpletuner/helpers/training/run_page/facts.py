@@ -14,6 +14,7 @@ from simpletuner import __version__
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.base import Section
 from simpletuner.helpers.configuration.problems import without
+from simpletuner.helpers.configuration.rules import family_defaults
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.datasets import DatasetConfig
     from simpletuner.helpers.configuration.sections import RunConfig
-    from simpletuner.helpers.contracts import Sample
+    from simpletuner.helpers.contracts import FamilyFacts, Sample
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.training.trainer import Trainer
     from simpletuner.helpers.training.validation import Validation
@@ -47,7 +48,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
     facts = {
         "version": 1,
         "max_steps": trainer.max_steps,
-        "changed_keys": changed_keys(config),
+        "changed_keys": changed_keys(config, trainer.family.facts),
         "adapter": _adapter(trainer.adapter),
         "datasets": [_dataset(each, trainer.data) for each in config.datasets],
         "environment": _environment(trainer.accelerator.device, trainer.accelerator.num_processes),
@@ -57,10 +58,12 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
     return dict(hidden)
 
 
-def changed_keys(config: RunConfig) -> list[str]:
-    """The keys of config.json whose value is not the default."""
+def changed_keys(config: RunConfig, facts: FamilyFacts) -> list[str]:
+    """The keys of config.json whose value is neither the default nor what the family puts in its place."""
+    own = family_defaults({}, facts)
     sections = [section for _, section in config if isinstance(section, Section)]
-    return sorted({key for section in sections for key in _changed(section) if key in config.resolved()})
+    changed = {key for section in sections for key in _changed(section, own)}
+    return sorted(changed & config.resolved().keys())
 
 
 def rank_course(schedule: Mapping[str, object]) -> list[tuple[int, int]]:
@@ -74,11 +77,11 @@ def rank_course(schedule: Mapping[str, object]) -> list[tuple[int, int]]:
     ]
 
 
-def _changed(section: Section) -> Iterable[str]:
+def _changed(section: Section, own: Mapping[str, object]) -> Iterable[str]:
     values = dict(section)
     for name, field in type(section).model_fields.items():
         default = field.get_default(call_default_factory=True, validated_data=values)
-        if field.is_required() or values[name] != default:
+        if field.is_required() or values[name] not in (default, own.get(name, default)):
             yield name
 
 

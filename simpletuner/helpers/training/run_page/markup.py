@@ -54,7 +54,7 @@ def disclosure(summary: str, content: str) -> str:
 def facts_list(facts: Iterable[tuple[str, object]]) -> str:
     """Names and values; those without a value are left out."""
     rows = [
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>"
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value).replace('/', '/<wbr>')}</dd></div>"
         for name, value in facts
         if value not in (None, "")
     ]

@@ -57,14 +57,13 @@ def datasets(run: RunFolder) -> str:
 
 def configuration(run: RunFolder) -> str:
     """The keys that differ from their default, then all others, then the nested files."""
-    plain = {key: value for key, value in sorted(run.config.items()) if not isinstance(value, dict | list)}
-    plain |= {
-        key: ", ".join(map(str, value))
-        for key, value in run.config.items()
-        if isinstance(value, list) and key != "data_backend_config"
-    }
     nested = {
         key: value for key, value in run.config.items() if key in ("lycoris_config", "data_backend_config")
+    }
+    plain = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in sorted(run.config.items())
+        if key not in nested and not isinstance(value, dict)
     }
     changed = run.facts.get("changed_keys")
     blocks = []
@@ -115,7 +114,7 @@ def _headline(run: RunFolder) -> str:
     facts = [
         ("loss, smoothed", number(float(losses[-1]))),
         ("samples seen", number(float(samples[-1]))),
-        ("epochs", int(log.column("epoch")[-1]) + 1),
+        ("epochs", number(float(log.column("epoch")[-1]) + 1)),
         ("time in steps", duration(float(np.nansum(seconds)))),
         ("speed", f"{number(per_step / per_step_s)} samples/s" if per_step_s else None),
         ("peak memory", _mib(peak.get("memory_mib"))),
@@ -163,9 +162,9 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 def _captions_in_words(known: Mapping[str, Any]) -> str | None:
     if "images" not in known:
         return None
-    missing = known["without_caption"]
-    texts = f"{known['images'] - missing} images have one, {known['distinct_captions']} differ"
-    return f"{texts}, {missing} have none" if missing else texts
+    with_one = known["images"] - known["without_caption"]
+    texts = counted(known["distinct_captions"], "distinct text")
+    return f"{with_one:,} of {counted(known['images'], 'image')}, {texts}"
 
 
 def _buckets(buckets: Mapping[str, int]) -> str:
