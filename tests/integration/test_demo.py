@@ -15,6 +15,7 @@ from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.training.pictures import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 
+pytestmark = pytest.mark.timeout(900)  # two runs, on a machine that may be busy
 STEPS = 40
 """Instead of the demo's own number, for both runs."""
 
@@ -28,7 +29,7 @@ def run_demo(repository: Path, folder: Path) -> subprocess.CompletedProcess[str]
             shorter = json.loads((folder / "config" / file).read_text()) | {"max_train_steps": STEPS}
             (folder / "config" / file).write_text(json.dumps(shorter))
     command = [sys.executable, "-m", "simpletuner.train"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=840, check=False)
 
 
 @pytest.fixture(scope="module")

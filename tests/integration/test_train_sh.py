@@ -152,8 +152,8 @@ def checkout(tmp_path: Path, repository: Path) -> Checkout:
     return Checkout(root, environment, notes, temporary)
 
 
-def _wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)
@@ -272,7 +272,7 @@ def test_a_signal_to_one_process_ends_with_code_75(checkout: Checkout, number: s
     process = checkout.start(trainer="wait")
     _wait_until(checkout.started)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=60)
     assert process.returncode == 75
     assert checkout.saved()
     assert checkout.recorded_code() == 75
@@ -314,7 +314,7 @@ def test_a_signal_before_the_processes_start_ends_with_code_75_and_leaves_none_b
     process.communicate(timeout=60)
     assert process.returncode == 75
     assert not checkout.saved()
-    _wait_until(lambda: not _session_of(process.pid), seconds=10)
+    _wait_until(lambda: not _session_of(process.pid))
     assert not list(checkout.temporary.glob("simpletuner.*"))
 
 

@@ -13,6 +13,7 @@ from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
 CAPTION_SUFFIX = ".txt"
+_SUFFIXES = (*sorted(IMAGE_SUFFIXES), CAPTION_SUFFIX)
 MAX_FILE_BYTES = 256 << 20
 
 
@@ -30,11 +31,17 @@ class Skipped:
 class FoundFile:
     """A regular file in a dataset's folder, with what tells whether it changed."""
 
-    path: Path
+    folder: Path
+    """The dataset's, links resolved."""
     name: str
     """Relative to the dataset's folder with forward slashes, as the file system gives it."""
     signature: tuple[int, int, int, int]
     """(bytes, modification time, status change time, inode); times in nanoseconds."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies; made on request, since that is half the work of a scan."""
+        return self.folder / self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +68,11 @@ def scan_folder(folder: Path) -> Scan:
     images: list[FoundFile] = []
     captions: dict[str, list[FoundFile]] = {}
     skipped: list[tuple[str, str]] = []
-    for name, found in sorted(_walk(root), key=lambda entry: entry[0].split("/")):
-        stem, suffix = os.path.splitext(name)
+    for name, found in sorted(_walk(root), key=_by_folder):
         if isinstance(found, str):
             skipped.append((name, found))
-        elif suffix.lower() == CAPTION_SUFFIX:
-            captions.setdefault(stem, []).append(found)
+        elif name.lower().endswith(CAPTION_SUFFIX):
+            captions.setdefault(name[: -len(CAPTION_SUFFIX)], []).append(found)
         else:
             images.append(found)
     texts = {stem: tuple(files) for stem, files in captions.items()}
@@ -115,15 +121,15 @@ def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(name + "/")
-            elif _matters(entry.name):
+            elif name.lower().endswith(_SUFFIXES):
                 yield name, _file_or_reason(root, entry, name)
             elif entry.is_symlink() and _is_folder(entry):
                 yield name, "it is a link to a folder"
 
 
-def _matters(name: str) -> bool:
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix in IMAGE_SUFFIXES or suffix == CAPTION_SUFFIX
+def _by_folder(entry: tuple[str, FoundFile | str]) -> str:
+    """Sorts names as lists of their parts would be: no name holds a zero, and it comes before all else."""
+    return entry[0].replace("/", "\0")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -143,4 +149,4 @@ def _file_or_reason(root: Path, entry: os.DirEntry[str], name: str) -> FoundFile
     if not stat.S_ISREG(facts.st_mode):
         return "it is not a regular file"
     signature = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
-    return FoundFile(path=Path(entry.path), name=name, signature=signature)
+    return FoundFile(folder=root, name=name, signature=signature)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from time import perf_counter
+from time import process_time
 
 import numpy as np
 import pytest
@@ -106,6 +106,6 @@ def test_shuffled_is_uniform_enough() -> None:
 @pytest.mark.parametrize("index", [0, 999_999, 10**12])
 def test_a_far_place_among_a_million_samples_is_found_within_a_second(index: int) -> None:
     order = sampler([10**6], batch_size=1)
-    started = perf_counter()
+    started = process_time()
     order.draw(index)
-    assert perf_counter() - started < 1.0
+    assert process_time() - started < 1.0
