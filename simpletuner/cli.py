@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from simpletuner import __version__, train
+from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.models import registry
@@ -37,6 +38,7 @@ SAMPLE_OPTIONS = {
     "validation_resolution": "--size",
     "validation_num_inference_steps": "--steps",
     "validation_guidance": "--guidance",
+    "validation_guidance_real": "--guidance-real",
     "validation_seed": "--seed",
     "num_validation_images": "--count",
     "validation_noise_scheduler": "--scheduler",
@@ -52,6 +54,9 @@ app = typer.Typer(
 
 benchmark_app = typer.Typer(no_args_is_help=True, help="Measure on this machine.")
 app.add_typer(benchmark_app, name="benchmark")
+
+examples_app = typer.Typer(no_args_is_help=True, help="Configurations to start from.")
+app.add_typer(examples_app, name="examples")
 
 
 @app.command("train", context_settings=TAKES_OVERRIDES)
@@ -85,7 +90,12 @@ def sample_command(
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to lead away from.")] = "",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
-    guidance: Annotated[float, typer.Option("--guidance", help="1 or below is no guidance.")] = 7.5,
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="1 or below is no guidance; default: the family's.")
+    ] = None,
+    guidance_real: Annotated[
+        float, typer.Option("--guidance-real", help="By a second pass, where the family has one.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the first picture; the others count up.")] = 0,
     count: Annotated[int, typer.Option("--count", help="Pictures per prompt and size.")] = 1,
     strength: Annotated[float, typer.Option("--strength", help="0 is the base model.")] = 1.0,
@@ -115,6 +125,7 @@ def sample_command(
             validation_resolution=size,
             validation_num_inference_steps=steps,
             validation_guidance=guidance,
+            validation_guidance_real=guidance_real,
             validation_seed=seed,
             num_validation_images=count,
             validation_lycoris_strength=strength,
@@ -206,6 +217,27 @@ def benchmark_tlora(
     workplace = workplace_for(output, size=size)
     compare(workplace, workers=workers)
     print(publish(workplace))
+
+
+@examples_app.command("list")
+def examples_list() -> None:
+    """Print the name of every example and what it is."""
+    for name, what in examples().items():
+        print(f"{name:24}{what}")
+
+
+@examples_app.command("copy")
+def examples_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The example's name.")],
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where to; default: config/NAME.", show_default=False),
+    ] = None,
+) -> None:
+    """Copy an example to a folder of your own; nothing that is there is overwritten."""
+    config = copy_example(name, folder)
+    print(f"{config}: set output_dir there, and instance_data_dir in the dataset json beside it.")
+    print(f"Then check it: simpletuner validate --config {config}")
 
 
 @app.command("config-reference")

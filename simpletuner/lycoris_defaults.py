@@ -41,7 +41,7 @@ _DEFAULTS: Mapping[str, dict[str, object]] = {
     "lokr": _plain("lokr", dim=_LOKR_WHOLE, alpha=1.0, factor=16),
     "full": _plain("full", dim=1, alpha=1.0),
     "diag-oft": _plain("diag-oft", dim=8, alpha=1.0, constraint=0.0, rescaled=False),
-    "boft": _plain("boft", dim=8, alpha=1.0, constraint=0.0, rescaled=False),
+    "boft": _plain("boft", dim=10, alpha=1.0, constraint=0.0, rescaled=False),
     "ia3": _plain("ia3", dim=1, alpha=1.0, train_on_input=False),
     "glora": _plain("glora", dim=8, alpha=8.0),
     "dylora": _plain("dylora", dim=16, alpha=16.0, block_size=4),

@@ -40,6 +40,18 @@ class TargetAlias:
 
 
 @dataclass(frozen=True, slots=True)
+class OriginalRows:
+    """Which rows of a layer of the original checkpoint a layer of the denoiser is; all of them by default."""
+
+    name: str
+    """Of the original layer, with dots."""
+    pieces: tuple[int, ...] = (0,)
+    """Where this layer's rows are, in their order, among equal pieces of the original's rows."""
+    num_pieces: int = 1
+    """Into how many pieces the original's rows are cut."""
+
+
+@dataclass(frozen=True, slots=True)
 class FamilyFacts:
     """Plain data about a family, readable without torch, so that a configuration is checked early."""
 
@@ -60,10 +72,24 @@ class FamilyFacts:
     denoiser_name: str = "unet"
     """Folder of the denoiser in the diffusers layout, and the prefix of its keys in LoRA files."""
     num_train_timesteps: int = 1000
+    num_text_encoders: int = 1
+    own_keys: frozenset[str] = frozenset()
+    """Keys of config.json that are about models of this kind; to a family that does not list them they mean
+    nothing."""
+    samplers: tuple[str, ...] = ()
+    """Sampling schedulers that validation can use."""
+    default_guidance: float = 7.5
+    """Guidance scale of pictures when none is given."""
+    problems: Callable[[Mapping[str, object]], Mapping[str, str]] | None = None
+    """Values of the keys about model, noise and pictures -> key -> what is wrong with it for this family."""
+    lora_presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name of a preset -> PEFT target module names."""
+    lora_preset_key: str | None = None
+    """The key of config.json that names a preset; None when the family has none."""
     target_aliases: Mapping[str, TargetAlias] = field(default_factory=dict)
-    original_name: Callable[[str], str] | None = None
-    """A denoiser layer's path in diffusers -> in the original checkpoint, which other tools go by;
-    raises ValueError for a path that the model has not."""
+    original_name: Callable[[str], str | OriginalRows] | None = None
+    """A denoiser layer's path in diffusers -> in the original checkpoint, which other tools go by, with its
+    rows where the original joins several layers; raises ValueError for a path that the model has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +146,14 @@ class Noised:
     target: Tensor
     """[B, C, H, W] float32."""
     timesteps: tuple[int, ...]
-    """B values in [0, T], known on the host; the rank mask and the denoiser are both given these."""
+    """B values in [0, T], known on the host; the rank mask and a diffusion denoiser are both given these."""
     weight: Tensor
     """[B] float32, the loss weight of each sample."""
+    sigmas: tuple[float, ...] | None = None
+    """B noise levels in [0, 1], float32 values known on the host, that a flow-matching denoiser is given and
+    that the timesteps were made from; None for diffusion."""
+    guidance: tuple[float, ...] | None = None
+    """B guidance scales for a denoiser that is told one; None when it is not."""
 
 
 @dataclass(frozen=True, slots=True)

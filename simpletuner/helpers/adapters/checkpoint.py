@@ -29,6 +29,7 @@ PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores ca
 MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WHOLE = (torch.int64, torch.int32)
+NUMBERS = (".alpha", ".on_input")  # single ones, which may be whole
 MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # evenly spaced values of a layer
@@ -107,10 +108,10 @@ def _refuse_strange(path: Path, tensors: Mapping[str, Tensor]) -> None:
         shape = tuple(tensor.shape)
         if not key.isprintable() or "/" in key or "\\" in key:
             raise AdapterError(f"{path}: {key[:80]!a} is no name of an adapter's tensor.")
-        is_alpha = key.endswith(".alpha")
-        if is_alpha and tensor.numel() != 1:
+        is_number = key.endswith(NUMBERS)
+        if is_number and tensor.numel() != 1:
             raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
-        if tensor.dtype not in (*DTYPES, *(WHOLE if is_alpha else ())):
+        if tensor.dtype not in (*DTYPES, *(WHOLE if is_number else ())):
             found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
             raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
         if tensor.numel() == 0 or (tensor.ndim < 2 and key.endswith(MATRICES)):

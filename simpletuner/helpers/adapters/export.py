@@ -12,12 +12,21 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.description import Description
-from simpletuner.helpers.adapters.layouts import Layout, header_of, tensors_of
+from simpletuner.helpers.adapters.layouts import (
+    DOWN_KEYS,
+    Layout,
+    Places,
+    common_scales,
+    header_of,
+    places_of,
+    tensors_of,
+)
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.plain import PlainLayer, errors_by_rank, exact, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
@@ -66,8 +75,8 @@ class Exported:
     """First and last timestep that it is for; None for all."""
     open_rank: int
     """Rank that it fixes, of the network; layers of another rank follow with theirs."""
-    ranks: tuple[int, int]
-    """Smallest and largest rank of a written layer."""
+    ranks: Sequence[int]
+    """Of each written layer; a layout may join several of the adapter's to one."""
     errors: Mapping[str, float]
     """Path of a layer -> its error, relative to the live layer at that rank, rounding included."""
     band_error: float | None
@@ -80,10 +89,11 @@ class Exported:
 
     def summary(self) -> str:
         """What was written, on one line."""
-        low, high = self.ranks
+        low, high = min(self.ranks), max(self.ranks)
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        joined = f", joined from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
         parts = [
-            f"{self.file}: {len(self.errors)} layers of {ranks}, {self.open_rank} open",
+            f"{self.file}: {len(self.ranks)} layers of {ranks}, {self.open_rank} open{joined}",
             f"error {fmean(self.errors.values()):.1e} on average, "
             f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
         ]
@@ -134,9 +144,10 @@ def export_adapter(
     if name not in families:
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
-    written = []
+    places, written = places_of(source.layers, options.layout, families[name]), []
     for cut in _cuts(source, options):
-        layers, exported = _fixed(source, cut, options)
+        layers, band_error = _fixed(source, cut, options, places=places)
+        tensors = tensors_of(layers, options.layout, places)
         facts = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
             "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
@@ -145,8 +156,16 @@ def export_adapter(
             facts["timesteps"] = json.dumps(cut.band)
         facts |= header_of(layers, options.layout, families[name])
         target = _file_name(output, cut.band)
-        checkpoint.write(target, tensors_of(layers, options.layout, families[name]), metadata=facts)
-        written.append(replace(exported, file=target))
+        checkpoint.write(target, tensors, metadata=facts)
+        exported = Exported(
+            file=target,
+            timesteps=cut.band,
+            open_rank=cut.rank,
+            ranks=[tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN_KEYS)],
+            errors={layer.path: layer.error for layer in layers},
+            band_error=band_error,
+        )
+        written.append(exported)
     return written
 
 
@@ -221,7 +240,9 @@ def _peft_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:
         if not key.endswith(".lora_A.weight"):
             raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
-        alpha = torch.tensor(float(config.get(f"{prefix}.lora_alpha", down.shape[0])))
+        own = config.get(f"{prefix}.alpha_pattern") or {}
+        common = config.get(f"{prefix}.lora_alpha", down.shape[0])
+        alpha = torch.tensor(float(own.get(get_pattern_key(list(own), path), common)))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
         layers[path] = StoredLayer(key, parts, Description("vanilla", "last", None))
     return layers
@@ -295,22 +316,18 @@ def _cuts(source: Source, options: ExportOptions) -> list[_Cut]:
     return [_Cut(rank)]
 
 
-def _fixed(source: Source, cut: _Cut, options: ExportOptions) -> tuple[list[PlainLayer], Exported]:
+def _fixed(
+    source: Source, cut: _Cut, options: ExportOptions, *, places: Places
+) -> tuple[list[PlainLayer], float | None]:
+    """The layers of one file, and the largest error within its band."""
     make, dtype = FORMS[options.form], DTYPES[options.dtype]
+    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, places)
     layers, band_errors = [], []
     for path, stored in source.layers.items():
-        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype)
+        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype, scale=scales[path])
         layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
         band_errors.append(cut.worst_within(stored, layer, source))
-    exported = Exported(
-        file=Path(),
-        timesteps=cut.band,
-        open_rank=cut.rank,
-        ranks=(min(layer.rank for layer in layers), max(layer.rank for layer in layers)),
-        errors={layer.path: layer.error for layer in layers},
-        band_error=max((error for error in band_errors if error is not None), default=None),
-    )
-    return layers, exported
+    return layers, max((error for error in band_errors if error is not None), default=None)
 
 
 def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:

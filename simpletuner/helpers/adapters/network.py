@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from lycoris import create_lycoris_from_weights
-from lycoris.logging import logger as lycoris_logger
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import checkpoint, foreign, mask, targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
+from simpletuner.helpers.adapters.creation import Recipe, quiet_lycoris
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.sharding import spread, whole
@@ -36,11 +36,20 @@ def attach_adapter(
     lycoris: LycorisConfig | None,
     facts: FamilyFacts,
     seed: int,
+    weight_hashes: Mapping[str, str] | None = None,
 ) -> Adapter:
     """Attach a new adapter to a frozen denoiser, at zero effect unless `init_lora` names a file.
 
+    Args:
+        denoiser: What is adapted.
+        config: Kind of adapter, and the file to start from.
+        lycoris: The LyCORIS network; None for PEFT LoRA.
+        facts: What the layers are called in this family.
+        seed: Of the factors' start.
+        weight_hashes: Name of a weight -> its identity before it was quantised.
+
     Raises:
-        ConfigError: A target matches nothing, or the rank is above a layer's size.
+        ConfigError: A target matches nothing, or the algorithm cannot be made for a layer.
         AdapterError: The file to start from does not fit.
     """
     adapter: Adapter
@@ -48,6 +57,7 @@ def attach_adapter(
         adapter = PeftAdapter(denoiser, config, facts=facts, seed=seed)
     else:
         adapter = LycorisAdapter.create(denoiser, lycoris, facts=facts, seed=seed)
+        adapter.note_base(weight_hashes or {})
     if config.init_lora is not None:
         adapter.start_from(config.init_lora)
     return adapter
@@ -85,7 +95,7 @@ def _network_on(denoiser: nn.Module, file: checkpoint.AdapterFile) -> LycorisNet
         if foreign.is_released(tensors):
             tensors = foreign.converted(tensors)
         names = {key.split(".")[0] for key in tensors}
-        with _quiet_lycoris():
+        with quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
     except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{file.path}: {error}") from error
@@ -151,9 +161,9 @@ class LycorisAdapter(Adapter):
         """A new network on a denoiser, as the user's lycoris json describes it.
 
         Raises:
-            ConfigError: A target matches nothing, or the rank is above a layer's size.
+            ConfigError: A target matches nothing, or the algorithm cannot be made for a layer.
         """
-        preset = targets.translate(
+        wanted = targets.translate(
             config.apply_preset.model_dump(exclude_none=True), aliases=facts.target_aliases
         )
         schedule = RankSchedule(
@@ -163,34 +173,24 @@ class LycorisAdapter(Adapter):
             num_timesteps=facts.num_train_timesteps,
             kind=config.tlora_schedule,
         )
-        extra = dict(config.extra)
-        with targets.preset_in_force(preset), _quiet_lycoris(), torch.random.fork_rng():
-            torch.manual_seed(seed)  # stock algorithms draw their start from the global generator
-            network = LycorisNetwork(
-                denoiser,
-                multiplier=config.multiplier,
-                lora_dim=config.linear_dim,
-                conv_lora_dim=extra.pop("conv_dim", config.linear_dim),
-                alpha=config.linear_alpha,
-                conv_alpha=extra.pop("conv_alpha", config.linear_alpha),
-                network_module=config.algo,
-                warn_on_unmatched=False,
-                tlora_init=config.tlora_init,
-                sig_type=config.sig_type,
-                schedule=schedule,
-                seed=seed,
-                **extra,
-            )
-        targets.check_matches(preset, denoiser, adapted=[module.org_module[0] for module in network.loras])
+        recipe = Recipe(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
+        network = recipe.network(targets.resolve(wanted, denoiser))
+        targets.check_matches(wanted, denoiser, adapted=[module.org_module[0] for module in network.loras])
         return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
 
+    def note_base(self, weight_hashes: Mapping[str, str]) -> None:
+        """Say in the adapter's file that the base weights are these, whatever has become of them since."""
+        for name, path in self._paths.items():
+            if (key := f"{path}.weight") in weight_hashes:
+                self.base_hashes[name] = weight_hashes[key]
+
     def _attach(self) -> None:
+        stock = [module for module in self.network.loras if not isinstance(module, TLoraLayer)]
+        for module in stock:
+            layer = module.org_module[0]
+            module.to(device=layer.weight.device, dtype=torch.float32).train(layer.training)
         self.network.apply_to()
-        for module in self.network.loras:
-            if not isinstance(module, TLoraLayer):
-                layer = module.org_module[0]
-                module.to(device=layer.weight.device, dtype=torch.float32)
-                self._attachments.append(Attachment(layer, module))
+        self._attachments.extend(Attachment(module.org_module[0], module) for module in stock)
 
     @property
     def tlora_config(self) -> dict[str, int | float | str] | None:
@@ -320,14 +320,3 @@ def _has_other_ranks(stored: checkpoint.AdapterFile) -> bool:
     """Whether the json that the adapter was trained with gives some layers a rank of their own."""
     preset = (stored.entry(checkpoint.LYCORIS_KEY) or {}).get("apply_preset")
     return isinstance(preset, dict) and bool(preset.get("module_algo_map") or preset.get("name_algo_map"))
-
-
-@contextmanager
-def _quiet_lycoris() -> Iterator[None]:
-    """Keep LyCORIS from printing a line per setting; what matters is checked and said here."""
-    level = lycoris_logger.level
-    lycoris_logger.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        lycoris_logger.setLevel(level)

@@ -50,7 +50,9 @@ class PeftAdapter(Adapter):
             except ValueError as error:  # PEFT found no layer, or one of a kind that it cannot adapt
                 message = no_match_message(wanted, denoiser, key="peft_lora_target_modules")
                 raise ConfigError(f"{message} PEFT says: {error}") from error
-        self.layers = [module for module in denoiser.modules() if isinstance(module, LoraLayer)]
+        layers = (module for module in denoiser.modules() if isinstance(module, LoraLayer))
+        # An adapter that was taken off leaves its wrappers behind, empty.
+        self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()

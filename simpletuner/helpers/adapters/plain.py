@@ -27,6 +27,8 @@ class PlainLayer:
     alpha: float
     error: float
     """Frobenius norm of what is missing, relative to that of the live layer's delta."""
+    folded: float = 1.0
+    """What `up` was multiplied by so that alpha / rank is the scale that was asked for."""
 
     @property
     def rank(self) -> int:
@@ -34,31 +36,42 @@ class PlainLayer:
         return self.down.shape[0]
 
 
-def exact(path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype) -> PlainLayer:
+def exact(
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+) -> PlainLayer:
     """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
 
     The factors are those of the differences. Written as [P lam, -P0 lam0] and [Q; Q0], two large products
     would be left to cancel, which bf16 cannot.
+
+    Args:
+        path: Of the layer.
+        layer: As it is in the file.
+        rank: r.
+        dtype: Of the factors.
+        scale: What alpha / rank is to be; None for the layer's own.
     """
     a, b = layer.branch(rank)
-    return _plain(path, layer, (a, b), live=(a, b), dtype=dtype)
+    return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
-def truncated(path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype) -> PlainLayer:
-    """The best approximation of rank r to the layer with its first r ranks open.
+def truncated(
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+) -> PlainLayer:
+    """The best approximation of rank r to the layer with its first r ranks open, else like `exact`.
 
     Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
     """
     a, b = layer.branch(rank)
     if a.shape[0] <= rank:
-        return _plain(path, layer, (a, b), live=(a, b), dtype=dtype)
+        return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
     left, left_core = torch.linalg.qr(b.double())
     right, right_core = torch.linalg.qr(a.double().flatten(1).T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T)
     root = values[:rank].sqrt()
     down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
     up = left @ u[:, :rank] * root
-    return _plain(path, layer, (down, up), live=(a, b), dtype=dtype)
+    return _plain(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
@@ -68,9 +81,9 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
         live: A [n, I, ...] and B [O, n].
         written: A' [m, I, ...] and B' [O, m].
     """
-    if all(map(torch.equal, live, written)):
-        return 0.0
     (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
+    if torch.equal(a, a2) and torch.equal(b, b2):
+        return 0.0
     if a.shape == a2.shape:  # one term for each factor's rounding: nothing large is left to cancel
         missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
     else:
@@ -85,7 +98,7 @@ def errors_by_rank(layer: StoredLayer, written: PlainLayer) -> list[float]:
     Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
     """
     a, b = (factor.double().flatten(1) for factor in layer.branch(layer.rank))
-    a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1)
+    a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1) / written.folded
     terms = a.shape[0] // layer.rank  # of a rank: its own and its base's
     table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
     shared = ((b.T @ b2) * (a @ a2.T)).sum(1).view(terms, layer.rank).sum(0)
@@ -96,17 +109,21 @@ def errors_by_rank(layer: StoredLayer, written: PlainLayer) -> list[float]:
 
 def _plain(
     path: str,
-    layer: StoredLayer,
     factors: tuple[Tensor, Tensor],
     *,
     live: tuple[Tensor, Tensor],
     dtype: torch.dtype,
+    scales: tuple[float, float | None],
 ) -> PlainLayer:
-    down, up = (factor.to(dtype) for factor in factors)
+    own, wanted = scales
+    scale = own if wanted is None else wanted
+    folded = own / scale
+    down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
     return PlainLayer(
         path=path,
         down=down.contiguous(),
         up=up.reshape(*up.shape, *(1,) * (down.ndim - 2)).contiguous(),
-        alpha=down.shape[0] * layer.scale,
-        error=relative_error(live, (down, up)),
+        alpha=down.shape[0] * scale,
+        error=relative_error((live[0], live[1].double() * folded), (down, up)),
+        folded=folded,
     )

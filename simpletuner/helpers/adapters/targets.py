@@ -1,11 +1,15 @@
-"""Which layers an adapter is for: the user's names, as the family means them, checked against the model."""
+"""Which layers an adapter is for: the user's names, as the family means them, checked against the model.
+
+A layer's path decides before the classes around it, and an inner class before an outer one.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any
@@ -19,20 +23,42 @@ from simpletuner.helpers.errors import ConfigError
 
 GENERIC_TARGETS = ("Attention", "FeedForward")
 
-Preset = dict[str, Any]
+Options = Mapping[str, Any]
+"""What differs for some layers: algo, dim, alpha and arguments of the algorithm, under LyCORIS's names."""
 
 
-def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) -> Preset:
-    """A complete LyCORIS preset from the user's `apply_preset`, generic names replaced by the family's own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """The user's `apply_preset` in the class names of a family."""
 
-    Every key is present, because LyCORIS keeps presets on a class and what is left out leaks from one network
-    to the next.
-    """
+    modules: Sequence[str]
+    names: Sequence[str]
+    excluded: Sequence[str]
+    module_options: Mapping[str, Options]
+    alias_options: Mapping[str, Options]
+    """Of the classes that stand for generic names, what a family says as patterns of paths."""
+    name_options: Mapping[str, Options]
+    uses_fnmatch: bool
+    enable_conv: bool
+
+    def first(self, path: str, patterns: Collection[str]) -> str | None:
+        """The pattern that decides for a path: the path itself, else the first that matches."""
+        if path in patterns:
+            return path
+        return next((pattern for pattern in patterns if self._matches(pattern, path)), None)
+
+    def _matches(self, pattern: str, path: str) -> bool:
+        return fnmatch(path, pattern) if self.uses_fnmatch else re.match(pattern, path) is not None
+
+
+def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) -> Targets:
+    """The user's `apply_preset`, generic names replaced by the family's own."""
     modules = list(preset.get("target_module") or [])
     names = list(preset.get("target_name") or [])
-    module_algos = dict(preset.get("module_algo_map") or {})
-    name_algos = dict(preset.get("name_algo_map") or {})
-    if not (modules or names or module_algos or name_algos):
+    module_options: dict[str, Options] = dict(preset.get("module_algo_map") or {})
+    name_options = dict(preset.get("name_algo_map") or {})
+    alias_options: dict[str, Options] = {}
+    if not (modules or names or module_options or name_options):
         modules = list(GENERIC_TARGETS)
     uses_fnmatch = bool(preset.get("use_fnmatch"))
     for generic, alias in aliases.items():
@@ -40,24 +66,24 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
         if generic in modules:
             modules = [name for name in modules if name != generic] + list(alias.modules)
             names += alias_names
-        if generic in module_algos:
-            options = module_algos.pop(generic)
-            module_algos |= dict.fromkeys(alias.modules, options)
-            name_algos |= dict.fromkeys(alias_names, options)
-    return {
-        "enable_conv": bool(preset.get("enable_conv", True)),
-        "target_module": list(dict.fromkeys(modules)),
-        "target_name": list(dict.fromkeys(names)),
+        if generic in module_options:
+            options: Options = module_options.pop(generic)
+            module_options |= dict.fromkeys(alias.modules, options)
+            alias_options |= dict.fromkeys(alias_names, options)
+    return Targets(
+        modules=modules,
+        names=names,
         # The layers of an adapter that is attached already are not the model's.
-        "exclude_name": [
+        excluded=[
             *(preset.get("exclude_name") or []),
             f"*{CHILD_PREFIX}*" if uses_fnmatch else f".*{CHILD_PREFIX}",
         ],
-        "module_algo_map": module_algos,
-        "name_algo_map": name_algos,
-        "use_fnmatch": uses_fnmatch,
-        "lora_prefix": "lycoris",
-    }
+        module_options=module_options,
+        alias_options=alias_options,
+        name_options=name_options,
+        uses_fnmatch=uses_fnmatch,
+        enable_conv=bool(preset.get("enable_conv", True)),
+    )
 
 
 def as_glob(pattern: str) -> str:
@@ -65,9 +91,55 @@ def as_glob(pattern: str) -> str:
     return pattern.replace(r"\d+", "*").replace(r"\.", ".").removesuffix("$")
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a module and those around it say of the layers in it."""
+
+    is_excluded: bool = False
+    options: Options | None = None
+    """None where no class around the layer is a target."""
+
+
+def resolve(targets: Targets, model: nn.Module) -> dict[str, Options]:
+    """Path of every module that is adapted if it is a layer -> what differs for it, in the model's order."""
+    places: dict[str, _Place] = {}
+    found: dict[str, Options] = {}
+    for path, module in model.named_modules():
+        around = places[path.rpartition(".")[0]] if path else _Place()
+        place = places[path] = _place_in(around, path, type(module).__name__, targets=targets)
+        options = _options_of(path, place, targets)
+        if path and options is not None and not place.is_excluded:
+            found[path] = options
+    return found
+
+
+def _place_in(around: _Place, path: str, kind: str, *, targets: Targets) -> _Place:
+    options = around.options
+    if kind in targets.module_options:
+        options = targets.module_options[kind]
+    elif options is None and kind in targets.modules:
+        options = {}
+    is_excluded = bool(path) and targets.first(path, targets.excluded) is not None
+    return _Place(around.is_excluded or is_excluded, options)
+
+
+def _options_of(path: str, place: _Place, targets: Targets) -> Options | None:
+    """What differs for a layer; None if nothing makes it a target."""
+    for patterns in (targets.name_options, targets.alias_options):
+        pattern = targets.first(path, patterns)
+        if pattern is not None:
+            return patterns[pattern]
+    is_named = place.options is None and targets.first(path, targets.names) is not None
+    return {} if is_named else place.options
+
+
 @contextmanager
-def preset_in_force(preset: Preset) -> Iterator[None]:
-    """Set LyCORIS's class-level preset while a network is created, and put back what was there."""
+def preset_in_force(layers: Mapping[str, Options], *, enable_conv: bool) -> Iterator[None]:
+    """Make LyCORIS adapt these layers by their paths while a network is created, each with its options.
+
+    LyCORIS keeps its preset on a class, where every key has to be set each time; what was there is put back.
+    Paths whose options are the same share one pattern, since LyCORIS tries every pattern on every module.
+    """
     before = {
         "enable_conv": LycorisNetwork.ENABLE_CONV,
         "target_module": LycorisNetwork.TARGET_REPLACE_MODULE,
@@ -78,18 +150,37 @@ def preset_in_force(preset: Preset) -> Iterator[None]:
         "use_fnmatch": LycorisNetwork.USE_FNMATCH,
         "lora_prefix": LycorisNetwork.LORA_PREFIX,
     }
-    LycorisNetwork.apply_preset(preset)
+    groups: dict[tuple[tuple[str, Any], ...], list[str]] = {}
+    for path, options in layers.items():
+        groups.setdefault(tuple(sorted(options.items())), []).append(path)
+    LycorisNetwork.apply_preset(
+        {
+            "enable_conv": enable_conv,
+            "target_module": [],
+            "target_name": [],
+            "exclude_name": [],
+            "module_algo_map": {},
+            "name_algo_map": {_pattern_of(paths): dict(options) for options, paths in groups.items()},
+            "use_fnmatch": False,
+            "lora_prefix": "lycoris",
+        }
+    )
     try:
         yield
     finally:
         LycorisNetwork.apply_preset(before)
 
 
-def check_matches(preset: Preset, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:
+def _pattern_of(paths: Iterable[str]) -> str:
+    return rf"(?:{'|'.join(map(re.escape, paths))})\Z"
+
+
+def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:
     """Refuse a target that adapts nothing.
 
     Raises:
-        ConfigError: A named class or pattern matches no layer; the message lists the model's own class names.
+        ConfigError: A named class or pattern matches no layer, and the message lists the model's own class
+            names; or others decide for every layer of a pattern of `name_algo_map`.
     """
     adapted_ids = {id(layer) for layer in adapted}
     classes: set[str] = set()
@@ -99,12 +190,21 @@ def check_matches(preset: Preset, model: nn.Module, *, adapted: Sequence[nn.Modu
             classes.add(type(module).__name__)
         if id(module) in adapted_ids:
             paths.append(path)
-    wanted_classes = {*preset["target_module"], *preset["module_algo_map"]}
-    wanted_names = {*preset["target_name"], *preset["name_algo_map"]}
+    wanted_classes = {*targets.modules, *targets.module_options}
+    wanted_names = {*targets.names, *targets.alias_options, *targets.name_options}
     idle = sorted(wanted_classes - classes)
-    idle += sorted(name for name in wanted_names if not any(_matches(name, path, preset) for path in paths))
+    idle += sorted(
+        name for name in wanted_names if all(targets.first(path, [name]) is None for path in paths)
+    )
     if idle or not adapted:
         raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model))
+    deciding = {targets.first(path, targets.name_options) for path in paths}
+    late = [name for name in targets.name_options if name not in deciding]
+    if late:
+        raise ConfigError(
+            f"apply_preset.name_algo_map: {', '.join(late)} decides for no layer, because earlier patterns "
+            "match all of its layers and the first one counts. Write it before them."
+        )
 
 
 def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply_preset") -> str:
@@ -123,9 +223,3 @@ def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply
         f"Classes with linear layers in this model: {available}. "
         f"{' and '.join(GENERIC_TARGETS)} mean this family's attention and feed-forward layers."
     )
-
-
-def _matches(pattern: str, path: str, preset: Preset) -> bool:
-    if pattern == path:
-        return True
-    return fnmatch(path, pattern) if preset["use_fnmatch"] else re.match(pattern, path) is not None

@@ -63,23 +63,20 @@ CONFIG_KEYS: Mapping[str, Unsupported] = MappingProxyType(
         ),
         **_group(
             "Remove it: it belongs to a model family that is not here.",
-            "pretrained_transformer_model_name_or_path pretrained_transformer_subfolder "
-            "pretrained_t5_model_name_or_path flux_lora_target flux_fast_schedule flux_guidance_mode "
-            "flux_guidance_value flux_guidance_min flux_guidance_max flux_attention_masked_training "
-            "sd3_t5_mask_behaviour sd3_t5_uncond_behaviour sd3_clip_uncond_behaviour t5_padding smoldit "
+            "flux_fast_schedule sd3_t5_mask_behaviour sd3_t5_uncond_behaviour sd3_clip_uncond_behaviour "
+            "t5_padding smoldit "
             "smoldit_config ltx_train_mode ltx_i2v_prob ltx_partial_noise_fraction ltx_protect_first_frame "
             "hidream_use_load_balancing_loss hidream_load_balancing_loss_weight acestep_lora_target "
-            "framerate validation_num_video_frames validation_guidance_real "
+            "framerate validation_num_video_frames "
             "validation_no_cfg_until_timestep validation_guidance_skip_layers "
             "validation_guidance_skip_layers_start validation_guidance_skip_layers_stop "
             "validation_guidance_skip_scale tokenizer_max_length unet_attention_slice refiner_training "
             "refiner_training_invert_schedule refiner_training_strength sdxl_refiner_uses_full_range",
         ),
         **_group(
-            "Remove it: no family here is trained by flow matching.",
-            "flow_matching_loss flow_sigmoid_scale flow_use_uniform_schedule flow_use_beta_schedule "
-            "flow_beta_schedule_alpha flow_beta_schedule_beta flow_schedule_shift flow_schedule_auto_shift "
-            "flow_custom_timesteps flow_timesteps_mode",
+            "Remove it: noise levels are drawn by the flow_ keys, and the target is the velocity.",
+            "flow_matching_loss flow_custom_timesteps flow_timesteps_mode",
+            harmless=("compatible", "diffusers"),
         ),
         **_group("Remove it: QKV projections stay apart, as adapters expect them.", "fuse_qkv_projections"),
         **_group(
@@ -137,10 +134,9 @@ CONFIG_KEYS: Mapping[str, Unsupported] = MappingProxyType(
         ),
         **_group(
             "Remove it: the model is held in the format of mixed_precision.",
-            "base_model_precision base_model_default_dtype quantize_via quantization_config "
-            "quantize_activations gradient_precision text_encoder_1_precision text_encoder_2_precision "
-            "text_encoder_3_precision text_encoder_4_precision vae_dtype upcast_attention",
-            harmless=("no_change", "unmodified", "default", "cpu", "accelerator", "pipeline"),
+            "base_model_default_dtype quantize_via quantization_config quantize_activations "
+            "gradient_precision vae_dtype upcast_attention",
+            harmless=("unmodified", "default", "cpu", "accelerator", "pipeline"),
         ),
         **_group(
             "Remove it: attention is torch's scaled_dot_product_attention.",
@@ -148,10 +144,13 @@ CONFIG_KEYS: Mapping[str, Unsupported] = MappingProxyType(
             harmless=("diffusers", "sdpa", "inference"),
         ),
         **_group(
-            "Remove it: VAE and text encoders are unloaded before the denoiser is loaded, and nothing else "
-            "moves.",
-            "keep_vae_loaded enable_group_offload group_offload_type "
-            "group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path "
+            "Remove it: no group is brought ahead of its turn, which the backward pass turns round.",
+            "group_offload_use_stream",
+        ),
+        **_group(
+            "Remove it: VAE and text encoders are unloaded before the denoiser is loaded, and "
+            "enable_group_offload keeps its blocks on the host.",
+            "keep_vae_loaded group_offload_to_disk_path "
             "group_offload_text_encoder group_offload_vae enable_model_cpu_offload musubi_blocks_to_swap "
             "musubi_block_swap_device ramtorch ramtorch_target_modules ramtorch_text_encoder ramtorch_vae "
             "vae_enable_patch_conv vae_enable_temporal_roll",

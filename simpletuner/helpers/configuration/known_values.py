@@ -14,6 +14,15 @@ _OPTIMIZERS = (
     "ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 optimum-adamw prodigy_plus came muon dion ranger8bit "
     "deepspeed-adamw"
 )
+_PRECISION_KEYS = (
+    "base_model_precision",
+    *(f"text_encoder_{number}_precision" for number in range(1, 5)),
+)
+_PRECISIONS = (
+    "int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int4-torchao fp4-bnb int8-bnb "
+    "nf4-sdnq int8-sdnq fp16 bf16 fp32"
+)
+_PRECISION_ADVICE = "Use int8-torchao, fp8-torchao or nf4-bnb, or no_change for what mixed_precision says."
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "optimizer": (_OPTIMIZERS, "Use adamw, or prodigy."),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
@@ -30,6 +39,7 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "crop_style": ("face", "Use center, random or corner."),
     "report_to": ("trackio all comet_ml swanlab custom-tracker", "Use wandb, tensorboard or none."),
     "mixed_precision": ("fp8 fp32", "Use bf16, fp16 or no, which is float32."),
+    **dict.fromkeys(_PRECISION_KEYS, (_PRECISIONS, _PRECISION_ADVICE)),
     "lora_init_type": ("loftq pissa_niter_16 corda eva orthogonal", "Use default, gaussian, olora or pissa."),
     "lora_type": ("singlora", "Use standard or lycoris."),
     "validation_noise_scheduler": (

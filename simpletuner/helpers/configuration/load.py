@@ -17,6 +17,7 @@ from simpletuner.helpers.configuration.dataset_file import DatasetFile, read_dat
 from simpletuner.helpers.configuration.layers import Given, Keys, from_command_line, from_file, layered
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.placeholders import Environment
 from simpletuner.helpers.configuration.problems import Problems
 from simpletuner.helpers.configuration.prompts import prompts_of, read_library
@@ -25,10 +26,7 @@ from simpletuner.helpers.configuration.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
-    ModelConfig,
-    NoiseConfig,
     OptimizerConfig,
-    PrecisionConfig,
     RunConfig,
     TrackingConfig,
     TrainingConfig,
@@ -158,9 +156,8 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
     if checkpoint.section is not None:
         names["output_dir"] = str(checkpoint.section.output_dir)
     model, adapter, data = make(ModelConfig), make(AdapterConfig), make(DataConfig)
-    validation = make(ValidationConfig)
     training, optimizer, noise = make(TrainingConfig), make(OptimizerConfig), make(NoiseConfig)
-    precision, tracking = make(PrecisionConfig), make(TrackingConfig)
+    precision, tracking, validation = make(PrecisionConfig), make(TrackingConfig), make(ValidationConfig)
 
     files = replace(files, place=replace(place, context=replace(place.context, names=names)))
     lycoris = _lycoris(adapter, files)
@@ -169,7 +166,12 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
     if facts is not None:
         if model.section is not None:
             rules.check_model(model.section, facts, place)
+        about_models = (model, adapter, training, noise, validation)
+        rules.check_family(about_models, facts, families=families, place=place)
+        rules.check_lora_preset(given, adapter, facts=facts, place=place)
         rules.check_format(adapter, lycoris, facts=facts, place=place)
+        rules.check_precision(precision, adapter, lycoris, facts=facts, place=place)
+        rules.check_offload(precision, training, validation, facts=facts, place=place)
         rules.check_alignment(data, facts, place)
         rules.check_pictures(validation, facts, place)
     folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import cast
 
@@ -168,7 +169,9 @@ def _families(families: Mapping[str, FamilyFacts]) -> str:
             f"`{name}`: resolution {facts.default_resolution}, aspect_bucket_alignment "
             f"{facts.pixel_alignment} (a multiple of {facts.minimum_alignment}), prediction_type "
             f"{_codes(facts.prediction_types)}, "
-            f"peft_lora_target_modules {_codes(facts.lora_targets)}.\n",
+            f"peft_lora_target_modules {_codes(_abbreviated(facts.lora_targets))}, "
+            f"validation_guidance {facts.default_guidance:g}.\n",
+            *_preset_lines(facts),
             "| model_flavour | repository |",
             "|---|---|",
             *(
@@ -178,6 +181,18 @@ def _families(families: Mapping[str, FamilyFacts]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _preset_lines(facts: FamilyFacts) -> list[str]:
+    if not facts.lora_presets:
+        return []
+    lines = [f"| {facts.lora_preset_key} | layers |", "|---|---|"]
+    return [*lines, *(f"| `{name}` | {_codes(layers)} |" for name, layers in facts.lora_presets.items()), ""]
+
+
+def _abbreviated(names: Iterable[str]) -> list[str]:
+    """The names, those that differ in the number of a block once, with N in its place."""
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
 
 
 def _algorithms() -> str:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from simpletuner.helpers.configuration.building import Built, Place
 from simpletuner.helpers.configuration.layers import Given
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.model_sections import ModelConfig, PrecisionConfig
 from simpletuner.helpers.configuration.problems import nearest
 from simpletuner.helpers.configuration.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
-    ModelConfig,
     RunConfig,
+    TrainingConfig,
     ValidationConfig,
 )
 from simpletuner.helpers.contracts import FamilyFacts, Size
@@ -23,6 +25,8 @@ _PIXELS_PER_MEGAPIXEL = 1_000_000
 _PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
 _NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
 """Arguments with which even those train more than two factors."""
+_READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
+"""Algorithms that compute with the base layer's weight, or whose bypass_mode does not run."""
 _CHANGE_THE_BASE = ("olora", "pissa")
 """Of lora_init_type: the adapter fits the base only after subtracting its start from it."""
 
@@ -50,7 +54,8 @@ def family_defaults(given: Mapping[str, Given], facts: FamilyFacts) -> dict[str,
     """What the family gives to keys that the user left out."""
     defaults: dict[str, object] = {
         "aspect_bucket_alignment": facts.pixel_alignment,
-        "peft_lora_target_modules": facts.lora_targets,
+        "peft_lora_target_modules": _preset_targets(given, facts) or facts.lora_targets,
+        "validation_guidance": facts.default_guidance,
     }
     in_area = "resolution_type" in given and given["resolution_type"].value == "area"
     edge = facts.default_resolution
@@ -75,6 +80,47 @@ def check_model(model: ModelConfig, facts: FamilyFacts, place: Place) -> None:
             "prediction_type",
             f"{place.problems.shown(model.prediction_type)}: {facts.name} predicts {allowed}.",
         )
+
+
+def check_family(
+    sections: Sequence[Built[Any]], facts: FamilyFacts, *, families: Mapping[str, FamilyFacts], place: Place
+) -> None:
+    """Keys that are about other kinds of models are not set, and the family agrees with the others."""
+    foreign = frozenset().union(*(each.own_keys for each in families.values())) - facts.own_keys
+    values: dict[str, object] = {}
+    for built in sections:
+        if built.section is None:
+            continue
+        defaults = {key: field.default for key, field in type(built.section).model_fields.items()}
+        values |= {key: value for key, value in built.section if key not in built.wrong}
+        for key in sorted(foreign & defaults.keys() - built.wrong):
+            if values[key] != defaults[key]:
+                place.add(key, f"means nothing to model_family {facts.name}. Remove it.")
+    for key, problem in (facts.problems(values) if facts.problems is not None else {}).items():
+        place.add(key, problem)
+
+
+def check_lora_preset(
+    given: Mapping[str, Given], adapter: Built[AdapterConfig], *, facts: FamilyFacts, place: Place
+) -> None:
+    """The set of layers that the user named is one of the family's, and the only choice of layers."""
+    key = facts.lora_preset_key
+    if key is None or key not in given or given[key].value is None:
+        return
+    found = given[key].value
+    if found not in facts.lora_presets:
+        hint = nearest(str(found), facts.lora_presets)
+        known = ", ".join(facts.lora_presets)
+        place.add(key, f"{place.problems.shown(found)}: must be one of {known}.{hint}")
+    elif adapter.section is not None:
+        modules = adapter.section.peft_lora_target_modules
+        if modules is not None and set(modules) != set(facts.lora_presets[str(found)]):
+            place.add(key, "names other layers than peft_lora_target_modules. Leave out one.")
+
+
+def _preset_targets(given: Mapping[str, Given], facts: FamilyFacts) -> tuple[str, ...] | None:
+    key = facts.lora_preset_key
+    return facts.lora_presets.get(str(given[key].value)) if key is not None and key in given else None
 
 
 def check_format(
@@ -104,6 +150,78 @@ def check_format(
         place.add("lora_format", f"comfyui: {'; '.join(reasons)}. Change that, or set it to diffusers.")
 
 
+def check_precision(
+    precision: Built[PrecisionConfig],
+    adapter: Built[AdapterConfig],
+    lycoris: LycorisConfig | None,
+    *,
+    facts: FamilyFacts,
+    place: Place,
+) -> None:
+    """The text encoders that are quantised exist, and the adapter can be trained on a quantised denoiser."""
+    for number in range(facts.num_text_encoders + 1, 5):
+        key = f"text_encoder_{number}_precision"
+        section = precision.right(key)
+        if section is not None and dict(section)[key] != "no_change":
+            has = f"{facts.name} has {facts.num_text_encoders} text encoders"
+            place.add(key, f"{place.problems.shown(dict(section)[key])}: {has}. Remove it.")
+    section, trained = precision.right("base_model_precision"), adapter.right("lora_type", "lora_init_type")
+    if section is None or trained is None or section.base_model_precision == "no_change":
+        return
+    wanted = section.base_model_precision
+    if trained.lora_type == "standard":
+        if trained.lora_init_type in _CHANGE_THE_BASE:
+            found = f"{trained.lora_init_type}: changes the base weights, which base_model_precision {wanted}"
+            place.add("lora_init_type", f"{found} has rounded. Use default or gaussian.")
+    elif lycoris is not None:
+        for reason in dict.fromkeys(_needs_whole_weights(lycoris, wanted)):
+            place.add("base_model_precision", f"{wanted}: {reason}, or set it to no_change.")
+
+
+def _needs_whole_weights(lycoris: LycorisConfig, wanted: str) -> Iterator[str]:
+    """Why layers of a LyCORIS adapter cannot be trained on quantised weights."""
+    network = {"algo": lycoris.algo, **lycoris.extra}
+    preset = lycoris.apply_preset
+    for entry in ({}, *map(dict, (*preset.module_algo_map.values(), *preset.name_algo_map.values()))):
+        layer = network | {key: value for key, value in entry.items() if value is not None}
+        algorithm = layer["algo"]
+        if algorithm == "tlora":
+            continue
+        if algorithm in _READ_THE_WEIGHT:
+            yield f"algo {algorithm} needs the whole weight. Use tlora, lora, loha or lokr"
+        elif layer.get("weight_decompose"):
+            yield f"algo {algorithm} with weight_decompose needs the whole weight. Leave that out"
+        elif wanted.endswith("-torchao") and not layer.get("bypass_mode"):
+            yield f"algo {algorithm} adds to the weight itself. Set bypass_mode to true in the lycoris json"
+
+
+def check_offload(
+    precision: Built[PrecisionConfig],
+    training: Built[TrainingConfig],
+    validation: Built[ValidationConfig],
+    *,
+    facts: FamilyFacts,
+    place: Place,
+) -> None:
+    """A denoiser whose blocks stay on the host can be trained as the rest of the configuration says."""
+    section = precision.right("enable_group_offload", "group_offload_type", "base_model_precision")
+    if section is None or not section.enable_group_offload:
+        return
+    if section.group_offload_type == "block_level" and facts.denoiser_name == "unet":
+        text = "block_level: a UNet's blocks are run again in parts. Use leaf_level."
+        place.add("group_offload_type", text)
+    if section.base_model_precision == "nf4-bnb":
+        text = "true: nf4-bnb layers stay on the device. Use int8-torchao or fp8-torchao, or set it to false."
+        place.add("enable_group_offload", text)
+    trained, shown = training.right("gradient_checkpointing"), validation.right("validation_compared_config")
+    if trained is not None and not trained.gradient_checkpointing:
+        text = "true: without gradient_checkpointing every group stays on the device. Set that to true."
+        place.add("enable_group_offload", text)
+    if shown is not None and shown.validation_compared_config is not None:
+        text = "cannot be shown with enable_group_offload. Leave out one of them."
+        place.add("validation_compared_config", text)
+
+
 def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -> None:
     """Buckets have sizes that VAE and denoiser can take, and images fit into them."""
     section = data.right("aspect_bucket_alignment")
@@ -126,6 +244,15 @@ def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -
 
 def check_pictures(validation: Built[ValidationConfig], facts: FamilyFacts, place: Place) -> None:
     """Validation sizes are multiples of what the family needs."""
+    sampler = validation.right("validation_noise_scheduler")
+    name = sampler.validation_noise_scheduler if sampler is not None else None
+    if name is not None and name not in facts.samplers:
+        known = ", ".join(facts.samplers)
+        place.add(
+            "validation_noise_scheduler",
+            f"{place.problems.shown(name)}: model_family {facts.name} is sampled with {known}. "
+            "Name one of them, or null for the model's own.",
+        )
     section = validation.right("validation_resolution")
     step = facts.minimum_alignment
     for size in section.validation_resolution if section is not None else ():

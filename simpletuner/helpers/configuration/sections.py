@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from simpletuner.helpers.configuration.base import (
     Count,
@@ -18,7 +18,6 @@ from simpletuner.helpers.configuration.base import (
     Number,
     OptionalCount,
     OptionalInputFile,
-    OptionalPositiveNumber,
     OptionalText,
     OptionalWhole,
     OutputPath,
@@ -29,7 +28,6 @@ from simpletuner.helpers.configuration.base import (
     Share,
     ShareBelowOne,
     contradiction,
-    path_context,
 )
 from simpletuner.helpers.configuration.building import as_json
 from simpletuner.helpers.configuration.datasets import (
@@ -39,6 +37,7 @@ from simpletuner.helpers.configuration.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.problems import without
 from simpletuner.helpers.configuration.values import (
     OptimizerArgument,
@@ -47,57 +46,7 @@ from simpletuner.helpers.configuration.values import (
     sizes,
     trackers,
 )
-from simpletuner.helpers.contracts import PredictionType, Size
-
-
-def _model_source(value: object, info: ValidationInfo) -> object:
-    """A folder as its absolute path, a repository's name as it is."""
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError("must be the folder or the repository of a model, as a text.")
-    text = path_context(info).expand(str(value))
-    if text.endswith((".safetensors", ".ckpt", ".pt", ".bin", ".gguf")):
-        raise ValueError(
-            "single-file models are not supported here. Give the folder or repository in diffusers' layout."
-        )
-    path = path_context(info).input_path(text)
-    if path is not None:
-        return str(path)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise ValueError("is no folder here. Give an existing folder, or a repository written owner/name.")
-    return text
-
-
-ModelSource = Annotated[str, BeforeValidator(_model_source)]
-OptionalModelSource = Annotated[ModelSource | None, BeforeValidator(lambda value: value or None)]
-
-
-class ModelConfig(Section):
-    """The model that is adapted."""
-
-    model_family: str
-    """Family of the model."""
-    model_flavour: OptionalText = None
-    """Variant within the family, which names the repository when no model is given. Default: the family's."""
-    model_type: Literal["lora"] = "lora"
-    """What is trained: lora, an adapter of the kind that lora_type names."""
-    pretrained_model_name_or_path: ModelSource
-    """Folder in diffusers' layout, or repository written owner/name. Default: the flavour's repository."""
-    pretrained_unet_model_name_or_path: OptionalModelSource = None
-    """Folder or repository of another UNet than the model's."""
-    pretrained_unet_subfolder: OptionalText = None
-    """Subfolder of that UNet; null finds it."""
-    pretrained_vae_model_name_or_path: OptionalModelSource = None
-    """Folder or repository of another VAE than the model's."""
-    pretrained_vae_subfolder: OptionalText = None
-    """Subfolder of that VAE; null finds it."""
-    revision: OptionalText = None
-    """Branch, tag or commit of the repository; null is its main branch."""
-    variant: OptionalText = None
-    """Variant of the weight files, for instance fp16; null is the plain one."""
-    prediction_type: PredictionType | None = None
-    """What the denoiser predicts. Default: what the model's own scheduler says."""
-    rescale_betas_zero_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is pure noise."""
+from simpletuner.helpers.contracts import Size
 
 
 class AdapterConfig(Section):
@@ -117,6 +66,8 @@ class AdapterConfig(Section):
     """Train direction and magnitude apart (DoRA)."""
     peft_lora_target_modules: Names | None = None
     """Names of the layers that get a LoRA, a list or comma-separated. Default: the family's."""
+    flux_lora_target: OptionalText = None
+    """A set of layers by its name, in place of peft_lora_target_modules."""
     lycoris_config: OptionalInputFile = None
     """The lycoris json: its path, or the object itself. Required by lora_type lycoris."""
     lora_format: Literal["diffusers", "comfyui"] = "diffusers"
@@ -194,26 +145,6 @@ class OptimizerConfig(Section):
                 "learning_rate",
             )
         return self
-
-
-class NoiseConfig(Section):
-    """How the loss weighs noise levels."""
-
-    snr_gamma: OptionalPositiveNumber = None
-    """Gamma of min-SNR loss weights, usually 5; null or 0 weighs all timesteps alike."""
-
-
-class PrecisionConfig(Section):
-    """Number formats and memory."""
-
-    mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Format of the frozen model and of the computation; no is float32. The adapter itself is float32."""
-    vae_batch_size: Count = 1
-    """Images encoded at a time; above 1, last bits depend on it as with text_encoder_batch_size."""
-    vae_enable_tiling: bool = False
-    """Encode and decode in tiles: less memory, slightly different values."""
-    vae_enable_slicing: bool = False
-    """Decode the images of a batch one by one: less memory."""
 
 
 class DataConfig(Section):
@@ -315,7 +246,10 @@ class ValidationConfig(Section):
     """Sizes of the pictures in pixels: an edge of a square, or width x height, comma-separated
     ("1024x1024,768x1344"). Default: the training resolution."""
     validation_guidance: NonNegativeNumber = 7.5
-    """Guidance scale; 1 or below is no guidance."""
+    """Guidance scale; 1 or below is no guidance. Default: the family's."""
+    validation_guidance_real: NonNegativeNumber = 1.0
+    """Guidance by a second pass with the negative prompt, for models that are told a guidance scale and
+    follow it in one pass; 1 or below is none."""
     validation_guidance_rescale: Share = 0.0
     """How far guided predictions are rescaled to the spread of unguided ones, against overexposure."""
     validation_num_inference_steps: Count = 30

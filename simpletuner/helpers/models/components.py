@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar, cast
 
@@ -23,10 +23,11 @@ from torch import nn
 
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models import hub
+from simpletuner.helpers.models.single_file import SUFFIX, SingleFile, content_digest, load_single_file
 
 logger = logging.getLogger(__name__)
 
-ComponentKind = Literal["diffusers", "transformers", "tokenizer", "scheduler"]
+ComponentKind = Literal["diffusers", "transformers", "tokenizer", "scheduler", "configuration"]
 Config = Mapping[str, object]
 Found = TypeVar("Found")
 
@@ -35,12 +36,15 @@ CONFIG_NAMES: Mapping[ComponentKind, str] = {
     "transformers": "config.json",
     "tokenizer": "tokenizer_config.json",
     "scheduler": "scheduler_config.json",
+    "configuration": "config.json",  # of a model whose weights are elsewhere
 }
 WEIGHT_STEMS: Mapping[ComponentKind, str] = {
     "diffusers": "diffusion_pytorch_model",
     "transformers": "model",
 }
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+CHAT_TEMPLATE = "chat_template.jinja"
+"""Of a tokenizer whose model takes conversations; the others have none."""
 HASH_CHUNK_BYTES = 1 << 22
 
 
@@ -61,6 +65,11 @@ class ModelSource:
         """Whether where names something on this machine."""
         return Path(self.where).exists()
 
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a single .safetensors file."""
+        return self.where.endswith(SUFFIX) and Path(self.where).is_file()
+
     def __str__(self) -> str:
         return f"{self.key} {self.where}"
 
@@ -79,6 +88,8 @@ class Component:
     variant: str | None = None
     commit: str | None = None
     """Of the repository; None for a local folder."""
+    single_file: SingleFile | None = None
+    """Where the weights are; None when they are in the folder."""
 
     def identity(self) -> str:
         """A text that changes with the component's content: a commit, or a hash of every file's bytes."""
@@ -88,7 +99,11 @@ class Component:
             )
         digest = xxhash.xxh3_128()
         for file in sorted(self.files):
-            digest.update(f"{file.name}\x1f{file.stat().st_size}\x1f".encode())
+            state = file.stat()
+            digest.update(f"{file.name}\x1f{state.st_size}\x1f".encode())
+            if self.single_file is not None and file == self.single_file.path:
+                digest.update(content_digest(file, state.st_size, state.st_mtime_ns).encode())
+                continue
             with file.open("rb") as stream:
                 while chunk := stream.read(HASH_CHUNK_BYTES):
                     digest.update(chunk)
@@ -104,9 +119,8 @@ def read_model_index(source: ModelSource) -> Config:
     path = Path(source.where)
     if path.is_file():
         raise ModelError(
-            f"{source}: is a file. Give a model folder in the diffusers layout (with model_index.json) or a "
-            "repository; a single-file checkpoint is converted by diffusers' from_single_file and "
-            "save_pretrained."
+            f"{source}: is a file, and this family takes only its denoiser and VAE from single files. Give a "
+            "model folder in the diffusers layout (with model_index.json) or a repository."
         )
     root, index = _search(source, ["model_index.json"], look=_file("model_index.json"))
     if index is not None:
@@ -157,6 +171,32 @@ def find_component(
     raise ModelError(_what_is_missing(root, name=name, source=source, kind=kind, subfolder=subfolder))
 
 
+def find_in_file(
+    name: str,
+    file: ModelSource,
+    *,
+    prefix: str,
+    configuration: ModelSource,
+    subfolder: str | None = None,
+) -> Component:
+    """One component whose weights are in a single file and whose configuration is a model's.
+
+    Args:
+        name: The component's name.
+        file: The .safetensors file.
+        prefix: Of the component's tensors in a file that holds others too.
+        configuration: The model that states its shape; its weights are not fetched.
+        subfolder: Of that model; None is the component's name.
+
+    Raises:
+        ModelError: The configuration is missing, or the repository cannot be reached.
+    """
+    found = find_component(name, configuration, kind="configuration", subfolder=subfolder)
+    path = Path(file.where)
+    weights = SingleFile(path, prefix)
+    return replace(found, source=file, files=(path, *found.files), commit=None, single_file=weights)
+
+
 def guess_subfolder(source: ModelSource, *, usual: str) -> str:
     """The usual subfolder if the source is a whole model, "" if it is the component itself."""
     patterns = ["config.json", f"{usual}/config.json"]
@@ -181,6 +221,9 @@ def load_weights(model_class: Loadable, component: Component, *, dtype: torch.dt
     Raises:
         ModelError: A weight file is damaged, incomplete, or of another architecture.
     """
+    if component.single_file is not None:
+        with quiet():
+            return load_single_file(model_class, component.single_file, folder=component.folder, dtype=dtype)
     try:
         with quiet():
             model, info = model_class.from_pretrained(
@@ -290,12 +333,13 @@ def _component_at(
 
 def _content_files(folder: Path, kind: ComponentKind, variant: str | None) -> tuple[Path, ...] | None:
     """The weights or vocabulary of a component; None when they are not complete."""
-    if kind == "scheduler":
+    if kind in ("scheduler", "configuration"):
         return ()
     if kind == "tokenizer":
         for names in TOKENIZER_FILES:
             if all((folder / name).is_file() for name in names):
-                return tuple(folder / name for name in names)
+                template = [folder / CHAT_TEMPLATE] if (folder / CHAT_TEMPLATE).is_file() else []
+                return (*(folder / name for name in names), *template)
         return None
     stem, infix = WEIGHT_STEMS[kind], f".{variant}" if variant else ""
     if (single := folder / f"{stem}{infix}.safetensors").is_file():
@@ -317,6 +361,7 @@ def _patterns(kind: ComponentKind, subfolder: str, variant: str | None) -> list[
             "merges.txt",
             "special_tokens_map.json",
             "added_tokens.json",
+            CHAT_TEMPLATE,
         ]
     if kind in WEIGHT_STEMS:
         stem, infix = WEIGHT_STEMS[kind], f".{variant}" if variant else ""

@@ -9,14 +9,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, TextEmbeds
+import torch
+
+from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Size, TextEmbeds
 
 if TYPE_CHECKING:
-    import torch
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-    from simpletuner.helpers.configuration.sections import ModelConfig, NoiseConfig, PrecisionConfig
+    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+    from simpletuner.helpers.configuration.sections import ValidationConfig
 
 
 class Family(ABC):
@@ -52,6 +54,12 @@ class Family(ABC):
         self.weight_dtype = weight_dtype
 
     @property
+    def denoiser_device(self) -> torch.device:
+        """Where `load_denoiser` puts it: on the host if parts stay there or are quantised on the way."""
+        is_whole = self.precision.base_model_precision == "no_change"
+        return self.device if is_whole and not self.precision.enable_group_offload else torch.device("cpu")
+
+    @property
     @abstractmethod
     def vae_identity(self) -> str:
         """Changes whenever the VAE could encode an image differently; part of a latent's cache key."""
@@ -79,7 +87,7 @@ class Family(ABC):
 
     @abstractmethod
     def load_denoiser(self) -> nn.Module:
-        """The denoiser, frozen, on the device in weight_dtype; the caller keeps it.
+        """The denoiser, frozen, on `denoiser_device` in weight_dtype; the caller keeps it.
 
         Raises:
             ModelError: The weights are missing, damaged or of another architecture.
@@ -100,9 +108,13 @@ class Family(ABC):
         The empty prompt gives what the model takes for no prompt at all.
         """
 
-    @abstractmethod
     def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Join embeddings along the batch dimension."""
+        """Join embeddings, all with as many tokens, along the batch dimension."""
+        return TextEmbeds(
+            tokens=torch.cat([text.tokens for text in texts]),
+            pooled=_joined([text.pooled for text in texts]),
+            mask=_joined([text.mask for text in texts]),
+        )
 
     @abstractmethod
     def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
@@ -128,5 +140,25 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def pipeline_inputs(self, prompt: TextEmbeds, negative: TextEmbeds) -> dict[str, object]:
-        """Keyword arguments that hand encoded prompts to the pipeline's call."""
+    def pipeline_inputs(
+        self, prompt: TextEmbeds, negative: TextEmbeds, *, pictures: ValidationConfig, size: Size
+    ) -> dict[str, object]:
+        """Keyword arguments of the pipeline's call that hand over encoded prompts and steer the sampling.
+
+        Args:
+            prompt: What the picture shows.
+            negative: What guidance leads away from.
+            pictures: Guidance and number of steps.
+            size: Of the picture.
+        """
+
+    def _release_memory(self) -> None:
+        """Give the memory of what was freed back to the device."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """The parts along their first dimension; None when there are none."""
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None

@@ -55,7 +55,7 @@ def noised_batch(
 def draw_timesteps(positions: Sequence[int], *, seed: int, num_timesteps: int) -> tuple[int, ...]:
     """One timestep in [0, num_timesteps) for each position, uniform, known on the host."""
     return tuple(
-        int(torch.randint(num_timesteps, (1,), generator=_generator(seed, "timestep", position)))
+        int(torch.randint(num_timesteps, (1,), generator=generator_of(seed, "timestep", position)))
         for position in positions
     )
 
@@ -63,7 +63,7 @@ def draw_timesteps(positions: Sequence[int], *, seed: int, num_timesteps: int) -
 def draw_noise(positions: Sequence[int], *, seed: int, shape: Sequence[int]) -> Tensor:
     """[B, *shape] float32 standard normal noise on the CPU, one independent stream for each position."""
     return torch.stack(
-        [torch.randn(tuple(shape), generator=_generator(seed, "noise", position)) for position in positions]
+        [torch.randn(tuple(shape), generator=generator_of(seed, "noise", position)) for position in positions]
     )
 
 
@@ -96,5 +96,6 @@ def loss_weight(alpha_bar: Tensor, *, prediction: DiffusionPrediction, snr_gamma
     return snr.clamp(max=snr_gamma) / (snr + 1)
 
 
-def _generator(seed: int, purpose: str, position: int) -> torch.Generator:
+def generator_of(seed: int, purpose: str, position: int) -> torch.Generator:
+    """The stream of random numbers that one purpose draws from for one position."""
     return torch.Generator().manual_seed(mix(seed, purpose, position))

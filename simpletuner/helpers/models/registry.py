@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from simpletuner.helpers.models.family import Family
 
 FAMILIES = {
+    "flux": "simpletuner.helpers.models.flux.family:Flux",
+    "flux2": "simpletuner.helpers.models.flux2.family:Flux2",
     "sdxl": "simpletuner.helpers.models.sdxl.family:SDXL",
 }
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
@@ -19,13 +20,21 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.models.group_offload import offload_groups
+from simpletuner.helpers.models.quantisation import placed
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.training.caches import CacheFilling
 from simpletuner.helpers.training.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
 from simpletuner.helpers.training.comparison import build_comparison, kind_of
-from simpletuner.helpers.training.identity import adapter_facts, base_weights_hash, run_settings
+from simpletuner.helpers.training.identity import (
+    adapter_facts,
+    base_weights_hash,
+    run_settings,
+    weight_hashes,
+)
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
+from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.preemption import Preemption
 from simpletuner.helpers.training.progress import Progress
 from simpletuner.helpers.training.prompts import Shot, plan_shots
@@ -37,6 +46,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
@@ -88,6 +99,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
 
 def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
     """Everything that can fail without a model: device, output folder, checkpoints, images."""
+    check_packages(config)
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
     preemption = resources.enter_context(Preemption())
@@ -123,12 +135,25 @@ def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, res
     """Load the denoiser, attach the adapter, take the resumed state over, and wire the loop."""
     config, accelerator, data = ground.config, ground.accelerator, ground.data
     denoiser = ground.family.load_denoiser()
-    studio = build_studio(ground, shots, base_model=base_weights_hash(denoiser))
-    ground.checkpoints.bind({"base weights": studio.base_model}, resumed=ground.resumed)
+    hashes = weight_hashes(denoiser)  # of the model as it is published, which it is not once it is quantised
+    base_model = base_weights_hash(hashes)
+    ground.checkpoints.bind({"base weights": base_model}, resumed=ground.resumed)
+    is_offloaded, device = config.precision.enable_group_offload, accelerator.device
+    denoiser = placed(
+        denoiser,
+        precision=config.precision.base_model_precision,
+        device=device,
+        home=ground.family.denoiser_device if is_offloaded else device,
+    )
+    studio = build_studio(ground, shots, base_model=base_model)
     comparison = build_comparison(config, studio)
     if comparison is not None and accelerator.is_main_process:
         comparison.make_missing(denoiser)
-    adapter = build_adapter(ground, denoiser)
+    adapter = build_adapter(ground, denoiser, weight_hashes=hashes)
+    if config.precision.base_model_precision != "no_change":
+        leave_out_frozen(denoiser)
+    if is_offloaded:
+        offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
@@ -136,7 +161,9 @@ def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, res
     if ground.resumed is not None:
         resume(state, ground.resumed)
     schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=ground.max_steps, step=ground.step)
-    prepared, prepared_optimizer = accelerator.prepare(denoiser, optimizer)
+    prepared, prepared_optimizer = accelerator.prepare(
+        denoiser, optimizer, device_placement=[not is_offloaded, True]
+    )
     validation = Validation(
         studio=studio,
         adapter=adapter,
@@ -202,6 +229,8 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         ConfigError: The message says what to set instead.
     """
     kind = accelerator.distributed_type
+    if config.precision.enable_group_offload and accelerator.num_processes > 1:
+        raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate's {kind.value} is not supported. Use plain data parallelism or FSDP 2."
@@ -211,6 +240,9 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     problems = {
         "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
+        "FSDP does not share out quantised weights. Set base_model_precision to no_change": (
+            config.precision.base_model_precision != "no_change"
+        ),
         "FSDP trains T-LoRA only. Set algo to tlora, without other algorithms beside it": config.lycoris
         is None
         or config.lycoris.algo != "tlora",
@@ -268,6 +300,7 @@ def fill_caches(ground: Ground, shots: tuple[Shot, ...]) -> None:
 
 def build_studio(ground: Ground, shots: tuple[Shot, ...], *, base_model: str) -> Studio:
     """Where the pictures of the run are made."""
+    precision = ground.config.precision.base_model_precision
     return Studio(
         config=ground.config.validation,
         accelerator=ground.accelerator,
@@ -275,12 +308,12 @@ def build_studio(ground: Ground, shots: tuple[Shot, ...], *, base_model: str) ->
         shots=shots,
         text_embeds=ground.data.text_embeds,
         folder=ground.config.checkpoint.output_dir / "validation",
-        base_model=base_model,
+        base_model=base_model if precision == "no_change" else f"{base_model} {precision}",
         preemption=ground.preemption,
     )
 
 
-def build_adapter(ground: Ground, denoiser: nn.Module) -> Adapter:
+def build_adapter(ground: Ground, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:
     """The adapter attached to the denoiser, which is made ready to train."""
     config, accelerator = ground.config, ground.accelerator
     if config.training.gradient_checkpointing:
@@ -292,6 +325,7 @@ def build_adapter(ground: Ground, denoiser: nn.Module) -> Adapter:
         lycoris=config.lycoris,
         facts=ground.family.facts,
         seed=config.training.seed,
+        weight_hashes=weight_hashes,
     )
     logger.info(
         "Adapter %s: %d layers, %d trainable parameters.",
@@ -304,6 +338,14 @@ def build_adapter(ground: Ground, denoiser: nn.Module) -> Adapter:
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def leave_out_frozen(denoiser: nn.Module) -> None:
+    """Have data parallelism not send frozen weights, alike in every process, which it cannot when packed."""
+    frozen = [name for name, weight in denoiser.named_parameters() if not weight.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+        denoiser, frozen
+    )
 
 
 def planned_steps(config: RunConfig, *, batches_per_epoch: int) -> int:

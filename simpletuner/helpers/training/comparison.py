@@ -18,7 +18,7 @@ from simpletuner.helpers.adapters.inference import (
     remove_from_pipeline,
 )
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.training.identity import base_weights_hash
+from simpletuner.helpers.training.identity import weight_hashes
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ class Comparison:
         missing = {shot: file for shot in self.studio.shots if not (file := self.picture(shot)).exists()}
         if not missing:
             return
+        before = weight_hashes(denoiser)
 
         def make() -> None:
             with self.studio.sampling(denoiser):
@@ -103,7 +104,7 @@ class Comparison:
                         self.studio.make(pipeline, shot, file)
 
         self.studio.guarded(f"the pictures of {self.adapter}", make)
-        if base_weights_hash(denoiser) != self.studio.base_model:
+        if weight_hashes(denoiser) != before:
             raise TrainingError(
                 f"{self.adapter} left traces in the model after its pictures were made. Start again with "
                 "another validation_compared_config, or without one."

@@ -10,10 +10,14 @@ import xxhash
 
 from simpletuner import __version__
 from simpletuner.helpers.adapters.checkpoint import weight_hash
+from simpletuner.helpers.adapters.quantised import is_packed
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import nn
 
+    from simpletuner.helpers.configuration.model_sections import NoiseConfig
     from simpletuner.helpers.configuration.sections import RunConfig
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
@@ -37,17 +41,30 @@ def run_settings(config: RunConfig) -> dict[str, JsonValue]:
     return settings | config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
 
 
-def base_weights_hash(denoiser: nn.Module) -> str:
-    """Identity of a model's weights, whatever their dtype and wherever they were loaded from."""
+def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
+    """Name of each weight -> its identity, whatever its dtype; packed ones are left out."""
+    weights = sorted(denoiser.named_parameters())
+    return {name: weight_hash(weight) for name, weight in weights if not is_packed(weight)}
+
+
+def base_weights_hash(hashes: Mapping[str, str]) -> str:
+    """Identity of a model, from those of its weights."""
     digest = xxhash.xxh3_64()
-    for name, parameter in sorted(denoiser.named_parameters()):
-        digest.update(f"{name}={weight_hash(parameter)}\n".encode())
+    for name, each in sorted(hashes.items()):
+        digest.update(f"{name}={each}\n".encode())
     return digest.hexdigest()
+
+
+def changed(noise: NoiseConfig) -> dict[str, JsonValue]:
+    """What was set otherwise than by default about noise levels and what the model is told beside them."""
+    values: dict[str, JsonValue] = noise.model_dump(mode="json", exclude_defaults=True)
+    return values
 
 
 def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
     """What the header of the adapter's file says about its training."""
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
+    precision = config.precision.base_model_precision
     facts = {
         "software": f"simpletuner {__version__}",
         "base_model": config.model.pretrained_model_name_or_path,
@@ -55,12 +72,14 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "model_flavour": config.model.model_flavour,
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
+        **changed(config.noise),
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,
         "lr_scheduler": config.optimizer.lr_scheduler,
         "train_batch_size": config.training.train_batch_size,
         "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
         "mixed_precision": config.precision.mixed_precision,
+        "base_model_precision": None if precision == "no_change" else precision,
         "seed": config.training.seed,
         "resolution": config.data.resolution,
         "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),

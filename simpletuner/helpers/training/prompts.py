@@ -55,14 +55,10 @@ def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
 
 
 def call_options(shot: Shot, config: ValidationConfig) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call that make this picture, but for the prompt."""
-    rescale = config.validation_guidance_rescale
+    """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
     return {
         "height": shot.size.height,
         "width": shot.size.width,
         "num_inference_steps": config.validation_num_inference_steps,
-        "guidance_scale": config.validation_guidance,
         "generator": torch.Generator("cpu").manual_seed(shot.seed),
-        # Only named when used: not every family's pipeline has it.
-        **({"guidance_rescale": rescale} if rescale else {}),
     }

@@ -14,14 +14,9 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft
 from simpletuner.helpers.configuration import rules
 from simpletuner.helpers.configuration.base import PathContext
 from simpletuner.helpers.configuration.building import Place, build
+from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.problems import Problems
-from simpletuner.helpers.configuration.sections import (
-    ModelConfig,
-    NoiseConfig,
-    PrecisionConfig,
-    ValidationConfig,
-    ValidationPrompt,
-)
+from simpletuner.helpers.configuration.sections import ValidationConfig, ValidationPrompt
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.family import Family
@@ -69,8 +64,8 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
         ModelError: The model cannot be found or loaded.
     """
     stored = checkpoint.read(request.adapter)  # whole: a damaged file is found before a model is loaded
-    model, pictures = _checked(request, header=stored.metadata, families=families)
-    family = _family(model, dtype=request.dtype)
+    model, noise, pictures = _checked(request, header=stored.metadata, families=families)
+    family = _family(model, noise, dtype=request.dtype)
     shots, negative = plan_shots(pictures, seed=0), pictures.validation_negative_prompt
     prompts = sorted({negative, *(shot.prompt for shot in shots)})
     family.load_text_encoders()
@@ -82,7 +77,9 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
     del stored
     load(pipeline, request.adapter, strength=pictures.validation_lycoris_strength)
     for shot in shots:
-        inputs = family.pipeline_inputs(embeds[shot.prompt], embeds[negative])
+        inputs = family.pipeline_inputs(
+            embeds[shot.prompt], embeds[negative], pictures=pictures, size=shot.size
+        )
         picture = pipeline(**inputs, **call_options(shot, pictures)).images[0]
         file = output / f"{shot.name}.png"
         save_png(picture, file)
@@ -91,7 +88,7 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
 
 def _checked(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, FamilyFacts]
-) -> tuple[ModelConfig, ValidationConfig]:
+) -> tuple[ModelConfig, NoiseConfig, ValidationConfig]:
     """The sections of the configuration that making pictures needs."""
     stated = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
     values = stated | dict(request.model)
@@ -107,23 +104,30 @@ def _checked(
         )
     problems = Problems()
     place = Place(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
-    size = {"validation_resolution": facts.default_resolution}
+    defaults = {
+        "validation_resolution": facts.default_resolution,
+        "validation_guidance": facts.default_guidance,
+    }
     model = build(ModelConfig, values, place)
-    pictures = build(ValidationConfig, size | dict(request.pictures), place)
+    # As they were when the adapter was trained: the shift of noise levels is among them.
+    noise = build(NoiseConfig, {key: header[key] for key in NoiseConfig.model_fields if key in header}, place)
+    pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
+    rules.check_family((model, noise, pictures), facts, families=families, place=place)
     rules.check_pictures(pictures, facts, place)
     problems.raise_if_any()
     assert model.section is not None, "a section that cannot be made has a problem"
+    assert noise.section is not None, "a section that cannot be made has a problem"
     assert pictures.section is not None, "a section that cannot be made has a problem"
     prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
-    return model.section, pictures.section.model_copy(update={"prompts": prompts})
+    return model.section, noise.section, pictures.section.model_copy(update={"prompts": prompts})
 
 
-def _family(model: ModelConfig, *, dtype: str | None) -> Family:
+def _family(model: ModelConfig, noise: NoiseConfig, *, dtype: str | None) -> Family:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(model.model_family)(
         model,
-        noise=NoiseConfig(),
+        noise=noise,
         precision=PrecisionConfig(),
         device=device,
         weight_dtype=DTYPES[dtype or default],

@@ -53,9 +53,11 @@ class Studio:
             shot.prompt,
             config.validation_negative_prompt,
             config.validation_guidance,
+            config.validation_guidance_real,
             config.validation_guidance_rescale,
             config.validation_num_inference_steps,
             config.validation_noise_scheduler,
+            self.family.noise,  # which says how sampling is shifted
             *made_with,
         )
         return self.folder / "base" / f"{shot.name}-{xxhash.xxh3_64_hexdigest(repr(depends_on).encode())}.png"
@@ -84,7 +86,10 @@ class Studio:
         """
         self.preemption.check("making validation pictures")
         text = self.family.pipeline_inputs(
-            self.text_embeds(shot.prompt), self.text_embeds(self.config.validation_negative_prompt)
+            self.text_embeds(shot.prompt),
+            self.text_embeds(self.config.validation_negative_prompt),
+            pictures=self.config,
+            size=shot.size,
         )
         picture = pipeline(
             **text, **call_options(shot, self.config), callback_on_step_end=self._between_steps

@@ -17,13 +17,19 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.models.components import quiet
-from simpletuner.helpers.models.sdxl.tiny import END, END_OF_WORD, START, _learn_merges
+from simpletuner.helpers.models.tiny_parts import (
+    CLIP_END,
+    CLIP_END_OF_WORD,
+    CLIP_START,
+    byte_alphabet,
+    learn_merges,
+    make_vocabulary,
+)
 
 EDGE_PX = 64
 LATENT_EDGE = 16
@@ -118,7 +124,7 @@ def load_pipeline(folder: Path, *, device: torch.device) -> StableDiffusionXLPip
 def make_embedded(words: Sequence[str], *, seed: int) -> EmbeddedModel:
     """The model before any training, its tokenizers knowing each of these words as one token."""
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = (_make_tokenizer(words, pad=pad) for pad in (END, "!"))
+    tokenizer, tokenizer_2 = (_make_tokenizer(words, pad=pad) for pad in (CLIP_END, "!"))
     text_encoder = CLIPTextModel(_text_config(tokenizer))
     text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizer_2))
     unet = _make_unet()
@@ -237,12 +243,10 @@ def _make_vae() -> AutoencoderKL:
 
 
 def _make_tokenizer(words: Sequence[str], *, pad: str) -> CLIPTokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = dict.fromkeys([*alphabet, *(symbol + END_OF_WORD for symbol in alphabet)])
-    merges = _learn_merges(words)
-    tokens |= dict.fromkeys("".join(merge) for merge in merges)
-    tokens |= dict.fromkeys((START, END))
-    vocab = {token: index for index, token in enumerate(tokens)}
+    alphabet = byte_alphabet()
+    merges = learn_merges(words, end_of_word=CLIP_END_OF_WORD)
+    symbols = [*alphabet, *(symbol + CLIP_END_OF_WORD for symbol in alphabet)]
+    vocab = make_vocabulary(symbols, merges=merges, special=(CLIP_START, CLIP_END))
     return CLIPTokenizer(
         vocab=vocab, merges=cast("list[str]", list(merges)), model_max_length=MAX_TOKENS, pad_token=pad
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.models.kinds import DIFFUSION_KEYS, UNET_KEYS
 from simpletuner.helpers.models.sdxl.key_names import original_name
 
 FACTS = FamilyFacts(
@@ -18,6 +19,9 @@ FACTS = FamilyFacts(
     minimum_alignment=8,
     default_resolution=1024,
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    num_text_encoders=2,
+    own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path"},
+    samplers=("ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "unipc"),
     target_aliases={
         "Attention": TargetAlias(modules=("Attention",)),
         "FeedForward": TargetAlias(modules=("FeedForward",)),

@@ -5,7 +5,6 @@ Shapes: B batch, L text tokens, D text width, P pooled width, h w latent height 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, cast
@@ -16,12 +15,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Sample, TextEmbeds
-from simpletuner.helpers.errors import DataError
-from simpletuner.helpers.models.autoencoder import Float32Autoencoder, encode_scaled
+from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Sample, Size, TextEmbeds
+from simpletuner.helpers.models.autoencoder import (
+    Float32Autoencoder,
+    encode_scaled,
+    load_autoencoder,
+    vae_identity,
+)
 from simpletuner.helpers.models.components import Loadable, load_weights, quiet
 from simpletuner.helpers.models.family import Family
 from simpletuner.helpers.models.noise import DiffusionPrediction, DiffusionSchedule, noised_batch
+from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
 from simpletuner.helpers.models.sdxl.facts import FACTS
 from simpletuner.helpers.models.sdxl.parts import SDXLParts, find_parts
@@ -30,12 +34,14 @@ from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from simpletuner.helpers.models.text import CutCaptions, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.sections import ModelConfig, NoiseConfig, PrecisionConfig
+    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+    from simpletuner.helpers.configuration.sections import ValidationConfig
 
-logger = logging.getLogger(__name__)
-
+CLIP_TOKENS = 77
+"""Length that captions are padded and cut to."""
 PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
     "text2image": StableDiffusionXLPipeline,
     "image2image": StableDiffusionXLImg2ImgPipeline,
@@ -69,13 +75,12 @@ class SDXL(Family):
         )
         self._vae: Float32Autoencoder | None = None
         self._encoder: diffusers.StableDiffusionXLPipeline | None = None
-        self._warned_of_long_prompts = False
+        self._cut_captions = CutCaptions(limit=CLIP_TOKENS)
 
     @cached_property
     def vae_identity(self) -> str:
         """Changes with the VAE's configuration, its weights and how it is run."""
-        tiling = " tiled" if self.precision.vae_enable_tiling else ""
-        return f"{self._parts.vae.identity()} float32 mean{tiling}"
+        return vae_identity(self._parts.vae, precision=self.precision)
 
     @cached_property
     def text_identity(self) -> str:
@@ -83,21 +88,14 @@ class SDXL(Family):
         parts = self._parts
         components = (parts.tokenizer, parts.text_encoder, parts.tokenizer_2, parts.text_encoder_2)
         identities = " ".join(component.identity() for component in components)
-        return f"{identities} {self.weight_dtype} zeros={parts.empty_prompt_is_zero}"
+        precisions = text_precision_identity(self.precision)
+        return f"{identities} {self.weight_dtype} zeros={parts.empty_prompt_is_zero}{precisions}"
 
     def load_vae(self) -> None:
         """Load the VAE to the device in float32; does nothing when it is there."""
-        if self._vae is not None:
-            return
-        vae = load_weights(cast(Loadable, Float32Autoencoder), self._parts.vae, dtype=torch.float32)
-        assert isinstance(vae, Float32Autoencoder)
-        # It is in float32 for good; a pipeline that upcasts it would cast it back to 16 bits afterwards.
-        vae.register_to_config(force_upcast=False)
-        if self.precision.vae_enable_tiling:
-            vae.enable_tiling()
-        if self.precision.vae_enable_slicing:
-            vae.enable_slicing()
-        self._vae = vae.requires_grad_(False).to(self.device)
+        if self._vae is None:
+            vae = load_autoencoder(Float32Autoencoder, self._parts.vae, precision=self.precision)
+            self._vae = vae.to(self.device)
 
     def unload_vae(self) -> None:
         """Free the VAE."""
@@ -118,8 +116,8 @@ class SDXL(Family):
             tokenizer_2 = CLIPTokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True)
             self._encoder = diffusers.StableDiffusionXLPipeline(
                 vae=None,
-                text_encoder=text_encoder.requires_grad_(False).to(self.device),
-                text_encoder_2=text_encoder_2.requires_grad_(False).to(self.device),
+                text_encoder=placed_text_encoder(text_encoder, 1, self.precision, device=self.device),
+                text_encoder_2=placed_text_encoder(text_encoder_2, 2, self.precision, device=self.device),
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
                 unet=None,
@@ -134,10 +132,10 @@ class SDXL(Family):
         self._release_memory()
 
     def load_denoiser(self) -> UNet2DConditionModel:
-        """The UNet, frozen, on the device in weight_dtype; the caller keeps it."""
+        """The UNet, frozen, on `denoiser_device` in weight_dtype; the caller keeps it."""
         unet = load_weights(cast(Loadable, UNet2DConditionModel), self._parts.unet, dtype=self.weight_dtype)
         assert isinstance(unet, UNet2DConditionModel)
-        return unet.requires_grad_(False).to(self.device)
+        return unet.requires_grad_(False).to(self.denoiser_device)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, 4, H/8, W/8] float32 latents on the device.
@@ -158,7 +156,9 @@ class SDXL(Family):
             DataError: A text encoder produced a value that is not finite.
         """
         assert self._encoder is not None, "load_text_encoders comes first"
-        self._warn_of_long_prompts(prompts)
+        with quiet():
+            lengths = [len(ids) for ids in self._encoder.tokenizer(list(prompts)).input_ids]
+        self._cut_captions.look(prompts, lengths)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
             tokens, no_tokens, pooled, no_pooled = self._encoder.encode_prompt(
                 prompt=list(prompts), device=self.device, negative_prompt=None
@@ -168,19 +168,8 @@ class SDXL(Family):
             chosen, chosen_pooled = (tokens, pooled) if prompt else (no_tokens, no_pooled)
             rows = slice(index, index + 1)
             embeds.append(TextEmbeds(tokens=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows])))
-            if not _is_finite(embeds[-1]):
-                raise DataError(
-                    f"The text encoders gave values that are not finite for the prompt {prompt[:80]!r} in "
-                    f"{self.weight_dtype}. Set mixed_precision to bf16 or no."
-                )
+            check_finite_text(prompt, chosen[rows], chosen_pooled[rows], dtype=self.weight_dtype)
         return embeds
-
-    def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Join embeddings to [B, L, D] and [B, P]."""
-        return TextEmbeds(
-            tokens=torch.cat([text.tokens for text in texts]),
-            pooled=torch.cat([_pooled(text) for text in texts]),
-        )
 
     def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
         """Noise [B, 4, h, w] latents as a function of the seed and each sample's position alone."""
@@ -233,36 +222,23 @@ class SDXL(Family):
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    def pipeline_inputs(self, prompt: TextEmbeds, negative: TextEmbeds) -> dict[str, object]:
-        """Keyword arguments that hand encoded prompts to the pipeline's call, on the device."""
+    def pipeline_inputs(
+        self, prompt: TextEmbeds, negative: TextEmbeds, *, pictures: ValidationConfig, size: Size
+    ) -> dict[str, object]:
+        """Keyword arguments of the pipeline's call: encoded prompts on the device, and guidance."""
         tensors = {
             "prompt_embeds": prompt.tokens,
             "pooled_prompt_embeds": _pooled(prompt),
             "negative_prompt_embeds": negative.tokens,
             "negative_pooled_prompt_embeds": _pooled(negative),
         }
-        return {name: tensor.to(self.device, self.weight_dtype) for name, tensor in tensors.items()}
-
-    def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
-        assert self._encoder is not None
-        tokenizer: CLIPTokenizer = self._encoder.tokenizer
-        with quiet():
-            lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-        longest = max(range(len(prompts)), key=lengths.__getitem__, default=None)
-        if self._warned_of_long_prompts or longest is None or lengths[longest] <= tokenizer.model_max_length:
-            return
-        self._warned_of_long_prompts = True
-        logger.warning(
-            "A caption has %d tokens and the text encoders see the first %d; the rest has no effect, here "
-            "and in other long captions: %r",
-            lengths[longest],
-            tokenizer.model_max_length,
-            prompts[longest][:80],
-        )
-
-    def _release_memory(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        rescale = pictures.validation_guidance_rescale
+        return {
+            **{name: tensor.to(self.device, self.weight_dtype) for name, tensor in tensors.items()},
+            "guidance_scale": pictures.validation_guidance,
+            # Only named when used: the pipelines that start from an image have not got it.
+            **({"guidance_rescale": rescale} if rescale else {}),
+        }
 
 
 def time_ids(samples: Sequence[Sample]) -> Tensor:
@@ -292,7 +268,3 @@ def _pooled(text: TextEmbeds) -> Tensor:
 
 def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).clone()
-
-
-def _is_finite(embeds: TextEmbeds) -> bool:
-    return bool(embeds.tokens.isfinite().all() and _pooled(embeds).isfinite().all())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.errors import ModelError
@@ -11,16 +12,25 @@ from simpletuner.helpers.models.components import (
     ModelSource,
     class_of,
     find_component,
-    guess_subfolder,
+    find_in_file,
     read_model_index,
 )
 from simpletuner.helpers.models.noise import DiffusionPrediction
+from simpletuner.helpers.models.parts import base_source, swapped_or_own
 from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.single_file import names_in
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.sections import ModelConfig
+    from simpletuner.helpers.configuration.model_sections import ModelConfig
 
 PIPELINE_PREFIX = "StableDiffusionXL"
+TEXT_ENCODER_PREFIXES = {
+    "text_encoder": "conditioner.embedders.0.",
+    "text_encoder_2": "conditioner.embedders.1.",
+}
+"""Of their tensors in a checkpoint of the original layout."""
+VELOCITY_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
+"""Names of empty tensors by which such a checkpoint says what its UNet predicts, and on which schedule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,9 @@ def find_parts(model: ModelConfig) -> SDXLParts:
     Raises:
         ModelError: A component is missing or of another architecture, or the repository cannot be reached.
     """
-    base = ModelSource(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
+    base, file = base_source(model), None
+    if base.is_file:
+        base, file = _configuration_of(model), base
     index = read_model_index(base)
     if not class_of(index).startswith(PIPELINE_PREFIX):
         raise ModelError(
@@ -76,6 +88,7 @@ def find_parts(model: ModelConfig) -> SDXLParts:
         unet=_swapped_or_own(
             "unet",
             base,
+            file,
             key="pretrained_unet_model_name_or_path",
             where=model.pretrained_unet_model_name_or_path,
             subfolder=model.pretrained_unet_subfolder,
@@ -83,15 +96,16 @@ def find_parts(model: ModelConfig) -> SDXLParts:
         vae=_swapped_or_own(
             "vae",
             base,
+            file,
             key="pretrained_vae_model_name_or_path",
             where=model.pretrained_vae_model_name_or_path,
             subfolder=model.pretrained_vae_subfolder,
         ),
-        text_encoder=find_component("text_encoder", base, kind="transformers"),
-        text_encoder_2=find_component("text_encoder_2", base, kind="transformers"),
+        text_encoder=_text_encoder("text_encoder", base, file),
+        text_encoder_2=_text_encoder("text_encoder_2", base, file),
         tokenizer=find_component("tokenizer", base, kind="tokenizer"),
         tokenizer_2=find_component("tokenizer_2", base, kind="tokenizer"),
-        scheduler=find_component("scheduler", base, kind="scheduler"),
+        scheduler=_scheduler(base, file),
         empty_prompt_is_zero=index.get("force_zeros_for_empty_prompt") is not False,
     )
     _check_classes(parts)
@@ -99,16 +113,49 @@ def find_parts(model: ModelConfig) -> SDXLParts:
     return parts
 
 
+def _configuration_of(model: ModelConfig) -> ModelSource:
+    """Where a single file's configuration, tokenizers and scheduler come from."""
+    if model.pretrained_config_name_or_path is not None:
+        return ModelSource(
+            model.pretrained_config_name_or_path,
+            key="pretrained_config_name_or_path",
+            revision=model.revision,
+        )
+    flavour = model.model_flavour or FACTS.default_flavour
+    return ModelSource(FACTS.flavours[flavour], key="model_flavour", revision=model.revision)
+
+
 def _swapped_or_own(
-    name: str, base: ModelSource, *, key: str, where: str | None, subfolder: str | None
+    name: str,
+    base: ModelSource,
+    file: ModelSource | None,
+    *,
+    key: str,
+    where: str | None,
+    subfolder: str | None,
 ) -> Component:
-    """A component from where the user says, else from the base model; revision and variant are the base's."""
-    if where is None:
-        return find_component(name, base, kind="diffusers", strict_variant=name == "unet")
-    source = ModelSource(where, key=key)
-    if subfolder is None:
-        subfolder = guess_subfolder(source, usual=name)
-    return find_component(name, source, kind="diffusers", subfolder=subfolder)
+    if where is None and file is not None:
+        key, where = file.key, file.where
+    return swapped_or_own(name, base, key=key, where=where, subfolder=subfolder)
+
+
+def _text_encoder(name: str, base: ModelSource, file: ModelSource | None) -> Component:
+    if file is None:
+        return find_component(name, base, kind="transformers")
+    return find_in_file(name, file, prefix=TEXT_ENCODER_PREFIXES[name], configuration=base)
+
+
+def _scheduler(base: ModelSource, file: ModelSource | None) -> Component:
+    """The base's scheduler; in a single file, markers without content may say that it is another one."""
+    scheduler = find_component("scheduler", base, kind="scheduler")
+    if file is None:
+        return scheduler
+    names, config = names_in(Path(file.where)), dict(scheduler.config)
+    if VELOCITY_MARKER in names:
+        config["prediction_type"] = "v_prediction"
+    if ZERO_SNR_MARKER in names:
+        config["rescale_betas_zero_snr"] = True
+    return replace(scheduler, config=config)
 
 
 def _check_classes(parts: SDXLParts) -> None:

@@ -6,11 +6,14 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.run_page.folder import RunFolder, shown_path
 from simpletuner.helpers.training.run_page.markup import escaped
 
 COMMAND_ID = "use-command"
 PYTHON_ID = "use-python"
+SWAPPED = tuple(f"pretrained_{part}_model_name_or_path" for part in ("unet", "transformer", "vae", "t5"))
+"""Keys that name a component which the model itself does not come with."""
 
 
 def usage(run: RunFolder) -> str:
@@ -24,7 +27,7 @@ def usage(run: RunFolder) -> str:
         _block(COMMAND_ID, "On the command line", command(run)),
         _block(PYTHON_ID, "In Python", python(run)),
     ]
-    for key in ("pretrained_unet_model_name_or_path", "pretrained_vae_model_name_or_path"):
+    for key in SWAPPED:
         if run.config.get(key):
             text = f"This run took another component than the model's: {key} {shown_path(run.config[key])}."
             blocks.append(f'<p class="note">{escaped(text)} Load it into the pipeline too.</p>')
@@ -42,6 +45,9 @@ def command(run: RunFolder) -> str:
         "--size": f"{picture['width']}x{picture['height']}",
         "--steps": picture["steps"],
         "--guidance": f"{picture['guidance']:g}",
+        "--guidance-real": f"{real:g}"
+        if (real := run.config.get("validation_guidance_real") or 1.0) > 1
+        else None,
         "--seed": picture["seed"],
         "--negative": run.config.get("validation_negative_prompt") or None,
         "--scheduler": run.config.get("validation_noise_scheduler"),
@@ -55,7 +61,6 @@ def python(run: RunFolder) -> str:
     picture, config = _picture(run), run.config
     load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
-    negative = config.get("validation_negative_prompt")
     lines = [
         "import torch",
         "from diffusers import DiffusionPipeline",
@@ -72,8 +77,8 @@ def python(run: RunFolder) -> str:
         *_scheduler(config),
         f"{load}(pipeline, {shown_path(run.adapter or run.path)!r})",
         "picture = pipeline(",
-        f"    {picture['prompt']!r},",
-        *([f"    negative_prompt={negative!r},"] if negative else []),
+        f"    prompt={picture['prompt']!r},",
+        *_negative(config),
         f"    width={picture['width']},",
         f"    height={picture['height']},",
         f"    num_inference_steps={picture['steps']},",
@@ -88,6 +93,12 @@ def python(run: RunFolder) -> str:
 def _scheduler(config: Mapping[str, Any]) -> list[str]:
     """What makes the pipeline sample as the run trained, where that is not what the model says."""
     changes = {key: config[key] for key in ("prediction_type", "rescale_betas_zero_snr") if config.get(key)}
+    if _is_flow(config):
+        changes = {}
+        if config.get("flow_schedule_auto_shift"):
+            changes = {"use_dynamic_shifting": True}
+        elif config.get("flow_schedule_shift") is not None:
+            changes = {"use_dynamic_shifting": False, "shift": config["flow_schedule_shift"] or 1.0}
     if not changes:
         return []
     given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
@@ -96,6 +107,20 @@ def _scheduler(config: Mapping[str, Any]) -> list[str]:
         f"    pipeline.scheduler.config, {given}",
         ")",
     ]
+
+
+def _negative(config: Mapping[str, Any]) -> list[str]:
+    """The negative prompt, where the pipeline has a second pass for it."""
+    negative = config.get("validation_negative_prompt")
+    if not _is_flow(config):
+        return [f"    negative_prompt={negative!r},"] if negative else []
+    real = config.get("validation_guidance_real") or 1.0
+    return [f"    negative_prompt={negative!r},", f"    true_cfg_scale={real},"] if real > 1 else []
+
+
+def _is_flow(config: Mapping[str, Any]) -> bool:
+    facts = registry.facts().get(str(config.get("model_family")))
+    return facts is not None and "flow_matching" in facts.prediction_types
 
 
 def _picture(run: RunFolder) -> dict[str, Any]:

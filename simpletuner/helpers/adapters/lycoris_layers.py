@@ -1,0 +1,143 @@
+"""LyCORIS's layers of some algorithms, where its own do not train or read what their files hold.
+
+The keys of their files are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from lycoris import modules as lycoris_modules
+from lycoris import wrapper as lycoris_wrapper
+from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.dylora import DyLoraModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from torch import Tensor, nn
+
+
+class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type information
+    """A layer's own weight and bias, trained as float32 differences beside the frozen layer.
+
+    LyCORIS's own takes weight and bias off the layer, gives them back on the CPU and trainable, and computes
+    in float32 whatever its input is.
+    """
+
+    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(lora_name, org_module, *args, **options)
+        # In place of LyCORIS's copies, which would hold the whole model once more.
+        self._org_weight = [org_module.weight]
+        self.org_bias = None if org_module.bias is None else [org_module.bias]
+
+    def apply_to(self, **options: Any) -> None:
+        """Add the difference to the layer's output from now on."""
+        LycorisBaseModule.apply_to(self, **options)
+
+    def restore(self) -> None:
+        """Take the difference off; the layer is what it was."""
+        LycorisBaseModule.restore(self)
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
+        """The layer's output, and what the differences add to it; both in the dtype of the layer."""
+        output: Tensor = self.org_forward(x, *args, **options)
+        if self.training and self.module_dropout and torch.rand(1) < self.module_dropout:
+            return output
+        weight, bias = self.get_diff_weight(self.multiplier)
+        if self.training and self.rank_dropout:
+            keep = (torch.rand(weight.shape[0], device=x.device) > self.rank_dropout).to(weight.dtype)
+            if self.rank_dropout_scale:
+                keep = keep / keep.mean()
+            weight = weight * keep.view(-1, *[1] * (weight.ndim - 1))
+            bias = None if bias is None else bias * keep
+        bias = None if bias is None else bias.to(x.dtype)
+        delta: Tensor = self.op(x, weight=weight.to(x.dtype), bias=bias, **self.kw_dict)
+        return output + delta
+
+    def custom_state_dict(self) -> dict[str, Tensor]:
+        """The differences under the keys of LyCORIS's files."""
+        bias = {} if self.bias is None else {"diff_b": self.bias.data}
+        return {"diff": self.weight.data, **bias}
+
+    def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Take the differences from the keys of a file."""
+        for key, name in (("diff", "weight"), ("diff_b", "bias")):
+            if f"{prefix}{key}" in state_dict:
+                state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}{key}")
+
+
+class DyLoraLayer(DyLoraModule):  # type: ignore[misc]
+    """A LoRA whose blocks of ranks are trained one at a time, and which opens all of them otherwise.
+
+    LyCORIS's own draws a rank in every forward, from Python's generator, which gradient checkpointing does
+    not rewind; and scales by alpha over the blocks where the reader of its files scales by alpha over the
+    ranks.
+    """
+
+    def get_random_rank_weight(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of the blocks up to a random one, the last of them trained; of all when not training."""
+        last = int(torch.randint(self.block_count, ())) if self.training else self.block_count - 1
+        return self.get_weight(last * self.block_size)
+
+    def get_weight(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Factors of the first ranks and of the block after them, and what their product is scaled by."""
+        down, up, scale = super().get_weight(rank)
+        return down, up, scale / self.block_size
+
+    def custom_state_dict(self) -> dict[str, Tensor]:
+        """All blocks as the factors of one LoRA, in a convolution's shape for a convolution."""
+        state: dict[str, Tensor] = super().custom_state_dict()
+        up = state["lora_up.weight"]
+        return state | {"lora_up.weight": up.view(*up.shape, *[1] * (len(self.shape) - 2))}
+
+    def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Cut the factors of a file into blocks."""
+        for key, name, dim in (("lora_up.weight", "up_list", 1), ("lora_down.weight", "down_list", 0)):
+            if f"{prefix}{key}" in state_dict:
+                factor = state_dict.pop(f"{prefix}{key}").flatten(1)
+                blocks = torch.split(factor, self.block_size, dim)
+                state_dict.update({f"{prefix}{name}.{i}": block for i, block in enumerate(blocks)})
+
+
+class GLoraLayer(GLoRAModule):  # type: ignore[misc]
+    """LyCORIS's layer, whose factors are multiplied with the weight, in their own dtype."""
+
+    @property
+    def org_weight(self) -> Tensor:
+        """The layer's weight as the factors need it."""
+        weight: Tensor = self.org_module[0].weight
+        return weight.to(self.a1.weight.dtype)
+
+    @org_weight.setter
+    def org_weight(self, value: Tensor) -> None:
+        self.org_module[0].weight.data.copy_(value)
+
+
+class IA3Layer(IA3Module):  # type: ignore[misc]
+    """LyCORIS's layer, which is not made from what LyCORIS finds in its files."""
+
+    @classmethod
+    def make_module_from_state_dict(cls, lora_name: str, orig_module: nn.Module, *weights: Tensor) -> Self:
+        """The layer that a file describes."""
+        weight, on_input = weights
+        layer = cls(lora_name, orig_module, train_on_input=bool(on_input))
+        layer.weight.data.copy_(weight)
+        return layer
+
+
+LAYERS: Mapping[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "full": (FullModule, FullLayer),
+    "dylora": (DyLoraModule, DyLoraLayer),
+    "glora": (GLoRAModule, GLoraLayer),
+    "ia3": (IA3Module, IA3Layer),
+}
+"""Algorithm -> LyCORIS's layer and the one in its place."""
+
+
+def register() -> None:
+    """Put these layers in place of LyCORIS's own, for networks made and files read from now on."""
+    own = dict(LAYERS.values())
+    lycoris_modules.MODULE_LIST[:] = [own.get(module, module) for module in lycoris_modules.MODULE_LIST]
+    lycoris_wrapper.network_module_dict.update({algo: layer for algo, (_, layer) in LAYERS.items()})

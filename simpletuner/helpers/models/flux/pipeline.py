@@ -1,0 +1,79 @@
+"""The bundled Flux.1 pipelines: diffusers' own, with the T-LoRA ranks of each step open in that step."""
+
+from __future__ import annotations
+
+import diffusers
+
+from simpletuner.helpers.adapters.pipeline import MaskedDenoising
+
+
+class FluxPipeline(MaskedDenoising, diffusers.FluxPipeline):  # type: ignore[misc]
+    """Flux.1 from text to image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxImg2ImgPipeline(MaskedDenoising, diffusers.FluxImg2ImgPipeline):  # type: ignore[misc]
+    """Flux.1 from image and text to image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxInpaintPipeline(MaskedDenoising, diffusers.FluxInpaintPipeline):  # type: ignore[misc]
+    """Flux.1 that repaints the masked part of an image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxFillPipeline(MaskedDenoising, diffusers.FluxFillPipeline):  # type: ignore[misc]
+    """Flux.1 Fill, which was trained to repaint."""
+
+    denoiser_name = "transformer"
+
+
+class FluxKontextPipeline(MaskedDenoising, diffusers.FluxKontextPipeline):  # type: ignore[misc]
+    """Flux.1 Kontext, which edits an image as it is told."""
+
+    denoiser_name = "transformer"
+
+
+class FluxKontextInpaintPipeline(MaskedDenoising, diffusers.FluxKontextInpaintPipeline):  # type: ignore[misc]
+    """Flux.1 Kontext that edits the masked part of an image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlPipeline(MaskedDenoising, diffusers.FluxControlPipeline):  # type: ignore[misc]
+    """Flux.1 Canny and Depth, which take a control image as further channels."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlImg2ImgPipeline(MaskedDenoising, diffusers.FluxControlImg2ImgPipeline):  # type: ignore[misc]
+    """Flux.1 Canny and Depth that start from an image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlInpaintPipeline(MaskedDenoising, diffusers.FluxControlInpaintPipeline):  # type: ignore[misc]
+    """Flux.1 Canny and Depth that repaint the masked part of an image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlNetPipeline(MaskedDenoising, diffusers.FluxControlNetPipeline):  # type: ignore[misc]
+    """Flux.1 with a ControlNet."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlNetImg2ImgPipeline(MaskedDenoising, diffusers.FluxControlNetImg2ImgPipeline):  # type: ignore[misc]
+    """Flux.1 with a ControlNet, from image and text to image."""
+
+    denoiser_name = "transformer"
+
+
+class FluxControlNetInpaintPipeline(MaskedDenoising, diffusers.FluxControlNetInpaintPipeline):  # type: ignore[misc]
+    """Flux.1 with a ControlNet that repaints the masked part of an image."""
+
+    denoiser_name = "transformer"

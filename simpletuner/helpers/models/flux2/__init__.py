@@ -1,0 +1,1 @@
+"""Flux.2: dev, Klein base and distilled Klein."""

@@ -1,0 +1,50 @@
+"""Flux.2's latents: a token for each 2 x 2 patch of the autoencoder's, normalised channel by channel.
+
+Shapes: B batch, c autoencoder channels, C = 4c latent channels, H W pixels, h w latent height and width.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKLFlux2
+from einops import rearrange
+from torch import Tensor
+
+from simpletuner.helpers.models.autoencoder import ComputesInFloat32, check_finite
+
+PATCH = 2
+"""Autoencoder positions along the edge of a token."""
+PIXELS_PER_TOKEN = 16**2
+
+
+class Float32Flux2Autoencoder(ComputesInFloat32, AutoencoderKLFlux2):  # type: ignore[misc]
+    """Flux.2's autoencoder in float32."""
+
+
+def encode_normalised(vae: AutoencoderKLFlux2, pixels: Tensor) -> Tensor:
+    """Encode [B, 3, H, W] pixels in [-1, 1] to [B, C, h, w] float32 latents as the transformer expects them.
+
+    The mean of the latent distribution is taken, not a sample, and each channel is normalised by the running
+    statistics of the autoencoder's batch norm.
+
+    Raises:
+        DataError: A latent is not finite.
+    """
+    with torch.no_grad():
+        mean: Tensor = vae.encode(pixels.to(vae.device)).latent_dist.mode()  # [B, c, 2h, 2w]
+        patches = rearrange(mean, "b c (h p) (w q) -> b (c p q) h w", p=PATCH, q=PATCH)
+        centre = vae.bn.running_mean[:, None, None]
+        spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)[:, None, None]
+        latents: Tensor = (patches - centre) / spread
+    check_finite(latents)
+    return latents
+
+
+def to_tokens(latents: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, h*w, C]."""
+    return rearrange(latents, "b c h w -> b (h w) c")
+
+
+def from_tokens(tokens: Tensor, *, height: int) -> Tensor:
+    """[B, h*w, C] -> [B, C, h, w], where h is the height."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
