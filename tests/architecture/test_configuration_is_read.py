@@ -10,7 +10,6 @@ from package_source import Module, assert_only, modules
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
 _LYCORIS_ARGUMENTS = (
-    "block_size",
     "bypass_mode",
     "constraint",
     "conv_alpha",
@@ -19,9 +18,6 @@ _LYCORIS_ARGUMENTS = (
     "dropout",
     "factor",
     "full_matrix",
-    "module_dropout",
-    "rank_dropout",
-    "rank_dropout_scale",
     "rescaled",
     "rs_lora",
     "train_norm",
@@ -33,7 +29,6 @@ _LYCORIS_ARGUMENTS = (
     "weight_decompose",
 )
 _PRESET = (
-    "enable_conv",
     "exclude_name",
     "module_algo_map",
     "name_algo_map",
@@ -42,6 +37,7 @@ _PRESET = (
     "use_fnmatch",
 )
 READ_WHILE_LOADING: dict[str, str] = {
+    "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.lycoris_config": _OPENED,
     "DataConfig.data_backend_config": _OPENED,
     "ModelConfig.model_type": "has one value; the key is accepted because users' files have it",

@@ -42,6 +42,8 @@ FAMILY_NAMES = re.compile(r"sdxl|flux|stable.?diffusion.?xl", re.IGNORECASE)
 # "module" -> why a family is named outside models/.
 NAMES_FAMILIES: dict[str, str] = {
     "simpletuner/helpers/configuration/known_keys.py": "SimpleTuner's own key names",
+    "simpletuner/helpers/configuration/model_sections.py": "SimpleTuner's own key names",
+    "simpletuner/helpers/configuration/sections.py": "SimpleTuner's own key names",
 }
 
 

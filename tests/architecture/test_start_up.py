@@ -22,7 +22,7 @@ HEAVY = (
     "wandb",
 )
 MAX_CPU_S = 0.5
-COMMANDS = (["--help"], ["train", "--help"], ["validate"], ["version"])
+COMMANDS = (["--help"], ["train", "--help"], ["validate"], ["examples", "list"], ["version"])
 
 SCRIPT = """
 import sys

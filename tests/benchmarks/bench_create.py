@@ -22,11 +22,14 @@ from models import flux, sdxl
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.flux.facts import FACTS as FLUX
+from simpletuner.helpers.models.sdxl.facts import FACTS as SDXL
 
+BLOCKS = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 TARGETS = {
-    "SDXL, attention": (sdxl, {"target_module": ["Attention"]}),
-    "Flux.1, blocks": (flux, {"target_module": ["FluxTransformerBlock", "FluxSingleTransformerBlock"]}),
+    "SDXL, attention": (sdxl, {"target_module": ["Attention"]}, SDXL),
+    "Flux.1, attention and feed-forward": (flux, {"target_module": ["Attention", "FeedForward"]}, FLUX),
+    "Flux.1, blocks": (flux, {"target_module": BLOCKS}, FLUX),
 }
 
 
@@ -36,7 +39,7 @@ def main() -> None:
     print(
         f"{machine()}; CPU time\n\n| model | layers | ours, s | LyCORIS, s | ratio |\n|---|---|---|---|---|"
     )
-    for name, (make, preset) in list(TARGETS.items())[: 1 if options.quick else None]:
+    for name, (make, preset, facts) in list(TARGETS.items())[: 1 if options.quick else None]:
         config = LycorisConfig.model_validate(
             {
                 "algo": "tlora",
@@ -48,7 +51,7 @@ def main() -> None:
         )
         model = make()
         began_s = time.process_time()
-        adapter = LycorisAdapter.create(model, config, facts=FACTS, seed=0)
+        adapter = LycorisAdapter.create(model, config, facts=facts, seed=0)
         ours_s = time.process_time() - began_s
         shapes = Counter(tuple(module.org_module[0].weight.shape) for module in adapter.network.loras)
         if options.quick:

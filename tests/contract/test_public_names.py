@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 
+import diffusers
 import pytest
 from lycoris.modules import MODULE_LIST
 from lycoris.modules import tlora as stock_tlora
@@ -21,15 +22,26 @@ PUBLIC_NAMES = [
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLPipeline"),
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLImg2ImgPipeline"),
     ("simpletuner.helpers.models.sdxl.pipeline", "StableDiffusionXLInpaintPipeline"),
+    ("simpletuner.helpers.models.flux.pipeline", "FluxPipeline"),
+    ("simpletuner.helpers.models.flux2.pipeline", "Flux2Pipeline"),
+    ("simpletuner.helpers.models.flux2.pipeline", "Flux2KleinPipeline"),
     ("simpletuner.helpers.training.trainer", "Trainer"),
     ("simpletuner.helpers.training.validation", "Validation"),
 ]
 
-STOCK_MODULES = {
-    "StableDiffusionXLPipeline": "pipeline_stable_diffusion_xl",
-    "StableDiffusionXLImg2ImgPipeline": "pipeline_stable_diffusion_xl_img2img",
-    "StableDiffusionXLInpaintPipeline": "pipeline_stable_diffusion_xl_inpaint",
-}
+BUNDLED = [
+    ("sdxl", "StableDiffusionXLPipeline"),
+    ("sdxl", "StableDiffusionXLImg2ImgPipeline"),
+    ("sdxl", "StableDiffusionXLInpaintPipeline"),
+    ("flux", "FluxPipeline"),
+    ("flux", "FluxImg2ImgPipeline"),
+    ("flux", "FluxInpaintPipeline"),
+    ("flux", "FluxKontextPipeline"),
+    ("flux", "FluxControlNetPipeline"),
+    ("flux2", "Flux2Pipeline"),
+    ("flux2", "Flux2KleinPipeline"),
+    ("flux2", "Flux2KleinInpaintPipeline"),
+]
 
 # Name -> (parameter, default) in order; no default is written as ...
 MASK_SIGNATURES = {
@@ -80,12 +92,10 @@ def test_the_masks_are_those_that_lycoris_itself_reads() -> None:
         lycoris.clear_tlora_mask()
 
 
-@pytest.mark.parametrize("name", STOCK_MODULES)
-def test_a_bundled_pipeline_is_diffusers_own_with_a_schedule_that_is_off(name: str) -> None:
-    bundled = vars(importlib.import_module("simpletuner.helpers.models.sdxl.pipeline"))[name]
-    stock = vars(importlib.import_module(f"diffusers.pipelines.stable_diffusion_xl.{STOCK_MODULES[name]}"))[
-        name
-    ]
+@pytest.mark.parametrize(("family", "name"), BUNDLED)
+def test_a_bundled_pipeline_is_diffusers_own_with_a_schedule_that_is_off(family: str, name: str) -> None:
+    bundled = vars(importlib.import_module(f"simpletuner.helpers.models.{family}.pipeline"))[name]
+    stock = getattr(diffusers, name)
     assert issubclass(bundled, MaskedDenoising)
     assert issubclass(bundled, stock)
     assert inspect.signature(bundled.__init__) == inspect.signature(stock.__init__)

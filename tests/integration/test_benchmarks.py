@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "bench_own_python"]
+SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "bench_step", "bench_own_python"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

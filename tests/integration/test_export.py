@@ -189,7 +189,7 @@ def test_layers_of_another_rank_keep_theirs_through_the_diffusers_layout(tmp_pat
     (exported,) = export_adapter(
         file, tmp_path / "out.safetensors", ExportOptions(timestep=700), families=FAMILIES
     )
-    assert exported.ranks[0] < exported.ranks[1]
+    assert min(exported.ranks) < max(exported.ranks)
     pipeline.load_lora_weights(str(tmp_path), weight_name="out.safetensors")
     assert close(predict(pipeline.unet), expected, base=base)
 

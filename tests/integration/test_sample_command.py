@@ -51,6 +51,16 @@ def test_pictures_are_those_of_the_pipeline_that_loads_the_file(
     assert np.abs(pixels(written[0]).astype(int) - np.asarray(expected)).max() <= 1
 
 
+def test_a_second_guidance_is_refused_for_a_family_that_has_one_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--guidance-real", 2)
+    assert run(monkeypatch, *arguments, *small(tmp_path / "out")) == 2
+    message = capsys.readouterr().err
+    assert "--guidance-real" in message
+    assert "means nothing to model_family sdxl" in message
+
+
 def test_strength_zero_is_the_base_model_and_the_default_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,17 +16,17 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 
 from simpletuner.helpers.adapters import mask
+from simpletuner.helpers.configuration.lycoris import Algorithm
 from simpletuner.helpers.contracts import Batch
 from simpletuner.helpers.errors import ConfigError, TrainingError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.training.trainer import MAX_SKIPPED_STEPS, Trainer, to_device
-from tests.integration.tiny_runs import TinyRun, gradients
+from simpletuner.lycoris_defaults import default_lycoris_config
+from tests.integration.flux_pipelines import tiny_flux
+from tests.integration.tiny_runs import TinyRun, gradients, tiny_model
 
-SMALL = {"linear_dim": 4, "linear_alpha": 4, "apply_preset": {"target_module": ["Attention"]}}
-LYCORIS = {
-    "lora": {"algo": "lora", "multiplier": 1.0, **SMALL},
-    "lokr": {"algo": "lokr", "multiplier": 1.0, "factor": 4, **SMALL},
-}
+ALGORITHMS = get_args(Algorithm)
+MODELS = {"sdxl": tiny_model, "flux": tiny_flux}
 
 
 @pytest.fixture
@@ -103,11 +104,25 @@ def test_adapter_file_tells_what_it_was_trained_on(run: TinyRun) -> None:
     assert json.loads(metadata["tlora_config"])["max_rank"] == 8
 
 
-@pytest.mark.parametrize("algo", sorted(LYCORIS))
-def test_other_lycoris_algorithms_train_on_the_same_path(tmp_path: Path, algo: str) -> None:
-    run = TinyRun(tmp_path, lycoris=LYCORIS[algo])
-    assert run.run(max_train_steps=2) == 0
-    assert [line["mean_active_rank"] for line in run.log()] == [None, None]
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_default_of_every_algorithm_trains_on_the_same_path(tmp_path: Path, family: str, algo: str) -> None:
+    lycoris = default_lycoris_config(algo)
+    if algo == "tlora":  # no layer of the tiny models takes rank 64
+        lycoris |= {"linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
+    run = TinyRun(tmp_path, lycoris=lycoris)
+    keys = {"model_family": family, "pretrained_model_name_or_path": str(MODELS[family]())}
+    assert run.run(max_train_steps=2, **keys) == 0
+    assert [line["mean_active_rank"] is None for line in run.log()] == [algo != "tlora"] * 2
+
+
+def test_algorithm_that_cannot_be_made_for_a_layer_is_a_configuration_error(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, lycoris=default_lycoris_config("tlora"))
+    with (
+        pytest.raises(ConfigError, match=r"rank 64 is above 32, .* this 32x32 layer\. Lower linear_dim"),
+        run.trainer(),
+    ):
+        pass
 
 
 def test_standard_lora_trains_on_the_same_path(run: TinyRun) -> None:

@@ -62,9 +62,9 @@ def test_row_23_a_million_keys_are_refused_at_once(tmp_path: Path) -> None:
     entry = '"lycoris_x{i}.alpha":{{"dtype":"F32","shape":[],"data_offsets":[{a},{b}]}}'
     parts = (entry.format(i=i, a=4 * i, b=4 * i + 4) for i in range(1_000_000))
     file = raw_file(tmp_path / "a.safetensors", ("{" + ",".join(parts) + "}").encode(), bytes(4_000_000))
-    began_s = time.perf_counter()
+    began_s = time.process_time()
     refused(file, "its header claims")
-    assert time.perf_counter() - began_s < 1
+    assert time.process_time() - began_s < 1
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,22 @@ def test_truncation_is_the_best_approximation_of_its_rank_and_states_its_error(r
     assert float(off.norm() / (b @ a * layer.scale).norm()) == pytest.approx(best, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", [exact, truncated])
+def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
+    form: Any, dtype: torch.dtype
+) -> None:
+    layer = trained_layer()
+    own, other = (form("proj", stored(layer), rank=3, dtype=dtype, scale=scale) for scale in (None, 1.7))
+    assert (own.alpha, other.alpha) == pytest.approx((own.rank * 2 / 4, own.rank * 1.7))
+    a, b = (factor.detach().double() for factor in layer.branch(3))
+    whole = b @ a * layer.scale
+    off = dense(other.down, other.up, other.alpha) - whole
+    assert other.error == pytest.approx(float(off.norm() / whole.norm()), rel=1e-2, abs=2e-7)
+    errors = errors_by_rank(stored(layer), own), errors_by_rank(stored(layer), other)
+    assert errors[0] == pytest.approx(errors[1], rel=0.05, abs=1e-6)
+
+
 def test_stated_error_holds_the_rounding_of_the_dtype() -> None:
     plain = exact("proj", stored(trained_layer()), rank=4, dtype=torch.bfloat16)
     a, b = (factor.detach().double() for factor in trained_layer().branch(4))
@@ -249,6 +265,22 @@ def test_plain_layer_beside_t_lora_keeps_every_rank_at_every_timestep(tmp_path: 
             assert each.errors["mid"] == 0
 
 
+def test_a_file_in_diffusers_layout_is_exported_again_at_each_layers_own_scale(tmp_path: Path) -> None:
+    source = plain_file(tmp_path, beside=adapter_file(tmp_path))
+    once, twice, direct = (tmp_path / f"{name}.safetensors" for name in ("once", "twice", "direct"))
+    lycoris = ExportOptions(layout="lycoris")
+    for file, output, options in (
+        (source, once, ExportOptions()),
+        (once, twice, lycoris),
+        (source, direct, lycoris),
+    ):
+        export_adapter(file, output, options, families=FAMILIES)
+    alphas = {key: float(each) for key, each in load_file(twice).items() if key.endswith(".alpha")}
+    assert alphas == {"lycoris_mid.alpha": 2.0, "lycoris_proj.alpha": 4.0}
+    expected = load_file(direct)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(twice).items())
+
+
 def test_rank_of_a_plain_lora_cannot_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="timestep: the file is a plain LoRA"):
         export_adapter(
@@ -260,7 +292,7 @@ def test_rank_of_a_plain_lora_cannot_be_chosen(tmp_path: Path) -> None:
     (one,) = export_adapter(
         plain_file(tmp_path), tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES
     )
-    assert one.ranks == (4, 4)
+    assert one.ranks == [4]
 
 
 def test_grouped_convolution_is_refused(tmp_path: Path) -> None:

@@ -172,6 +172,16 @@ def test_peft_lora_is_loaded_by_stock_diffusers_at_its_own_strength(tmp_path: Pa
     torch.testing.assert_close(predict(model, again, 500, 10), expected, rtol=0, atol=0)
 
 
+def test_peft_lora_counts_its_own_layers_on_a_model_that_had_another() -> None:
+    model = unet()
+    first = attach(model, lora_rank=4, peft_lora_target_modules=("to_q", "to_k", "to_v"))
+    first.detach()
+    second = attach(model, lora_rank=4, peft_lora_target_modules=("to_q",))
+    assert isinstance(second, PeftAdapter)
+    assert second.num_layers == len(second.layers) == first.num_layers // 3
+    assert len(second.parameters()) == 2 * second.num_layers
+
+
 def test_new_tlora_adapter_changes_nothing_at_any_timestep() -> None:
     model = unet()
     base = [predict(model, None, t, t) for t in (0, 500, 999)]

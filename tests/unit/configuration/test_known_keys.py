@@ -112,7 +112,7 @@ def test_a_feature_switched_on_is_a_problem(workspace: Workspace, value: object)
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("base_model_precision", "no_change"),
+        ("quantize_via", "cpu"),
         ("attention_mechanism", "diffusers"),
         ("offload_during_startup", True),
         ("loss_type", "l2"),

@@ -161,10 +161,10 @@ def _items(section: object) -> list[tuple[str, object]]:
         ("resolution", 1.0, 'For megapixels set resolution_type to "area".'),
         ("num_train_epochs", -1, "-1: must be at least 0."),
         ("validation_resolution", "big", "must be an edge in pixels or width x height"),
-        ("pretrained_model_name_or_path", "model.safetensors", "single-file models are not supported here."),
-        ("pretrained_model_name_or_path", "./nowhere", "is no folder here."),
+        ("pretrained_model_name_or_path", "model.ckpt", "pickles can run code"),
+        ("pretrained_model_name_or_path", "./nowhere", "is no folder or file here."),
         ("pretrained_model_name_or_path", "", "must be the folder or the repository of a model"),
-        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder here."),
+        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder or file here."),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_allowed(

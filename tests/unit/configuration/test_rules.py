@@ -35,6 +35,95 @@ def test_what_the_family_does_not_have_is_refused(
     assert text in message
 
 
+QUANTISED = ("int8-torchao", "fp8-torchao", "nf4-bnb")
+OFFLOAD = {"enable_group_offload": True, "group_offload_type": "leaf_level", "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+def test_a_text_encoder_that_the_family_has_not_cannot_be_quantised(
+    workspace: Workspace, precision: str
+) -> None:
+    assert workspace.load(text_encoder_2_precision=precision).precision.text_encoder_2_precision == precision
+    message = workspace.problems(text_encoder_3_precision=precision)
+    assert f'text_encoder_3_precision  "{precision}": toy has 2 text encoders. Remove it.' in message
+
+
+@pytest.mark.parametrize("key", ["base_model_precision", "text_encoder_4_precision"])
+def test_other_formats_are_recognised_and_refused_with_advice(workspace: Workspace, key: str) -> None:
+    message = workspace.problems(**{key: "int8-quanto"})
+    assert '"int8-quanto": known from SimpleTuner, not supported here. Use int8-torchao' in message
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize(
+    ("lycoris", "text"),
+    [
+        ({"algo": "tlora"}, None),
+        ({"algo": "tlora", "tlora_init": "weight"}, None),
+        ({"algo": "loha", "bypass_mode": True}, None),
+        ({"algo": "loha"}, "algo loha adds to the weight itself. Set bypass_mode to true"),
+        ({"algo": "full"}, "algo full needs the whole weight. Use tlora, lora, loha or lokr"),
+        ({"algo": "ia3", "bypass_mode": True}, "algo ia3 needs the whole weight."),
+        ({"algo": "dylora", "bypass_mode": True}, "algo dylora needs the whole weight."),
+        ({"algo": "lora", "bypass_mode": True, "dora_wd": True}, "with weight_decompose needs the whole"),
+        (
+            {"algo": "tlora", "apply_preset": {"module_algo_map": {"Attention": {"algo": "lokr"}}}},
+            "algo lokr adds to the weight itself.",
+        ),
+        (
+            {
+                "algo": "lora",
+                "bypass_mode": True,
+                "apply_preset": {"name_algo_map": {"a": {"bypass_mode": False}}},
+            },
+            "algo lora adds to the weight itself.",
+        ),
+    ],
+)
+def test_adapters_that_need_whole_weights_are_refused_on_a_quantised_denoiser(
+    workspace: Workspace, precision: str, lycoris: dict[str, object], text: str | None
+) -> None:
+    workspace.lycoris = {"multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8, **lycoris}
+    # bitsandbytes' layers are told by their class, and LyCORIS bypasses them whatever it is told.
+    if text is None or (precision == "nf4-bnb" and "adds to the weight" in text):
+        assert workspace.load(base_model_precision=precision).precision.base_model_precision == precision
+    else:
+        assert text in workspace.problems(base_model_precision=precision)
+    workspace.load(base_model_precision="no_change")
+
+
+@pytest.mark.parametrize("precision", QUANTISED)
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_a_lora_that_begins_by_changing_the_base_is_refused_on_a_quantised_one(
+    workspace: Workspace, precision: str, start: str
+) -> None:
+    workspace.config |= {"lora_type": "standard", "lora_init_type": start}
+    message = workspace.problems(base_model_precision=precision)
+    assert f"lora_init_type  {start}: changes the base weights, which base_model_precision" in message
+    workspace.load(base_model_precision=precision, lora_init_type="gaussian")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"group_offload_type": "block_level"}, "a UNet's blocks are run again in parts. Use leaf_level."),
+        ({"gradient_checkpointing": False}, "without gradient_checkpointing every group stays"),
+        ({"base_model_precision": "nf4-bnb"}, "nf4-bnb layers stay on the device."),
+        ({"group_offload_use_stream": True}, "no group is brought ahead of its turn"),
+    ],
+)
+def test_offload_that_cannot_train_is_refused(
+    workspace: Workspace, changes: dict[str, object], text: str
+) -> None:
+    workspace.load(**OFFLOAD, base_model_precision="int8-torchao", group_offload_use_stream=False)
+    assert text in workspace.problems(**{**OFFLOAD, **changes})
+
+
+def test_blocks_of_a_transformer_may_stay_on_the_host(workspace: Workspace) -> None:
+    workspace.families = {"toy": replace(workspace.families["toy"], denoiser_name="transformer")}
+    assert workspace.load(enable_group_offload=True).precision.group_offload_type == "block_level"
+
+
 def test_what_the_family_has_is_accepted(workspace: Workspace) -> None:
     config = workspace.load(
         prediction_type="epsilon", aspect_bucket_alignment=8, validation_resolution="104x64"

@@ -15,12 +15,8 @@ from simpletuner.helpers.configuration.lycoris import (
     LycorisConfig,
     TargetPreset,
 )
-from simpletuner.helpers.configuration.sections import (
-    CheckpointConfig,
-    ModelConfig,
-    TrainingConfig,
-    ValidationPrompt,
-)
+from simpletuner.helpers.configuration.model_sections import ModelConfig
+from simpletuner.helpers.configuration.sections import CheckpointConfig, TrainingConfig, ValidationPrompt
 
 EVERY = [
     *SECTIONS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from simpletuner.demo import make
 from simpletuner.demo.world import COLOURS, PATTERNS, PLACES
+from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.sections import RunConfig
 from simpletuner.helpers.models import registry
@@ -26,19 +26,44 @@ def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     return lambda name: load_config(Path("config") / name, families=registry.facts())
 
 
-def test_every_example_is_valid(repository: Path, load: Load) -> None:
-    names = [path.relative_to(repository / "config") for path in (repository / "config").rglob("config.json")]
-    assert len(names) >= 4
-    for name in names:
-        assert isinstance(load(name), RunConfig)
+@pytest.mark.parametrize(
+    "name", ["config.json", "examples/demo-lora/config.json", "examples/demo-photo/config.json"]
+)
+def test_every_configuration_of_the_demo_is_valid(name: str, load: Load) -> None:
+    assert isinstance(load(name), RunConfig)
+
+
+@pytest.mark.parametrize("name", examples())
+def test_every_example_is_valid_and_waits_for_an_output_and_images(
+    name: str, repository: Path, load: Load
+) -> None:
+    config = load(f"examples/{name}/config.json")
+    assert config.checkpoint.output_dir == repository / "output" / name
+    assert [each.instance_data_dir for each in config.datasets] == [repository / "simpletuner/demo/photo"]
+    assert config.validation.prompts
+    assert config.tracking.report_to == ()
+
+
+def test_the_list_has_every_example(repository: Path) -> None:
+    folders = {path.parent.name for path in (repository / "config" / "examples").glob("*/config.json")}
+    assert folders == {"demo-lora", "demo-photo", *examples()}
+
+
+def test_every_family_has_an_example_of_each_kind(load: Load) -> None:
+    def kind(config: RunConfig) -> str:
+        return config.lycoris.algo if config.lycoris is not None else config.adapter.lora_type
+
+    configs = [load(f"examples/{name}/config.json") for name in examples()]
+    assert {(config.model.model_family, kind(config)) for config in configs} == {
+        (family, each) for family in registry.facts() for each in ("tlora", "standard", "lokr")
+    }
 
 
 def test_a_copied_example_reads_its_own_files(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(repository)
-    mine = tmp_path / "mine"
-    shutil.copytree(repository / "config" / "examples" / "sdxl-tlora-paper", mine)
+    mine = copy_example("sdxl-tlora-paper", tmp_path / "mine").parent
     adapter = json.loads((mine / "lycoris_tlora.json").read_text())
     (mine / "lycoris_tlora.json").write_text(json.dumps(adapter | {"linear_dim": 48}))
     config = load_config(mine / "config.json", families=registry.facts())
@@ -99,3 +124,29 @@ def test_the_papers_recipe_is_the_papers(load: Load) -> None:
     assert (config.training.train_batch_size, config.training.max_train_steps) == (1, 800)
     assert config.precision.mixed_precision == "bf16"
     assert config.model.pretrained_model_name_or_path == "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def test_the_authors_recipe_for_flux_is_theirs(load: Load) -> None:
+    config = load("examples/flux-dev-tlora-vanilla/config.json")
+    assert (config.lycoris.linear_dim, config.lycoris.tlora_init) == (16, "vanilla")
+    assert config.lycoris.apply_preset.target_module == ("Attention",)
+    assert (config.optimizer.optimizer, config.optimizer.learning_rate) == ("prodigy", 1.0)
+    assert (config.training.train_batch_size, config.training.max_train_steps) == (1, 500)
+    assert config.model.pretrained_model_name_or_path == "black-forest-labs/FLUX.1-dev"
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "steps"),
+    [("sdxl-lora", 5.0, 30), ("flux-dev-lora", 3.5, 28), ("flux2-klein-4b-lora", 4.0, 50)],
+)
+def test_pictures_are_made_as_the_model_is_used(name: str, guidance: float, steps: int, load: Load) -> None:
+    pictures = load(f"examples/{name}/config.json").validation
+    assert (pictures.validation_guidance, pictures.validation_num_inference_steps) == (guidance, steps)
+
+
+def test_class_names_and_generic_names_of_targets_are_both_shown(load: Load) -> None:
+    def targets(name: str) -> tuple[str, ...]:
+        return load(f"examples/{name}/config.json").lycoris.apply_preset.target_module
+
+    assert targets("flux2-klein-4b-tlora") == ("Attention", "FeedForward")
+    assert targets("flux2-dev-tlora") == ("Flux2Attention", "Flux2FeedForward", "Flux2ParallelSelfAttention")

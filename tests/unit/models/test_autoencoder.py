@@ -8,7 +8,8 @@ from diffusers import AutoencoderKL
 
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.models.autoencoder import Float32Autoencoder, encode_scaled
-from simpletuner.helpers.models.sdxl.tiny import fill_weights, make_vae
+from simpletuner.helpers.models.sdxl.tiny import make_vae
+from simpletuner.helpers.models.tiny_parts import fill_weights
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_read_model_index_names_the_pipeline(tiny_sdxl: Path) -> None:
 
 def test_read_model_index_refuses_a_single_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"model\.safetensors: is a file.*from_single_file"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: is a file.*denoiser and VAE"):
         read_model_index(ModelSource(str(tmp_path / "model.safetensors")))
 
 

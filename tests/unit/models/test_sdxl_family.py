@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.configuration.sections import NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.model_sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.noise import draw_noise
@@ -101,7 +101,7 @@ def test_encode_prompts_warns_once_of_long_captions(
         family.encode_prompts(["a cat " * 40, "a cat"])
         family.encode_prompts(["a dog " * 400])
     assert [record.getMessage() for record in caplog.records] == [
-        "A caption has 82 tokens and the text encoders see the first 77; the rest has no effect, here and in "
+        "A caption has 82 tokens; the text encoders see the first 77. The rest has no effect, here and in "
         f"other long captions: {('a cat ' * 40)[:80]!r}"
     ]
     assert "".join(capfd.readouterr()) == ""

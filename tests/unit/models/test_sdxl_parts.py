@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.configuration.sections import ModelConfig
+from simpletuner.helpers.configuration.model_sections import ModelConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.sdxl.parts import SDXLParts, find_parts
 

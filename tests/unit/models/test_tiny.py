@@ -11,7 +11,8 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 
 from simpletuner.demo import make
-from simpletuner.helpers.models.sdxl.tiny import fill_weights, make_tokenizer, make_unet, save_tiny_sdxl
+from simpletuner.helpers.models.sdxl.tiny import make_unet, save_tiny_sdxl
+from simpletuner.helpers.models.tiny_parts import fill_weights, make_clip_tokenizer
 
 VERSIONS = {"_diffusers_version", "transformers_version"}
 
@@ -89,7 +90,7 @@ def test_fill_weights_stays_within_the_bound_of_the_fan_in() -> None:
 
 
 def test_the_tokenizer_knows_its_words_and_can_spell_the_rest() -> None:
-    tokenizer = make_tokenizer(pad="!")
+    tokenizer = make_clip_tokenizer(pad="!")
     assert tokenizer.tokenize("a photo of a Cat") == ["a</w>", "photo</w>", "of</w>", "a</w>", "cat</w>"]
     assert tokenizer.unk_token_id not in tokenizer("naïve 猫!", add_special_tokens=False).input_ids
     ids = tokenizer("cat", padding="max_length").input_ids

@@ -56,5 +56,5 @@ def test_prodigy_is_taken_from_its_package() -> None:
 
 def test_prodigy_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
-    with pytest.raises(MissingDependencyError, match=r"simpletuner\[optim\]"):
+    with pytest.raises(MissingDependencyError, match=r"simpletuner-t\[optim\]"):
         build_optimizer(parameters(), OptimizerConfig(optimizer="prodigy"))

@@ -155,7 +155,7 @@ def test_tracker_whose_package_is_missing_is_an_error_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tensorboard", None)
-    with pytest.raises(MissingDependencyError, match=r"simpletuner\[track\]"):
+    with pytest.raises(MissingDependencyError, match=r"simpletuner-t\[track\]"):
         build_trackers(
             TrackingConfig(report_to="tensorboard"), output_dir=tmp_path, settings={}, resumed_step=0
         )

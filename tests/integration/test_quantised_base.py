@@ -1,0 +1,139 @@
+"""Runs on a quantised denoiser: what they train, what their files say, and where those can be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from test_several_processes import TORCHRUN
+from tiny_runs import TLORA, TinyRun, start, tiny_model
+
+from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.network import load_adapter
+from simpletuner.helpers.training.trainer import ADAPTER_FILE
+
+PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
+PICTURES: dict[str, object] = {
+    "validation_disable": False,
+    "validation_prompt": "a cat",
+    "validation_resolution": "64x64",
+    "validation_num_inference_steps": 2,
+}
+
+
+def header(run: TinyRun) -> dict[str, Any]:
+    with safe_open(run.output_dir / ADAPTER_FILE, framework="pt") as file:
+        metadata: dict[str, Any] = file.metadata()
+    return metadata
+
+
+def plain_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(tiny_model() / "unet")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """A run on the model as it is."""
+    run = TinyRun(tmp_path_factory.mktemp("plain"))
+    run.run()
+    return run
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_adapter_of_a_quantised_base_says_what_the_plain_base_was_and_reloads_onto_it(
+    precision: str, plain: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = TinyRun(tmp_path)
+    assert run.run(base_model_precision=precision) == 0
+    stated, expected = header(run), header(plain)
+    assert json.loads(stated[checkpoint.HASH_KEY]) == json.loads(expected[checkpoint.HASH_KEY])
+    assert stated["base_model_precision"] == precision
+    assert "base_model_precision" not in expected
+    losses = [[line["loss"] for line in each.log()] for each in (run, plain)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=0.01, atol=0)
+    with caplog.at_level(logging.WARNING):
+        loaded = load_adapter(plain_unet(), run.output_dir / ADAPTER_FILE)
+    assert not caplog.records, "the plain base was taken for another one"
+    own = checkpoint.read(run.output_dir / ADAPTER_FILE).tensors
+    assert all(torch.equal(own[key], tensor) for key, tensor in loaded.network.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["int8-torchao", "nf4-bnb"])
+def test_quantised_run_resumes_to_the_same_state(precision: str, tmp_path: Path) -> None:
+    keys = {"base_model_precision": precision, "lr_scheduler": "constant"}
+    whole, halved = (TinyRun(tmp_path / name, keys=keys) for name in ("whole", "halved"))
+    halved.run(max_train_steps=2)
+    with whole.trainer() as trainer, halved.trainer(resume_from_checkpoint="latest") as resumed:
+        assert resumed.progress.step == 2
+        assert trainer.run() == resumed.run() == 0
+        assert trainer.state_digest() == resumed.state_digest()
+
+
+def test_run_goes_on_with_another_precision(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    run.run(max_train_steps=2)
+    with run.trainer(base_model_precision="int8-torchao", resume_from_checkpoint="latest") as trainer:
+        assert trainer.progress.step == 2
+
+
+def test_every_precision_makes_pictures_of_its_own_base(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    for steps, precision in enumerate(["no_change", *PRECISIONS], start=1):
+        run.run(max_train_steps=steps, base_model_precision=precision, **PICTURES)
+        assert (run.output_dir / "validation" / f"step-{steps}" / "grid.png").is_file()
+    pictures = list((run.output_dir / "validation" / "base").glob("*.png"))
+    assert len({picture.read_bytes() for picture in pictures}) == len(pictures) == 4
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("keys", [{}, {"use_dora": True}])
+def test_peft_lora_of_a_quantised_base_loads_into_a_plain_pipeline(
+    precision: str, keys: dict[str, object], tmp_path: Path
+) -> None:
+    run = TinyRun(tmp_path, keys={"lora_type": "standard", "lora_rank": 4, "base_model_precision": precision})
+    run.run(max_train_steps=1, **keys)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_model())
+    pipeline.load_lora_weights(run.output_dir / ADAPTER_FILE)
+    assert pipeline.get_active_adapters() == ["default_0"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora", "diag-oft", "boft"])
+def test_lycoris_algorithms_in_bypass_mode_train_on_a_quantised_base(
+    precision: str, algorithm: str, tmp_path: Path
+) -> None:
+    lycoris = {key: value for key, value in TLORA.items() if not key.startswith("tlora")}
+    run = TinyRun(tmp_path, lycoris={**lycoris, "algo": algorithm, "bypass_mode": True})
+    run.run(base_model_precision=precision, max_train_steps=3)
+    losses = [line["grad_norm"] for line in run.log()]
+    assert all(0 < each < 10 for each in losses)
+    load_adapter(plain_unet(), run.output_dir / ADAPTER_FILE)
+
+
+def test_quantised_text_encoder_fills_the_cache_anew(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    entries = []
+    for index, precision in enumerate(("no_change", "int8-torchao", "no_change")):
+        output = str(tmp_path / f"output-{index}")
+        run.run(text_encoder_2_precision=precision, output_dir=output, max_train_steps=1)
+        entries.append(sum(file.is_file() for file in (tmp_path / "cache" / "text").rglob("*.safetensors")))
+    assert entries[1] == 2 * entries[0] == entries[2]
+
+
+def test_two_processes_train_on_a_quantised_base_as_one_does_on_twice_the_batch(tmp_path: Path) -> None:
+    one, two = (TinyRun(tmp_path / name, num_images=4) for name in ("one", "two"))
+    keys: dict[str, Any] = {"base_model_precision": "int8-torchao", "max_train_steps": 2}
+    process = start(two, *TORCHRUN, **keys)
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    one.run(train_batch_size=2, **keys)
+    first, second = (checkpoint.read(each.output_dir / ADAPTER_FILE).tensors for each in (one, two))
+    for key, tensor in first.items():
+        torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-4)
