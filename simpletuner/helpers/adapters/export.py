@@ -38,6 +38,8 @@ from simpletuner.helpers.errors import AdapterError
 Form = Literal["exact", "truncated"]
 FORMS = {"exact": exact, "truncated": truncated}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHANGE_THE_BASE = ("olora", "pissa")
+"""Starts of a PEFT LoRA that are subtracted from the base weights."""
 # Of the source's header, what would say something untrue about a plain LoRA.
 NOT_KEPT = {
     "format",
@@ -239,6 +241,11 @@ def _peft_layers(stored: checkpoint.AdapterFile) -> dict[str, StoredLayer]:
             continue
         if not key.endswith(".lora_A.weight"):
             raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
+        if (init := config.get(f"{prefix}.init_lora_weights")) in CHANGE_THE_BASE:
+            raise AdapterError(
+                f"{stored.path}: lora_init_type {init} changed the base weights, and tools that add a plain "
+                "LoRA to them would add its start too. Train with another lora_init_type."
+            )
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
         own = config.get(f"{prefix}.alpha_pattern") or {}
         common = config.get(f"{prefix}.lora_alpha", down.shape[0])

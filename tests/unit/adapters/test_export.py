@@ -15,6 +15,7 @@ from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.description import Description
 from simpletuner.helpers.adapters.export import ExportOptions, export_adapter, export_live
 from simpletuner.helpers.adapters.network import LycorisAdapter
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.plain import errors_by_rank, exact, relative_error, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import StoredLayer
@@ -279,6 +280,20 @@ def test_a_file_in_diffusers_layout_is_exported_again_at_each_layers_own_scale(t
     assert alphas == {"lycoris_mid.alpha": 2.0, "lycoris_proj.alpha": 4.0}
     expected = load_file(direct)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(twice).items())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_peft_lora_that_began_by_changing_the_base_is_refused(tmp_path: Path, init: str) -> None:
+    export_adapter(plain_file(tmp_path), tmp_path / "a.safetensors", ExportOptions(), families=FAMILIES)
+    content = checkpoint.read(tmp_path / "a.safetensors")
+    described = {**(content.entry(METADATA_KEY) or {}), "unet.init_lora_weights": init}
+    header = {**content.metadata, METADATA_KEY: json.dumps(described)}
+    checkpoint.write(tmp_path / "b.safetensors", content.tensors, metadata=header)
+    with pytest.raises(AdapterError, match=f"lora_init_type {init} changed the base weights"):
+        export_adapter(
+            tmp_path / "b.safetensors", tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES
+        )
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_rank_of_a_plain_lora_cannot_be_chosen(tmp_path: Path) -> None:
