@@ -42,6 +42,7 @@ SAMPLE_OPTIONS = {
     "validation_seed": "--seed",
     "num_validation_images": "--count",
     "validation_noise_scheduler": "--scheduler",
+    "base_model_precision": "--precision",
 }
 """Key of the configuration -> option of `sample` that sets it, for messages."""
 
@@ -107,6 +108,10 @@ def sample_command(
         typer.Option("--model", metavar="MODEL", help="Folder or repository; default: what the file says."),
     ] = None,
     family: Annotated[str | None, typer.Option("--family", help="Default: what the file says.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("--precision", help="As base_model_precision; default: what the file says."),
+    ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of the model; default: bf16 on a GPU, else fp32.")
     ] = None,
@@ -132,6 +137,7 @@ def sample_command(
             validation_noise_scheduler=scheduler,
         ),
         dtype=dtype,
+        precision=_given(base_model_precision=precision),
         options=SAMPLE_OPTIONS,
     )
     for file in sample(request, output=output, families=registry.facts()):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.training.trainer import ADAPTER_FILE, to_device
 
 GENERIC = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
@@ -57,8 +58,16 @@ def test_a_run_ends_with_everything_it_promises(tmp_path: Path) -> None:
 
 def test_pictures_of_the_sample_command_are_those_of_the_validation(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    keys = {**PICTURES, "learning_rate": 0.05, "lr_scheduler": "constant", "flow_schedule_shift": 2.0}
-    assert run.run(**keys) == 0
+    save_tiny_flux(tmp_path / "other", seed=9)
+    keys = {
+        "learning_rate": 0.05,
+        "lr_scheduler": "constant",
+        "flow_schedule_shift": 2.0,
+        "pretrained_transformer_model_name_or_path": str(tmp_path / "other"),
+        "base_model_precision": "int8-torchao",
+        "text_encoder_2_precision": "int8-torchao",
+    }
+    assert run.run(**keys, **PICTURES) == 0
     arguments = ["--prompt", "a photo of a cat", "--size", "64x80", "--steps", "3", "--seed", "5"]
     adapter = str(run.output_dir / ADAPTER_FILE)
     result = CliRunner().invoke(
@@ -68,7 +77,7 @@ def test_pictures_of_the_sample_command_are_those_of_the_validation(tmp_path: Pa
     (sampled,) = (tmp_path / "samples").glob("*.png")
     validated = pixels(run.output_dir / "validation" / "step-4")
     difference = np.abs(np.asarray(Image.open(sampled), dtype=np.float32) - validated)
-    assert difference.max() <= 1, "shift, guidance and ranks come from the adapter's file and the family"
+    assert difference.max() <= 1, "shift, formats, components and ranks come from the adapter's file"
 
 
 def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) -> None:

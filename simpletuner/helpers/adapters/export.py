@@ -27,7 +27,7 @@ from simpletuner.helpers.adapters.layouts import (
     places_of,
     tensors_of,
 )
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
+from simpletuner.helpers.adapters.peft_lora import CHANGE_THE_BASE, METADATA_KEY
 from simpletuner.helpers.adapters.plain import PlainLayer, errors_by_rank, exact, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
@@ -38,8 +38,6 @@ from simpletuner.helpers.errors import AdapterError
 Form = Literal["exact", "truncated"]
 FORMS = {"exact": exact, "truncated": truncated}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHANGE_THE_BASE = ("olora", "pissa")
-"""Starts of a PEFT LoRA that are subtracted from the base weights."""
 # Of the source's header, what would say something untrue about a plain LoRA.
 NOT_KEPT = {
     "format",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from simpletuner.helpers.errors import AdapterError, ConfigError
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 ADAPTER_NAME = "default"
+CHANGE_THE_BASE = ("olora", "pissa")
+"""Starts that PEFT subtracts from the base weights."""
 
 
 class PeftAdapter(Adapter):
@@ -56,6 +59,9 @@ class PeftAdapter(Adapter):
         self.num_layers = len(self.layers)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+        changes_base = config.lora_init_type in CHANGE_THE_BASE
+        start = self.state_dict() if changes_base else {}
+        self._start = {key: factor.clone().cpu() for key, factor in start.items()}
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, layer by layer."""
@@ -102,18 +108,32 @@ class PeftAdapter(Adapter):
     def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
         """Write the LoRA for diffusers' `load_lora_weights`, rank and alpha in the header.
 
+        A start that was subtracted from the base weights is in the file too, as ranks of their own, so that
+        it fits the base model as it is published.
+
         Raises:
             AdapterError: A weight is not finite; nothing is written.
             StorageError: The file cannot be written.
         """
         config: LoraConfig = self.denoiser.peft_config[ADAPTER_NAME]
+        state = self.state_dict()
+        if self._start:
+            state = {key: _less_start(key, factor, self._start[key]) for key, factor in state.items()}
+            rank, alpha = 2 * config.r, 2 * config.lora_alpha
+            config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
         metadata = dict(facts) | {METADATA_KEY: described(config, prefix=self.prefix)}
-        tensors = {f"{self.prefix}.{key}": tensor for key, tensor in self.state_dict().items()}
+        tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
         checkpoint.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Take the LoRA layers out of the denoiser."""
         self.denoiser.delete_adapters(ADAPTER_NAME)
+
+
+def _less_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
+    """A factor of B A - B0 A0, of twice the rank: A over A0, or B beside -B0."""
+    start = start.to(factor.device)
+    return torch.cat([factor, start]) if ".lora_A." in key else torch.cat([factor, -start], dim=1)
 
 
 def described(config: LoraConfig, *, prefix: str) -> str:

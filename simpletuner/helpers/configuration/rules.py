@@ -136,8 +136,6 @@ def check_format(
     if section.lora_type == "standard":
         if section.use_dora:
             reasons.append("use_dora trains more than a plain LoRA holds")
-        if section.lora_init_type in _CHANGE_THE_BASE:
-            reasons.append(f"lora_init_type {section.lora_init_type} changes the base weights")
     elif lycoris is not None:
         preset = lycoris.apply_preset
         entries = (*preset.module_algo_map.values(), *preset.name_algo_map.values())

@@ -61,7 +61,8 @@ class AdapterConfig(Section):
     lora_dropout: ShareBelowOne = 0.0
     """Share of inputs dropped while training."""
     lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
-    """Start of the LoRA's factors; all but olora and pissa leave the base weights alone."""
+    """Start of the LoRA's factors. olora and pissa take it from the base weights; the file then has twice the
+    rank, so that it fits the base model as it is published."""
     use_dora: bool = False
     """Train direction and magnitude apart (DoRA)."""
     peft_lora_target_modules: Names | None = None
@@ -75,6 +76,20 @@ class AdapterConfig(Section):
     ComfyUI and kohya's tools read."""
     init_lora: OptionalInputFile = None
     """Adapter file of the same kind and rank to start from."""
+
+    @model_validator(mode="after")
+    def _start_is_one(self) -> Self:
+        if self.lora_type == "standard" and self.lora_init_type in ("olora", "pissa"):
+            taken = f"{self.lora_init_type} takes the start from the base weights"
+            if self.init_lora is not None:
+                raise contradiction(
+                    "lora_init_type", f"{taken}, and init_lora from a file. Leave out one.", "init_lora"
+                )
+            if self.use_dora:
+                raise contradiction(
+                    "lora_init_type", f"{taken}, which use_dora rescales. Leave out one.", "use_dora"
+                )
+        return self
 
 
 class TrainingConfig(Section):

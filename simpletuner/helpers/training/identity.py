@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
 
+UNCHANGED = "no_change"
 # Of the adapter's settings, those that may change in mid-run.
 SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 
@@ -64,7 +65,8 @@ def changed(noise: NoiseConfig) -> dict[str, JsonValue]:
 def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
     """What the header of the adapter's file says about its training."""
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
-    precision = config.precision.base_model_precision
+    swapped = {key: value for key, value in config.model if key.startswith("pretrained_")}
+    del swapped["pretrained_model_name_or_path"]
     facts = {
         "software": f"simpletuner {__version__}",
         "base_model": config.model.pretrained_model_name_or_path,
@@ -72,6 +74,7 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "model_flavour": config.model.model_flavour,
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
+        **swapped,
         **changed(config.noise),
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,
@@ -79,7 +82,9 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "train_batch_size": config.training.train_batch_size,
         "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
         "mixed_precision": config.precision.mixed_precision,
-        "base_model_precision": None if precision == "no_change" else precision,
+        **{
+            key: value for key, value in config.precision if key.endswith("_precision") and value != UNCHANGED
+        },
         "seed": config.training.seed,
         "resolution": config.data.resolution,
         "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from simpletuner.helpers.configuration.sections import ValidationConfig, Validat
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.quantisation import placed
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.training.pictures import save_png
 from simpletuner.helpers.training.prompts import call_options, plan_shots
@@ -32,8 +33,23 @@ HEADER_KEYS = {
     "base_model": MODEL_KEY,
     "prediction_type": "prediction_type",
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+    **{key: key for key in ModelConfig.model_fields if key.startswith("pretrained_") and key != MODEL_KEY},
 }
 """What an adapter's header says about the model -> key of the model section."""
+
+
+FORMATS = tuple(key for key in PrecisionConfig.model_fields if "model" in key or "text_encoder" in key)
+"""Keys that say in which format weights are held."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sections:
+    """What making pictures needs of the configuration."""
+
+    model: ModelConfig
+    noise: NoiseConfig
+    precision: PrecisionConfig
+    pictures: ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +64,8 @@ class SampleRequest:
     """Keys of the configuration's validation section."""
     dtype: str | None
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
+    precision: Mapping[str, object] = field(default_factory=dict)
+    """Keys of the configuration's precision section that win over what the file says."""
     options: Mapping[str, str]
     """Key of a section -> the option that sets it, for messages."""
 
@@ -64,15 +82,16 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
         ModelError: The model cannot be found or loaded.
     """
     stored = checkpoint.read(request.adapter)  # whole: a damaged file is found before a model is loaded
-    model, noise, pictures = _checked(request, header=stored.metadata, families=families)
-    family = _family(model, noise, dtype=request.dtype)
+    sections = _checked(request, header=stored.metadata, families=families)
+    family, pictures = _family(sections, dtype=request.dtype), sections.pictures
     shots, negative = plan_shots(pictures, seed=0), pictures.validation_negative_prompt
     prompts = sorted({negative, *(shot.prompt for shot in shots)})
     family.load_text_encoders()
     embeds = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.unload_text_encoders()
-    denoiser, scheduler = family.load_denoiser().eval(), pictures.validation_noise_scheduler
-    pipeline: Any = family.make_pipeline(denoiser, scheduler=scheduler)
+    precision = sections.precision.base_model_precision
+    denoiser = placed(family.load_denoiser(), precision=precision, device=family.device).eval()
+    pipeline: Any = family.make_pipeline(denoiser, scheduler=pictures.validation_noise_scheduler)
     load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
     del stored
     load(pipeline, request.adapter, strength=pictures.validation_lycoris_strength)
@@ -88,9 +107,12 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
 
 def _checked(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, FamilyFacts]
-) -> tuple[ModelConfig, NoiseConfig, ValidationConfig]:
-    """The sections of the configuration that making pictures needs."""
+) -> _Sections:
     stated = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
+    if (
+        MODEL_KEY in request.model
+    ):  # another model than the run's, without the components that the run swapped
+        stated = {key: value for key, value in stated.items() if not key.startswith("pretrained_")}
     values = stated | dict(request.model)
     missing = [key for key in ("model_family", MODEL_KEY) if key not in values]
     if missing:
@@ -111,24 +133,32 @@ def _checked(
     model = build(ModelConfig, values, place)
     # As they were when the adapter was trained: the shift of noise levels is among them.
     noise = build(NoiseConfig, {key: header[key] for key in NoiseConfig.model_fields if key in header}, place)
+    formats = {key: header[key] for key in FORMATS if key in header}
+    precision = build(PrecisionConfig, formats | dict(request.precision), place)
     pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
     rules.check_family((model, noise, pictures), facts, families=families, place=place)
     rules.check_pictures(pictures, facts, place)
     problems.raise_if_any()
     assert model.section is not None, "a section that cannot be made has a problem"
     assert noise.section is not None, "a section that cannot be made has a problem"
+    assert precision.section is not None, "a section that cannot be made has a problem"
     assert pictures.section is not None, "a section that cannot be made has a problem"
     prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
-    return model.section, noise.section, pictures.section.model_copy(update={"prompts": prompts})
+    return _Sections(
+        model=model.section,
+        noise=noise.section,
+        precision=precision.section,
+        pictures=pictures.section.model_copy(update={"prompts": prompts}),
+    )
 
 
-def _family(model: ModelConfig, noise: NoiseConfig, *, dtype: str | None) -> Family:
+def _family(sections: _Sections, *, dtype: str | None) -> Family:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
-    return load_family(model.model_family)(
-        model,
-        noise=noise,
-        precision=PrecisionConfig(),
+    return load_family(sections.model.model_family)(
+        sections.model,
+        noise=sections.noise,
+        precision=sections.precision,
         device=device,
         weight_dtype=DTYPES[dtype or default],
     )

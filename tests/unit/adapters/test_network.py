@@ -144,6 +144,32 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
     assert set(model.state_dict()) == set(unet().state_dict())
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_peft_lora_that_starts_from_the_base_weights_fits_the_published_base(
+    tmp_path: Path, start: str
+) -> None:
+    model = unet()
+    base = predict(model, None, 500, 10)
+    adapter = attach(model, lora_rank=4, lora_alpha=1.5, lora_init_type=start)
+    train(model, adapter)
+    expected = predict(model, adapter, 500, 10)
+    adapter.save(tmp_path / "pytorch_lora_weights.safetensors", facts={"base_model": "tiny"})
+    pipeline = StableDiffusionXLPipeline(
+        vae=None,
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet(),
+        scheduler=None,
+    )
+    pipeline.load_lora_weights(tmp_path)
+    effect = (expected - base).abs().max()
+    assert effect > 1e-3
+    found = predict(pipeline.unet, None, 500, 10)
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(1e-3 * effect))
+
+
 def test_peft_lora_is_loaded_by_stock_diffusers_at_its_own_strength(tmp_path: Path) -> None:
     model = unet()
     base = predict(model, None, 500, 10)

@@ -60,7 +60,7 @@ CONFIG = {
     "lora_rank": COUNTS,
     "lora_alpha": RATES,
     "lora_dropout": st.floats(0, 0.99),
-    "lora_init_type": st.sampled_from(["default", "gaussian", "olora", "pissa"]),
+    "lora_init_type": st.sampled_from(["default", "gaussian"]),
     "use_dora": SWITCHES,
     "peft_lora_target_modules": st.lists(NAMES, min_size=1, max_size=3),
     "flux_lora_target": st.none() | WORDS,

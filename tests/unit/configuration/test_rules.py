@@ -181,15 +181,19 @@ def test_a_plain_lora_of_what_has_no_such_form_is_refused(
     assert "set it to diffusers" in message
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [({"use_dora": True}, "use_dora trains more"), ({"lora_init_type": "pissa"}, "pissa changes the base")],
-)
-def test_a_plain_lora_of_a_changed_base_is_refused(
-    workspace: Workspace, changes: dict[str, object], reason: str
+def test_a_plain_lora_of_what_is_rescaled_too_is_refused(workspace: Workspace) -> None:
+    changes = {"lora_type": "standard", "lora_format": "comfyui", "use_dora": True}
+    assert "use_dora trains more" in has_original_names(workspace).problems(**changes)
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+@pytest.mark.parametrize("other", [{"use_dora": True}, {"init_lora": "start.safetensors"}], ids=str)
+def test_a_start_from_the_base_weights_is_the_only_one(
+    workspace: Workspace, start: str, other: dict[str, object]
 ) -> None:
-    changes = {"lora_type": "standard", "lora_format": "comfyui"} | changes
-    assert reason in has_original_names(workspace).problems(**changes)
+    workspace.text("start.safetensors", "")
+    changes = {"lora_type": "standard", "lora_init_type": start} | other
+    assert f"{start} takes the start from the base weights" in workspace.problems(**changes)
 
 
 def test_a_plain_lora_is_refused_by_a_family_without_original_names(workspace: Workspace) -> None:

@@ -6,6 +6,7 @@ P pooled width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -46,11 +47,15 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
     from simpletuner.helpers.configuration.sections import ValidationConfig
 
+logger = logging.getLogger(__name__)
+
 PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
     "text2image": FluxPipeline,
     "image2image": FluxImg2ImgPipeline,
     "inpaint": FluxInpaintPipeline,
 }
+NO_GUIDANCE = ("constant", 1.0)
+"""flux_guidance_mode and flux_guidance_value that ask for nothing."""
 VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
 
@@ -75,6 +80,11 @@ class Flux(Family):
         self._distribution = distribution_of(noise)
         self._vae: Float32Autoencoder | None = None
         self._encoder: diffusers.FluxPipeline | None = None
+        if (
+            not self._parts.has_guidance
+            and (noise.flux_guidance_mode, noise.flux_guidance_value) != NO_GUIDANCE
+        ):
+            logger.warning("This model is told no guidance: what flux_guidance_* asks for has no effect.")
         self._cut_captions = CutCaptions(limit=self._parts.text_tokens, reader="T5 sees")
 
     @cached_property
