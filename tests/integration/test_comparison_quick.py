@@ -12,7 +12,10 @@ import pytest
 
 from simpletuner.demo.comparison.plan import QUICK
 
-pytestmark = pytest.mark.timeout(900)  # a busy machine takes long; what is promised is checked in CPU time
+pytestmark = [
+    pytest.mark.timeout(900),  # a busy machine takes long; what is promised is checked in CPU time
+    pytest.mark.xdist_group("comparison"),  # one worker makes what these tests share, once
+]
 PROMISED_S = 180
 
 

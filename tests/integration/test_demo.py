@@ -15,7 +15,10 @@ from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.training.pictures import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 
-pytestmark = pytest.mark.timeout(900)  # two runs, on a machine that may be busy
+pytestmark = [
+    pytest.mark.timeout(900),  # two runs, on a machine that may be busy
+    pytest.mark.xdist_group("demo"),  # one worker makes what these tests share, once
+]
 STEPS = 40
 """Instead of the demo's own number, for both runs."""
 

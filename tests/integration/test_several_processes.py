@@ -15,6 +15,7 @@ from torch import Tensor
 
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what these tests share, once
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
