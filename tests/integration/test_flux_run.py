@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,9 @@ def test_a_run_ends_with_everything_it_promises(tmp_path: Path) -> None:
     assert np.abs(base - trained).max() > 2
 
 
-def test_pictures_of_the_sample_command_are_those_of_the_validation(tmp_path: Path) -> None:
+def test_pictures_of_the_sample_command_are_those_of_the_validation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = make_run(tmp_path)
     save_tiny_flux(tmp_path / "other", seed=9)
     keys = {
@@ -70,10 +73,13 @@ def test_pictures_of_the_sample_command_are_those_of_the_validation(tmp_path: Pa
     assert run.run(**keys, **PICTURES) == 0
     arguments = ["--prompt", "a photo of a cat", "--size", "64x80", "--steps", "3", "--seed", "5"]
     adapter = str(run.output_dir / ADAPTER_FILE)
+    caplog.set_level(logging.INFO, logger="simpletuner")
+    caplog.clear()
     result = CliRunner().invoke(
         cli.app, ["sample", "--adapter", adapter, *arguments, "--output", str(tmp_path / "samples")]
     )
     assert result.exit_code == 0, result.output
+    assert caplog.text.count("linear layers in int8-torchao") == 2, "transformer and T5"
     (sampled,) = (tmp_path / "samples").glob("*.png")
     validated = pixels(run.output_dir / "validation" / "step-4")
     difference = np.abs(np.asarray(Image.open(sampled), dtype=np.float32) - validated)

@@ -137,8 +137,10 @@ def test_predict_runs_the_transformer_as_the_stock_pipeline_does(
 
 
 def test_time_is_rounded_as_the_pipeline_rounds_it_in_16_bits() -> None:
-    timestep = torch.tensor([825.77]).to(torch.bfloat16) / 1000
-    assert torch.equal(model_times([0.82577], dtype=torch.bfloat16), timestep)
+    sigmas = torch.linspace(1, 0.001, 200)
+    found = model_times(sigmas.tolist(), dtype=torch.bfloat16)
+    assert torch.equal(found, (sigmas * 1000).to(torch.bfloat16) / 1000)
+    assert not torch.equal(found, sigmas.to(torch.bfloat16)), "rounding once is not what pipelines do"
 
 
 def test_a_batch_is_predicted_as_its_samples_alone(flux: MakeFlux) -> None:
@@ -178,6 +180,8 @@ def test_captions_have_the_length_of_the_flavour(
 ) -> None:
     save_tiny_flux(tmp_path / "model", has_guidance=has_guidance)
     family = flux(tmp_path / "model", model_flavour=flavour)
+    of_dev = flux(tmp_path / "model", model_flavour="dev")
+    assert (family.text_identity == of_dev.text_identity) is (length == 512), "cached apart"
     family.load_text_encoders()
     assert family.encode_prompts(["a cat"])[0].tokens.shape == (1, length, 32)
     noised = family.add_noise(torch.zeros(1, 4, 8, 8), positions=[0], seed=1)
