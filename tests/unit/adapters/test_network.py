@@ -144,6 +144,12 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
     assert set(model.state_dict()) == set(unet().state_dict())
 
 
+def pipeline_around(model: UNet2DConditionModel) -> StableDiffusionXLPipeline:
+    """A stock pipeline that holds nothing else."""
+    names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    return StableDiffusionXLPipeline(unet=model, **dict.fromkeys(names))
+
+
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 def test_peft_lora_that_starts_from_the_base_weights_fits_the_published_base(
     tmp_path: Path, start: str
@@ -154,15 +160,7 @@ def test_peft_lora_that_starts_from_the_base_weights_fits_the_published_base(
     train(model, adapter)
     expected = predict(model, adapter, 500, 10)
     adapter.save(tmp_path / "pytorch_lora_weights.safetensors", facts={"base_model": "tiny"})
-    pipeline = StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet(),
-        scheduler=None,
-    )
+    pipeline = pipeline_around(unet())
     pipeline.load_lora_weights(tmp_path)
     effect = (expected - base).abs().max()
     assert effect > 1e-3
@@ -179,15 +177,7 @@ def test_peft_lora_is_loaded_by_stock_diffusers_at_its_own_strength(tmp_path: Pa
     expected = predict(model, adapter, 500, 10)
     assert (expected - base).abs().max() > 1e-3
     adapter.save(tmp_path / "pytorch_lora_weights.safetensors", facts={"base_model": "tiny"})
-    pipeline = StableDiffusionXLPipeline(
-        vae=None,
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
-        unet=unet(),
-        scheduler=None,
-    )
+    pipeline = pipeline_around(unet())
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(predict(pipeline.unet, None, 500, 10), expected, rtol=0, atol=1e-6)
     state = {key: value.clone() for key, value in adapter.state_dict().items()}
