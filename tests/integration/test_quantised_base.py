@@ -16,6 +16,9 @@ from tiny_runs import TLORA, TinyRun, start, tiny_model
 
 from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.network import load_adapter
+from simpletuner.helpers.configuration.model_sections import Precision
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.models.quantisation import placed
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
@@ -115,6 +118,48 @@ def test_lycoris_algorithms_in_bypass_mode_train_on_a_quantised_base(
     losses = [line["grad_norm"] for line in run.log()]
     assert all(0 < each < 10 for each in losses)
     load_adapter(plain_unet(), run.output_dir / ADAPTER_FILE)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora", "diag-oft"])
+def test_file_of_an_algorithm_loads_onto_a_quantised_base_and_has_its_effect_there(
+    algorithm: str, precision: Precision, tmp_path: Path
+) -> None:
+    run = TinyRun(tmp_path, lycoris={**TLORA, "algo": algorithm, "linear_dim": 4, "linear_alpha": 4})
+    del run.lycoris["tlora_min_rank"]
+    assert run.run(learning_rate=0.05, lr_scheduler="constant") == 0
+    effects = []
+    for wanted in ("no_change", precision):
+        unet = placed(plain_unet(), precision=wanted, device=torch.device("cpu")).eval()
+        base = predicted(unet)
+        load_adapter(unet, run.output_dir / ADAPTER_FILE)
+        effects.append(predicted(unet) - base)
+    assert (effects[1] - effects[0]).norm() < 0.3 * effects[0].norm()
+
+
+@pytest.mark.parametrize("algorithm", ["full", "ia3"])
+def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised_base(
+    algorithm: str, tmp_path: Path
+) -> None:
+    run = TinyRun(tmp_path, lycoris={**TLORA, "algo": algorithm})
+    del run.lycoris["tlora_min_rank"]
+    assert run.run(max_train_steps=1) == 0
+    unet = placed(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
+    with pytest.raises(AdapterError, match=r"computes with whole weights|layers are not in this"):
+        load_adapter(unet, run.output_dir / ADAPTER_FILE)
+
+
+def predicted(unet: UNet2DConditionModel) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    conditions = {"text_embeds": torch.ones(1, 32), "time_ids": torch.ones(1, 6)}
+    with torch.no_grad():
+        output: torch.Tensor = unet(
+            torch.randn(1, 4, 8, 8, generator=generator),
+            torch.tensor(500),
+            encoder_hidden_states=torch.randn(1, 7, 64, generator=generator),
+            added_cond_kwargs=conditions,
+        ).sample
+    return output
 
 
 def test_quantised_text_encoder_fills_the_cache_anew(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def orthonormal_frame(size: int, rank: int, *, generator: torch.Generator) -> Te
     if size >= 4 * rank:
         for _ in range(2):
             lower = torch.linalg.cholesky(frame.T @ frame)
-            # The inverse of the small factor and a product: a sixth of the time of solving for the tall frame.
+            # A product with the small factor's inverse: a sixth of the time of solving for the tall frame.
             frame = frame @ torch.linalg.solve_triangular(lower, torch.eye(rank), upper=False).T
         return frame
     orthonormal, upper = torch.linalg.qr(frame)

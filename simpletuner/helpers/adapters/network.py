@@ -19,6 +19,7 @@ from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import Recipe, quiet_lycoris
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
+from simpletuner.helpers.adapters.quantised import is_packed
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.sharding import spread, whole
 from simpletuner.helpers.adapters.stored_layer import KEYS
@@ -27,6 +28,9 @@ from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError, ConfigError
+
+NEED_WHOLE_WEIGHTS = ("full", "ia3")
+"""LyCORIS's names of algorithms that compute with the layer's own weight."""
 
 
 def attach_adapter(
@@ -80,6 +84,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
             "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
         )
     network = _network_on(denoiser, stored)
+    _leave_packed_weights(file, network)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(checkpoint.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
@@ -114,6 +119,19 @@ def _network_on(denoiser: nn.Module, file: checkpoint.AdapterFile) -> LycorisNet
             f"first {lost[0]}.{trained_on} Give it a model of its family, or a file in LyCORIS's key layout."
         )
     return network
+
+
+def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
+    """Have layers on a quantised base add to its output, since nothing can be added to packed weights."""
+    for module in network.loras:
+        if isinstance(module, TLoraLayer) or not is_packed(module.org_module[0].weight):
+            continue
+        if module.name in NEED_WHOLE_WEIGHTS:
+            raise AdapterError(
+                f"{path}: {module.name} computes with whole weights, and those of this model are quantised. "
+                "Load the model unquantised (base_model_precision no_change)."
+            )
+        module.bypass_mode = True
 
 
 def _refuse_unread(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:

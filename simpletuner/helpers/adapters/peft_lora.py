@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,20 @@ class PeftAdapter(Adapter):
         # An adapter that was taken off leaves its wrappers behind, empty.
         self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
+        if tuple(wanted) != facts.lora_targets:  # the family's own are for models of several sizes
+            self._refuse_idle(wanted)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
         changes_base = config.lora_init_type in CHANGE_THE_BASE
         start = self.state_dict() if changes_base else {}
         self._start = {key: factor.clone().cpu() for key, factor in start.items()}
+
+    def _refuse_idle(self, wanted: Sequence[str]) -> None:
+        own = {id(layer) for layer in self.layers}
+        paths = [path for path, module in self.denoiser.named_modules() if id(module) in own]
+        idle = [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in paths)]
+        if idle:
+            raise ConfigError(no_match_message(idle, self.denoiser, key="peft_lora_target_modules"))
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained, layer by layer."""

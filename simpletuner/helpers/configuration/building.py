@@ -83,7 +83,7 @@ def _note(details: list[ErrorDetails], place: Place, *, ignoring: frozenset[str]
     for error in details:
         about = {str(error["loc"][0])} if error["loc"] else set(error.get("ctx", {}).get("keys", ()))
         wrong |= about
-        if about & ignoring:
+        if about & ignoring or error["type"] == "default_factory_not_called":  # follows from another problem
             continue
         key, text = described(error, show=place.problems.shown)
         first = key.partition(".")[0].partition("[")[0]

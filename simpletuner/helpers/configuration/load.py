@@ -217,6 +217,8 @@ def _lycoris(adapter: Built[AdapterConfig], files: _Files) -> LycorisConfig | No
     """The adapter that the lycoris json describes; its file is checked too when lora_type cannot be read."""
     section = adapter.section
     if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.wrong):
+        if section is not None and section.lycoris_config is not None and "lora_type" not in files.given:
+            files.place.add("lora_type", "lycoris_config has no effect without it. Set it to lycoris.")
         return None
     document = files.document("lycoris_config", section.lycoris_config)
     if document is None:

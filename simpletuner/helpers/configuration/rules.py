@@ -161,7 +161,8 @@ def check_precision(
         key = f"text_encoder_{number}_precision"
         section = precision.right(key)
         if section is not None and dict(section)[key] != "no_change":
-            has = f"{facts.name} has {facts.num_text_encoders} text encoders"
+            count = facts.num_text_encoders
+            has = f"{facts.name} has {count} text encoder{'s' if count > 1 else ''}"
             place.add(key, f"{place.problems.shown(dict(section)[key])}: {has}. Remove it.")
     section, trained = precision.right("base_model_precision"), adapter.right("lora_type", "lora_init_type")
     if section is None or trained is None or section.base_model_precision == "no_change":

@@ -58,7 +58,8 @@ def downloaded(repository: str, *, revision: str | None, patterns: Sequence[str]
     Raises:
         ModelError: The repository does not exist, is gated, or cannot be reached.
     """
-    logger.info("Looking for %s at %s.", ", ".join(patterns[:2]), f"{constants.ENDPOINT}/{repository}")
+    if not constants.HF_HUB_OFFLINE:
+        logger.info("Looking for %s at %s.", ", ".join(patterns[:2]), f"{constants.ENDPOINT}/{repository}")
     try:
         return _snapshot(repository, revision=revision, patterns=patterns, local=False)
     except (TRANSPORT_ERROR, LocalEntryNotFoundError, OSError) as error:
@@ -85,8 +86,9 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
             why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
             return (
                 "there is no such folder here, the repository is not (wholly) in the cache "
-                f"({constants.HF_HUB_CACHE}), and {why}. Give a local model folder, or once, with a "
-                f"connection, run: hf download {repository}"
+                f"({constants.HF_HUB_CACHE}), and {why}. Give a local model folder, or start once with a "
+                "connection, which fetches what is used; if the repository asks for it, accept its licence "
+                f"at {constants.ENDPOINT}/{repository} before that and run: hf auth login"
             )
     reason = " ".join(str(error).split())[:300]
     return (

@@ -144,6 +144,11 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
     assert set(model.state_dict()) == set(unet().state_dict())
 
 
+def test_peft_target_that_matches_nothing_is_refused_beside_one_that_does() -> None:
+    with pytest.raises(ConfigError, match=r"peft_lora_target_modules: nothing matches no layer"):
+        attach(unet(), peft_lora_target_modules="to_q,nothing")
+
+
 def pipeline_around(model: UNet2DConditionModel) -> StableDiffusionXLPipeline:
     """A stock pipeline that holds nothing else."""
     names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")

@@ -181,6 +181,16 @@ def test_a_plain_lora_of_what_has_no_such_form_is_refused(
     assert "set it to diffusers" in message
 
 
+def test_a_lycoris_json_without_its_lora_type_is_no_plain_lora(workspace: Workspace) -> None:
+    workspace.without("lora_type")
+    assert "lora_type  lycoris_config has no effect without it. Set it to lycoris." in workspace.problems()
+
+
+def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem(workspace: Workspace) -> None:
+    message = workspace.problems(lora_type="tlora")
+    assert message.startswith("config.json: 1 problem\n")
+
+
 def test_a_plain_lora_of_what_is_rescaled_too_is_refused(workspace: Workspace) -> None:
     changes = {"lora_type": "standard", "lora_format": "comfyui", "use_dora": True}
     assert "use_dora trains more" in has_original_names(workspace).problems(**changes)

@@ -35,6 +35,14 @@ def test_find_parts_tells_dev_klein_and_distilled_klein_apart(tiny_flux2: Flux2F
     assert dev.transformer.folder == tiny_flux2("dev") / "transformer"
 
 
+@pytest.mark.parametrize(("kind", "flavour"), [("klein", "dev"), ("dev", "klein-base-4b")])
+def test_find_parts_refuses_a_flavour_of_the_other_kind(
+    tiny_flux2: Flux2Folder, kind: str, flavour: str
+) -> None:
+    with pytest.raises(ModelError, match=f"and model_flavour says {flavour}. Correct model_flavour"):
+        parts_of(tiny_flux2(kind), model_flavour=flavour)
+
+
 def test_find_parts_takes_a_configuration_that_is_silent_on_guidance_for_one_with_it(
     copied_flux2: Flux2Folder,
 ) -> None:

@@ -186,7 +186,7 @@ def test_row_25_a_gated_repository_names_its_licence_page_and_the_command(
     [
         ("owner/absent", "", "no such repository on http://127.0.0.1"),
         ("owner/model", "v9", "the repository has no revision v9"),
-        ("owner/broken", "", "run: hf download owner/broken"),
+        ("owner/broken", "", "start once with a connection"),
     ],
 )
 def test_row_25_a_repository_that_cannot_be_used_is_explained(
@@ -200,7 +200,7 @@ def test_row_25_a_repository_that_cannot_be_used_is_explained(
 def test_row_25_an_unreachable_hub_is_explained(tmp_path: Path) -> None:
     (answer,) = ask(NOWHERE, tmp_path, "owner/model")[1:]
     assert f"{NOWHERE} cannot be reached" in answer
-    assert "hf download owner/model" in answer
+    assert "/owner/model before that and run: hf auth login" in answer
 
 
 def test_row_25_a_cached_model_loads_without_a_request(hub: FakeHub, tmp_path: Path) -> None:

@@ -252,4 +252,4 @@ def test_row_25_a_repository_that_is_not_cached_is_explained_when_offline(sdxl: 
     message = str(raised.value)
     assert "pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" in message
     assert "HF_HUB_OFFLINE is set" in message
-    assert "hf download stabilityai/stable-diffusion-xl-base-1.0" in message
+    assert "stabilityai/stable-diffusion-xl-base-1.0 before that and run: hf auth login" in message

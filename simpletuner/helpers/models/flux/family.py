@@ -80,10 +80,8 @@ class Flux(Family):
         self._distribution = distribution_of(noise)
         self._vae: Float32Autoencoder | None = None
         self._encoder: diffusers.FluxPipeline | None = None
-        if (
-            not self._parts.has_guidance
-            and (noise.flux_guidance_mode, noise.flux_guidance_value) != NO_GUIDANCE
-        ):
+        asks_for = (noise.flux_guidance_mode, noise.flux_guidance_value)
+        if not self._parts.has_guidance and asks_for != NO_GUIDANCE:
             logger.warning("This model is told no guidance: what flux_guidance_* asks for has no effect.")
         self._cut_captions = CutCaptions(limit=self._parts.text_tokens, reader="T5 sees")
 

@@ -13,6 +13,7 @@ from transformers import Mistral3ForConditionalGeneration, PreTrainedModel, Qwen
 from simpletuner.helpers.contracts import PipelineKind
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.components import Component, class_of, find_component
+from simpletuner.helpers.models.flux2.facts import FLAVOURS
 from simpletuner.helpers.models.flux2.latents import PATCH
 from simpletuner.helpers.models.flux2.pipeline import (
     Flux2KleinInpaintPipeline,
@@ -100,6 +101,12 @@ def find_parts(model: ModelConfig) -> Flux2Parts:
     base = base_source(model)
     index = read_index(base, pipelines=tuple(KINDS), family="Flux.2")
     kind = KINDS[class_of(index)]
+    flavour = FLAVOURS.get(str(model.model_flavour))
+    if flavour is not None and flavour.has_guidance is not (kind is DEV):
+        raise ModelError(
+            f"{base}: is {kind.name}, and model_flavour says {model.model_flavour}. "
+            "Correct model_flavour, or leave it out."
+        )
     parts = Flux2Parts(
         kind=kind,
         transformer=transformer_of(model, base),
