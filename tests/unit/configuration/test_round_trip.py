@@ -56,7 +56,6 @@ CONFIG = {
     "variant": st.none() | WORDS,
     "prediction_type": st.sampled_from(["epsilon", "v_prediction"]),
     "rescale_betas_zero_snr": SWITCHES,
-    "lora_type": st.sampled_from(["standard", "lycoris"]),
     "lora_rank": COUNTS,
     "lora_alpha": RATES,
     "lora_dropout": st.floats(0, 0.99),
@@ -151,6 +150,7 @@ CONFIG = {
 ALWAYS = {
     "model_family": st.just("toy"),
     "instance_prompt": WORDS,
+    "lora_type": st.sampled_from(["standard", "lycoris"]),
     "lycoris_config": st.just("lycoris.json"),
     "data_backend_config": st.just("data.json"),
 }
