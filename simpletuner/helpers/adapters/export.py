@@ -27,11 +27,12 @@ from simpletuner.helpers.adapters.layouts import (
     places_of,
     tensors_of,
 )
-from simpletuner.helpers.adapters.peft_lora import CHANGE_THE_BASE, METADATA_KEY
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.plain import PlainLayer, errors_by_rank, exact, truncated
 from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
 from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.configuration.sections import CHANGE_THE_BASE
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError
 

@@ -16,14 +16,12 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.targets import no_match_message
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.configuration.sections import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 ADAPTER_NAME = "default"
-CHANGE_THE_BASE = ("olora", "pissa")
-"""Starts that PEFT subtracts from the base weights."""
 
 
 class PeftAdapter(Adapter):

@@ -12,6 +12,7 @@ from simpletuner.helpers.configuration.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.model_sections import ModelConfig, PrecisionConfig
 from simpletuner.helpers.configuration.problems import nearest
 from simpletuner.helpers.configuration.sections import (
+    CHANGE_THE_BASE,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -27,8 +28,6 @@ _NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
 """Arguments with which even those train more than two factors."""
 _READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
 """Algorithms that compute with the base layer's weight, or whose bypass_mode does not run."""
-_CHANGE_THE_BASE = ("olora", "pissa")
-"""Of lora_init_type: the adapter fits the base only after subtracting its start from it."""
 
 
 def family_of(
@@ -169,7 +168,7 @@ def check_precision(
         return
     wanted = section.base_model_precision
     if trained.lora_type == "standard":
-        if trained.lora_init_type in _CHANGE_THE_BASE:
+        if trained.lora_init_type in CHANGE_THE_BASE:
             found = f"{trained.lora_init_type}: changes the base weights, which base_model_precision {wanted}"
             place.add("lora_init_type", f"{found} has rounded. Use default or gaussian.")
     elif lycoris is not None:
@@ -293,7 +292,7 @@ def check_comparison(run: RunConfig, place: Place) -> None:
             place.add(key, f"that run's {each} is {found}, here it is {here}. Name a run on the same model.")
     if other.checkpoint.output_dir == run.checkpoint.output_dir:
         place.add(key, "that run has the output_dir of this one. Give one of them another.")
-    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in _CHANGE_THE_BASE:
+    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in CHANGE_THE_BASE:
         found = other.adapter.lora_init_type
         place.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
 

@@ -48,6 +48,9 @@ from simpletuner.helpers.configuration.values import (
 )
 from simpletuner.helpers.contracts import Size
 
+CHANGE_THE_BASE = ("olora", "pissa")
+"""Of lora_init_type: the adapter fits the base only after subtracting its start from it."""
+
 
 class AdapterConfig(Section):
     """The adapter; the keys from lora_rank to peft_lora_target_modules are for lora_type standard."""
@@ -79,7 +82,7 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _start_is_one(self) -> Self:
-        if self.lora_type == "standard" and self.lora_init_type in ("olora", "pissa"):
+        if self.lora_type == "standard" and self.lora_init_type in CHANGE_THE_BASE:
             taken = f"{self.lora_init_type} takes the start from the base weights"
             if self.init_lora is not None:
                 raise contradiction(

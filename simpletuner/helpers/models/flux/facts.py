@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
 from simpletuner.helpers.models.flux.key_names import original_name
-from simpletuner.helpers.models.kinds import FLOW_KEYS, FLOW_SAMPLERS, GUIDANCE_KEYS, TRANSFORMER_KEYS
+from simpletuner.helpers.models.kinds import (
+    FLOW_KEYS,
+    FLOW_SAMPLERS,
+    GUIDANCE_KEYS,
+    TRANSFORMER_KEYS,
+    guidance_told_to_nobody,
+    single_file,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,16 +45,8 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     flavour = FLAVOURS.get(str(values.get("model_flavour")))
     if flavour is not None and not flavour.has_guidance:
-        told = {"flux_guidance_mode": "constant", "flux_guidance_value": 1.0}
-        for key, default in told.items():
-            if values.get(key, default) != default:
-                name = values["model_flavour"]
-                found[key] = f"model_flavour {name} is told no guidance. Remove it, or take another flavour."
-    if str(t5 := values.get("pretrained_t5_model_name_or_path")).endswith(".safetensors"):
-        found["pretrained_t5_model_name_or_path"] = (
-            f"{t5}: is a single file, and text encoders are read from folders and repositories only. "
-            "Give a folder that holds config.json beside the weights."
-        )
+        found |= guidance_told_to_nobody(values, instead="another flavour")
+    found |= single_file(values, "pretrained_t5_model_name_or_path", what="text encoders are")
     real = values.get("validation_guidance_real", 1.0)
     if values.get("flux_attention_masked_training") and isinstance(real, float) and real > 1:
         found["validation_guidance_real"] = (

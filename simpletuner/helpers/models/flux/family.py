@@ -40,6 +40,7 @@ from simpletuner.helpers.models.flow import (
 from simpletuner.helpers.models.flux.facts import FACTS
 from simpletuner.helpers.models.flux.parts import PATCH, FluxParts, find_parts
 from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
+from simpletuner.helpers.models.kinds import NO_GUIDANCE
 from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
 from simpletuner.helpers.models.text import CutCaptions, check_finite_text
 
@@ -54,8 +55,6 @@ PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
     "image2image": FluxImg2ImgPipeline,
     "inpaint": FluxInpaintPipeline,
 }
-NO_GUIDANCE = ("constant", 1.0)
-"""flux_guidance_mode and flux_guidance_value that ask for nothing."""
 VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
 
@@ -80,7 +79,7 @@ class Flux(Family):
         self._distribution = distribution_of(noise)
         self._vae: Float32Autoencoder | None = None
         self._encoder: diffusers.FluxPipeline | None = None
-        asks_for = (noise.flux_guidance_mode, noise.flux_guidance_value)
+        asks_for = {key: value for key, value in noise if key in NO_GUIDANCE}
         if not self._parts.has_guidance and asks_for != NO_GUIDANCE:
             logger.warning("This model is told no guidance: what flux_guidance_* asks for has no effect.")
         self._cut_captions = CutCaptions(limit=self._parts.text_tokens, reader="T5 sees")

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
 from simpletuner.helpers.models.flux2.key_names import original_name
-from simpletuner.helpers.models.kinds import FLOW_KEYS, FLOW_SAMPLERS, GUIDANCE_KEYS, TRANSFORMER_KEYS
+from simpletuner.helpers.models.kinds import (
+    FLOW_KEYS,
+    FLOW_SAMPLERS,
+    GUIDANCE_KEYS,
+    TRANSFORMER_KEYS,
+    guidance_told_to_nobody,
+    single_file,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +42,8 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     flavour = FLAVOURS.get(str(values.get("model_flavour")))
     if flavour is not None and not flavour.has_guidance:
-        told = {"flux_guidance_mode": "constant", "flux_guidance_value": 1.0}
-        for key, default in told.items():
-            if values.get(key, default) != default:
-                name = values["model_flavour"]
-                found[key] = f"model_flavour {name} is told no guidance. Remove it, or take dev."
-    if str(vae := values.get("pretrained_vae_model_name_or_path")).endswith(".safetensors"):
-        found["pretrained_vae_model_name_or_path"] = (
-            f"{vae}: is a single file, and Flux.2's VAE is read from folders and repositories only. "
-            "Give a folder that holds config.json beside the weights."
-        )
-    return found
+        found |= guidance_told_to_nobody(values, instead="dev")
+    return found | single_file(values, "pretrained_vae_model_name_or_path", what="Flux.2's VAE is")
 
 
 FACTS = FamilyFacts(
