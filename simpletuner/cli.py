@@ -118,7 +118,7 @@ def sample_command(
 ) -> None:
     """Make pictures with an adapter; the base model and the rank schedule are read from its file."""
     from simpletuner.helpers.io.logs import configure_logging
-    from simpletuner.helpers.training.sampling import SampleRequest, sample
+    from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 
     configure_logging(main_process=True)
     request = SampleRequest(
@@ -154,7 +154,7 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as json.")] = False,
 ) -> None:
     """Say what an adapter file is: algorithm, ranks, rank schedule, base model, training."""
-    from simpletuner.helpers.adapters.inspection import inspect
+    from simpletuner.helpers.adapters.files.inspection import inspect
 
     found = inspect(adapter)
     print(found.as_json() if as_json else found.text())
@@ -182,7 +182,7 @@ def export_command(
     ] = False,
 ) -> None:
     """Write a T-LoRA file as a plain LoRA for tools that know no rank schedule."""
-    from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+    from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
     options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
     for each in export_adapter(adapter, output, options, families=registry.facts()):
@@ -196,7 +196,7 @@ def report_command(
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
 ) -> None:
     """Make the page that shows a run, finished or not, from what lies in its folder: report.html."""
-    from simpletuner.helpers.training.run_page.page import write_page
+    from simpletuner.helpers.reporting.html_report.page import write_page
 
     print(write_page(output_dir))
 

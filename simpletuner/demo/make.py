@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from simpletuner.demo.lessons import NEW_NAME
-from simpletuner.demo.toys import CONCEPT, draw_toy
-from simpletuner.demo.world import Background
+from simpletuner.demo.characters import CONCEPT, draw_toy
+from simpletuner.demo.curriculum import NEW_NAME
+from simpletuner.demo.scenes import Background
 
 logger = logging.getLogger(__name__)
 

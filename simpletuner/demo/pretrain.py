@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from simpletuner.demo.judge import Sampling, describe, judge
-from simpletuner.demo.lessons import Lesson, random_caption, random_lesson, random_pictures, words
-from simpletuner.demo.stage import Schedule, Stage
-from simpletuner.demo.world import Picture
+from simpletuner.demo.curriculum import Lesson, random_caption, random_lesson, random_pictures, words
+from simpletuner.demo.evaluate import Sampling, describe, judge
+from simpletuner.demo.scenes import Picture
+from simpletuner.demo.train_stage import Schedule, Stage
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.io.atomic import JsonValue, write_json
-from simpletuner.helpers.models.noise import add_noise, velocity
+from simpletuner.helpers.models.diffusion import add_noise, velocity
 from simpletuner.helpers.models.sdxl.embedded import (
     EDGE_PX,
     EmbeddedModel,

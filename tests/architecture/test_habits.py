@@ -26,9 +26,9 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 
 # "module function" -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
-    "simpletuner/helpers/training/run_page/writer.py RunPage._guarded": "a page must never end a run",
-    "simpletuner/helpers/training/trackers.py Trackers._each": "a tracker must never end a run",
-    "simpletuner/helpers/training/studio.py Studio.guarded": "a validation must never end a run",
+    "simpletuner/helpers/reporting/html_report/writer.py RunPage._guarded": "a page must never end a run",
+    "simpletuner/helpers/reporting/trackers.py Trackers._each": "a tracker must never end a run",
+    "simpletuner/helpers/sampling/validation_sampler.py Studio.guarded": "a validation must never end a run",
 }
 
 # Modules that may print: the command line only.
@@ -42,9 +42,9 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 FAMILY_NAMES = re.compile(r"sdxl|flux|stable.?diffusion.?xl", re.IGNORECASE)
 # "module" -> why a family is named outside models/.
 NAMES_FAMILIES: dict[str, str] = {
-    "simpletuner/helpers/configuration/known_keys.py": "SimpleTuner's own key names",
-    "simpletuner/helpers/configuration/model_sections.py": "SimpleTuner's own key names",
-    "simpletuner/helpers/configuration/sections.py": "SimpleTuner's own key names",
+    "simpletuner/helpers/configuration/loading/known_keys.py": "SimpleTuner's own key names",
+    "simpletuner/helpers/configuration/schema/model_sections.py": "SimpleTuner's own key names",
+    "simpletuner/helpers/configuration/schema/sections.py": "SimpleTuner's own key names",
 }
 
 

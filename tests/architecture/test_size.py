@@ -16,7 +16,7 @@ MAX_POSITIONAL = 3
 
 # "module function" -> why the rule would make this code worse. An entry that is no longer needed fails.
 MORE_PARAMETERS: dict[str, str] = {
-    "simpletuner/helpers/adapters/tlora.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
+    "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
     "simpletuner/cli.py sample_command": "each is an option of the command line",
     "simpletuner/cli.py export_command": "each is an option of the command line",
 }
@@ -25,10 +25,10 @@ MORE_POSITIONAL = {
     "simpletuner/helpers/training/lycoris.py apply_tlora_timestep_mask": _PUBLIC,
     "simpletuner/helpers/training/lycoris.py apply_tlora_inference_mask": _PUBLIC,
     "simpletuner/helpers/adapters/attachment.py _hide_keys": "a torch hook, called by position",
-    "simpletuner/helpers/adapters/tlora.py TLoraLayer._after_base": "a torch hook, called by position",
+    "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._after_base": "a torch hook, called by position",
 }
 POSITIONAL_FLAGS: dict[str, str] = {
-    "simpletuner/helpers/adapters/tlora.py TLoraLayer._apply": "torch's signature",
+    "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._apply": "torch's signature",
 }
 
 _BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)

@@ -21,9 +21,9 @@ from measure import arguments, machine
 from models import flux, sdxl
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.models.flux.facts import FACTS as FLUX
-from simpletuner.helpers.models.sdxl.facts import FACTS as SDXL
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.models.flux.spec import FACTS as FLUX
+from simpletuner.helpers.models.sdxl.spec import FACTS as SDXL
 
 BLOCKS = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 TARGETS = {

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import arguments, report, side_by_side
 from models import sdxl_stack
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.models.sdxl.spec import FACTS
 
 STEPS = 28
 RANK = 64

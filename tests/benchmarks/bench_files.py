@@ -16,11 +16,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import arguments, report, side_by_side
 
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.spec import FACTS
 
 WIDTH, RANK, LAYERS = 1280, 64, 380
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import Result, arguments, report, side_by_side
 
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 
 SHAPES = [(640, 640), (1280, 1280), (3072, 3072), (3072, 12288)]
 RANKS = [4, 16, 64]

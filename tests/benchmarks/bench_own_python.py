@@ -17,9 +17,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from measure import arguments, report, side_by_side
 
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 
 REPEATS = 100
 

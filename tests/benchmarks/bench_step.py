@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from measure import arguments, report, side_by_side
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.models.flow import model_times
-from simpletuner.helpers.models.flux.facts import FACTS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.models.flow_matching import model_times
 from simpletuner.helpers.models.flux.family import image_ids
+from simpletuner.helpers.models.flux.spec import FACTS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRESET = {"target_module": ["Attention", "FeedForward"]}

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.network import attach_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.models.sdxl.spec import FACTS
 
 LYCORIS_JSON = {
     "algo": "tlora",

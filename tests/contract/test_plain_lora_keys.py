@@ -9,10 +9,10 @@ import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import nn
 
-from simpletuner.helpers.adapters.layouts import Layout, places_of, tensors_of
-from simpletuner.helpers.adapters.plain import PlainLayer
-from simpletuner.helpers.models.flux import facts as flux
-from simpletuner.helpers.models.flux2 import facts as flux2
+from simpletuner.helpers.adapters.files.layouts import Layout, places_of, tensors_of
+from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
+from simpletuner.helpers.models.flux import spec as flux
+from simpletuner.helpers.models.flux2 import spec as flux2
 
 FLUX_BLOCKS = [
     "transformer_blocks.0.norm1.linear",

@@ -72,7 +72,7 @@ def test_importing_the_mask_functions_registers_our_layer_with_lycoris() -> None
     assert lycoris.TLORA_AVAILABLE is True
     registered = [each for each in MODULE_LIST if vars(each).get("name") == "tlora"]
     assert len(registered) == 1
-    assert registered[0].__module__ == "simpletuner.helpers.adapters.tlora"
+    assert registered[0].__module__ == "simpletuner.helpers.adapters.tlora.layer"
 
 
 def test_the_masks_are_those_that_lycoris_itself_reads() -> None:

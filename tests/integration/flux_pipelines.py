@@ -16,10 +16,10 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from PIL import Image
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.flux import pipeline as bundled
-from simpletuner.helpers.models.flux.facts import FACTS
+from simpletuner.helpers.models.flux.spec import FACTS
 from simpletuner.helpers.models.flux.tiny import make_transformer, save_tiny_flux
 from simpletuner.helpers.models.tiny_parts import fill_weights
 

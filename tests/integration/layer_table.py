@@ -19,13 +19,13 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DCon
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.configuration.lycoris import Algorithm, LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.configuration.schema.lycoris import Algorithm, LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.flux import facts as flux
-from simpletuner.helpers.models.flux2 import facts as flux2
-from simpletuner.helpers.models.sdxl import facts as sdxl
+from simpletuner.helpers.models.flux import spec as flux
+from simpletuner.helpers.models.flux2 import spec as flux2
+from simpletuner.helpers.models.sdxl import spec as sdxl
 
 PAGE = Path(__file__).resolve().parents[2] / "documentation" / "lycoris.md"
 RANK = 64

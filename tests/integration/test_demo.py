@@ -13,7 +13,7 @@ from PIL import Image
 
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
-from simpletuner.helpers.training.pictures import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
+from simpletuner.helpers.sampling.images import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 
 pytestmark = [
     pytest.mark.timeout(900),  # two runs, on a machine that may be busy

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.demo.judge import Sampling, judge, sample
-from simpletuner.demo.reader import read_scene
-from simpletuner.demo.world import SIZE_PX, Background, Scene
+from simpletuner.demo.evaluate import Sampling, judge, sample
+from simpletuner.demo.parser import read_scene
+from simpletuner.demo.scenes import SIZE_PX, Background, Scene
 from simpletuner.helpers.models.sdxl.embedded import load_pipeline
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 

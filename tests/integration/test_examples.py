@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from tiny_runs import reset_accelerate, tiny_model
 
-from simpletuner.helpers.adapters.inspection import inspect
+from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2

@@ -20,12 +20,12 @@ from tiny_runs import TinyRun, tiny_model
 from torch import Tensor
 
 from simpletuner import cli
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter, export_live
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter, export_live
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.spec import FACTS
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 STOCK = diffusers.StableDiffusionXLPipeline

@@ -17,14 +17,14 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.adapters.tlora import TLoraLayer
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import FamilyFacts
-from simpletuner.helpers.models.flux import facts as flux
-from simpletuner.helpers.models.flux2 import facts as flux2
+from simpletuner.helpers.models.flux import spec as flux
+from simpletuner.helpers.models.flux2 import spec as flux2
 
 FAMILIES = {"flux": flux.FACTS, "flux2": flux2.FACTS}
 WIDTH = 32

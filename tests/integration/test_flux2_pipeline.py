@@ -18,18 +18,18 @@ from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import nn
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.adapters.inference import remove_from_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig, ValidationConfig
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
 from simpletuner.helpers.contracts import PipelineKind, Size
 from simpletuner.helpers.models.flux2 import pipeline as bundled
-from simpletuner.helpers.models.flux2.facts import FACTS
 from simpletuner.helpers.models.flux2.family import Flux2
+from simpletuner.helpers.models.flux2.spec import FACTS
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 
 NAMES = ["Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"]

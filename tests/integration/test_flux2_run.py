@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tiny_runs import TLORA, TinyRun
 
 from simpletuner import cli
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.inference import load_into_pipeline
+from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2

@@ -23,17 +23,17 @@ from scipy.stats import norm
 from tiny_runs import reset_accelerate
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.flow import DynamicShift, shifted, timestep_of
-from simpletuner.helpers.models.flux.facts import FLAVOURS
+from simpletuner.helpers.models.flow_matching import DynamicShift, shifted, timestep_of
+from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
-from simpletuner.helpers.models.flux2.facts import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
+from simpletuner.helpers.models.flux2.spec import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
+from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.build import build_trainer
-from simpletuner.helpers.training.sampling import SampleRequest, sample
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -17,10 +17,10 @@ from diffusers import (
 )
 from flux_pipelines import CASES, TEXT_TO_IMAGE, Case, attach, sample, stock
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.models.flux import pipeline as bundled
 
 SCHEDULE = RankSchedule(8, min_rank=2)

@@ -20,16 +20,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import TinyRun
 
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Batch, Noised, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.training.sampling import SampleRequest, sample
+from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 BLOCK = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.+?)```", re.DOTALL)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.adapters.network import attach_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.model_sections import Precision, PrecisionConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model_sections import Precision, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.flux.facts import FACTS as FLUX
+from simpletuner.helpers.models.flux.spec import FACTS as FLUX
 from simpletuner.helpers.models.flux.tiny import make_transformer
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import placed
-from simpletuner.helpers.models.sdxl.facts import FACTS as SDXL
+from simpletuner.helpers.models.sdxl.spec import FACTS as SDXL
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 from simpletuner.helpers.models.tiny_parts import fill_weights
 

@@ -18,12 +18,12 @@ from tiny_pipelines import load, sample, trained_adapter_file
 from tiny_runs import tiny_model
 from torch import nn
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.adapters.inference import load_into_pipeline, masked, remove_from_pipeline
 from simpletuner.helpers.adapters.network import load_adapter
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 

@@ -14,8 +14,8 @@ from tiny_pipelines import attach, load, trained_adapter_file
 from tiny_runs import TinyRun, tiny_model
 
 from simpletuner import cli
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
-from simpletuner.helpers.adapters.inspection import inspect
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
@@ -117,7 +117,8 @@ def test_file_that_is_no_adapter_names_its_first_key(tmp_path: Path) -> None:
 
 def test_inspecting_imports_neither_diffusers_nor_lycoris() -> None:
     code = (
-        "import sys; from pathlib import Path; from simpletuner.helpers.adapters.inspection import inspect; "
+        "import sys; from pathlib import Path; "
+        "from simpletuner.helpers.adapters.files.inspection import inspect; "
         f"inspect(Path({str(trained_adapter_file())!r})).text(); "
         "print(sorted({'diffusers', 'lycoris', 'peft', 'transformers'} & set(sys.modules)))"
     )

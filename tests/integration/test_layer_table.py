@@ -11,15 +11,15 @@ from layer_table import ALGORITHMS, MODELS, PAGE, TLORA, algorithms_of, jsons_of
 from torch import nn
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.configuration.base import PathContext
-from simpletuner.helpers.configuration.building import Place
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.lycoris_file import read_lycoris
-from simpletuner.helpers.configuration.problems import Problems
+from simpletuner.helpers.configuration.loading.building import Place
+from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.schema.base import PathContext
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.flux import facts as flux
-from simpletuner.helpers.models.flux2 import facts as flux2
-from simpletuner.helpers.models.sdxl import facts as sdxl
+from simpletuner.helpers.models.flux import spec as flux
+from simpletuner.helpers.models.flux2 import spec as flux2
+from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.lycoris_defaults import default_lycoris_config
 
 SDXL, FLUX, FLUX2_DEV, KLEIN_4B, KLEIN_9B = MODELS

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 
 TIMESTEPS = (900, 100, 500)
 

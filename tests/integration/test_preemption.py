@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.training.caches import CacheFilling
-from simpletuner.helpers.training.preemption import EXIT_PREEMPTED, Preempted
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start, wait_for_steps
 

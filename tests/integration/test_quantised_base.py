@@ -14,9 +14,9 @@ from safetensors import safe_open
 from test_several_processes import TORCHRUN
 from tiny_runs import TLORA, TinyRun, start, tiny_model
 
-from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
-from simpletuner.helpers.configuration.model_sections import Precision
+from simpletuner.helpers.configuration.schema.model_sections import Precision
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.quantisation import placed
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
@@ -55,7 +55,7 @@ def test_adapter_of_a_quantised_base_says_what_the_plain_base_was_and_reloads_on
     run = TinyRun(tmp_path)
     assert run.run(base_model_precision=precision) == 0
     stated, expected = header(run), header(plain)
-    assert json.loads(stated[checkpoint.HASH_KEY]) == json.loads(expected[checkpoint.HASH_KEY])
+    assert json.loads(stated[adapter_file.HASH_KEY]) == json.loads(expected[adapter_file.HASH_KEY])
     assert stated["base_model_precision"] == precision
     assert "base_model_precision" not in expected
     losses = [[line["loss"] for line in each.log()] for each in (run, plain)]
@@ -64,7 +64,7 @@ def test_adapter_of_a_quantised_base_says_what_the_plain_base_was_and_reloads_on
     with caplog.at_level(logging.WARNING):
         loaded = load_adapter(plain_unet(), run.output_dir / ADAPTER_FILE)
     assert not caplog.records, "the plain base was taken for another one"
-    own = checkpoint.read(run.output_dir / ADAPTER_FILE).tensors
+    own = adapter_file.read(run.output_dir / ADAPTER_FILE).tensors
     assert all(torch.equal(own[key], tensor) for key, tensor in loaded.network.state_dict().items())
 
 
@@ -179,6 +179,6 @@ def test_two_processes_train_on_a_quantised_base_as_one_does_on_twice_the_batch(
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     one.run(train_batch_size=2, **keys)
-    first, second = (checkpoint.read(each.output_dir / ADAPTER_FILE).tensors for each in (one, two))
+    first, second = (adapter_file.read(each.output_dir / ADAPTER_FILE).tensors for each in (one, two))
     for key, tensor in first.items():
         torch.testing.assert_close(second[key], tensor, rtol=1e-3, atol=1e-4)

@@ -18,9 +18,9 @@ from tiny_runs import TinyRun
 
 from simpletuner import cli
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.training.report import load_report
-from simpletuner.helpers.training.run_page import writer
-from simpletuner.helpers.training.run_page.folder import read_run
+from simpletuner.helpers.reporting.html_report import writer
+from simpletuner.helpers.reporting.html_report.folder import read_run
+from simpletuner.helpers.reporting.run_summary import load_report
 from simpletuner.helpers.training.trainer import Trainer
 
 PROMPT = 'a "photo" of <b>sks</b> cat'

@@ -16,9 +16,9 @@ import torch
 from flux_pipelines import tiny_flux
 from tiny_runs import TLORA, TinyRun, tiny_model
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.inference import load_into_pipeline
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.contracts import Noised
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer, to_device

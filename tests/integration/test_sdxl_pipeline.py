@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import PipelineKind, Size, TextEmbeds
 from simpletuner.helpers.models.schedulers import SAMPLERS
 from simpletuner.helpers.models.sdxl import pipeline as bundled

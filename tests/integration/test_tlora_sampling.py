@@ -23,10 +23,10 @@ from PIL import Image
 from tiny_pipelines import attach, load, sample, trained_adapter_file
 from tiny_runs import tiny_model
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLImg2ImgPipeline,

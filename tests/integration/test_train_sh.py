@@ -35,7 +35,7 @@ import time
 from pathlib import Path
 
 from simpletuner.helpers.errors import NothingToResumeError, TrainingError
-from simpletuner.helpers.training.preemption import Preemption
+from simpletuner.helpers.checkpointing.preemption import Preemption
 
 RANK = os.environ.get("RANK", "0")
 

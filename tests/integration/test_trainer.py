@@ -15,8 +15,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 
-from simpletuner.helpers.adapters import mask
-from simpletuner.helpers.configuration.lycoris import Algorithm
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.configuration.schema.lycoris import Algorithm
 from simpletuner.helpers.contracts import Batch
 from simpletuner.helpers.errors import ConfigError, TrainingError
 from simpletuner.helpers.io.faults import StorageError

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from simpletuner.helpers.adapters import mask
+from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.tiny_runs import TinyRun
 

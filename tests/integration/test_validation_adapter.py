@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 
 from simpletuner import train as command
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.errors import CheckpointError, TrainingError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import comparison, runs, validation
-from simpletuner.helpers.training.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.training.report import Report
-from simpletuner.helpers.training.sampling import SampleRequest, sample
+from simpletuner.helpers.reporting.run_summary import Report
+from simpletuner.helpers.sampling import comparison
+from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
+from simpletuner.helpers.training import runs, validation
 from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer
 from tests.integration.test_preemption import signal_at
 from tests.integration.test_validation import PICTURES, pixels

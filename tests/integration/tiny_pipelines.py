@@ -12,10 +12,10 @@ import torch
 from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
+from simpletuner.helpers.models.sdxl.spec import FACTS
 
 
 def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:

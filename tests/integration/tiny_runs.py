@@ -27,7 +27,7 @@ from simpletuner.helpers.training.build import build_trainer
 from simpletuner.helpers.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
 
 TLORA = {
     "algo": "tlora",

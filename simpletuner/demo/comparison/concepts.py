@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from simpletuner.demo.characters import CONCEPT, Part, Toy, draw_toy
 from simpletuner.demo.comparison.likeness import read_toy_place
-from simpletuner.demo.reader import read_background
-from simpletuner.demo.toys import CONCEPT, Part, Toy, draw_toy
-from simpletuner.demo.world import PLACES, Background, Picture, backgrounds, caption
+from simpletuner.demo.parser import read_background
+from simpletuner.demo.scenes import PLACES, Background, Picture, backgrounds, caption
 from simpletuner.helpers.randomness import mix
 
 SUBJECT = "a sks toy"

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 
-from simpletuner.demo.reader import FAR, MIN_OBJECT_PX, foreground, nearest_place, read_background
-from simpletuner.demo.toys import RADIUS_PX, Toy, draw_toy, toy_mask
-from simpletuner.demo.world import PLACES, SIZE_PX, Background, Mask, Picture, Point, draw_background
+from simpletuner.demo.characters import RADIUS_PX, Toy, draw_toy, toy_mask
+from simpletuner.demo.parser import FAR, MIN_OBJECT_PX, foreground, nearest_place, read_background
+from simpletuner.demo.scenes import PLACES, SIZE_PX, Background, Mask, Picture, Point, draw_background
 
 Values = NDArray[np.float32]
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from simpletuner.demo.comparison.concepts import SUBJECT, Concept, View
 from simpletuner.demo.comparison.likeness import likeness
-from simpletuner.demo.judge import Sampling, sample
+from simpletuner.demo.evaluate import Sampling, sample
 from simpletuner.demo.pretrain import encode_pictures
 from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_from_pipeline
-from simpletuner.helpers.models.noise import add_noise, velocity
+from simpletuner.helpers.models.diffusion import add_noise, velocity
 from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, EmbeddedModel
 from simpletuner.helpers.randomness import mix
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.demo.comparison.concepts import CONCEPTS
 from simpletuner.demo.comparison.plan import PLANS, Plan, Run
-from simpletuner.demo.judge import Sampling
+from simpletuner.demo.evaluate import Sampling
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json

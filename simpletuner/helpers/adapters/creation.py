@@ -12,9 +12,9 @@ from lycoris.wrapper import LycorisNetwork
 from torch import nn
 
 from simpletuner.helpers.adapters import lycoris_layers, targets
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.targets import Options
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.errors import ConfigError
 
 lycoris_layers.register()

@@ -8,10 +8,10 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.errors import AdapterError
 
 DENOISER_NAMES = ("unet", "transformer")
@@ -44,7 +44,7 @@ def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float 
         AdapterError: The file cannot be loaded, or has layers that the pipeline has not; nothing is attached.
     """
     file = Path(file)
-    wanted = sum(key.endswith(".lora_A.weight") for key in checkpoint.read(file).tensors)
+    wanted = sum(key.endswith(".lora_A.weight") for key in adapter_file.read(file).tensors)
     denoiser: nn.Module = vars(pipeline)[_denoiser_name(pipeline)]
     try:  # from the file itself: diffusers reads rank and alpha from its header
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=PEFT_NAME)

@@ -14,18 +14,20 @@ from lycoris import create_lycoris_from_weights
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters import checkpoint, foreign, mask, targets
+from simpletuner.helpers.adapters import targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import Recipe, quiet_lycoris
+from simpletuner.helpers.adapters.files import adapter_file, import_formats
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.quantised import is_packed
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.sharding import spread, whole
-from simpletuner.helpers.adapters.stored_layer import KEYS
-from simpletuner.helpers.adapters.tlora import TLoraLayer
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
@@ -73,7 +75,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
-    stored = checkpoint.read(file)
+    stored = adapter_file.read(file)
     if stored.is_peft:
         raise AdapterError(
             f"{file}: a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...) instead."
@@ -86,19 +88,19 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     network = _network_on(denoiser, stored)
     _leave_packed_weights(file, network)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
-    raw = (stored.entry(checkpoint.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
+    raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
-    checkpoint.warn_about_other_base(stored, adapter.base_hashes)
+    adapter_file.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
     return adapter
 
 
-def _network_on(denoiser: nn.Module, file: checkpoint.AdapterFile) -> LycorisNetwork:
+def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisNetwork:
     """The network that a file describes, not attached yet, with every layer of the file."""
     tensors = file.tensors
     try:
-        if foreign.is_released(tensors):
-            tensors = foreign.converted(tensors)
+        if import_formats.is_released(tensors):
+            tensors = import_formats.converted(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
@@ -166,7 +168,7 @@ class LycorisAdapter(Adapter):
         for layer in tlora:
             layer.join(self.group, schedule=self.schedule)
         layers = {module.lora_name: module.org_module[0] for module in network.loras}
-        self.base_hashes = checkpoint.base_hashes(layers)
+        self.base_hashes = adapter_file.base_hashes(layers)
         paths = {id(layer): path for path, layer in denoiser.named_modules()}
         self._paths = {name: paths[id(layer)] for name, layer in layers.items()}
         self._attachments: list[Attachment] = []
@@ -267,7 +269,7 @@ class LycorisAdapter(Adapter):
         Raises:
             AdapterError: The file is of another algorithm or rank, or its layers are others.
         """
-        stored = checkpoint.read(file)
+        stored = adapter_file.read(file)
         for module in self.network.loras:
             alpha = stored.tensors.get(f"{module.lora_name}.alpha")
             if alpha is not None and float(alpha) != float(module.alpha):
@@ -288,13 +290,13 @@ class LycorisAdapter(Adapter):
             StorageError: The file cannot be written.
         """
         metadata = dict(facts) | {
-            checkpoint.LYCORIS_KEY: json.dumps(self._raw, sort_keys=True),
-            checkpoint.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
-            checkpoint.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
+            adapter_file.LYCORIS_KEY: json.dumps(self._raw, sort_keys=True),
+            adapter_file.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
+            adapter_file.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
         }
         if self.schedule is not None:
-            metadata[checkpoint.SCHEDULE_KEY] = json.dumps(self.schedule.config())
-        checkpoint.write(file, self.network.state_dict(), metadata=metadata)
+            metadata[adapter_file.SCHEDULE_KEY] = json.dumps(self.schedule.config())
+        adapter_file.write(file, self.network.state_dict(), metadata=metadata)
 
     def detach(self) -> None:
         """Take every module off its layer."""
@@ -309,13 +311,13 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in module.named_buffers() if name != "dtype_tensor")
 
 
-def _schedule_of(stored: checkpoint.AdapterFile, layers: Sequence[TLoraLayer]) -> RankSchedule | None:
+def _schedule_of(stored: adapter_file.AdapterFile, layers: Sequence[TLoraLayer]) -> RankSchedule | None:
     """The schedule that a file's header states, else its layers, else the plain one of their rank.
 
     Raises:
         AdapterError: Header and layers contradict each other, or one of them cannot be used.
     """
-    config = stored.entry(checkpoint.SCHEDULE_KEY)
+    config = stored.entry(adapter_file.SCHEDULE_KEY)
     try:
         header = RankSchedule.from_config(config) if config is not None else None
     except (ValueError, TypeError) as error:
@@ -334,7 +336,7 @@ def _schedule_of(stored: checkpoint.AdapterFile, layers: Sequence[TLoraLayer]) -
     return schedule
 
 
-def _has_other_ranks(stored: checkpoint.AdapterFile) -> bool:
+def _has_other_ranks(stored: adapter_file.AdapterFile) -> bool:
     """Whether the json that the adapter was trained with gives some layers a rank of their own."""
-    preset = (stored.entry(checkpoint.LYCORIS_KEY) or {}).get("apply_preset")
+    preset = (stored.entry(adapter_file.LYCORIS_KEY) or {}).get("apply_preset")
     return isinstance(preset, dict) and bool(preset.get("module_algo_map") or preset.get("name_algo_map"))

@@ -13,10 +13,10 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters import checkpoint
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.targets import no_match_message
-from simpletuner.helpers.configuration.sections import CHANGE_THE_BASE, AdapterConfig
+from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
@@ -99,7 +99,7 @@ class PeftAdapter(Adapter):
         Raises:
             AdapterError: The file's layers or ranks are others.
         """
-        stored = checkpoint.read(file)
+        stored = adapter_file.read(file)
         prefix = f"{self.prefix}."
         described = stored.entry(METADATA_KEY) or {}
         alpha, own = described.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
@@ -130,7 +130,7 @@ class PeftAdapter(Adapter):
             config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
         metadata = dict(facts) | {METADATA_KEY: described(config, prefix=self.prefix)}
         tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
-        checkpoint.write(file, tensors, metadata=metadata)
+        adapter_file.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Take the LoRA layers out of the denoiser."""

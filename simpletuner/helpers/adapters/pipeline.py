@@ -13,10 +13,10 @@ import torch
 from lycoris.modules.tlora import TLoraModule
 from torch import nn
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.attachment import adapter_keys_visible
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 
 _in_use: dict[int, int] = {}  # id of a denoiser -> id of the thread that samples from it

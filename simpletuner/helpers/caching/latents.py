@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.ahead import one_ahead
+from simpletuner.helpers.caching.prefetch import one_ahead
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import DataError

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from simpletuner.helpers.configuration.problems import nearest
+from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[2]

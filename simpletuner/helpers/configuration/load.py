@@ -10,19 +10,22 @@ from typing import TypeVar
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration import rules
-from simpletuner.helpers.configuration.base import PathContext, Section
-from simpletuner.helpers.configuration.building import Built, Place, build
-from simpletuner.helpers.configuration.dataset_file import DatasetFile, read_datasets
-from simpletuner.helpers.configuration.layers import Given, Keys, from_command_line, from_file, layered
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.lycoris_file import read_lycoris
-from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.placeholders import Environment
-from simpletuner.helpers.configuration.problems import Problems
-from simpletuner.helpers.configuration.prompts import prompts_of, read_library
-from simpletuner.helpers.configuration.reading import read_json
-from simpletuner.helpers.configuration.sections import (
+from simpletuner.helpers.configuration.loading import rules
+from simpletuner.helpers.configuration.loading.building import Built, Place, build
+from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
+from simpletuner.helpers.configuration.loading.layers import (
+    Given,
+    Keys,
+    from_command_line,
+    from_file,
+    layered,
+)
+from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.loading.prompts import prompts_of, read_library
+from simpletuner.helpers.configuration.schema.base import PathContext, Section
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -33,6 +36,9 @@ from simpletuner.helpers.configuration.sections import (
     ValidationConfig,
     ValidationPrompt,
 )
+from simpletuner.helpers.configuration.text.placeholders import Environment
+from simpletuner.helpers.configuration.text.problems import Problems
+from simpletuner.helpers.configuration.text.reading import read_json
 from simpletuner.helpers.contracts import FamilyFacts
 
 SECTIONS: tuple[type[Section], ...] = (

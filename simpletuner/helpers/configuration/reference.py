@@ -9,10 +9,9 @@ from typing import cast
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.base import Section
-from simpletuner.helpers.configuration.dataset_file import INHERITED, TextCacheEntry
-from simpletuner.helpers.configuration.datasets import DatasetConfig
-from simpletuner.helpers.configuration.known_keys import (
+from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
+from simpletuner.helpers.configuration.loading.dataset_file import INHERITED, TextCacheEntry
+from simpletuner.helpers.configuration.loading.known_keys import (
     ALIASES,
     CONFIG_KEYS,
     DATASET_KEYS,
@@ -20,9 +19,10 @@ from simpletuner.helpers.configuration.known_keys import (
     PRESET_KEYS,
     Unsupported,
 )
-from simpletuner.helpers.configuration.known_values import UNSUPPORTED_VALUES
-from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
-from simpletuner.helpers.configuration.lycoris import (
+from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.schema.base import Section
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.lycoris import (
     ALGORITHM_ARGUMENTS,
     COMPUTED_FIELDS,
     AlgorithmArguments,
@@ -30,7 +30,7 @@ from simpletuner.helpers.configuration.lycoris import (
     LycorisConfig,
     TargetPreset,
 )
-from simpletuner.helpers.configuration.values import OPTIMIZER_ARGUMENTS
+from simpletuner.helpers.configuration.schema.values import OPTIMIZER_ARGUMENTS
 from simpletuner.helpers.contracts import FamilyFacts
 
 _INTRODUCTION = """\

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-from simpletuner.helpers.configuration.datasets import CropStyle, ResolutionType
+from simpletuner.helpers.configuration.schema.datasets import CropStyle, ResolutionType
 from simpletuner.helpers.contracts import Size
 
 _PIXELS_PER_MEGAPIXEL = 1_000_000

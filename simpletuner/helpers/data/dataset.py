@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.ahead import one_ahead
 from simpletuner.helpers.caching.latents import LatentRequest, fill_latents, read_latents
+from simpletuner.helpers.caching.prefetch import one_ahead
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.caching.text import TextCache
-from simpletuner.helpers.configuration.datasets import DatasetConfig
-from simpletuner.helpers.configuration.sections import DataConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest

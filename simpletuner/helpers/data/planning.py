@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from simpletuner.helpers.configuration.datasets import CaptionStrategy, DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import CaptionStrategy, DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import Placement, bucket_size, is_too_small, place, square_size
 from simpletuner.helpers.data.captions import (

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpletuner.helpers.configuration.dataset_file import IMAGE_SUFFIXES
+from simpletuner.helpers.configuration.loading.dataset_file import IMAGE_SUFFIXES
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 

@@ -14,10 +14,10 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Generator, Tensor
 
 from simpletuner.helpers.errors import DataError
-from simpletuner.helpers.models.components import Component, Loadable, load_weights
+from simpletuner.helpers.models.loading import Component, Loadable, load_weights
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.model_sections import PrecisionConfig
+    from simpletuner.helpers.configuration.schema.model_sections import PrecisionConfig
 
 Autoencoder = TypeVar("Autoencoder", bound="ComputesInFloat32")
 

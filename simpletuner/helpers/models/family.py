@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-    from simpletuner.helpers.configuration.sections import ValidationConfig
+    from simpletuner.helpers.configuration.schema.model_sections import (
+        ModelConfig,
+        NoiseConfig,
+        PrecisionConfig,
+    )
+    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 
 class Family(ABC):

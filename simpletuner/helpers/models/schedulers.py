@@ -9,7 +9,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.components import Component, class_of, quiet
+from simpletuner.helpers.models.loading import Component, class_of, quiet
 
 SAMPLERS: Mapping[str, type[SchedulerMixin]] = {
     "ddim": diffusers.DDIMScheduler,

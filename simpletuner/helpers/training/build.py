@@ -17,6 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
+from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
+from simpletuner.helpers.checkpointing.fingerprint import (
+    adapter_facts,
+    base_weights_hash,
+    run_settings,
+    weight_hashes,
+)
+from simpletuner.helpers.checkpointing.preemption import Preemption
+from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
@@ -24,25 +33,16 @@ from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import placed
 from simpletuner.helpers.models.registry import load_family
+from simpletuner.helpers.reporting.progress import Progress
+from simpletuner.helpers.reporting.run_summary import FinishedRun, load_report
+from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
+from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
+from simpletuner.helpers.sampling.prompts import Shot, plan_shots
+from simpletuner.helpers.sampling.validation_sampler import Studio
 from simpletuner.helpers.training.caches import CacheFilling
-from simpletuner.helpers.training.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
-from simpletuner.helpers.training.comparison import build_comparison, kind_of
-from simpletuner.helpers.training.identity import (
-    adapter_facts,
-    base_weights_hash,
-    run_settings,
-    weight_hashes,
-)
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
-from simpletuner.helpers.training.preemption import Preemption
-from simpletuner.helpers.training.progress import Progress
-from simpletuner.helpers.training.prompts import Shot, plan_shots
-from simpletuner.helpers.training.report import FinishedRun, load_report
-from simpletuner.helpers.training.state import RunState
-from simpletuner.helpers.training.studio import Studio
-from simpletuner.helpers.training.trackers import Trackers, build_trackers
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.models.family import Family
 
 logger = logging.getLogger(__name__)

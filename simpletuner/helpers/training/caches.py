@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.checkpointing.preemption import Preemption
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import TextEmbeds
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import Family
-    from simpletuner.helpers.training.preemption import Preemption
 
 logger = logging.getLogger(__name__)
 

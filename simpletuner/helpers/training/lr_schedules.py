@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from simpletuner.helpers.configuration.sections import OptimizerConfig
+    from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 
 Shape = Callable[[float], float]
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import torch
 
-from simpletuner.helpers.adapters import tlora as _tlora  # registers the layer
-from simpletuner.helpers.adapters.mask import clear_mask, set_mask
-from simpletuner.helpers.adapters.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora import layer as _tlora  # registers the layer
+from simpletuner.helpers.adapters.tlora.mask import clear_mask, set_mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 
 TLORA_AVAILABLE: bool = _tlora.TLoraLayer.name == "tlora"
 

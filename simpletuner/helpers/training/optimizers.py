@@ -12,7 +12,7 @@ from simpletuner.helpers.io.optional import require
 if TYPE_CHECKING:
     from torch import nn
 
-    from simpletuner.helpers.configuration.sections import OptimizerConfig
+    from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 
 # One kernel for all parameters instead of several for each.
 FUSED_DEVICES = ("cuda", "cpu", "xpu", "mps")

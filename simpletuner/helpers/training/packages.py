@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from simpletuner.helpers.io.optional import check_installed
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
 
 # A value of the configuration ends in this -> package, extra.
 PRECISION_PACKAGES = {"-torchao": ("torchao", "quant"), "-bnb": ("bitsandbytes", "quant")}

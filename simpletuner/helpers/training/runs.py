@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object, release_memory
 
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
+from simpletuner.helpers.reporting.run_summary import load_report
+from simpletuner.helpers.sampling.prompts import plan_shots
 from simpletuner.helpers.training.build import build_trainer, finished_run, lay_ground
-from simpletuner.helpers.training.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.training.prompts import plan_shots
-from simpletuner.helpers.training.report import load_report
 from simpletuner.helpers.training.trainer import Trainer
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
 
 logger = logging.getLogger(__name__)
 

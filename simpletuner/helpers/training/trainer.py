@@ -14,25 +14,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from simpletuner.helpers.adapters.export import ExportOptions, export_adapter
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.sharding import is_part, whole
+from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.contracts import StepStats, TextEmbeds
 from simpletuner.helpers.errors import SimpleTunerError, TrainingError
 from simpletuner.helpers.randomness import mix
-from simpletuner.helpers.training.checkpoints import CONFIG_FILE
-from simpletuner.helpers.training.losses import weighted_mse
-from simpletuner.helpers.training.metrics import (
+from simpletuner.helpers.reporting.html_report.writer import RunPage
+from simpletuner.helpers.reporting.metrics import (
     Measured,
     StepRecord,
     Window,
     peak_device_memory_mib,
     peak_memory_mib,
 )
-from simpletuner.helpers.training.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.training.progress import ProgressDisplay
-from simpletuner.helpers.training.report import ADAPTER_FILE as ADAPTER_FILE
-from simpletuner.helpers.training.report import COMFYUI_FILE, METRICS_FILE, Report
-from simpletuner.helpers.training.run_page.writer import RunPage
+from simpletuner.helpers.reporting.progress import ProgressDisplay
+from simpletuner.helpers.reporting.run_summary import ADAPTER_FILE as ADAPTER_FILE
+from simpletuner.helpers.reporting.run_summary import COMFYUI_FILE, METRICS_FILE, Report
+from simpletuner.helpers.training.losses import weighted_mse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,15 +43,15 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
 
     from simpletuner.helpers.adapters.adapter import Adapter
-    from simpletuner.helpers.configuration.sections import RunConfig
+    from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
+    from simpletuner.helpers.checkpointing.preemption import Preemption
+    from simpletuner.helpers.checkpointing.state import RunState
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import Family
-    from simpletuner.helpers.training.checkpoints import Checkpoints
-    from simpletuner.helpers.training.preemption import Preemption
-    from simpletuner.helpers.training.progress import Progress
-    from simpletuner.helpers.training.state import RunState
-    from simpletuner.helpers.training.trackers import Trackers
+    from simpletuner.helpers.reporting.progress import Progress
+    from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from simpletuner.helpers.training.pictures import Row, labelled_grid, save_png
+from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
 
 if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
-    from simpletuner.helpers.training.comparison import Comparison
-    from simpletuner.helpers.training.prompts import Shot
-    from simpletuner.helpers.training.studio import Studio
-    from simpletuner.helpers.training.trackers import Trackers
+    from simpletuner.helpers.reporting.trackers import Trackers
+    from simpletuner.helpers.sampling.comparison import Comparison
+    from simpletuner.helpers.sampling.prompts import Shot
+    from simpletuner.helpers.sampling.validation_sampler import Studio
 
 logger = logging.getLogger(__name__)
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.lycoris_layers import DyLoraLayer, FullLayer
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
-from simpletuner.helpers.configuration.lycoris import ALGORITHM_ARGUMENTS, LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS, LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.flux import facts as flux
+from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux import tiny as tiny_flux
-from simpletuner.helpers.models.flux2 import facts as flux2
+from simpletuner.helpers.models.flux2 import spec as flux2
 from simpletuner.helpers.models.flux2 import tiny as tiny_flux2
-from simpletuner.helpers.models.sdxl import facts as sdxl
+from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
 from simpletuner.lycoris_defaults import default_lycoris_config
 

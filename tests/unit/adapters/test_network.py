@@ -18,21 +18,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.helpers.adapters import checkpoint, mask
 from simpletuner.helpers.adapters.adapter import Adapter
-from simpletuner.helpers.adapters.description import INITS
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.adapters.tlora import TLoraLayer
-from simpletuner.helpers.configuration.base import PathContext
-from simpletuner.helpers.configuration.building import Place
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.lycoris_file import read_lycoris
-from simpletuner.helpers.configuration.problems import Problems
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.spec import INITS
+from simpletuner.helpers.configuration.loading.building import Place
+from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.schema.base import PathContext
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import AdapterError, ConfigError
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.spec import FACTS
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 
 LYCORIS = AdapterConfig(lora_type="lycoris")
@@ -500,7 +501,7 @@ def test_row_23_unusable_file_is_refused_and_nothing_is_attached(spoil: str, tmp
 
 def test_writing_a_value_that_is_not_finite_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="x holds a value that is not finite"):
-        checkpoint.write(tmp_path / "a.safetensors", {"x": torch.tensor([float("inf")])}, metadata={})
+        adapter_file.write(tmp_path / "a.safetensors", {"x": torch.tensor([float("inf")])}, metadata={})
     assert not list(tmp_path.iterdir())
 
 

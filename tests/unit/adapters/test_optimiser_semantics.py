@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from simpletuner.helpers.adapters.description import TLoraInit
-from simpletuner.helpers.adapters.tlora import TLoraLayer
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.spec import TLoraInit
 
 DECAY = 0.1
 STEPS = 1000

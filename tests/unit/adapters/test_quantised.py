@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-from simpletuner.helpers.adapters import checkpoint
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.quantised import dense_weight
-from simpletuner.helpers.adapters.tlora import TLoraLayer
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.sections import AdapterConfig
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.models.sdxl.facts import FACTS
+from simpletuner.helpers.models.sdxl.spec import FACTS
 
 
 class Block(nn.Module):
@@ -120,7 +120,9 @@ def test_packed_base_trains_from_zero_and_the_file_reloads_exactly_on_the_bf16_b
     loaded = load_adapter(bf16_base(), tmp_path / "a.safetensors")
     torch.testing.assert_close(delta(loaded), delta(adapter), rtol=0, atol=1e-6)
     loaded.save(tmp_path / "b.safetensors", facts={})
-    first, second = (checkpoint.read(tmp_path / name).tensors for name in ("a.safetensors", "b.safetensors"))
+    first, second = (
+        adapter_file.read(tmp_path / name).tensors for name in ("a.safetensors", "b.safetensors")
+    )
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 

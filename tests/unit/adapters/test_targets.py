@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-from simpletuner.helpers.adapters import mask
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
-from simpletuner.helpers.configuration.lycoris import LycorisConfig
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.flux import facts as flux
+from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux import tiny as tiny_flux
-from simpletuner.helpers.models.flux2 import facts as flux2
+from simpletuner.helpers.models.flux2 import spec as flux2
 from simpletuner.helpers.models.flux2 import tiny as tiny_flux2
-from simpletuner.helpers.models.sdxl import facts as sdxl
+from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
 
 Chosen = tuple[str, int]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.errors import ConfigError
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import ValidationError
 
-from simpletuner.helpers.configuration.base import Section
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.base import Section
 from simpletuner.helpers.errors import ConfigError
 
 if TYPE_CHECKING:

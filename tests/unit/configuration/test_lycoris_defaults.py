@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from simpletuner.helpers.configuration.lycoris import ALGORITHM_ARGUMENTS
+from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.lycoris_defaults import default_lycoris_config
 

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.configuration.datasets import DatasetConfig
-from simpletuner.helpers.configuration.known_keys import ALIASES, CONFIG_KEYS, DATASET_KEYS
 from simpletuner.helpers.configuration.load import KEYS
-from simpletuner.helpers.configuration.lycoris import ALGORITHM_ARGUMENTS, AlgorithmArguments, LycorisConfig
+from simpletuner.helpers.configuration.loading.known_keys import ALIASES, CONFIG_KEYS, DATASET_KEYS
 from simpletuner.helpers.configuration.reference import reference
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.lycoris import (
+    ALGORITHM_ARGUMENTS,
+    AlgorithmArguments,
+    LycorisConfig,
+)
 from simpletuner.helpers.contracts import FamilyFacts
 from simpletuner.helpers.models import registry
 

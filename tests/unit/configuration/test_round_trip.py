@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpletuner.helpers.configuration.load import KEYS
-from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 
 if TYPE_CHECKING:
     from conftest import Workspace

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from simpletuner.demo import make
-from simpletuner.demo.world import COLOURS, PATTERNS, PLACES
+from simpletuner.demo.scenes import COLOURS, PATTERNS, PLACES
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.models import registry
 
 QUESTION = re.compile(r"a sks toy (.+) on a (\w+) (\w+) background")

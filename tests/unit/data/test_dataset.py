@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from simpletuner.helpers.configuration.datasets import DatasetConfig
-from simpletuner.helpers.configuration.sections import DataConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
 from simpletuner.helpers.data.dataset import TrainingData, load_pixels, stack_text
 from simpletuner.helpers.errors import DataError

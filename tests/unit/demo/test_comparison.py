@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simpletuner.demo.characters import draw_toy, random_toy
 from simpletuner.demo.comparison.concepts import CONCEPTS, SUBJECT, View
 from simpletuner.demo.comparison.likeness import likeness
 from simpletuner.demo.comparison.plan import FULL, LORA, PLANS, QUICK, STANDARD
@@ -22,8 +23,7 @@ from simpletuner.demo.comparison.statistics import (
     difference,
     estimate,
 )
-from simpletuner.demo.toys import draw_toy, random_toy
-from simpletuner.demo.world import Background, draw_background
+from simpletuner.demo.scenes import Background, draw_background
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
 

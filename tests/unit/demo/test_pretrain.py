@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.demo.judge import Sampling
-from simpletuner.demo.lessons import words
+from simpletuner.demo.curriculum import words
+from simpletuner.demo.evaluate import Sampling
 from simpletuner.demo.pretrain import (
     Denoising,
     Judging,

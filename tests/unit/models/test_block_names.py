@@ -11,10 +11,10 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.layouts import places_of, tensors_of
-from simpletuner.helpers.adapters.plain import PlainLayer
-from simpletuner.helpers.models.flux import facts as flux
-from simpletuner.helpers.models.flux2 import facts as flux2
+from simpletuner.helpers.adapters.files.layouts import places_of, tensors_of
+from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
+from simpletuner.helpers.models.flux import spec as flux
+from simpletuner.helpers.models.flux2 import spec as flux2
 
 BLOCKS = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 # Model of real width, its facts, and diffusers' converter of the original checkpoint.

@@ -14,11 +14,11 @@ import diffusers
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Batch, Noised, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
-from simpletuner.helpers.models.flow import model_times
+from simpletuner.helpers.models.flow_matching import model_times
 from simpletuner.helpers.models.flux.family import Flux, image_ids, pack, unpack
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.registry import load_family

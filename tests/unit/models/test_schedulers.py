@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.components import Component, ModelSource, find_component
+from simpletuner.helpers.models.loading import Component, ModelSource, find_component
 from simpletuner.helpers.models.schedulers import SAMPLERS, make_sampler, training_alpha_bars
 
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.configuration.model_sections import NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
-from simpletuner.helpers.models.noise import draw_noise
+from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.sdxl.family import SDXL, time_ids
 
 MakeSDXL = Callable[..., SDXL]

@@ -10,7 +10,7 @@ import pytest
 from accelerate import Accelerator, DistributedType
 
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.build import check_distribution

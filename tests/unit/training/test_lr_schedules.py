@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.sections import OptimizerConfig
+from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.training import lr_schedules
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.sections import OptimizerConfig
+from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.training.optimizers import build_optimizer
 

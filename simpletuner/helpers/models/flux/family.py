@@ -26,9 +26,8 @@ from simpletuner.helpers.models.autoencoder import (
     load_autoencoder,
     vae_identity,
 )
-from simpletuner.helpers.models.components import Loadable, load_weights, quiet
 from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.models.flow import (
+from simpletuner.helpers.models.flow_matching import (
     distribution_of,
     draw_guidance,
     model_times,
@@ -37,16 +36,21 @@ from simpletuner.helpers.models.flow import (
     shift_at,
     unshifted_sampler,
 )
-from simpletuner.helpers.models.flux.facts import FACTS
-from simpletuner.helpers.models.flux.parts import PATCH, FluxParts, find_parts
+from simpletuner.helpers.models.flux.components import PATCH, FluxParts, find_parts
 from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
-from simpletuner.helpers.models.kinds import NO_GUIDANCE
+from simpletuner.helpers.models.flux.spec import FACTS
+from simpletuner.helpers.models.key_groups import NO_GUIDANCE
+from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
 from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
 from simpletuner.helpers.models.text import CutCaptions, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-    from simpletuner.helpers.configuration.sections import ValidationConfig
+    from simpletuner.helpers.configuration.schema.model_sections import (
+        ModelConfig,
+        NoiseConfig,
+        PrecisionConfig,
+    )
+    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 logger = logging.getLogger(__name__)
 

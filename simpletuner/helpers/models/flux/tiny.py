@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from transformers import CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
-from simpletuner.helpers.models.components import quiet
+from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.tiny_parts import (
     CLIP_END,
     WORD_LIST,

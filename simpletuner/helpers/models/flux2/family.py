@@ -21,9 +21,8 @@ from transformers import AutoTokenizer
 from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Size, TextEmbeds
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.autoencoder import load_autoencoder, vae_identity
-from simpletuner.helpers.models.components import Loadable, load_weights, quiet
 from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.models.flow import (
+from simpletuner.helpers.models.flow_matching import (
     distribution_of,
     draw_guidance,
     model_times,
@@ -32,7 +31,7 @@ from simpletuner.helpers.models.flow import (
     static_shift,
     unshifted_sampler,
 )
-from simpletuner.helpers.models.flux2.facts import FACTS
+from simpletuner.helpers.models.flux2.components import KLEIN, Flux2Parts, find_parts
 from simpletuner.helpers.models.flux2.latents import (
     PIXELS_PER_TOKEN,
     Float32Flux2Autoencoder,
@@ -40,13 +39,18 @@ from simpletuner.helpers.models.flux2.latents import (
     from_tokens,
     to_tokens,
 )
-from simpletuner.helpers.models.flux2.parts import KLEIN, Flux2Parts, find_parts
+from simpletuner.helpers.models.flux2.spec import FACTS
+from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
 from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
 from simpletuner.helpers.models.text import CutCaptions, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-    from simpletuner.helpers.configuration.sections import ValidationConfig
+    from simpletuner.helpers.configuration.schema.model_sections import (
+        ModelConfig,
+        NoiseConfig,
+        PrecisionConfig,
+    )
+    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 TEXT_TOKENS = 512
 """Length that captions, with the conversation around them, are padded and cut to."""

@@ -27,7 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from simpletuner.helpers.models.components import quiet
+from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.tiny_parts import (
     SPACE,
     WORD_LIST,

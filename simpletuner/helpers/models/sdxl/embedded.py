@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from simpletuner.helpers.contracts import TextEmbeds
-from simpletuner.helpers.models.components import quiet
+from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.tiny_parts import (
     CLIP_END,
     CLIP_END_OF_WORD,

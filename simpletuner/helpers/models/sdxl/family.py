@@ -22,23 +22,27 @@ from simpletuner.helpers.models.autoencoder import (
     load_autoencoder,
     vae_identity,
 )
-from simpletuner.helpers.models.components import Loadable, load_weights, quiet
+from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionSchedule, noised_batch
 from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.models.noise import DiffusionPrediction, DiffusionSchedule, noised_batch
+from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
 from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
-from simpletuner.helpers.models.sdxl.facts import FACTS
-from simpletuner.helpers.models.sdxl.parts import SDXLParts, find_parts
+from simpletuner.helpers.models.sdxl.components import SDXLParts, find_parts
 from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from simpletuner.helpers.models.sdxl.spec import FACTS
 from simpletuner.helpers.models.text import CutCaptions, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-    from simpletuner.helpers.configuration.sections import ValidationConfig
+    from simpletuner.helpers.configuration.schema.model_sections import (
+        ModelConfig,
+        NoiseConfig,
+        PrecisionConfig,
+    )
+    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 CLIP_TOKENS = 77
 """Length that captions are padded and cut to."""

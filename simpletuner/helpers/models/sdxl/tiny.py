@@ -12,7 +12,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from simpletuner.helpers.models.components import quiet
+from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.tiny_parts import (
     CLIP_END,
     clip_text_config,

@@ -1,0 +1,1 @@
+"""Adapter files: our own, those of other trainers, and exports."""

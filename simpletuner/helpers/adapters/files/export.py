@@ -1,0 +1,343 @@
+"""T-LoRA files as plain LoRAs, for tools that know nothing of a rank schedule."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.layouts import (
+    DOWN_KEYS,
+    Layout,
+    Places,
+    common_scales,
+    header_of,
+    places_of,
+    tensors_of,
+)
+from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer, errors_by_rank, exact, truncated
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
+from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
+from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE
+from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.errors import AdapterError
+
+Form = Literal["exact", "truncated"]
+FORMS = {"exact": exact, "truncated": truncated}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the source's header, what would say something untrue about a plain LoRA.
+NOT_KEPT = {
+    "format",
+    adapter_file.SCHEDULE_KEY,
+    adapter_file.LYCORIS_KEY,
+    adapter_file.HASH_KEY,
+    adapter_file.PATHS_KEY,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What a file is exported as. Of rank, timestep and bands at most one is given; none opens every rank."""
+
+    layout: Layout = "diffusers"
+    form: Form = "exact"
+    """exact: rank 2R, no error but rounding; truncated: the best approximation of rank R."""
+    rank: int | None = None
+    """The rank to fix."""
+    timestep: int | None = None
+    """Fix the rank that the schedule opens at this timestep."""
+    bands: int | None = None
+    """Write so many files instead of one, each for an equal share of the timesteps, with the rank of its
+    middle."""
+    dtype: str = "fp32"
+    """Key of DTYPES."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """One file written."""
+
+    file: Path
+    timesteps: tuple[int, int] | None
+    """First and last timestep that it is for; None for all."""
+    open_rank: int
+    """Rank that it fixes, of the network; layers of another rank follow with theirs."""
+    ranks: Sequence[int]
+    """Of each written layer; a layout may join several of the adapter's to one."""
+    errors: Mapping[str, float]
+    """Path of a layer -> its error, relative to the live layer at that rank, rounding included."""
+    band_error: float | None
+    """Largest error of a layer at any timestep of the band, where the live adapter opens other ranks."""
+
+    @property
+    def worst_layer(self) -> str:
+        """The layer with the largest error."""
+        return max(self.errors, key=lambda path: self.errors[path])
+
+    def summary(self) -> str:
+        """What was written, on one line."""
+        low, high = min(self.ranks), max(self.ranks)
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        joined = f", joined from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
+        parts = [
+            f"{self.file}: {len(self.ranks)} layers of {ranks}, {self.open_rank} open{joined}",
+            f"error {fmean(self.errors.values()):.1e} on average, "
+            f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
+        ]
+        if self.timesteps is not None and self.band_error is not None:
+            first, last = self.timesteps
+            parts.append(f"for timesteps {first} to {last}, within which it reaches {self.band_error:.1e}")
+        return "; ".join(parts) + "."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The layers of an adapter file by their path in the denoiser."""
+
+    layers: Mapping[str, StoredLayer]
+    schedule: RankSchedule
+    """Of the network; without effect if none of its layers follows one."""
+    multiplier: float
+    metadata: Mapping[str, str]
+
+    def rank_at(self, timestep: int, layer: StoredLayer) -> int:
+        """The rank that one layer, which may have another maximum than the network, opens at a timestep."""
+        return self.schedule.for_rank(layer.rank).rank_at(timestep) if follows(layer) else layer.rank
+
+
+def follows(layer: StoredLayer) -> bool:
+    """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no plain LoRA."""
+    return "tlora_schedule" in layer.tensors or TRAINED_KEYS[0] in layer.tensors
+
+
+def export_adapter(
+    file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, FamilyFacts]
+) -> list[Exported]:
+    """Write an adapter file as one plain LoRA, or one for each band of timesteps.
+
+    Args:
+        file: A T-LoRA or plain LoRA file written by this program.
+        output: The file to write; for bands, the timesteps are added to its name.
+        options: What to write.
+        families: Name -> facts of every model family; the file's header names its own.
+
+    Raises:
+        AdapterError: The file cannot be read or exported, or an option does not fit it; nothing is written.
+        StorageError: A file cannot be written.
+    """
+    stored = adapter_file.read(file)
+    source = read_source(stored)
+    name = stored.metadata.get("model_family", "not stated in its header")
+    if name not in families:
+        known = ", ".join(sorted(families))
+        raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
+    places, written = places_of(source.layers, options.layout, families[name]), []
+    for cut in _cuts(source, options):
+        layers, band_error = _fixed(source, cut, options, places=places)
+        tensors = tensors_of(layers, options.layout, places)
+        facts = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
+            "exported_from": file.name,
+            "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
+        }
+        if cut.band is not None:
+            facts["timesteps"] = json.dumps(cut.band)
+        facts |= header_of(layers, options.layout, families[name])
+        target = _file_name(output, cut.band)
+        adapter_file.write(target, tensors, metadata=facts)
+        exported = Exported(
+            file=target,
+            timesteps=cut.band,
+            open_rank=cut.rank,
+            ranks=[tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN_KEYS)],
+            errors={layer.path: layer.error for layer in layers},
+            band_error=band_error,
+        )
+        written.append(exported)
+    return written
+
+
+def export_live(
+    adapter: Adapter,
+    output: Path,
+    options: ExportOptions,
+    *,
+    family: FamilyFacts,
+    facts: Mapping[str, str] | None = None,
+) -> list[Exported]:
+    """Write an attached adapter as `export_adapter` writes its file, at the strength it was trained with.
+
+    Args:
+        adapter: T-LoRA or plain LoRA; also one whose file lacks what an export needs.
+        output: As for `export_adapter`.
+        options: What to write.
+        family: Of the denoiser that it is attached to.
+        facts: What else the header says.
+
+    Raises:
+        AdapterError: The adapter cannot be exported, or an option does not fit it; nothing is written.
+        StorageError: A file cannot be written.
+    """
+    network = adapter.lycoris_network
+    layers = [each for each in network.modules() if isinstance(each, TLoraLayer)] if network else []
+    grouped = [each.lora_name for each in layers if each.num_groups > 1]
+    if grouped:
+        raise AdapterError(
+            f"{grouped[0]}: a plain LoRA has no form of a grouped convolution's T-LoRA. Exclude the layer."
+        )
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "live_adapter.safetensors"
+        adapter.save(file, facts={**(facts or {}), "model_family": family.name})
+        return export_adapter(file, output, options, families={family.name: family})
+
+
+def read_source(stored: adapter_file.AdapterFile) -> Source:
+    """The layers of an adapter file, ready to be exported.
+
+    Raises:
+        AdapterError: It has layers of another algorithm, or lacks what an export needs.
+    """
+    layers = _peft_layers(stored) if stored.is_peft else _lycoris_layers(stored)
+    config = stored.entry(adapter_file.SCHEDULE_KEY)
+    largest = max(layer.rank for layer in layers.values())
+    schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
+    return Source(layers, schedule, stored.multiplier, stored.metadata)
+
+
+def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
+    paths = stored.entry(adapter_file.PATHS_KEY)
+    if paths is None:
+        raise AdapterError(
+            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}: it was not written by this program. "
+            "Attach it to its base model with load_adapter, and give that adapter to export_live."
+        )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in stored.tensors.items():
+        layer, _, part = key.partition(".")
+        tensors.setdefault(layer, {})[part] = tensor
+    return {paths.get(name, name): _layer(name, parts, stored.path) for name, parts in tensors.items()}
+
+
+def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
+    config = stored.entry(METADATA_KEY) or {}
+    layers = {}
+    for key in stored.tensors:
+        prefix, _, path = key.removesuffix(".lora_A.weight").partition(".")
+        if key.endswith(".lora_B.weight"):
+            continue
+        if not key.endswith(".lora_A.weight"):
+            raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
+        if (init := config.get(f"{prefix}.init_lora_weights")) in CHANGE_THE_BASE:
+            raise AdapterError(
+                f"{stored.path}: lora_init_type {init} changed the base weights, and tools that add a plain "
+                "LoRA to them would add its start too. Train with another lora_init_type."
+            )
+        down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
+        own = config.get(f"{prefix}.alpha_pattern") or {}
+        common = config.get(f"{prefix}.lora_alpha", down.shape[0])
+        alpha = torch.tensor(float(own.get(get_pattern_key(list(own), path), common)))
+        parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
+        layers[path] = StoredLayer(key, parts, Description("vanilla", "last", None))
+    return layers
+
+
+def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
+    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's plain LoRA
+        return StoredLayer(name, parts, Description("vanilla", "last", None))
+    if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
+        raise AdapterError(
+            f"{file}: {name} is neither T-LoRA nor plain LoRA: it holds {', '.join(sorted(parts))}. "
+            "Tools read LyCORIS's other algorithms as they are."
+        )
+    layer = StoredLayer.read(name, parts)
+    if layer.description.init != "vanilla" and BASE_KEYS[0] not in parts:
+        raise AdapterError(f"{file}: {name} has no base factors. Give load_adapter's adapter to export_live.")
+    return layer
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Where one file fixes the ranks."""
+
+    rank: int
+    """Of the network."""
+    timestep: int | None = None
+    """At which the schedule opens that rank; None when the rank itself was asked for."""
+    band: tuple[int, int] | None = None
+    """First and last timestep that the file is for."""
+
+    def rank_of(self, layer: StoredLayer, source: Source) -> int:
+        """The rank of one layer; a plain one is never cut."""
+        if self.timestep is not None:
+            return source.rank_at(self.timestep, layer)
+        return min(self.rank, layer.rank) if follows(layer) else layer.rank
+
+    def worst_within(self, layer: StoredLayer, plain: PlainLayer, source: Source) -> float | None:
+        """The largest error of what was written for a layer at any timestep of the band; None without one."""
+        if self.band is None:
+            return None
+        first, last = self.band
+        errors = errors_by_rank(layer, plain)
+        ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
+        return max(errors[rank - 1] for rank in ranks)
+
+
+def _cuts(source: Source, options: ExportOptions) -> list[_Cut]:
+    """One for every file to write."""
+    schedule = source.schedule
+    chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
+    if len(chosen) > 1:
+        raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
+    if chosen and not any(map(follows, source.layers.values())):
+        raise AdapterError(
+            f"{chosen[0]}: the file is a plain LoRA, whose ranks are always all open. Omit it."
+        )
+    end = schedule.num_timesteps
+    if options.timestep is not None:
+        if not 0 <= options.timestep <= end:
+            raise AdapterError(f"timestep {options.timestep} is outside 0..{end}, the schedule of the file.")
+        return [_Cut(schedule.rank_at(options.timestep), options.timestep)]
+    if options.bands is not None:
+        if not 1 <= options.bands <= end:
+            raise AdapterError(f"bands {options.bands} must be in 1..{end}.")
+        edges = [round(end * index / options.bands) for index in range(options.bands + 1)]
+        bands = [(first, last - int(last < end)) for first, last in pairwise(edges)]
+        return [_Cut(schedule.rank_at(sum(band) // 2), sum(band) // 2, band) for band in bands]
+    rank = schedule.max_rank if options.rank is None else options.rank
+    if not 1 <= rank <= schedule.max_rank:
+        raise AdapterError(f"rank {rank} must be in 1..{schedule.max_rank}, the rank of the file.")
+    return [_Cut(rank)]
+
+
+def _fixed(
+    source: Source, cut: _Cut, options: ExportOptions, *, places: Places
+) -> tuple[list[PlainLayer], float | None]:
+    """The layers of one file, and the largest error within its band."""
+    make, dtype = FORMS[options.form], DTYPES[options.dtype]
+    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, places)
+    layers, band_errors = [], []
+    for path, stored in source.layers.items():
+        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype, scale=scales[path])
+        layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
+        band_errors.append(cut.worst_within(stored, layer, source))
+    return layers, max((error for error in band_errors if error is not None), default=None)
+
+
+def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:
+    if timesteps is None:
+        return output
+    first, last = timesteps
+    return output.with_name(f"{output.stem}-t{first:04d}-{last:04d}{output.suffix}")

@@ -1,0 +1,213 @@
+"""What an adapter file is, in a few lines: kind, layers, ranks, schedule, base, training."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpletuner.helpers.adapters.files import adapter_file, import_formats
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.names import printable
+
+CHART_TIMESTEPS = range(0, 1001, 100)
+CHART_WIDTH = 40
+# Suffix of a key -> (algorithm, which dimension of the tensor is the rank); the first that a file has counts.
+KINDS: Mapping[str, tuple[str, int | None]] = {
+    ".q_layer.weight": ("T-LoRA", 0),
+    ".lora_A.weight": ("LoRA in diffusers' format", 0),
+    ".hada_w1_a": ("LoHa", 1),
+    ".lokr_w1": ("LoKr", None),
+    ".lokr_w1_a": ("LoKr", 1),
+    ".lora_down.weight": ("LoRA", 0),
+    ".lora.down.weight": ("LoRA in diffusers' former format", 0),
+}
+# Header entries that are shown in their own place, or hold a value for each layer.
+SHOWN_ELSEWHERE = {
+    "format",
+    "base_model",
+    "model_family",
+    "model_flavour",
+    "trigger_words",
+    "lora_adapter_metadata",
+    adapter_file.SCHEDULE_KEY,
+    adapter_file.LYCORIS_KEY,
+    adapter_file.HASH_KEY,
+    adapter_file.PATHS_KEY,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """The facts of one adapter file."""
+
+    file: str
+    bytes: int
+    algorithm: str
+    init: str | None
+    """Where a T-LoRA began, with the band of singular triplets; None when nothing says so."""
+    num_layers: int
+    ranks: dict[int, int]
+    """Rank -> layers of it; empty where the algorithm has none."""
+    scales: dict[float, int]
+    """alpha / rank -> layers of it."""
+    num_values: int
+    """Numbers stored, frozen base factors included."""
+    num_frozen: int
+    """Of those, base factors."""
+    dtypes: tuple[str, ...]
+    schedule: dict[str, int | float | str] | None
+    base_model: str | None
+    model_family: str | None
+    trigger_words: str | None
+    targets: Any
+    """`apply_preset` of the lycoris json that it was trained with."""
+    num_base_hashes: int
+    training: dict[str, str]
+    """What else the header says."""
+    missing: tuple[str, ...]
+    """What a complete T-LoRA file would have."""
+
+    def as_json(self) -> str:
+        """Every fact, as a json object."""
+        return json.dumps(vars(self), indent=2, ensure_ascii=False)
+
+    def text(self) -> str:
+        """Every fact, for people."""
+        ranks = _counted(self.ranks, "rank")
+        lines = [
+            ("File", f"{self.file}, {self.bytes / 1e6:.1f} MB, {', '.join(self.dtypes)}"),
+            ("Kind", self.algorithm + (f", started at {self.init}" if self.init else "")),
+            ("Layers", f"{self.num_layers}{f': {ranks}' if ranks else ''}"),
+            ("Scale", _counted(self.scales, "alpha / rank")),
+            ("Values", f"{self.num_values:,}" + (f", {self.num_frozen:,} frozen" if self.num_frozen else "")),
+            ("Base model", self.base_model),
+            ("Family", self.model_family),
+            ("Base weights", f"{self.num_base_hashes} layers hashed" if self.num_base_hashes else None),
+            ("Targets", json.dumps(self.targets) if self.targets else None),
+            ("Trigger words", self.trigger_words),
+            *((name, value) for name, value in sorted(self.training.items())),
+            ("Missing", "; ".join(self.missing) or None),
+        ]
+        shown = [(printable(name), printable(str(value))) for name, value in lines if value]
+        width = max(len(name) for name, _ in shown)
+        return "\n".join(
+            [*(f"{name:<{width}}  {value}" for name, value in shown), *self._chart(), self._use()]
+        )
+
+    def _chart(self) -> list[str]:
+        if self.schedule is None:
+            return []
+        schedule = RankSchedule.from_config(self.schedule)
+        stated = ", ".join(f"{key} {value}" for key, value in self.schedule.items())
+        lines = ["", f"Open ranks by timestep ({stated}):"]
+        for share in CHART_TIMESTEPS:
+            timestep = share * schedule.num_timesteps // CHART_TIMESTEPS[-1]
+            rank = schedule.rank_at(timestep)
+            bar = "#" * max(1, round(CHART_WIDTH * rank / schedule.max_rank))
+            lines.append(f"  {timestep:>6}  {rank:>5}  {bar}")
+        return lines
+
+    def _use(self) -> str:
+        model = "" if self.base_model else " --family FAMILY --model MODEL"
+        return f'\nPictures: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
+
+
+def inspect(file: Path) -> Inspection:
+    """Read an adapter file and say what it is.
+
+    Raises:
+        AdapterError: It cannot be read, or is no adapter of a kind that is known.
+    """
+    stored = adapter_file.read(file)
+    released = import_formats.is_released(stored.tensors)
+    try:
+        tensors = import_formats.converted(stored.tensors) if released else stored.tensors
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error}") from error
+    suffix = next((each for each in KINDS if any(key.endswith(each) for key in tensors)), None)
+    if suffix is None:
+        raise AdapterError(
+            f"{file}: holds no layer of an adapter that is known; its first key is {min(tensors)}."
+        )
+    algorithm, rank_axis = KINDS[suffix]
+    names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
+    descriptions = [Description.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
+    if descriptions:
+        algorithm = "T-LoRA" + (" of the authors' release" if released else "")
+    ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
+    alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
+    frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
+    lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
+    header = stored.metadata
+    return Inspection(
+        file=str(file),
+        bytes=file.stat().st_size,
+        algorithm=algorithm,
+        init=_init(descriptions) if not released else None,
+        num_layers=len(names),
+        ranks=_counts(ranks.values()),
+        scales=_counts(round(alphas[name] / ranks[name], 6) for name in alphas if name in ranks),
+        num_values=sum(tensor.numel() for tensor in stored.tensors.values()),
+        num_frozen=sum(tensor.numel() for tensor in frozen),
+        dtypes=tuple(
+            sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
+        ),
+        schedule=_schedule(stored, descriptions),
+        base_model=header.get("base_model"),
+        model_family=header.get("model_family"),
+        trigger_words=header.get("trigger_words"),
+        targets=lycoris.get("apply_preset"),
+        num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
+        training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
+        missing=tuple(_missing(stored, algorithm=algorithm, descriptions=descriptions)),
+    )
+
+
+def _schedule(
+    stored: adapter_file.AdapterFile, descriptions: Sequence[Description]
+) -> dict[str, int | float | str] | None:
+    config = stored.entry(adapter_file.SCHEDULE_KEY)
+    stated = next((each.schedule for each in descriptions if each.schedule is not None), None)
+    try:
+        schedule = stated if config is None else RankSchedule.from_config(config)
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{stored.path}: its rank schedule cannot be used: {error}.") from error
+    return None if schedule is None else schedule.config()
+
+
+def _missing(
+    stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[Description]
+) -> list[str]:
+    if not algorithm.startswith("T-LoRA"):
+        return []
+    has_base = any(".base_" in key for key in stored.tensors)
+    vanilla = any(each.init == "vanilla" for each in descriptions)
+    return [
+        *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
+        *(
+            ["rank schedule: set min_rank and alpha in _tlora_config"]
+            if not _schedule(stored, descriptions)
+            else []
+        ),
+        *(["base model"] if "base_model" not in stored.metadata else []),
+    ]
+
+
+def _init(descriptions: Sequence[Description]) -> str | None:
+    found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in descriptions}
+    return ", ".join(sorted(found)) or None
+
+
+def _counts(values: Any) -> dict[Any, int]:
+    return dict(sorted(Counter(values).items()))
+
+
+def _counted(counts: Mapping[Any, int], what: str) -> str | None:
+    return ", ".join(f"{what} {value:g} ({count})" for value, count in counts.items()) or None

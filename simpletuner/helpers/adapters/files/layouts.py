@@ -1,0 +1,120 @@
+"""How tools name the layers and tensors of a plain LoRA, and which layers they join to one.
+
+Shapes: R rank of a layer, I in, O out features.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+
+from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, described
+from simpletuner.helpers.contracts import FamilyFacts, OriginalRows
+from simpletuner.helpers.errors import AdapterError
+
+Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+Places = Mapping[str, OriginalRows]
+DOWN_KEYS = (".lora_A.weight", ".lora_down.weight")
+
+
+def places_of(paths: Iterable[str], layout: Layout, facts: FamilyFacts) -> Places:
+    """Path of a layer of the denoiser -> the rows of the layer, under the layout's name, that it becomes.
+
+    Raises:
+        AdapterError: The family has no such layout, or no name for a layer.
+    """
+    if layout == "diffusers":
+        return {path: OriginalRows(f"{facts.denoiser_name}.{path}") for path in paths}
+    if layout == "lycoris":
+        return {path: OriginalRows(f"lycoris_{path}".replace(".", "_")) for path in paths}
+    if facts.original_name is None:
+        raise AdapterError(f"The family {facts.name} has no layout {layout}. Use diffusers or lycoris.")
+    places = {}
+    for path in paths:
+        try:
+            rows = facts.original_name(path)
+        except ValueError as error:
+            raise AdapterError(
+                f"The layout {layout} has no name for a layer: {error}. Use diffusers."
+            ) from error
+        rows = OriginalRows(rows) if isinstance(rows, str) else rows
+        name = f"lora_unet_{rows.name}".replace(".", "_")
+        places[path] = OriginalRows(name, rows.pieces, rows.num_pieces)
+    return places
+
+
+def common_scales(scales: Mapping[str, float], places: Places) -> dict[str, float]:
+    """Path of a layer -> the scale that it shares with those it is joined with, the largest of theirs."""
+    largest: dict[str, float] = defaultdict(float)
+    for path, scale in scales.items():
+        largest[places[path].name] = max(largest[places[path].name], scale)
+    return {path: largest[places[path].name] for path in scales}
+
+
+def tensors_of(layers: Sequence[PlainLayer], layout: Layout, places: Places) -> dict[str, Tensor]:
+    """The layers' tensors under the names of a layout.
+
+    Raises:
+        AdapterError: Layers that the layout joins do not fit together.
+    """
+    parts: dict[str, list[PlainLayer]] = defaultdict(list)
+    for layer in layers:
+        parts[places[layer.path].name].append(layer)
+    tensors: dict[str, Tensor] = {}
+    for name, group in parts.items():
+        down, up, alpha = _joined(group, places)
+        if layout == "diffusers":
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        else:
+            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+            tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def header_of(layers: Sequence[PlainLayer], layout: Layout, facts: FamilyFacts) -> dict[str, str]:
+    """What a layout needs in the header: for diffusers, the rank and alpha of each layer."""
+    if layout != "diffusers":
+        return {}
+    (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0]
+    # Without the ^ a pattern is also that of every layer whose path ends in it.
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # a float is right at run time
+        rank_pattern={f"^{layer.path}": layer.rank for layer in layers if layer.rank != rank},
+        alpha_pattern={f"^{layer.path}": layer.alpha for layer in layers if layer.alpha != alpha},
+        target_modules=[layer.path for layer in layers],
+    )
+    return {METADATA_KEY: described(config, prefix=facts.denoiser_name)}
+
+
+def _joined(layers: Sequence[PlainLayer], places: Places) -> tuple[Tensor, Tensor, float]:
+    """One layer's factors and alpha from its parts: their ranks in a row, each writing its own rows alone.
+
+    Rows of parts that are not adapted stay zero; their height is that of the others' pieces.
+
+    Returns:
+        down [sum R, I], up [O, sum R] and alpha; those of the layer itself where nothing is joined.
+    """
+    first = places[layers[0].path]
+    if first.num_pieces == 1:
+        assert len(layers) == 1, f"{first.name} stands for {len(layers)} layers"
+        return layers[0].down, layers[0].up, layers[0].alpha
+    sizes = {(layer.up.shape[0] / len(places[layer.path].pieces), layer.down.shape[1]) for layer in layers}
+    height = layers[0].up.shape[0] // len(first.pieces)
+    if sizes != {(height, layers[0].down.shape[1])}:
+        found = ", ".join(f"{layer.path} is {layer.up.shape[0]}x{layer.down.shape[1]}" for layer in layers)
+        raise AdapterError(f"{first.name} cannot be put together: {found}. Use the layout diffusers.")
+    down = torch.cat([layer.down for layer in layers])
+    up = down.new_zeros(first.num_pieces, height, down.shape[0])
+    start = 0
+    for layer in layers:
+        pieces = places[layer.path].pieces
+        up[list(pieces), :, start : start + layer.rank] = layer.up.view(len(pieces), height, layer.rank)
+        start += layer.rank
+    return down, up.flatten(0, 1), sum(layer.alpha for layer in layers)

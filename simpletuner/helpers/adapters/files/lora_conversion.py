@@ -1,0 +1,129 @@
+"""A T-LoRA layer with its ranks fixed, as the two factors of a plain LoRA, and how far those are off.
+
+Shapes: R rank of a layer, r open rank, I in (times the kernel of a convolution), O out features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.adapters.tlora.delta import product_norm
+from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLayer:
+    """What a plain LoRA loader adds: alpha / rank * up @ down."""
+
+    path: str
+    """Of the adapted layer in the denoiser, with dots."""
+    down: Tensor
+    """[rank, I] or [rank, I, k, k]."""
+    up: Tensor
+    """[O, rank] or [O, rank, 1, 1]."""
+    alpha: float
+    error: float
+    """Frobenius norm of what is missing, relative to that of the live layer's delta."""
+    folded: float = 1.0
+    """What `up` was multiplied by so that alpha / rank is the scale that was asked for."""
+
+    @property
+    def rank(self) -> int:
+        """Rows of `down`."""
+        return self.down.shape[0]
+
+
+def exact(
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+) -> PlainLayer:
+    """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
+
+    The factors are those of the differences. Written as [P lam, -P0 lam0] and [Q; Q0], two large products
+    would be left to cancel, which bf16 cannot.
+
+    Args:
+        path: Of the layer.
+        layer: As it is in the file.
+        rank: r.
+        dtype: Of the factors.
+        scale: What alpha / rank is to be; None for the layer's own.
+    """
+    a, b = layer.branch(rank)
+    return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+
+
+def truncated(
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+) -> PlainLayer:
+    """The best approximation of rank r to the layer with its first r ranks open, else like `exact`.
+
+    Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
+    """
+    a, b = layer.branch(rank)
+    if a.shape[0] <= rank:
+        return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    left, left_core = torch.linalg.qr(b.double())
+    right, right_core = torch.linalg.qr(a.double().flatten(1).T)
+    u, values, vh = torch.linalg.svd(left_core @ right_core.T)
+    root = values[:rank].sqrt()
+    down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
+    up = left @ u[:, :rank] * root
+    return _plain(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+
+
+def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
+    """||B A - B' A'|| / ||B A|| in float64, without forming a product; 0 for a delta that is 0.
+
+    Args:
+        live: A [n, I, ...] and B [O, n].
+        written: A' [m, I, ...] and B' [O, m].
+    """
+    (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
+    if torch.equal(a, a2) and torch.equal(b, b2):
+        return 0.0
+    if a.shape == a2.shape:  # one term for each factor's rounding: nothing large is left to cancel
+        missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
+    else:
+        missing = product_norm(torch.cat([a, a2]), torch.cat([b, -b2], dim=1))
+    whole = float(product_norm(a, b))
+    return float(missing) / whole if whole else 0.0
+
+
+def errors_by_rank(layer: StoredLayer, written: PlainLayer) -> list[float]:
+    """The error of what was written against the live layer with 1, 2, ... R ranks open.
+
+    Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
+    """
+    a, b = (factor.double().flatten(1) for factor in layer.branch(layer.rank))
+    a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1) / written.folded
+    terms = a.shape[0] // layer.rank  # of a rank: its own and its base's
+    table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
+    shared = ((b.T @ b2) * (a @ a2.T)).sum(1).view(terms, layer.rank).sum(0)
+    whole = table.cumsum(0).cumsum(1).diagonal()
+    missing = (whole - 2 * shared.cumsum(0) + product_norm(a2, b2) ** 2).clamp(min=0)
+    return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
+
+
+def _plain(
+    path: str,
+    factors: tuple[Tensor, Tensor],
+    *,
+    live: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    scales: tuple[float, float | None],
+) -> PlainLayer:
+    own, wanted = scales
+    scale = own if wanted is None else wanted
+    folded = own / scale
+    down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
+    return PlainLayer(
+        path=path,
+        down=down.contiguous(),
+        up=up.reshape(*up.shape, *(1,) * (down.ndim - 2)).contiguous(),
+        alpha=down.shape[0] * scale,
+        error=relative_error((live[0], live[1].double() * folded), (down, up)),
+        folded=folded,
+    )

@@ -1,0 +1,1 @@
+"""The T-LoRA layer: its delta, its rank mask, its initialisation."""

@@ -1,0 +1,124 @@
+"""One T-LoRA layer as an adapter file has it, checked before anything is taken over."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.adapters.tlora.delta import branch
+from simpletuner.helpers.adapters.tlora.initialisation import Factors
+from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.logs import say_once
+
+logger = logging.getLogger(__name__)
+
+TRAINED_KEYS = ("q_layer.weight", "p_layer.weight", "lambda_layer")
+BASE_KEYS = ("base_q", "base_p", "base_lambda")
+VANILLA_KEYS = ("lora_down.weight", "lora_up.weight")
+KEYS = ("tlora_schedule", "alpha", *TRAINED_KEYS, *BASE_KEYS, *VANILLA_KEYS)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """The tensors of one layer under their keys, complete for what the layer says it is."""
+
+    name: str
+    tensors: Mapping[str, Tensor]
+    description: Description
+
+    @classmethod
+    def read(cls, name: str, tensors: Mapping[str, Tensor]) -> Self:
+        """Check that everything is there. A layer without base factors is stock LyCORIS's: weight/principal.
+
+        Raises:
+            AdapterError: A tensor is missing, or the layer's description cannot be used.
+        """
+        if "alpha" in tensors and tensors["alpha"].numel() != 1:
+            raise AdapterError(f"{name}: alpha holds {tensors['alpha'].numel()} values, not one.")
+        description = Description.read(tensors.get("tlora_schedule"))
+        has_base = any(key in tensors for key in BASE_KEYS)
+        if description.init == "vanilla":
+            needed: tuple[str, ...] = VANILLA_KEYS
+        elif has_base:
+            needed = TRAINED_KEYS + BASE_KEYS
+        else:
+            needed = TRAINED_KEYS
+            description = Description("weight", "principal", description.schedule)
+            say_once(
+                logger.warning,
+                "This T-LoRA file holds no base factors (stock LyCORIS and SimpleTuner write none). They "
+                "were recomputed from this model's weights as weight/principal; a file that was trained "
+                "otherwise, or on other weights, will be wrong.",
+            )
+        missing = [key for key in needed if key not in tensors]
+        if missing:
+            raise AdapterError(f"{name}: the file has no {missing[0]}; it is incomplete.")
+        return cls(name, tensors, description)
+
+    @property
+    def rank(self) -> int:
+        """R of the layer."""
+        key = VANILLA_KEYS[0] if self.description.init == "vanilla" else TRAINED_KEYS[0]
+        return self.tensors[key].shape[0]
+
+    @property
+    def alpha(self) -> float | None:
+        """The layer's alpha; None when the file states none."""
+        return float(self.tensors["alpha"]) if "alpha" in self.tensors else None
+
+    @property
+    def base(self) -> Factors | None:
+        """The stored base factors; None when the file has none."""
+        if BASE_KEYS[0] not in self.tensors:
+            return None
+        q, p, values = (self.tensors[key] for key in BASE_KEYS)
+        return Factors(q=q.flatten(1), p=p.flatten(1), values=values.flatten())
+
+    @property
+    def scale(self) -> float:
+        """What the product of the layer's factors is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def branch(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The two factors of the delta without its scale, over the first `rank` ranks, float32.
+
+        Returns:
+            A [2r, I, ...] and B [O, 2r]; [r, I, ...] and [O, r] for a vanilla layer.
+        """
+        if self.description.init == "vanilla":
+            down, up = (self.tensors[key].float() for key in VANILLA_KEYS)
+            return down[:rank], up.flatten(1)[:, :rank]
+        q, p, values = (self.tensors[key].float() for key in BASE_KEYS)
+        base = q, p.flatten(1), values.flatten()
+        totals = (self.tensors[key] for key in TRAINED_KEYS)
+        differences = [difference(total, start) for total, start in zip(totals, base, strict=True)]
+        return branch(base, (differences[0], differences[1], differences[2]), rank=rank)
+
+    def check_fits(self, own: Mapping[str, Tensor]) -> None:
+        """Compare with a layer that is to take these values over.
+
+        Raises:
+            AdapterError: A shape or the alpha is another; the message names both.
+        """
+        for key, tensor in self.tensors.items():
+            if key in own and key not in ("alpha", "tlora_schedule") and own[key].shape != tensor.shape:
+                found, wanted = tuple(tensor.shape), tuple(own[key].shape)
+                raise AdapterError(f"{self.name}: {key} is {found} in the file, the layer needs {wanted}.")
+        if self.alpha is not None and self.alpha != float(own["alpha"]):
+            raise AdapterError(
+                f"{self.name}: the file's alpha is {self.alpha:g}, the adapter's {float(own['alpha']):g}. "
+                "Set linear_alpha to the file's."
+            )
+
+
+def difference(total: Tensor, base: Tensor) -> Tensor:
+    """`d` so that `base + d` gives `total` back to the last bit wherever float32 allows it."""
+    total = total.to(device=base.device, dtype=torch.float32).view(base.shape)
+    first = total - base
+    return first + (total - (base + first))

@@ -1,0 +1,93 @@
+"""What a resumed run must share with the one that was saved, and what an adapter says of its run."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import xxhash
+
+from simpletuner import __version__
+from simpletuner.helpers.adapters.files.adapter_file import weight_hash
+from simpletuner.helpers.adapters.quantised import is_packed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.data.dataset import TrainingData
+    from simpletuner.helpers.io.atomic import JsonValue
+
+UNCHANGED = "no_change"
+# Of the adapter's settings, those that may change in mid-run.
+SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
+
+
+def run_settings(config: RunConfig) -> dict[str, JsonValue]:
+    """The settings that decide what the training state means; all others may change on resume."""
+    settings: dict[str, JsonValue] = {
+        "model_family": config.model.model_family,
+        "prediction_type": config.model.prediction_type,
+        "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr,
+        "optimizer": config.optimizer.optimizer,
+        "lora_type": config.adapter.lora_type,
+    }
+    if config.lycoris is not None:
+        chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
+        return settings | {f"lycoris {key}": value for key, value in chosen.items()}
+    return settings | config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
+
+
+def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
+    """Name of each weight -> its identity, whatever its dtype; packed ones are left out."""
+    weights = sorted(denoiser.named_parameters())
+    return {name: weight_hash(weight) for name, weight in weights if not is_packed(weight)}
+
+
+def base_weights_hash(hashes: Mapping[str, str]) -> str:
+    """Identity of a model, from those of its weights."""
+    digest = xxhash.xxh3_64()
+    for name, each in sorted(hashes.items()):
+        digest.update(f"{name}={each}\n".encode())
+    return digest.hexdigest()
+
+
+def changed(noise: NoiseConfig) -> dict[str, JsonValue]:
+    """What was set otherwise than by default about noise levels and what the model is told beside them."""
+    values: dict[str, JsonValue] = noise.model_dump(mode="json", exclude_defaults=True)
+    return values
+
+
+def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
+    """What the header of the adapter's file says about its training."""
+    datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
+    swapped = {key: value for key, value in config.model if key.startswith("pretrained_")}
+    del swapped["pretrained_model_name_or_path"]
+    facts = {
+        "software": f"simpletuner {__version__}",
+        "base_model": config.model.pretrained_model_name_or_path,
+        "model_family": config.model.model_family,
+        "model_flavour": config.model.model_flavour,
+        "prediction_type": config.model.prediction_type,
+        "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
+        **swapped,
+        **changed(config.noise),
+        "optimizer": config.optimizer.optimizer,
+        "learning_rate": config.optimizer.learning_rate,
+        "lr_scheduler": config.optimizer.lr_scheduler,
+        "train_batch_size": config.training.train_batch_size,
+        "gradient_accumulation_steps": config.training.gradient_accumulation_steps,
+        "mixed_precision": config.precision.mixed_precision,
+        **{
+            key: value for key, value in config.precision if key.endswith("_precision") and value != UNCHANGED
+        },
+        "seed": config.training.seed,
+        "resolution": config.data.resolution,
+        "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),
+        "trigger_words": ", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets})),
+    }
+    return {name: str(value) for name, value in facts.items() if value not in (None, "")}

@@ -1,0 +1,160 @@
+"""Everything of a run that must survive a restart, listed once, written exactly and without pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from simpletuner.helpers.adapters.sharding import spread, whole
+from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.io.atomic import write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.reporting.progress import Progress
+
+ADAPTER_FILE = "adapter_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+COUNTERS_FILE = "state.json"
+
+# What optimisers adapt in their parameter groups while they run; everything else there is configuration.
+GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
+
+
+@dataclass(kw_only=True, slots=True)
+class RunState:
+    """The adapter, its optimiser, the counters and, under fp16, the gradient scaler.
+
+    The learning rate and every random stream are functions of the counters and need nothing here.
+    """
+
+    adapter: Adapter
+    optimizer: Optimizer
+    progress: Progress
+    scaler: torch.amp.GradScaler | None = None
+
+    def save(self, folder: Path) -> None:
+        """Write the state into an existing folder.
+
+        Raises:
+            CheckpointError: A tensor file cannot be written.
+        """
+        tensors, numbers = optimizer_state(self.optimizer)
+        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_FILE)
+        _save_tensors(tensors, folder / OPTIMIZER_FILE)
+        write_json(folder / COUNTERS_FILE, {**self._counters(), "optimizer": numbers})
+
+    def load(self, folder: Path) -> None:
+        """Take over the state that `save` wrote.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, or does not fit this run.
+        """
+        try:
+            counters = json.loads((folder / COUNTERS_FILE).read_bytes())
+            self.adapter.load_state_dict(load_file(folder / ADAPTER_FILE))
+            tensors = load_file(folder / OPTIMIZER_FILE)
+            load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
+            self.progress.load_state_dict(counters["progress"])
+            if self.scaler is not None and counters["scaler"] is not None:
+                self.scaler.load_state_dict(counters["scaler"])
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{folder} cannot be resumed from: {type(error).__name__}: {error}. "
+                "Name another checkpoint in resume_from_checkpoint, or move this one away."
+            ) from error
+
+    def digest(self) -> str:
+        """SHA-256 over the whole state; equal digests mean bitwise equal runs."""
+        tensors, numbers = optimizer_state(self.optimizer)
+        digest = hashlib.sha256()
+        for kind, named in (("adapter", self.adapter.state_dict()), ("optimizer", tensors)):
+            for name in sorted(named):
+                tensor = named[name].detach().cpu().contiguous()
+                digest.update(f"{kind}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        counters = {**self._counters(), "optimizer": numbers}
+        digest.update(json.dumps(counters, sort_keys=True).encode())
+        return digest.hexdigest()
+
+    def _counters(self) -> dict[str, Any]:
+        scaler = None if self.scaler is None else self.scaler.state_dict()
+        return {"progress": self.progress.state_dict(), "scaler": scaler}
+
+
+def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimiser's state into named tensors and JSON numbers; `load_optimizer_state` joins them."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = whole(value)
+            elif value is not None:
+                numbers.setdefault(str(index), {})[name] = value
+    groups = [_adapted(group) for group in state["param_groups"]]
+    return tensors, {"state": numbers, "groups": groups}
+
+
+def load_optimizer_state(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], *, numbers: Mapping[str, Any]
+) -> None:
+    """Give an optimiser the state that `optimizer_state` took; its configuration stays its own.
+
+    Raises:
+        CheckpointError: A tensor belongs to no parameter, has another shape, or is not finite.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in numbers["state"].items()
+    }
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        _refuse_foreign(key, tensor, parameters=parameters)
+        own = tensor if tensor.numel() == 1 else spread(tensor, like=parameters[int(index)])
+        state.setdefault(int(index), {})[name] = own
+    groups = optimizer.state_dict()["param_groups"]
+    for group, saved in zip(groups, numbers["groups"], strict=True):
+        group.update(saved)
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _refuse_foreign(key: str, tensor: Tensor, *, parameters: list[nn.Parameter]) -> None:
+    index = int(key.partition(".")[0])
+    if index >= len(parameters):
+        raise CheckpointError(f"Optimiser state {key} belongs to none of the {len(parameters)} parameters.")
+    if tensor.numel() not in (1, parameters[index].numel()):
+        shape = tuple(parameters[index].shape)
+        raise CheckpointError(f"Optimiser state {key} does not fit its parameter of shape {shape}.")
+    if not torch.isfinite(tensor).all():
+        raise CheckpointError(f"Optimiser state {key} is not finite.")
+
+
+def _adapted(group: Mapping[str, Any]) -> dict[str, float]:
+    values = {name: group[name] for name in GROUP_STATE if name in group}
+    return {
+        name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    # Views share storage, which safetensors refuses; a contiguous copy on the host is what is written anyway.
+    copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path)
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}. The previous checkpoint is kept."
+        ) from error

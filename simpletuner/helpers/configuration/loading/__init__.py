@@ -1,0 +1,1 @@
+"""From the files and the command line to one checked RunConfig."""

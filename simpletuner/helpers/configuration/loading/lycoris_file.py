@@ -1,0 +1,187 @@
+"""The lycoris json into a LycorisConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from pydantic import JsonValue
+
+from simpletuner.helpers.configuration.loading.building import Place, build
+from simpletuner.helpers.configuration.loading.known_keys import (
+    LYCORIS_KEYS,
+    PRESET_KEYS,
+    Unsupported,
+    unsupported,
+)
+from simpletuner.helpers.configuration.schema.lycoris import (
+    ALGORITHM_ARGUMENTS,
+    ARGUMENT_ALIASES,
+    COMPUTED_FIELDS,
+    DROPOUTS,
+    LAYER_ALIASES,
+    NETWORK_ONLY_ARGUMENTS,
+    TLORA_FIELDS,
+    AlgorithmArguments,
+    LycorisConfig,
+    TargetPreset,
+)
+from simpletuner.helpers.configuration.text.problems import nearest, unknown_key
+
+FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
+MAPS = ("module_algo_map", "name_algo_map")
+_EVERY_ARGUMENT = frozenset(AlgorithmArguments.model_fields)
+_STAND_INS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
+_LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
+_INIT_OF_DATA = {True: "weight", False: "random"}
+
+
+def read_lycoris(values: JsonValue, place: Place, *, written: JsonValue) -> LycorisConfig | None:
+    """A checked adapter description, or None; every problem is noted.
+
+    Args:
+        values: The json with environment variables filled in.
+        place: Where it comes from.
+        written: The json as the user wrote it.
+    """
+    if not isinstance(values, dict) or not isinstance(written, dict):
+        place.add("", "must hold an object, {...}.")
+        return None
+    values = {key.removeprefix("--"): value for key, value in values.items() if value is not None}
+    algorithms = _algorithms(values)
+    arguments, fields = _sorted_out(values, place, algorithms)
+    _check_preset(fields.get("apply_preset"), place, algo=values.get("algo"))
+    if "tlora" in algorithms:
+        fields = _with_init(fields, place)
+    elif algorithms:
+        fields = _without_tlora(fields, place, algo=values.get("algo"))
+    extra = build(AlgorithmArguments, arguments, place)
+    built = build(LycorisConfig, fields, place, stand_ins=_STAND_INS)
+    if built.section is None or built.wrong or extra.section is None or extra.wrong:
+        return None
+    # A written zero dropout is the absence of dropout.
+    given = {
+        key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
+    }
+    return built.section.model_copy(update={"extra": given, "raw": written})
+
+
+def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
+    """Every known algorithm that some layer uses; none if the main one is not known."""
+    preset = values.get("apply_preset")
+    maps = [preset.get(name) for name in MAPS] if isinstance(preset, dict) else []
+    entries = [
+        entry for each in maps if isinstance(each, dict) for entry in each.values() if isinstance(entry, dict)
+    ]
+    named = [values.get("algo"), *(entry["algo"] for entry in entries if "algo" in entry)]
+    known = {algo for algo in named if isinstance(algo, str) and algo in ALGORITHM_ARGUMENTS}
+    return frozenset(known) if values.get("algo") in known else frozenset()
+
+
+def _takes(algorithms: Iterable[str]) -> frozenset[str]:
+    taken = [ALGORITHM_ARGUMENTS[algo] for algo in algorithms]
+    return frozenset().union(*taken) if taken else _EVERY_ARGUMENT
+
+
+def _sorted_out(
+    values: Mapping[str, JsonValue], place: Place, algorithms: frozenset[str]
+) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
+    """(algorithm arguments, fields of the section); every other key is noted."""
+    arguments: dict[str, JsonValue] = {}
+    fields: dict[str, JsonValue] = {}
+    known = {*FIELDS, "use_data_init", *_takes(algorithms), *ARGUMENT_ALIASES}
+    for key, value in values.items():
+        name = ARGUMENT_ALIASES.get(key, key)
+        if name in FIELDS or name == "use_data_init":
+            fields[name] = value
+        elif name in _takes(algorithms) and not (name in DROPOUTS and values.get("algo") == "tlora"):
+            arguments[key] = value
+        elif name in _EVERY_ARGUMENT:
+            if not Unsupported("").asks_for_nothing(value):
+                place.add(key, _not_taken(name, algorithms))
+        elif name in LYCORIS_KEYS:
+            _note_unsupported(key, value, table=LYCORIS_KEYS, place=place)
+        else:
+            place.add(key, unknown_key(key, known))
+    return arguments, fields
+
+
+def _not_taken(name: str, algorithms: frozenset[str]) -> str:
+    if "tlora" in algorithms and name in DROPOUTS:
+        return (
+            "not supported with algo tlora, whose rank schedule is the regulariser. Remove it or set it to 0."
+        )
+    if "tlora" in algorithms and name == "bypass_mode":
+        return "not taken by algo tlora, which always runs beside the base layer. Remove it."
+    owners = ", ".join(algo for algo, taken in ALGORITHM_ARGUMENTS.items() if name in taken)
+    return f"not taken by algo {' or '.join(sorted(algorithms))}. Remove it; it belongs to {owners}."
+
+
+def _note_unsupported(
+    key: str, value: object, *, table: Mapping[str, Unsupported], place: Place, prefix: str = ""
+) -> None:
+    if not table[key].asks_for_nothing(value):
+        place.add(f"{prefix}{key}", unsupported(table[key]))
+
+
+def _with_init(fields: Mapping[str, JsonValue], place: Place) -> dict[str, JsonValue]:
+    """The fields with use_data_init told as tlora_init."""
+    rest = dict(fields)
+    if "use_data_init" not in rest:
+        return rest
+    value = rest.pop("use_data_init")
+    asked = {"true": True, "false": False}.get(str(value).lower())
+    if asked is None:
+        place.add("use_data_init", f"{place.problems.shown(value)}: must be true or false.")
+        return rest
+    init = rest.setdefault("tlora_init", _INIT_OF_DATA[asked])
+    if init != _INIT_OF_DATA[asked]:
+        place.add(
+            "use_data_init",
+            f"{str(asked).lower()} means tlora_init {_INIT_OF_DATA[asked]}, but tlora_init is "
+            f"{place.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
+        )
+    return rest
+
+
+def _without_tlora(fields: Mapping[str, JsonValue], place: Place, *, algo: object) -> dict[str, JsonValue]:
+    for key in TLORA_FIELDS:
+        if key in fields:
+            place.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
+    return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
+
+
+def _check_preset(preset: JsonValue, place: Place, *, algo: object) -> None:
+    """Note the unknown keys of apply_preset and of the entries of its maps, and take them out."""
+    if not isinstance(preset, dict):
+        return
+    prefix = "apply_preset."
+    for key in list(preset):
+        if key in TargetPreset.model_fields:
+            continue
+        value = preset.pop(key)
+        if key in PRESET_KEYS:
+            _note_unsupported(key, value, table=PRESET_KEYS, place=place, prefix=prefix)
+        else:
+            place.add(f"{prefix}{key}", unknown_key(key, TargetPreset.model_fields))
+    for name in MAPS:
+        entries = preset.get(name)
+        for target, entry in entries.items() if isinstance(entries, dict) else ():
+            if isinstance(entry, dict):
+                _check_entry(entry, place, key=f"{prefix}{name}.{target}", algo=algo)
+
+
+def _check_entry(entry: dict[str, JsonValue], place: Place, *, key: str, algo: object) -> None:
+    algo = entry.get("algo", algo)
+    taken = ALGORITHM_ARGUMENTS.get(algo) if isinstance(algo, str) else None
+    known = (_EVERY_ARGUMENT if taken is None else taken) - NETWORK_ONLY_ARGUMENTS | _LAYER_KEYS
+    for name in list(entry):
+        plain = LAYER_ALIASES.get(name, name)
+        if plain in known:
+            continue
+        value = entry.pop(name)
+        if plain in NETWORK_ONLY_ARGUMENTS and not (algo == "tlora" and plain in DROPOUTS):
+            place.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
+        elif plain not in _EVERY_ARGUMENT:
+            place.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
+        elif not Unsupported("").asks_for_nothing(value):
+            place.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

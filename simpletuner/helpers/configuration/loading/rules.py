@@ -1,0 +1,316 @@
+"""Rules that hold between keys of different sections, and between them and the model family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from simpletuner.helpers.configuration.loading.building import Built, Place
+from simpletuner.helpers.configuration.loading.layers import Given
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import (
+    CHANGE_THE_BASE,
+    AdapterConfig,
+    CheckpointConfig,
+    DataConfig,
+    RunConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.contracts import FamilyFacts, Size
+
+_PIXELS_PER_MEGAPIXEL = 1_000_000
+_PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
+_NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
+"""Arguments with which even those train more than two factors."""
+_READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
+"""Algorithms that compute with the base layer's weight, or whose bypass_mode does not run."""
+
+
+def family_of(
+    given: Mapping[str, Given], families: Mapping[str, FamilyFacts], place: Place
+) -> FamilyFacts | None:
+    """The facts of the family that the user named, or None with the problem noted."""
+    known = ", ".join(sorted(families))
+    if "model_family" not in given:
+        place.add("model_family", f"required, but missing. Known families: {known}.")
+        return None
+    name = given["model_family"].value
+    if not isinstance(name, str) or name not in families:
+        hint = nearest(name, families) if isinstance(name, str) else ""
+        place.add(
+            "model_family",
+            f"{place.problems.shown(name)}: not a model family here. Known families: {known}.{hint}",
+        )
+        return None
+    return families[name]
+
+
+def family_defaults(given: Mapping[str, Given], facts: FamilyFacts) -> dict[str, object]:
+    """What the family gives to keys that the user left out."""
+    defaults: dict[str, object] = {
+        "aspect_bucket_alignment": facts.pixel_alignment,
+        "peft_lora_target_modules": _preset_targets(given, facts) or facts.lora_targets,
+        "validation_guidance": facts.default_guidance,
+    }
+    in_area = "resolution_type" in given and given["resolution_type"].value == "area"
+    edge = facts.default_resolution
+    defaults["resolution"] = round(edge**2 / _PIXELS_PER_MEGAPIXEL, 3) if in_area else float(edge)
+    flavour = given["model_flavour"].value if "model_flavour" in given else facts.default_flavour
+    if "pretrained_model_name_or_path" not in given:
+        defaults["model_flavour"] = facts.default_flavour
+        defaults["pretrained_model_name_or_path"] = facts.flavours.get(
+            str(flavour), facts.flavours[facts.default_flavour]
+        )
+    return {key: value for key, value in defaults.items() if key not in given}
+
+
+def check_model(model: ModelConfig, facts: FamilyFacts, place: Place) -> None:
+    """Flavour and prediction type are the family's."""
+    if model.model_flavour is not None and model.model_flavour not in facts.flavours:
+        found, hint = place.problems.shown(model.model_flavour), nearest(model.model_flavour, facts.flavours)
+        place.add("model_flavour", f"{found}: must be one of {', '.join(facts.flavours)}.{hint}")
+    if model.prediction_type not in (None, *facts.prediction_types):
+        allowed = ", ".join(facts.prediction_types)
+        place.add(
+            "prediction_type",
+            f"{place.problems.shown(model.prediction_type)}: {facts.name} predicts {allowed}.",
+        )
+
+
+def check_family(
+    sections: Sequence[Built[Any]], facts: FamilyFacts, *, families: Mapping[str, FamilyFacts], place: Place
+) -> None:
+    """Keys that are about other kinds of models are not set, and the family agrees with the others."""
+    foreign = frozenset().union(*(each.own_keys for each in families.values())) - facts.own_keys
+    values: dict[str, object] = {}
+    for built in sections:
+        if built.section is None:
+            continue
+        defaults = {key: field.default for key, field in type(built.section).model_fields.items()}
+        values |= {key: value for key, value in built.section if key not in built.wrong}
+        for key in sorted(foreign & defaults.keys() - built.wrong):
+            if values[key] != defaults[key]:
+                place.add(key, f"means nothing to model_family {facts.name}. Remove it.")
+    for key, problem in (facts.problems(values) if facts.problems is not None else {}).items():
+        place.add(key, problem)
+
+
+def check_lora_preset(
+    given: Mapping[str, Given], adapter: Built[AdapterConfig], *, facts: FamilyFacts, place: Place
+) -> None:
+    """The set of layers that the user named is one of the family's, and the only choice of layers."""
+    key = facts.lora_preset_key
+    if key is None or key not in given or given[key].value is None:
+        return
+    found = given[key].value
+    if found not in facts.lora_presets:
+        hint = nearest(str(found), facts.lora_presets)
+        known = ", ".join(facts.lora_presets)
+        place.add(key, f"{place.problems.shown(found)}: must be one of {known}.{hint}")
+    elif adapter.section is not None:
+        modules = adapter.section.peft_lora_target_modules
+        if modules is not None and set(modules) != set(facts.lora_presets[str(found)]):
+            place.add(key, "names other layers than peft_lora_target_modules. Leave out one.")
+
+
+def _preset_targets(given: Mapping[str, Given], facts: FamilyFacts) -> tuple[str, ...] | None:
+    key = facts.lora_preset_key
+    return facts.lora_presets.get(str(given[key].value)) if key is not None and key in given else None
+
+
+def check_format(
+    adapter: Built[AdapterConfig], lycoris: LycorisConfig | None, *, facts: FamilyFacts, place: Place
+) -> None:
+    """What is trained can be written as a plain LoRA, where one is asked for."""
+    section = adapter.right("lora_format", "lora_type", "use_dora", "lora_init_type")
+    if section is None or section.lora_format == "diffusers":
+        return
+    reasons = []
+    if facts.original_name is None:
+        reasons.append(f"{facts.name} has no such names here")
+    if section.lora_type == "standard":
+        if section.use_dora:
+            reasons.append("use_dora trains more than a plain LoRA holds")
+    elif lycoris is not None:
+        preset = lycoris.apply_preset
+        entries = (*preset.module_algo_map.values(), *preset.name_algo_map.values())
+        algorithms = {lycoris.algo, *(entry.algo for entry in entries if entry.algo is not None)}
+        reasons += [f"algo {algo} is no plain LoRA" for algo in sorted(algorithms - _PLAIN_ALGORITHMS)]
+        for name in _NO_PLAIN_FORM:
+            if lycoris.extra.get(name) or any(dict(entry)[name] for entry in entries):
+                reasons.append(f"{name} trains more than a plain LoRA holds")
+    if reasons:
+        place.add("lora_format", f"comfyui: {'; '.join(reasons)}. Change that, or set it to diffusers.")
+
+
+def check_precision(
+    precision: Built[PrecisionConfig],
+    adapter: Built[AdapterConfig],
+    lycoris: LycorisConfig | None,
+    *,
+    facts: FamilyFacts,
+    place: Place,
+) -> None:
+    """The text encoders that are quantised exist, and the adapter can be trained on a quantised denoiser."""
+    for number in range(facts.num_text_encoders + 1, 5):
+        key = f"text_encoder_{number}_precision"
+        section = precision.right(key)
+        if section is not None and dict(section)[key] != "no_change":
+            count = facts.num_text_encoders
+            has = f"{facts.name} has {count} text encoder{'s' if count > 1 else ''}"
+            place.add(key, f"{place.problems.shown(dict(section)[key])}: {has}. Remove it.")
+    section, trained = precision.right("base_model_precision"), adapter.right("lora_type", "lora_init_type")
+    if section is None or trained is None or section.base_model_precision == "no_change":
+        return
+    wanted = section.base_model_precision
+    if trained.lora_type == "standard":
+        if trained.lora_init_type in CHANGE_THE_BASE:
+            found = f"{trained.lora_init_type}: changes the base weights, which base_model_precision {wanted}"
+            place.add("lora_init_type", f"{found} has rounded. Use default or gaussian.")
+    elif lycoris is not None:
+        for reason in dict.fromkeys(_needs_whole_weights(lycoris, wanted)):
+            place.add("base_model_precision", f"{wanted}: {reason}, or set it to no_change.")
+
+
+def _needs_whole_weights(lycoris: LycorisConfig, wanted: str) -> Iterator[str]:
+    """Why layers of a LyCORIS adapter cannot be trained on quantised weights."""
+    network = {"algo": lycoris.algo, **lycoris.extra}
+    preset = lycoris.apply_preset
+    for entry in ({}, *map(dict, (*preset.module_algo_map.values(), *preset.name_algo_map.values()))):
+        layer = network | {key: value for key, value in entry.items() if value is not None}
+        algorithm = layer["algo"]
+        if algorithm == "tlora":
+            continue
+        if algorithm in _READ_THE_WEIGHT:
+            yield f"algo {algorithm} needs the whole weight. Use tlora, lora, loha or lokr"
+        elif layer.get("weight_decompose"):
+            yield f"algo {algorithm} with weight_decompose needs the whole weight. Leave that out"
+        elif wanted.endswith("-torchao") and not layer.get("bypass_mode"):
+            yield f"algo {algorithm} adds to the weight itself. Set bypass_mode to true in the lycoris json"
+
+
+def check_offload(
+    precision: Built[PrecisionConfig],
+    training: Built[TrainingConfig],
+    validation: Built[ValidationConfig],
+    *,
+    facts: FamilyFacts,
+    place: Place,
+) -> None:
+    """A denoiser whose blocks stay on the host can be trained as the rest of the configuration says."""
+    section = precision.right("enable_group_offload", "group_offload_type", "base_model_precision")
+    if section is None or not section.enable_group_offload:
+        return
+    if section.group_offload_type == "block_level" and facts.denoiser_name == "unet":
+        text = "block_level: a UNet's blocks are run again in parts. Use leaf_level."
+        place.add("group_offload_type", text)
+    if section.base_model_precision == "nf4-bnb":
+        text = "true: nf4-bnb layers stay on the device. Use int8-torchao or fp8-torchao, or set it to false."
+        place.add("enable_group_offload", text)
+    trained, shown = training.right("gradient_checkpointing"), validation.right("validation_compared_config")
+    if trained is not None and not trained.gradient_checkpointing:
+        text = "true: without gradient_checkpointing every group stays on the device. Set that to true."
+        place.add("enable_group_offload", text)
+    if shown is not None and shown.validation_compared_config is not None:
+        text = "cannot be shown with enable_group_offload. Leave out one of them."
+        place.add("validation_compared_config", text)
+
+
+def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -> None:
+    """Buckets have sizes that VAE and denoiser can take, and images fit into them."""
+    section = data.right("aspect_bucket_alignment")
+    if section is None or section.aspect_bucket_alignment is None:
+        return
+    alignment = section.aspect_bucket_alignment
+    if alignment % facts.minimum_alignment:
+        place.add(
+            "aspect_bucket_alignment",
+            f"{alignment}: must be a multiple of {facts.minimum_alignment}. Use {facts.pixel_alignment}.",
+        )
+        return
+    edge = training_edge_px(section)
+    if data.right("resolution", "resolution_type") is not None and edge < alignment:
+        place.add(
+            "resolution",
+            f"{section.resolution:g} is {edge:.0f} px, below aspect_bucket_alignment {alignment}. Raise it.",
+        )
+
+
+def check_pictures(validation: Built[ValidationConfig], facts: FamilyFacts, place: Place) -> None:
+    """Validation sizes are multiples of what the family needs."""
+    sampler = validation.right("validation_noise_scheduler")
+    name = sampler.validation_noise_scheduler if sampler is not None else None
+    if name is not None and name not in facts.samplers:
+        known = ", ".join(facts.samplers)
+        place.add(
+            "validation_noise_scheduler",
+            f"{place.problems.shown(name)}: model_family {facts.name} is sampled with {known}. "
+            "Name one of them, or null for the model's own.",
+        )
+    section = validation.right("validation_resolution")
+    step = facts.minimum_alignment
+    for size in section.validation_resolution if section is not None else ():
+        if size.width % step or size.height % step:
+            near = Size(height=_nearest(size.height, step), width=_nearest(size.width, step))
+            place.add(
+                "validation_resolution", f"{size}: width and height must be multiples of {step}. Use {near}."
+            )
+
+
+def check_output(checkpoint: Built[CheckpointConfig], folders: Mapping[str, str], place: Place) -> None:
+    """The run writes nothing into a dataset.
+
+    Args:
+        checkpoint: Holds output_dir.
+        folders: Dataset id -> its folder.
+        place: Where output_dir was given.
+    """
+    section = checkpoint.right("output_dir")
+    if section is None:
+        return
+    for name, folder in folders.items():
+        if section.output_dir.is_relative_to(folder):
+            found = place.problems.shown(str(section.output_dir))
+            place.add(
+                "output_dir", f"{found}: lies inside instance_data_dir of dataset {name}. Choose another."
+            )
+
+
+def check_comparison(run: RunConfig, place: Place) -> None:
+    """The run that this one is compared with adapts the same model, and writes somewhere else."""
+    other = run.compared_with
+    if other is None:
+        return
+    key, theirs = "validation_compared_config", dict(other.model)
+    for each, value in run.model:
+        if theirs[each] != value and each != "model_flavour":  # which only names the default repository
+            found, here = place.problems.shown(theirs[each]), place.problems.shown(value)
+            place.add(key, f"that run's {each} is {found}, here it is {here}. Name a run on the same model.")
+    if other.checkpoint.output_dir == run.checkpoint.output_dir:
+        place.add(key, "that run has the output_dir of this one. Give one of them another.")
+    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in CHANGE_THE_BASE:
+        found = other.adapter.lora_init_type
+        place.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
+
+
+def training_edge_px(data: DataConfig) -> float:
+    """Edge in pixels of a square image at the training resolution."""
+    return (
+        math.sqrt(data.resolution * _PIXELS_PER_MEGAPIXEL)
+        if data.resolution_type == "area"
+        else data.resolution
+    )
+
+
+def training_size(data: DataConfig, facts: FamilyFacts) -> Size:
+    """The square bucket of the training resolution: the size of validation pictures when none is given."""
+    edge = _nearest(training_edge_px(data), data.aspect_bucket_alignment or facts.pixel_alignment)
+    return Size(height=edge, width=edge)
+
+
+def _nearest(edge_px: float, step: int) -> int:
+    return max(1, round(edge_px / step)) * step

@@ -1,0 +1,136 @@
+"""One image dataset of the dataset json, with what it inherits from config.json filled in."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, model_validator
+
+from simpletuner.helpers.configuration.schema.base import (
+    CountOrZero,
+    InputFolder,
+    NonNegativeNumber,
+    OptionalCount,
+    OptionalOutputPath,
+    OptionalText,
+    PositiveNumber,
+    Section,
+    contradiction,
+)
+
+CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+CropStyle = Literal["random", "center", "corner"]
+
+SMALLEST_EDGE_PX = 16
+LARGEST_EDGE_PX = 16_384
+LARGEST_AREA_MEGAPIXELS = 256.0
+_SPELLINGS = {"instance_prompt": "instanceprompt", "centre": "center"}
+_MAX_ID_LENGTH = 100
+
+
+def other_spelling(value: object) -> object:
+    """The spelling used here of a choice that has two."""
+    return _SPELLINGS.get(value, value) if isinstance(value, str) else value
+
+
+def resolution_problem(resolution: float, resolution_type: ResolutionType) -> str | None:
+    """Why a number is no resolution of that type; None if it is one."""
+    if resolution_type == "area":
+        if resolution > LARGEST_AREA_MEGAPIXELS:
+            return (
+                f"{resolution:g} megapixels is above {LARGEST_AREA_MEGAPIXELS:g}. For an edge in pixels set "
+                'resolution_type to "pixel_area" or "pixel".'
+            )
+        return None
+    if not SMALLEST_EDGE_PX <= resolution <= LARGEST_EDGE_PX:
+        megapixels = ' For megapixels set resolution_type to "area".' if resolution < SMALLEST_EDGE_PX else ""
+        return f"{resolution:g}: must be from {SMALLEST_EDGE_PX} to {LARGEST_EDGE_PX} pixels.{megapixels}"
+    return None
+
+
+def _folder_name(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("must not be empty.")
+    hidden = value.startswith((".", "-")) or value != value.strip()
+    if (
+        hidden
+        or len(value.encode()) > _MAX_ID_LENGTH
+        or not value.isprintable()
+        or set(value) & set('/\\:*?"<>|')
+    ):
+        raise ValueError(
+            'names a cache folder: at most 100 bytes, none of / \\ : * ? " < > |, no control characters, and '
+            "neither dot, hyphen nor space at the start."
+        )
+    return value
+
+
+OptionalCaptionStrategy = Annotated[CaptionStrategy | None, BeforeValidator(other_spelling)]
+
+
+class DatasetConfig(Section):
+    """A folder of images and how they are captioned, resized and repeated."""
+
+    id: Annotated[str, BeforeValidator(_folder_name)]
+    """Name of the dataset, unique in the file; it names the dataset's cache folder."""
+    type: Literal["local"] = "local"
+    """Where the images are: local, a folder on this machine."""
+    dataset_type: Literal["image"] = "image"
+    """What the entry is: image, or text_embeds for an entry that only names the text cache (`cache_dir`)."""
+    disabled: bool = False
+    """Leaves the entry out, unchecked."""
+    instance_data_dir: InputFolder
+    """Folder of the images, searched with its subfolders; never written to."""
+    cache_dir_vae: OptionalOutputPath = None
+    """Folder of the cached latents. Default: the dataset's id below `cache_dir_vae` of config.json."""
+    resolution: PositiveNumber = 1024.0
+    """Size that images are resized to, in the unit of resolution_type. Default: config.json's."""
+    resolution_type: ResolutionType = "pixel_area"
+    """Meaning of resolution: pixel, the shorter edge; pixel_area, the edge of a square of the same area;
+    area, megapixels. Default: config.json's."""
+    minimum_image_size: NonNegativeNumber = 0.0
+    """Smaller images are left out; in the unit of resolution_type, 0 keeps all. Default: config.json's."""
+    crop: bool = False
+    """Crop to the shape that crop_aspect names; false keeps each image's aspect, in buckets."""
+    crop_style: Annotated[CropStyle, BeforeValidator(other_spelling)] = "random"
+    """Which part stays when an image is cropped."""
+    crop_aspect: Literal["square", "preserve"] = "square"
+    """Shape of a crop: square, or preserve for the nearest bucket to the image's own aspect."""
+    caption_strategy: OptionalCaptionStrategy = None
+    """Where captions come from: textfile, the .txt file beside an image; filename, its words; instanceprompt,
+    instance_prompt for all. null takes textfile when the folder holds text files, else filename. Default:
+    config.json's."""
+    instance_prompt: OptionalText = None
+    """Caption of every image with instanceprompt, and what prepend_instance_prompt prepends. Default:
+    config.json's."""
+    prepend_instance_prompt: bool = False
+    """Put instance_prompt before each caption."""
+    only_instance_prompt: bool = False
+    """Use instance_prompt as every caption, whatever caption_strategy says."""
+    repeats: CountOrZero = 0
+    """How often each image is seen again within an epoch; 0 means once."""
+    probability: PositiveNumber = 1.0
+    """Factor on how often images are drawn in an epoch: 0.5 draws half as many, 2 twice as many."""
+    max_num_samples: OptionalCount = None
+    """Uses only so many images, chosen by the seed; null or 0 uses all."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if problem := resolution_problem(self.resolution, self.resolution_type):
+            raise contradiction("resolution", problem, "resolution_type")
+        needs_prompt = {
+            'caption_strategy "instanceprompt"': self.caption_strategy == "instanceprompt",
+            "only_instance_prompt": self.only_instance_prompt,
+            "prepend_instance_prompt": self.prepend_instance_prompt,
+        }
+        asking = [name for name, asks in needs_prompt.items() if asks]
+        if asking and self.instance_prompt is None:
+            raise contradiction(
+                "instance_prompt",
+                f'required by {asking[0]}. Give the text, for instance "a photo of sks cat".',
+                "caption_strategy",
+            )
+        return self

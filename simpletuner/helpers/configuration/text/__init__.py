@@ -1,0 +1,1 @@
+"""Text to JSON values, with every problem noted at its place."""

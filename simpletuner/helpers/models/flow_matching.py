@@ -1,0 +1,181 @@
+"""Flow matching: the noise level of a sample, its shift, what the model should predict.
+
+Shapes: B batch, C latent channels, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from scipy.special import betaincinv
+from torch import Tensor
+
+from simpletuner.helpers.contracts import Noised
+from simpletuner.helpers.models.diffusion import draw_noise, generator_of
+from simpletuner.helpers.models.loading import Component, quiet
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SigmaDistribution:
+    """How noise levels are drawn, before they are shifted."""
+
+    kind: Literal["sigmoid", "uniform", "beta"] = "sigmoid"
+    scale: float = 1.0
+    """Of the normal number whose sigmoid is taken."""
+    alpha: float = 2.0
+    beta: float = 2.0
+    """Parameters of the beta distribution."""
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicShift:
+    """A shift that grows with the number of image tokens; exp(mu), with mu linear in that number.
+
+    Source: Esser et al., arXiv:2403.03206, section 5.3.2, for the shift; the numbers are a scheduler's.
+    """
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_mu: float = 0.5
+    max_mu: float = 1.15
+
+    def __call__(self, num_tokens: int) -> float:
+        """The shift at a number of image tokens."""
+        slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_mu + slope * (num_tokens - self.base_tokens))
+
+
+def distribution_of(noise: NoiseConfig) -> SigmaDistribution:
+    """How the configuration draws noise levels."""
+    if noise.flow_use_uniform_schedule:
+        return SigmaDistribution("uniform")
+    if noise.flow_use_beta_schedule:
+        return SigmaDistribution(
+            "beta", alpha=noise.flow_beta_schedule_alpha, beta=noise.flow_beta_schedule_beta
+        )
+    return SigmaDistribution("sigmoid", scale=noise.flow_sigmoid_scale)
+
+
+def static_shift(noise: NoiseConfig, scheduler: Mapping[str, object]) -> float | None:
+    """The shift of every noise level; None when it depends on the number of image tokens.
+
+    Args:
+        noise: What the user wants.
+        scheduler: The configuration of the model's own scheduler, which decides where the user does not.
+    """
+    if noise.flow_schedule_auto_shift:
+        return None
+    if noise.flow_schedule_shift is not None:
+        return noise.flow_schedule_shift or 1.0
+    if scheduler.get("use_dynamic_shifting"):
+        return None
+    shift = scheduler.get("shift", 1.0)
+    return float(shift) if isinstance(shift, int | float) else 1.0
+
+
+def dynamic_shift(scheduler: Mapping[str, object]) -> DynamicShift:
+    """The shift by image tokens with a scheduler's numbers."""
+    names = {
+        "base_image_seq_len": "base_tokens",
+        "max_image_seq_len": "max_tokens",
+        "base_shift": "base_mu",
+        "max_shift": "max_mu",
+    }
+    given = {ours: scheduler[theirs] for theirs, ours in names.items() if theirs in scheduler}
+    return DynamicShift(**given)  # type: ignore[arg-type]  # numbers, by the scheduler that wrote them
+
+
+def shift_at(noise: NoiseConfig, scheduler: Mapping[str, object], *, num_tokens: int) -> float:
+    """The shift of noise levels for pictures of this many tokens, the user's or the model's own."""
+    fixed = static_shift(noise, scheduler)
+    return dynamic_shift(scheduler)(num_tokens) if fixed is None else fixed
+
+
+def noised_batch(
+    latents: Tensor, *, distribution: SigmaDistribution, shift: float, positions: Sequence[int], seed: int
+) -> Noised:
+    """Noise [B, C, H, W] latents, each sample by the level and the noise that its position stands for.
+
+    The result is float32 on the device of the latents; the target is the velocity from image to noise.
+    A sample's noise depends on the seed and its position only.
+
+    Source: Lipman et al., arXiv:2210.02747; Liu et al., arXiv:2209.03003.
+    """
+    assert len(positions) == len(latents), f"{len(positions)} positions for {len(latents)} samples"
+    clean = latents.float()
+    noise = draw_noise(positions, seed=seed, shape=clean.shape[1:]).to(clean.device)
+    sigmas = tuple(
+        shifted(draw_sigma(distribution, seed=seed, position=position), shift) for position in positions
+    )
+    sigma = torch.tensor(sigmas, dtype=torch.float32).to(clean.device)[:, None, None, None]  # [B, 1, 1, 1]
+    return Noised(
+        latents=(1 - sigma) * clean + sigma * noise,
+        target=noise - clean,
+        timesteps=tuple(map(timestep_of, sigmas)),
+        weight=torch.ones(len(clean), device=clean.device),
+        sigmas=sigmas,
+    )
+
+
+def draw_sigma(distribution: SigmaDistribution, *, seed: int, position: int) -> float:
+    """The noise level in [0, 1] of one position, before the shift, known on the host."""
+    generator = generator_of(seed, "sigma", position)
+    if distribution.kind == "sigmoid":
+        normal = torch.randn((), generator=generator, dtype=torch.float64)
+        return float(torch.sigmoid(distribution.scale * normal))
+    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+    if distribution.kind == "uniform":
+        return uniform
+    return float(betaincinv(distribution.alpha, distribution.beta, uniform))
+
+
+def draw_guidance(noise: NoiseConfig, *, positions: Sequence[int], seed: int) -> tuple[float, ...]:
+    """The guidance scale that each position's sample is trained with."""
+    if noise.flux_guidance_mode == "constant":
+        return (noise.flux_guidance_value,) * len(positions)
+    low, high = noise.flux_guidance_min, noise.flux_guidance_max
+    shares = (float(torch.rand((), generator=generator_of(seed, "guidance", each))) for each in positions)
+    return tuple(low + (high - low) * share for share in shares)
+
+
+def shifted(sigma: float, shift: float) -> float:
+    """A noise level after the shift, rounded to float32.
+
+    Source: Esser et al., arXiv:2403.03206, equation 23.
+    """
+    return float(np.float32(shift * sigma / (1 + (shift - 1) * sigma)))
+
+
+def timestep_of(sigma: float) -> int:
+    """The timestep of a noise level: float32(sigma) * 1000 as the schedulers form it, floored."""
+    return int(np.float32(sigma) * np.float32(NUM_TRAIN_TIMESTEPS))
+
+
+def model_times(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
+    """[B] what a transformer is called with at these noise levels, rounded to its dtype as pipelines do."""
+    timesteps = torch.tensor(sigmas, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
+    return timesteps.to(dtype) / NUM_TRAIN_TIMESTEPS
+
+
+def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
+    """The noise levels of a picture's denoising steps, from 1 down, after the shift that training had."""
+    return [shifted(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+
+
+def unshifted_sampler(component: Component) -> FlowMatchEulerDiscreteScheduler:
+    """The model's own scheduler, except that it takes the noise levels as they are given."""
+    with quiet():
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            dict(component.config), use_dynamic_shifting=False, shift=1.0
+        )

@@ -1,0 +1,103 @@
+"""What Flux.1 is, as plain data; read before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.models.flux.key_names import original_name
+from simpletuner.helpers.models.key_groups import (
+    FLOW_KEYS,
+    FLOW_SAMPLERS,
+    GUIDANCE_KEYS,
+    TRANSFORMER_KEYS,
+    guidance_told_to_nobody,
+    single_file,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FluxFlavour:
+    """What sets one Flux.1 apart from another."""
+
+    repository: str
+    has_guidance: bool
+    """Whether the transformer is told a guidance scale."""
+    text_tokens: int
+    """Length that T5 captions are padded and cut to."""
+
+
+FLAVOURS: Mapping[str, FluxFlavour] = {
+    "dev": FluxFlavour("black-forest-labs/FLUX.1-dev", has_guidance=True, text_tokens=512),
+    "krea": FluxFlavour("black-forest-labs/FLUX.1-Krea-dev", has_guidance=True, text_tokens=512),
+    "schnell": FluxFlavour("black-forest-labs/FLUX.1-schnell", has_guidance=False, text_tokens=256),
+}
+
+_CONTEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+_IMAGE = ("to_k", "to_q", "to_v", "to_out.0")
+_CONTEXT_FEED_FORWARD = ("ff_context.net.0.proj", "ff_context.net.2")
+_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_CONTEXT_FEED_FORWARD, "proj_mlp", "proj_out")
+
+
+def problems(values: Mapping[str, object]) -> Mapping[str, str]:
+    """Key -> what is wrong with its value for Flux.1."""
+    found: dict[str, str] = {}
+    flavour = FLAVOURS.get(str(values.get("model_flavour")))
+    if flavour is not None and not flavour.has_guidance:
+        found |= guidance_told_to_nobody(values, instead="another flavour")
+    found |= single_file(values, "pretrained_t5_model_name_or_path", what="text encoders are")
+    real = values.get("validation_guidance_real", 1.0)
+    if values.get("flux_attention_masked_training") and isinstance(real, float) and real > 1:
+        found["validation_guidance_real"] = (
+            f"{real:g} cannot be used with flux_attention_masked_training: the pipeline gives the mask of "
+            "the prompt to both passes. Set one of them to its default."
+        )
+    return found
+
+
+FACTS = FamilyFacts(
+    name="flux",
+    flavours={name: flavour.repository for name, flavour in FLAVOURS.items()},
+    default_flavour="dev",
+    prediction_types=("flow_matching",),
+    pixel_alignment=64,
+    minimum_alignment=16,
+    default_resolution=1024,
+    lora_targets=(*_IMAGE, *_CONTEXT),
+    denoiser_name="transformer",
+    own_keys=FLOW_KEYS
+    | GUIDANCE_KEYS
+    | TRANSFORMER_KEYS
+    | {
+        "flux_attention_masked_training",
+        "flux_lora_target",
+        "pretrained_t5_model_name_or_path",
+        "validation_guidance_real",
+    },
+    samplers=FLOW_SAMPLERS,
+    default_guidance=3.5,
+    num_text_encoders=2,
+    problems=problems,
+    lora_presets={
+        "all": (*_IMAGE, *_CONTEXT),
+        "all+ffs": (*_IMAGE, *_CONTEXT, *_FEED_FORWARD),
+        "context": _CONTEXT,
+        "context+ffs": (*_CONTEXT, *_CONTEXT_FEED_FORWARD),
+        "mmdit": _IMAGE,
+        "tiny": ("single_transformer_blocks.7.proj_out", "single_transformer_blocks.20.proj_out"),
+        "nano": ("single_transformer_blocks.7.proj_out",),
+    },
+    lora_preset_key="flux_lora_target",
+    target_aliases={
+        "Attention": TargetAlias(modules=("FluxAttention",)),
+        "FeedForward": TargetAlias(
+            modules=("FeedForward",),
+            names=(
+                r"single_transformer_blocks\.\d+\.proj_mlp$",
+                r"single_transformer_blocks\.\d+\.proj_out$",
+            ),
+        ),
+    },
+    original_name=original_name,
+)

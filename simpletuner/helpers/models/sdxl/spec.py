@@ -1,0 +1,30 @@
+"""What SDXL is, as plain data; read before torch is imported."""
+
+from __future__ import annotations
+
+from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.models.key_groups import DIFFUSION_KEYS, UNET_KEYS
+from simpletuner.helpers.models.sdxl.key_names import original_name
+
+FACTS = FamilyFacts(
+    name="sdxl",
+    flavours={
+        "base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+        "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9",
+        "turbo": "stabilityai/sdxl-turbo",
+    },
+    default_flavour="base-1.0",
+    prediction_types=("epsilon", "v_prediction"),
+    pixel_alignment=64,
+    minimum_alignment=8,
+    default_resolution=1024,
+    lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    num_text_encoders=2,
+    own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path"},
+    samplers=("ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "unipc"),
+    target_aliases={
+        "Attention": TargetAlias(modules=("Attention",)),
+        "FeedForward": TargetAlias(modules=("FeedForward",)),
+    },
+    original_name=original_name,
+)

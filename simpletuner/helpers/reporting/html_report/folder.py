@@ -1,0 +1,123 @@
+"""What lies in a run's folder, as the page needs it; whatever is missing or damaged is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, list_checkpoints
+from simpletuner.helpers.errors import SimpleTunerError
+from simpletuner.helpers.io.lock import is_held
+from simpletuner.helpers.reporting.html_report.gallery import PictureRow, rows_of
+from simpletuner.helpers.reporting.html_report.markup import without_secrets
+from simpletuner.helpers.reporting.html_report.series import Log, read_log
+from simpletuner.helpers.reporting.run_summary import (
+    ADAPTER_FILE,
+    COMFYUI_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+)
+
+FACTS_FILE = "run.json"
+EXIT_FILE = "exit.json"
+State = Literal["running", "finished", "stopped", "failed"]
+
+
+class NoRunError(SimpleTunerError):
+    """A folder is not the output_dir of a run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFolder:
+    """A run, read from its folder."""
+
+    path: Path
+    state: State
+    written: str
+    """When it was read, in local time."""
+    log: Log
+    config: Mapping[str, Any]
+    """As resolved; empty when it cannot be read."""
+    facts: Mapping[str, Any]
+    """What the run said about itself when it began; empty for a run of an earlier version."""
+    pictures: list[PictureRow]
+    adapter: Path | None
+    """The newest adapter for use: the run's own, else that of its newest checkpoint."""
+    comfyui: Path | None
+
+    @property
+    def step(self) -> int:
+        """The last step of the log."""
+        return int(self.log.lines[-1]["step"]) if self.log.lines else 0
+
+    @property
+    def max_steps(self) -> int | None:
+        """How many the run is to take, if that is known."""
+        return self.facts.get("max_steps") or self.config.get("max_train_steps")
+
+
+def read_run(path: Path, *, state: State | None = None) -> RunFolder:
+    """Read a run's folder; its state is found out when it is not told.
+
+    Raises:
+        NoRunError: There is neither a log nor a configuration in it.
+    """
+    if not (path / METRICS_FILE).exists() and not (path / CONFIG_FILE).exists():
+        raise NoRunError(
+            f"{path}: no run was written here: there is neither {METRICS_FILE} nor {CONFIG_FILE}. "
+            "Name the output_dir of a run."
+        )
+    facts = without_secrets(_json(path / FACTS_FILE))
+    log = read_log(path / METRICS_FILE)
+    pictures = rows_of(path / "validation", facts.get("shots", []), compared_with=facts.get("compared_with"))
+    return RunFolder(
+        path=path,
+        state=state or _state(path, log),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        log=log,
+        config=without_secrets(_json(path / CONFIG_FILE)),
+        facts=facts,
+        pictures=pictures,
+        adapter=_adapter(path),
+        comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
+    )
+
+
+def shown_path(path: str | Path) -> str:
+    """A path as it is written from the working directory; one elsewhere as it is."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith(os.pardir) else relative
+
+
+def shown_place(path: str | Path) -> str:
+    """The same for reading only: nobody's home folder is named."""
+    home = str(Path.home())
+    text = shown_path(path)
+    return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
+
+
+def _state(path: Path, log: Log) -> State:
+    finished = _json(path / REPORT_FILE).get("step")
+    if finished is not None and (not log.lines or finished >= log.lines[-1]["step"]):
+        return "finished"
+    if is_held(path):
+        return "running"
+    return "failed" if _json(path / EXIT_FILE).get("outcome") == "failed" else "stopped"
+
+
+def _adapter(path: Path) -> Path | None:
+    folders = [path, *(checkpoint.path for checkpoint in list_checkpoints(path))]
+    return next((folder / ADAPTER_FILE for folder in folders if (folder / ADAPTER_FILE).exists()), None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,217 @@
+"""Validation pictures over time, small enough for a page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image
+
+from simpletuner.helpers.reporting.html_report.markup import counted, escaped, note
+
+LARGEST_EDGE_PX = 448
+# Smaller pictures are kept to the pixel, and shown with their pixels.
+PIXEL_ART_EDGE_PX = 96
+JPEG_QUALITY = 84
+MAX_STEPS = 24
+BUDGET_BYTES = 9 << 20
+"""Of all pictures as files; inside a page they are a third longer."""
+MAX_PIXELS = 1 << 26
+
+
+@dataclass(frozen=True, slots=True)
+class PictureRow:
+    """The pictures of one prompt, size and seed."""
+
+    prompt: str
+    details: str
+    """Size and seed, in words."""
+    fixed: tuple[tuple[str, Path], ...]
+    """Title and file of the pictures that no training changes: the base model, another adapter."""
+    by_step: dict[int, Path]
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    """A picture as it is embedded."""
+
+    uri: str
+    width: int
+    height: int
+    num_bytes: int
+
+
+def gallery(rows: Sequence[PictureRow]) -> str:
+    """A table, a row of pictures below each prompt; says which steps and prompts were left out for size."""
+    rows = [row for row in rows if row.by_step or row.fixed]
+    if not rows:
+        return ""
+    every_step = sorted({step for row in rows for step in row.by_step})
+    steps, shown = _affordable(rows, every_step)
+    titles = list(dict.fromkeys(title for row in shown for title, _ in row.fixed))
+    heads = "".join(f"<th scope=col>{escaped(title)}</th>" for title in [*titles, *map(_step_title, steps)])
+    bodies = "\n".join(_body(row, titles, steps) for row in shown)
+    return (
+        f"{_left_out(every_step, steps, num_rows=len(rows) - len(shown))}"
+        '<div class="scroll"><table class="pictures">\n'
+        f"<thead><tr>{heads}</tr></thead>\n{bodies}\n</table></div>"
+    )
+
+
+@lru_cache(maxsize=4096)
+def thumbnail(file: Path, _changed_ns: int) -> Thumbnail:
+    """A picture as a data URI, kept until the file changes.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is too large.
+    """
+    with Image.open(file) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{file} has {opened.width}x{opened.height} pixels")
+        picture = opened.convert("RGB")
+    is_small = max(picture.size) <= PIXEL_ART_EDGE_PX
+    data = io.BytesIO()
+    if is_small:
+        picture.save(data, "PNG", optimize=True)
+    else:
+        picture.thumbnail((LARGEST_EDGE_PX, LARGEST_EDGE_PX), Image.Resampling.LANCZOS)
+        picture.save(data, "JPEG", quality=JPEG_QUALITY)
+    encoded = base64.b64encode(data.getvalue()).decode("ascii")
+    kind = "png" if is_small else "jpeg"
+    return Thumbnail(f"data:image/{kind};base64,{encoded}", *picture.size, data.tell())
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """At most `count`, two or more, of the items: the first, the last and others evenly between."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
+
+
+def _thumbnail(file: Path) -> Thumbnail | None:
+    try:
+        return thumbnail(file, file.stat().st_mtime_ns)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
+        return None
+
+
+def _affordable(rows: Sequence[PictureRow], steps: Sequence[int]) -> tuple[list[int], list[PictureRow]]:
+    """The steps, first and last and evenly between, and the first rows that the budget allows."""
+    shown = list(rows)
+    while len(shown) > 1 and _num_bytes(shown, spread(steps, 2)) > BUDGET_BYTES:
+        shown = shown[: len(shown) // 2]
+    chosen = spread(steps, MAX_STEPS)
+    while len(chosen) > 2 and _num_bytes(shown, chosen) > BUDGET_BYTES:
+        chosen = spread(steps, len(chosen) - 1)
+    return chosen, shown
+
+
+def _num_bytes(rows: Sequence[PictureRow], steps: Sequence[int]) -> int:
+    files = [file for row in rows for _, file in row.fixed]
+    files += [row.by_step[step] for row in rows for step in steps if step in row.by_step]
+    return sum(picture.num_bytes for picture in map(_thumbnail, files) if picture is not None)
+
+
+def _body(row: PictureRow, titles: Sequence[str], steps: Sequence[int]) -> str:
+    fixed = dict(row.fixed)
+    cells = [_cell(row, title, fixed.get(title), kind="fixed") for title in titles]
+    cells += [_cell(row, _step_title(step), row.by_step.get(step), kind="made") for step in steps]
+    head = f"<span>{escaped(row.prompt) or '<em>no prompt</em>'} <small>{escaped(row.details)}</small></span>"
+    return (
+        f'<tbody><tr><th scope="rowgroup" colspan="{len(cells)}">{head}</th></tr>'
+        f"<tr>{''.join(cells)}</tr></tbody>"
+    )
+
+
+def _cell(row: PictureRow, title: str, file: Path | None, *, kind: str) -> str:
+    picture = None if file is None else _thumbnail(file)
+    if picture is None:
+        return f'<td class="{kind}"><span class="missing">none</span></td>'
+    words = escaped(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))
+    small = ' class="pixels"' if max(picture.width, picture.height) <= PIXEL_ART_EDGE_PX else ""
+    return (
+        f'<td class="{kind}"><img{small} alt="{words}" width="{picture.width}" height="{picture.height}" '
+        f'decoding="async" src="{picture.uri}"></td>'
+    )
+
+
+def _step_title(step: int) -> str:
+    return f"step {step:,}"
+
+
+def _left_out(every: Sequence[int], shown: Sequence[int], *, num_rows: int) -> str:
+    missing = [step for step in every if step not in set(shown)]
+    parts = []
+    if missing:
+        ranges = ", ".join(f"{step:,}" for step in missing)
+        parts.append(f"{counted(len(missing), 'validation')} left out to keep the page small: step {ranges}.")
+    if num_rows:
+        parts.append(f"{counted(num_rows, 'prompt')} left out to keep the page small.")
+    if parts:
+        parts.append("Every picture lies in the run's folder validation/.")
+    return note(" ".join(parts))
+
+
+def rows_of(
+    folder: Path, shots: Sequence[dict[str, object]], *, compared_with: str | None
+) -> list[PictureRow]:
+    """The pictures that lie in a run's validation folder.
+
+    `shots` is what the run said about them when it began; without it, names of files say what is known.
+    """
+    by_step = _files_by_step(folder)
+    if not shots:
+        base = _base_files(folder)
+        names = sorted({name for files in by_step.values() for name in files} | set(base))
+        shots = [_shot_of(name) | {"base": base.get(name)} for name in names]
+    return [_row(folder, shot, by_step, compared_with=compared_with or "compared with") for shot in shots]
+
+
+def _row(
+    folder: Path, shot: dict[str, object], by_step: dict[int, dict[str, Path]], *, compared_with: str
+) -> PictureRow:
+    name = str(shot["name"])
+    names = {"base model": shot.get("base"), compared_with: shot.get("other")}
+    fixed = {title: folder / "base" / str(file) for title, file in names.items() if file}
+    details = [
+        str(shot[key]) if key == "size" else f"{key} {shot[key]}" for key in ("size", "seed") if key in shot
+    ]
+    return PictureRow(
+        prompt=str(shot.get("prompt", "")),
+        details=", ".join(details),
+        fixed=tuple((title, file) for title, file in fixed.items() if file.exists()),
+        by_step={step: files[name] for step, files in by_step.items() if name in files},
+    )
+
+
+_LASTING = re.compile(r"(.+)-[0-9a-f]{16}\.png")
+_SHOT = re.compile(r"\d\d-(.+)-(\d+x\d+)-seed(-?\d+)")
+
+
+def _files_by_step(folder: Path) -> dict[int, dict[str, Path]]:
+    found: dict[int, dict[str, Path]] = {}
+    for each in folder.glob("step-*"):
+        number = each.name.removeprefix("step-")
+        if number.isdigit():
+            found[int(number)] = {file.stem: file for file in each.glob("*.png") if file.stem != "grid"}
+    return found
+
+
+def _base_files(folder: Path) -> dict[str, str]:
+    """Picture's name -> the newest file of the base model."""
+    found = [(file.stat().st_mtime_ns, file.name) for file in (folder / "base").glob("*.png")]
+    matches = (_LASTING.fullmatch(name) for _, name in sorted(found))
+    return {match[1]: match[0] for match in matches if match}
+
+
+def _shot_of(name: str) -> dict[str, object]:
+    match = _SHOT.fullmatch(name)
+    if match is None:
+        return {"name": name, "prompt": name}
+    return {"name": name, "prompt": match[1].replace("_", " "), "size": match[2], "seed": match[3]}

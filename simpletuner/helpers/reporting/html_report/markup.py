@@ -1,0 +1,90 @@
+"""Text that is safe inside a page: nothing that a user wrote becomes markup, script or a secret told."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from simpletuner.helpers.configuration.text.problems import hide_all
+from simpletuner.helpers.io.names import printable
+
+HIDDEN = "(hidden)"
+_SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)[A-Za-z0-9_-]{12,}")
+
+
+def escaped(text: object) -> str:
+    """Any text as it stands in an element or an attribute; control characters as escapes."""
+    return html.escape("\n".join(printable(line) for line in str(text).split("\n")))
+
+
+def without_secrets(value: Any) -> Any:
+    """The json with the values of keys that name a secret, and texts that look like one, replaced."""
+    if isinstance(value, Mapping):
+        return {
+            key: HIDDEN if each and _SECRET_KEY.search(str(key)) else without_secrets(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [without_secrets(each) for each in value]
+    return _SECRET_VALUE.sub(HIDDEN, hide_all(value, {})) if isinstance(value, str) else value
+
+
+def data_block(data: object) -> str:
+    """Values for the page's script; no text in them can end the block."""
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    text = text.replace("<", "\\u003c")
+    return f'<script type="application/json">{text}</script>'
+
+
+def note(text: str) -> str:
+    """A remark in small print; nothing when there is none."""
+    return f'<p class="note">{escaped(text)}</p>\n' if text else ""
+
+
+def disclosure(summary: str, content: str) -> str:
+    """Content that is folded away until asked for."""
+    return f"<details><summary>{escaped(summary)}</summary>{content}</details>"
+
+
+def facts_list(facts: Iterable[tuple[str, object]]) -> str:
+    """Names and values; those without a value are left out."""
+    rows = [
+        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value).replace('/', '/<wbr>')}</dd></div>"
+        for name, value in facts
+        if value not in (None, "")
+    ]
+    return f'<dl class="facts">{"".join(rows)}</dl>'
+
+
+def section(anchor: str, title: str, *blocks: str) -> str:
+    """A part of the page; nothing when it has no content."""
+    content = "\n".join(filter(None, blocks))
+    return f'<section id="{anchor}">\n<h2>{escaped(title)}</h2>\n{content}\n</section>' if content else ""
+
+
+def number(value: float) -> str:
+    """Four significant digits; whole numbers in full, thousands apart."""
+    if not math.isfinite(value):
+        return "-"
+    if abs(value) >= 10_000 or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and its noun, which takes a plain s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """A span of time, in the two largest units that it has."""
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest_s} s" if minutes else f"{seconds:.1f} s"

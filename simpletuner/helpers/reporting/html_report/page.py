@@ -1,0 +1,114 @@
+"""The whole page of a run, and the writing of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simpletuner.helpers.io.atomic import write_text
+from simpletuner.helpers.reporting.html_report import sections
+from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn
+from simpletuner.helpers.reporting.html_report.folder import RunFolder, State, read_run
+from simpletuner.helpers.reporting.html_report.gallery import gallery
+from simpletuner.helpers.reporting.html_report.markup import escaped, section
+from simpletuner.helpers.reporting.html_report.schedule import schedule
+from simpletuner.helpers.reporting.html_report.series import Floats, smoothed, thinned
+from simpletuner.helpers.reporting.html_report.usage import usage
+from simpletuner.helpers.reporting.noise_bands import BANDS
+from simpletuner.helpers.reporting.run_summary import PAGE_FILE
+
+_HERE = Path(__file__).parent
+
+
+def write_page(output_dir: Path, *, state: State | None = None) -> Path:
+    """Make the page of the run in a folder from what lies there, and put it into that folder.
+
+    Raises:
+        NoRunError: It is not the folder of a run.
+        StorageError: The page cannot be written; the one from before is unchanged.
+    """
+    file = output_dir / PAGE_FILE
+    write_text(file, page_of(read_run(output_dir, state=state)))
+    return file
+
+
+def page_of(run: RunFolder) -> str:
+    """The page as one html document that needs nothing beside it."""
+    blocks = [
+        section("course", "Course", _charts(run)),
+        section("schedule", "Rank schedule", schedule(run)),
+        section("pictures", "Pictures", gallery(run.pictures)),
+        section("data", "Data", sections.datasets(run)),
+        section("configuration", "Configuration", sections.configuration(run)),
+        section("environment", "Environment", sections.environment(run)),
+        section("use", "Use the adapter", usage(run)),
+    ]
+    body = "\n".join([sections.heading(run), *filter(None, blocks)])
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    # Only the script below may run, and nothing is loaded from anywhere.
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escaped(sections.title_of(run))}: {run.state} at step {run.step}</title>\n"
+        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def _charts(run: RunFolder) -> str:
+    log = run.log
+    if not log.lines:
+        return ""
+    loss, seconds = log.column("loss"), log.column("seconds")
+    bands = [smoothed(log.column("loss_by_band", band)) for band in BANDS]
+    course = Chart(
+        "Loss",
+        [_curve(log.steps, loss, "each step", is_faint=True), _curve(log.steps, smoothed(loss), "smoothed")],
+        is_wide=True,
+    )
+    by_band = Chart(
+        "Loss by noise level, smoothed",
+        [
+            _curve(log.steps, values, f"timesteps {band}", colour=colour)
+            for colour, (band, values) in enumerate(zip(BANDS, bands, strict=True), start=2)
+        ],
+        is_wide=True,
+        note="Timestep 0 is the clean image, 1000 is pure noise.",
+    )
+    memory = [
+        _curve(log.steps, log.column("memory_mib") / 1024, "process", colour=1),
+        _curve(log.steps, log.column("device_memory_mib") / 1024, "GPU", colour=2),
+    ]
+    small = [
+        Chart("Learning rate", [_curve(log.steps, log.column("lr"), "rate", colour=3)]),
+        Chart("Mean active rank", _both(log.steps, log.column("mean_active_rank"), colour=4)),
+        Chart("Gradient norm", _both(log.steps, log.column("grad_norm"), colour=2), note="Before clipping."),
+        Chart("Seconds per step", _both(log.steps, _without_peaks(seconds), colour=1)),
+        Chart("Peak memory, GiB", memory, from_zero=True),
+    ]
+    figures = "\n".join(filter(None, map(drawn, [course, by_band, *small])))
+    return f'<div class="charts">\n{figures}\n</div>'
+
+
+def _without_peaks(values: Floats) -> Floats:
+    """The same, but the highest hundredth is cut: the first step takes long and would hide the others."""
+    return np.minimum(values, np.nanpercentile(values, 99)) if np.isfinite(values).any() else values
+
+
+def _both(steps: Floats, values: Floats, *, colour: int) -> Sequence[Curve]:
+    return [
+        _curve(steps, values, "each step", colour=colour, is_faint=True),
+        _curve(steps, smoothed(values), "smoothed", colour=colour),
+    ]
+
+
+def _curve(steps: Floats, values: Floats, name: str, *, colour: int = 1, is_faint: bool = False) -> Curve:
+    return Curve(name, thinned(steps, values), colour=colour, is_faint=is_faint)

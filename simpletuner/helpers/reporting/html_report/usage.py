@@ -1,0 +1,155 @@
+"""How the adapter of a run is used, with its own path: a command line and a few lines of Python."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.reporting.html_report.folder import RunFolder, shown_path
+from simpletuner.helpers.reporting.html_report.markup import escaped
+
+COMMAND_ID = "use-command"
+PYTHON_ID = "use-python"
+SWAPPED = tuple(f"pretrained_{part}_model_name_or_path" for part in ("unet", "transformer", "vae", "t5"))
+"""Keys that name a component which the model itself does not come with."""
+
+
+def usage(run: RunFolder) -> str:
+    """Both ways, for the newest adapter; nothing when there is none yet."""
+    if run.adapter is None:
+        return ""
+    where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
+    blocks = [
+        f"<p>The adapter{escaped(where)} is <code>{escaped(shown_path(run.adapter))}</code>. Both ways below "
+        "make a picture with it, from the folder that the run was started in.</p>",
+        _block(COMMAND_ID, "On the command line", command(run)),
+        _block(PYTHON_ID, "In Python", python(run)),
+    ]
+    for key in SWAPPED:
+        if run.config.get(key):
+            text = f"This run took another component than the model's: {key} {shown_path(run.config[key])}."
+            blocks.append(f'<p class="note">{escaped(text)} Load it into the pipeline too.</p>')
+    if run.comfyui is not None:
+        blocks.append(f"<p>For ComfyUI: <code>{escaped(shown_path(run.comfyui))}</code></p>")
+    return "\n".join(blocks)
+
+
+def command(run: RunFolder) -> str:
+    """The line that makes a picture as the run's validation does."""
+    picture = _picture(run)
+    options = {
+        "--adapter": shown_path(run.adapter or run.path),
+        "--prompt": picture["prompt"],
+        "--size": f"{picture['width']}x{picture['height']}",
+        "--steps": picture["steps"],
+        "--guidance": f"{picture['guidance']:g}",
+        "--guidance-real": f"{real:g}"
+        if (real := run.config.get("validation_guidance_real") or 1.0) > 1
+        else None,
+        "--seed": picture["seed"],
+        "--negative": run.config.get("validation_negative_prompt") or None,
+        "--scheduler": run.config.get("validation_noise_scheduler"),
+    }
+    parts = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " \\\n  ".join(["simpletuner sample", *parts])
+
+
+def python(run: RunFolder) -> str:
+    """The lines that do the same through diffusers."""
+    picture, config = _picture(run), run.config
+    load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
+    loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"from simpletuner.helpers.adapters.inference import {load}",
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.bfloat16 if device == "cuda" else torch.float32',
+        "pipeline = DiffusionPipeline.from_pretrained(",
+        f"    {shown_path(str(config.get('pretrained_model_name_or_path')))!r},",
+        "    dtype=dtype,",
+        *(f"    {key}={value!r}," for key, value in loading.items()),
+        ").to(device)",
+        *_scheduler(config),
+        f"{load}(pipeline, {shown_path(run.adapter or run.path)!r})",
+        "picture = pipeline(",
+        f"    prompt={picture['prompt']!r},",
+        *_negative(config),
+        f"    width={picture['width']},",
+        f"    height={picture['height']},",
+        f"    num_inference_steps={picture['steps']},",
+        f"    guidance_scale={picture['guidance']},",
+        f"    generator=torch.Generator().manual_seed({picture['seed']}),",
+        ").images[0]",
+        'picture.save("picture.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _scheduler(config: Mapping[str, Any]) -> list[str]:
+    """What makes the pipeline sample as the run trained, where that is not what the model says."""
+    changes = {key: config[key] for key in ("prediction_type", "rescale_betas_zero_snr") if config.get(key)}
+    if _is_flow(config):
+        changes = {}
+        if config.get("flow_schedule_auto_shift"):
+            changes = {"use_dynamic_shifting": True}
+        elif config.get("flow_schedule_shift") is not None:
+            changes = {"use_dynamic_shifting": False, "shift": config["flow_schedule_shift"] or 1.0}
+    if not changes:
+        return []
+    given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    return [
+        "pipeline.scheduler = type(pipeline.scheduler).from_config(",
+        f"    pipeline.scheduler.config, {given}",
+        ")",
+    ]
+
+
+def _negative(config: Mapping[str, Any]) -> list[str]:
+    """The negative prompt, where the pipeline has a second pass for it."""
+    negative = config.get("validation_negative_prompt")
+    if not _is_flow(config):
+        return [f"    negative_prompt={negative!r},"] if negative else []
+    real = config.get("validation_guidance_real") or 1.0
+    return [f"    negative_prompt={negative!r},", f"    true_cfg_scale={real},"] if real > 1 else []
+
+
+def _is_flow(config: Mapping[str, Any]) -> bool:
+    facts = registry.facts().get(str(config.get("model_family")))
+    return facts is not None and "flow_matching" in facts.prediction_types
+
+
+def _picture(run: RunFolder) -> dict[str, Any]:
+    """The first picture of the run's validation, or one as near to the training as can be told."""
+    config = run.config
+    shot: Mapping[str, Any] = next(iter(run.facts.get("shots", [])), {})
+    prompts = [
+        each["instance_prompt"]
+        for each in config.get("data_backend_config", [])
+        if each.get("instance_prompt")
+    ]
+    captions = [text for each in run.facts.get("datasets", []) for _, text in each["captions"]]
+    sizes = [shot.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
+    width, height = next(str(size) for size in sizes if size).split("x")
+    seeds = [shot.get("seed"), config.get("validation_seed"), config.get("seed"), 0]
+    texts = [shot.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
+    return {
+        "prompt": next(text for text in texts if text),
+        "width": int(width),
+        "height": int(height),
+        "steps": config.get("validation_num_inference_steps", 30),
+        "guidance": config.get("validation_guidance", 7.5),
+        "seed": next(seed for seed in seeds if seed is not None),
+    }
+
+
+def _block(anchor: str, title: str, text: str) -> str:
+    return (
+        f'<h3>{escaped(title)}</h3>\n<div class="code">'
+        f'<button type="button" data-copy="{anchor}">Copy</button>'
+        f'<pre id="{anchor}"><code>{escaped(text)}</code></pre></div>'
+    )

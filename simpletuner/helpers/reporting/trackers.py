@@ -1,0 +1,216 @@
+"""Where the numbers and pictures of a run go: always a local JSONL file, others when asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from simpletuner.helpers.io.atomic import write_json, write_text
+from simpletuner.helpers.io.optional import require
+from simpletuner.helpers.reporting.metrics import StepRecord
+from simpletuner.helpers.reporting.run_summary import METRICS_FILE
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.sections import TrackingConfig
+
+logger = logging.getLogger(__name__)
+
+CURVES = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "mean_active_rank",
+    "epoch",
+    "samples",
+    "seconds",
+    "memory_mib",
+    "device_memory_mib",
+)
+
+
+class Tracker(Protocol):
+    """One place that records a run."""
+
+    def start(self) -> None:
+        """Open it; called once, before anything is logged."""
+
+    def log(self, record: StepRecord) -> None:
+        """Record one optimiser step."""
+
+    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Record validation pictures by their label."""
+
+    def finish(self) -> None:
+        """Close it."""
+
+
+class JsonLines:
+    """One JSON object per optimiser step; lines after the step that a run resumes from are cut."""
+
+    def __init__(self, file: Path, *, resumed_step: int) -> None:
+        self._file = file
+        self._resumed_step = resumed_step
+
+    def start(self) -> None:
+        """Cut what an interrupted run logged beyond its last checkpoint."""
+        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
+        kept = [line for line in lines if 0 < _step_of(line) <= self._resumed_step]
+        write_text(self._file, "".join(f"{line}\n" for line in kept))
+
+    def log(self, record: StepRecord) -> None:
+        """Append one line; it is in the operating system's hands when this returns."""
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Nothing: the pictures are files already."""
+
+    def finish(self) -> None:
+        """Nothing: no file stays open."""
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+        return -1
+
+
+class TensorBoard:
+    """Scalars and pictures for TensorBoard under `<output_dir>/tensorboard`."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        require("tensorboard", extra="track")
+        self._folder = folder
+        self._resumed_step = resumed_step
+        self._writer: Any = None
+
+    def start(self) -> None:
+        """Open the event file; earlier events after the resumed step are hidden."""
+        module = require("torch.utils.tensorboard", extra="track")
+        self._writer = module.SummaryWriter(str(self._folder), purge_step=self._resumed_step + 1)
+
+    def log(self, record: StepRecord) -> None:
+        """Add one point to each curve."""
+        for name, value in _curves(record).items():
+            self._writer.add_scalar(f"train/{name}", value, record.step)
+
+    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Add the pictures at this step."""
+        for label, path in pictures.items():
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            self._writer.add_image(f"validation/{label}", pixels, step, dataformats="HWC")
+        self._writer.flush()
+
+    def finish(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; the run's id is kept in the output folder, so that a resumed run goes on in it."""
+
+    def __init__(self, config: TrackingConfig, *, output_dir: Path, settings: Mapping[str, object]) -> None:
+        self._wandb: Any = require("wandb", extra="track")
+        self._config = config
+        self._output_dir = output_dir
+        self._settings = dict(settings)
+        self._run: Any = None
+
+    def start(self) -> None:
+        """Open the run, online or offline as WANDB_MODE says."""
+        id_file = self._output_dir / "wandb_run.json"
+        run_id = json.loads(id_file.read_bytes())["id"] if id_file.exists() else None
+        self._run = self._wandb.init(
+            project=self._config.tracker_project_name,
+            name=self._config.tracker_run_name,
+            id=run_id,
+            resume="allow" if run_id else None,
+            dir=str(self._output_dir),
+            config=self._settings,
+            settings=self._wandb.Settings(init_timeout=60, console="off"),
+        )
+        write_json(id_file, {"id": self._run.id})
+
+    def log(self, record: StepRecord) -> None:
+        """Add one point to each curve."""
+        curves = {f"train/{name}": value for name, value in _curves(record).items()}
+        self._run.log(curves, step=record.step)
+
+    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Upload the pictures at this step."""
+        images = [self._wandb.Image(str(path), caption=label) for label, path in pictures.items()]
+        self._run.log({"validation": images}, step=step)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._run.finish()
+
+
+def _curves(record: StepRecord) -> dict[str, float]:
+    values = asdict(record)
+    values |= {f"loss_{band}": loss for band, loss in record.loss_by_band.items()}
+    names = [*CURVES, *(f"loss_{band}" for band in record.loss_by_band)]
+    return {name: values[name] for name in names if values[name] is not None}
+
+
+class Trackers:
+    """All trackers of a run; one that fails is dropped with a warning and never ends the run."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+
+    def start(self) -> None:
+        """Open every tracker."""
+        self._each("start", lambda tracker: tracker.start())
+
+    def log(self, record: StepRecord) -> None:
+        """Record one optimiser step everywhere."""
+        self._each("log", lambda tracker: tracker.log(record))
+
+    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+        """Record validation pictures everywhere."""
+        self._each("log pictures", lambda tracker: tracker.log_pictures(step, pictures))
+
+    def finish(self) -> None:
+        """Close every tracker."""
+        self._each("finish", lambda tracker: tracker.finish())
+
+    def _each(self, doing: str, call: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:  # noqa: BLE001 - named boundary: a tracker must never end a run
+                self._trackers.remove(tracker)
+                logger.warning(
+                    "%s failed to %s (%s: %s); nothing more is sent to it in this run.",
+                    type(tracker).__name__,
+                    doing,
+                    type(error).__name__,
+                    error,
+                )
+
+
+def build_trackers(
+    config: TrackingConfig, *, output_dir: Path, settings: Mapping[str, object], resumed_step: int
+) -> Trackers:
+    """The JSONL log and every tracker of `report_to`, not yet started.
+
+    Raises:
+        MissingDependencyError: The package of a tracker is not installed.
+    """
+    trackers: list[Tracker] = [JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)]
+    for name in config.report_to:
+        if name == "wandb":
+            trackers.append(Wandb(config, output_dir=output_dir, settings=settings))
+        elif name == "tensorboard":
+            trackers.append(TensorBoard(output_dir / "tensorboard", resumed_step=resumed_step))
+    return Trackers(trackers)

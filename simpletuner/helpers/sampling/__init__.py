@@ -1,0 +1,1 @@
+"""Images made with a model: validation images, comparisons, the sample command."""

@@ -1,0 +1,64 @@
+"""Which pictures a validation makes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from simpletuner.helpers.io.names import file_name
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
+    from simpletuner.helpers.contracts import Size
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """One picture to make."""
+
+    name: str
+    """A file name without suffix, unique within the validation."""
+    prompt: str
+    strength: float
+    """Of the adapter; 1 as trained, 0 the base model."""
+    size: Size
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """What stands beside the picture in a grid."""
+        return f"{self.prompt}\n{self.size}  seed {self.seed}"
+
+
+def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
+    """Every prompt at every size, `num_validation_images` times with consecutive seeds; none when disabled.
+
+    `seed` is the run's, used when validation_seed is not set.
+    """
+    if config.validation_disable:
+        return ()
+    first_seed = seed if config.validation_seed is None else config.validation_seed
+    return tuple(
+        Shot(
+            name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{shot_seed}",
+            prompt=prompt.text,
+            strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
+            size=size,
+            seed=shot_seed,
+        )
+        for index, prompt in enumerate(config.prompts)
+        for size in config.validation_resolution
+        for shot_seed in range(first_seed, first_seed + config.num_validation_images)
+    )
+
+
+def call_options(shot: Shot, config: ValidationConfig) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
+    return {
+        "height": shot.size.height,
+        "width": shot.size.width,
+        "num_inference_steps": config.validation_num_inference_steps,
+        "generator": torch.Generator("cpu").manual_seed(shot.seed),
+    }

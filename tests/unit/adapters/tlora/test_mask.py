@@ -1,0 +1,101 @@
+"""Setting, holding and clearing the mask."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from lycoris.modules.tlora import get_timestep_mask
+
+from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.training.lycoris import (
+    apply_tlora_inference_mask,
+    apply_tlora_timestep_mask,
+    clear_tlora_mask,
+)
+
+SCHEDULE = RankSchedule(8)
+
+
+@pytest.fixture(autouse=True)
+def _no_mask_left_behind():
+    yield
+    assert not mask._masks, "a test left a mask behind"
+    assert not mask._held
+
+
+def test_public_mask_is_the_one_that_lycoris_returns() -> None:
+    apply_tlora_timestep_mask(torch.tensor([0, 500]), 1000, 8)
+    found = get_timestep_mask()
+    clear_tlora_mask()
+    assert torch.equal(found, SCHEDULE.mask([0, 500]))
+    assert get_timestep_mask() is None
+
+
+def test_setting_a_training_mask_while_one_is_held_raises() -> None:
+    apply_tlora_timestep_mask([10], 1000, 8)
+    try:
+        with pytest.raises(RuntimeError, match="held for a backward"):
+            apply_tlora_timestep_mask([20], 1000, 8)
+        with pytest.raises(RuntimeError, match="held for a backward"):
+            apply_tlora_inference_mask(20, 1000, 8)
+    finally:
+        clear_tlora_mask()
+
+
+def test_inference_masks_replace_each_other() -> None:
+    for timestep in (999, 500, 1):
+        apply_tlora_inference_mask(torch.tensor(timestep), 1000, 8)
+        assert torch.equal(mask.current_mask(0, 8), SCHEDULE.mask([timestep]))
+    clear_tlora_mask()
+
+
+def test_mask_is_cleared_when_the_body_raises() -> None:
+    group = mask.new_group()
+    with pytest.raises(KeyError), mask.rank_mask(SCHEDULE, [1], group=group):
+        raise KeyError
+    assert mask.current_mask(group, 8) is None
+
+
+def test_layers_of_another_rank_get_a_mask_of_their_own_width() -> None:
+    group = mask.new_group()
+    mask.register_rank(group, 4)
+    with mask.rank_mask(RankSchedule(8, min_rank=6), [0, 1000], group=group):
+        assert mask.current_mask(group, 8).tolist() == [[1] * 8, [1] * 6 + [0] * 2]
+        assert mask.current_mask(group, 4).tolist() == [[1] * 4, [1] * 4]
+
+
+def test_groups_do_not_see_each_other_but_all_see_the_public_one() -> None:
+    first, second = mask.new_group(), mask.new_group()
+    mask.register_rank(first, 8)
+    mask.register_rank(second, 8)
+    with mask.rank_mask(SCHEDULE, [0], group=first):
+        assert mask.current_mask(second, 8) is None
+        apply_tlora_inference_mask(1000, 1000, 8)
+        assert mask.current_mask(first, 8).sum() == 8
+        assert mask.current_mask(second, 8).sum() == 1
+        clear_tlora_mask()
+
+
+@pytest.mark.parametrize(("timesteps", "shared"), [([500], 4), ([500, 501], 4), ([0, 1000], None)])
+def test_shared_rank_is_known_only_when_all_samples_have_it(timesteps: list[int], shared: int | None) -> None:
+    with mask.rank_mask(SCHEDULE, timesteps, group=0):
+        assert mask.shared_rank(0, 8) == shared
+
+
+def test_mask_is_visible_on_another_thread() -> None:
+    seen: list[object] = []
+    with mask.rank_mask(SCHEDULE, [500], group=0):
+        thread = threading.Thread(target=lambda: seen.append(mask.current_mask(0, 8)))
+        thread.start()
+        thread.join()
+    assert torch.equal(seen[0], SCHEDULE.mask([500]))
+
+
+def test_no_timestep_and_a_timestep_outside_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        mask.set_mask(SCHEDULE, [])
+    with pytest.raises(ValueError, match=r"outside 0\.\.1000"):
+        apply_tlora_timestep_mask([1001], 1000, 8)

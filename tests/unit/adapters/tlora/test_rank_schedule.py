@@ -1,0 +1,106 @@
+"""The rank at every timestep, against hand-computed values and LyCORIS's own formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lycoris.modules.tlora import compute_timestep_mask
+
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+
+TIMESTEPS = (0, 1, 250, 500, 750, 900, 999, 1000)
+
+
+@pytest.mark.parametrize(
+    ("min_rank", "alpha", "kind", "ranks"),
+    [
+        (1, 1.0, "floor", (64, 63, 48, 32, 16, 7, 1, 1)),
+        (1, 2.0, "floor", (64, 63, 36, 16, 4, 1, 1, 1)),
+        (1, 0.5, "floor", (64, 63, 55, 45, 32, 20, 2, 1)),
+        (32, 1.0, "floor", (64, 63, 56, 48, 40, 35, 32, 32)),
+        (1, 1.0, "inclusive", (64, 64, 49, 33, 17, 7, 1, 1)),
+    ],
+)
+def test_rank_at_gives_the_golden_table(
+    min_rank: int, alpha: float, kind: str, ranks: tuple[int, ...]
+) -> None:
+    schedule = RankSchedule(64, min_rank=min_rank, alpha=alpha, kind=kind)
+    assert tuple(schedule.rank_at(t) for t in TIMESTEPS) == ranks
+
+
+@pytest.mark.parametrize("max_rank", [1, 4, 7, 16, 64, 128])
+@pytest.mark.parametrize("alpha", [0.5, 0.7, 1.0, 1.5, 2.0])
+def test_mask_equals_lycoris_formula_at_every_timestep(max_rank: int, alpha: float) -> None:
+    for min_rank in {1, max_rank // 2 or 1, max_rank}:
+        schedule = RankSchedule(max_rank, min_rank=min_rank, alpha=alpha)
+        ours = schedule.mask(range(1001))
+        theirs = [compute_timestep_mask(t, 1000, max_rank, min_rank, alpha) for t in range(1001)]
+        assert torch.equal(ours, torch.cat(theirs))
+
+
+def test_mask_rows_follow_their_own_timesteps() -> None:
+    mask = RankSchedule(4).mask([1000, 500, 0])
+    assert mask.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+
+
+@settings(max_examples=1000)
+@given(
+    data=st.data(),
+    max_rank=st.integers(1, 256),
+    alpha=st.floats(0.05, 8.0),
+    kind=st.sampled_from(["floor", "inclusive"]),
+)
+def test_row_32_rank_stays_within_its_range_and_falls_with_noise(
+    data: st.DataObject, max_rank: int, alpha: float, kind: str
+) -> None:
+    min_rank = data.draw(st.integers(1, max_rank))
+    first, second = sorted(data.draw(st.lists(st.integers(0, 1000), min_size=2, max_size=2)))
+    schedule = RankSchedule(max_rank, min_rank=min_rank, alpha=alpha, kind=kind)
+    assert min_rank <= schedule.rank_at(second) <= schedule.rank_at(first) <= max_rank
+    assert schedule.rank_at(0) == max_rank
+    assert schedule.rank_at(1000) == min_rank
+
+
+def test_inclusive_schedule_gives_every_rank_its_share_of_the_timesteps() -> None:
+    ranks = [RankSchedule(4, kind="inclusive").rank_at(t) for t in range(1, 1001)]
+    assert [ranks.count(rank) for rank in (4, 3, 2, 1)] == [250, 250, 250, 250]
+
+
+def test_for_rank_lowers_the_minimum_with_the_maximum() -> None:
+    assert RankSchedule(64, min_rank=32).for_rank(8) == RankSchedule(8, min_rank=8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_rank": 4, "min_rank": 5},
+        {"max_rank": 0},
+        {"max_rank": 4, "min_rank": 0},
+        {"max_rank": 4, "alpha": 0.0},
+        {"max_rank": 4, "alpha": float("nan")},
+        {"max_rank": 4, "num_timesteps": 0},
+        {"max_rank": 4, "kind": "ceil"},
+    ],
+)
+def test_schedule_outside_its_range_is_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must be|is not one of"):
+        RankSchedule(**values)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1001])
+def test_rank_at_a_timestep_outside_the_schedule_is_refused(timestep: int) -> None:
+    with pytest.raises(ValueError, match=r"outside 0\.\.1000"):
+        RankSchedule(4).rank_at(timestep)
+
+
+def test_config_round_trip_keeps_every_field() -> None:
+    schedule = RankSchedule(16, min_rank=4, alpha=0.7, num_timesteps=500, kind="inclusive")
+    assert RankSchedule.from_config(schedule.config()) == schedule
+
+
+@pytest.mark.parametrize("config", [{}, {"min_rank": 1}, {"max_rank": 4, "rank": 3}])
+def test_malformed_config_names_what_it_should_hold(config: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="max_rank and optionally"):
+        RankSchedule.from_config(config)

@@ -1,0 +1,218 @@
+"""Checkpoints on disk: complete or absent, found by their content, pruned, refused when of another run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from simpletuner.helpers.checkpointing.checkpoints import (
+    COMPATIBILITY_FILE,
+    CONFIG_FILE,
+    Checkpoints,
+    differing_fields,
+    list_checkpoints,
+)
+from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
+from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
+from simpletuner.helpers.io.atomic import verify_manifest
+from simpletuner.helpers.io.faults import at_crash_points
+
+SETTINGS = {"lycoris linear_dim": 8, "optimizer": "adamw"}
+CONTENT = "the state of step {step}"
+
+
+def make(folder: Path, **keys: object) -> Checkpoints:
+    config = CheckpointConfig(output_dir=str(folder), **keys)
+    return Checkpoints(config, settings=SETTINGS, resolved={"seed": 1})
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        text = CONTENT.format(step=step)
+        checkpoints.save(step, write=lambda folder, text=text: (folder / "state").write_text(text))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_saved_checkpoint_verifies_and_holds_state_settings_and_configuration(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    folder = tmp_path / "checkpoint-3"
+    assert verify_manifest(folder) == []
+    assert names(folder) == sorted([COMPATIBILITY_FILE, CONFIG_FILE, "manifest.json", "state"])
+    assert json.loads((folder / CONFIG_FILE).read_bytes()) == {"seed": 1}
+
+
+@pytest.mark.parametrize(("interval", "due"), [(0, []), (1, [1, 2, 3, 4, 5, 6]), (3, [3, 6])])
+def test_checkpoint_is_due_at_its_interval(tmp_path: Path, interval: int, due: list[int]) -> None:
+    checkpoints = make(tmp_path, checkpoint_step_interval=interval)
+    assert [step for step in range(1, 7) if checkpoints.is_due(step)] == due
+
+
+def test_limit_keeps_the_newest_by_step(tmp_path: Path) -> None:
+    save(make(tmp_path, checkpoints_total_limit=2), 2, 4, 10, 12)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_saving_the_same_step_again_writes_nothing(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path)
+    save(checkpoints, 3)
+    before = (tmp_path / "checkpoint-3" / "state").stat().st_ino
+    save(checkpoints, 3)
+    assert (tmp_path / "checkpoint-3" / "state").stat().st_ino == before
+
+
+def test_latest_is_the_highest_step_whatever_the_clock_says(tmp_path: Path) -> None:
+    save(make(tmp_path), 10, 9)
+    found = make(tmp_path).find()
+    assert found is not None
+    assert found.step == 10
+
+
+def test_latest_in_an_empty_folder_starts_anew(tmp_path: Path) -> None:
+    assert make(tmp_path / "missing").find() is None
+
+
+@pytest.mark.parametrize("file", ["state", COMPATIBILITY_FILE, CONFIG_FILE, "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_row_06_damaged_checkpoint_is_passed_over_for_the_previous_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    save(make(tmp_path), 3, 6)
+    path = tmp_path / "checkpoint-6" / file
+    data = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:] if damage == "flip" else data[:-1])
+    if file == "manifest.json" and damage == "truncate":
+        path.write_bytes(data[: len(data) // 2])  # its last byte is a line break that means nothing
+    with caplog.at_level(logging.WARNING):
+        found = make(tmp_path).find()
+    assert found is not None
+    assert found.step == 3
+    assert "Passing over" in caplog.text
+    assert "checkpoint-6" in caplog.text
+
+
+def test_row_06_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    (tmp_path / "checkpoint-3" / "state").write_text("other")
+    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
+        make(tmp_path).find()
+
+
+def test_named_checkpoint_is_taken_though_a_newer_one_exists(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(make(tmp_path), 3, 6)
+    found = make(tmp_path, resume_from_checkpoint="checkpoint-3").find()
+    assert found is not None
+    assert found.step == 3
+    assert "checkpoint-6 is newer" in caplog.text
+
+
+def test_named_checkpoint_that_is_missing_is_refused_naming_those_that_are_there(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    with pytest.raises(NothingToResumeError, match=r"checkpoint-4.*there: checkpoint-3") as info:
+        make(tmp_path, resume_from_checkpoint="checkpoint-4").find()
+    assert info.value.exit_code == 3
+
+
+def test_named_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    (tmp_path / "checkpoint-3" / "state").unlink()
+    with pytest.raises(CheckpointError, match="damaged: state is missing"):
+        make(tmp_path, resume_from_checkpoint="checkpoint-3").find()
+
+
+def test_starting_anew_on_top_of_checkpoints_is_refused(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    with pytest.raises(CheckpointError, match="holds checkpoint-3 of an earlier run"):
+        make(tmp_path, resume_from_checkpoint="none").find()
+
+
+def test_row_09_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    other = Checkpoints(
+        CheckpointConfig(output_dir=str(tmp_path)),
+        settings={"lycoris linear_dim": 16, "optimizer": "adamw"},
+        resolved={},
+    )
+    with pytest.raises(CheckpointError, match="linear_dim  8 in the checkpoint, 16 in the config") as info:
+        other.find()
+    assert "optimizer" not in str(info.value)
+
+
+def test_row_09_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    first.bind({"base weights": "aa"}, resumed=None)
+    save(first, 3)
+    second = make(tmp_path)
+    found = second.find()
+    with pytest.raises(CheckpointError, match="base weights  'aa' in the checkpoint, 'bb' in the config"):
+        second.bind({"base weights": "bb"}, resumed=found)
+
+
+def test_difference_names_fields_that_only_one_side_has() -> None:
+    assert differing_fields({"a": 1, "c": 3}, {"a": 1, "bb": 2}) == [
+        "bb  None in the checkpoint, 2 in the configuration",
+        "c   3 in the checkpoint, None in the configuration",
+    ]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def crash_points_of_a_save(folder: Path) -> list[str]:
+    passed: list[str] = []
+    with at_crash_points(passed.append):
+        save(make(folder, checkpoints_total_limit=1), 3, 6)
+    return list(dict.fromkeys(passed))
+
+
+def test_row_02_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    stages = crash_points_of_a_save(tmp_path / "stages")
+    assert {"folder.before_manifest", "folder.before_rename", "checkpoint.pruning"} <= set(stages)
+    for stage in stages:
+        folder = tmp_path / stage
+        checkpoints = make(folder, checkpoints_total_limit=1)
+        save(checkpoints, 3)
+
+        def die(name: str, stage: str = stage) -> None:
+            if name == stage:
+                raise Killed
+
+        with pytest.raises(Killed), at_crash_points(die):
+            save(checkpoints, 6)
+        after = make(folder, checkpoints_total_limit=1)
+        after.clean()
+        found = after.find()
+        assert found is not None
+        assert (found.path / "state").read_text() == CONTENT.format(step=found.step)
+        assert all(name.startswith("checkpoint-") for name in names(folder))
+
+
+def test_row_05_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path: Path) -> None:
+    checkpoints = make(tmp_path)
+    save(checkpoints, 3)
+
+    def fail(folder: Path) -> None:
+        (folder / "state").write_text("half")
+        raise CheckpointError("no space left")
+
+    with pytest.raises(CheckpointError):
+        checkpoints.save(6, write=fail)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_list_ignores_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint-2", "checkpoint-x", "checkpoint-3.bak", "validation"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path)] == [2]

@@ -1,0 +1,146 @@
+"""The state of a run: exact over a save and a load, for every optimiser, and refused when it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.checkpointing.state import ADAPTER_FILE, COUNTERS_FILE, OPTIMIZER_FILE, RunState
+from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
+from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.reporting.progress import Progress
+from simpletuner.helpers.training.optimizers import build_optimizer
+
+
+class TwoLinears(Adapter):
+    """The smallest thing with parameters that is an adapter."""
+
+    kind, num_layers = "linears", 2
+
+    def __init__(self, *, width: int = 4) -> None:
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 1))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.layers.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.layers.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.layers.load_state_dict(state)
+
+    def set_strength(self, strength: float) -> None:
+        raise NotImplementedError
+
+    def start_from(self, file: Path) -> None:
+        raise NotImplementedError
+
+    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        raise NotImplementedError
+
+
+def new_state(optimizer: str = "adamw", *, width: int = 4, **keys: object) -> RunState:
+    adapter = TwoLinears(width=width)
+    config = OptimizerConfig(optimizer=optimizer, learning_rate=0.1, **keys)
+    return RunState(
+        adapter=adapter, optimizer=build_optimizer(adapter.parameters(), config), progress=Progress()
+    )
+
+
+def train(state: RunState, steps: int) -> None:
+    """Steps whose gradient depends on the step, so that a lost counter shows."""
+    for _ in range(steps):
+        inputs = torch.full((2, 4), 0.1 * (state.progress.step + 1))
+        state.adapter.layers(inputs).square().mean().backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.progress.advance(samples=2)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_state_resumed_from_files_ends_bitwise_equal_to_an_uninterrupted_one(
+    tmp_path: Path, optimizer: str
+) -> None:
+    whole, first, second = (new_state(optimizer) for _ in range(3))
+    train(whole, 6)
+    train(first, 3)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert second.digest() == first.digest()
+    train(second, 3)
+    assert second.digest() == whole.digest()
+
+
+def test_digest_depends_on_weights_optimiser_and_counters() -> None:
+    digests = set()
+    state = new_state()
+    for change in (
+        lambda: None,
+        lambda: train(state, 1),
+        lambda: state.progress.advance(samples=1),
+        lambda: state.optimizer.state[state.adapter.parameters()[0]]["exp_avg"].add_(1e-7),
+        lambda: state.adapter.parameters()[0].data.add_(1e-6),
+    ):
+        change()
+        digests.add(state.digest())
+    assert len(digests) == 5
+
+
+def test_state_keeps_the_configuration_of_the_resuming_run(tmp_path: Path) -> None:
+    first = new_state(optimizer_config={"weight_decay": 0.5})
+    train(first, 1)
+    first.save(tmp_path)
+    second = new_state(optimizer_config={"weight_decay": 0.25})
+    second.load(tmp_path)
+    assert second.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_state_of_the_gradient_scaler_is_kept(tmp_path: Path) -> None:
+    first, second = new_state(), new_state()
+    first.scaler, second.scaler = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (8.0, 2.0))
+    first.save(tmp_path)
+    second.load(tmp_path)
+    assert second.scaler.get_scale() == 8.0
+
+
+def test_state_files_hold_no_pickle(tmp_path: Path) -> None:
+    state = new_state("prodigy")
+    train(state, 1)
+    state.save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE]
+    )
+
+
+@pytest.mark.parametrize("name", [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
+@pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
+def test_row_07_state_with_a_missing_or_garbage_file_is_refused(
+    tmp_path: Path, name: str, content: bytes | None
+) -> None:
+    state = new_state()
+    train(state, 1)
+    state.save(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+        new_state().load(tmp_path)
+
+
+def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
+    state = new_state()
+    train(state, 1)
+    state.save(tmp_path)
+    other = new_state(width=8)
+    other.adapter.load_state_dict = lambda state: None  # type: ignore[method-assign]  # only the optimiser is looked at
+    with pytest.raises(CheckpointError, match="shape"):
+        other.load(tmp_path)

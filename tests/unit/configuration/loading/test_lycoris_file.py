@@ -1,0 +1,206 @@
+"""The lycoris json."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS, LycorisConfig
+from simpletuner.helpers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+ALGORITHMS = ["tlora", "lora", "locon", "loha", "lokr", "full", "diag-oft", "boft", "ia3", "glora", "dylora"]
+
+
+def loaded(workspace: Workspace, **changes: object) -> LycorisConfig:
+    workspace.lycoris |= changes
+    config = workspace.load().lycoris
+    assert config is not None
+    return config
+
+
+def refused(workspace: Workspace, **changes: object) -> str:
+    workspace.lycoris |= changes
+    message = workspace.problems()
+    assert message.startswith("lycoris.json: 1 problem\n"), message
+    return message
+
+
+def test_t_lora_has_the_defaults_of_the_method(workspace: Workspace) -> None:
+    config = loaded(workspace)
+    assert (config.tlora_min_rank, config.tlora_alpha, config.tlora_schedule) == (1, 1.0, "floor")
+    assert (config.tlora_init, config.sig_type) == ("random", "last")
+    assert config.extra == {}
+
+
+@pytest.mark.parametrize("key", ["multiplier", "linear_alpha"])
+@pytest.mark.parametrize("written", [0.5, "0.5", "5e-1"])
+def test_strength_and_alpha_stay_floats(workspace: Workspace, key: str, written: object) -> None:
+    assert loaded(workspace, **{key: written}).model_dump()[key] == 0.5
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_algorithm_of_lycoris_is_known(workspace: Workspace, algo: str) -> None:
+    assert loaded(workspace, algo=algo).algo == algo
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_an_algorithm_takes_its_own_arguments_and_no_others(workspace: Workspace, algo: str) -> None:
+    every = {
+        "factor": 4, "full_matrix": True, "dropout": 0.1, "bypass_mode": True, "use_tucker": True,
+        "constraint": 0.5, "rescaled": True, "block_size": 2, "train_on_input": True, "dora_wd": True,
+        "rs_lora": True, "conv_dim": 4,
+    }  # fmt: skip
+    names = {"dora_wd": "weight_decompose"}
+    own = {key: value for key, value in every.items() if names.get(key, key) in ALGORITHM_ARGUMENTS[algo]}
+    config = loaded(workspace, algo=algo, **own)
+    assert config.extra == {names.get(key, key): value for key, value in own.items()}
+    workspace.lycoris |= every
+    message = workspace.problems()
+    assert {line.split()[0] for line in message.splitlines()[1:]} == every.keys() - own.keys()
+
+
+def test_arguments_given_as_texts_become_their_types(workspace: Workspace) -> None:
+    extra = loaded(workspace, algo="lokr", factor="8", full_matrix="true", rank_dropout="0.25").extra
+    assert extra == {"factor": 8, "full_matrix": True, "rank_dropout": 0.25}
+    assert [type(extra[key]) for key in ("factor", "full_matrix", "rank_dropout")] == [int, bool, float]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"tlora_min_rank": 9}, "tlora_min_rank  9 is above linear_dim 8. Lower it or raise linear_dim."),
+        ({"tlora_min_rank": 0}, "tlora_min_rank  0: must be at least 1."),
+        ({"tlora_alpha": 0}, "tlora_alpha  0: must be above 0."),
+        ({"tlora_init": "weihgt"}, "must be one of random, weight, vanilla. Did you mean weight?"),
+        ({"sig_type": "first"}, "must be one of last, middle, principal."),
+        ({"multiplier": 0}, "multiplier  0: must not be 0, which switches the adapter off."),
+        ({"linear_dim": 0}, "linear_dim  0: must be at least 1."),
+        ({"linear_alpha": "x"}, 'linear_alpha  "x": must be a number.'),
+        ({"algo": "tlra"}, 'algo  "tlra": must be one of tlora, lora,'),
+        ({"dropout": 0.1}, "dropout  not supported with algo tlora, whose rank schedule is the regulariser."),
+        ({"rank_dropout": "0.1"}, "rank_dropout  not supported with algo tlora"),
+        ({"module_dropout": 1}, "module_dropout  not supported with algo tlora"),
+        ({"bypass_mode": True}, "bypass_mode  not taken by algo tlora, which always runs beside"),
+        ({"factor": 4}, "factor  not taken by algo tlora. Remove it; it belongs to lokr."),
+        ({"mask_group_id": -1}, "mask_group_id  -1: must be at least 0."),
+        ({"mask_group_id": 1 << 16}, "mask_group_id  65536: must be below 65536."),
+        ({"preset": "full"}, "Use apply_preset, which names the layers."),
+        ({"linear_dims": 4}, "linear_dims  unknown key. Did you mean linear_dim?"),
+        ({"apply_preset": []}, "apply_preset  []: must be an object"),
+        ({"apply_preset": {"target_modules": []}}, "unknown key. Did you mean target_module?"),
+        ({"apply_preset": {"lora_prefix": "lora_unet"}}, "apply_preset.lora_prefix  known from SimpleTuner"),
+        ({"apply_preset": {"target_name": "(a"}}, "apply_preset.target_name  '(a' is no regular expression"),
+        ({"apply_preset": {"module_algo_map": {"X": {"factr": 3, "algo": "lokr"}}}}, "Did you mean factor?"),
+        ({"apply_preset": {"module_algo_map": {"X": {"factor": 3}}}}, "not taken by algo tlora."),
+        ({"apply_preset": {"name_algo_map": {"x": {"dim": 0}}}}, "name_algo_map.x.dim  0: must be at"),
+        ({"apply_preset": {"name_algo_map": {"x": {"conv_dim": 2}}}}, "is about the whole adapter."),
+        ({"apply_preset": {"name_algo_map": {"x": {"dim": 2, "linear_dim": 3}}}}, "is another name of dim"),
+        ({"apply_preset": {"name_algo_map": {"x": {"dropout": 0.5}}}}, "not supported with algo tlora"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_says_what_to_do(
+    workspace: Workspace, changes: dict[str, object], text: str
+) -> None:
+    assert text in refused(workspace, **changes)
+
+
+@pytest.mark.parametrize("dropout", ["dropout", "rank_dropout", "module_dropout"])
+def test_zero_dropout_is_no_dropout(workspace: Workspace, dropout: str) -> None:
+    assert loaded(workspace, **{dropout: 0.0}).extra == {}
+
+
+def test_dropout_with_tlora_is_refused_though_a_layer_of_another_kind_could_take_it(
+    workspace: Workspace,
+) -> None:
+    preset = {"module_algo_map": {"X": {"algo": "lora"}}}
+    assert "not supported with algo tlora" in refused(workspace, dropout=0.1, apply_preset=preset)
+
+
+def test_false_is_an_argument_of_its_own(workspace: Workspace) -> None:
+    assert loaded(workspace, algo="lora", dora_wd=True, wd_on_output=False).extra == {
+        "weight_decompose": True,
+        "wd_on_out": False,
+    }
+
+
+@pytest.mark.parametrize(("use", "init"), [(True, "weight"), ("false", "random")])
+def test_lycoris_own_name_of_the_start_is_read(workspace: Workspace, use: object, init: str) -> None:
+    assert loaded(workspace, use_data_init=use).tlora_init == init
+    assert loaded(workspace, use_data_init=use, tlora_init=init).tlora_init == init
+
+
+@pytest.mark.parametrize(
+    ("use", "init"), [(True, "random"), (False, "weight"), (True, "vanilla"), (False, "vanilla")]
+)
+def test_two_starts_that_contradict_are_refused(workspace: Workspace, use: bool, init: str) -> None:
+    message = refused(workspace, use_data_init=use, tlora_init=init)
+    assert "Keep tlora_init and remove use_data_init." in message
+
+
+def test_a_start_that_is_neither_true_nor_false_is_refused(workspace: Workspace) -> None:
+    assert '"maybe": must be true or false.' in refused(workspace, use_data_init="maybe")
+
+
+@pytest.mark.parametrize("key", ["tlora_min_rank", "tlora_alpha", "tlora_schedule", "tlora_init", "sig_type"])
+def test_keys_of_tlora_belong_to_it(workspace: Workspace, key: str) -> None:
+    assert f"{key}  belongs to algo tlora, but algo is lora." in refused(workspace, algo="lora", **{key: 1})
+
+
+def test_keys_of_tlora_count_when_some_layers_use_it(workspace: Workspace) -> None:
+    preset = {"module_algo_map": {"X": {"algo": "tlora"}}}
+    config = loaded(workspace, algo="lokr", linear_dim=100, factor=4, tlora_min_rank=3, apply_preset=preset)
+    assert config.tlora_min_rank == 3
+    assert config.uses_tlora
+    assert config.extra == {"factor": 4}
+
+
+def test_targets_are_read_as_list_or_text(workspace: Workspace) -> None:
+    preset = {"target_module": "Attention, FeedForward", "target_name": "a{1,2}", "exclude_name": ["x"]}
+    targets = loaded(workspace, apply_preset=preset).apply_preset
+    assert targets.target_module == ("Attention", "FeedForward")
+    assert targets.target_name == ("a{1,2}",)
+    assert targets.exclude_name == ("x",)
+
+
+def test_wildcards_are_allowed_with_fnmatch(workspace: Workspace) -> None:
+    preset = {"target_name": "*.attn", "use_fnmatch": "true"}
+    assert loaded(workspace, apply_preset=preset).apply_preset.use_fnmatch is True
+    del preset["use_fnmatch"]
+    assert "Set use_fnmatch for * and ?." in refused(workspace, apply_preset=preset)
+
+
+def test_entries_of_a_map_use_the_names_of_the_constructors(workspace: Workspace) -> None:
+    entry = {"algo": "lora", "linear_dim": "4", "linear_alpha": 0.5, "dora_wd": True}
+    preset = loaded(workspace, apply_preset={"module_algo_map": {"X": entry}}).apply_preset
+    dumped = preset.module_algo_map["X"].model_dump(exclude_none=True)
+    assert dumped == {"algo": "lora", "dim": 4, "alpha": 0.5, "weight_decompose": True}
+
+
+def test_the_json_is_kept_as_it_was_written(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_DIM", "6")
+    changes = {
+        "linear_dim": "{env:TOY_DIM}",
+        "apply_preset": {"target_module": ["Attention"], "lora_prefix": "lycoris"},
+    }
+    config = loaded(workspace, **changes)
+    assert config.linear_dim == 6
+    assert config.raw == workspace.lycoris
+    assert json.loads(json.dumps(dict(config.raw))) == workspace.lycoris
+
+
+@pytest.mark.parametrize("key", ["algo", "multiplier", "linear_dim", "linear_alpha"])
+def test_required_keys_are_required(workspace: Workspace, key: str) -> None:
+    del workspace.lycoris[key]
+    assert f"{key}  required, but missing." in refused(workspace)
+
+
+def test_a_lycoris_json_that_is_no_object_is_refused(workspace: Workspace) -> None:
+    workspace.write()
+    workspace.text("lycoris.json", "[]")
+    with pytest.raises(ConfigError, match="must hold an object"):
+        workspace.load_as_written()

@@ -1,0 +1,82 @@
+"""Lessons: pictures and captions that keep the held-out scenes and the free name unseen."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from simpletuner.demo.curriculum import (
+    NAMES,
+    NEW_NAME,
+    Lesson,
+    random_caption,
+    random_lesson,
+    random_pictures,
+    words,
+)
+from simpletuner.demo.scenes import (
+    Background,
+    caption,
+    draw_background,
+    evaluation_scenes,
+    is_held_out,
+    scenes,
+)
+
+LESSON = Lesson(
+    draw_background(Background("blue", "striped")),
+    subject="a red star",
+    place="at the top",
+    background=Background("blue", "striped"),
+)
+
+
+def lessons(num: int) -> list[Lesson]:
+    rng = np.random.default_rng(1)
+    return [random_lesson(rng) for _ in range(num)]
+
+
+def test_no_lesson_shows_a_held_out_scene() -> None:
+    held_out = {str(scene) for scene in scenes() if is_held_out(scene)}
+    shown = {caption(each.subject, place=each.place, background=each.background) for each in lessons(2000)}
+    assert str(evaluation_scenes(1)[0]) in held_out
+    assert not shown & held_out
+
+
+def test_a_quarter_of_the_lessons_are_toys_and_some_have_a_name() -> None:
+    subjects = [each.subject for each in lessons(1000) if "toy" in each.subject]
+    assert 200 < len(subjects) < 300
+    named = [subject for subject in subjects if subject != "a toy"]
+    assert {subject.split()[1] for subject in named} == set(NAMES)
+    assert 0.3 < len(named) / len(subjects) < 0.5
+
+
+def test_captions_are_mostly_the_whole_sentence_and_sometimes_leave_something_out() -> None:
+    rng = np.random.default_rng(0)
+    captions = [random_caption(LESSON, rng) for _ in range(500)]
+    assert 250 < captions.count("a red star at the top on a striped blue background") < 350
+    assert set(captions) == {
+        "a red star at the top on a striped blue background",
+        "a striped blue background with a red star at the top",
+        "a red star, at the top, striped blue background",
+        "a red star at the top",
+        "a red star on a striped blue background",
+        "a red star",
+    }
+
+
+def test_every_word_of_a_caption_is_listed_and_the_new_name_is_in_none() -> None:
+    rng = np.random.default_rng(0)
+    used = {word for each in lessons(500) for word in random_caption(each, rng).replace(",", " ,").split()}
+    assert used <= set(words())
+    assert NEW_NAME in words()
+    assert NEW_NAME not in used
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_pictures_for_the_autoencoder_are_a_function_of_the_seed(seed: int) -> None:
+    one, two = (list(islice(random_pictures(np.random.default_rng(seed)), 4)) for _ in range(2))
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, list(islice(random_pictures(np.random.default_rng(seed + 1)), 4)))

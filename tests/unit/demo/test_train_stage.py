@@ -1,0 +1,85 @@
+"""A training stage: its learning rate, its moving average, and going on after a stop."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from simpletuner.demo.train_stage import Schedule, Stage
+
+SCHEDULE = Schedule(steps=6, learning_rate=0.1, save_interval=3)
+
+
+class Stopped(Exception):
+    """The run was interrupted."""
+
+
+def make_module() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 1)
+
+
+def loss_on(module: nn.Linear, step: int) -> Tensor:
+    inputs = torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+    return (module(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
+
+
+def run(file: Path, *, stop_at: int | None = None) -> tuple[nn.Linear, Stage]:
+    def stop(step: int) -> None:
+        if step == stop_at:
+            raise Stopped
+
+    module = make_module()
+    stage = Stage([module], schedule=SCHEDULE, file=file)
+    stage.train(lambda step: loss_on(module, step), every=stop)
+    return module, stage
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"), [(0, 0.008), (99, 0.8), (500, 0.8), (700, 0.8), (850, 0.4), (999, 0.8 / 300)]
+)
+def test_the_rate_rises_stays_and_falls(step: int, rate: float) -> None:
+    assert Schedule(steps=1000, learning_rate=0.8).rate_at(step) == pytest.approx(rate)
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    whole, whole_stage = run(tmp_path / "whole.pt")
+    with pytest.raises(Stopped):
+        run(tmp_path / "parts.pt", stop_at=4)
+    resumed, resumed_stage = run(tmp_path / "parts.pt")
+    assert not torch.equal(whole.weight, make_module().weight)
+    assert torch.equal(resumed.weight, whole.weight)
+    assert torch.equal(resumed_stage.averages[0], whole_stage.averages[0])
+    assert resumed_stage.step == 6
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.demo.train_stage.perf_counter", itertools.count().__next__)
+    run(tmp_path / "stage.pt")
+    module = make_module()
+    stage = Stage([module], schedule=SCHEDULE, file=tmp_path / "stage.pt")
+    stage.train(lambda _: pytest.fail("trained"), every=lambda _: None)
+    assert stage.seconds == SCHEDULE.steps, "one second each by this clock"
+
+
+def test_modules_carry_the_average_inside_averaged_only(tmp_path: Path) -> None:
+    module, stage = run(tmp_path / "stage.pt")
+    trained = module.weight.detach().clone()
+    with stage.averaged():
+        assert torch.equal(module.weight, stage.averages[0])
+        assert not torch.equal(module.weight, trained)
+    assert torch.equal(module.weight, trained)
+    stage.take_average()
+    assert torch.equal(module.weight, stage.averages[0])
+
+
+def test_the_average_weighs_early_steps_less(tmp_path: Path) -> None:
+    module = make_module()
+    start = module.weight.detach().clone()
+    stage = Stage([module], schedule=Schedule(steps=1, learning_rate=1.0), file=tmp_path / "stage.pt")
+    stage.train(lambda step: loss_on(module, step), every=lambda _: None)
+    assert torch.allclose(stage.averages[0], start.lerp(module.weight.detach(), 0.9))

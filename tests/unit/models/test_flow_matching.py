@@ -1,0 +1,143 @@
+"""Noise levels, shift, noise and target of flow-matching models."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from scipy import stats
+
+from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+from simpletuner.helpers.models.flow_matching import (
+    DynamicShift,
+    SigmaDistribution,
+    distribution_of,
+    draw_guidance,
+    draw_sigma,
+    dynamic_shift,
+    noised_batch,
+    sampling_sigmas,
+    shifted,
+    static_shift,
+    timestep_of,
+)
+
+SIGMOID = SigmaDistribution()
+DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
+
+
+@pytest.mark.parametrize(
+    ("sigma", "shift", "expected"),
+    [
+        (0.5, 1.0, 0.5),
+        (0.5, 3.0, 0.75),
+        (0.25, 3.0, 0.5),
+        (1.0, 3.0, 1.0),
+        (0.0, 3.0, 0.0),
+        (0.75, 1 / 3, 0.5),
+    ],
+)
+def test_shift_matches_hand_computed_values(sigma: float, shift: float, expected: float) -> None:
+    assert shifted(sigma, shift) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(("num_tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825), (1024, 0.63)])
+def test_dynamic_shift_is_linear_in_the_number_of_tokens(num_tokens: int, mu: float) -> None:
+    assert dynamic_shift(DYNAMIC)(num_tokens) == pytest.approx(math.exp(mu))
+    assert math.log(DynamicShift()(num_tokens)) == pytest.approx(calculate_shift(num_tokens))
+
+
+@pytest.mark.parametrize(
+    ("keys", "scheduler", "shift"),
+    [
+        ({}, DYNAMIC, None),
+        ({}, {"shift": 3.0}, 3.0),
+        ({}, {}, 1.0),
+        ({"flow_schedule_shift": 2.0}, DYNAMIC, 2.0),
+        ({"flow_schedule_shift": 0}, DYNAMIC, 1.0),
+        ({"flow_schedule_auto_shift": True}, {"shift": 1.0}, None),
+    ],
+)
+def test_shift_is_the_users_else_the_models(
+    keys: dict[str, object], scheduler: dict[str, object], shift: float | None
+) -> None:
+    assert static_shift(NoiseConfig.model_validate(keys), scheduler) == shift
+
+
+def test_timestep_is_the_float32_product_as_the_schedulers_form_it() -> None:
+    sigmas = torch.arange(1, 1001, dtype=torch.float64).div(1000).float()
+    found = [timestep_of(float(sigma)) for sigma in sigmas]
+    assert found == (sigmas * 1000).int().tolist()
+    assert sum(int(float(sigma) * 1000) != each for sigma, each in zip(sigmas, found, strict=True)) > 400
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, math.exp(0.7)])
+def test_sampling_levels_are_those_of_the_stock_scheduler(shift: float) -> None:
+    stock = FlowMatchEulerDiscreteScheduler(shift=shift)
+    stock.set_timesteps(sigmas=np.linspace(1, 1 / 28, 28))
+    ours = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    ours.set_timesteps(sigmas=sampling_sigmas(28, shift))
+    torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize(
+    ("keys", "cumulative"),
+    [
+        ({}, lambda s: stats.norm.cdf(np.log(s / (1 - s)))),
+        ({"flow_sigmoid_scale": 2.0}, lambda s: stats.norm.cdf(np.log(s / (1 - s)) / 2)),
+        ({"flow_use_uniform_schedule": True}, stats.uniform.cdf),
+        (
+            {
+                "flow_use_beta_schedule": True,
+                "flow_beta_schedule_alpha": 3.0,
+                "flow_beta_schedule_beta": 1.5,
+            },
+            stats.beta(3.0, 1.5).cdf,
+        ),
+    ],
+    ids=["sigmoid", "wide sigmoid", "uniform", "beta"],
+)
+def test_noise_levels_follow_the_distribution_that_was_asked_for(
+    keys: dict[str, object], cumulative: object
+) -> None:
+    distribution = distribution_of(NoiseConfig.model_validate(keys))
+    drawn = [draw_sigma(distribution, seed=3, position=position) for position in range(2000)]
+    assert stats.kstest(drawn, cumulative).pvalue > 0.01
+
+
+def test_noised_batch_lies_on_the_line_from_image_to_noise() -> None:
+    clean = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noised = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=range(5), seed=7)
+    assert noised.sigmas is not None
+    sigma = torch.tensor(noised.sigmas)[:, None, None, None]
+    noise = clean + noised.target
+    torch.testing.assert_close(noised.latents, (1 - sigma) * clean + sigma * noise)
+    assert noise.std().item() == pytest.approx(1, abs=0.05)
+    assert noised.timesteps == tuple(int(torch.tensor(each) * 1000) for each in noised.sigmas)
+    assert all(float(np.float32(each)) == each for each in noised.sigmas)
+    assert noised.weight.tolist() == [1.0] * 5
+
+
+def test_a_sample_is_noised_alike_in_any_batch() -> None:
+    clean = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=[4, 9, 2], seed=7)
+    alone = noised_batch(clean[1:2].bfloat16(), distribution=SIGMOID, shift=3.0, positions=[9], seed=7)
+    assert alone.latents.dtype == torch.float32
+    assert together.sigmas is not None
+    assert alone.sigmas == together.sigmas[1:2]
+    other = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=[4, 9, 2], seed=8)
+    assert other.sigmas != together.sigmas
+
+
+def test_guidance_is_constant_or_drawn_for_each_sample() -> None:
+    constant = NoiseConfig(flux_guidance_value=3.5)
+    assert draw_guidance(constant, positions=[0, 1], seed=1) == (3.5, 3.5)
+    ranged = NoiseConfig(flux_guidance_mode="random-range", flux_guidance_min=1, flux_guidance_max=4)
+    drawn = draw_guidance(ranged, positions=range(500), seed=1)
+    assert 1 <= min(drawn) < 1.1
+    assert 3.9 < max(drawn) <= 4
+    assert draw_guidance(ranged, positions=[7], seed=1) == (drawn[7],)

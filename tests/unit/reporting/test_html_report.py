@@ -1,0 +1,546 @@
+"""The page of a run, from folders as runs leave them; what a browser makes of it where there is one."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from synthetic_run import BANDS, NASTY, SECRET, Page, SyntheticRun, code_of, record
+
+from simpletuner.helpers.reporting.html_report import gallery, writer
+from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn, nice_ticks
+from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run
+from simpletuner.helpers.reporting.html_report.markup import (
+    HIDDEN,
+    data_block,
+    duration,
+    number,
+    without_secrets,
+)
+from simpletuner.helpers.reporting.html_report.page import write_page
+from simpletuner.helpers.reporting.html_report.series import Points, read_log, smoothed, thinned
+from simpletuner.helpers.reporting.html_report.writer import RunPage
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def html_of(run: SyntheticRun) -> str:
+    return write_page(run.write()).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of one run that the tests below only look at."""
+    return html_of(SyntheticRun(tmp_path_factory.mktemp("run")))
+
+
+# Courses.
+
+
+def test_thinned_curve_holds_mean_and_range_of_neighbouring_steps() -> None:
+    steps, values = np.arange(1.0, 6.0), np.array([1.0, 3.0, np.nan, 8.0, np.nan])
+    points = thinned(steps, values, max_points=3)
+    assert points.steps.tolist() == [2, 4, 5]
+    assert points.means[:2].tolist() == [2.0, 8.0]
+    assert [points.lows[:2].tolist(), points.highs[:2].tolist()] == [[1.0, 8.0], [3.0, 8.0]]
+    assert math.isnan(points.means[2])
+
+
+def test_short_curve_is_not_thinned() -> None:
+    steps = np.arange(1.0, 301.0)
+    assert thinned(steps, steps).means.tolist() == steps.tolist()
+
+
+def test_smoothed_curve_passes_over_steps_without_a_value() -> None:
+    values = smoothed(np.array([4.0, np.nan, 1.0]))
+    assert math.isnan(values[1])
+    assert values[2] == pytest.approx((0.8 * 4 + 1) / 1.8)  # keep is 1 - 1/5 for a short run
+
+
+def test_log_is_read_past_a_torn_line_and_without_newer_fields(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(
+        '{"step": 1, "loss": 0.5}\n[]\n{"step": 2, "loss": 0.25, "loss_by_band": {"0-500": 0.25}}\n{"st'
+    )
+    log = read_log(file)
+    assert log.steps.tolist() == [1, 2]
+    assert log.column("loss").tolist() == [0.5, 0.25]
+    assert np.isnan(log.column("memory_mib")).all()
+    assert log.column("loss_by_band", "0-500")[1] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.0, [0, 0.25, 0.5, 0.75, 1.0]),
+        (3.0, 97.0, [0, 25, 50, 75, 100]),
+        (0.0, 1e-4, [0, 2.5e-5, 5e-5, 7.5e-5, 1e-4]),
+        (5.0, 5.0, [2, 4, 6, 8]),
+        (0.0, 0.0, [-0.5, -0.25, 0, 0.25, 0.5]),
+        (5.0, math.nextafter(5.0, 6.0), [2, 4, 6, 8]),
+        (-5.0, math.nextafter(-5.0, 0.0), [-8, -6, -4, -2]),
+        (100_000.0, 100_004.0, [100_000, 100_001, 100_002, 100_003, 100_004]),
+    ],
+)
+def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: list[float]) -> None:
+    assert nice_ticks(low, high) == ticks
+
+
+def test_one_spike_does_not_flatten_the_loss() -> None:
+    steps = np.arange(1.0, 1001.0)
+    values = np.where(steps == 500, 1e6, 1 + np.sin(steps))
+    figure = drawn(Chart("Loss", [Curve("each step", thinned(steps, values), is_faint=True)]))
+    side = figure.partition('class="side"')[2].partition("</div>")[0]
+    assert float(re.findall(r">([\d.k]+)</span>", side)[-1]) < 10
+
+
+def test_rare_value_of_a_firm_curve_is_shown() -> None:
+    timesteps = np.arange(1001.0)
+    ranks = np.where(timesteps == 0, 16.0, 15.0)
+    figure = drawn(Chart("Open ranks", [Curve("open ranks", Points(timesteps, ranks, ranks, ranks))]))
+    assert re.search(r'class="line c1" d="M0.0 0.0L', figure), "at the top, where the axis says 16"
+    assert ">16</span>" in figure
+
+
+def test_chart_of_one_step_shows_a_line() -> None:
+    one = np.array([1.0])
+    assert re.search(
+        r'class="line c1" d="M0.0 [\d.]+h1000"', drawn(Chart("Loss", [Curve("x", thinned(one, one))]))
+    )
+
+
+def test_chart_of_equal_values_is_drawn_although_their_running_mean_is_off_in_the_last_bit() -> None:
+    values = np.full(3, 0.9351295249095365)
+    steps, means = np.arange(1.0, 4.0), smoothed(values)
+    assert 0 < np.abs(means - values).max() < 1e-15
+    each = Curve("each step", thinned(steps, values), is_faint=True)
+    figure = drawn(Chart("Loss", [each, Curve("smoothed", thinned(steps, means))]))
+    assert re.search(r'class="line c1" d="M0.0 (\d+\.\d)L500.0 \1L1000.0 \1"', figure)
+
+
+def test_chart_without_a_value_is_left_out() -> None:
+    assert drawn(Chart("GPU", [Curve("GPU", thinned(np.array([1.0]), np.array([np.nan])))])) == ""
+
+
+# The page.
+
+
+def test_parts_of_the_page_stand_in_their_order(html: str) -> None:
+    anchors = [each["id"] for each in Page(html).all("section")]
+    assert anchors == ["course", "schedule", "pictures", "data", "configuration", "environment", "use"]
+
+
+def test_page_needs_nothing_beside_it(html: str) -> None:
+    page = Page(html)
+    targets = [
+        each[name]
+        for _, each in page.elements
+        for name in ("src", "href", "srcset", "action")
+        if name in each
+    ]
+    assert targets
+    assert all(str(target).startswith("data:image/") for target in targets)
+    assert "url(" not in html
+    assert "@import" not in html
+    assert not page.all("link")
+    assert "http-equiv" in page.all("meta")[1]
+
+
+def test_only_the_pages_own_script_may_run(html: str) -> None:
+    page = Page(html)
+    policy = next(each["content"] for each in page.all("meta") if each.get("http-equiv")) or ""
+    digest = base64.b64encode(hashlib.sha256(page.scripts[-1].encode()).digest()).decode()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    )
+    running = [each for each in page.all("script") if each.get("type") != "application/json"]
+    assert len(running) == 1
+
+
+def test_what_users_wrote_is_text(html: str) -> None:
+    page = Page(html)
+    assert page.text.count(NASTY) == 5, "prompt, caption, name of a file, setting, instance prompt"
+    assert not page.all("b") or NASTY not in html
+    assert "<b>cat</b>" not in html
+    assert "alert('x')</script>" not in html
+    assert any(NASTY in str(each["alt"]) for each in page.all("img"))
+
+
+def test_secrets_are_hidden_wherever_they_stand(html: str) -> None:
+    assert SECRET not in html
+    assert "not-to-be-seen" not in html
+    assert "user:password" not in html
+    assert HIDDEN in html
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ({"wandb_api_key": "x", "tokens": ["y"]}, {"wandb_api_key": HIDDEN, "tokens": HIDDEN}),
+        ({"tokenizer": "x", "key": 1, "hub_token": None}, {"tokenizer": "x", "key": 1, "hub_token": None}),
+        (["a ghp_0123456789abcdef b"], [f"a {HIDDEN} b"]),
+    ],
+)
+def test_secret_is_known_by_its_key_or_its_form(value: object, shown: object) -> None:
+    assert without_secrets(value) == shown
+
+
+def test_text_among_the_values_of_a_chart_cannot_end_their_block() -> None:
+    block = data_block({"name": NASTY})
+    assert block.count("</script>") == 1
+    assert json.loads(Page(block).scripts[0]) == {"name": NASTY}
+
+
+def test_home_folder_is_not_named(html: str) -> None:
+    assert f"~{Path('/pictures/cats')}" in Page(html).text
+    assert str(Path.home() / "pictures") not in html
+
+
+def test_charts_are_well_formed_and_say_what_they_show(html: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    titles = [str(ElementTree.fromstring(each).findtext("title")) for each in drawings]
+    starts = ["Loss over", "Loss by noise level", "Learning rate", "Mean active rank", "Gradient norm"]
+    starts += ["Seconds per step", "Peak memory", "Open ranks over timestep 0 to 1,000"]
+    assert all(title.startswith(start) for title, start in zip(titles, starts, strict=True)), titles
+    assert all(f"timesteps {band}" in titles[1] for band in BANDS)
+
+
+def test_course_holds_the_numbers_of_the_log(html: str) -> None:
+    readings = [json.loads(each) for each in Page(html).scripts[:-1]]
+    assert readings[0]["x"] == list(range(1, 51))
+    assert readings[0]["y"][0] == pytest.approx([record(step)["loss"] for step in range(1, 51)], rel=1e-4)
+    ranks = readings[-1]
+    assert [ranks["y"][0][timestep] for timestep in (0, 1, 499, 500, 999, 1000)] == [64, 40, 40, 20, 20, 4]
+
+
+def test_data_sheet_tells_what_is_trained_on_and_what_is_not(html: str) -> None:
+    text = " ".join(Page(html).text.split())
+    for words in (
+        "6 of 7 images, 5 distinct texts",
+        "64x64 to 640x480",
+        "3 x each image",
+        "and 1 more",
+    ):
+        assert words in text
+
+
+def test_settings_that_differ_stand_before_those_at_their_default(html: str) -> None:
+    text = Page(html).text
+    assert text.index("learning_rate") < text.index("settings at their default") < text.index("hub_token")
+
+
+def test_numbers_are_short() -> None:
+    assert [number(each) for each in (0.123456, 1e-7, 12345.6, 4800.0, math.nan)] == [
+        "0.1235", "1e-07", "12,346", "4,800", "-",
+    ]  # fmt: skip
+    assert [duration(each) for each in (1.25, 75, 7325)] == ["1.2 s", "1 min 15 s", "2 h 2 min"]
+
+
+# States and versions.
+
+
+def test_state_is_found_out_from_the_folder(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    run.write()
+    assert read_run(tmp_path).state == "stopped"
+    run.json("exit.json", {"outcome": "failed"})
+    assert read_run(tmp_path).state == "failed"
+    run.json(".run.holder.json", {"pid": 1, "host": "another"})
+    assert read_run(tmp_path).state == "running"
+    run.json("finished.json", {"step": 49})
+    assert read_run(tmp_path).state == "running", "it was finished before, and goes on now"
+    run.json("finished.json", {"step": 50})
+    assert read_run(tmp_path).state == "finished"
+    (tmp_path / ".run.holder.json").unlink()
+    assert "finished, 50 steps" in write_page(tmp_path).read_text()
+    assert "running at step 50 of 100" in write_page(tmp_path, state="running").read_text()
+
+
+def test_folder_of_an_earlier_version_still_has_a_page(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path, steps=3, validations=1).write()
+    new = {"loss_by_band", "memory_mib", "device_memory_mib"}
+    lines = [{key: value for key, value in record(step).items() if key not in new} for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (tmp_path / "run.json").unlink()
+    html = write_page(tmp_path).read_text()
+    page = Page(html)
+    anchors = [each["id"] for each in page.all("section")]
+    assert anchors == ["course", "schedule", "pictures", "data", "configuration", "use"]
+    assert "From 64 ranks at the clean image to 4 at pure noise" in page.text
+    assert [each["alt"] for each in page.all("img")][:2] == [
+        "prompt, base model, 32x32, seed 1",
+        "prompt, step 3, 32x32, seed 1",
+    ]
+    assert "Loss by noise level" not in html
+
+
+def test_steps_that_took_no_time_by_a_coarse_clock_have_a_page_without_a_speed(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    lines = [record(step) | {"seconds": 0.0} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with np.errstate(all="raise"):
+        text = " ".join(Page(write_page(tmp_path).read_text()).text.split())
+    assert "time in steps0.0 s" in text
+    assert "samples/s" not in text
+
+
+def test_log_that_names_nothing_but_steps_has_a_page(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "running at step 1 of 100" in write_page(tmp_path, state="running").read_text()
+
+
+def test_run_that_took_no_step_yet_has_a_page(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path, steps=1, validations=0).write()
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "pytorch_lora_weights.safetensors").unlink()
+    page = Page(write_page(tmp_path, state="running").read_text())
+    assert "No step was taken yet" in page.text
+    assert not {"course", "use"} & {each["id"] for each in page.all("section")}
+
+
+def test_adapter_of_the_newest_checkpoint_is_named_while_there_is_no_other(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    own = tmp_path / "pytorch_lora_weights.safetensors"
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        shutil.copy(own, tmp_path / f"checkpoint-{step}")
+    assert f"--adapter {own} " in code_of(write_page(tmp_path).read_text(), "use-command")
+    own.unlink()
+    html = write_page(tmp_path).read_text()
+    assert f"--adapter {tmp_path}/checkpoint-10/{own.name} " in code_of(html, "use-command")
+    assert "of checkpoint-10, the newest so far" in Page(html).text
+
+
+def test_paths_are_written_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SyntheticRun(tmp_path / "output" / "mine").write()
+    monkeypatch.chdir(tmp_path)
+    html = write_page(tmp_path / "output" / "mine").read_text()
+    assert "'output/mine/pytorch_lora_weights.safetensors'" in code_of(html, "use-python")
+    assert str(tmp_path) not in html
+
+
+def test_snippet_is_python_that_names_what_the_run_changed(tmp_path: Path) -> None:
+    changed = {"prediction_type": "v_prediction", "revision": "fp16", "lora_type": "standard"}
+    html = html_of(SyntheticRun(tmp_path, config={**changed, "validation_negative_prompt": NASTY}))
+    code = code_of(html, "use-python")
+    compile(code, "snippet", "exec")
+    for part in ("prediction_type='v_prediction'", "revision='fp16'", "load_peft_into_pipeline(pipeline"):
+        assert part in code
+    assert f"negative_prompt={NASTY!r}" in code
+
+
+def test_folder_without_a_run_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(NoRunError, match="no run was written here"):
+        write_page(tmp_path)
+
+
+def test_command_needs_no_torch(tmp_path: Path, repository: Path) -> None:
+    folder = SyntheticRun(tmp_path).write()
+    script = (
+        "import sys\nfrom simpletuner import cli\n"
+        f"sys.argv = ['simpletuner', 'report', {str(folder)!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", script], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == str(folder / "report.html")
+
+
+# Pictures.
+
+
+def test_pictures_stand_by_step_beside_the_base_model(html: str) -> None:
+    alts = [each["alt"] for each in Page(html).all("img")]
+    columns = ("base model", "step 25", "step 50")
+    expected = [f"{prompt}, {column}, 32x32, seed 1" for prompt in (NASTY, "a dog") for column in columns]
+    assert alts == expected
+
+
+def test_picture_of_another_adapter_stands_between(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, prompts=("a dog",), validations=1)
+    run.write()
+    facts = json.loads((tmp_path / "run.json").read_bytes())
+    facts["shots"][0]["other"] = facts["shots"][0]["base"]
+    run.json("run.json", facts | {"compared_with": "LoRA"})
+    alts = [str(each["alt"]) for each in Page(write_page(tmp_path).read_text()).all("img")]
+    assert [alt.split(", ")[1] for alt in alts] == ["base model", "LoRA", "step 50"]
+
+
+def test_damaged_picture_is_a_gap(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, prompts=("a dog",))
+    next((run.write() / "validation" / "step-25").glob("*.png")).write_bytes(b"no picture")
+    page = Page(write_page(tmp_path).read_text())
+    assert len(page.all("img")) == 2
+    assert len([each for each in page.all("span") if each.get("class") == "missing"]) == 1
+
+
+def test_large_pictures_are_scaled_and_small_ones_kept_to_the_pixel(tmp_path: Path) -> None:
+    for edge, shown, kind in ((1024, 448, "jpeg"), (64, 64, "png")):
+        file = tmp_path / f"{edge}.png"
+        Image.new("RGB", (edge, edge // 2), "red").save(file)
+        picture = gallery.thumbnail(file, 0)
+        assert (picture.width, picture.height) == (shown, shown // 2)
+        assert picture.uri.startswith(f"data:image/{kind};base64,")
+
+
+@pytest.mark.parametrize(
+    ("count", "kept"),
+    [(2, [1, 9]), (3, [1, 5, 9]), (5, [1, 3, 5, 7, 9]), (9, list(range(1, 10))), (20, list(range(1, 10)))],
+)
+def test_steps_that_stay_are_first_last_and_evenly_between(count: int, kept: list[int]) -> None:
+    assert gallery.spread(range(1, 10), count) == kept
+
+
+def test_pictures_beyond_the_budget_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = SyntheticRun(tmp_path, steps=60, validations=6, prompts=("a dog", "a cat"))
+    html = html_of(run)
+    one = gallery.thumbnail(next((tmp_path / "validation" / "base").glob("*.png")), -1)
+    monkeypatch.setattr(gallery, "BUDGET_BYTES", one.num_bytes * 2 * 4)  # base and three steps of two prompts
+    fewer = write_page(tmp_path).read_text()
+    assert len(Page(html).all("img")) == 2 * 7
+    assert [str(each["alt"]).split(", ")[1] for each in Page(fewer).all("img")[:4]] == [
+        "base model", "step 10", "step 30", "step 60",
+    ]  # fmt: skip
+    assert "3 validations left out to keep the page small: step 20, 40, 50." in Page(fewer).text
+    monkeypatch.setattr(gallery, "BUDGET_BYTES", one.num_bytes * 3)
+    assert "1 prompt left out to keep the page small." in Page(write_page(tmp_path).read_text()).text
+
+
+def test_long_run_with_many_pictures_stays_small_and_quick(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, steps=100_000, validations=50, picture_px=512)
+    folder = run.write()
+    started_s = time.process_time()
+    file = write_page(folder)
+    took_s = time.process_time() - started_s
+    assert file.stat().st_size < 20_000_000
+    assert took_s < 20, "a few seconds on a machine that has nothing else to do"
+    page = Page(file.read_text())
+    assert "left out to keep the page small" in page.text
+    assert max(len(json.loads(each)["x"]) for each in page.scripts[:-1]) <= 1001
+
+
+# Keeping it up to date.
+
+
+def test_page_that_cannot_be_written_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    SyntheticRun(tmp_path).write()
+
+    def no_space(*_: object, **__: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_page", no_space)
+    with caplog.at_level(logging.WARNING):
+        assert RunPage(tmp_path, is_enabled=True).write("finished") is None
+    assert "The report was not written: OSError: [Errno 28] No space left" in caplog.text
+
+
+def test_page_is_not_made_so_often_that_it_slows_the_run_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    clock = iter([0.0, 0.0, 2.0, 2.0, 99.0, 110.0, 110.0, 112.0, 112.0])  # each page takes 2 s, 2 % are 100 s
+    monkeypatch.setattr(writer, "write_page", lambda folder, **_: made.append(folder))
+    monkeypatch.setattr(writer.time, "monotonic", lambda: next(clock))
+    page = RunPage(tmp_path, is_enabled=True)
+    for _ in range(3):
+        page.refresh()
+    assert len(made) == 2
+
+
+def test_other_processes_write_no_page(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    page = RunPage(tmp_path, is_enabled=False)
+    page.refresh()
+    assert page.write("finished") is None
+    assert not (tmp_path / "report.html").exists()
+
+
+# In a browser.
+
+PROBE = """
+window.addEventListener("error", (event) => errors.push(event.message));
+document.addEventListener("securitypolicyviolation", (event) => errors.push(event.violatedDirective));
+"""
+QUESTIONS = """
+const field = document.querySelector(".field");
+const box = field.getBoundingClientRect();
+const place = {clientX: box.left + box.width / 2, clientY: box.top + 5, bubbles: true};
+field.dispatchEvent(new PointerEvent("pointermove", place));
+const values = [...document.querySelector("figcaption").querySelectorAll(".key b")];
+const during = values.map((each) => each.textContent);
+field.dispatchEvent(new PointerEvent("pointerleave", place));
+const after = values.map((each) => each.textContent);
+document.querySelector(".pictures img").click();
+const alt = document.querySelector("dialog[open] img").alt;
+document.querySelector("dialog").close();
+parent.postMessage(JSON.stringify({
+  errors, during, after, alt,
+  width: innerWidth, scroll: document.documentElement.scrollWidth,
+  broken: [...document.images].filter((each) => each.src && !each.naturalWidth).length,
+}), "*");
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
+    tmp_path: Path, html: str, width: int
+) -> None:
+    before, after = f"const errors = [];{PROBE}", QUESTIONS
+    hashes = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (before, after)]
+    probed = html.replace("script-src", "script-src " + " ".join(f"'sha256-{each}'" for each in hashes), 1)
+    probed = probed.replace("<style>", f"<script>{before}</script><style>", 1)
+    probed = probed.replace("</body>", f"<script>{after}</script></body>")
+    (tmp_path / "page.html").write_text(probed)
+    # A window is at least 500 px wide; a frame is as wide as it is told to be.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<iframe src="page.html" width="{width}" height="900" frameborder="0"></iframe>'
+        "<script>onmessage = (event) => { document.title = event.data; }</script>"
+    )
+    shown = subprocess.run(
+        [
+            str(CHROMIUM),
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            outer.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    title = shown.partition("<title>")[2].partition("</title>")[0]
+    found = json.loads(Page(f"<p>{title}</p>").text)
+    assert found["errors"] == []
+    assert found["broken"] == 0
+    assert found["width"] == width
+    assert found["scroll"] <= width
+    assert int(found["during"][-1]) in range(20, 31)
+    assert float(found["during"][0]) == pytest.approx(record(int(found["during"][-1]))["loss"], rel=1e-3)
+    assert found["after"][-1] == "50"
+    assert found["alt"] == f"{NASTY}, base model, 32x32, seed 1"

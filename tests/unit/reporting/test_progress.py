@@ -1,0 +1,75 @@
+"""Counters of a run, and how they are shown without a terminal."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.reporting.metrics import StepRecord
+from simpletuner.helpers.reporting.progress import Progress, ProgressDisplay
+
+
+def record(step: int, *, rank: float | None = 7.25) -> StepRecord:
+    """A step's record with round numbers."""
+    return StepRecord(
+        step=step,
+        epoch=0,
+        loss=0.5,
+        lr=1e-4,
+        grad_norm=1.0,
+        mean_active_rank=rank,
+        samples=step,
+        seconds=0.1,
+        loss_by_band={},
+        memory_mib=100.0,
+        device_memory_mib=None,
+    )
+
+
+def test_progress_survives_a_round_trip() -> None:
+    progress = Progress()
+    progress.advance(samples=3)
+    progress.advance(samples=3)
+    restored = Progress()
+    restored.load_state_dict(progress.state_dict())
+    assert restored == Progress(step=2, samples=6)
+
+
+@pytest.mark.parametrize(("global_batch", "micro_step"), [(1, 12), (2, 6), (3, 4), (12, 1)])
+def test_micro_step_follows_from_the_samples_seen(global_batch: int, micro_step: int) -> None:
+    assert Progress(step=3, samples=12).micro_step(global_batch=global_batch) == micro_step
+
+
+def test_row_08_micro_step_refuses_a_batch_that_does_not_divide_and_names_those_that_do() -> None:
+    with pytest.raises(CheckpointError, match=r"12 samples, which 5 .* one of: 1, 2, 3, 4, 6, 12"):
+        Progress(step=3, samples=12).micro_step(global_batch=5)
+
+
+@pytest.mark.parametrize(("step", "shown"), [(10, True), (11, False), (12, True)])
+def test_display_without_a_terminal_logs_some_steps_and_the_last(
+    caplog: pytest.LogCaptureFixture, step: int, shown: bool
+) -> None:
+    with caplog.at_level(logging.INFO), ProgressDisplay(total_steps=12, step=9) as display:
+        display.update(record(step))
+    assert (f"Step {step}/12  loss 0.5000  lr 1.00e-04  rank 7.2" in caplog.text) is shown
+
+
+def test_display_that_is_disabled_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), ProgressDisplay(total_steps=10, step=0, enabled=False) as display:
+        display.update(record(10))
+    assert caplog.text == ""
+
+
+def test_display_on_a_terminal_shows_loss_rate_and_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    with ProgressDisplay(total_steps=4, step=0) as display:
+        display.update(record(2, rank=None))
+    shown = capsys.readouterr().err
+    assert "2/4" in shown
+    assert "loss 0.5000  lr 1.00e-04" in shown
+    assert "rank" not in shown
