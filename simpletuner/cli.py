@@ -75,7 +75,7 @@ def validate(
     ] = False,
 ) -> None:
     """Check the configuration, the adapter's json and the dataset json, and list every mistake."""
-    run = load_config(config, overrides=tuple(overrides or ()), families=registry.facts())
+    run = load_config(config, overrides=tuple(overrides or ()), families=registry.specs())
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
@@ -140,7 +140,7 @@ def sample_command(
         precision=_given(base_model_precision=precision),
         options=SAMPLE_OPTIONS,
     )
-    for file in sample(request, output=output, families=registry.facts()):
+    for file in sample(request, output=output, families=registry.specs()):
         print(file)
 
 
@@ -185,7 +185,7 @@ def export_command(
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
     options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
-    for each in export_adapter(adapter, output, options, families=registry.facts()):
+    for each in export_adapter(adapter, output, options, families=registry.specs()):
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
             print(f"{error:.1e} {path}")
@@ -256,7 +256,7 @@ def config_reference(
     """Print the page that describes every configuration key."""
     from simpletuner.helpers.configuration.reference import reference
 
-    page = reference(registry.facts())
+    page = reference(registry.specs())
     if output is None:
         print(page, end="")
     else:

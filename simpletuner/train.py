@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _signals_before_training():
             config_path, overrides = split_arguments(sys.argv[1:] if argv is None else argv)
             configure_logging(main_process=is_main_process())
-            config = load_config(config_path, overrides=overrides, families=registry.facts())
+            config = load_config(config_path, overrides=overrides, families=registry.specs())
             output_dir = config.checkpoint.output_dir
             # Torch and the model libraries take seconds to import: a bad configuration is told before that.
             from simpletuner.helpers.training.runs import train

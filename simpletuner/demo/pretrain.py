@@ -27,7 +27,7 @@ from simpletuner.demo.scenes import Picture
 from simpletuner.demo.train_stage import Schedule, Stage
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.io.atomic import JsonValue, write_json
-from simpletuner.helpers.models.diffusion import add_noise, velocity
+from simpletuner.helpers.models.diffusion import q_sample, velocity
 from simpletuner.helpers.models.sdxl.embedded import (
     EDGE_PX,
     EmbeddedModel,
@@ -128,7 +128,7 @@ class Denoising:
         noise = torch.from_numpy(rng.standard_normal(clean.shape, dtype=np.float32))
         timesteps = self._draw_timesteps(rng, share=1.0 if step < self.plan.layout_steps else NOISY_SHARE)
         alpha_bar = self.alpha_bars[timesteps][:, None, None, None]  # [B, 1, 1, 1]
-        noisy = add_noise(clean, noise, alpha_bar=alpha_bar)
+        noisy = q_sample(clean, noise, alpha_bar=alpha_bar)
         device = self.model.unet.device
         predicted = self.model.predict(
             noisy.to(device),
@@ -142,8 +142,10 @@ class Denoising:
         """Encode a caption of each lesson; some are dropped, which for this model means zeros."""
         text = self.model.encode_prompts([random_caption(lesson, rng) for lesson in lessons])
         assert text.pooled is not None
-        kept = torch.from_numpy(rng.random(len(lessons)) >= CAPTION_DROPOUT).to(text.tokens)  # [B]
-        return TextEmbeds(tokens=text.tokens * kept[:, None, None], pooled=text.pooled * kept[:, None])
+        kept = torch.from_numpy(rng.random(len(lessons)) >= CAPTION_DROPOUT).to(text.prompt_embeds)  # [B]
+        return TextEmbeds(
+            prompt_embeds=text.prompt_embeds * kept[:, None, None], pooled=text.pooled * kept[:, None]
+        )
 
     def _draw_timesteps(self, rng: np.random.Generator, *, share: float) -> Tensor:
         """[B] timesteps: this share of them noisy, the others anything."""

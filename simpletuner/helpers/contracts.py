@@ -40,7 +40,7 @@ class TargetAlias:
 
 
 @dataclass(frozen=True, slots=True)
-class OriginalRows:
+class FusedSlice:
     """Which rows of a layer of the original checkpoint a layer of the denoiser is; all of them by default."""
 
     name: str
@@ -52,7 +52,7 @@ class OriginalRows:
 
 
 @dataclass(frozen=True, slots=True)
-class FamilyFacts:
+class ModelSpec:
     """Plain data about a family, readable without torch, so that a configuration is checked early."""
 
     name: str
@@ -87,7 +87,7 @@ class FamilyFacts:
     lora_preset_key: str | None = None
     """The key of config.json that names a preset; None when the family has none."""
     target_aliases: Mapping[str, TargetAlias] = field(default_factory=dict)
-    original_name: Callable[[str], str | OriginalRows] | None = None
+    original_name: Callable[[str], str | FusedSlice] | None = None
     """A denoiser layer's path in diffusers -> in the original checkpoint, which other tools go by, with its
     rows where the original joins several layers; raises ValueError for a path that the model has not."""
 
@@ -114,11 +114,11 @@ class Sample:
 class TextEmbeds:
     """Encoded prompts."""
 
-    tokens: Tensor
+    prompt_embeds: Tensor
     """[B, L, D]."""
     pooled: Tensor | None = None
     """[B, P]."""
-    mask: Tensor | None = None
+    attention_mask: Tensor | None = None
     """[B, L], true where a token is real."""
 
 
@@ -130,7 +130,7 @@ class Batch:
     """[B, C, H, W] float32, scaled as the denoiser expects."""
     text: TextEmbeds
     samples: tuple[Sample, ...]
-    positions: tuple[int, ...]
+    sample_indices: tuple[int, ...]
     """Place of each sample in the endless sequence of the run: the key of its noise and timestep."""
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Noised:
+class NoisyBatch:
     """A noised batch and what the model should predict from it."""
 
     latents: Tensor
@@ -157,7 +157,7 @@ class Noised:
 
 
 @dataclass(frozen=True, slots=True)
-class StepStats:
+class MicroBatchOutput:
     """What one micro-batch measured."""
 
     loss: Tensor

@@ -12,9 +12,12 @@ from package_source import PACKAGE, REPOSITORY, Module, folder_of, imports, modu
 # Lowest first; units of one layer do not import each other.
 LAYERS = (
     ("package", "errors", "contracts", "randomness"),
-    ("configuration", "io"),
+    ("io",),
+    ("configuration",),
     ("adapters", "caching"),
     ("data", "models", "publishing"),
+    ("checkpointing",),
+    ("reporting", "sampling"),
     ("training",),
     ("entry",),
 )
@@ -22,7 +25,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
 # Library -> where it may be imported, as the start of a path below simpletuner/.
 PLACES = {
-    "accelerate": ("helpers/training/",),
+    "accelerate": ("helpers/training/", "helpers/sampling/", "helpers/reporting/", "helpers/checkpointing/"),
     "diffusers": ("helpers/models/", "helpers/adapters/pipeline.py"),
     "transformers": ("helpers/models/",),
     "tokenizers": ("helpers/models/",),
@@ -33,8 +36,8 @@ PLACES = {
     "huggingface_hub": ("helpers/models/", "helpers/publishing/"),
     "pydantic": ("helpers/configuration/",),
     "typer": ("cli.py",),
-    "wandb": ("helpers/training/",),
-    "tensorboard": ("helpers/training/",),
+    "wandb": ("helpers/reporting/",),
+    "tensorboard": ("helpers/reporting/",),
     "matplotlib": ("demo/comparison/",),
 }
 

@@ -22,8 +22,8 @@ from models import flux, sdxl
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.models.flux.spec import FACTS as FLUX
-from simpletuner.helpers.models.sdxl.spec import FACTS as SDXL
+from simpletuner.helpers.models.flux.spec import SPEC as FLUX
+from simpletuner.helpers.models.sdxl.spec import SPEC as SDXL
 
 BLOCKS = ["FluxTransformerBlock", "FluxSingleTransformerBlock"]
 TARGETS = {
@@ -39,7 +39,7 @@ def main() -> None:
     print(
         f"{machine()}; CPU time\n\n| model | layers | ours, s | LyCORIS, s | ratio |\n|---|---|---|---|---|"
     )
-    for name, (make, preset, facts) in list(TARGETS.items())[: 1 if options.quick else None]:
+    for name, (make, preset, spec) in list(TARGETS.items())[: 1 if options.quick else None]:
         config = LycorisConfig.model_validate(
             {
                 "algo": "tlora",
@@ -51,7 +51,7 @@ def main() -> None:
         )
         model = make()
         began_s = time.process_time()
-        adapter = LycorisAdapter.create(model, config, facts=facts, seed=0)
+        adapter = LycorisAdapter.create(model, config, spec=spec, seed=0)
         ours_s = time.process_time() - began_s
         shapes = Counter(tuple(module.org_module[0].weight.shape) for module in adapter.network.loras)
         if options.quick:

@@ -22,7 +22,7 @@ from models import sdxl_stack
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 
 STEPS = 28
 RANK = 64
@@ -56,7 +56,7 @@ def ours(model: nn.Module, denoise: Callable[[nn.Module], None]) -> Callable[[],
     """A denoising step that opens the ranks of its timestep, as the pipelines do."""
     values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": RANK, "linear_alpha": RANK}
     config = LycorisConfig.model_validate(values | {"apply_preset": {"target_module": ["Attention"]}})
-    adapter = LycorisAdapter.create(model, config, facts=FACTS, seed=0)
+    adapter = LycorisAdapter.create(model, config, spec=SPEC, seed=0)
     timesteps = cycle(range(999, 0, -1000 // STEPS))
     schedule = adapter.schedule
     assert schedule is not None

@@ -20,7 +20,7 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 
 WIDTH, RANK, LAYERS = 1280, 64, 380
 
@@ -45,18 +45,18 @@ def main() -> None:
     config = LycorisConfig.model_validate(values | {"apply_preset": preset})
     with tempfile.TemporaryDirectory() as folder:
         file, output = Path(folder) / "adapter.safetensors", Path(folder) / "export.safetensors"
-        adapter = LycorisAdapter.create(model, config, facts=FACTS, seed=0)
-        adapter.save(file, facts={"model_family": FACTS.name})
+        adapter = LycorisAdapter.create(model, config, spec=SPEC, seed=0)
+        adapter.save(file, metadata={"model_family": SPEC.name})
         adapter.detach()
 
         def load() -> None:
             load_adapter(model, file).detach()
 
         def save() -> None:
-            adapter.save(output, facts={})
+            adapter.save(output, metadata={})
 
         def export() -> None:
-            export_adapter(file, output, ExportOptions(), families=registry.facts())
+            export_adapter(file, output, ExportOptions(), families=registry.specs())
 
         contenders = {
             "read and check every value": lambda: [t.isfinite().all() for t in load_file(file).values()],

@@ -27,9 +27,9 @@ from measure import arguments, report, side_by_side
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.models.flow_matching import model_times
+from simpletuner.helpers.models.flow_matching import timestep_input
 from simpletuner.helpers.models.flux.family import image_ids
-from simpletuner.helpers.models.flux.spec import FACTS
+from simpletuner.helpers.models.flux.spec import SPEC
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PRESET = {"target_module": ["Attention", "FeedForward"]}
@@ -119,7 +119,7 @@ class Step:
 
     def run(self, model: nn.Module, *, asks_for_input: bool = False) -> None:
         """Forward and backward."""
-        inputs = dict(self.inputs, timestep=model_times([0.5], dtype=self.dtype).to(self.device))
+        inputs = dict(self.inputs, timestep=timestep_input([0.5], dtype=self.dtype).to(self.device))
         inputs["hidden_states"] = inputs["hidden_states"].detach().requires_grad_(asks_for_input)
         prediction = model(**inputs, return_dict=False)[0]
         (prediction.float() - self.target).square().mean().backward()
@@ -129,7 +129,7 @@ def with_tlora(model: nn.Module, rank: int) -> tuple[nn.Module, LycorisAdapter]:
     """The model in training mode with a T-LoRA on attention and feed-forward, slightly off its start."""
     values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": rank, "linear_alpha": float(rank)}
     config = LycorisConfig.model_validate({**values, "apply_preset": PRESET, "raw": values})
-    adapter = LycorisAdapter.create(model.train(), config, facts=FACTS, seed=0)
+    adapter = LycorisAdapter.create(model.train(), config, spec=SPEC, seed=0)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -145,7 +145,7 @@ def checkpointing_error(base: nn.Module, step: Step) -> float:
         model.disable_gradient_checkpointing()
         if checkpointing:
             model.enable_gradient_checkpointing()
-        with adapter.ranks_for([700]):
+        with adapter.rank_mask_for([700]):
             step.run(model)
         found.append([parameter.grad for parameter in adapter.parameters()])
     largest = max(float(gradient.abs().max()) for gradient in found[0])
@@ -159,7 +159,7 @@ def trained(
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=LEARNING_RATE, fused=True)
 
     def run() -> None:
-        with adapter.ranks_for(timesteps):
+        with adapter.rank_mask_for(timesteps):
             step.run(model)
         optimizer.step()
         optimizer.zero_grad()

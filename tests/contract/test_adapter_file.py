@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 
 LYCORIS_JSON = {
     "algo": "tlora",
@@ -59,11 +59,9 @@ def _save(folder: Path, **changes: Any) -> Path:
     denoiser = Denoiser().requires_grad_(False).eval()
     values = LYCORIS_JSON | changes
     config = LycorisConfig.model_validate(values | {"raw": values})
-    adapter = attach_adapter(
-        denoiser, AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
-    )
+    adapter = attach_adapter(denoiser, AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0)
     file = folder / "pytorch_lora_weights.safetensors"
-    adapter.save(file, facts={"model_family": "sdxl"})
+    adapter.save(file, metadata={"model_family": "sdxl"})
     return file
 
 

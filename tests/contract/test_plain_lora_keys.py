@@ -10,7 +10,7 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import nn
 
 from simpletuner.helpers.adapters.files.layouts import Layout, places_of, tensors_of
-from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
+from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
 
@@ -79,21 +79,21 @@ FLUX2_ORIGINAL = [
     "lora_unet_single_blocks_0_linear1",
     "lora_unet_single_blocks_0_linear2",
 ]
-FLUX = (FluxTransformer2DModel, flux.FACTS, FLUX_BLOCKS, FLUX_ORIGINAL)
-FLUX2 = (Flux2Transformer2DModel, flux2.FACTS, FLUX2_BLOCKS, FLUX2_ORIGINAL)
+FLUX = (FluxTransformer2DModel, flux.SPEC, FLUX_BLOCKS, FLUX_ORIGINAL)
+FLUX2 = (Flux2Transformer2DModel, flux2.SPEC, FLUX2_BLOCKS, FLUX2_ORIGINAL)
 FACTORS = {"diffusers": ["lora_A.weight", "lora_B.weight"]}
 THREE = ["lora_down.weight", "lora_up.weight", "alpha"]
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "lycoris", "kohya", "comfyui"])
-@pytest.mark.parametrize(("kind", "facts", "paths", "original"), [FLUX, FLUX2], ids=["flux", "flux2"])
+@pytest.mark.parametrize(("kind", "spec", "paths", "original"), [FLUX, FLUX2], ids=["flux", "flux2"])
 def test_keys_of_one_block_of_each_kind(
-    kind: Any, facts: Any, paths: list[str], original: list[str], layout: Layout
+    kind: Any, spec: Any, paths: list[str], original: list[str], layout: Layout
 ) -> None:
     with torch.device("meta"):
         model = kind(num_layers=1, num_single_layers=1)
         layers = [
-            PlainLayer(path, torch.empty(1, layer.in_features), torch.empty(layer.out_features, 1), 1.0, 0.0)
+            LoraLayer(path, torch.empty(1, layer.in_features), torch.empty(layer.out_features, 1), 1.0, 0.0)
             for path, layer in model.named_modules()
             if isinstance(layer, nn.Linear) and "transformer_blocks." in path
         ]
@@ -103,6 +103,6 @@ def test_keys_of_one_block_of_each_kind(
         "lycoris": ["lycoris_" + path.replace(".", "_") for path in paths],
     }.get(layout, original)
     expected = {f"{name}.{part}" for name in names for part in FACTORS.get(layout, THREE)}
-    places = places_of([layer.path for layer in layers], layout, facts)
+    places = places_of([layer.path for layer in layers], layout, spec)
     with torch.device("meta"):
         assert tensors_of(layers, layout, places).keys() == expected

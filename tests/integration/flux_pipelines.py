@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.flux import pipeline as bundled
-from simpletuner.helpers.models.flux.spec import FACTS
+from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.flux.tiny import make_transformer, save_tiny_flux
 from simpletuner.helpers.models.tiny_parts import fill_weights
 
@@ -156,7 +156,7 @@ def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
     }
     config = LycorisConfig.model_validate({**values, "raw": values})
     adapter = attach_adapter(
-        pipeline.transformer.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
+        pipeline.transformer.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0
     )
     assert isinstance(adapter, LycorisAdapter)
     generator = torch.Generator().manual_seed(1)

@@ -21,7 +21,7 @@ from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.configuration.schema.lycoris import Algorithm, LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
@@ -63,7 +63,7 @@ class Model:
     """A denoiser of real size, and the class names that users write for it."""
 
     title: str
-    facts: FamilyFacts
+    spec: ModelSpec
     flavours: tuple[str, ...]
     kind: Any
     config: Mapping[str, Any]
@@ -81,7 +81,7 @@ _FLUX2_CLASSES = (
 MODELS = (
     Model(
         "SDXL",
-        sdxl.FACTS,
+        sdxl.SPEC,
         ("base-1.0", "base-0.9", "turbo"),
         UNet2DConditionModel,
         SDXL_UNET,
@@ -89,16 +89,16 @@ MODELS = (
     ),
     Model(
         "Flux.1",
-        flux.FACTS,
+        flux.SPEC,
         ("dev", "krea", "schnell"),
         FluxTransformer2DModel,
         {"guidance_embeds": True},  # schnell has none; they are among no targets
         (("FluxAttention", "FeedForward"), ("FluxTransformerBlock", "FluxSingleTransformerBlock")),
     ),
-    Model("Flux.2 dev", flux2.FACTS, ("dev",), Flux2Transformer2DModel, {}, _FLUX2_CLASSES),
+    Model("Flux.2 dev", flux2.SPEC, ("dev",), Flux2Transformer2DModel, {}, _FLUX2_CLASSES),
     Model(
         "Flux.2 Klein 4B",
-        flux2.FACTS,
+        flux2.SPEC,
         ("klein-4b", "klein-base-4b"),
         Flux2Transformer2DModel,
         KLEIN_4B,
@@ -106,7 +106,7 @@ MODELS = (
     ),
     Model(
         "Flux.2 Klein 9B",
-        flux2.FACTS,
+        flux2.SPEC,
         ("klein-9b", "klein-base-9b"),
         Flux2Transformer2DModel,
         KLEIN_9B,
@@ -137,20 +137,20 @@ class Count:
         return f"{self.parameters / 1e6:.1f} M"
 
 
-def lycoris(values: Mapping[str, Any], denoiser: Any, facts: FamilyFacts) -> Count:
+def lycoris(values: Mapping[str, Any], denoiser: Any, spec: ModelSpec) -> Count:
     """The adapter of a lycoris json; it leaves the denoiser again."""
     own = {key: value for key, value in values.items() if key in LycorisConfig.model_fields}
     extra = {key: value for key, value in values.items() if key not in own}
     config = LycorisConfig.model_validate(own | {"raw": dict(values), "extra": extra})
     with nullcontext() if config.algo == "tlora" else torch.device("meta"):
-        return _count(LycorisAdapter.create(denoiser, config, facts=facts, seed=0))
+        return _count(LycorisAdapter.create(denoiser, config, spec=spec, seed=0))
 
 
-def standard(targets: Sequence[str], denoiser: Any, facts: FamilyFacts) -> Count:
+def standard(targets: Sequence[str], denoiser: Any, spec: ModelSpec) -> Count:
     """The adapter of PEFT target names, on a denoiser that has none."""
     config = AdapterConfig(lora_type="standard", lora_rank=RANK, peft_lora_target_modules=tuple(targets))
     with torch.device("meta"):
-        return _count(PeftAdapter(denoiser, config, facts=facts, seed=0))
+        return _count(PeftAdapter(denoiser, config, spec=spec, seed=0))
 
 
 def _count(adapter: Adapter) -> Count:
@@ -164,11 +164,11 @@ def counts_of(model: Model) -> dict[str, Count]:
     denoiser, counts = model.make(), {}
     for names in dict.fromkeys((*GENERIC, *model.classes)):
         values = TLORA | {"apply_preset": {"target_module": list(names)}}
-        counts[", ".join(f"`{name}`" for name in names)] = lycoris(values, denoiser, model.facts)
-    presets = {"`standard`": model.facts.lora_targets}
-    presets |= {f"`standard`, `{name}`": targets for name, targets in model.facts.lora_presets.items()}
+        counts[", ".join(f"`{name}`" for name in names)] = lycoris(values, denoiser, model.spec)
+    presets = {"`standard`": model.spec.lora_targets}
+    presets |= {f"`standard`, `{name}`": targets for name, targets in model.spec.lora_presets.items()}
     # PEFT leaves its wrappers behind, so each needs a new one.
-    return counts | {key: standard(names, model.make(), model.facts) for key, names in presets.items()}
+    return counts | {key: standard(names, model.make(), model.spec) for key, names in presets.items()}
 
 
 def layer_rows() -> list[str]:
@@ -185,13 +185,13 @@ def layer_rows() -> list[str]:
 
 def algorithm_rows(jsons: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table of what each algorithm's json trains on each model; none where LyCORIS cannot build it."""
-    denoisers = [(model.make(), model.facts) for model in MODELS]
+    denoisers = [(model.make(), model.spec) for model in MODELS]
     rows = []
     for algo, values in jsons.items():
         cells = []
-        for denoiser, facts in denoisers:
+        for denoiser, spec in denoisers:
             try:
-                cells.append(lycoris(values, denoiser, facts).text)
+                cells.append(lycoris(values, denoiser, spec).text)
             except ConfigError:
                 cells.append("none")
         rows.append(f"| `{algo}` | {' | '.join(cells)} |")

@@ -69,7 +69,7 @@ def shrunk(config: Path, folder: Path) -> RunConfig:
             lycoris |= {"linear_dim": rank, "linear_alpha": rank, "tlora_min_rank": rank // 2}
         file.write_text(json.dumps(lycoris))
     overrides = [f"{key}={value}" for key, value in changed.items()]
-    return load_config(config, overrides=overrides, families=registry.facts())
+    return load_config(config, overrides=overrides, families=registry.specs())
 
 
 # PEFT says that it could not fold such a layer, which is not asked of it.

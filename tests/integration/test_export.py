@@ -25,11 +25,11 @@ from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 STOCK = diffusers.StableDiffusionXLPipeline
-FAMILIES = registry.facts()
+FAMILIES = registry.specs()
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -78,7 +78,7 @@ def saved(pipeline: Any, folder: Path, **options: Any) -> tuple[LycorisAdapter, 
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     file = folder / "adapter.safetensors"
-    adapter.save(file, facts={"model_family": "sdxl", "base_model": "tiny", "trigger_words": "sks"})
+    adapter.save(file, metadata={"model_family": "sdxl", "base_model": "tiny", "trigger_words": "sks"})
     return adapter, file
 
 
@@ -184,7 +184,7 @@ def test_layers_of_another_rank_keep_theirs_through_the_diffusers_layout(tmp_pat
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
     file = tmp_path / "adapter.safetensors"
-    adapter.save(file, facts={"model_family": "sdxl"})
+    adapter.save(file, metadata={"model_family": "sdxl"})
     expected, base = live(pipeline, adapter, timestep=700)
     (exported,) = export_adapter(
         file, tmp_path / "out.safetensors", ExportOptions(timestep=700), families=FAMILIES
@@ -197,7 +197,7 @@ def test_layers_of_another_rank_keep_theirs_through_the_diffusers_layout(tmp_pat
 def test_export_of_a_file_that_was_loaded_and_saved_again_is_the_same(tmp_path: Path) -> None:
     _, file = saved(make_pipeline(), tmp_path)
     again = load_adapter(make_unet(), file)
-    again.save(tmp_path / "again.safetensors", facts={"model_family": "sdxl"})
+    again.save(tmp_path / "again.safetensors", metadata={"model_family": "sdxl"})
     for name in ("adapter", "again"):
         export_adapter(
             tmp_path / f"{name}.safetensors",
@@ -226,7 +226,7 @@ def test_file_of_stock_lycoris_is_exported_from_the_adapter_on_its_base(tmp_path
     adapter = load_adapter(pipeline.unet, tmp_path / "bare.safetensors")
     output = tmp_path / "out.safetensors"
     (exported,) = export_live(
-        adapter, output, ExportOptions(timestep=400), family=FACTS, facts={"base_model": "tiny"}
+        adapter, output, ExportOptions(timestep=400), family=SPEC, metadata={"base_model": "tiny"}
     )
     assert not any(exported.errors.values())
     with safe_open(output, "pt") as content:
@@ -241,7 +241,7 @@ def test_attached_adapter_and_its_file_give_the_same_export(multiplier: float, t
     adapter, file = saved(make_pipeline(), tmp_path, multiplier=multiplier)
     adapter.set_strength(0.3)
     options = ExportOptions(layout="kohya")
-    export_live(adapter, tmp_path / "live.safetensors", options, family=FACTS)
+    export_live(adapter, tmp_path / "live.safetensors", options, family=SPEC)
     export_adapter(file, tmp_path / "file.safetensors", options, families=FAMILIES)
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("live", "file"))
     assert first.keys() == second.keys()

@@ -22,11 +22,11 @@ from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
 
-FAMILIES = {"flux": flux.FACTS, "flux2": flux2.FACTS}
+FAMILIES = {"flux": flux.SPEC, "flux2": flux2.SPEC}
 WIDTH = 32
 SHARED = {
     "patch_size": 1,
@@ -43,7 +43,7 @@ SHARED = {
 class Kind:
     """One of the two families at toy size."""
 
-    facts: FamilyFacts
+    spec: ModelSpec
     model: Any
     pipeline: Any
     blocks: tuple[str, ...]
@@ -80,7 +80,7 @@ class Kind:
 
 
 FLUX = Kind(
-    flux.FACTS,
+    flux.SPEC,
     FluxTransformer2DModel,
     diffusers.FluxPipeline,
     ("FluxTransformerBlock", "FluxSingleTransformerBlock"),
@@ -88,7 +88,7 @@ FLUX = Kind(
     3,
 )
 FLUX2 = Kind(
-    flux2.FACTS,
+    flux2.SPEC,
     Flux2Transformer2DModel,
     diffusers.Flux2Pipeline,
     ("Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
@@ -96,7 +96,7 @@ FLUX2 = Kind(
     4,
 )
 KLEIN = Kind(
-    flux2.FACTS,
+    flux2.SPEC,
     Flux2Transformer2DModel,
     diffusers.Flux2KleinPipeline,
     FLUX2.blocks,
@@ -111,10 +111,10 @@ MIXED = {
 KINDS = pytest.mark.parametrize("kind", [FLUX, FLUX2, KLEIN], ids=["flux", "flux2", "klein"])
 
 
-def attach(model: Any, facts: FamilyFacts, **options: Any) -> LycorisAdapter:
+def attach(model: Any, spec: ModelSpec, **options: Any) -> LycorisAdapter:
     values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0, "tlora_min_rank": 1}
     config = LycorisConfig.model_validate(values | options | {"raw": values | options})
-    adapter = LycorisAdapter.create(model, config, facts=facts, seed=0)
+    adapter = LycorisAdapter.create(model, config, spec=spec, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -122,8 +122,8 @@ def attach(model: Any, facts: FamilyFacts, **options: Any) -> LycorisAdapter:
     return adapter
 
 
-def exported(adapter: LycorisAdapter, facts: FamilyFacts, folder: Path, **options: Any) -> Path:
-    adapter.save(folder / "adapter.safetensors", facts={"model_family": facts.name})
+def exported(adapter: LycorisAdapter, spec: ModelSpec, folder: Path, **options: Any) -> Path:
+    adapter.save(folder / "adapter.safetensors", metadata={"model_family": spec.name})
     (one,) = export_adapter(
         folder / "adapter.safetensors",
         folder / "out.safetensors",
@@ -163,13 +163,13 @@ def test_stock_diffusers_loads_every_layer_and_predicts_what_the_live_adapter_do
     model = kind.make()
     adapter = attach(
         model,
-        kind.facts,
+        kind.spec,
         tlora_init=init,
         linear_alpha=3.0,
         apply_preset={"target_module": [*kind.blocks, "AdaLayerNormContinuous"]},
     )
     num_layers = adapter.num_layers
-    file = exported(adapter, kind.facts, tmp_path, timestep=400)
+    file = exported(adapter, kind.spec, tmp_path, timestep=400)
     expected, base = live(kind, model, adapter, timestep=400)
     pipeline = kind.pipe(model)
     pipeline.load_lora_weights(str(tmp_path), weight_name=file.name)
@@ -180,8 +180,8 @@ def test_stock_diffusers_loads_every_layer_and_predicts_what_the_live_adapter_do
 @KINDS
 def test_stock_peft_loads_the_diffusers_layout(kind: Kind, tmp_path: Path) -> None:
     model = kind.make()
-    adapter = attach(model, kind.facts)
-    file = exported(adapter, kind.facts, tmp_path)
+    adapter = attach(model, kind.spec)
+    file = exported(adapter, kind.spec, tmp_path)
     expected, base = live(kind, model, adapter, timestep=0)
     tensors = {key.removeprefix("transformer."): tensor for key, tensor in load_file(file).items()}
     paths = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
@@ -205,9 +205,9 @@ def test_stock_diffusers_loads_the_original_names_of_flux2(
     kind: Kind, options: dict[str, Any], tmp_path: Path
 ) -> None:
     model = kind.make()
-    adapter = attach(model, kind.facts, **options)
+    adapter = attach(model, kind.spec, **options)
     num_layers = adapter.num_layers
-    file = exported(adapter, kind.facts, tmp_path, layout="kohya", timestep=400)
+    file = exported(adapter, kind.spec, tmp_path, layout="kohya", timestep=400)
     expected, base = live(kind, model, adapter, timestep=400)
     kind.pipe(model).load_lora_weights(str(tmp_path), weight_name=file.name)
     assert len(injected(model)) == num_layers
@@ -216,8 +216,8 @@ def test_stock_diffusers_loads_the_original_names_of_flux2(
 
 def test_parts_that_are_not_adapted_are_zero_in_a_joined_layer(tmp_path: Path) -> None:
     model = FLUX2.make()
-    adapter = attach(model, FLUX2.facts, apply_preset={"target_name": r"transformer_blocks.*to_v$"})
-    file = exported(adapter, FLUX2.facts, tmp_path, layout="kohya")
+    adapter = attach(model, FLUX2.spec, apply_preset={"target_name": r"transformer_blocks.*to_v$"})
+    file = exported(adapter, FLUX2.spec, tmp_path, layout="kohya")
     assert adapter.num_layers == 2
     up = load_file(file)["lora_unet_double_blocks_1_img_attn_qkv.lora_up.weight"]
     assert up.shape == (3 * WIDTH, 8)
@@ -239,12 +239,12 @@ def test_stock_diffusers_loads_the_original_names_of_flux_at_its_real_width(tmp_
             module.weight = nn.Parameter(number.expand(shape), requires_grad=False)
     adapter = attach(
         model,
-        FLUX.facts,
+        FLUX.spec,
         apply_preset=MIXED,
     )
     assert {layer.scale for layer in adapter.network.loras} == {1.0, 0.75}
     layers = {module.lora_name: module for module in adapter.network.loras}
-    file = exported(adapter, FLUX.facts, tmp_path, layout="comfyui")
+    file = exported(adapter, FLUX.spec, tmp_path, layout="comfyui")
     assert len(layers) == 20
     assert sum(key.endswith(".alpha") for key in load_file(file)) == 13
     adapter.detach()
@@ -264,8 +264,8 @@ def test_stock_diffusers_loads_the_original_names_of_flux_at_its_real_width(tmp_
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_command_says_how_many_layers_were_joined(dtype: str, tmp_path: Path) -> None:
-    adapter = attach(FLUX.make(), FLUX.facts)
-    adapter.save(tmp_path / "adapter.safetensors", facts={"model_family": "flux"})
+    adapter = attach(FLUX.make(), FLUX.spec)
+    adapter.save(tmp_path / "adapter.safetensors", metadata={"model_family": "flux"})
     options = ExportOptions(layout="comfyui", dtype=dtype)
     (one,) = export_adapter(
         tmp_path / "adapter.safetensors", tmp_path / "out.safetensors", options, families=FAMILIES

@@ -29,7 +29,7 @@ from simpletuner.helpers.configuration.schema.sections import AdapterConfig, Val
 from simpletuner.helpers.contracts import PipelineKind, Size
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
-from simpletuner.helpers.models.flux2.spec import FACTS
+from simpletuner.helpers.models.flux2.spec import SPEC
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 
 NAMES = ["Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"]
@@ -81,7 +81,7 @@ def attach(pipeline: Any) -> LycorisAdapter:
         pipeline.transformer.eval(),
         AdapterConfig(lora_type="lycoris"),
         lycoris=LycorisConfig.model_validate(TLORA | {"raw": TLORA}),
-        facts=FACTS,
+        spec=SPEC,
         seed=0,
     )
     assert isinstance(adapter, LycorisAdapter)
@@ -213,10 +213,10 @@ def offload_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     place = accelerate.hooks.set_module_tensor_to_device
 
-    def placed(module: nn.Module, name: str, device: Any, *args: Any, **options: Any) -> None:
+    def quantize_and_move(module: nn.Module, name: str, device: Any, *args: Any, **options: Any) -> None:
         place(module, name, "cpu" if str(device) == "cpu:0" else device, *args, **options)
 
-    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", placed)
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", quantize_and_move)
 
 
 @pytest.mark.usefixtures("offload_to_cpu")

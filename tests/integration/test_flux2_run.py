@@ -135,7 +135,7 @@ def test_a_training_step_opens_the_ranks_of_the_noise_level_that_the_transformer
     keys = {"gradient_checkpointing": True, "mixed_precision": precision, "train_batch_size": 3}
     with run.trainer(**keys) as trainer:
         batch = to_device(next(trainer.data.batches()), trainer.accelerator.device)
-        noised = trainer.family.add_noise(batch.latents, positions=batch.positions, seed=7)
+        noised = trainer.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=7)
         transformer = trainer.accelerator.unwrap_model(trainer.denoiser)
 
         def note(_: object, __: object, called: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def test_an_exported_tlora_is_loaded_whole_by_stock_diffusers(tmp_path: Path, la
         trainer.save_checkpoint()
     file = run.output_dir / "checkpoint-0" / ADAPTER_FILE
     options = ExportOptions(layout=layout, rank=5)
-    (exported,) = export_adapter(file, tmp_path / "plain.safetensors", options, families=registry.facts())
+    (exported,) = export_adapter(file, tmp_path / "plain.safetensors", options, families=registry.specs())
     stock, bundled = load(diffusers.Flux2KleinPipeline), load()
     stock.load_lora_weights(str(exported.file.parent), weight_name=exported.file.name)
     adapter = load_into_pipeline(bundled, file)

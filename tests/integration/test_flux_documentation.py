@@ -26,7 +26,7 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.flow_matching import DynamicShift, shifted, timestep_of
+from simpletuner.helpers.models.flow_matching import DynamicShift, shift_sigma, sigma_to_timestep
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
@@ -119,7 +119,7 @@ def trained(kind: str) -> Path:
     overrides = [f"{key}={value}" for key, value in keys.items()]
     reset_accelerate()
     assert (
-        build_trainer(load_config(folder / FILES[0], overrides=overrides, families=registry.facts())).run()
+        build_trainer(load_config(folder / FILES[0], overrides=overrides, families=registry.specs())).run()
         == 0
     )
     return folder / "output_dir"
@@ -175,7 +175,7 @@ def test_recipe_and_command_make_the_loaders_picture_and_are_really_masked(
         dtype="fp32",
         options={},
     )
-    (file,) = sample(request, output=tmp_path, families=registry.facts())
+    (file,) = sample(request, output=tmp_path, families=registry.specs())
     recipe = picture("recipe")
     assert np.abs(recipe - np.asarray(Image.open(file))).max() <= 1
     assert np.abs(recipe - picture("loader")).max() <= 1
@@ -207,7 +207,7 @@ def test_table_of_ranks_is_what_the_code_computes(page: Page, family: str) -> No
     shares = (np.arange(4000) + 0.5) / 4000
     sigmas = 1 / (1 + np.exp(-norm.ppf(shares)))
     for row, factor in zip(rows, (1.0, 3.0, at_1024), strict=True):
-        timesteps = [timestep_of(shifted(float(sigma), factor)) for sigma in sigmas]
+        timesteps = [sigma_to_timestep(shift_sigma(float(sigma), factor)) for sigma in sigmas]
         expected = [f"{np.mean(timesteps):.0f}"]
         for column in head[2:]:
             rank, least = map(int, re.findall(r"\d+", column))

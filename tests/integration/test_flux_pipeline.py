@@ -165,7 +165,7 @@ def test_the_mask_changes_the_picture_and_a_stock_pipeline_gets_it_by_one_call(t
     base = sample(pipeline)
     adapter = attach(pipeline)
     file = tmp_path / "pytorch_lora_weights.safetensors"
-    adapter.save(file, facts={"model_family": "flux"})
+    adapter.save(file, metadata={"model_family": "flux"})
     unmasked = sample(pipeline)
     pipeline._tlora_config = adapter.tlora_config
     masked = sample(pipeline)

@@ -25,15 +25,15 @@ from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import Batch, Noised, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, NoisyBatch, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 BLOCK = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.+?)```", re.DOTALL)
-FILES = {"facts.py", "family.py", "parts.py", "pipeline.py", "tiny.py"}
+FILES = {"spec.py", "family.py", "parts.py", "pipeline.py", "tiny.py"}
 KINDS = {
     "T-LoRA": {"lora_type": "lycoris", "learning_rate": 0.02},
     "LoRA": {"lora_type": "standard", "lora_rank": 4, "lora_alpha": 8, "learning_rate": 0.02},
@@ -85,7 +85,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path, model: Path) -> TinyRun:
     return TinyRun(tmp_path / "run", keys=keys | KINDS[request.param])
 
 
-def make_family(model: Path, **changes: Any) -> Family:
+def make_family(model: Path, **changes: Any) -> ModelFamily:
     options = {"noise": NoiseConfig(), "precision": PrecisionConfig(), "weight_dtype": torch.float32}
     config = ModelConfig(model_family="loom", pretrained_model_name_or_path=str(model))
     return registry.load_family("loom")(config, device=torch.device("cpu"), **options | changes)
@@ -130,7 +130,7 @@ def test_adapter_reloads_to_the_picture_of_the_last_validation(run: TinyRun, tmp
         dtype="fp32",
         options={},
     )
-    (again,) = sample(request, output=tmp_path, families=registry.facts())
+    (again,) = sample(request, output=tmp_path, families=registry.specs())
     assert np.abs(pixels(trained) - pixels(base)).max() > 4
     assert np.abs(pixels(again) - pixels(trained)).max() <= 1
 
@@ -143,13 +143,13 @@ def test_gradient_checkpointing_trains_the_same(run: TinyRun, tmp_path: Path) ->
 
 
 def test_configuration_knows_the_family_by_its_facts(run: TinyRun) -> None:
-    assert registry.load_family("loom").facts is registry.facts()["loom"]
+    assert registry.load_family("loom").spec is registry.specs()["loom"]
     config = run.config()
     assert config.validation.validation_guidance == 3.0
     assert config.adapter.peft_lora_target_modules == ("to_q", "to_k", "to_v", "to_out")
     with pytest.raises(ConfigError, match=r"snr_gamma +means nothing to model_family loom"):
         run.config(snr_gamma=5)
-    without = {name: facts for name, facts in registry.facts().items() if name != "loom"}
+    without = {name: spec for name, spec in registry.specs().items() if name != "loom"}
     with pytest.raises(ConfigError, match="not a model family here"):
         load_config(run.folder / "config.json", families=without)
 
@@ -168,10 +168,10 @@ def test_sample_depends_on_its_position_and_not_on_its_batch(model: Path) -> Non
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predicted(rows: list[int]) -> torch.Tensor:
-        noised = family.add_noise(latents[rows], positions=[5 + row for row in rows], seed=1)
+        noised = family.add_noise(latents[rows], sample_indices=[5 + row for row in rows], seed=1)
         assert noised.timesteps == tuple(int(np.float32(sigma) * 1000) for sigma in noised.sigmas or ())
         stacked = family.stack_text([text[row] for row in rows])
-        batch = Batch(latents=latents[rows], text=stacked, samples=(), positions=())
+        batch = Batch(latents=latents[rows], text=stacked, samples=(), sample_indices=())
         return family.predict(denoiser, noised, batch)
 
     together = predicted([0, 1])
@@ -196,8 +196,8 @@ def test_training_and_pictures_tell_the_transformer_the_same_noise_levels(model:
     told.clear()
     for sigma in inputs["sigmas"]:
         zeros = torch.zeros(1, 4, 8, 8)
-        noised = Noised(zeros, target=zeros, timesteps=(0,), weight=torch.ones(1), sigmas=(sigma,))
-        family.predict(denoiser, noised, Batch(latents=zeros, text=text, samples=(), positions=()))
+        noised = NoisyBatch(zeros, target=zeros, timesteps=(0,), weight=torch.ones(1), sigmas=(sigma,))
+        family.predict(denoiser, noised, Batch(latents=zeros, text=text, samples=(), sample_indices=()))
     assert told == in_pictures
     assert told[0] == 1.0
     assert told[2] == pytest.approx(0.75)  # half way, shifted by 3
@@ -206,15 +206,15 @@ def test_training_and_pictures_tell_the_transformer_the_same_noise_levels(model:
 def test_inherited_stack_text_joins_whatever_every_part_has(model: Path) -> None:
     family, part = make_family(model), TextEmbeds(torch.rand(1, 3, 2), pooled=torch.rand(1, 5))
     stacked = family.stack_text([part, part])
-    assert torch.equal(stacked.tokens, torch.cat([part.tokens, part.tokens]))
+    assert torch.equal(stacked.prompt_embeds, torch.cat([part.prompt_embeds, part.prompt_embeds]))
     assert stacked.pooled is not None
     assert stacked.pooled.shape == (2, 5)
-    assert stacked.mask is None
-    masked = TextEmbeds(part.tokens, mask=torch.ones(1, 3, dtype=torch.bool))
+    assert stacked.attention_mask is None
+    masked = TextEmbeds(part.prompt_embeds, attention_mask=torch.ones(1, 3, dtype=torch.bool))
     joined = family.stack_text([masked, masked, masked])
     assert joined.pooled is None
-    assert joined.mask is not None
-    assert joined.mask.shape == (3, 3)
+    assert joined.attention_mask is not None
+    assert joined.attention_mask.shape == (3, 3)
 
 
 def test_identities_change_with_what_changes_an_encoding(model: Path) -> None:
@@ -233,5 +233,5 @@ def test_model_of_another_family_is_refused(model: Path, tmp_path: Path) -> None
 
 
 def test_facts_are_read_without_torch(outside: Path) -> None:
-    code = "import sys; from loom.facts import FACTS; sys.exit('torch' in sys.modules)"
+    code = "import sys; from loom.spec import SPEC; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=outside, check=False).returncode == 0

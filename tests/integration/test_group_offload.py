@@ -18,11 +18,11 @@ from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import Precision, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.flux.spec import FACTS as FLUX
+from simpletuner.helpers.models.flux.spec import SPEC as FLUX
 from simpletuner.helpers.models.flux.tiny import make_transformer
 from simpletuner.helpers.models.group_offload import offload_groups
-from simpletuner.helpers.models.quantisation import placed
-from simpletuner.helpers.models.sdxl.spec import FACTS as SDXL
+from simpletuner.helpers.models.quantisation import quantize_and_move
+from simpletuner.helpers.models.sdxl.spec import SPEC as SDXL
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 from simpletuner.helpers.models.tiny_parts import fill_weights
 
@@ -73,21 +73,21 @@ def put_on_host(model: nn.Module, config: PrecisionConfig) -> int:
 def make_model(kind: str, precision: Precision = "no_change") -> nn.Module:
     model = make_unet() if kind == "unet" else make_transformer()
     fill_weights(model, seed=0)
-    placed(model, precision=precision, device=CPU).enable_gradient_checkpointing()
+    quantize_and_move(model, precision=precision, device=CPU).enable_gradient_checkpointing()
     return model.train()
 
 
 def attach(model: nn.Module, algorithm: str) -> Any:
-    facts = SDXL if "conv_in" in dict(model.named_children()) else FLUX
+    spec = SDXL if "conv_in" in dict(model.named_children()) else FLUX
     if algorithm == "standard":
-        return attach_adapter(model, AdapterConfig(lora_rank=4), lycoris=None, facts=facts, seed=0)
+        return attach_adapter(model, AdapterConfig(lora_rank=4), lycoris=None, spec=spec, seed=0)
     values = {"algo": algorithm, "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0}
     lycoris = LycorisConfig.model_validate(
         values
         | {"apply_preset": {"target_module": ["Attention", "FeedForward"]}, "raw": values}
         | ({} if algorithm == "tlora" else {"extra": {"bypass_mode": True}})
     )
-    return attach_adapter(model, AdapterConfig(lora_type="lycoris"), lycoris=lycoris, facts=facts, seed=0)
+    return attach_adapter(model, AdapterConfig(lora_type="lycoris"), lycoris=lycoris, spec=spec, seed=0)
 
 
 def step(model: nn.Module, adapter: Any) -> list[Tensor]:
@@ -112,7 +112,7 @@ def step(model: nn.Module, adapter: Any) -> list[Tensor]:
             "img_ids": torch.zeros(4, 3),
             "txt_ids": torch.zeros(6, 3),
         }
-    ranks = adapter.ranks_for([300, 700]) if adapter.kind == "tlora" else nullcontext()
+    ranks = adapter.rank_mask_for([300, 700]) if adapter.kind == "tlora" else nullcontext()
     with ranks:
         loss = model(**inputs).sample.square().mean()
         loss.backward()

@@ -177,10 +177,10 @@ def offload_to_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     place = accelerate.hooks.set_module_tensor_to_device
 
-    def placed(module: nn.Module, name: str, device: Any, *args: Any, **options: Any) -> None:
+    def quantize_and_move(module: nn.Module, name: str, device: Any, *args: Any, **options: Any) -> None:
         place(module, name, "cpu" if str(device) == "cpu:0" else device, *args, **options)
 
-    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", placed)
+    monkeypatch.setattr(accelerate.hooks, "set_module_tensor_to_device", quantize_and_move)
 
 
 def encoded(kind: Any = StableDiffusionXLPipeline) -> tuple[Any, dict[str, torch.Tensor]]:

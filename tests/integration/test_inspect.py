@@ -82,7 +82,7 @@ def test_other_lycoris_algorithms_are_named_and_have_no_schedule(
 def test_export_is_a_plain_lora_of_twice_the_rank(layout: str, name: str, tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     options = ExportOptions(layout=layout)  # type: ignore[arg-type]
-    export_adapter(trained_adapter_file(), output, options, families=registry.facts())
+    export_adapter(trained_adapter_file(), output, options, families=registry.specs())
     found = inspect(output)
     assert (found.algorithm, found.ranks, found.schedule) == (name, {16: 80}, None)
 

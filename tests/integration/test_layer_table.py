@@ -11,7 +11,7 @@ from layer_table import ALGORITHMS, MODELS, PAGE, TLORA, algorithms_of, jsons_of
 from torch import nn
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
-from simpletuner.helpers.configuration.loading.building import Place
+from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -35,9 +35,9 @@ def test_tables_of_the_page_are_what_the_code_makes() -> None:
 
 
 def test_every_flavour_of_the_families_has_a_model() -> None:
-    for facts in (sdxl.FACTS, flux.FACTS, flux2.FACTS):
-        named = [flavour for model in MODELS if model.facts is facts for flavour in model.flavours]
-        assert sorted(named) == sorted(facts.flavours)
+    for spec in (sdxl.SPEC, flux.SPEC, flux2.SPEC):
+        named = [flavour for model in MODELS if model.spec is spec for flavour in model.flavours]
+        assert sorted(named) == sorted(spec.flavours)
 
 
 @pytest.mark.parametrize(
@@ -57,14 +57,14 @@ def test_every_flavour_of_the_families_has_a_model() -> None:
 def test_targets_adapt_the_layers_that_they_name(
     model: Any, targets: list[str], layers: int, parameters: int | None
 ) -> None:
-    count = lycoris(TLORA | {"apply_preset": {"target_module": targets}}, model.make(), model.facts)
+    count = lycoris(TLORA | {"apply_preset": {"target_module": targets}}, model.make(), model.spec)
     assert count.layers == layers
     assert parameters is None or count.parameters == pytest.approx(parameters, rel=1e-3)
 
 
 def test_flavour_without_guidance_has_the_same_layers_among_its_targets() -> None:
     values = TLORA | {"apply_preset": GENERIC}
-    counts = {lycoris(values, FLUX.make(guidance_embeds=given), FLUX.facts) for given in (True, False)}
+    counts = {lycoris(values, FLUX.make(guidance_embeds=given), FLUX.spec) for given in (True, False)}
     assert len(counts) == 1
 
 
@@ -75,9 +75,9 @@ def test_flavour_without_guidance_has_the_same_layers_among_its_targets() -> Non
 )
 def test_boft_needs_the_block_that_the_page_says(model: Any, least: int) -> None:
     values = default_lycoris_config("boft") | {"linear_dim": least}
-    assert lycoris(values, model.make(), model.facts).layers > 0
+    assert lycoris(values, model.make(), model.spec).layers > 0
     with pytest.raises(ConfigError, match=rf"impossible to decompose.*Raise linear_dim to {least}, "):
-        lycoris(values | {"linear_dim": least - 1}, model.make(), model.facts)
+        lycoris(values | {"linear_dim": least - 1}, model.make(), model.spec)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)
@@ -87,7 +87,7 @@ def test_json_of_an_algorithm_is_its_default(algo: str) -> None:
 
 def read(values: dict[str, Any]) -> LycorisConfig:
     problems = Problems()
-    place = Place(problems, lambda _: "lycoris.json", PathContext())
+    place = Source(problems, lambda _: "lycoris.json", PathContext())
     config = read_lycoris(values, place, written=values)
     problems.raise_if_any()
     assert config is not None
@@ -104,7 +104,7 @@ def test_every_json_of_the_page_is_read(values: dict[str, Any]) -> None:
 def test_example_of_ranks_by_name_does_what_the_page_says() -> None:
     denoiser = FLUX.make()
     adapter = LycorisAdapter.create(
-        denoiser, read(jsons_of(PAGE.read_text(encoding="utf-8"))[-1]), facts=FLUX.facts, seed=0
+        denoiser, read(jsons_of(PAGE.read_text(encoding="utf-8"))[-1]), spec=FLUX.spec, seed=0
     )
     paths = {id(module): path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     ranks: dict[int, list[str]] = {}

@@ -57,7 +57,7 @@ def loss(unet: Any, timesteps: Sequence[int] = TIMESTEPS) -> Tensor:
 def gradients(unet: Any, adapter: LycorisAdapter, timesteps: Sequence[int] = TIMESTEPS) -> list[Tensor]:
     for parameter in adapter.parameters():
         parameter.grad = None
-    with adapter.ranks_for(timesteps):
+    with adapter.rank_mask_for(timesteps):
         loss(unet, timesteps).backward()  # type: ignore[no-untyped-call]
     return [parameter.grad.clone() for parameter in adapter.parameters() if parameter.grad is not None]
 
@@ -98,7 +98,7 @@ def test_two_networks_of_one_model_train_under_their_own_schedules() -> None:
     unet.train()
     for parameter in first.parameters():
         parameter.grad = None
-    with first.ranks_for(TIMESTEPS), second.ranks_for(TIMESTEPS):
+    with first.rank_mask_for(TIMESTEPS), second.rank_mask_for(TIMESTEPS):
         loss(unet).backward()  # type: ignore[no-untyped-call]
     # The second begins at zero, so the first is trained as if it were alone.
     close([parameter.grad for parameter in first.parameters() if parameter.grad is not None], alone)
@@ -150,7 +150,7 @@ def test_forward_and_backward_read_nothing_back_and_move_no_mask_per_layer() -> 
     with Counting() as base:
         loss(unet)
     adapter._attach()
-    with Counting() as counting, adapter.ranks_for(TIMESTEPS):
+    with Counting() as counting, adapter.rank_mask_for(TIMESTEPS):
         loss(unet).backward()  # type: ignore[no-untyped-call]
     assert counting.reads == base.reads
     assert counting.moves == base.moves

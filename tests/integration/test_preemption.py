@@ -12,7 +12,7 @@ import pytest
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.io.faults import at_crash_points
-from simpletuner.helpers.training.caches import CacheFilling
+from simpletuner.helpers.training.caches import CacheFiller
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start, wait_for_steps
 
@@ -143,8 +143,8 @@ def test_row_03_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
 ) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with monkeypatch.context() as patched:
-        then = vars(CacheFilling)[stage]
-        patched.setattr(CacheFilling, stage, signal_at(1, number=signal.SIGTERM, then=then))
+        then = vars(CacheFiller)[stage]
+        patched.setattr(CacheFiller, stage, signal_at(1, number=signal.SIGTERM, then=then))
         with pytest.raises(Preempted) as info:
             run.run()
     assert info.value.exit_code == EXIT_PREEMPTED

@@ -18,7 +18,7 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.configuration.schema.model_sections import Precision
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.models.quantisation import placed
+from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
@@ -130,7 +130,7 @@ def test_file_of_an_algorithm_loads_onto_a_quantised_base_and_has_its_effect_the
     assert run.run(learning_rate=0.05, lr_scheduler="constant") == 0
     effects = []
     for wanted in ("no_change", precision):
-        unet = placed(plain_unet(), precision=wanted, device=torch.device("cpu")).eval()
+        unet = quantize_and_move(plain_unet(), precision=wanted, device=torch.device("cpu")).eval()
         base = predicted(unet)
         load_adapter(unet, run.output_dir / ADAPTER_FILE)
         effects.append(predicted(unet) - base)
@@ -144,7 +144,7 @@ def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised
     run = TinyRun(tmp_path, lycoris={**TLORA, "algo": algorithm})
     del run.lycoris["tlora_min_rank"]
     assert run.run(max_train_steps=1) == 0
-    unet = placed(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
+    unet = quantize_and_move(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
     with pytest.raises(AdapterError, match=r"computes with whole weights|layers are not in this"):
         load_adapter(unet, run.output_dir / ADAPTER_FILE)
 

@@ -19,7 +19,7 @@ from tiny_runs import TLORA, TinyRun, tiny_model
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.contracts import Noised
+from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer, to_device
 
@@ -131,7 +131,7 @@ def test_trainer_validation_and_pipeline_open_the_same_rank_at_the_same_noise_le
         ranks.clear()
         in_validation = validated_levels(trainer, monkeypatch)
         assert ranks == ranks_of(in_validation, case)
-        trainer.adapter.save(tmp_path / ADAPTER_FILE, facts={})
+        trainer.adapter.save(tmp_path / ADAPTER_FILE, metadata={})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(case.model())
     pipeline.set_progress_bar_config(disable=True)
     adapter = load_into_pipeline(pipeline, tmp_path / ADAPTER_FILE)
@@ -156,11 +156,11 @@ def ranks_of(timesteps: list[int], case: Case) -> list[tuple[int, ...]]:
 
 def trained_levels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
     """The timesteps of one training step, which are those that the denoiser is called with."""
-    noised_batches: list[Noised] = []
+    noised_batches: list[NoisyBatch] = []
     times: list[torch.Tensor] = []
     add_noise = trainer.family.add_noise
 
-    def watched(*args: Any, **kwargs: Any) -> Noised:
+    def watched(*args: Any, **kwargs: Any) -> NoisyBatch:
         noised_batches.append(add_noise(*args, **kwargs))
         return noised_batches[-1]
 

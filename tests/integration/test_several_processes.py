@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.build import build_trainer
-config = load_config(Path(sys.argv[1]), families=registry.facts())
+config = load_config(Path(sys.argv[1]), families=registry.specs())
 trainer = build_trainer(config)
 folder = Path(sys.argv[1]).parent
 rank = trainer.accelerator.process_index

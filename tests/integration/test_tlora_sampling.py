@@ -198,7 +198,7 @@ def test_sampling_while_a_backward_is_pending_is_refused_and_leaves_its_mask(
     pipeline = load(model)
     adapter = load_adapter(pipeline.unet.eval(), adapter_file)
     pipeline._tlora_config = adapter.tlora_config
-    with adapter.ranks_for([500]):
+    with adapter.rank_mask_for([500]):
         with pytest.raises(RuntimeError, match="held for a backward"):
             sample(pipeline)
         assert mask.current_mask(adapter.group, 8) is not None

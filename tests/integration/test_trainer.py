@@ -87,7 +87,7 @@ def test_every_training_step_opens_the_ranks_of_the_timesteps_that_the_denoiser_
             opened.append(current.sum(dim=1).int().tolist())
 
         unet.conv_in.register_forward_pre_hook(note_ranks)
-        for batch in (first_batch(trainer), replace(first_batch(trainer), positions=(7, 8, 9))):
+        for batch in (first_batch(trainer), replace(first_batch(trainer), sample_indices=(7, 8, 9))):
             trainer.train_step(batch)
     assert len({timestep for step in given for timestep in step}) > 3
     assert opened == [[int((1000 - t) / 1000 * 6) + 2 for t in step] for step in given]
@@ -188,13 +188,13 @@ def test_row_10_gradient_of_a_batch_is_the_mean_of_its_samples(run: TinyRun) -> 
 def one_sample(batch: Batch, index: int) -> Batch:
     rows = slice(index, index + 1)
     assert batch.text.pooled is not None
-    text = replace(batch.text, tokens=batch.text.tokens[rows], pooled=batch.text.pooled[rows])
+    text = replace(batch.text, prompt_embeds=batch.text.prompt_embeds[rows], pooled=batch.text.pooled[rows])
     return replace(
         batch,
         latents=batch.latents[rows],
         text=text,
         samples=batch.samples[rows],
-        positions=batch.positions[rows],
+        sample_indices=batch.sample_indices[rows],
     )
 
 

@@ -122,7 +122,7 @@ def sampled(run: TinyRun, folder: Path) -> np.ndarray:
         dtype="fp32",
         options={},
     )
-    (file,) = sample(request, output=folder, families=registry.facts())
+    (file,) = sample(request, output=folder, families=registry.specs())
     return pixels(file)
 
 
@@ -263,9 +263,9 @@ def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_nex
 def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mounted = comparison.mounted
+    loaded_adapter = comparison.loaded_adapter
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "mounted", signal_at(1, number=signal.SIGTERM, then=mounted))
+        patched.setattr(comparison, "mounted", signal_at(1, number=signal.SIGTERM, then=loaded_adapter))
         assert run_command(run) == EXIT_PREEMPTED
     assert steps(run) == 0
     assert run_command(run) == 0
@@ -284,7 +284,7 @@ def stopped(self, output_dir):
         os.kill(os.getpid(), signal.SIGTERM)
     save(self, output_dir)
 report.Report.save = stopped
-code = runs.train(load_config(Path(sys.argv[1]), families=registry.facts()))
+code = runs.train(load_config(Path(sys.argv[1]), families=registry.specs()))
 (Path(sys.argv[1]).parent / f"code-{os.environ['RANK']}").write_text(str(code))
 """
 

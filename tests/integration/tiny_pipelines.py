@@ -15,7 +15,7 @@ from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 
 
 def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:
@@ -28,7 +28,7 @@ def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
     values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
     config = LycorisConfig.model_validate(values | options | {"raw": values | options})
     adapter = attach_adapter(
-        pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0
+        pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0
     )
     assert isinstance(adapter, LycorisAdapter)
     return adapter
@@ -52,5 +52,5 @@ def trained_adapter_file(**options: Any) -> Path:
         for parameter in adapter.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     file = Path(tempfile.mkdtemp(prefix="tiny_adapter_")) / "pytorch_lora_weights.safetensors"
-    adapter.save(file, facts={"base_model": str(tiny_model()), "model_family": "sdxl"})
+    adapter.save(file, metadata={"base_model": str(tiny_model()), "model_family": "sdxl"})
     return file

@@ -96,7 +96,7 @@ class TinyRun:
         (self.folder / "data.json").write_text(json.dumps(dataset))
         (self.folder / "lycoris.json").write_text(json.dumps(self.lycoris))
         (self.folder / "config.json").write_text(json.dumps(keys))
-        return load_config(self.folder / "config.json", families=registry.facts())
+        return load_config(self.folder / "config.json", families=registry.specs())
 
     @contextmanager
     def trainer(self, **overrides: object) -> Iterator[Trainer]:
@@ -147,7 +147,7 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.build import build_trainer
 if "PIDS" in os.environ:
     (Path(os.environ["PIDS"]) / os.environ["RANK"]).write_text(str(os.getpid()))
-trainer = build_trainer(load_config(Path(sys.argv[1]), families=registry.facts()))
+trainer = build_trainer(load_config(Path(sys.argv[1]), families=registry.specs()))
 code = trainer.run()
 if trainer.accelerator.is_main_process:
     print("digest", trainer.state_digest())

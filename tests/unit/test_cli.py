@@ -101,7 +101,7 @@ def test_a_missing_configuration_file_is_named(
 def test_the_reference_is_printed_or_written(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    page = reference(registry.facts())
+    page = reference(registry.specs())
     assert _run(monkeypatch, "config-reference") == 0
     assert capsys.readouterr().out == page
     assert _run(monkeypatch, "config-reference", "--output", str(tmp_path / "page.md")) == 0
@@ -110,7 +110,7 @@ def test_the_reference_is_printed_or_written(
 
 def test_the_committed_reference_is_the_generated_one(repository: Path) -> None:
     committed = (repository / cli.REFERENCE).read_text(encoding="utf-8")
-    assert committed == reference(registry.facts()), (
+    assert committed == reference(registry.specs()), (
         f"run: simpletuner config-reference --output {cli.REFERENCE}"
     )
 

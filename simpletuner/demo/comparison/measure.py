@@ -20,7 +20,7 @@ from simpletuner.demo.comparison.likeness import likeness
 from simpletuner.demo.evaluate import Sampling, sample
 from simpletuner.demo.pretrain import encode_pictures
 from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_from_pipeline
-from simpletuner.helpers.models.diffusion import add_noise, velocity
+from simpletuner.helpers.models.diffusion import q_sample, velocity
 from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, EmbeddedModel
 from simpletuner.helpers.randomness import mix
 
@@ -33,7 +33,7 @@ NOISES_PER_VIEW = 4
 class Masks(Protocol):
     """What opens the ranks of a batch."""
 
-    def ranks_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
+    def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
         """Open the ranks of each sample inside the context."""
 
 
@@ -131,9 +131,9 @@ class Bench:
         alpha_bar = self.pipeline.scheduler.alphas_cumprod[chosen][:, None, None, None]
         text = self.model.encode_prompts([view.prompt for view in views] * NOISES_PER_VIEW)
         sizes = torch.tensor([[EDGE_PX, EDGE_PX, 0, 0, EDGE_PX, EDGE_PX]] * num, dtype=torch.float32)
-        with nullcontext() if adapter is None else adapter.ranks_for(chosen):
+        with nullcontext() if adapter is None else adapter.rank_mask_for(chosen):
             predicted = self.model.predict(
-                add_noise(repeated, noise, alpha_bar=alpha_bar),
+                q_sample(repeated, noise, alpha_bar=alpha_bar),
                 timesteps=torch.tensor(chosen),
                 text=text,
                 sizes=sizes,

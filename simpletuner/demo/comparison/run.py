@@ -175,7 +175,7 @@ def train(workplace: Workplace, run: Run, *, folder: Path) -> dict[int, Path]:
     steps = workplace.plan.steps
     CONCEPTS[run.concept].save_picture(folder / "picture")
     write_json(folder / "config.json", settings(workplace, run, folder=folder))
-    code = build_trainer(load_config(folder / "config.json", families=registry.facts())).run()
+    code = build_trainer(load_config(folder / "config.json", families=registry.specs())).run()
     if code != 0:
         raise SimpleTunerError(f"{run.name} was stopped. The same command goes on from here.")
     return {step: folder / "output" / f"checkpoint-{step}" / ADAPTER_FILE for step in steps}

@@ -30,7 +30,7 @@ class Adapter(ABC):
         """The LyCORIS network, None for PEFT."""
         return None
 
-    def ranks_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
+    def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
         """Open the ranks of these timesteps, one per sample, for a forward and its backward.
 
         Raises:
@@ -63,7 +63,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def start_from(self, file: Path) -> None:
+    def init_from(self, file: Path) -> None:
         """Begin training at the adapter of a file instead of at zero.
 
         Raises:
@@ -71,7 +71,7 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the adapter for others to use, with these facts about its training in the header.
 
         Raises:

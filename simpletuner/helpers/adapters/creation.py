@@ -37,7 +37,7 @@ def quiet_lycoris() -> Iterator[None]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class NetworkBuilder:
     """What a new network on a denoiser is made from."""
 
     denoiser: nn.Module

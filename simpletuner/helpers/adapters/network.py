@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters import targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
-from simpletuner.helpers.adapters.creation import Recipe, quiet_lycoris
+from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file, import_formats
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.adapters.quantised import is_packed
-from simpletuner.helpers.adapters.sharding import spread, whole
+from simpletuner.helpers.adapters.quantised import is_quantized
+from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
 NEED_WHOLE_WEIGHTS = ("full", "ia3")
@@ -40,7 +40,7 @@ def attach_adapter(
     config: AdapterConfig,
     *,
     lycoris: LycorisConfig | None,
-    facts: FamilyFacts,
+    spec: ModelSpec,
     seed: int,
     weight_hashes: Mapping[str, str] | None = None,
 ) -> Adapter:
@@ -50,7 +50,7 @@ def attach_adapter(
         denoiser: What is adapted.
         config: Kind of adapter, and the file to start from.
         lycoris: The LyCORIS network; None for PEFT LoRA.
-        facts: What the layers are called in this family.
+        spec: What the layers are called in this family.
         seed: Of the factors' start.
         weight_hashes: Name of a weight -> its identity before it was quantised.
 
@@ -60,12 +60,12 @@ def attach_adapter(
     """
     adapter: Adapter
     if lycoris is None:
-        adapter = PeftAdapter(denoiser, config, facts=facts, seed=seed)
+        adapter = PeftAdapter(denoiser, config, spec=spec, seed=seed)
     else:
-        adapter = LycorisAdapter.create(denoiser, lycoris, facts=facts, seed=seed)
-        adapter.note_base(weight_hashes or {})
+        adapter = LycorisAdapter.create(denoiser, lycoris, spec=spec, seed=seed)
+        adapter.set_base_hashes(weight_hashes or {})
     if config.init_lora is not None:
-        adapter.start_from(config.init_lora)
+        adapter.init_from(config.init_lora)
     return adapter
 
 
@@ -126,7 +126,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
 def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
     """Have layers on a quantised base add to its output, since nothing can be added to packed weights."""
     for module in network.loras:
-        if isinstance(module, TLoraLayer) or not is_packed(module.org_module[0].weight):
+        if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
             continue
         if module.name in NEED_WHOLE_WEIGHTS:
             raise AdapterError(
@@ -176,7 +176,7 @@ class LycorisAdapter(Adapter):
 
     @classmethod
     def create(
-        cls, denoiser: nn.Module, config: LycorisConfig, *, facts: FamilyFacts, seed: int
+        cls, denoiser: nn.Module, config: LycorisConfig, *, spec: ModelSpec, seed: int
     ) -> LycorisAdapter:
         """A new network on a denoiser, as the user's lycoris json describes it.
 
@@ -184,21 +184,21 @@ class LycorisAdapter(Adapter):
             ConfigError: A target matches nothing, or the algorithm cannot be made for a layer.
         """
         wanted = targets.translate(
-            config.apply_preset.model_dump(exclude_none=True), aliases=facts.target_aliases
+            config.apply_preset.model_dump(exclude_none=True), aliases=spec.target_aliases
         )
         schedule = RankSchedule(
             max_rank=config.linear_dim,
             min_rank=config.tlora_min_rank,
             alpha=config.tlora_alpha,
-            num_timesteps=facts.num_train_timesteps,
+            num_timesteps=spec.num_train_timesteps,
             kind=config.tlora_schedule,
         )
-        recipe = Recipe(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
+        recipe = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
         network = recipe.network(targets.resolve(wanted, denoiser))
         targets.check_matches(wanted, denoiser, adapted=[module.org_module[0] for module in network.loras])
         return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
 
-    def note_base(self, weight_hashes: Mapping[str, str]) -> None:
+    def set_base_hashes(self, weight_hashes: Mapping[str, str]) -> None:
         """Say in the adapter's file that the base weights are these, whatever has become of them since."""
         for name, path in self._paths.items():
             if (key := f"{path}.weight") in weight_hashes:
@@ -222,7 +222,7 @@ class LycorisAdapter(Adapter):
         """The LyCORIS network."""
         return self.network
 
-    def ranks_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
+    def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
         """Open the ranks of these timesteps, one per sample, for a forward and its backward."""
         if self.schedule is None:
             return nullcontext()
@@ -243,7 +243,7 @@ class LycorisAdapter(Adapter):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer as it stands: differences, not sums."""
-        return {name: whole(tensor) for name, tensor in self._tensors().items()}
+        return {name: full_tensor(tensor) for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave.
@@ -254,7 +254,7 @@ class LycorisAdapter(Adapter):
         own = self._tensors()
         refuse_other_state(state, own=own)
         for key, tensor in own.items():
-            tensor.copy_(spread(state[key], like=tensor))
+            tensor.copy_(distribute_like(state[key], like=tensor))
 
     def _tensors(self) -> dict[str, Tensor]:
         return {
@@ -263,7 +263,7 @@ class LycorisAdapter(Adapter):
             for name, tensor in _tensors_of(module)
         }
 
-    def start_from(self, file: Path) -> None:
+    def init_from(self, file: Path) -> None:
         """Begin training at the adapter of a file.
 
         Raises:
@@ -282,14 +282,14 @@ class LycorisAdapter(Adapter):
         except RuntimeError as error:
             raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
 
-    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the network in LyCORIS's key layout, T-LoRA with its base factors and schedule.
 
         Raises:
             AdapterError: A weight is not finite; nothing is written.
             StorageError: The file cannot be written.
         """
-        metadata = dict(facts) | {
+        metadata = dict(metadata) | {
             adapter_file.LYCORIS_KEY: json.dumps(self._raw, sort_keys=True),
             adapter_file.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
             adapter_file.PATHS_KEY: json.dumps(self._paths, sort_keys=True),

@@ -17,7 +17,7 @@ from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
@@ -33,9 +33,9 @@ class PeftAdapter(Adapter):
 
     kind = "standard"
 
-    def __init__(self, denoiser: Any, config: AdapterConfig, *, facts: FamilyFacts, seed: int) -> None:
-        self.denoiser, self.prefix = denoiser, facts.denoiser_name
-        wanted = list(config.peft_lora_target_modules or facts.lora_targets)
+    def __init__(self, denoiser: Any, config: AdapterConfig, *, spec: ModelSpec, seed: int) -> None:
+        self.denoiser, self.prefix = denoiser, spec.denoiser_name
+        wanted = list(config.peft_lora_target_modules or spec.lora_targets)
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # a float is right at run time
@@ -55,7 +55,7 @@ class PeftAdapter(Adapter):
         # An adapter that was taken off leaves its wrappers behind, empty.
         self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
-        if tuple(wanted) != facts.lora_targets:  # the family's own are for models of several sizes
+        if tuple(wanted) != spec.lora_targets:  # the family's own are for models of several sizes
             self._refuse_idle(wanted)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -93,7 +93,7 @@ class PeftAdapter(Adapter):
         refuse_other_state(state, own=self.state_dict())
         set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER_NAME)
 
-    def start_from(self, file: Path) -> None:
+    def init_from(self, file: Path) -> None:
         """Begin training at a LoRA in diffusers' format.
 
         Raises:
@@ -112,7 +112,7 @@ class PeftAdapter(Adapter):
         except AdapterError as error:
             raise AdapterError(f"init_lora {file}: {error}") from error
 
-    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the LoRA for diffusers' `load_lora_weights`, rank and alpha in the header.
 
         A start that was subtracted from the base weights is in the file too, as ranks of their own, so that
@@ -128,7 +128,7 @@ class PeftAdapter(Adapter):
             state = {key: _less_start(key, factor, self._start[key]) for key, factor in state.items()}
             rank, alpha = 2 * config.r, 2 * config.lora_alpha
             config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
-        metadata = dict(facts) | {METADATA_KEY: described(config, prefix=self.prefix)}
+        metadata = dict(metadata) | {METADATA_KEY: described(config, prefix=self.prefix)}
         tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
         adapter_file.write(file, tensors, metadata=metadata)
 

@@ -14,13 +14,13 @@ from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.optional import require
 
 
-def is_packed(weight: Tensor) -> bool:
+def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is stored as codes, or rounded to fewer bits than bf16 has."""
     plain = type(weight) in (Tensor, nn.Parameter)  # a torchao tensor claims the dtype that it had before
     return not plain or not weight.is_floating_point() or weight.element_size() < 2
 
 
-def dense_weight(layer: nn.Module, shape: tuple[int, int], *, name: str) -> Tensor:
+def dequantize(layer: nn.Module, shape: tuple[int, int], *, name: str) -> Tensor:
     """The [N, M] weight of a layer, unpacked if it is quantised; a weight on meta as it is.
 
     Args:

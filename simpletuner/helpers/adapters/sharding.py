@@ -18,12 +18,12 @@ def shard_adapters(denoiser: nn.Module) -> None:
         fully_shard(module)
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether this process holds a part of the tensor only."""
     return isinstance(tensor, DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor, put together if it is shared out; every process must ask for it then."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -31,7 +31,7 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
-def spread(value: Tensor, *, like: Tensor) -> Tensor:
+def distribute_like(value: Tensor, *, like: Tensor) -> Tensor:
     """A whole tensor shared out as another one is; the same tensor if that is whole."""
     if not isinstance(like, DTensor):
         return value

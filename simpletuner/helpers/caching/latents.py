@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.prefetch import one_ahead
+from simpletuner.helpers.caching.prefetch import prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import DataError
@@ -60,13 +60,13 @@ def fill_latents(
         DataError: An image cannot be read, or its latents are not finite.
         StorageError: An entry cannot be written.
     """
-    store.tidy()
+    store.remove_stale()
     index, count = shard
     unique = list({request.key: request for request in requests}.values())
     mine = sorted(unique[index::count], key=lambda request: request.size)
     missing = [request for request in mine if read_latents(store, request.key) is None]
     done = len(mine) - len(missing)
-    for batch, pixels in one_ahead(_batches_of_one_size(missing, batch_size), _load):
+    for batch, pixels in prefetch(_batches_of_one_size(missing, batch_size), _load):
         _store_batch(store, batch, encode(pixels))
         done += len(batch)
         if on_progress is not None:
@@ -76,10 +76,10 @@ def fill_latents(
 
 def _batches_of_one_size(requests: Iterable[LatentRequest], batch_size: int) -> Iterator[list[LatentRequest]]:
     for _, group in groupby(requests, key=lambda request: request.size):
-        yield from chunks(group, batch_size)
+        yield from batched(group, batch_size)
 
 
-def chunks(items: Iterable[Item], length: int) -> Iterator[list[Item]]:
+def batched(items: Iterable[Item], length: int) -> Iterator[list[Item]]:
     """Lists of `length` items in order; the last may be shorter."""
     remaining = iter(items)
     while chunk := list(islice(remaining, length)):
@@ -99,4 +99,4 @@ def _store_batch(store: TensorStore, batch: list[LatentRequest], latents: Tensor
                 f"{request.name}: its latents hold values that are not finite. "
                 "The VAE overflows in this precision: load it in float32 or bfloat16, or use another VAE."
             )
-        store.put(request.key, {_NAME: one}, facts={"image": request.name, "size": str(request.size)})
+        store.put(request.key, {_NAME: one}, spec={"image": request.name, "size": str(request.size)})

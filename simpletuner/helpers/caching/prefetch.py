@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def one_ahead(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
+def prefetch(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
     """Yield work(item) in order, while a thread already does the next one.
 
     An exception of the work is raised where its result would have been yielded.

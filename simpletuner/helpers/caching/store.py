@@ -84,18 +84,18 @@ class TensorStore:
         """Whether there is an entry and it is whole; it is read for that."""
         return isinstance(key, str) and self.get(key) is not None
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], *, facts: Mapping[str, str]) -> None:
+    def put(self, key: str, tensors: Mapping[str, Tensor], *, spec: Mapping[str, str]) -> None:
         """Write an entry, replacing what was there; facts are for people who look into the file.
 
         Raises:
             StorageError: The entry cannot be written.
         """
         whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        metadata = {**facts, _KEY_FACT: key, _DIGEST_FACT: _digest(key, whole)}
+        metadata = {**spec, _KEY_FACT: key, _DIGEST_FACT: _digest(key, whole)}
         # Not durable: an entry that a power cut damages fails its digest and is made again.
         write_bytes(self.path(key), safetensors_torch.save(whole, metadata), durable=False)
 
-    def tidy(self) -> None:
+    def remove_stale(self) -> None:
         """Remove temporary files of writers on this machine that no longer run."""
         if self.folder.is_dir():
             for folder in (self.folder, *self.folder.iterdir()):

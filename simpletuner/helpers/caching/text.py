@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.latents import chunks
+from simpletuner.helpers.caching.latents import batched
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.errors import DataError
@@ -32,7 +32,9 @@ class TextCache:
         entry = self._store.get(self.key(prompt))
         if entry is None or "tokens" not in entry:
             return None
-        return TextEmbeds(tokens=entry["tokens"], pooled=entry.get("pooled"), mask=entry.get("mask"))
+        return TextEmbeds(
+            prompt_embeds=entry["tokens"], pooled=entry.get("pooled"), attention_mask=entry.get("mask")
+        )
 
     def fill(
         self,
@@ -51,12 +53,12 @@ class TextCache:
             DataError: An embedding is not finite.
             StorageError: An entry cannot be written.
         """
-        self._store.tidy()
+        self._store.remove_stale()
         index, count = shard
         mine = list(dict.fromkeys(prompts))[index::count]
         missing = [prompt for prompt in mine if self.get(prompt) is None]
         done = len(mine) - len(missing)
-        for batch in chunks(missing, batch_size):
+        for batch in batched(missing, batch_size):
             for prompt, embeds in zip(batch, encode(batch), strict=True):
                 self._put(prompt, embeds)
             done += len(batch)
@@ -72,9 +74,9 @@ class TextCache:
                 f"The embedding of the prompt {shown!r} holds values that are not finite. "
                 "The text encoder overflows in this precision: load it in float32 or bfloat16."
             )
-        self._store.put(self.key(prompt), tensors, facts={"prompt": shown})
+        self._store.put(self.key(prompt), tensors, spec={"prompt": shown})
 
 
 def _named(embeds: TextEmbeds) -> dict[str, Tensor]:
-    parts = {"tokens": embeds.tokens, "pooled": embeds.pooled, "mask": embeds.mask}
+    parts = {"tokens": embeds.prompt_embeds, "pooled": embeds.pooled, "mask": embeds.attention_mask}
     return {name: tensor for name, tensor in parts.items() if tensor is not None}

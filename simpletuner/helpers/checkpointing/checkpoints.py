@@ -119,11 +119,11 @@ class Checkpoints:
             return None
         found = self._newest_intact(existing) if wanted == LATEST else self._named(wanted, existing)
         if found is not None:
-            refuse_other_run(found, "settings", self._settings)
+            check_compatible(found, "settings", self._settings)
             self._saved_step = found.step
         return found
 
-    def bind(self, weights: Compatibility, *, resumed: Checkpoint | None) -> None:
+    def set_base_weights(self, weights: Compatibility, *, resumed: Checkpoint | None) -> None:
         """State what the loaded model is, which only the model itself tells.
 
         Raises:
@@ -131,7 +131,7 @@ class Checkpoints:
         """
         self._weights = weights
         if resumed is not None:
-            refuse_other_run(resumed, "weights", weights)
+            check_compatible(resumed, "weights", weights)
 
     def _named(self, name: str, existing: list[Checkpoint]) -> Checkpoint:
         for checkpoint in existing:
@@ -187,7 +187,7 @@ def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def refuse_other_run(checkpoint: Checkpoint, part: str, current: Compatibility) -> None:
+def check_compatible(checkpoint: Checkpoint, part: str, current: Compatibility) -> None:
     """Compare one part of what a checkpoint states about its run with this run.
 
     Raises:

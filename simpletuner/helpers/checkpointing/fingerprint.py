@@ -10,7 +10,7 @@ import xxhash
 
 from simpletuner import __version__
 from simpletuner.helpers.adapters.files.adapter_file import weight_hash
-from simpletuner.helpers.adapters.quantised import is_packed
+from simpletuner.helpers.adapters.quantised import is_quantized
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -27,7 +27,7 @@ UNCHANGED = "no_change"
 SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 
 
-def run_settings(config: RunConfig) -> dict[str, JsonValue]:
+def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
     """The settings that decide what the training state means; all others may change on resume."""
     settings: dict[str, JsonValue] = {
         "model_family": config.model.model_family,
@@ -45,7 +45,7 @@ def run_settings(config: RunConfig) -> dict[str, JsonValue]:
 def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
     """Name of each weight -> its identity, whatever its dtype; packed ones are left out."""
     weights = sorted(denoiser.named_parameters())
-    return {name: weight_hash(weight) for name, weight in weights if not is_packed(weight)}
+    return {name: weight_hash(weight) for name, weight in weights if not is_quantized(weight)}
 
 
 def base_weights_hash(hashes: Mapping[str, str]) -> str:
@@ -56,18 +56,18 @@ def base_weights_hash(hashes: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def changed(noise: NoiseConfig) -> dict[str, JsonValue]:
+def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
     """What was set otherwise than by default about noise levels and what the model is told beside them."""
     values: dict[str, JsonValue] = noise.model_dump(mode="json", exclude_defaults=True)
     return values
 
 
-def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
+def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
     """What the header of the adapter's file says about its training."""
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
     swapped = {key: value for key, value in config.model if key.startswith("pretrained_")}
     del swapped["pretrained_model_name_or_path"]
-    facts = {
+    metadata = {
         "software": f"simpletuner {__version__}",
         "base_model": config.model.pretrained_model_name_or_path,
         "model_family": config.model.model_family,
@@ -75,7 +75,7 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
         **swapped,
-        **changed(config.noise),
+        **non_default(config.noise),
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,
         "lr_scheduler": config.optimizer.lr_scheduler,
@@ -90,4 +90,4 @@ def adapter_facts(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),
         "trigger_words": ", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets})),
     }
-    return {name: str(value) for name, value in facts.items() if value not in (None, "")}
+    return {name: str(value) for name, value in metadata.items() if value not in (None, "")}

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.adapters.sharding import spread, whole
+from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from simpletuner.helpers.adapters.adapter import Adapter
-    from simpletuner.helpers.reporting.progress import Progress
+    from simpletuner.helpers.checkpointing.progress import Progress
 
 ADAPTER_FILE = "adapter_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -101,7 +101,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
     for index, values in state["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = whole(value)
+                tensors[f"{index}.{name}"] = full_tensor(value)
             elif value is not None:
                 numbers.setdefault(str(index), {})[name] = value
     groups = [_adapted(group) for group in state["param_groups"]]
@@ -123,7 +123,7 @@ def load_optimizer_state(
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
         _refuse_foreign(key, tensor, parameters=parameters)
-        own = tensor if tensor.numel() == 1 else spread(tensor, like=parameters[int(index)])
+        own = tensor if tensor.numel() == 1 else distribute_like(tensor, like=parameters[int(index)])
         state.setdefault(int(index), {})[name] = own
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, numbers["groups"], strict=True):

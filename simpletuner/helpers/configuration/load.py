@@ -11,14 +11,14 @@ from typing import TypeVar
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading import rules
-from simpletuner.helpers.configuration.loading.building import Built, Place, build
+from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
 from simpletuner.helpers.configuration.loading.layers import (
-    Given,
     Keys,
+    RawValue,
     from_command_line,
     from_file,
-    layered,
+    merge,
 )
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import prompts_of, read_library
@@ -39,7 +39,7 @@ from simpletuner.helpers.configuration.schema.sections import (
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.configuration.text.reading import read_json
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 
 SECTIONS: tuple[type[Section], ...] = (
     ModelConfig,
@@ -57,7 +57,7 @@ COMPUTED_KEYS = frozenset({"prompts"})
 KEYS = Keys(
     {key: section for section in SECTIONS for key in section.model_fields if key not in COMPUTED_KEYS}
 )
-_STAND_INS = {"model_family": "?", "pretrained_model_name_or_path": "unknown/unknown"}
+_PLACEHOLDERS = {"model_family": "?", "pretrained_model_name_or_path": "unknown/unknown"}
 
 S = TypeVar("S", bound=Section)
 
@@ -68,14 +68,14 @@ class _Files:
 
     main: str
     """Config.json as it is named in messages."""
-    given: Mapping[str, Given]
-    place: Place
+    given: Mapping[str, RawValue]
+    place: Source
     environment: Environment
     chain: tuple[Path, ...]
     """The config.json whose validation_compared_config led here, one after another, and this one."""
     load_other: Callable[[Path], RunConfig | None]
 
-    def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Place] | None:
+    def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Source] | None:
         """(value, value as written, place) of the file that a key names, or of the value in its stead."""
         given = self.given.get(key)
         if given is not None and isinstance(given.value, dict | list):
@@ -91,9 +91,7 @@ class _Files:
         return value, written, replace(self.place, source_of=lambda _: source)
 
 
-def load_config(
-    path: Path, *, overrides: Sequence[str] = (), families: Mapping[str, FamilyFacts]
-) -> RunConfig:
+def load_config(path: Path, *, overrides: Sequence[str] = (), families: Mapping[str, ModelSpec]) -> RunConfig:
     """Read and check everything that a run is told, without importing torch.
 
     Args:
@@ -114,7 +112,7 @@ def load_config(
 def _loaded(
     path: Path,
     overrides: Sequence[str],
-    families: Mapping[str, FamilyFacts],
+    families: Mapping[str, ModelSpec],
     *,
     leading: tuple[Path, ...],
     problems: Problems,
@@ -130,13 +128,13 @@ def _loaded(
         problems.add(main, "", "must hold an object, {...}.")
     if not isinstance(values, dict):
         return None
-    given = layered(
+    given = merge(
         from_file(values, KEYS, source=main, problems=problems, environment=environment),
         from_command_line(overrides, KEYS, problems=problems, environment=environment),
         keys=KEYS,
     )
     context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
-    place = Place(problems, lambda key: given[key].source if key in given else main, context)
+    place = Source(problems, lambda key: given[key].source if key in given else main, context)
     chain = (*leading, path)
 
     def load_other(other: Path) -> RunConfig | None:
@@ -148,14 +146,14 @@ def _loaded(
     return run
 
 
-def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -> RunConfig | None:
+def _assembled(path: Path, files: _Files, families: Mapping[str, ModelSpec]) -> RunConfig | None:
     given, place = files.given, files.place
-    facts = rules.family_of(given, families, place)
+    spec = rules.family_of(given, families, place)
     values: dict[str, object] = {key: each.value for key, each in given.items()}
     for key in ("lycoris_config", "data_backend_config"):
         if isinstance(values.get(key), dict | list):
             del values[key]
-    values = (_STAND_INS if facts is None else rules.family_defaults(given, facts)) | values
+    values = (_PLACEHOLDERS if spec is None else rules.family_defaults(given, spec)) | values
     names = {"model_family": str(values.get("model_family", ""))}
     make = _maker(values, replace(place, context=replace(place.context, names=names)))
     checkpoint = make(CheckpointConfig)
@@ -169,23 +167,23 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
     lycoris = _lycoris(adapter, files)
     dataset_file = _datasets(data, files)
     prompts = _prompts(validation, files)
-    if facts is not None:
+    if spec is not None:
         if model.section is not None:
-            rules.check_model(model.section, facts, place)
+            rules.check_model(model.section, spec, place)
         about_models = (model, adapter, training, noise, validation)
-        rules.check_family(about_models, facts, families=families, place=place)
-        rules.check_lora_preset(given, adapter, facts=facts, place=place)
-        rules.check_format(adapter, lycoris, facts=facts, place=place)
-        rules.check_precision(precision, adapter, lycoris, facts=facts, place=place)
-        rules.check_offload(precision, training, validation, facts=facts, place=place)
-        rules.check_alignment(data, facts, place)
-        rules.check_pictures(validation, facts, place)
+        rules.check_family(about_models, spec, families=families, place=place)
+        rules.check_lora_preset(given, adapter, spec=spec, place=place)
+        rules.check_format(adapter, lycoris, spec=spec, place=place)
+        rules.check_precision(precision, adapter, lycoris, spec=spec, place=place)
+        rules.check_offload(precision, training, validation, spec=spec, place=place)
+        rules.check_alignment(data, spec, place)
+        rules.check_pictures(validation, spec, place)
     folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}
     rules.check_output(checkpoint, folders, place)
     compared_with = _compared_with(validation, files)
-    if len(place.problems) or facts is None or data.section is None or validation.section is None:
+    if len(place.problems) or spec is None or data.section is None or validation.section is None:
         return None
-    sizes = validation.section.validation_resolution or (rules.training_size(data.section, facts),)
+    sizes = validation.section.validation_resolution or (rules.training_size(data.section, spec),)
     text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
     return RunConfig.model_validate(
         {
@@ -210,16 +208,16 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, FamilyFacts]) -
     )
 
 
-def _maker(values: Mapping[str, object], place: Place) -> Callable[[type[S]], Built[S]]:
-    def make(section: type[S]) -> Built[S]:
+def _maker(values: Mapping[str, object], place: Source) -> Callable[[type[S]], Validated[S]]:
+    def make(section: type[S]) -> Validated[S]:
         own = {key: values[key] for key in section.model_fields if key in values and key not in COMPUTED_KEYS}
-        stand_ins = {key: value for key, value in _STAND_INS.items() if key in section.model_fields}
-        return build(section, own, place, stand_ins=stand_ins)
+        placeholders = {key: value for key, value in _PLACEHOLDERS.items() if key in section.model_fields}
+        return build(section, own, place, placeholders=placeholders)
 
     return make
 
 
-def _lycoris(adapter: Built[AdapterConfig], files: _Files) -> LycorisConfig | None:
+def _lycoris(adapter: Validated[AdapterConfig], files: _Files) -> LycorisConfig | None:
     """The adapter that the lycoris json describes; its file is checked too when lora_type cannot be read."""
     section = adapter.section
     if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.wrong):
@@ -237,7 +235,7 @@ def _lycoris(adapter: Built[AdapterConfig], files: _Files) -> LycorisConfig | No
     return read_lycoris(value, place, written=written)
 
 
-def _datasets(data: Built[DataConfig], files: _Files) -> DatasetFile:
+def _datasets(data: Validated[DataConfig], files: _Files) -> DatasetFile:
     path = data.section.data_backend_config if data.section is not None else None
     document = files.document("data_backend_config", path)
     if document is None:
@@ -250,7 +248,7 @@ def _datasets(data: Built[DataConfig], files: _Files) -> DatasetFile:
     return read_datasets(value, place, data=data)
 
 
-def _prompts(validation: Built[ValidationConfig], files: _Files) -> tuple[ValidationPrompt, ...]:
+def _prompts(validation: Validated[ValidationConfig], files: _Files) -> tuple[ValidationPrompt, ...]:
     section = validation.section
     if section is None:
         return ()
@@ -259,7 +257,7 @@ def _prompts(validation: Built[ValidationConfig], files: _Files) -> tuple[Valida
     return prompts_of(section.validation_prompt, with_library=section.validation_prompt_library, user=user)
 
 
-def _compared_with(validation: Built[ValidationConfig], files: _Files) -> RunConfig | None:
+def _compared_with(validation: Validated[ValidationConfig], files: _Files) -> RunConfig | None:
     """The other run whose adapter is shown beside this one's; its problems are noted with this run's."""
     section = validation.right("validation_compared_config")
     path = section.validation_compared_config if section is not None else None

@@ -31,7 +31,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     TargetPreset,
 )
 from simpletuner.helpers.configuration.schema.values import OPTIMIZER_ARGUMENTS
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 
 _INTRODUCTION = """\
 # Configuration reference
@@ -63,7 +63,7 @@ _LARGEST_SHOWN = 2**53
 _Schema = Mapping[str, JsonValue]
 
 
-def reference(families: Mapping[str, FamilyFacts]) -> str:
+def reference(families: Mapping[str, ModelSpec]) -> str:
     """The whole page as markdown.
 
     Args:
@@ -162,32 +162,32 @@ def _optimizers() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _families(families: Mapping[str, FamilyFacts]) -> str:
+def _families(families: Mapping[str, ModelSpec]) -> str:
     lines = ["### Model families\n"]
-    for name, facts in sorted(families.items()):
+    for name, spec in sorted(families.items()):
         lines += [
-            f"`{name}`: resolution {facts.default_resolution}, aspect_bucket_alignment "
-            f"{facts.pixel_alignment} (a multiple of {facts.minimum_alignment}), prediction_type "
-            f"{_codes(facts.prediction_types)}, "
-            f"peft_lora_target_modules {_codes(_abbreviated(facts.lora_targets))}, "
-            f"validation_guidance {facts.default_guidance:g}.\n",
-            *_preset_lines(facts),
+            f"`{name}`: resolution {spec.default_resolution}, aspect_bucket_alignment "
+            f"{spec.pixel_alignment} (a multiple of {spec.minimum_alignment}), prediction_type "
+            f"{_codes(spec.prediction_types)}, "
+            f"peft_lora_target_modules {_codes(_abbreviated(spec.lora_targets))}, "
+            f"validation_guidance {spec.default_guidance:g}.\n",
+            *_preset_lines(spec),
             "| model_flavour | repository |",
             "|---|---|",
             *(
-                f"| `{flavour}`{' (default)' if flavour == facts.default_flavour else ''} | {repository} |"
-                for flavour, repository in facts.flavours.items()
+                f"| `{flavour}`{' (default)' if flavour == spec.default_flavour else ''} | {repository} |"
+                for flavour, repository in spec.flavours.items()
             ),
             "",
         ]
     return "\n".join(lines)
 
 
-def _preset_lines(facts: FamilyFacts) -> list[str]:
-    if not facts.lora_presets:
+def _preset_lines(spec: ModelSpec) -> list[str]:
+    if not spec.lora_presets:
         return []
-    lines = [f"| {facts.lora_preset_key} | layers |", "|---|---|"]
-    return [*lines, *(f"| `{name}` | {_codes(layers)} |" for name, layers in facts.lora_presets.items()), ""]
+    lines = [f"| {spec.lora_preset_key} | layers |", "|---|---|"]
+    return [*lines, *(f"| `{name}` | {_codes(layers)} |" for name, layers in spec.lora_presets.items()), ""]
 
 
 def _abbreviated(names: Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.caching.latents import LatentRequest, fill_latents, read_latents
-from simpletuner.helpers.caching.prefetch import one_ahead
+from simpletuner.helpers.caching.prefetch import prefetch
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.caching.text import TextCache
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -42,11 +42,11 @@ _SHOWN = 5
 def stack_text(texts: Sequence[TextEmbeds]) -> TextEmbeds:
     """One batch of embeddings that all have the same number of tokens: [B, L, D], [B, P] and [B, L]."""
     pooled = [text.pooled for text in texts if text.pooled is not None]
-    masks = [text.mask for text in texts if text.mask is not None]
+    masks = [text.attention_mask for text in texts if text.attention_mask is not None]
     return TextEmbeds(
-        tokens=torch.cat([text.tokens for text in texts]),
+        prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
         pooled=torch.cat(pooled) if pooled else None,
-        mask=torch.cat(masks) if masks else None,
+        attention_mask=torch.cat(masks) if masks else None,
     )
 
 
@@ -192,7 +192,7 @@ class TrainingData:
         Raises:
             DataError: A cache entry is missing or damaged.
         """
-        return one_ahead(count(start), self._batch)
+        return prefetch(count(start), self._batch)
 
     def _batch(self, index: int) -> Batch:
         draw = self._sampler.draw(index)
@@ -200,14 +200,14 @@ class TrainingData:
         first = self.process_index * self.batch_size
         own = draw.samples[first : first + self.batch_size]
         start = index * self.batch_size * self.num_processes + first
-        positions = tuple(range(start, start + self.batch_size))
+        sample_indices = tuple(range(start, start + self.batch_size))
         images = [members[member] for member in own]
-        samples = tuple(map(self._drawn, images, positions))
+        samples = tuple(map(self._drawn, images, sample_indices))
         return Batch(
             latents=torch.stack([self._latents(image) for image in images]),
             text=self.stack_text([self.text_embeds(sample.caption) for sample in samples]),
             samples=samples,
-            positions=positions,
+            sample_indices=sample_indices,
         )
 
     def _drawn(self, image: PlannedImage, position: int) -> Sample:

@@ -28,7 +28,7 @@ _RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class ImageFacts:
+class ImageInfo:
     """What inspection of an image's bytes gave."""
 
     digest: str
@@ -57,7 +57,7 @@ class ImageIndex:
         self._files: dict[str, list[int | str]] = {}
         self._contents: dict[str, list[int] | str] = {}
 
-    def facts(self, image: FoundFile) -> ImageFacts:
+    def info(self, image: FoundFile) -> ImageInfo:
         """What is to be known about an image; its digest is empty when it cannot even be read."""
         started_ns = time.time_ns()
         known = self._known_files.get(image.name)
@@ -69,7 +69,7 @@ class ImageIndex:
         try:
             data = read_bounded(image, limit=MAX_FILE_BYTES)
         except DataError as error:
-            return ImageFacts(digest="", size=None, problem=str(error))
+            return ImageInfo(digest="", size=None, problem=str(error))
         digest = content_digest(data)
         if started_ns - image.signature[2] > _RACY_NS:
             self._files[image.name] = [*image.signature, digest]
@@ -86,14 +86,14 @@ class ImageIndex:
         body = json.dumps({"version": _VERSION, "files": self._files, "contents": self._contents})
         write_bytes(self._file, json.dumps([content_digest(body.encode()), body]).encode(), durable=False)
 
-    def _facts_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageFacts:
+    def _facts_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageInfo:
         verdict = self._contents.get(digest)
         if verdict is None:
             verdict = self._contents[digest] = inspect()
         if isinstance(verdict, str):
-            return ImageFacts(digest=digest, size=None, problem=verdict)
+            return ImageInfo(digest=digest, size=None, problem=verdict)
         height, width = verdict
-        return ImageFacts(digest=digest, size=Size(height=height, width=width), problem=None)
+        return ImageInfo(digest=digest, size=Size(height=height, width=width), problem=None)
 
 
 def _inspected(data: bytes) -> list[int] | str:

@@ -21,7 +21,7 @@ from simpletuner.helpers.data.captions import (
     text_file_of,
     with_instance_prompt,
 )
-from simpletuner.helpers.data.index import ImageFacts, ImageIndex
+from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
 from simpletuner.helpers.data.sources import FoundFile, Scan, Skipped, scan_folder
 from simpletuner.helpers.errors import DataError
@@ -79,22 +79,22 @@ def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageI
     strategy = _strategy(config, scan)
     _refuse_ambiguous(config, scan, strategy)
     skipped = [Skipped(config.id, printable(name), reason) for name, reason in scan.skipped]
-    usable: list[tuple[FoundFile, ImageFacts, Size]] = []
+    usable: list[tuple[FoundFile, ImageInfo, Size]] = []
     for file in _candidates(config, scan, settings.seed):
-        facts = index.facts(file)
-        reason = facts.problem or _name_problem(file, strategy) or _size_problem(facts.size, config)
-        if facts.size is None or reason is not None:
+        info = index.info(file)
+        reason = info.problem or _name_problem(file, strategy) or _size_problem(info.size, config)
+        if info.size is None or reason is not None:
             skipped.append(Skipped(config.id, printable(file.name), reason or "its size is unknown"))
         else:
-            usable.append((file, facts, facts.size))
+            usable.append((file, info, info.size))
         if len(usable) == config.max_num_samples:
             break
     usable.sort(key=lambda entry: entry[0].name.split("/"))
     _report_skipped(config, skipped, num_usable=len(usable))
     captions = _captions_of(config, [file for file, _, _ in usable], scan=scan, strategy=strategy)
     images = tuple(
-        _planned(config, settings, file=file, facts=facts, size=size, captions=texts)
-        for (file, facts, size), texts in zip(usable, captions, strict=True)
+        _planned(config, settings, file=file, info=info, size=size, captions=texts)
+        for (file, info, size), texts in zip(usable, captions, strict=True)
     )
     return DatasetPlan(config=config, images=images, skipped=tuple(skipped))
 
@@ -225,7 +225,7 @@ def _planned(
     settings: PlanSettings,
     *,
     file: FoundFile,
-    facts: ImageFacts,
+    info: ImageInfo,
     size: Size,
     captions: tuple[str, ...],
 ) -> PlannedImage:
@@ -239,7 +239,7 @@ def _planned(
         crop_top_left=placement.top_left,
         target_px=placement.target_px,
     )
-    return PlannedImage(file=file, digest=facts.digest, sample=sample, captions=captions)
+    return PlannedImage(file=file, digest=info.digest, sample=sample, captions=captions)
 
 
 def _placement(config: DatasetConfig, settings: PlanSettings, *, name: str, size: Size) -> Placement:

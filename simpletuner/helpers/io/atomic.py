@@ -105,14 +105,13 @@ def verify_manifest(folder: Path) -> list[str]:
     manifest = folder / MANIFEST
     try:
         listed = json.loads(manifest.read_bytes())["files"]
-        facts = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+        spec = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
     except OSError as error:
         return [f"{MANIFEST} cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{MANIFEST} is damaged"]
     checks = (
-        _file_problem(folder, name, size=size, digest=digest)
-        for name, (size, digest) in sorted(facts.items())
+        _file_problem(folder, name, size=size, digest=digest) for name, (size, digest) in sorted(spec.items())
     )
     return [problem for problem in checks if problem is not None]
 

@@ -70,13 +70,13 @@ def _from_us_or_serious(record: logging.LogRecord) -> bool:
 _said: set[str] = set()
 
 
-def say_once(log: Callable[[str], None], message: str) -> None:
+def log_once(log: Callable[[str], None], message: str) -> None:
     """Log a message the first time it is given in this process; `log` is for instance `logger.warning`."""
     if message not in _said:
         _said.add(message)
         log(message)
 
 
-def forget_what_was_said() -> None:
+def reset_log_once() -> None:
     """Let every message be logged once more."""
     _said.clear()

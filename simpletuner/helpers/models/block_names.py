@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from simpletuner.helpers.contracts import OriginalRows
+from simpletuner.helpers.contracts import FusedSlice
 
-Names = Mapping[str, str | OriginalRows]
+Names = Mapping[str, str | FusedSlice]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class BlockNames:
     outside: Names
     """The layers outside blocks."""
 
-    def original(self, path: str) -> str | OriginalRows:
+    def original(self, path: str) -> str | FusedSlice:
         """The original name of the layer at a diffusers path, with its rows where it is a part of a layer.
 
         Raises:
@@ -51,11 +51,11 @@ def joined(name: str, *layers: str, shares: tuple[int, ...] | None = None) -> Na
     shares = shares or (1,) * len(layers)
     starts = [sum(shares[:index]) for index in range(len(layers))]
     return {
-        layer: OriginalRows(name, tuple(range(start, start + share)), sum(shares))
+        layer: FusedSlice(name, tuple(range(start, start + share)), sum(shares))
         for layer, start, share in zip(layers, starts, shares, strict=True)
     }
 
 
-def halves_exchanged(name: str) -> OriginalRows:
+def swap_scale_shift(name: str) -> FusedSlice:
     """A layer of scale and shift, whose original gives the shift first."""
-    return OriginalRows(name, (1, 0), 2)
+    return FusedSlice(name, (1, 0), 2)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.contracts import Noised
+from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.randomness import mix
 
 DiffusionPrediction = Literal["epsilon", "v_prediction"]
@@ -29,45 +29,50 @@ class DiffusionSchedule:
     """Signal-to-noise ratio above which a sample's loss is scaled down. None weighs all samples alike."""
 
 
-def noised_batch(
-    latents: Tensor, *, schedule: DiffusionSchedule, positions: Sequence[int], seed: int
-) -> Noised:
+def add_noise(
+    latents: Tensor, *, schedule: DiffusionSchedule, sample_indices: Sequence[int], seed: int
+) -> NoisyBatch:
     """Noise [B, C, H, W] latents, each sample by the timestep and the noise that its position stands for.
 
     The result is float32 on the device of the latents. A sample's noise depends on the seed and its
     position only: neither on the other samples of its batch nor on the process that draws it.
     """
-    assert len(positions) == len(latents), f"{len(positions)} positions for {len(latents)} samples"
+    assert len(sample_indices) == len(latents), (
+        f"{len(sample_indices)} sample indices for {len(latents)} samples"
+    )
     clean = latents.float()
-    timesteps = draw_timesteps(positions, seed=seed, num_timesteps=len(schedule.alpha_bars))
-    noise = draw_noise(positions, seed=seed, shape=clean.shape[1:]).to(clean.device)
+    timesteps = draw_timesteps(sample_indices, seed=seed, num_timesteps=len(schedule.alpha_bars))
+    noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:]).to(clean.device)
     alpha_bar = schedule.alpha_bars[list(timesteps)].float()  # [B]
     weight = loss_weight(alpha_bar, prediction=schedule.prediction, snr_gamma=schedule.snr_gamma)
     alpha_bar = alpha_bar.to(clean.device)[:, None, None, None]  # [B, 1, 1, 1]
-    return Noised(
-        latents=add_noise(clean, noise, alpha_bar=alpha_bar),
+    return NoisyBatch(
+        latents=q_sample(clean, noise, alpha_bar=alpha_bar),
         target=noise if schedule.prediction == "epsilon" else velocity(clean, noise, alpha_bar=alpha_bar),
         timesteps=timesteps,
         weight=weight.to(clean.device),
     )
 
 
-def draw_timesteps(positions: Sequence[int], *, seed: int, num_timesteps: int) -> tuple[int, ...]:
+def draw_timesteps(sample_indices: Sequence[int], *, seed: int, num_timesteps: int) -> tuple[int, ...]:
     """One timestep in [0, num_timesteps) for each position, uniform, known on the host."""
     return tuple(
         int(torch.randint(num_timesteps, (1,), generator=generator_of(seed, "timestep", position)))
-        for position in positions
+        for position in sample_indices
     )
 
 
-def draw_noise(positions: Sequence[int], *, seed: int, shape: Sequence[int]) -> Tensor:
+def draw_noise(sample_indices: Sequence[int], *, seed: int, shape: Sequence[int]) -> Tensor:
     """[B, *shape] float32 standard normal noise on the CPU, one independent stream for each position."""
     return torch.stack(
-        [torch.randn(tuple(shape), generator=generator_of(seed, "noise", position)) for position in positions]
+        [
+            torch.randn(tuple(shape), generator=generator_of(seed, "noise", position))
+            for position in sample_indices
+        ]
     )
 
 
-def add_noise(clean: Tensor, noise: Tensor, *, alpha_bar: Tensor) -> Tensor:
+def q_sample(clean: Tensor, noise: Tensor, *, alpha_bar: Tensor) -> Tensor:
     """The sample at the timestep whose remaining signal variance is alpha_bar.
 
     Source: Ho et al., arXiv:2006.11239, equation 4.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 
-class Family(ABC):
+class ModelFamily(ABC):
     """One model architecture: its facts, then its steps in the order a batch meets them."""
 
-    facts: ClassVar[FamilyFacts]
+    spec: ClassVar[ModelSpec]
 
     def __init__(
         self,
@@ -115,17 +115,17 @@ class Family(ABC):
     def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
         """Join embeddings, all with as many tokens, along the batch dimension."""
         return TextEmbeds(
-            tokens=torch.cat([text.tokens for text in texts]),
+            prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
             pooled=_joined([text.pooled for text in texts]),
-            mask=_joined([text.mask for text in texts]),
+            attention_mask=_joined([text.attention_mask for text in texts]),
         )
 
     @abstractmethod
-    def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
+    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
         """Run the denoiser on a noised batch; [B, C, h, w] float32 in the space of noised.target."""
 
     @abstractmethod

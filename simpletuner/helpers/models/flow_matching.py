@@ -16,7 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from scipy.special import betaincinv
 from torch import Tensor
 
-from simpletuner.helpers.contracts import Noised
+from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.models.diffusion import draw_noise, generator_of
 from simpletuner.helpers.models.loading import Component, quiet
 
@@ -102,9 +102,14 @@ def shift_at(noise: NoiseConfig, scheduler: Mapping[str, object], *, num_tokens:
     return dynamic_shift(scheduler)(num_tokens) if fixed is None else fixed
 
 
-def noised_batch(
-    latents: Tensor, *, distribution: SigmaDistribution, shift: float, positions: Sequence[int], seed: int
-) -> Noised:
+def add_noise(
+    latents: Tensor,
+    *,
+    distribution: SigmaDistribution,
+    shift: float,
+    sample_indices: Sequence[int],
+    seed: int,
+) -> NoisyBatch:
     """Noise [B, C, H, W] latents, each sample by the level and the noise that its position stands for.
 
     The result is float32 on the device of the latents; the target is the velocity from image to noise.
@@ -112,23 +117,26 @@ def noised_batch(
 
     Source: Lipman et al., arXiv:2210.02747; Liu et al., arXiv:2209.03003.
     """
-    assert len(positions) == len(latents), f"{len(positions)} positions for {len(latents)} samples"
+    assert len(sample_indices) == len(latents), (
+        f"{len(sample_indices)} sample indices for {len(latents)} samples"
+    )
     clean = latents.float()
-    noise = draw_noise(positions, seed=seed, shape=clean.shape[1:]).to(clean.device)
+    noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:]).to(clean.device)
     sigmas = tuple(
-        shifted(draw_sigma(distribution, seed=seed, position=position), shift) for position in positions
+        shift_sigma(sample_sigma(distribution, seed=seed, position=position), shift)
+        for position in sample_indices
     )
     sigma = torch.tensor(sigmas, dtype=torch.float32).to(clean.device)[:, None, None, None]  # [B, 1, 1, 1]
-    return Noised(
+    return NoisyBatch(
         latents=(1 - sigma) * clean + sigma * noise,
         target=noise - clean,
-        timesteps=tuple(map(timestep_of, sigmas)),
+        timesteps=tuple(map(sigma_to_timestep, sigmas)),
         weight=torch.ones(len(clean), device=clean.device),
         sigmas=sigmas,
     )
 
 
-def draw_sigma(distribution: SigmaDistribution, *, seed: int, position: int) -> float:
+def sample_sigma(distribution: SigmaDistribution, *, seed: int, position: int) -> float:
     """The noise level in [0, 1] of one position, before the shift, known on the host."""
     generator = generator_of(seed, "sigma", position)
     if distribution.kind == "sigmoid":
@@ -140,16 +148,18 @@ def draw_sigma(distribution: SigmaDistribution, *, seed: int, position: int) -> 
     return float(betaincinv(distribution.alpha, distribution.beta, uniform))
 
 
-def draw_guidance(noise: NoiseConfig, *, positions: Sequence[int], seed: int) -> tuple[float, ...]:
+def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: int) -> tuple[float, ...]:
     """The guidance scale that each position's sample is trained with."""
     if noise.flux_guidance_mode == "constant":
-        return (noise.flux_guidance_value,) * len(positions)
+        return (noise.flux_guidance_value,) * len(sample_indices)
     low, high = noise.flux_guidance_min, noise.flux_guidance_max
-    shares = (float(torch.rand((), generator=generator_of(seed, "guidance", each))) for each in positions)
+    shares = (
+        float(torch.rand((), generator=generator_of(seed, "guidance", each))) for each in sample_indices
+    )
     return tuple(low + (high - low) * share for share in shares)
 
 
-def shifted(sigma: float, shift: float) -> float:
+def shift_sigma(sigma: float, shift: float) -> float:
     """A noise level after the shift, rounded to float32.
 
     Source: Esser et al., arXiv:2403.03206, equation 23.
@@ -157,12 +167,12 @@ def shifted(sigma: float, shift: float) -> float:
     return float(np.float32(shift * sigma / (1 + (shift - 1) * sigma)))
 
 
-def timestep_of(sigma: float) -> int:
+def sigma_to_timestep(sigma: float) -> int:
     """The timestep of a noise level: float32(sigma) * 1000 as the schedulers form it, floored."""
     return int(np.float32(sigma) * np.float32(NUM_TRAIN_TIMESTEPS))
 
 
-def model_times(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
+def timestep_input(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
     """[B] what a transformer is called with at these noise levels, rounded to its dtype as pipelines do."""
     timesteps = torch.tensor(sigmas, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
     return timesteps.to(dtype) / NUM_TRAIN_TIMESTEPS
@@ -170,7 +180,7 @@ def model_times(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
 
 def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
     """The noise levels of a picture's denoising steps, from 1 down, after the shift that training had."""
-    return [shifted(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+    return [shift_sigma(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
 def unshifted_sampler(component: Component) -> FlowMatchEulerDiscreteScheduler:

@@ -30,7 +30,7 @@ FLOW_SAMPLERS = ("euler",)
 """Sampling schedulers of flow-matching models."""
 
 
-def guidance_told_to_nobody(values: Mapping[str, object], *, instead: str) -> dict[str, str]:
+def unused_guidance_keys(values: Mapping[str, object], *, instead: str) -> dict[str, str]:
     """Key -> what is wrong with asking for guidance from a flavour that is told none."""
     flavour = values["model_flavour"]
     asked = [key for key, default in NO_GUIDANCE.items() if values.get(key, default) != default]

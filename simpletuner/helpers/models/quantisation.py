@@ -34,7 +34,9 @@ KEPT_NAMES = frozenset({"wo"})
 """T5 casts its input to the dtype of this weight, which is that of the codes in 4 bits."""
 
 
-def placed(model: M, *, precision: Precision, device: torch.device, home: torch.device | None = None) -> M:
+def quantize_and_move(
+    model: M, *, precision: Precision, device: torch.device, home: torch.device | None = None
+) -> M:
     """Freeze a model and move it to the device, its large linear layers quantised on the way.
 
     Args:
@@ -96,14 +98,16 @@ def text_precisions(config: PrecisionConfig) -> tuple[Precision, ...]:
     )
 
 
-def placed_text_encoder(encoder: M, number: int, config: PrecisionConfig, *, device: torch.device) -> M:
+def quantize_and_move_text_encoder(
+    encoder: M, number: int, config: PrecisionConfig, *, device: torch.device
+) -> M:
     """Freeze text encoder `number`, counted from 1, and move it to the device in the user's precision.
 
     Raises:
         ModelError: No layer of it can be quantised.
         MissingDependencyError: The package that quantises is not installed.
     """
-    return placed(encoder, precision=text_precisions(config)[number - 1], device=device)
+    return quantize_and_move(encoder, precision=text_precisions(config)[number - 1], device=device)
 
 
 def text_precision_identity(config: PrecisionConfig) -> str:

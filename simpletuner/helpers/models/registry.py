@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
 
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ModelError
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.models.family import Family
+    from simpletuner.helpers.models.family import ModelFamily
 
 FAMILIES = {
     "flux": "simpletuner.helpers.models.flux.family:Flux",
@@ -18,12 +18,16 @@ FAMILIES = {
 }
 
 
-def facts() -> dict[str, FamilyFacts]:
-    """The facts of every family by its name, without importing torch or diffusers."""
-    return {name: _facts_of(target) for name, target in FAMILIES.items()}
+def specs() -> dict[str, ModelSpec]:
+    """The spec of every family by its name, without importing torch or diffusers."""
+    return {name: _spec_of(target) for name, target in FAMILIES.items()}
 
 
-def load_family(name: str) -> type[Family]:
+facts = specs
+"""The name that callers outside the package know `specs` by."""
+
+
+def load_family(name: str) -> type[ModelFamily]:
     """Import the class of one family, and with it torch and diffusers.
 
     Raises:
@@ -35,9 +39,9 @@ def load_family(name: str) -> type[Family]:
             "Set model_family to one of them."
         )
     module, _, class_name = FAMILIES[name].partition(":")
-    return cast("type[Family]", vars(import_module(module))[class_name])
+    return cast("type[ModelFamily]", vars(import_module(module))[class_name])
 
 
-def _facts_of(target: str) -> FamilyFacts:
+def _spec_of(target: str) -> ModelSpec:
     folder = target.partition(":")[0].rpartition(".")[0]
-    return cast(FamilyFacts, vars(import_module(f"{folder}.facts"))["FACTS"])
+    return cast(ModelSpec, vars(import_module(f"{folder}.spec"))["SPEC"])

@@ -28,7 +28,7 @@ def check_finite_text(prompt: str, *encoded: Tensor, dtype: torch.dtype) -> None
         )
 
 
-class CutCaptions:
+class TruncationWarning:
     """Says once, of the first batch with such a caption, that text encoders see only the beginning of it."""
 
     def __init__(self, *, limit: int, reader: str = "the text encoders see") -> None:
@@ -36,7 +36,7 @@ class CutCaptions:
         self._reader = reader
         self._has_warned = False
 
-    def look(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
+    def check(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
         """Warn of the longest of these prompts if it has more tokens than are read."""
         longest = max(range(len(prompts)), key=lengths.__getitem__, default=None)
         if self._has_warned or longest is None or lengths[longest] <= self._limit:

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from simpletuner.helpers.contracts import Batch, StepStats
+    from simpletuner.helpers.contracts import Batch, MicroBatchOutput
 
 
 @dataclass(frozen=True, slots=True)
-class StepRecord:
+class StepMetrics:
     """One line of the training log."""
 
     step: int
@@ -58,13 +58,13 @@ class Measured:
 
 
 @dataclass(slots=True)
-class Window:
+class StepAccumulator:
     """The micro-batches since the last optimiser step."""
 
     batches: list[Batch] = field(default_factory=list)
-    stats: list[StepStats] = field(default_factory=list)
+    stats: list[MicroBatchOutput] = field(default_factory=list)
 
-    def add(self, batch: Batch, stats: StepStats) -> None:
+    def add(self, batch: Batch, stats: MicroBatchOutput) -> None:
         """Take in one micro-batch."""
         self.batches.append(batch)
         self.stats.append(stats)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.optional import require
-from simpletuner.helpers.reporting.metrics import StepRecord
+from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.run_summary import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Tracker(Protocol):
     def start(self) -> None:
         """Open it; called once, before anything is logged."""
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Record one optimiser step."""
 
     def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
@@ -64,7 +64,7 @@ class JsonLines:
         kept = [line for line in lines if 0 < _step_of(line) <= self._resumed_step]
         write_text(self._file, "".join(f"{line}\n" for line in kept))
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Append one line; it is in the operating system's hands when this returns."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
@@ -97,7 +97,7 @@ class TensorBoard:
         module = require("torch.utils.tensorboard", extra="track")
         self._writer = module.SummaryWriter(str(self._folder), purge_step=self._resumed_step + 1)
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
         for name, value in _curves(record).items():
             self._writer.add_scalar(f"train/{name}", value, record.step)
@@ -140,7 +140,7 @@ class Wandb:
         )
         write_json(id_file, {"id": self._run.id})
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
         curves = {f"train/{name}": value for name, value in _curves(record).items()}
         self._run.log(curves, step=record.step)
@@ -155,7 +155,7 @@ class Wandb:
         self._run.finish()
 
 
-def _curves(record: StepRecord) -> dict[str, float]:
+def _curves(record: StepMetrics) -> dict[str, float]:
     values = asdict(record)
     values |= {f"loss_{band}": loss for band, loss in record.loss_by_band.items()}
     names = [*CURVES, *(f"loss_{band}" for band in record.loss_by_band)]
@@ -172,7 +172,7 @@ class Trackers:
         """Open every tracker."""
         self._each("start", lambda tracker: tracker.start())
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Record one optimiser step everywhere."""
         self._each("log", lambda tracker: tracker.log(record))
 

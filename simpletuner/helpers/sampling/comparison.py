@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.configuration.schema.sections import RunConfig
-    from simpletuner.helpers.sampling.prompts import Shot
-    from simpletuner.helpers.sampling.validation_sampler import Studio
+    from simpletuner.helpers.sampling.prompts import PromptSpec
+    from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 
 KINDS = {
     "tlora": "T-LoRA",
@@ -46,14 +46,14 @@ def kind_of(config: RunConfig) -> str:
     return KINDS.get(algo, algo)
 
 
-def build_comparison(config: RunConfig, studio: Studio) -> Comparison | None:
+def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Comparison | None:
     """What a run's pictures are compared with; None if nothing, or if it makes no pictures.
 
     Raises:
         TrainingError: The other run's adapter is not there.
     """
     other = config.compared_with
-    if other is None or not studio.shots:
+    if other is None or not sampler.shots:
         return None
     adapter = other.checkpoint.output_dir / ADAPTER_FILE
     try:
@@ -65,7 +65,7 @@ def build_comparison(config: RunConfig, studio: Studio) -> Comparison | None:
         ) from error
     kind = kind_of(other)
     title = kind if kind != kind_of(config) else f"{kind} of {other.checkpoint.output_dir.name}"
-    return Comparison(title=title, adapter=adapter, digest=digest, studio=studio)
+    return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +78,32 @@ class Comparison:
     """Its file."""
     digest: str
     """Of that file's content."""
-    studio: Studio
+    sampler: ValidationSampler
 
-    def picture(self, shot: Shot) -> Path:
+    def picture(self, shot: PromptSpec) -> Path:
         """Where the other adapter's picture of a shot lies once it is made."""
-        return self.studio.lasting_file(shot, self.digest, shot.strength)
+        return self.sampler.cached_path(shot, self.digest, shot.strength)
 
-    def make_missing(self, denoiser: nn.Module) -> None:
+    def generate_missing(self, denoiser: nn.Module) -> None:
         """Make the pictures that are not on disk yet with a denoiser that carries no adapter.
 
         Raises:
             TrainingError: The denoiser is not what it was before.
         """
-        missing = {shot: file for shot in self.studio.shots if not (file := self.picture(shot)).exists()}
+        missing = {shot: file for shot in self.sampler.shots if not (file := self.picture(shot)).exists()}
         if not missing:
             return
         before = weight_hashes(denoiser)
 
         def make() -> None:
-            with self.studio.sampling(denoiser):
-                pipeline = self.studio.make_pipeline(denoiser)
-                with mounted(pipeline, self.adapter) as set_strength:
+            with self.sampler.sampling(denoiser):
+                pipeline = self.sampler.make_pipeline(denoiser)
+                with loaded_adapter(pipeline, self.adapter) as set_strength:
                     for shot, file in missing.items():
                         set_strength(shot.strength)
-                        self.studio.make(pipeline, shot, file)
+                        self.sampler.make(pipeline, shot, file)
 
-        self.studio.guarded(f"the pictures of {self.adapter}", make)
+        self.sampler.best_effort(f"the pictures of {self.adapter}", make)
         if weight_hashes(denoiser) != before:
             raise TrainingError(
                 f"{self.adapter} left traces in the model after its pictures were made. Start again with "
@@ -112,7 +112,7 @@ class Comparison:
 
 
 @contextmanager
-def mounted(pipeline: Any, file: Path) -> Iterator[Callable[[float], None]]:
+def loaded_adapter(pipeline: Any, file: Path) -> Iterator[Callable[[float], None]]:
     """A pipeline with the adapter of a file, of whatever kind; yields what sets its strength.
 
     Raises:

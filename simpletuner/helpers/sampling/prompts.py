@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class PromptSpec:
     """One picture to make."""
 
     name: str
@@ -32,7 +32,7 @@ class Shot:
         return f"{self.prompt}\n{self.size}  seed {self.seed}"
 
 
-def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
+def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
     """Every prompt at every size, `num_validation_images` times with consecutive seeds; none when disabled.
 
     `seed` is the run's, used when validation_seed is not set.
@@ -41,7 +41,7 @@ def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
         return ()
     first_seed = seed if config.validation_seed is None else config.validation_seed
     return tuple(
-        Shot(
+        PromptSpec(
             name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{shot_seed}",
             prompt=prompt.text,
             strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
@@ -54,7 +54,7 @@ def plan_shots(config: ValidationConfig, *, seed: int) -> tuple[Shot, ...]:
     )
 
 
-def call_options(shot: Shot, config: ValidationConfig) -> dict[str, Any]:
+def call_options(shot: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
     """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
     return {
         "height": shot.size.height,

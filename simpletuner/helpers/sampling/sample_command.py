@@ -12,18 +12,18 @@ import torch
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft_into_pipeline
 from simpletuner.helpers.configuration.loading import rules
-from simpletuner.helpers.configuration.loading.building import Place, build
+from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
 from simpletuner.helpers.configuration.text.problems import Problems
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.models.quantisation import placed
+from simpletuner.helpers.models.family import ModelFamily
+from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.sampling.images import save_png
-from simpletuner.helpers.sampling.prompts import call_options, plan_shots
+from simpletuner.helpers.sampling.prompts import call_options, expand_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MODEL_KEY = "pretrained_model_name_or_path"
@@ -70,7 +70,7 @@ class SampleRequest:
     """Key of a section -> the option that sets it, for messages."""
 
 
-def sample(request: SampleRequest, *, output: Path, families: Mapping[str, FamilyFacts]) -> Iterator[Path]:
+def sample(request: SampleRequest, *, output: Path, families: Mapping[str, ModelSpec]) -> Iterator[Path]:
     """Make the pictures and write each as PNG.
 
     Yields:
@@ -84,13 +84,13 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
     stored = adapter_file.read(request.adapter)  # whole: a damaged file is found before a model is loaded
     sections = _checked(request, header=stored.metadata, families=families)
     family, pictures = _family(sections, dtype=request.dtype), sections.pictures
-    shots, negative = plan_shots(pictures, seed=0), pictures.validation_negative_prompt
+    shots, negative = expand_prompts(pictures, seed=0), pictures.validation_negative_prompt
     prompts = sorted({negative, *(shot.prompt for shot in shots)})
     family.load_text_encoders()
     embeds = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
-    denoiser = placed(family.load_denoiser(), precision=precision, device=family.device).eval()
+    denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
     pipeline: Any = family.make_pipeline(denoiser, scheduler=pictures.validation_noise_scheduler)
     load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
     del stored
@@ -106,7 +106,7 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Famil
 
 
 def _checked(
-    request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, FamilyFacts]
+    request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, ModelSpec]
 ) -> _Sections:
     stated = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
     if (
@@ -118,17 +118,17 @@ def _checked(
     if missing:
         wanted = " and ".join(request.options[key] for key in missing)
         raise ConfigError(f"{request.adapter} does not say what model it is for. Name it with {wanted}.")
-    facts = families.get(str(values["model_family"]))
-    if facts is None:
+    spec = families.get(str(values["model_family"]))
+    if spec is None:
         raise ConfigError(
             f"{request.adapter} is for the family {values['model_family']}. Known families: "
             f"{', '.join(sorted(families))}. Give another with {request.options['model_family']}."
         )
     problems = Problems()
-    place = Place(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
+    place = Source(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
     defaults = {
-        "validation_resolution": facts.default_resolution,
-        "validation_guidance": facts.default_guidance,
+        "validation_resolution": spec.default_resolution,
+        "validation_guidance": spec.default_guidance,
     }
     model = build(ModelConfig, values, place)
     # As they were when the adapter was trained: the shift of noise levels is among them.
@@ -136,8 +136,8 @@ def _checked(
     formats = {key: header[key] for key in FORMATS if key in header}
     precision = build(PrecisionConfig, formats | dict(request.precision), place)
     pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
-    rules.check_family((model, noise, pictures), facts, families=families, place=place)
-    rules.check_pictures(pictures, facts, place)
+    rules.check_family((model, noise, pictures), spec, families=families, place=place)
+    rules.check_pictures(pictures, spec, place)
     problems.raise_if_any()
     assert model.section is not None, "a section that cannot be made has a problem"
     assert noise.section is not None, "a section that cannot be made has a problem"
@@ -152,7 +152,7 @@ def _checked(
     )
 
 
-def _family(sections: _Sections, *, dtype: str | None) -> Family:
+def _family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(sections.model.model_family)(

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
     from simpletuner.helpers.contracts import TextEmbeds
-    from simpletuner.helpers.models.family import Family
-    from simpletuner.helpers.sampling.prompts import Shot
+    from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.sampling.prompts import PromptSpec
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Studio:
+class ValidationSampler:
     """Makes the pictures that a run asks for; one that fails costs itself, never the run."""
 
     config: ValidationConfig
     accelerator: Accelerator
-    family: Family
-    shots: tuple[Shot, ...]
+    family: ModelFamily
+    shots: tuple[PromptSpec, ...]
     text_embeds: Callable[[str], TextEmbeds]
     folder: Path
     """`<output_dir>/validation`."""
@@ -45,7 +45,7 @@ class Studio:
     """Identity of the base model's weights."""
     preemption: Preemption
 
-    def lasting_file(self, shot: Shot, *made_with: object) -> Path:
+    def cached_path(self, shot: PromptSpec, *made_with: object) -> Path:
         """Where a picture lies that no training changes, named after all that it was made with."""
         config = self.config
         depends_on = (
@@ -78,7 +78,7 @@ class Studio:
             self.family.unload_vae()
             denoiser.train(was_training)
 
-    def make(self, pipeline: Any, shot: Shot, file: Path) -> None:
+    def make(self, pipeline: Any, shot: PromptSpec, file: Path) -> None:
         """Make one picture.
 
         Raises:
@@ -96,7 +96,7 @@ class Studio:
         ).images[0]
         save_png(picture, file)
 
-    def guarded(self, what: str, make: Callable[[], None]) -> None:
+    def best_effort(self, what: str, make: Callable[[], None]) -> None:
         """Make pictures, and say what is lost if that fails."""
         started_s = time.perf_counter()
         try:

@@ -19,27 +19,27 @@ from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
 from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
 from simpletuner.helpers.checkpointing.fingerprint import (
-    adapter_facts,
+    adapter_metadata,
     base_weights_hash,
-    run_settings,
+    resume_fingerprint,
     weight_hashes,
 )
 from simpletuner.helpers.checkpointing.preemption import Preemption
+from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.models.group_offload import offload_groups
-from simpletuner.helpers.models.quantisation import placed
+from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
-from simpletuner.helpers.reporting.progress import Progress
 from simpletuner.helpers.reporting.run_summary import FinishedRun, load_report
 from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
 from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
-from simpletuner.helpers.sampling.prompts import Shot, plan_shots
-from simpletuner.helpers.sampling.validation_sampler import Studio
-from simpletuner.helpers.training.caches import CacheFilling
+from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
+from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
+from simpletuner.helpers.training.caches import CacheFiller
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.schema.sections import RunConfig
-    from simpletuner.helpers.models.family import Family
+    from simpletuner.helpers.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ LONGEST_WAIT = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ground:
+class RunContext:
     """What stands before the first weight is loaded."""
 
     config: RunConfig
@@ -73,7 +73,7 @@ class Ground:
     preemption: Preemption
     checkpoints: Checkpoints
     resumed: Checkpoint | None
-    family: Family
+    family: ModelFamily
     data: TrainingData
     max_steps: int
 
@@ -90,23 +90,25 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         SimpleTunerError: Something that the run needs is missing or does not fit.
     """
     with ExitStack() as resources:  # closed if anything below fails, else handed to the trainer
-        ground = lay_ground(config, resources)
-        finished = finished_run(ground)
+        context = prepare_run(config, resources)
+        finished = finished_run(context)
         if finished is not None:
             return finished
-        trackers = build_run_trackers(ground)
-        shots = plan_shots(config.validation, seed=config.training.seed)
-        fill_caches(ground, shots)
-        return assemble(ground, shots=shots, trackers=trackers, resources=resources)
+        trackers = build_run_trackers(context)
+        shots = expand_prompts(config.validation, seed=config.training.seed)
+        fill_caches(context, shots)
+        return build_components(context, shots=shots, trackers=trackers, resources=resources)
 
 
-def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
+def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     """Everything that can fail without a model: device, output folder, checkpoints, images."""
     check_packages(config)
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
     preemption = resources.enter_context(Preemption())
-    checkpoints = Checkpoints(config.checkpoint, settings=run_settings(config), resolved=config.resolved())
+    checkpoints = Checkpoints(
+        config.checkpoint, settings=resume_fingerprint(config), resolved=config.resolved()
+    )
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
         checkpoints.clean()
@@ -114,7 +116,7 @@ def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
     resumed = checkpoints.find()
     family = build_family(config, accelerator)
     data = build_data(config, family=family, accelerator=accelerator)
-    return Ground(
+    return RunContext(
         config=config,
         accelerator=accelerator,
         preemption=preemption,
@@ -126,50 +128,52 @@ def lay_ground(config: RunConfig, resources: ExitStack) -> Ground:
     )
 
 
-def finished_run(ground: Ground) -> FinishedRun | None:
+def finished_run(context: RunContext) -> FinishedRun | None:
     """What the run left behind, if it has nothing left to do."""
-    report = load_report(ground.config.checkpoint.output_dir)
-    if report is not None and report.step == ground.step >= ground.max_steps:
-        return FinishedRun(report, ground.max_steps)
+    report = load_report(context.config.checkpoint.output_dir)
+    if report is not None and report.step == context.step >= context.max_steps:
+        return FinishedRun(report, context.max_steps)
     return None
 
 
-def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, resources: ExitStack) -> Trainer:
+def build_components(
+    context: RunContext, *, shots: tuple[PromptSpec, ...], trackers: Trackers, resources: ExitStack
+) -> Trainer:
     """Load the denoiser, attach the adapter, take the resumed state over, and wire the loop."""
-    config, accelerator, data = ground.config, ground.accelerator, ground.data
-    denoiser = ground.family.load_denoiser()
-    spare_threads(denoiser, accelerator.device)
+    config, accelerator, data = context.config, context.accelerator, context.data
+    denoiser = context.family.load_denoiser()
+    limit_cpu_threads(denoiser, accelerator.device)
     hashes = weight_hashes(denoiser)  # of the model as it is published, which it is not once it is quantised
     base_model = base_weights_hash(hashes)
-    ground.checkpoints.bind({"base weights": base_model}, resumed=ground.resumed)
+    context.checkpoints.set_base_weights({"base weights": base_model}, resumed=context.resumed)
     is_offloaded, device = config.precision.enable_group_offload, accelerator.device
-    denoiser = placed(
+    denoiser = quantize_and_move(
         denoiser,
         precision=config.precision.base_model_precision,
         device=device,
-        home=ground.family.denoiser_device if is_offloaded else device,
+        home=context.family.denoiser_device if is_offloaded else device,
     )
-    studio = build_studio(ground, shots, base_model=base_model)
-    comparison = build_comparison(config, studio)
+    sampler = build_sampler(context, shots, base_model=base_model)
+    comparison = build_comparison(config, sampler)
     if comparison is not None and accelerator.is_main_process:
-        comparison.make_missing(denoiser)
-    adapter = build_adapter(ground, denoiser, weight_hashes=hashes)
+        comparison.generate_missing(denoiser)
+    adapter = build_adapter(context, denoiser, weight_hashes=hashes)
     if config.precision.base_model_precision != "no_change":
-        leave_out_frozen(denoiser)
+        ddp_ignore_frozen(denoiser)
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
     state = RunState(adapter=adapter, optimizer=optimizer, progress=Progress(), scaler=accelerator.scaler)
-    if ground.resumed is not None:
-        resume(state, ground.resumed)
-    schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=ground.max_steps, step=ground.step)
+    if context.resumed is not None:
+        resume(state, context.resumed)
+    schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=context.max_steps, step=context.step)
     prepared, prepared_optimizer = accelerator.prepare(
         denoiser, optimizer, device_placement=[not is_offloaded, True]
     )
     validation = Validation(
-        studio=studio,
+        sampler=sampler,
         adapter=adapter,
         denoiser=denoiser,
         title=kind_of(config),
@@ -179,24 +183,24 @@ def assemble(ground: Ground, *, shots: tuple[Shot, ...], trackers: Trackers, res
     return Trainer(
         config=config,
         accelerator=accelerator,
-        family=ground.family,
+        family=context.family,
         denoiser=prepared,
         adapter=adapter,
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         state=state,
-        checkpoints=ground.checkpoints,
+        checkpoints=context.checkpoints,
         validation=validation,
         trackers=trackers,
-        preemption=ground.preemption,
-        max_steps=ground.max_steps,
-        facts=adapter_facts(config, data),
+        preemption=context.preemption,
+        max_steps=context.max_steps,
+        metadata=adapter_metadata(config, data),
         resources=resources.pop_all(),
     )
 
 
-def spare_threads(denoiser: nn.Module, device: torch.device) -> None:
+def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:
     """Compute a small model on one CPU thread, where OMP_NUM_THREADS does not say otherwise.
 
     Two are no faster there (60 steps of the demo: 11 s on one, 11 to 17 s on two, by how long threads spin
@@ -273,7 +277,7 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         raise ConfigError(". ".join(found) + ".")
 
 
-def build_family(config: RunConfig, accelerator: Accelerator) -> Family:
+def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
     """The model's family, with nothing loaded yet."""
     return load_family(config.model.model_family)(
         config.model,
@@ -284,7 +288,7 @@ def build_family(config: RunConfig, accelerator: Accelerator) -> Family:
     )
 
 
-def build_data(config: RunConfig, *, family: Family, accelerator: Accelerator) -> TrainingData:
+def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerator) -> TrainingData:
     """The samples and their order, as this process sees them."""
     return TrainingData(
         config.datasets,
@@ -293,44 +297,46 @@ def build_data(config: RunConfig, *, family: Family, accelerator: Accelerator) -
         batch_size=config.training.train_batch_size,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        pixel_alignment=config.data.aspect_bucket_alignment or family.facts.pixel_alignment,
+        pixel_alignment=config.data.aspect_bucket_alignment or family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
         stack_text=family.stack_text,
     )
 
 
-def fill_caches(ground: Ground, shots: tuple[Shot, ...]) -> None:
+def fill_caches(context: RunContext, shots: tuple[PromptSpec, ...]) -> None:
     """Encode images, captions and validation prompts; the encoders are gone again afterwards."""
     prompts = {shot.prompt for shot in shots}
     if shots:
-        prompts.add(ground.config.validation.validation_negative_prompt)
-    filling = CacheFilling(
-        config=ground.config,
-        accelerator=ground.accelerator,
-        family=ground.family,
-        preemption=ground.preemption,
+        prompts.add(context.config.validation.validation_negative_prompt)
+    filling = CacheFiller(
+        config=context.config,
+        accelerator=context.accelerator,
+        family=context.family,
+        preemption=context.preemption,
     )
-    filling.fill(ground.data, prompts=sorted(prompts))
+    filling.fill(context.data, prompts=sorted(prompts))
 
 
-def build_studio(ground: Ground, shots: tuple[Shot, ...], *, base_model: str) -> Studio:
+def build_sampler(
+    context: RunContext, shots: tuple[PromptSpec, ...], *, base_model: str
+) -> ValidationSampler:
     """Where the pictures of the run are made."""
-    precision = ground.config.precision.base_model_precision
-    return Studio(
-        config=ground.config.validation,
-        accelerator=ground.accelerator,
-        family=ground.family,
+    precision = context.config.precision.base_model_precision
+    return ValidationSampler(
+        config=context.config.validation,
+        accelerator=context.accelerator,
+        family=context.family,
         shots=shots,
-        text_embeds=ground.data.text_embeds,
-        folder=ground.config.checkpoint.output_dir / "validation",
+        text_embeds=context.data.text_embeds,
+        folder=context.config.checkpoint.output_dir / "validation",
         base_model=base_model if precision == "no_change" else f"{base_model} {precision}",
-        preemption=ground.preemption,
+        preemption=context.preemption,
     )
 
 
-def build_adapter(ground: Ground, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:
+def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:
     """The adapter attached to the denoiser, which is made ready to train."""
-    config, accelerator = ground.config, ground.accelerator
+    config, accelerator = context.config, context.accelerator
     if config.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
     denoiser.train()
@@ -338,7 +344,7 @@ def build_adapter(ground: Ground, denoiser: nn.Module, *, weight_hashes: Mapping
         denoiser,
         config.adapter,
         lycoris=config.lycoris,
-        facts=ground.family.facts,
+        spec=context.family.spec,
         seed=config.training.seed,
         weight_hashes=weight_hashes,
     )
@@ -355,7 +361,7 @@ def build_adapter(ground: Ground, denoiser: nn.Module, *, weight_hashes: Mapping
     return adapter
 
 
-def leave_out_frozen(denoiser: nn.Module) -> None:
+def ddp_ignore_frozen(denoiser: nn.Module) -> None:
     """Have data parallelism not send frozen weights, alike in every process, which it cannot when packed."""
     frozen = [name for name, weight in denoiser.named_parameters() if not weight.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
@@ -385,16 +391,16 @@ def resume(state: RunState, checkpoint: Checkpoint) -> None:
     logger.info("Resumed from %s.", checkpoint.path)
 
 
-def build_run_trackers(ground: Ground) -> Trackers:
+def build_run_trackers(context: RunContext) -> Trackers:
     """Everything that records the run, on the main process; on the others nothing does.
 
     Raises:
         MissingDependencyError: The package of a tracker is not installed.
     """
-    if not ground.accelerator.is_main_process:
+    if not context.accelerator.is_main_process:
         return Trackers([])
-    config, output_dir = ground.config, ground.config.checkpoint.output_dir
+    config, output_dir = context.config, context.config.checkpoint.output_dir
     write_json(output_dir / CONFIG_FILE, config.resolved())
     return build_trackers(
-        config.tracking, output_dir=output_dir, settings=config.resolved(), resumed_step=ground.step
+        config.tracking, output_dir=output_dir, settings=config.resolved(), resumed_step=context.step
     )

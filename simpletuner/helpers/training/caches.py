@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import TextEmbeds
     from simpletuner.helpers.data.dataset import TrainingData
-    from simpletuner.helpers.models.family import Family
+    from simpletuner.helpers.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 @dataclass(kw_only=True, slots=True)
-class CacheFilling:
+class CacheFiller:
     """Encodes what the caches lack, shared among the processes."""
 
     config: RunConfig
     accelerator: Accelerator
-    family: Family
+    family: ModelFamily
     preemption: Preemption
 
     def fill(self, data: TrainingData, *, prompts: Sequence[str]) -> None:

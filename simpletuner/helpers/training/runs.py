@@ -11,8 +11,8 @@ from accelerate.utils import gather_object, release_memory
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.reporting.run_summary import load_report
-from simpletuner.helpers.sampling.prompts import plan_shots
-from simpletuner.helpers.training.build import build_trainer, finished_run, lay_ground
+from simpletuner.helpers.sampling.prompts import expand_prompts
+from simpletuner.helpers.training.build import build_trainer, finished_run, prepare_run
 from simpletuner.helpers.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ def is_finished(config: RunConfig) -> bool:
 
 def _makes_pictures(config: RunConfig) -> bool:
     """Whether a run has pictures to make; what is wrong with it is told now, not after the other's hours."""
-    if not plan_shots(config.validation, seed=config.training.seed):
+    if not expand_prompts(config.validation, seed=config.training.seed):
         return False
     with ExitStack() as resources:
-        ground = lay_ground(config, resources)
-        ground.preemption.check("looking what there is to train")
-        goes_on = finished_run(ground) is None
+        context = prepare_run(config, resources)
+        context.preemption.check("looking what there is to train")
+        goes_on = finished_run(context) is None
     _forget_settings()
     return goes_on
 

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
-from simpletuner.helpers.adapters.sharding import is_part, whole
+from simpletuner.helpers.adapters.sharding import full_tensor, is_dtensor
 from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.contracts import StepStats, TextEmbeds
+from simpletuner.helpers.contracts import MicroBatchOutput, TextEmbeds
 from simpletuner.helpers.errors import SimpleTunerError, TrainingError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.metrics import (
     Measured,
-    StepRecord,
-    Window,
+    StepAccumulator,
+    StepMetrics,
     peak_device_memory_mib,
     peak_memory_mib,
 )
-from simpletuner.helpers.reporting.progress import ProgressDisplay
+from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
 from simpletuner.helpers.reporting.run_summary import ADAPTER_FILE as ADAPTER_FILE
 from simpletuner.helpers.reporting.run_summary import COMFYUI_FILE, METRICS_FILE, Report
 from simpletuner.helpers.training.losses import weighted_mse
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
     from simpletuner.helpers.checkpointing.preemption import Preemption
+    from simpletuner.helpers.checkpointing.progress import Progress
     from simpletuner.helpers.checkpointing.state import RunState
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
-    from simpletuner.helpers.models.family import Family
-    from simpletuner.helpers.reporting.progress import Progress
+    from simpletuner.helpers.models.family import ModelFamily
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.validation import Validation
 
@@ -66,7 +66,7 @@ class Trainer:
 
     config: RunConfig
     accelerator: Accelerator
-    family: Family
+    family: ModelFamily
     denoiser: nn.Module
     """As accelerate prepared it, the adapter inside."""
     adapter: Adapter
@@ -79,12 +79,12 @@ class Trainer:
     trackers: Trackers
     preemption: Preemption
     max_steps: int
-    facts: Mapping[str, str]
+    metadata: Mapping[str, str]
     """What the adapter's file says about this run."""
     resources: ExitStack
     """Run lock and signal handlers, held until the run ends."""
     page: RunPage = field(init=False)
-    window: Window = field(default_factory=Window)
+    window: StepAccumulator = field(default_factory=StepAccumulator)
     stopping: bool = False
     skipped_steps: int = 0
     """Consecutive optimiser steps that the gradient scaler skipped."""
@@ -127,7 +127,7 @@ class Trainer:
     @property
     def is_sharded(self) -> bool:
         """Whether the adapter is shared out over the processes (FSDP)."""
-        return any(is_part(parameter) for parameter in self.adapter.parameters())
+        return any(is_dtensor(parameter) for parameter in self.adapter.parameters())
 
     @property
     def global_batch(self) -> int:
@@ -139,19 +139,21 @@ class Trainer:
         """SHA-256 of everything that must survive a restart."""
         return self.state.digest()
 
-    def train_step(self, batch: Batch) -> StepStats:
+    def train_step(self, batch: Batch) -> MicroBatchOutput:
         """Forward and backward of one micro-batch; gradients are applied by the caller."""
         seed = self.config.training.seed
         # Dropout takes no generator, so the global one is set anew: a resumed run draws the same.
-        torch.manual_seed(mix(seed, "dropout", batch.positions[0]))
-        noised = self.family.add_noise(batch.latents, positions=batch.positions, seed=seed)
-        with self.adapter.ranks_for(noised.timesteps):  # through backward: checkpointing re-runs the forward
+        torch.manual_seed(mix(seed, "dropout", batch.sample_indices[0]))
+        noised = self.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=seed)
+        with self.adapter.rank_mask_for(
+            noised.timesteps
+        ):  # through backward: checkpointing re-runs the forward
             prediction = self.family.predict(self.denoiser, noised, batch)
             sample_losses = weighted_mse(prediction, noised.target, noised.weight)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
         active_rank = self.adapter.mean_active_rank(noised.timesteps)
-        stats = StepStats(
+        stats = MicroBatchOutput(
             loss=loss.detach(),
             sample_losses=sample_losses.detach(),
             samples=len(batch),
@@ -217,11 +219,11 @@ class Trainer:
     def _goes_on(self) -> bool:
         return not self.stopping and self.progress.step < self.max_steps
 
-    def _advance(self, measured: Measured, *, lr: float, seconds: float) -> StepRecord:
+    def _advance(self, measured: Measured, *, lr: float, seconds: float) -> StepMetrics:
         samples = sum(stats.samples for stats in self.window.stats) * self.accelerator.num_processes
         self.window.clear()
         self.progress.advance(samples=samples)
-        return StepRecord(
+        return StepMetrics(
             step=self.progress.step,
             epoch=(self.progress.samples - 1) // (self.global_batch * self.data.batches_per_epoch),
             loss=measured.loss,
@@ -235,7 +237,7 @@ class Trainer:
             device_memory_mib=peak_device_memory_mib(self.accelerator.device),
         )
 
-    def _run_due(self, record: StepRecord, *, agreed_to_stop: bool) -> None:
+    def _run_due(self, record: StepMetrics, *, agreed_to_stop: bool) -> None:
         """Log, save and validate, in that order, whatever the step asks for; then stop if a signal came."""
         self.trackers.log(record)
         self.stopping = agreed_to_stop
@@ -258,9 +260,9 @@ class Trainer:
         """Bound the gradients; their norm before that, a scalar."""
         parameters, bound = self.adapter.parameters(), self.config.training.max_grad_norm
         if self.config.training.grad_clip_method == "norm":
-            return whole(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))
+            return full_tensor(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))
         self.accelerator.unscale_gradients()
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if bound:
             torch.nn.utils.clip_grad_value_(parameters, bound)
         return norm
@@ -279,7 +281,7 @@ class Trainer:
         self._save_adapter(folder / ADAPTER_FILE)
 
     def _save_adapter(self, file: Path) -> None:
-        self.adapter.save(file, facts={**self.facts, "steps": str(self.progress.step)})
+        self.adapter.save(file, metadata={**self.metadata, "steps": str(self.progress.step)})
 
     @property
     def _wants_comfyui(self) -> bool:
@@ -287,8 +289,8 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         if self._wants_comfyui:
-            facts, options = self.family.facts, ExportOptions(layout="comfyui")
-            families = {facts.name: facts}
+            spec, options = self.family.spec, ExportOptions(layout="comfyui")
+            families = {spec.name: spec}
             export_adapter(folder / ADAPTER_FILE, folder / COMFYUI_FILE, options, families=families)
 
     def _finish(self) -> None:
@@ -329,8 +331,8 @@ class Trainer:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
     text = TextEmbeds(
-        tokens=batch.text.tokens.to(device),
+        prompt_embeds=batch.text.prompt_embeds.to(device),
         pooled=None if batch.text.pooled is None else batch.text.pooled.to(device),
-        mask=None if batch.text.mask is None else batch.text.mask.to(device),
+        attention_mask=None if batch.text.attention_mask is None else batch.text.attention_mask.to(device),
     )
     return replace(batch, latents=batch.latents.to(device), text=text)

@@ -17,7 +17,7 @@ from simpletuner.helpers.adapters.lycoris_layers import DyLoraLayer, FullLayer
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS, LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux import tiny as tiny_flux
@@ -59,7 +59,7 @@ def flux_inputs(model: FluxTransformer2DModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Model:
-    facts: FamilyFacts
+    spec: ModelSpec
     make: Callable[[], Any]
     inputs: Callable[[Any], dict[str, Any]]
 
@@ -73,7 +73,7 @@ class Model:
         own = {key: cast(value, model.dtype) for key, value in inputs.items()}
         if adapter is None:
             return model(**own, return_dict=False)[0]
-        with adapter.ranks_for([500]):
+        with adapter.rank_mask_for([500]):
             return model(**own, return_dict=False)[0]
 
 
@@ -84,8 +84,8 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
 
 
 MODELS = {
-    "sdxl": Model(sdxl.FACTS, tiny_sdxl.make_unet, sdxl_inputs),
-    "flux": Model(flux.FACTS, tiny_flux.make_transformer, flux_inputs),
+    "sdxl": Model(sdxl.SPEC, tiny_sdxl.make_unet, sdxl_inputs),
+    "flux": Model(flux.SPEC, tiny_flux.make_transformer, flux_inputs),
 }
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 every_algorithm = pytest.mark.parametrize("algo", ALGORITHMS)
@@ -98,9 +98,9 @@ def lycoris(algo: str, **values: Any) -> LycorisConfig:
     return LycorisConfig.model_validate(own | {"raw": raw, "extra": extra})
 
 
-def attach(model: Any, facts: FamilyFacts, config: LycorisConfig, **options: Any) -> LycorisAdapter:
+def attach(model: Any, spec: ModelSpec, config: LycorisConfig, **options: Any) -> LycorisAdapter:
     settings = AdapterConfig.model_construct(**(dict(AdapterConfig(lora_type="lycoris")) | options))
-    adapter = attach_adapter(model, settings, lycoris=config, facts=facts, seed=0)
+    adapter = attach_adapter(model, settings, lycoris=config, spec=spec, seed=0)
     assert isinstance(adapter, LycorisAdapter)
     return adapter
 
@@ -129,12 +129,12 @@ def test_default_of_an_algorithm_trains_and_reads_its_file_again(
 ) -> None:
     denoiser, config = model.new(), lycoris(algo)
     before, base = snapshot(denoiser), model.predict(denoiser)
-    adapter = attach(denoiser, model.facts, config)
+    adapter = attach(denoiser, model.spec, config)
     torch.testing.assert_close(model.predict(denoiser, adapter), base, rtol=0, atol=1e-5)
     train(model, denoiser, adapter)
     expected = model.predict(denoiser, adapter)
     assert (expected - base).abs().max() > 1e-3
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
 
     adapter.set_strength(0.0)
     torch.testing.assert_close(model.predict(denoiser, adapter), base, rtol=0, atol=1e-5)
@@ -150,15 +150,15 @@ def test_default_of_an_algorithm_trains_and_reads_its_file_again(
     loaded = load_adapter(fresh, tmp_path / "a.safetensors")
     torch.testing.assert_close(model.predict(fresh, loaded), expected, rtol=0, atol=1e-5)
     again = model.new()
-    started = attach(again, model.facts, config, init_lora=tmp_path / "a.safetensors")
+    started = attach(again, model.spec, config, init_lora=tmp_path / "a.safetensors")
     torch.testing.assert_close(model.predict(again, started), expected, rtol=0, atol=1e-5)
 
 
 @every_algorithm
 def test_adapter_of_a_file_works_on_a_bf16_model_without_autocast(algo: str, tmp_path: Path) -> None:
     model = MODELS["sdxl"]
-    adapter = attach(model.new(), model.facts, lycoris(algo))
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter = attach(model.new(), model.spec, lycoris(algo))
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     denoiser = model.new(torch.bfloat16)
     base = model.predict(denoiser)
     loaded = load_adapter(denoiser, tmp_path / "a.safetensors")
@@ -171,7 +171,7 @@ def test_full_keeps_the_models_own_weights_where_they_are_and_sees_bf16_differen
     model = MODELS["sdxl"]
     denoiser = model.new(torch.bfloat16)
     keys = set(denoiser.state_dict())
-    adapter = attach(denoiser, model.facts, lycoris("full"))
+    adapter = attach(denoiser, model.spec, lycoris("full"))
     assert set(denoiser.state_dict()) == keys
     layer = adapter.network.loras[0]
     assert layer.weight.dtype == torch.float32
@@ -224,7 +224,7 @@ def test_dylora_computes_the_same_again_under_gradient_checkpointing() -> None:
     for checkpointing in (False, True):
         model = MODELS["sdxl"]
         denoiser = model.new()
-        adapter = attach(denoiser, model.facts, lycoris("dylora"))
+        adapter = attach(denoiser, model.spec, lycoris("dylora"))
         denoiser.train()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -279,11 +279,11 @@ def test_what_cannot_be_made_for_a_layer_is_refused_with_the_reason_and_a_remedy
 ) -> None:
     model = tiny_flux2.make_transformer(guidance_embeds=True).requires_grad_(False)
     with pytest.raises(ConfigError, match=message):
-        attach(model, flux2.FACTS, lycoris(algo, **values))
+        attach(model, flux2.SPEC, lycoris(algo, **values))
     assert not any("lycoris" in name for name, _ in model.named_modules())
 
 
 def test_boft_that_no_rank_fits_promises_none() -> None:
     model = nn.ModuleDict({"odd": nn.Linear(8, 7), "even": nn.Linear(8, 8)})
     with pytest.raises(ConfigError, match=r"layers of 7x8, the first of them odd\..*\. Change linear_dim or"):
-        attach(model, sdxl.FACTS, lycoris("boft", apply_preset={"target_module": ["Linear"]}))
+        attach(model, sdxl.SPEC, lycoris("boft", apply_preset={"target_module": ["Linear"]}))

@@ -25,7 +25,7 @@ from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.spec import INITS
-from simpletuner.helpers.configuration.loading.building import Place
+from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -33,7 +33,7 @@ from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import AdapterError, ConfigError
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 
 LYCORIS = AdapterConfig(lora_type="lycoris")
@@ -67,8 +67,8 @@ def inputs(model: UNet2DConditionModel, batch: int = 2) -> dict[str, Any]:
 
 def attach(model: UNet2DConditionModel, lycoris: dict[str, Any] | None = None, **standard: Any) -> Adapter:
     if lycoris is None:
-        return attach_adapter(model, AdapterConfig(**standard), lycoris=None, facts=FACTS, seed=3)
-    return attach_adapter(model, LYCORIS, lycoris=lycoris_config(lycoris), facts=FACTS, seed=3)
+        return attach_adapter(model, AdapterConfig(**standard), lycoris=None, spec=SPEC, seed=3)
+    return attach_adapter(model, LYCORIS, lycoris=lycoris_config(lycoris), spec=SPEC, seed=3)
 
 
 def lycoris_config(values: dict[str, Any]) -> LycorisConfig:
@@ -78,7 +78,7 @@ def lycoris_config(values: dict[str, Any]) -> LycorisConfig:
 
 
 def predict(model: UNet2DConditionModel, adapter: Adapter | None, *timesteps: int) -> Tensor:
-    with adapter.ranks_for(timesteps) if adapter else nullcontext():
+    with adapter.rank_mask_for(timesteps) if adapter else nullcontext():
         return model(timestep=torch.tensor(timesteps), **inputs(model, len(timesteps)), return_dict=False)[0]
 
 
@@ -86,7 +86,7 @@ def train(model: UNet2DConditionModel, adapter: Adapter, steps: int = 2) -> None
     model.train()
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
     for step in range(steps):
-        with adapter.ranks_for([100, 800 - step]):
+        with adapter.rank_mask_for([100, 800 - step]):
             out = model(timestep=torch.tensor([100, 800 - step]), **inputs(model), return_dict=False)[0]
             (out - 1).square().mean().backward()
         optimizer.step()
@@ -102,7 +102,7 @@ def test_row_11_trained_tlora_reloads_to_equal_output_and_an_identical_second_fi
     model = unet()
     adapter = attach(model, TLORA | {"tlora_init": init, "sig_type": sig_type})
     train(model, adapter)
-    adapter.save(tmp_path / "a.safetensors", facts={"base_model": "tiny"})
+    adapter.save(tmp_path / "a.safetensors", metadata={"base_model": "tiny"})
     fresh = unet()
     loaded = load_adapter(fresh, tmp_path / "a.safetensors")
     assert loaded.num_layers == adapter.num_layers
@@ -112,7 +112,7 @@ def test_row_11_trained_tlora_reloads_to_equal_output_and_an_identical_second_fi
         found, expected = predict(fresh, loaded, *timesteps), predict(model, adapter, *timesteps)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert (expected - base).abs().max() > 1e-3, "two steps changed nothing"
-    loaded.save(tmp_path / "b.safetensors", facts={"base_model": "tiny"})
+    loaded.save(tmp_path / "b.safetensors", metadata={"base_model": "tiny"})
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -136,7 +136,7 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
     train(model, adapter)
     expected = predict(model, adapter, 500, 10)
     assert (expected - base).abs().max() > 1e-3
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     fresh = unet()
     loaded = load_adapter(fresh, tmp_path / "a.safetensors")
     torch.testing.assert_close(predict(fresh, loaded, 500, 10), expected, rtol=0, atol=1e-6)
@@ -165,7 +165,7 @@ def test_peft_lora_that_starts_from_the_base_weights_fits_the_published_base(
     adapter = attach(model, lora_rank=4, lora_alpha=1.5, lora_init_type=start)
     train(model, adapter)
     expected = predict(model, adapter, 500, 10)
-    adapter.save(tmp_path / "pytorch_lora_weights.safetensors", facts={"base_model": "tiny"})
+    adapter.save(tmp_path / "pytorch_lora_weights.safetensors", metadata={"base_model": "tiny"})
     pipeline = pipeline_around(unet())
     pipeline.load_lora_weights(tmp_path)
     effect = (expected - base).abs().max()
@@ -182,7 +182,7 @@ def test_peft_lora_is_loaded_by_stock_diffusers_at_its_own_strength(tmp_path: Pa
     train(model, adapter)
     expected = predict(model, adapter, 500, 10)
     assert (expected - base).abs().max() > 1e-3
-    adapter.save(tmp_path / "pytorch_lora_weights.safetensors", facts={"base_model": "tiny"})
+    adapter.save(tmp_path / "pytorch_lora_weights.safetensors", metadata={"base_model": "tiny"})
     pipeline = pipeline_around(unet())
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(predict(pipeline.unet, None, 500, 10), expected, rtol=0, atol=1e-6)
@@ -222,7 +222,7 @@ def test_batch_equals_single_runs_through_the_whole_unet() -> None:
     batch = predict(model, adapter, *timesteps)
     values = inputs(model)
     for i, timestep in enumerate(timesteps):
-        with adapter.ranks_for([timestep]):
+        with adapter.rank_mask_for([timestep]):
             single = model(
                 values["sample"][i : i + 1],
                 torch.tensor([timestep]),
@@ -238,7 +238,7 @@ def test_batch_equals_single_runs_through_the_whole_unet() -> None:
 def test_file_states_schedule_base_and_configuration(tmp_path: Path) -> None:
     model = unet()
     config = TLORA | {"tlora_schedule": "inclusive", "tlora_alpha": 0.7}
-    attach(model, config).save(tmp_path / "a.safetensors", facts={"base_model": "tiny", "trigger": "sks"})
+    attach(model, config).save(tmp_path / "a.safetensors", metadata={"base_model": "tiny", "trigger": "sks"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["tlora_config"]) == {
@@ -262,7 +262,7 @@ def test_file_states_schedule_base_and_configuration(tmp_path: Path) -> None:
 def test_another_base_is_warned_of_and_the_same_base_in_bf16_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    attach(unet(), TLORA).save(tmp_path / "a.safetensors", facts={"base_model": "tiny"})
+    attach(unet(), TLORA).save(tmp_path / "a.safetensors", metadata={"base_model": "tiny"})
     with caplog.at_level(logging.WARNING):
         load_adapter(unet().to(torch.bfloat16), tmp_path / "a.safetensors")
     assert "other base weights" not in caplog.text
@@ -293,14 +293,14 @@ def test_target_that_matches_nothing_lists_the_models_classes(preset: dict[str, 
 
 
 def test_generic_targets_mean_what_the_family_says() -> None:
-    facts = FACTS.__class__(
-        **{name: getattr(FACTS, name) for name in FACTS.__slots__ if name != "target_aliases"},
+    spec = SPEC.__class__(
+        **{name: getattr(SPEC, name) for name in SPEC.__slots__ if name != "target_aliases"},
         target_aliases={
             "FeedForward": TargetAlias(modules=("Attention",), names=(r"time_embedding\.linear_\d+$",))
         },
     )
     config = lycoris_config(TLORA | {"apply_preset": {"target_module": ["FeedForward"]}})
-    adapter = attach_adapter(unet(), LYCORIS, lycoris=config, facts=facts, seed=0)
+    adapter = attach_adapter(unet(), LYCORIS, lycoris=config, spec=spec, seed=0)
     names = [layer.lora_name for layer in adapter.lycoris_network.loras]
     assert sum("time_embedding_linear" in name for name in names) == 2
     assert all("attn" in name or "time_embedding" in name for name in names)
@@ -323,7 +323,7 @@ def test_layers_of_another_rank_follow_the_schedule_with_their_own_maximum() -> 
     ranks = {layer.lora_dim for layer in adapter.lycoris_network.loras}
     assert ranks == {4, 8}
     train(model, adapter)
-    with adapter.ranks_for([1000]):
+    with adapter.rank_mask_for([1000]):
         assert mask.current_mask(adapter.group, 8).sum() == 6
         assert mask.current_mask(adapter.group, 4).sum() == 4
 
@@ -364,16 +364,16 @@ def test_init_lora_starts_at_the_adapter_of_a_file(tmp_path: Path) -> None:
     model = unet()
     adapter = attach(model, TLORA)
     train(model, adapter)
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     config = AdapterConfig.model_construct(**(dict(LYCORIS) | {"init_lora": tmp_path / "a.safetensors"}))
     other = unet()
-    again = attach_adapter(other, config, lycoris=lycoris_config(TLORA), facts=FACTS, seed=99)
+    again = attach_adapter(other, config, lycoris=lycoris_config(TLORA), spec=SPEC, seed=99)
     torch.testing.assert_close(
         predict(other, again, 300, 700), predict(model, adapter, 300, 700), rtol=0, atol=1e-6
     )
     smaller = lycoris_config(TLORA | {"linear_dim": 4})
     with pytest.raises(AdapterError, match="does not fit"):
-        attach_adapter(unet(), config, lycoris=smaller, facts=FACTS, seed=99)
+        attach_adapter(unet(), config, lycoris=smaller, spec=SPEC, seed=99)
 
 
 def with_init_lora(file: Path, **values: Any) -> AdapterConfig:
@@ -382,7 +382,7 @@ def with_init_lora(file: Path, **values: Any) -> AdapterConfig:
 
 def test_init_lora_of_a_stock_file_takes_the_weight_as_its_base(tmp_path: Path) -> None:
     attach(unet(), TLORA | {"tlora_init": "weight", "sig_type": "principal"}).save(
-        tmp_path / "a.safetensors", facts={}
+        tmp_path / "a.safetensors", metadata={}
     )
     stock = {
         key: value
@@ -392,7 +392,7 @@ def test_init_lora_of_a_stock_file_takes_the_weight_as_its_base(tmp_path: Path) 
     save_file(stock, tmp_path / "stock.safetensors")
     model, config = unet(), with_init_lora(tmp_path / "stock.safetensors", lora_type="lycoris")
     base = predict(model, None, 300, 700)
-    adapter = attach_adapter(model, config, lycoris=lycoris_config(TLORA), facts=FACTS, seed=3)
+    adapter = attach_adapter(model, config, lycoris=lycoris_config(TLORA), spec=SPEC, seed=3)
     torch.testing.assert_close(predict(model, adapter, 300, 700), base, rtol=0, atol=1e-6)
 
 
@@ -400,34 +400,36 @@ def test_init_lora_of_a_stock_file_takes_the_weight_as_its_base(tmp_path: Path) 
 def test_init_lora_of_another_alpha_is_refused_naming_both(kind: str, tmp_path: Path) -> None:
     file, lycoris = tmp_path / "a.safetensors", TLORA | {"algo": kind, "linear_alpha": 2.0}
     if kind == "standard":
-        attach(unet(), lora_rank=4, lora_alpha=2.0).save(file, facts={})
+        attach(unet(), lora_rank=4, lora_alpha=2.0).save(file, metadata={})
         config, other = with_init_lora(file, lora_rank=4, lora_alpha=8.0), None
     else:
-        attach(unet(), lycoris).save(file, facts={})
+        attach(unet(), lycoris).save(file, metadata={})
         config, other = (
             with_init_lora(file, lora_type="lycoris"),
             lycoris_config(lycoris | {"linear_alpha": 8.0}),
         )
     with pytest.raises(AdapterError, match=r"alpha is 2(\.0)? in the file, 8"):
-        attach_adapter(unet(), config, lycoris=other, facts=FACTS, seed=3)
+        attach_adapter(unet(), config, lycoris=other, spec=SPEC, seed=3)
 
 
 def test_init_lora_of_rank_one_is_not_spread_over_all_ranks(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    attach(unet(), TLORA | {"linear_dim": 1, "tlora_min_rank": 1, "linear_alpha": 4.0}).save(file, facts={})
+    attach(unet(), TLORA | {"linear_dim": 1, "tlora_min_rank": 1, "linear_alpha": 4.0}).save(
+        file, metadata={}
+    )
     with pytest.raises(AdapterError, match="does not fit"):
         attach_adapter(
             unet(),
             with_init_lora(file, lora_type="lycoris"),
             lycoris=lycoris_config(TLORA),
-            facts=FACTS,
+            spec=SPEC,
             seed=3,
         )
 
 
 def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    attach(unet(), TLORA).save(file, facts={})
+    attach(unet(), TLORA).save(file, metadata={})
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     metadata["tlora_config"] = json.dumps({"max_rank": 64})
@@ -439,7 +441,7 @@ def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Pa
 @pytest.mark.parametrize("key", ["tlora_config", "lycoris_config", "base_weights_hash"])
 def test_header_entry_that_is_not_json_is_named(key: str, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    attach(unet(), TLORA).save(file, facts={})
+    attach(unet(), TLORA).save(file, metadata={})
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata=metadata | {key: "{"})
@@ -448,7 +450,7 @@ def test_header_entry_that_is_not_json_is_named(key: str, tmp_path: Path) -> Non
 
 
 def test_loading_a_peft_file_says_how_diffusers_loads_it(tmp_path: Path) -> None:
-    attach(unet(), lora_rank=4).save(tmp_path / "a.safetensors", facts={})
+    attach(unet(), lora_rank=4).save(tmp_path / "a.safetensors", metadata={})
     with pytest.raises(AdapterError, match=r"pipeline\.load_lora_weights"):
         load_adapter(unet(), tmp_path / "a.safetensors")
 
@@ -476,7 +478,7 @@ def test_strength_scales_the_effect_and_zero_is_the_base() -> None:
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "not finite", "foreign", "other model", "missing"])
 def test_row_23_unusable_file_is_refused_and_nothing_is_attached(spoil: str, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
-    attach(unet(), TLORA).save(file, facts={})
+    attach(unet(), TLORA).save(file, metadata={})
     tensors = load_file(file)
     if spoil == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
@@ -512,7 +514,7 @@ def test_two_networks_with_different_schedules_live_on_one_model() -> None:
     with torch.no_grad():
         for parameter in first.parameters():
             parameter.normal_(std=0.02)
-    with first.ranks_for([500]), second.ranks_for([500]):
+    with first.rank_mask_for([500]), second.rank_mask_for([500]):
         both = model(timestep=torch.tensor(500), **inputs(model), return_dict=False)[0]
         assert mask.current_mask(first.group, 8).sum() == 5
         assert mask.current_mask(second.group, 4).sum() == 2
@@ -556,11 +558,11 @@ def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
     written = TLORA | {"sig_type": sig_type, "use_data_init": use_data_init, "mask_group_id": 3}
     (tmp_path / "lycoris.json").write_text(json.dumps(written))
     problems = Problems()
-    place = Place(problems, lambda _: "lycoris.json", PathContext())
+    place = Source(problems, lambda _: "lycoris.json", PathContext())
     config = read_lycoris(json.loads((tmp_path / "lycoris.json").read_text()), place, written=written)
     problems.raise_if_any()
     assert config is not None
-    adapter = attach_adapter(unet(), AdapterConfig(lora_type="lycoris"), lycoris=config, facts=FACTS, seed=0)
+    adapter = attach_adapter(unet(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0)
     assert isinstance(adapter, LycorisAdapter)
     init = "weight" if use_data_init else "random"
     for layer in adapter.network.loras:
@@ -569,5 +571,5 @@ def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
             sig_type,
             3,
         )
-    with adapter.ranks_for([500]):
+    with adapter.rank_mask_for([500]):
         assert get_timestep_mask(3) is not None

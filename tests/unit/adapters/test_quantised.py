@@ -14,12 +14,12 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
-from simpletuner.helpers.adapters.quantised import dense_weight
+from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 
 
 class Block(nn.Module):
@@ -74,7 +74,7 @@ def attach(model: nn.Module, **options: Any) -> LycorisAdapter:
         model,
         AdapterConfig(lora_type="lycoris"),
         lycoris=LycorisConfig.model_validate(values | {"raw": values}),
-        facts=FACTS,
+        spec=SPEC,
         seed=0,
     )
     assert isinstance(adapter, LycorisAdapter)
@@ -83,7 +83,7 @@ def attach(model: nn.Module, **options: Any) -> LycorisAdapter:
 
 def run(model: nn.Module, adapter: LycorisAdapter, timestep: int = 400) -> Tensor:
     x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
-    with adapter.ranks_for([timestep] * 3):
+    with adapter.rank_mask_for([timestep] * 3):
         output: Tensor = model(x)
         if torch.is_grad_enabled():
             output.float().square().mean().backward()
@@ -116,10 +116,10 @@ def test_packed_base_trains_from_zero_and_the_file_reloads_exactly_on_the_bf16_b
         optimizer.zero_grad()
     assert float(delta(adapter).norm()) > 0
     assert not adapter.base_hashes, "a packed weight was hashed as if it were the numbers it stands for"
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     loaded = load_adapter(bf16_base(), tmp_path / "a.safetensors")
     torch.testing.assert_close(delta(loaded), delta(adapter), rtol=0, atol=1e-6)
-    loaded.save(tmp_path / "b.safetensors", facts={})
+    loaded.save(tmp_path / "b.safetensors", metadata={})
     first, second = (
         adapter_file.read(tmp_path / name).tensors for name in ("a.safetensors", "b.safetensors")
     )
@@ -133,7 +133,7 @@ def test_init_from_the_weight_takes_the_numbers_that_the_packed_weight_stands_fo
     (layer,) = attach(model, tlora_init="weight", sig_type="principal").network.loras
     true_values = torch.linalg.svdvals(bf16_base()[0].proj.weight.float())[:8]
     torch.testing.assert_close(layer.base_lambda, true_values, rtol=0.1, atol=0)
-    inverse = dense_weight(model[0].proj, (48, 64), name="proj")
+    inverse = dequantize(model[0].proj, (48, 64), name="proj")
     assert (inverse.float() - bf16_base()[0].proj.weight.float()).norm() < 0.1 * inverse.float().norm()
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux import tiny as tiny_flux
@@ -24,10 +24,10 @@ from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
 
 Chosen = tuple[str, int]
 """Algorithm of a layer and its rank."""
-MODELS: Mapping[str, tuple[FamilyFacts, Callable[[], Any]]] = {
-    "sdxl": (sdxl.FACTS, tiny_sdxl.make_unet),
-    "flux": (flux.FACTS, tiny_flux.make_transformer),
-    "flux2": (flux2.FACTS, lambda: tiny_flux2.make_transformer(guidance_embeds=True)),
+MODELS: Mapping[str, tuple[ModelSpec, Callable[[], Any]]] = {
+    "sdxl": (sdxl.SPEC, tiny_sdxl.make_unet),
+    "flux": (flux.SPEC, tiny_flux.make_transformer),
+    "flux2": (flux2.SPEC, lambda: tiny_flux2.make_transformer(guidance_embeds=True)),
 }
 KINDS = {"TLoraLayer": "tlora", "LoConModule": "lora", "LohaModule": "loha", "FullLayer": "full"}
 BOTH = {"target_module": ["Attention", "FeedForward"]}
@@ -47,7 +47,7 @@ def attach(family: str, preset: Mapping[str, Any], model: Any = None, **values: 
         raw | {"apply_preset": preset, "raw": raw | {"apply_preset": preset}}
     )
     model = make(family) if model is None else model
-    return LycorisAdapter.create(model, config, facts=MODELS[family][0], seed=0)
+    return LycorisAdapter.create(model, config, spec=MODELS[family][0], seed=0)
 
 
 def chosen(adapter: LycorisAdapter) -> dict[str, Chosen]:
@@ -203,7 +203,7 @@ def test_name_that_decides_for_nothing_is_refused(preset: dict[str, Any], messag
 def test_tlora_layers_of_a_pattern_open_their_own_share_of_the_ranks(family: str, tmp_path: Path) -> None:
     model = make(family)
     adapter = attach(family, BOTH | {"name_algo_map": {r".*\.to_q$": {"dim": 2}}}, model, tlora_min_rank=1)
-    with adapter.ranks_for([500]):  # int(0.5 * (R - 1)) + 1
+    with adapter.rank_mask_for([500]):  # int(0.5 * (R - 1)) + 1
         opened = {
             rank: int(gate.sum())
             for rank in (2, 4)
@@ -213,7 +213,7 @@ def test_tlora_layers_of_a_pattern_open_their_own_share_of_the_ranks(family: str
             gate, shared = layer._gate(torch.zeros(1, layer.shape[1]))
             assert (gate, shared) == (None, opened[layer.lora_dim])
     assert opened == {2: 1, 4: 2}
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     again = load_adapter(make(family), tmp_path / "a.safetensors")
     assert chosen(again) == chosen(adapter)
     assert again.schedule == adapter.schedule

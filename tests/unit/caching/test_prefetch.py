@@ -6,27 +6,27 @@ from itertools import count
 
 import pytest
 
-from simpletuner.helpers.caching.prefetch import one_ahead
+from simpletuner.helpers.caching.prefetch import prefetch
 
 
 def test_one_ahead_gives_every_result_in_order() -> None:
-    assert list(one_ahead(range(5), lambda number: number * 2)) == [0, 2, 4, 6, 8]
+    assert list(prefetch(range(5), lambda number: number * 2)) == [0, 2, 4, 6, 8]
 
 
 def test_one_ahead_of_nothing_is_nothing() -> None:
-    assert list(one_ahead([], str)) == []
+    assert list(prefetch([], str)) == []
 
 
 def test_one_ahead_works_one_item_ahead_and_no_more() -> None:
     begun: list[int] = []
-    results = one_ahead(count(), begun.append)
+    results = prefetch(count(), begun.append)
     next(results)
     results.close()
     assert begun == [0, 1]
 
 
 def test_one_ahead_raises_where_the_result_would_have_been() -> None:
-    results = one_ahead([1, 0], lambda number: 1 // number)
+    results = prefetch([1, 0], lambda number: 1 // number)
     assert next(results) == 1
     with pytest.raises(ZeroDivisionError):
         next(results)

@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> TensorStore:
 
 def put_example(store: TensorStore) -> dict[str, Tensor]:
     tensors = {"latents": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)}
-    store.put(KEY, tensors, facts={"image": "cat.png"})
+    store.put(KEY, tensors, spec={"image": "cat.png"})
     return tensors
 
 
@@ -47,7 +47,7 @@ def put_example(store: TensorStore) -> dict[str, Tensor]:
     ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}",
 )
 def test_get_gives_what_was_put_for_every_kind_of_tensor(store: TensorStore, tensor: Tensor) -> None:
-    store.put(KEY, {"a": tensor, "b": torch.ones(2)}, facts={})
+    store.put(KEY, {"a": tensor, "b": torch.ones(2)}, spec={})
     entry = store.get(KEY)
     assert entry is not None
     assert entry["a"].dtype == tensor.dtype
@@ -136,7 +136,7 @@ def test_tidy_removes_what_dead_writers_left(store: TensorStore) -> None:
     folder = store.path(KEY).parent
     dead = folder / f".partial_{atomic._HOST}_{2**22 + 1}_00000000"
     dead.write_bytes(b"half")
-    store.tidy()
+    store.remove_stale()
     assert not dead.exists()
     assert KEY in store
 

@@ -16,7 +16,7 @@ from simpletuner.helpers.errors import DataError
 
 def encode(prompts: Sequence[str]) -> list[TextEmbeds]:
     return [
-        TextEmbeds(tokens=torch.full((1, 4, 2), float(len(prompt))), pooled=torch.full((1, 3), 1.0))
+        TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float(len(prompt))), pooled=torch.full((1, 3), 1.0))
         for prompt in prompts
     ]
 
@@ -27,9 +27,9 @@ def test_fill_encodes_each_prompt_once_and_gives_it_back(tmp_path: Path) -> None
     assert cache.fill(["cat", "a horse"], encode, batch_size=2) == 1
     embeds = cache.get("a dog")
     assert embeds is not None
-    assert torch.equal(embeds.tokens, torch.full((1, 4, 2), 5.0))
+    assert torch.equal(embeds.prompt_embeds, torch.full((1, 4, 2), 5.0))
     assert embeds.pooled is not None
-    assert embeds.mask is None
+    assert embeds.attention_mask is None
     assert cache.get("never seen") is None
 
 
@@ -56,7 +56,7 @@ def test_fill_shares_the_work_and_reports_progress(tmp_path: Path) -> None:
 
 def test_row_12_an_embedding_that_is_not_finite_is_refused_by_prompt(tmp_path: Path) -> None:
     def overflow(prompts: Sequence[str]) -> list[TextEmbeds]:
-        return [TextEmbeds(tokens=torch.full((1, 4, 2), float("nan"))) for _ in prompts]
+        return [TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float("nan"))) for _ in prompts]
 
     with pytest.raises(DataError, match=r"'a cat'.*not finite"):
         TextCache(TensorStore(tmp_path), identity="clip").fill(["a cat"], overflow, batch_size=1)

@@ -150,12 +150,12 @@ def test_row_09_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path:
 
 def test_row_09_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
     first = make(tmp_path)
-    first.bind({"base weights": "aa"}, resumed=None)
+    first.set_base_weights({"base weights": "aa"}, resumed=None)
     save(first, 3)
     second = make(tmp_path)
     found = second.find()
     with pytest.raises(CheckpointError, match="base weights  'aa' in the checkpoint, 'bb' in the config"):
-        second.bind({"base weights": "bb"}, resumed=found)
+        second.set_base_weights({"base weights": "bb"}, resumed=found)
 
 
 def test_difference_names_fields_that_only_one_side_has() -> None:

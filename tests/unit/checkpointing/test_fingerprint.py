@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.checkpointing.fingerprint import run_settings
+from simpletuner.helpers.checkpointing.fingerprint import resume_fingerprint
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
 
@@ -28,8 +28,8 @@ def test_what_is_written_or_how_fast_may_change_and_what_is_trained_may_not(
 
     def settings(*overrides: str) -> object:
         given = ("lora_type=standard", *overrides)
-        return run_settings(
-            load_config(Path("config/config.json"), overrides=given, families=registry.facts())
+        return resume_fingerprint(
+            load_config(Path("config/config.json"), overrides=given, families=registry.specs())
         )
 
     assert (settings(override) != settings()) == is_another_run

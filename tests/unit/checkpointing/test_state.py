@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import ADAPTER_FILE, COUNTERS_FILE, OPTIMIZER_FILE, RunState
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import CheckpointError
-from simpletuner.helpers.reporting.progress import Progress
 from simpletuner.helpers.training.optimizers import build_optimizer
 
 
@@ -38,10 +38,10 @@ class TwoLinears(Adapter):
     def set_strength(self, strength: float) -> None:
         raise NotImplementedError
 
-    def start_from(self, file: Path) -> None:
+    def init_from(self, file: Path) -> None:
         raise NotImplementedError
 
-    def save(self, file: Path, *, facts: Mapping[str, str]) -> None:
+    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         raise NotImplementedError
 
     def detach(self) -> None:

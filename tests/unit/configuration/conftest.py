@@ -11,10 +11,10 @@ import pytest
 
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="toy",
     flavours={"small": "somebody/toy-small", "large": "somebody/toy-large"},
     default_flavour="small",
@@ -35,7 +35,7 @@ class Workspace:
     """Three files in a folder that is also the working directory."""
 
     folder: Path
-    families: Mapping[str, FamilyFacts] = field(default_factory=lambda: {"toy": FACTS})
+    families: Mapping[str, ModelSpec] = field(default_factory=lambda: {"toy": SPEC})
     config: Json = field(default_factory=dict)
     lycoris: Json = field(default_factory=dict)
     datasets: list[object] = field(default_factory=list)

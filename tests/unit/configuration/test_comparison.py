@@ -122,8 +122,8 @@ def test_same_model_named_in_two_ways_is_the_same(workspace: Workspace) -> None:
 
 
 def test_run_of_another_family_is_refused(workspace: Workspace) -> None:
-    facts = workspace.families["toy"]
-    workspace.families = {"toy": facts, "game": facts}
+    spec = workspace.families["toy"]
+    workspace.families = {"toy": spec, "game": spec}
     write_other(workspace, model_family="game")
     found = workspace.problems(validation_compared_config="other.json")
     assert 'that run\'s model_family is "game", here it is "toy". Name a run on the same model.' in found

@@ -15,15 +15,15 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     AlgorithmArguments,
     LycorisConfig,
 )
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.models import registry
 
-FACTS = FamilyFacts("toy", {"small": "somebody/toy"}, "small", ("epsilon",), 32, 8, 512, ("to_q",))
+SPEC = ModelSpec("toy", {"small": "somebody/toy"}, "small", ("epsilon",), 32, 8, 512, ("to_q",))
 
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return reference({"toy": FACTS})
+    return reference({"toy": SPEC})
 
 
 def rows(page: str) -> dict[str, str]:
@@ -69,4 +69,4 @@ def test_tables_have_four_cells_in_every_row(page: str) -> None:
 
 def test_the_committed_page_is_what_the_code_makes(repository: Path) -> None:
     committed = (repository / "documentation" / "config-reference.md").read_text(encoding="utf-8")
-    assert committed == reference(registry.facts()), "run: simpletuner config-reference --output FILE"
+    assert committed == reference(registry.specs()), "run: simpletuner config-reference --output FILE"

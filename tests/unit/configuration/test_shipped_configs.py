@@ -23,7 +23,7 @@ Load = Callable[[str | Path], RunConfig]
 @pytest.fixture
 def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     monkeypatch.chdir(repository)
-    return lambda name: load_config(Path("config") / name, families=registry.facts())
+    return lambda name: load_config(Path("config") / name, families=registry.specs())
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_every_family_has_an_example_of_each_kind(load: Load) -> None:
 
     configs = [load(f"examples/{name}/config.json") for name in examples()]
     assert {(config.model.model_family, kind(config)) for config in configs} == {
-        (family, each) for family in registry.facts() for each in ("tlora", "standard", "lokr")
+        (family, each) for family in registry.specs() for each in ("tlora", "standard", "lokr")
     }
 
 
@@ -66,7 +66,7 @@ def test_a_copied_example_reads_its_own_files(
     mine = copy_example("sdxl-tlora-paper", tmp_path / "mine").parent
     adapter = json.loads((mine / "lycoris_tlora.json").read_text())
     (mine / "lycoris_tlora.json").write_text(json.dumps(adapter | {"linear_dim": 48}))
-    config = load_config(mine / "config.json", families=registry.facts())
+    config = load_config(mine / "config.json", families=registry.specs())
     assert config.lycoris is not None
     assert config.lycoris.linear_dim == 48
     assert config.data.data_backend_config == mine / "multidatabackend.json"

@@ -43,7 +43,7 @@ class Encoders:
         self.prompts.extend(prompts)
         return [
             TextEmbeds(
-                tokens=torch.full((1, 4, 2), float(len(prompt))),
+                prompt_embeds=torch.full((1, 4, 2), float(len(prompt))),
                 pooled=torch.full((1, 3), float(len(prompt))),
             )
             for prompt in prompts
@@ -108,7 +108,7 @@ def taken(data: TrainingData, number: int, *, start: int = 0) -> list[Batch]:
 def shape(batches: list[Batch]) -> list[tuple[list[str], list[str], tuple[int, ...]]]:
     """What identifies batches: paths, captions, positions."""
     return [
-        ([sample.path for sample in batch.samples], [s.caption for s in batch.samples], batch.positions)
+        ([sample.path for sample in batch.samples], [s.caption for s in batch.samples], batch.sample_indices)
         for batch in batches
     ]
 
@@ -120,7 +120,9 @@ def test_batches_hold_the_latents_and_text_of_their_samples(make: Make, photos: 
     for batch in taken(data, 4):
         assert batch.latents.shape == (2, 3, 8, 8)
         assert batch.latents.dtype == torch.float32
-        for sample, latents, tokens in zip(batch.samples, batch.latents, batch.text.tokens, strict=True):
+        for sample, latents, tokens in zip(
+            batch.samples, batch.latents, batch.text.prompt_embeds, strict=True
+        ):
             with Image.open(photos / sample.path) as image:
                 color = torch.tensor(image.getpixel((0, 0))) / 127.5 - 1
             torch.testing.assert_close(latents.mean((1, 2)), color)
@@ -134,8 +136,8 @@ def test_positions_count_every_sample_of_the_run_once(make: Make, photos: Path) 
     parts = [
         taken(cached(make(photos, batch_size=2, num_processes=2, process_index=index)), 6) for index in (0, 1)
     ]
-    positions = [position for part in parts for batch in part for position in batch.positions]
-    assert sorted(positions) == list(range(24))
+    sample_indices = [position for part in parts for batch in part for position in batch.sample_indices]
+    assert sorted(sample_indices) == list(range(24))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -151,7 +153,7 @@ def test_row_08_two_processes_see_the_global_batches_of_one(make: Make, photos: 
     ]
     for batch, first, second in zip(whole, *halves, strict=True):
         assert batch.samples == first.samples + second.samples
-        assert batch.positions == first.positions + second.positions
+        assert batch.sample_indices == first.sample_indices + second.sample_indices
         assert torch.equal(batch.latents, torch.cat([first.latents, second.latents]))
 
 
@@ -163,7 +165,7 @@ def test_row_04_starting_at_k_equals_skipping_k(make: Make, photos: Path, start:
 
 def test_row_04_a_far_start_is_found_at_once(make: Make, photos: Path) -> None:
     (batch,) = taken(cached(make(photos)), 1, start=10**9)
-    assert batch.positions == (2 * 10**9, 2 * 10**9 + 1)
+    assert batch.sample_indices == (2 * 10**9, 2 * 10**9 + 1)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +345,7 @@ def test_caches_are_filled_once_and_by_content(make: Make, photos: Path) -> None
     assert again.cache_text(encoders.text, identity="clip", batch_size=4, extra=["a prompt"]) == 0
     assert again.cache_latents(encoders.latents, identity="another vae", batch_size=4) == 8
     assert again.cache_text(encoders.text, identity="t5", batch_size=4) == 8
-    assert again.text_embeds("photo xx").tokens[0, 0, 0] == len("photo xx")
+    assert again.text_embeds("photo xx").prompt_embeds[0, 0, 0] == len("photo xx")
 
 
 def test_row_17_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(
@@ -562,13 +564,15 @@ def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
 
 
 def test_stack_text_keeps_what_every_part_has() -> None:
-    one = TextEmbeds(tokens=torch.zeros(1, 4, 2), pooled=torch.zeros(1, 3), mask=torch.ones(1, 4).bool())
+    one = TextEmbeds(
+        prompt_embeds=torch.zeros(1, 4, 2), pooled=torch.zeros(1, 3), attention_mask=torch.ones(1, 4).bool()
+    )
     stacked = stack_text([one, one])
-    assert stacked.tokens.shape == (2, 4, 2)
+    assert stacked.prompt_embeds.shape == (2, 4, 2)
     assert stacked.pooled is not None
     assert stacked.pooled.shape == (2, 3)
-    assert stacked.mask is not None
-    assert stacked.mask.shape == (2, 4)
-    bare = stack_text([TextEmbeds(tokens=torch.zeros(1, 4, 2))])
+    assert stacked.attention_mask is not None
+    assert stacked.attention_mask.shape == (2, 4)
+    bare = stack_text([TextEmbeds(prompt_embeds=torch.zeros(1, 4, 2))])
     assert bare.pooled is None
-    assert bare.mask is None
+    assert bare.attention_mask is None

@@ -12,7 +12,7 @@ from PIL import Image
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data import index as index_module
-from simpletuner.helpers.data.index import ImageFacts, ImageIndex
+from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sources import FoundFile, scan_folder
 
 
@@ -58,18 +58,18 @@ def wait_for_the_clock_of_the_files(file: Path) -> None:
     probe.unlink()
 
 
-def facts(folder: Path) -> ImageFacts:
+def info(folder: Path) -> ImageInfo:
     index = ImageIndex(folder.parent / "index.json")
-    result = index.facts(found(folder))
+    result = index.info(found(folder))
     index.save()
     return result
 
 
 def test_facts_of_an_unchanged_file_are_kept(folder: Path, inspected: list[bytes]) -> None:
-    first = facts(folder)
+    first = info(folder)
     assert first.size == Size(height=10, width=20)
     written = (folder.parent / "index.json").stat()
-    assert facts(folder) == first
+    assert info(folder) == first
     assert len(inspected) == 1
     assert (folder.parent / "index.json").stat() == written
 
@@ -77,14 +77,14 @@ def test_facts_of_an_unchanged_file_are_kept(folder: Path, inspected: list[bytes
 def test_row_17_an_image_edited_in_place_with_its_times_set_back_is_read_again(
     folder: Path, inspected: list[bytes]
 ) -> None:
-    first, before = facts(folder), found(folder).path.stat()
+    first, before = info(folder), found(folder).path.stat()
     wait_for_the_clock_of_the_files(found(folder).path)
     with found(folder).path.open("r+b") as file:
         file.write(bmp("blue"))
     os.utime(found(folder).path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert found(folder).path.stat().st_mtime_ns == before.st_mtime_ns
     assert found(folder).path.stat().st_ino == before.st_ino
-    assert facts(folder).digest != first.digest
+    assert info(folder).digest != first.digest
     assert len(inspected) == 2
 
 
@@ -93,47 +93,47 @@ def test_row_17_a_file_that_changed_just_now_is_not_trusted(
 ) -> None:
     changed_ns = found(folder).path.stat().st_ctime_ns
     monkeypatch.setattr(time, "time_ns", lambda: changed_ns + 1_900_000_000)
-    first = facts(folder)
+    first = info(folder)
     assert b"a.bmp" not in (folder.parent / "index.json").read_bytes()
-    assert facts(folder) == first
+    assert info(folder) == first
 
 
 def test_a_moved_file_is_not_decoded_again(folder: Path, inspected: list[bytes]) -> None:
-    first = facts(folder)
+    first = info(folder)
     found(folder).path.rename(folder / "b.bmp")
-    assert facts(folder) == first
+    assert info(folder) == first
     assert len(inspected) == 1
 
 
 def test_a_broken_image_is_remembered_with_its_reason(folder: Path, inspected: list[bytes]) -> None:
     found(folder).path.write_bytes(b"<html>")
-    assert "web page" in str(facts(folder).problem)
-    assert facts(folder).size is None
+    assert "web page" in str(info(folder).problem)
+    assert info(folder).size is None
     assert len(inspected) == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"[1, 2]", b'["x", "{}"]', b"\xff", b"null"])
 def test_row_18_a_damaged_index_is_made_again(folder: Path, inspected: list[bytes], damage: bytes) -> None:
-    first = facts(folder)
+    first = info(folder)
     (folder.parent / "index.json").write_bytes(damage)
-    assert facts(folder) == first
+    assert info(folder) == first
     assert len(inspected) == 2
-    assert facts(folder) == first
+    assert info(folder) == first
     assert len(inspected) == 2
 
 
 def test_an_index_of_another_decoder_is_not_trusted(
     folder: Path, inspected: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts(folder)
+    info(folder)
     monkeypatch.setattr(index_module, "_VERSION", "another")
-    facts(folder)
+    info(folder)
     assert len(inspected) == 2
 
 
 def test_a_vanished_file_has_a_problem_and_no_digest(folder: Path) -> None:
     file = found(folder)
     file.path.unlink()
-    result = ImageIndex(folder.parent / "index.json").facts(file)
+    result = ImageIndex(folder.parent / "index.json").info(file)
     assert result.digest == ""
     assert "No such file" in str(result.problem)

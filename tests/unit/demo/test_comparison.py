@@ -97,7 +97,7 @@ def test_the_settings_of_every_run_are_a_valid_configuration(plan: Any, tmp_path
         CONCEPTS[run.concept].save_picture(tmp_path / "picture")
         file = tmp_path / "config.json"
         file.write_text(json.dumps(settings(workplace, run, folder=tmp_path)))
-        config = load_config(file, families=registry.facts())
+        config = load_config(file, families=registry.specs())
         assert all(step % config.checkpoint.checkpoint_step_interval == 0 for step in plan.steps)
         assert set(plan.unequal) <= set(plan.steps)
         assert config.training.max_train_steps == plan.steps[-1]

@@ -13,7 +13,7 @@ from simpletuner.helpers.models.diffusion import (
     draw_noise,
     draw_timesteps,
     loss_weight,
-    noised_batch,
+    q_sample,
     velocity,
 )
 
@@ -47,16 +47,16 @@ def test_loss_weight_matches_hand_computed_values(
     torch.testing.assert_close(found, torch.tensor([weight]))
 
 
-def test_add_noise_and_velocity_match_hand_computed_values() -> None:
+def test_q_sample_and_velocity_match_hand_computed_values() -> None:
     clean, noise, alpha_bar = torch.tensor(2.0), torch.tensor(-1.0), torch.tensor(0.64)
-    assert add_noise(clean, noise, alpha_bar=alpha_bar).item() == pytest.approx(0.8 * 2 - 0.6)
+    assert q_sample(clean, noise, alpha_bar=alpha_bar).item() == pytest.approx(0.8 * 2 - 0.6)
     assert velocity(clean, noise, alpha_bar=alpha_bar).item() == pytest.approx(-0.8 - 0.6 * 2)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noised_batch_agrees_with_the_scheduler_of_diffusers(prediction: DiffusionPrediction) -> None:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = noised_batch(latents, schedule=schedule(prediction), positions=[0, 1, 2, 3], seed=7)
+    noised = add_noise(latents, schedule=schedule(prediction), sample_indices=[0, 1, 2, 3], seed=7)
     stock = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     noise, timesteps = draw_noise([0, 1, 2, 3], seed=7, shape=(4, 8, 8)), torch.tensor(noised.timesteps)
     torch.testing.assert_close(noised.latents, stock.add_noise(latents, noise, timesteps))
@@ -67,10 +67,10 @@ def test_noised_batch_agrees_with_the_scheduler_of_diffusers(prediction: Diffusi
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_noised_batch_gives_a_sample_the_same_noise_in_every_batch(gamma: float | None) -> None:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    together = noised_batch(latents, schedule=schedule(gamma=gamma), positions=[5, 6, 7, 8], seed=1)
+    together = add_noise(latents, schedule=schedule(gamma=gamma), sample_indices=[5, 6, 7, 8], seed=1)
     for index, position in enumerate([5, 6, 7, 8]):
-        alone = noised_batch(
-            latents[index : index + 1], schedule=schedule(gamma=gamma), positions=[position], seed=1
+        alone = add_noise(
+            latents[index : index + 1], schedule=schedule(gamma=gamma), sample_indices=[position], seed=1
         )
         assert alone.timesteps == (together.timesteps[index],)
         assert torch.equal(alone.latents[0], together.latents[index])
@@ -82,13 +82,13 @@ def test_noised_batch_does_not_touch_the_global_generator() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    noised_batch(torch.zeros(1, 4, 8, 8), schedule=schedule(), positions=[0], seed=1)
+    add_noise(torch.zeros(1, 4, 8, 8), schedule=schedule(), sample_indices=[0], seed=1)
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_noised_batch_computes_in_float32_for_16_bit_latents() -> None:
-    noised = noised_batch(
-        torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16), schedule=schedule(), positions=[0], seed=1
+    noised = add_noise(
+        torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16), schedule=schedule(), sample_indices=[0], seed=1
     )
     assert noised.latents.dtype == noised.target.dtype == noised.weight.dtype == torch.float32
 

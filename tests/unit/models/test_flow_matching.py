@@ -15,15 +15,15 @@ from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
 from simpletuner.helpers.models.flow_matching import (
     DynamicShift,
     SigmaDistribution,
+    add_noise,
     distribution_of,
     draw_guidance,
-    draw_sigma,
     dynamic_shift,
-    noised_batch,
+    sample_sigma,
     sampling_sigmas,
-    shifted,
+    shift_sigma,
+    sigma_to_timestep,
     static_shift,
-    timestep_of,
 )
 
 SIGMOID = SigmaDistribution()
@@ -42,7 +42,7 @@ DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_s
     ],
 )
 def test_shift_matches_hand_computed_values(sigma: float, shift: float, expected: float) -> None:
-    assert shifted(sigma, shift) == pytest.approx(expected, rel=1e-7)
+    assert shift_sigma(sigma, shift) == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize(("num_tokens", "mu"), [(256, 0.5), (4096, 1.15), (2176, 0.825), (1024, 0.63)])
@@ -70,7 +70,7 @@ def test_shift_is_the_users_else_the_models(
 
 def test_timestep_is_the_float32_product_as_the_schedulers_form_it() -> None:
     sigmas = torch.arange(1, 1001, dtype=torch.float64).div(1000).float()
-    found = [timestep_of(float(sigma)) for sigma in sigmas]
+    found = [sigma_to_timestep(float(sigma)) for sigma in sigmas]
     assert found == (sigmas * 1000).int().tolist()
     assert sum(int(float(sigma) * 1000) != each for sigma, each in zip(sigmas, found, strict=True)) > 400
 
@@ -105,13 +105,13 @@ def test_noise_levels_follow_the_distribution_that_was_asked_for(
     keys: dict[str, object], cumulative: object
 ) -> None:
     distribution = distribution_of(NoiseConfig.model_validate(keys))
-    drawn = [draw_sigma(distribution, seed=3, position=position) for position in range(2000)]
+    drawn = [sample_sigma(distribution, seed=3, position=position) for position in range(2000)]
     assert stats.kstest(drawn, cumulative).pvalue > 0.01
 
 
 def test_noised_batch_lies_on_the_line_from_image_to_noise() -> None:
     clean = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=range(5), seed=7)
+    noised = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=range(5), seed=7)
     assert noised.sigmas is not None
     sigma = torch.tensor(noised.sigmas)[:, None, None, None]
     noise = clean + noised.target
@@ -124,20 +124,20 @@ def test_noised_batch_lies_on_the_line_from_image_to_noise() -> None:
 
 def test_a_sample_is_noised_alike_in_any_batch() -> None:
     clean = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    together = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=[4, 9, 2], seed=7)
-    alone = noised_batch(clean[1:2].bfloat16(), distribution=SIGMOID, shift=3.0, positions=[9], seed=7)
+    together = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=[4, 9, 2], seed=7)
+    alone = add_noise(clean[1:2].bfloat16(), distribution=SIGMOID, shift=3.0, sample_indices=[9], seed=7)
     assert alone.latents.dtype == torch.float32
     assert together.sigmas is not None
     assert alone.sigmas == together.sigmas[1:2]
-    other = noised_batch(clean, distribution=SIGMOID, shift=3.0, positions=[4, 9, 2], seed=8)
+    other = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=[4, 9, 2], seed=8)
     assert other.sigmas != together.sigmas
 
 
 def test_guidance_is_constant_or_drawn_for_each_sample() -> None:
     constant = NoiseConfig(flux_guidance_value=3.5)
-    assert draw_guidance(constant, positions=[0, 1], seed=1) == (3.5, 3.5)
+    assert draw_guidance(constant, sample_indices=[0, 1], seed=1) == (3.5, 3.5)
     ranged = NoiseConfig(flux_guidance_mode="random-range", flux_guidance_min=1, flux_guidance_max=4)
-    drawn = draw_guidance(ranged, positions=range(500), seed=1)
+    drawn = draw_guidance(ranged, sample_indices=range(500), seed=1)
     assert 1 <= min(drawn) < 1.1
     assert 3.9 < max(drawn) <= 4
-    assert draw_guidance(ranged, positions=[7], seed=1) == (drawn[7],)
+    assert draw_guidance(ranged, sample_indices=[7], seed=1) == (drawn[7],)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import Batch, Noised, Sample, Size
+from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.flux2.family import Flux2
 
@@ -57,7 +57,7 @@ def batch_of(family: Flux2, prompts: list[str]) -> Batch:
     family.load_text_encoders()
     text = family.stack_text(family.encode_prompts(prompts))
     num = len(prompts)
-    return Batch(random_latents(num), text, samples=(SAMPLE,) * num, positions=tuple(range(num)))
+    return Batch(random_latents(num), text, samples=(SAMPLE,) * num, sample_indices=tuple(range(num)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,7 +102,7 @@ def test_latents_at_real_size_have_128_channels_at_a_16th_of_the_pixels(
         encoded = vae.encode(torch.zeros(1, 3, 512, 768)).latent_dist.mode()
     assert encoded.shape == (1, 32, 64, 96)
     assert vae.bn.running_mean.shape == (128,)
-    assert family.facts.pixel_alignment == 16
+    assert family.spec.pixel_alignment == 16
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,19 +115,19 @@ def test_encode_prompts_equals_the_stock_pipeline(
         with torch.no_grad():
             expected, _ = stock(kind).encode_prompt(prompt)
         (found,) = family.encode_prompts([prompt])
-        assert found.tokens.shape == (1, 512, 48)
-        assert torch.equal(found.tokens, expected)
+        assert found.prompt_embeds.shape == (1, 512, 48)
+        assert torch.equal(found.prompt_embeds, expected)
     together = family.encode_prompts(["a photo of a cat", ""])
-    torch.testing.assert_close(together[1].tokens, found.tokens)
+    torch.testing.assert_close(together[1].prompt_embeds, found.prompt_embeds)
 
 
 def test_encode_prompts_keeps_the_precision_of_the_encoder(flux2: MakeFlux2, tiny_flux2: Flux2Folder) -> None:
     family = flux2(tiny_flux2("klein"), weight_dtype=torch.bfloat16)
     family.load_text_encoders()
     (embeds,) = family.encode_prompts(["a cat"])
-    assert embeds.tokens.dtype == torch.bfloat16
-    assert embeds.tokens.is_contiguous()
-    assert not embeds.tokens.requires_grad
+    assert embeds.prompt_embeds.dtype == torch.bfloat16
+    assert embeds.prompt_embeds.is_contiguous()
+    assert not embeds.prompt_embeds.requires_grad
 
 
 @pytest.mark.parametrize(("kind", "around"), [("klein", 34), ("dev", 129)])
@@ -211,7 +211,7 @@ def test_predict_is_the_stock_pipelines_call_of_the_transformer(
         pipeline, prompt="a cat", latents=batch.latents, guidance_scale=2.5, sigmas=[sigma, 0.25]
     )
     guidance = (2.5,) if kind == "dev" else None
-    noised = Noised(batch.latents, batch.latents, (818,), torch.ones(1), (sigma,), guidance)
+    noised = NoisyBatch(batch.latents, batch.latents, (818,), torch.ones(1), (sigma,), guidance)
     with torch.no_grad():
         calls: list[dict[str, Any]] = []
         denoiser = family.load_denoiser()
@@ -230,13 +230,13 @@ def test_predict_is_the_stock_pipelines_call_of_the_transformer(
 def test_predict_of_a_batch_is_each_samples_own(flux2: MakeFlux2, tiny_flux2: Flux2Folder, kind: str) -> None:
     family = flux2(tiny_flux2(kind), noise=NoiseConfig(flux_guidance_mode="random-range"))
     batch = batch_of(family, ["a cat", "a dog"])
-    noised, denoiser = family.add_noise(batch.latents, positions=[5, 6], seed=1), family.load_denoiser()
+    noised, denoiser = family.add_noise(batch.latents, sample_indices=[5, 6], seed=1), family.load_denoiser()
     with torch.no_grad():
         together = family.predict(denoiser, noised, batch)
         for index, position in enumerate((5, 6)):
             text = family.stack_text(family.encode_prompts([("a cat", "a dog")[index]]))
             alone = Batch(batch.latents[index : index + 1], text, (SAMPLE,), (position,))
-            one = family.add_noise(alone.latents, positions=[position], seed=1)
+            one = family.add_noise(alone.latents, sample_indices=[position], seed=1)
             torch.testing.assert_close(
                 family.predict(denoiser, one, alone), together[index : index + 1], rtol=1e-4, atol=1e-5
             )
@@ -246,7 +246,7 @@ def test_predict_gradients_reach_the_latents(flux2: MakeFlux2, tiny_flux2: Flux2
     family = flux2(tiny_flux2("klein"))
     batch = batch_of(family, ["a cat"])
     latents = batch.latents.clone().requires_grad_()
-    noised = Noised(latents, latents, (500,), torch.ones(1), (0.5,))
+    noised = NoisyBatch(latents, latents, (500,), torch.ones(1), (0.5,))
     family.predict(family.load_denoiser(), noised, batch).square().sum().backward()
     assert latents.grad is not None
     assert latents.grad.abs().min() > 0
@@ -284,8 +284,8 @@ def test_training_and_pictures_share_one_shift(
 ) -> None:
     family = flux2(tiny_flux2("klein"), noise=noise)
     plain = flux2(tiny_flux2("klein"), noise=NoiseConfig(flow_schedule_shift=1.0))
-    (sigma,) = family.add_noise(random_latents(), positions=[3], seed=1).sigmas or ()
-    (unshifted,) = plain.add_noise(random_latents(), positions=[3], seed=1).sigmas or ()
+    (sigma,) = family.add_noise(random_latents(), sample_indices=[3], seed=1).sigmas or ()
+    (unshifted,) = plain.add_noise(random_latents(), sample_indices=[3], seed=1).sigmas or ()
     shift = sigma * (1 - unshifted) / (unshifted * (1 - sigma))
     text = batch_of(family, ["a cat"]).text
     pictures = ValidationConfig(validation_num_inference_steps=2)
@@ -299,7 +299,7 @@ def test_training_and_pictures_share_one_shift(
 def test_add_noise_moves_from_the_image_to_the_noise(flux2: MakeFlux2, tiny_flux2: Flux2Folder) -> None:
     family = flux2(tiny_flux2("klein"))
     latents = random_latents(3)
-    noised = family.add_noise(latents, positions=[4, 5, 6], seed=2)
+    noised = family.add_noise(latents, sample_indices=[4, 5, 6], seed=2)
     assert noised.sigmas is not None
     assert noised.guidance is None
     assert noised.timesteps == tuple(int(torch.tensor(each) * 1000) for each in noised.sigmas)
@@ -311,7 +311,7 @@ def test_add_noise_tells_dev_the_guidance_of_the_configuration(
     flux2: MakeFlux2, tiny_flux2: Flux2Folder
 ) -> None:
     family = flux2(tiny_flux2("dev"), noise=NoiseConfig(flux_guidance_value=3.0))
-    assert family.add_noise(random_latents(2), positions=[0, 1], seed=0).guidance == (3.0, 3.0)
+    assert family.add_noise(random_latents(2), sample_indices=[0, 1], seed=0).guidance == (3.0, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Transformer2DModel
 from torch import nn
 
-from simpletuner.helpers.models.flux2.spec import FACTS, FLAVOURS, problems
+from simpletuner.helpers.models.flux2.spec import FLAVOURS, SPEC, problems
 
 # Blocks, heads and text width of the released models.
 SHAPES = {
@@ -36,7 +36,7 @@ def real(flavour: str) -> Flux2Transformer2DModel:
 )
 def test_the_generic_targets_are_every_linear_layer_of_every_block(flavour: str, num_layers: int) -> None:
     model = real(flavour)
-    classes = [name for alias in FACTS.target_aliases.values() for name in alias.modules]
+    classes = [name for alias in SPEC.target_aliases.values() for name in alias.modules]
     targets = [module for module in model.modules() if type(module).__name__ in classes]
     layers = [layer for each in targets for layer in each.modules() if isinstance(layer, nn.Linear)]
     blocks = [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -47,7 +47,7 @@ def test_the_generic_targets_are_every_linear_layer_of_every_block(flavour: str,
 
 @pytest.mark.parametrize("flavour", SHAPES)
 def test_lora_targets_are_the_attention_layers_of_both_kinds_of_blocks(flavour: str) -> None:
-    endings = tuple(f".{name}" for name in FACTS.lora_targets)
+    endings = tuple(f".{name}" for name in SPEC.lora_targets)
     matched = {
         path: type(module) for path, module in real(flavour).named_modules() if f".{path}".endswith(endings)
     }
@@ -58,7 +58,7 @@ def test_lora_targets_are_the_attention_layers_of_both_kinds_of_blocks(flavour: 
 
 
 def test_every_flavour_has_a_repository_and_dev_alone_is_told_a_guidance() -> None:
-    assert FACTS.flavours["klein-base-9b"] == "black-forest-labs/FLUX.2-klein-base-9B"
+    assert SPEC.flavours["klein-base-9b"] == "black-forest-labs/FLUX.2-klein-base-9B"
     assert [name for name, flavour in FLAVOURS.items() if flavour.has_guidance] == ["dev"]
 
 

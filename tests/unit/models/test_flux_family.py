@@ -16,9 +16,9 @@ import torch
 
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import Batch, Noised, Sample, Size
+from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
-from simpletuner.helpers.models.flow_matching import model_times
+from simpletuner.helpers.models.flow_matching import timestep_input
 from simpletuner.helpers.models.flux.family import Flux, image_ids, pack, unpack
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.registry import load_family
@@ -83,7 +83,7 @@ def stock(tiny_flux: Path) -> diffusers.FluxPipeline:
 def batch_of(family: Flux, prompts: list[str], latents: torch.Tensor) -> Batch:
     family.load_text_encoders()
     text = family.stack_text(family.encode_prompts(prompts))
-    return Batch(latents, text, samples=(SAMPLE,) * len(prompts), positions=tuple(range(len(prompts))))
+    return Batch(latents, text, samples=(SAMPLE,) * len(prompts), sample_indices=tuple(range(len(prompts))))
 
 
 def first_call(stock: diffusers.FluxPipeline, **options: Any) -> tuple[dict[str, Any], torch.Tensor]:
@@ -123,7 +123,7 @@ def test_predict_runs_the_transformer_as_the_stock_pipeline_does(
     given, expected = first_call(stock, guidance_scale=2.5)
     family = flux(weight_dtype=dtype)
     latents = unpack(given["hidden_states"].float(), height=4)
-    noised = Noised(
+    noised = NoisyBatch(
         latents=latents,
         target=latents,
         timesteps=(1000,),
@@ -138,7 +138,7 @@ def test_predict_runs_the_transformer_as_the_stock_pipeline_does(
 
 def test_time_is_rounded_as_the_pipeline_rounds_it_in_16_bits() -> None:
     sigmas = torch.linspace(1, 0.001, 200)
-    found = model_times(sigmas.tolist(), dtype=torch.bfloat16)
+    found = timestep_input(sigmas.tolist(), dtype=torch.bfloat16)
     assert torch.equal(found, (sigmas * 1000).to(torch.bfloat16) / 1000)
     assert not torch.equal(found, sigmas.to(torch.bfloat16)), "rounding once is not what pipelines do"
 
@@ -148,11 +148,11 @@ def test_a_batch_is_predicted_as_its_samples_alone(flux: MakeFlux) -> None:
     denoiser = family.load_denoiser()
     latents = torch.randn(3, 4, 8, 12, generator=torch.Generator().manual_seed(1))
     batch = batch_of(family, ["a cat", "", "a red dog"], latents)
-    together = family.predict(denoiser, family.add_noise(latents, positions=[0, 1, 2], seed=3), batch)
+    together = family.predict(denoiser, family.add_noise(latents, sample_indices=[0, 1, 2], seed=3), batch)
     for index, prompt in enumerate(["a cat", "", "a red dog"]):
         one = latents[index : index + 1]
         alone = family.predict(
-            denoiser, family.add_noise(one, positions=[index], seed=3), batch_of(family, [prompt], one)
+            denoiser, family.add_noise(one, sample_indices=[index], seed=3), batch_of(family, [prompt], one)
         )
         torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
 
@@ -164,11 +164,11 @@ def test_encode_prompts_equals_the_stock_pipeline(flux: MakeFlux, stock: diffuse
         tokens, pooled, _ = stock.encode_prompt("a photo of a cat")
     (cat,) = family.encode_prompts(["a photo of a cat"])
     assert cat.pooled is not None
-    assert cat.mask is not None
-    assert torch.equal(cat.tokens, tokens)
+    assert cat.attention_mask is not None
+    assert torch.equal(cat.prompt_embeds, tokens)
     assert torch.equal(cat.pooled, pooled)
-    assert cat.mask.shape == (1, 512)
-    assert int(cat.mask.sum()) == len(stock.tokenizer_2("a photo of a cat").input_ids)
+    assert cat.attention_mask.shape == (1, 512)
+    assert int(cat.attention_mask.sum()) == len(stock.tokenizer_2("a photo of a cat").input_ids)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_captions_have_the_length_of_the_flavour(
     of_dev = flux(tmp_path / "model", model_flavour="dev")
     assert (family.text_identity == of_dev.text_identity) is (length == 512), "cached apart"
     family.load_text_encoders()
-    assert family.encode_prompts(["a cat"])[0].tokens.shape == (1, length, 32)
-    noised = family.add_noise(torch.zeros(1, 4, 8, 8), positions=[0], seed=1)
+    assert family.encode_prompts(["a cat"])[0].prompt_embeds.shape == (1, length, 32)
+    noised = family.add_noise(torch.zeros(1, 4, 8, 8), sample_indices=[0], seed=1)
     assert (noised.guidance is not None) is has_guidance
 
 
@@ -224,16 +224,18 @@ def test_masked_attention_makes_the_prediction_independent_of_the_padding(flux: 
     masked, plain = flux(noise=NoiseConfig(flux_attention_masked_training=True)), flux()
     denoiser = plain.load_denoiser()
     batch = batch_of(plain, ["a cat"], latents)
-    assert batch.text.mask is not None
-    tokens = batch.text.tokens.clone()
-    tokens[~batch.text.mask] += 1.0
+    assert batch.text.attention_mask is not None
+    tokens = batch.text.prompt_embeds.clone()
+    tokens[~batch.text.attention_mask] += 1.0
     other = Batch(
         latents,
-        type(batch.text)(tokens=tokens, pooled=batch.text.pooled, mask=batch.text.mask),
+        type(batch.text)(
+            prompt_embeds=tokens, pooled=batch.text.pooled, attention_mask=batch.text.attention_mask
+        ),
         samples=batch.samples,
-        positions=batch.positions,
+        sample_indices=batch.sample_indices,
     )
-    noised = plain.add_noise(latents, positions=[0], seed=1)
+    noised = plain.add_noise(latents, sample_indices=[0], seed=1)
     same = [masked.predict(denoiser, noised, each) for each in (batch, other)]
     torch.testing.assert_close(*same, rtol=1e-5, atol=1e-6)
     different = [plain.predict(denoiser, noised, each) for each in (batch, other)]
@@ -256,8 +258,8 @@ def test_training_and_pictures_have_the_same_shift(
     edge = 2 * math.isqrt(num_tokens)
     plain = flux(noise=NoiseConfig(flow_schedule_shift=1.0))
     latents = torch.zeros(1, 1, edge, edge)
-    (sigma,) = family.add_noise(latents, positions=[5], seed=1).sigmas or ()
-    (unshifted,) = plain.add_noise(latents, positions=[5], seed=1).sigmas or ()
+    (sigma,) = family.add_noise(latents, sample_indices=[5], seed=1).sigmas or ()
+    (unshifted,) = plain.add_noise(latents, sample_indices=[5], seed=1).sigmas or ()
     assert sigma == pytest.approx(shift * unshifted / (1 + (shift - 1) * unshifted), rel=1e-6)
     family.load_text_encoders()
     embeds = family.encode_prompts(["a cat"])[0]

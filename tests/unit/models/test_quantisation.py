@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from simpletuner.helpers.adapters.quantised import dense_weight
+from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.configuration.schema.model_sections import Precision, PrecisionConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.quantisation import (
-    placed,
-    placed_text_encoder,
     quantised_layers,
+    quantize_and_move,
+    quantize_and_move_text_encoder,
     text_precision_identity,
 )
 from simpletuner.helpers.models.sdxl.family import SDXL
@@ -55,12 +55,12 @@ def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def dense(layer: nn.Linear) -> Tensor:
-    return dense_weight(layer, (layer.out_features, layer.in_features), name="layer")
+    return dequantize(layer, (layer.out_features, layer.in_features), name="layer")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_layers_of_the_blocks_are_quantised_and_everything_else_is_kept(precision: Precision) -> None:
-    quantised = placed(model(), precision=precision, device=CPU)
+    quantised = quantize_and_move(model(), precision=precision, device=CPU)
     plain = dict(model().named_modules())
     rows_of_64 = {"blocks.0.0", "blocks.1.0"}
     expected = rows_of_64 if precision == "nf4-bnb" else {*rows_of_64, "blocks.0.2", "blocks.1.2"}
@@ -76,7 +76,7 @@ def test_layers_of_the_blocks_are_quantised_and_everything_else_is_kept(precisio
     ("precision", "bytes_per_weight"), [("int8-torchao", 1), ("fp8-torchao", 1), ("nf4-bnb", 0.5)]
 )
 def test_weights_take_the_memory_that_the_format_says(precision: Precision, bytes_per_weight: float) -> None:
-    weight = placed(model(torch.bfloat16), precision=precision, device=CPU).blocks[0][0].weight
+    weight = quantize_and_move(model(torch.bfloat16), precision=precision, device=CPU).blocks[0][0].weight
     codes = weight if precision == "nf4-bnb" else weight.qdata
     assert codes.numel() * codes.element_size() == 64 * 96 * bytes_per_weight
 
@@ -89,14 +89,14 @@ def test_a_quantised_weight_is_the_weight_to_within_its_format(
     precision: Precision, error: float, dtype: torch.dtype
 ) -> None:
     plain = model(dtype).blocks[0][0].weight.detach().float()
-    rounded = dense(placed(model(dtype), precision=precision, device=CPU).blocks[0][0]).float()
+    rounded = dense(quantize_and_move(model(dtype), precision=precision, device=CPU).blocks[0][0]).float()
     found = float((rounded - plain).norm() / plain.norm())
     assert error / 4 < found < error
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_outputs_and_gradients_are_those_of_the_rounded_weights(precision: Precision) -> None:
-    quantised = placed(model(), precision=precision, device=CPU)
+    quantised = quantize_and_move(model(), precision=precision, device=CPU)
     rounded = model().requires_grad_(False)
     for path in quantised_layers(rounded, precision):
         rounded.get_submodule(path).weight.copy_(dense(quantised.get_submodule(path)))
@@ -112,7 +112,7 @@ def test_outputs_and_gradients_are_those_of_the_rounded_weights(precision: Preci
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_pictures_between_steps_change_nothing_for_the_next_step(precision: Precision) -> None:
-    quantised = placed(model(torch.bfloat16), precision=precision, device=CPU)
+    quantised = quantize_and_move(model(torch.bfloat16), precision=precision, device=CPU)
 
     def step() -> tuple[Tensor, Tensor]:
         x = inputs(torch.bfloat16).requires_grad_()
@@ -137,15 +137,15 @@ def test_unet_keeps_embeddings_resnets_and_convolutions() -> None:
 
 
 def test_quantised_weights_are_put_where_they_are_wanted() -> None:
-    quantised = placed(model(), precision="int8-torchao", device=CPU, home=torch.device("meta"))
+    quantised = quantize_and_move(model(), precision="int8-torchao", device=CPU, home=torch.device("meta"))
     assert {parameter.device.type for parameter in quantised.parameters()} == {"meta"}
 
 
 def test_model_without_a_layer_that_fits_is_refused() -> None:
     with pytest.raises(ModelError, match=r"Sequential: no linear layer .* fit int8-torchao.*no_change"):
-        placed(nn.Sequential(nn.Linear(64, 64)), precision="int8-torchao", device=CPU)
+        quantize_and_move(nn.Sequential(nn.Linear(64, 64)), precision="int8-torchao", device=CPU)
     with pytest.raises(ModelError, match="fit nf4-bnb"):
-        placed(nn.Sequential(nn.ModuleList([nn.Linear(96, 64)])), precision="nf4-bnb", device=CPU)
+        quantize_and_move(nn.Sequential(nn.ModuleList([nn.Linear(96, 64)])), precision="nf4-bnb", device=CPU)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -156,7 +156,7 @@ def test_t5_encodes_in_every_precision_since_its_wo_layers_are_kept(precision: P
     ids = torch.arange(10)[None]
     with torch.no_grad():
         plain = encoder(ids)[0]
-        quantised = placed_text_encoder(
+        quantised = quantize_and_move_text_encoder(
             encoder, 2, PrecisionConfig(text_encoder_2_precision=precision), device=CPU
         )
         found = quantised(ids)[0]
@@ -183,12 +183,13 @@ def test_sdxl_quantises_the_text_encoder_that_is_named_and_caches_it_apart(
     for family in (plain, quantised):
         family.load_text_encoders()
     (found,), (expected,) = quantised.encode_prompts(["a cat"]), plain.encode_prompts(["a cat"])
-    width = expected.tokens.shape[-1] // 2  # of each encoder's part
+    width = expected.prompt_embeds.shape[-1] // 2  # of each encoder's part
     parts = [
-        found.tokens[..., part] == expected.tokens[..., part] for part in (slice(width), slice(width, None))
+        found.prompt_embeds[..., part] == expected.prompt_embeds[..., part]
+        for part in (slice(width), slice(width, None))
     ]
     assert [bool(part.all()) for part in parts] == [number != 1, number != 2]
-    assert float((found.tokens - expected.tokens).norm() / expected.tokens.norm()) < 0.05
+    assert float((found.prompt_embeds - expected.prompt_embeds).norm() / expected.prompt_embeds.norm()) < 0.05
 
 
 def test_denoiser_stays_on_the_host_where_it_is_quantised_or_offloaded(
@@ -207,7 +208,7 @@ def test_every_precision_makes_the_unet_predict_nearly_the_same() -> None:
     def predict(precision: Precision) -> Tensor:
         unet = make_unet()
         fill_weights(unet, seed=0)
-        unet = placed(unet, precision=precision, device=CPU)
+        unet = quantize_and_move(unet, precision=precision, device=CPU)
         generator = torch.Generator().manual_seed(0)
         added = {"text_embeds": torch.randn(2, 32, generator=generator), "time_ids": torch.ones(2, 6)}
         text = torch.randn(2, 77, 64, generator=generator)

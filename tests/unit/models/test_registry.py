@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.family import Family
-from simpletuner.helpers.models.registry import FAMILIES, facts, load_family
+from simpletuner.helpers.models.family import ModelFamily
+from simpletuner.helpers.models.registry import FAMILIES, load_family, specs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_facts_of_a_family_are_consistent(name: str) -> None:
-    found = facts()[name]
+    found = specs()[name]
     assert found.name == name
     assert found.default_flavour in found.flavours
     assert found.default_resolution % found.pixel_alignment == 0
@@ -26,8 +26,8 @@ def test_facts_of_a_family_are_consistent(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_load_family_gives_a_class_with_the_same_facts(name: str) -> None:
     family = load_family(name)
-    assert issubclass(family, Family)
-    assert family.facts is facts()[name]
+    assert issubclass(family, ModelFamily)
+    assert family.spec is specs()[name]
 
 
 def test_load_family_names_the_known_ones_for_an_unknown_name() -> None:
@@ -37,7 +37,7 @@ def test_load_family_names_the_known_ones_for_an_unknown_name() -> None:
 
 def test_facts_are_read_without_torch() -> None:
     code = (
-        "import sys; from simpletuner.helpers.models.registry import facts; facts();"
+        "import sys; from simpletuner.helpers.models.registry import specs; specs();"
         "sys.exit(bool({'torch', 'diffusers', 'transformers', 'pydantic'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

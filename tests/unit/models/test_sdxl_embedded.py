@@ -53,9 +53,9 @@ def test_prompts_are_encoded_as_the_stock_pipeline_encodes_them(model: EmbeddedM
     with torch.no_grad():
         tokens, _, pooled, _ = model.pipeline().encode_prompt(prompts, device=CPU)
     assert text.pooled is not None
-    torch.testing.assert_close(text.tokens, tokens)
+    torch.testing.assert_close(text.prompt_embeds, tokens)
     torch.testing.assert_close(text.pooled, pooled)
-    assert text.tokens.requires_grad
+    assert text.prompt_embeds.requires_grad
 
 
 def test_saving_leaves_the_model_in_float32_bit_for_bit(model: EmbeddedModel, saved: Path) -> None:
@@ -81,7 +81,9 @@ def test_the_family_loads_the_saved_folder_and_encodes_it_alike(
     family = sdxl(saved)
     family.load_text_encoders()
     text = family.encode_prompts(["a red circle"])[0]
-    torch.testing.assert_close(text.tokens, model.encode_prompts(["a red circle"]).tokens, rtol=0, atol=0.02)
+    torch.testing.assert_close(
+        text.prompt_embeds, model.encode_prompts(["a red circle"]).prompt_embeds, rtol=0, atol=0.02
+    )
     family.load_vae()
     latents = family.encode_images(torch.zeros(1, 3, 64, 64))
     assert latents.shape == (1, 4, 16, 16)

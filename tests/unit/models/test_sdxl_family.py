@@ -35,7 +35,7 @@ SAMPLE = Sample(
 def batch_of(family: SDXL, prompts: list[str]) -> Batch:
     latents = torch.randn(len(prompts), 4, 8, 9, generator=torch.Generator().manual_seed(0))
     text = family.stack_text(family.encode_prompts(prompts))
-    return Batch(latents, text, samples=(SAMPLE,) * len(prompts), positions=tuple(range(len(prompts))))
+    return Batch(latents, text, samples=(SAMPLE,) * len(prompts), sample_indices=tuple(range(len(prompts))))
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +61,13 @@ def test_encode_prompts_equals_the_stock_pipeline(
     cat, empty = family.encode_prompts(["a photo of a cat", ""])
     assert cat.pooled is not None
     assert empty.pooled is not None
-    assert cat.tokens.shape == (1, 77, 64)
+    assert cat.prompt_embeds.shape == (1, 77, 64)
     assert cat.pooled.shape == (1, 32)
-    torch.testing.assert_close(cat.tokens, tokens)
+    torch.testing.assert_close(cat.prompt_embeds, tokens)
     torch.testing.assert_close(cat.pooled, pooled)
-    assert torch.equal(empty.tokens, negative)
+    assert torch.equal(empty.prompt_embeds, negative)
     assert torch.equal(empty.pooled, negative_pooled)
-    assert not empty.tokens.any()
+    assert not empty.prompt_embeds.any()
 
 
 def test_encode_prompts_encodes_the_empty_prompt_when_the_model_says_so(
@@ -80,16 +80,16 @@ def test_encode_prompts_encodes_the_empty_prompt_when_the_model_says_so(
     family.load_text_encoders()
     with torch.no_grad():
         tokens, *_ = stock.encode_prompt("", do_classifier_free_guidance=False)
-    torch.testing.assert_close(family.encode_prompts([""])[0].tokens, tokens)
+    torch.testing.assert_close(family.encode_prompts([""])[0].prompt_embeds, tokens)
 
 
 def test_encode_prompts_gives_float32_on_the_host_from_16_bit_encoders(sdxl: MakeSDXL) -> None:
     family = sdxl(weight_dtype=torch.bfloat16)
     family.load_text_encoders()
     (embeds,) = family.encode_prompts(["a cat"])
-    assert embeds.tokens.dtype == torch.float32
-    assert torch.equal(embeds.tokens, embeds.tokens.bfloat16().float())
-    assert not embeds.tokens.requires_grad
+    assert embeds.prompt_embeds.dtype == torch.float32
+    assert torch.equal(embeds.prompt_embeds, embeds.prompt_embeds.bfloat16().float())
+    assert not embeds.prompt_embeds.requires_grad
 
 
 def test_encode_prompts_warns_once_of_long_captions(
@@ -154,14 +154,14 @@ def test_predict_calls_the_unet_with_its_conditioning(sdxl: MakeSDXL, dtype: tor
     family = sdxl(weight_dtype=dtype)
     family.load_text_encoders()
     denoiser, batch = family.load_denoiser(), batch_of(family, ["a cat", "a dog"])
-    noised = family.add_noise(batch.latents, positions=batch.positions, seed=4)
+    noised = family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=4)
     with torch.no_grad():
         prediction = family.predict(denoiser, noised, batch)
         assert batch.text.pooled is not None
         expected = denoiser(
             noised.latents.to(dtype),
             torch.tensor(noised.timesteps),
-            encoder_hidden_states=batch.text.tokens.to(dtype),
+            encoder_hidden_states=batch.text.prompt_embeds.to(dtype),
             added_cond_kwargs={
                 "text_embeds": batch.text.pooled.to(dtype),
                 "time_ids": torch.tensor([[300.0, 451, 3, 17, 64, 72]] * 2),
@@ -175,7 +175,7 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
     family = sdxl()
     family.load_text_encoders()
     denoiser, batch = family.load_denoiser(), batch_of(family, ["a cat"])
-    noised = family.add_noise(batch.latents, positions=[0], seed=4)
+    noised = family.add_noise(batch.latents, sample_indices=[0], seed=4)
     moved = Sample("cats", "cat.jpg", "a cat", Size(300, 451), Size(64, 96), (0, 0), Size(64, 72))
     dog = family.stack_text(family.encode_prompts(["a dog"]))
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
         others = [
             family.predict(denoiser, noised, Batch(batch.latents, batch.text, (moved,), (0,))),
             family.predict(denoiser, noised, Batch(batch.latents, dog, (SAMPLE,), (0,))),
-            family.predict(denoiser, family.add_noise(batch.latents, positions=[1], seed=4), batch),
+            family.predict(denoiser, family.add_noise(batch.latents, sample_indices=[1], seed=4), batch),
         ]
     assert all(not torch.equal(prediction, other) for other in others)
 
@@ -192,7 +192,7 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
 def test_add_noise_honours_prediction_type_and_gamma(sdxl: MakeSDXL, prediction_type: str) -> None:
     family = sdxl(prediction_type=prediction_type, noise=NoiseConfig(snr_gamma=5.0))
     latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = family.add_noise(latents, positions=range(8), seed=0)
+    noised = family.add_noise(latents, sample_indices=range(8), seed=0)
     noise = draw_noise(range(8), seed=0, shape=(4, 8, 8))
     assert torch.equal(noised.target, noise) is (prediction_type == "epsilon")
     assert noised.weight.min() < 1
@@ -205,9 +205,9 @@ def test_add_noise_leaves_no_signal_at_the_end_of_a_rescaled_schedule(sdxl: Make
     position = next(
         each
         for each in range(20000)
-        if family.add_noise(latents, positions=[each], seed=0).timesteps == (999,)
+        if family.add_noise(latents, sample_indices=[each], seed=0).timesteps == (999,)
     )
-    noised = family.add_noise(latents, positions=[position], seed=0)
+    noised = family.add_noise(latents, sample_indices=[position], seed=0)
     assert torch.equal(noised.latents, draw_noise([position], seed=0, shape=(4, 1, 1)))
     assert torch.equal(noised.target, -latents)
 

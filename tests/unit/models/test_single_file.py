@@ -74,8 +74,8 @@ def predictions(family: SDXL) -> list[Tensor]:
     assert text.pooled is not None
     added = {"text_embeds": text.pooled, "time_ids": torch.ones(1, 6)}
     with torch.no_grad():
-        noise = unet(latents, 500, encoder_hidden_states=text.tokens, added_cond_kwargs=added).sample
-    return [latents, text.tokens, text.pooled, noise]
+        noise = unet(latents, 500, encoder_hidden_states=text.prompt_embeds, added_cond_kwargs=added).sample
+    return [latents, text.prompt_embeds, text.pooled, noise]
 
 
 def weights(family: SDXL) -> Mapping[str, Tensor]:

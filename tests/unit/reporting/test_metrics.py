@@ -8,9 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from simpletuner.helpers.contracts import Batch, Sample, Size, StepStats, TextEmbeds
+from simpletuner.helpers.contracts import Batch, MicroBatchOutput, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.reporting.metrics import Window, peak_device_memory_mib, peak_memory_mib
+from simpletuner.helpers.reporting.metrics import StepAccumulator, peak_device_memory_mib, peak_memory_mib
 from simpletuner.helpers.reporting.smoothing import Smoothed
 
 
@@ -21,14 +21,14 @@ def batch(name: str) -> Batch:
     return Batch(torch.zeros(1, 4, 8, 8), TextEmbeds(torch.zeros(1, 2, 4)), (sample,), (0,))
 
 
-def stats(loss: float, *, timestep: int = 500, rank: float | None = 8.0) -> StepStats:
+def stats(loss: float, *, timestep: int = 500, rank: float | None = 8.0) -> MicroBatchOutput:
     """What a micro-batch of one sample measured."""
-    return StepStats(torch.tensor(loss), torch.tensor([loss]), 1, (timestep,), rank)
+    return MicroBatchOutput(torch.tensor(loss), torch.tensor([loss]), 1, (timestep,), rank)
 
 
-def window_of(*losses: float, rank: float | None = 8.0) -> Window:
+def window_of(*losses: float, rank: float | None = 8.0) -> StepAccumulator:
     """A window with one micro-batch for each loss, named a.png, b.png, ..."""
-    window = Window()
+    window = StepAccumulator()
     for index, loss in enumerate(losses):
         window.add(batch(f"{chr(97 + index)}.png"), stats(loss, timestep=100 * (index + 1), rank=rank))
     return window
@@ -45,9 +45,13 @@ def test_window_averages_its_micro_batches(accelerator: Accelerator) -> None:
 
 
 def test_window_tells_the_losses_of_the_noise_bands_apart(accelerator: Accelerator) -> None:
-    window = Window()
-    window.add(batch("a.png"), StepStats(torch.tensor(2.0), torch.tensor([1.0, 3.0]), 2, (0, 500), None))
-    window.add(batch("b.png"), StepStats(torch.tensor(6.0), torch.tensor([5.0, 7.0]), 2, (499, 799), None))
+    window = StepAccumulator()
+    window.add(
+        batch("a.png"), MicroBatchOutput(torch.tensor(2.0), torch.tensor([1.0, 3.0]), 2, (0, 500), None)
+    )
+    window.add(
+        batch("b.png"), MicroBatchOutput(torch.tensor(6.0), torch.tensor([5.0, 7.0]), 2, (499, 799), None)
+    )
     measured = window.measure(accelerator, grad_norm=torch.tensor(0.5), stop=False, step=1)
     assert measured.loss_by_band == {"0-500": 3.0, "500-800": 5.0, "800-1000": None}
     assert measured.loss == 4.0

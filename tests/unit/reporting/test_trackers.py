@@ -13,10 +13,10 @@ from PIL import Image
 
 from simpletuner.helpers.configuration.schema.sections import TrackingConfig
 from simpletuner.helpers.errors import MissingDependencyError
-from simpletuner.helpers.reporting.metrics import StepRecord
+from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.trackers import JsonLines, Trackers, build_trackers
 
-RECORD = StepRecord(
+RECORD = StepMetrics(
     step=1,
     epoch=0,
     loss=0.5,
@@ -85,7 +85,7 @@ class Raising:
     def start(self) -> None:
         """Nothing to open."""
 
-    def log(self, record: StepRecord) -> None:
+    def log(self, record: StepMetrics) -> None:
         """Fail."""
         self.calls += 1
         raise ConnectionError("no route to host")

@@ -27,7 +27,7 @@ def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = 
 def config(repository: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.chdir(repository)
     path = Path("config/config.json")
-    return load_config(path, overrides=("validation_disable=true",), families=registry.facts())
+    return load_config(path, overrides=("validation_disable=true",), families=registry.specs())
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.FSDP])

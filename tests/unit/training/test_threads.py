@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from simpletuner.helpers.training.build import SMALL_MODEL, spare_threads
+from simpletuner.helpers.training.build import SMALL_MODEL, limit_cpu_threads
 
 
 @pytest.fixture(autouse=True)
@@ -39,5 +39,5 @@ def test_a_small_model_is_computed_on_one_thread_unless_the_user_says_otherwise(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if omp is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", omp)
-    spare_threads(model(num_weights), torch.device(device))
+    limit_cpu_threads(model(num_weights), torch.device(device))
     assert torch.get_num_threads() == threads

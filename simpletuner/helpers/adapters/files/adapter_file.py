@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.quantised import is_packed
+from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_bytes
 
@@ -163,7 +163,7 @@ def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
     return {
         name: weight_hash(weight)
         for name, weight in weights.items()
-        if not weight.is_meta and not is_packed(weight)
+        if not weight.is_meta and not is_quantized(weight)
     }
 
 

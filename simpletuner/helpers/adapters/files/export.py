@@ -19,21 +19,21 @@ from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
+    KeyMap,
     Layout,
-    Places,
     common_scales,
     header_of,
     places_of,
     tensors_of,
 )
-from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer, errors_by_rank, exact, truncated
+from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer, errors_by_rank, exact, truncated
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
 Form = Literal["exact", "truncated"]
@@ -116,16 +116,16 @@ class Source:
 
     def rank_at(self, timestep: int, layer: StoredLayer) -> int:
         """The rank that one layer, which may have another maximum than the network, opens at a timestep."""
-        return self.schedule.for_rank(layer.rank).rank_at(timestep) if follows(layer) else layer.rank
+        return self.schedule.for_rank(layer.rank).rank_at(timestep) if has_schedule(layer) else layer.rank
 
 
-def follows(layer: StoredLayer) -> bool:
+def has_schedule(layer: StoredLayer) -> bool:
     """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no plain LoRA."""
     return "tlora_schedule" in layer.tensors or TRAINED_KEYS[0] in layer.tensors
 
 
 def export_adapter(
-    file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, FamilyFacts]
+    file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, ModelSpec]
 ) -> list[Exported]:
     """Write an adapter file as one plain LoRA, or one for each band of timesteps.
 
@@ -149,15 +149,15 @@ def export_adapter(
     for cut in _cuts(source, options):
         layers, band_error = _fixed(source, cut, options, places=places)
         tensors = tensors_of(layers, options.layout, places)
-        facts = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
+        metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
             "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
         }
         if cut.band is not None:
-            facts["timesteps"] = json.dumps(cut.band)
-        facts |= header_of(layers, options.layout, families[name])
+            metadata["timesteps"] = json.dumps(cut.band)
+        metadata |= header_of(layers, options.layout, families[name])
         target = _file_name(output, cut.band)
-        adapter_file.write(target, tensors, metadata=facts)
+        adapter_file.write(target, tensors, metadata=metadata)
         exported = Exported(
             file=target,
             timesteps=cut.band,
@@ -175,8 +175,8 @@ def export_live(
     output: Path,
     options: ExportOptions,
     *,
-    family: FamilyFacts,
-    facts: Mapping[str, str] | None = None,
+    family: ModelSpec,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Exported]:
     """Write an attached adapter as `export_adapter` writes its file, at the strength it was trained with.
 
@@ -185,7 +185,7 @@ def export_live(
         output: As for `export_adapter`.
         options: What to write.
         family: Of the denoiser that it is attached to.
-        facts: What else the header says.
+        metadata: What else the header says.
 
     Raises:
         AdapterError: The adapter cannot be exported, or an option does not fit it; nothing is written.
@@ -200,7 +200,7 @@ def export_live(
         )
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "live_adapter.safetensors"
-        adapter.save(file, facts={**(facts or {}), "model_family": family.name})
+        adapter.save(file, metadata={**(metadata or {}), "model_family": family.name})
         return export_adapter(file, output, options, families={family.name: family})
 
 
@@ -250,13 +250,13 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
         common = config.get(f"{prefix}.lora_alpha", down.shape[0])
         alpha = torch.tensor(float(own.get(get_pattern_key(list(own), path), common)))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
-        layers[path] = StoredLayer(key, parts, Description("vanilla", "last", None))
+        layers[path] = StoredLayer(key, parts, TLoraSpec("vanilla", "last", None))
     return layers
 
 
 def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
     if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's plain LoRA
-        return StoredLayer(name, parts, Description("vanilla", "last", None))
+        return StoredLayer(name, parts, TLoraSpec("vanilla", "last", None))
     if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
         raise AdapterError(
             f"{file}: {name} is neither T-LoRA nor plain LoRA: it holds {', '.join(sorted(parts))}. "
@@ -269,7 +269,7 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
+class _FixedRank:
     """Where one file fixes the ranks."""
 
     rank: int
@@ -283,9 +283,9 @@ class _Cut:
         """The rank of one layer; a plain one is never cut."""
         if self.timestep is not None:
             return source.rank_at(self.timestep, layer)
-        return min(self.rank, layer.rank) if follows(layer) else layer.rank
+        return min(self.rank, layer.rank) if has_schedule(layer) else layer.rank
 
-    def worst_within(self, layer: StoredLayer, plain: PlainLayer, source: Source) -> float | None:
+    def worst_within(self, layer: StoredLayer, plain: LoraLayer, source: Source) -> float | None:
         """The largest error of what was written for a layer at any timestep of the band; None without one."""
         if self.band is None:
             return None
@@ -295,13 +295,13 @@ class _Cut:
         return max(errors[rank - 1] for rank in ranks)
 
 
-def _cuts(source: Source, options: ExportOptions) -> list[_Cut]:
+def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
     """One for every file to write."""
     schedule = source.schedule
     chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
     if len(chosen) > 1:
         raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
-    if chosen and not any(map(follows, source.layers.values())):
+    if chosen and not any(map(has_schedule, source.layers.values())):
         raise AdapterError(
             f"{chosen[0]}: the file is a plain LoRA, whose ranks are always all open. Omit it."
         )
@@ -309,22 +309,22 @@ def _cuts(source: Source, options: ExportOptions) -> list[_Cut]:
     if options.timestep is not None:
         if not 0 <= options.timestep <= end:
             raise AdapterError(f"timestep {options.timestep} is outside 0..{end}, the schedule of the file.")
-        return [_Cut(schedule.rank_at(options.timestep), options.timestep)]
+        return [_FixedRank(schedule.rank_at(options.timestep), options.timestep)]
     if options.bands is not None:
         if not 1 <= options.bands <= end:
             raise AdapterError(f"bands {options.bands} must be in 1..{end}.")
         edges = [round(end * index / options.bands) for index in range(options.bands + 1)]
         bands = [(first, last - int(last < end)) for first, last in pairwise(edges)]
-        return [_Cut(schedule.rank_at(sum(band) // 2), sum(band) // 2, band) for band in bands]
+        return [_FixedRank(schedule.rank_at(sum(band) // 2), sum(band) // 2, band) for band in bands]
     rank = schedule.max_rank if options.rank is None else options.rank
     if not 1 <= rank <= schedule.max_rank:
         raise AdapterError(f"rank {rank} must be in 1..{schedule.max_rank}, the rank of the file.")
-    return [_Cut(rank)]
+    return [_FixedRank(rank)]
 
 
 def _fixed(
-    source: Source, cut: _Cut, options: ExportOptions, *, places: Places
-) -> tuple[list[PlainLayer], float | None]:
+    source: Source, cut: _FixedRank, options: ExportOptions, *, places: KeyMap
+) -> tuple[list[LoraLayer], float | None]:
     """The layers of one file, and the largest error within its band."""
     make, dtype = FORMS[options.form], DTYPES[options.dtype]
     scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, places)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.spec import Description, TLoraInit
+from simpletuner.helpers.adapters.tlora.spec import TLoraInit, TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS
 from simpletuner.helpers.errors import AdapterError
 
@@ -66,7 +66,7 @@ def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rank = layer[needed[0]].shape[0]
         layer |= {
             "alpha": torch.tensor(float(rank)),
-            "tlora_schedule": Description(init, "last", None).tensor(rank),
+            "tlora_schedule": TLoraSpec(init, "last", None).tensor(rank),
         }
         result |= {f"{name}.{part}": tensor for part, tensor in layer.items()}
     logger.warning(

@@ -12,7 +12,7 @@ from typing import Any
 
 from simpletuner.helpers.adapters.files import adapter_file, import_formats
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import printable
 
@@ -138,7 +138,7 @@ def inspect(file: Path) -> Inspection:
         )
     algorithm, rank_axis = KINDS[suffix]
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
-    descriptions = [Description.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
+    descriptions = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
     if descriptions:
         algorithm = "T-LoRA" + (" of the authors' release" if released else "")
     ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
@@ -171,7 +171,7 @@ def inspect(file: Path) -> Inspection:
 
 
 def _schedule(
-    stored: adapter_file.AdapterFile, descriptions: Sequence[Description]
+    stored: adapter_file.AdapterFile, descriptions: Sequence[TLoraSpec]
 ) -> dict[str, int | float | str] | None:
     config = stored.entry(adapter_file.SCHEDULE_KEY)
     stated = next((each.schedule for each in descriptions if each.schedule is not None), None)
@@ -183,7 +183,7 @@ def _schedule(
 
 
 def _missing(
-    stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[Description]
+    stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[TLoraSpec]
 ) -> list[str]:
     if not algorithm.startswith("T-LoRA"):
         return []
@@ -200,7 +200,7 @@ def _missing(
     ]
 
 
-def _init(descriptions: Sequence[Description]) -> str | None:
+def _init(descriptions: Sequence[TLoraSpec]) -> str | None:
     found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in descriptions}
     return ", ".join(sorted(found)) or None
 

@@ -13,43 +13,43 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
+from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, described
-from simpletuner.helpers.contracts import FamilyFacts, OriginalRows
+from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
-Places = Mapping[str, OriginalRows]
+KeyMap = Mapping[str, FusedSlice]
 DOWN_KEYS = (".lora_A.weight", ".lora_down.weight")
 
 
-def places_of(paths: Iterable[str], layout: Layout, facts: FamilyFacts) -> Places:
+def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
     """Path of a layer of the denoiser -> the rows of the layer, under the layout's name, that it becomes.
 
     Raises:
         AdapterError: The family has no such layout, or no name for a layer.
     """
     if layout == "diffusers":
-        return {path: OriginalRows(f"{facts.denoiser_name}.{path}") for path in paths}
+        return {path: FusedSlice(f"{spec.denoiser_name}.{path}") for path in paths}
     if layout == "lycoris":
-        return {path: OriginalRows(f"lycoris_{path}".replace(".", "_")) for path in paths}
-    if facts.original_name is None:
-        raise AdapterError(f"The family {facts.name} has no layout {layout}. Use diffusers or lycoris.")
+        return {path: FusedSlice(f"lycoris_{path}".replace(".", "_")) for path in paths}
+    if spec.original_name is None:
+        raise AdapterError(f"The family {spec.name} has no layout {layout}. Use diffusers or lycoris.")
     places = {}
     for path in paths:
         try:
-            rows = facts.original_name(path)
+            rows = spec.original_name(path)
         except ValueError as error:
             raise AdapterError(
                 f"The layout {layout} has no name for a layer: {error}. Use diffusers."
             ) from error
-        rows = OriginalRows(rows) if isinstance(rows, str) else rows
+        rows = FusedSlice(rows) if isinstance(rows, str) else rows
         name = f"lora_unet_{rows.name}".replace(".", "_")
-        places[path] = OriginalRows(name, rows.pieces, rows.num_pieces)
+        places[path] = FusedSlice(name, rows.pieces, rows.num_pieces)
     return places
 
 
-def common_scales(scales: Mapping[str, float], places: Places) -> dict[str, float]:
+def common_scales(scales: Mapping[str, float], places: KeyMap) -> dict[str, float]:
     """Path of a layer -> the scale that it shares with those it is joined with, the largest of theirs."""
     largest: dict[str, float] = defaultdict(float)
     for path, scale in scales.items():
@@ -57,13 +57,13 @@ def common_scales(scales: Mapping[str, float], places: Places) -> dict[str, floa
     return {path: largest[places[path].name] for path in scales}
 
 
-def tensors_of(layers: Sequence[PlainLayer], layout: Layout, places: Places) -> dict[str, Tensor]:
+def tensors_of(layers: Sequence[LoraLayer], layout: Layout, places: KeyMap) -> dict[str, Tensor]:
     """The layers' tensors under the names of a layout.
 
     Raises:
         AdapterError: Layers that the layout joins do not fit together.
     """
-    parts: dict[str, list[PlainLayer]] = defaultdict(list)
+    parts: dict[str, list[LoraLayer]] = defaultdict(list)
     for layer in layers:
         parts[places[layer.path].name].append(layer)
     tensors: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ def tensors_of(layers: Sequence[PlainLayer], layout: Layout, places: Places) -> 
     return tensors
 
 
-def header_of(layers: Sequence[PlainLayer], layout: Layout, facts: FamilyFacts) -> dict[str, str]:
+def header_of(layers: Sequence[LoraLayer], layout: Layout, spec: ModelSpec) -> dict[str, str]:
     """What a layout needs in the header: for diffusers, the rank and alpha of each layer."""
     if layout != "diffusers":
         return {}
@@ -90,10 +90,10 @@ def header_of(layers: Sequence[PlainLayer], layout: Layout, facts: FamilyFacts) 
         alpha_pattern={f"^{layer.path}": layer.alpha for layer in layers if layer.alpha != alpha},
         target_modules=[layer.path for layer in layers],
     )
-    return {METADATA_KEY: described(config, prefix=facts.denoiser_name)}
+    return {METADATA_KEY: described(config, prefix=spec.denoiser_name)}
 
 
-def _joined(layers: Sequence[PlainLayer], places: Places) -> tuple[Tensor, Tensor, float]:
+def _joined(layers: Sequence[LoraLayer], places: KeyMap) -> tuple[Tensor, Tensor, float]:
     """One layer's factors and alpha from its parts: their ranks in a row, each writing its own rows alone.
 
     Rows of parts that are not adapted stay zero; their height is that of the others' pieces.

@@ -15,7 +15,7 @@ from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
 
 
 @dataclass(frozen=True, slots=True)
-class PlainLayer:
+class LoraLayer:
     """What a plain LoRA loader adds: alpha / rank * up @ down."""
 
     path: str
@@ -38,7 +38,7 @@ class PlainLayer:
 
 def exact(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
-) -> PlainLayer:
+) -> LoraLayer:
     """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
 
     The factors are those of the differences. Written as [P lam, -P0 lam0] and [Q; Q0], two large products
@@ -57,7 +57,7 @@ def exact(
 
 def truncated(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
-) -> PlainLayer:
+) -> LoraLayer:
     """The best approximation of rank r to the layer with its first r ranks open, else like `exact`.
 
     Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
@@ -92,7 +92,7 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
     return float(missing) / whole if whole else 0.0
 
 
-def errors_by_rank(layer: StoredLayer, written: PlainLayer) -> list[float]:
+def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
     """The error of what was written against the live layer with 1, 2, ... R ranks open.
 
     Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
@@ -114,12 +114,12 @@ def _plain(
     live: tuple[Tensor, Tensor],
     dtype: torch.dtype,
     scales: tuple[float, float | None],
-) -> PlainLayer:
+) -> LoraLayer:
     own, wanted = scales
     scale = own if wanted is None else wanted
     folded = own / scale
     down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
-    return PlainLayer(
+    return LoraLayer(
         path=path,
         down=down.contiguous(),
         up=up.reshape(*up.shape, *(1,) * (down.ndim - 2)).contiguous(),

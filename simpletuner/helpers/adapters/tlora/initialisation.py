@@ -13,7 +13,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.spec import Description, SigType
+from simpletuner.helpers.adapters.tlora.spec import SigType, TLoraSpec
 from simpletuner.helpers.randomness import mix
 
 MAX_VALUE_ERROR = 1e-3  # relative, of a singular value found by the randomised method
@@ -33,7 +33,7 @@ class Factors:
 
 
 def initial_factors(
-    weight: Tensor, shape: tuple[int, int], *, rank: int, description: Description, seed: int, name: str
+    weight: Tensor, shape: tuple[int, int], *, rank: int, description: TLoraSpec, seed: int, name: str
 ) -> Factors:
     """Where the factors of one layer start.
 

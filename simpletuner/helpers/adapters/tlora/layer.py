@@ -30,15 +30,15 @@ from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
-from simpletuner.helpers.adapters.quantised import dense_weight
-from simpletuner.helpers.adapters.sharding import whole
+from simpletuner.helpers.adapters.quantised import dequantize
+from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.adapters.tlora import initialisation, mask
 from simpletuner.helpers.adapters.tlora.delta import branch, product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora.spec import Description, SigType, TLoraInit
+from simpletuner.helpers.adapters.tlora.spec import SigType, TLoraInit, TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS, StoredLayer, difference
 from simpletuner.helpers.errors import AdapterError, ConfigError
-from simpletuner.helpers.io.logs import say_once
+from simpletuner.helpers.io.logs import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             kind = type(org_module).__name__
             raise ConfigError(f"{lora_name}: a {kind} has no T-LoRA form. Exclude it by name.")
         self.lora_dim = lora_dim
-        self.description = Description(tlora_init, sig_type, schedule)
+        self.description = TLoraSpec(tlora_init, sig_type, schedule)
         self.scale = (alpha or lora_dim) / lora_dim
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
         self.set_group(mask_group_id)
@@ -123,7 +123,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 f"{self.num_groups} groups. Change linear_dim or exclude the layer."
             )
         layer, rank, name = self.org_module[0], self.lora_dim, self.lora_name
-        weight = dense_weight(layer, shape, name=name) if self.description.init == "weight" else layer.weight
+        weight = dequantize(layer, shape, name=name) if self.description.init == "weight" else layer.weight
         return initialisation.initial_factors(
             weight, shape, rank=rank, description=self.description, seed=seed, name=name
         )
@@ -226,7 +226,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             )
         if torch.compiler.is_compiling():  # a log line cannot be part of a graph
             return
-        say_once(
+        log_once(
             logger.warning,
             "A model with T-LoRA layers ran with no rank mask: all ranks are open at every noise level. Set "
             "`_tlora_config` on a bundled pipeline, or call apply_tlora_inference_mask at each step.",
@@ -252,7 +252,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
     def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
         """Attach the layer and keep it live: a delta that depends on the timestep is not one matrix."""
-        say_once(
+        log_once(
             logger.info,
             "merge_to() keeps T-LoRA layers live, because their delta depends on the timestep. "
             "Set `_tlora_config` on the pipeline, and the ranks follow it at each step.",
@@ -311,12 +311,12 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         p_shape = (self.shape[0], self.lora_dim) + (1,) * (len(self.shape) - 2)
         state = {"alpha": self.alpha, "tlora_schedule": self.description.tensor(self.lora_dim)}
         if self.is_vanilla:
-            down, up = whole(self.down), whole(self.up)
+            down, up = full_tensor(self.down), full_tensor(self.up)
             return state | {"lora_down.weight": down, "lora_up.weight": up.view(p_shape)}
         return state | {
-            "q_layer.weight": self.base_q + whole(self.delta_q),
-            "p_layer.weight": (self.base_p + whole(self.delta_p)).view(p_shape),
-            "lambda_layer": (self.base_lambda + whole(self.delta_lambda))[None],
+            "q_layer.weight": self.base_q + full_tensor(self.delta_q),
+            "p_layer.weight": (self.base_p + full_tensor(self.delta_p)).view(p_shape),
+            "lambda_layer": (self.base_lambda + full_tensor(self.delta_lambda))[None],
             "base_q": self.base_q,
             "base_p": self.base_p.view(p_shape),
             "base_lambda": self.base_lambda[None],

@@ -20,7 +20,7 @@ LENGTH = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class TLoraSpec:
     """Where a layer's factors began and which schedule it follows."""
 
     init: TLoraInit

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.tlora.delta import branch
 from simpletuner.helpers.adapters.tlora.initialisation import Factors
-from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.io.logs import say_once
+from simpletuner.helpers.io.logs import log_once
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class StoredLayer:
 
     name: str
     tensors: Mapping[str, Tensor]
-    description: Description
+    description: TLoraSpec
 
     @classmethod
     def read(cls, name: str, tensors: Mapping[str, Tensor]) -> Self:
@@ -41,7 +41,7 @@ class StoredLayer:
         """
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             raise AdapterError(f"{name}: alpha holds {tensors['alpha'].numel()} values, not one.")
-        description = Description.read(tensors.get("tlora_schedule"))
+        description = TLoraSpec.read(tensors.get("tlora_schedule"))
         has_base = any(key in tensors for key in BASE_KEYS)
         if description.init == "vanilla":
             needed: tuple[str, ...] = VANILLA_KEYS
@@ -49,8 +49,8 @@ class StoredLayer:
             needed = TRAINED_KEYS + BASE_KEYS
         else:
             needed = TRAINED_KEYS
-            description = Description("weight", "principal", description.schedule)
-            say_once(
+            description = TLoraSpec("weight", "principal", description.schedule)
+            log_once(
                 logger.warning,
                 "This T-LoRA file holds no base factors (stock LyCORIS and SimpleTuner write none). They "
                 "were recomputed from this model's weights as weight/principal; a file that was trained "

@@ -19,7 +19,7 @@ S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
-class Built(Generic[S]):
+class Validated(Generic[S]):
     """A section, or what could be made of it."""
 
     section: S | None
@@ -33,7 +33,7 @@ class Built(Generic[S]):
 
 
 @dataclass(frozen=True)
-class Place:
+class Source:
     """Where the values of a section come from, for messages and paths."""
 
     problems: Problems
@@ -51,34 +51,34 @@ class Place:
 def build(
     section: type[S],
     values: Mapping[str, object],
-    place: Place,
+    place: Source,
     *,
-    stand_ins: Mapping[str, object] | None = None,
-) -> Built[S]:
+    placeholders: Mapping[str, object] | None = None,
+) -> Validated[S]:
     """Validate values into a section, noting each problem at its key.
 
     Args:
         section: The class.
         values: Key -> value.
         place: Where they come from.
-        stand_ins: Values for required keys whose own are missing or wrong, so that the rest can be checked.
+        placeholders: Values of required keys that are missing or invalid, so that the rest is checked.
     """
     try:
-        return Built(section.model_validate(values, context=place.context), frozenset())
+        return Validated(section.model_validate(values, context=place.context), frozenset())
     except ValidationError as error:
         details = error.errors(include_url=False)
     wrong = _note(details, place, ignoring=frozenset())
     usable = {key: value for key, value in values.items() if key not in wrong}
-    missing = {key: value for key, value in (stand_ins or {}).items() if key not in usable}
+    missing = {key: value for key, value in (placeholders or {}).items() if key not in usable}
     try:
-        return Built(section.model_validate({**missing, **usable}, context=place.context), wrong)
+        return Validated(section.model_validate({**missing, **usable}, context=place.context), wrong)
     except ValidationError as error:
         # What was hidden behind the first problems: a contradiction is looked for only among right values.
         _note(error.errors(include_url=False), place, ignoring=wrong)
-        return Built(None, wrong)
+        return Validated(None, wrong)
 
 
-def _note(details: list[ErrorDetails], place: Place, *, ignoring: frozenset[str]) -> frozenset[str]:
+def _note(details: list[ErrorDetails], place: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
     wrong: set[str] = set()
     for error in details:
         about = {str(error["loc"][0])} if error["loc"] else set(error.get("ctx", {}).get("keys", ()))

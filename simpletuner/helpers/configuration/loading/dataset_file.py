@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.building import Built, Place, build
+from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.known_keys import DATASET_KEYS, unsupported
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section
@@ -52,7 +52,7 @@ class DatasetFile:
     """Folder that a text_embeds entry names."""
 
 
-def read_datasets(entries: JsonValue, place: Place, *, data: Built[DataConfig]) -> DatasetFile:
+def read_datasets(entries: JsonValue, place: Source, *, data: Validated[DataConfig]) -> DatasetFile:
     """The datasets that are not disabled; every problem is noted, and entries with problems are left out."""
     if not isinstance(entries, list):
         place.add("", "must hold an array of objects, [{...}].")
@@ -88,7 +88,7 @@ def read_datasets(entries: JsonValue, place: Place, *, data: Built[DataConfig]) 
     return DatasetFile(tuple(datasets), _chosen(text_caches, place))
 
 
-def _is_disabled(values: Mapping[str, JsonValue], place: Place) -> bool:
+def _is_disabled(values: Mapping[str, JsonValue], place: Source) -> bool:
     value = values.get("disabled", False)
     disabled = _SWITCHES.get(str(value).strip().lower())
     if disabled is None:
@@ -97,7 +97,7 @@ def _is_disabled(values: Mapping[str, JsonValue], place: Place) -> bool:
 
 
 def _image_dataset(
-    values: Mapping[str, JsonValue], place: Place, *, data: Built[DataConfig]
+    values: Mapping[str, JsonValue], place: Source, *, data: Validated[DataConfig]
 ) -> DatasetConfig | None:
     known = _known(values, DatasetConfig, place)
     for key in ("cache_dir", "default"):
@@ -111,21 +111,21 @@ def _image_dataset(
         place = replace(place, context=replace(place.context, names={**place.context.names, "id": identity}))
         if "cache_dir_vae" in inherited:
             complete.setdefault("cache_dir_vae", str(Path(str(inherited["cache_dir_vae"])) / identity))
-    stand_ins = {"id": "?", "instance_data_dir": os.curdir}
-    built = build(DatasetConfig, complete, place, stand_ins=stand_ins)
+    placeholders = {"id": "?", "instance_data_dir": os.curdir}
+    built = build(DatasetConfig, complete, place, placeholders=placeholders)
     if dataset := built.right("instance_data_dir"):
         _check_folder(dataset, place)
     return built.section if not built.wrong else None
 
 
-def _known(values: Mapping[str, JsonValue], section: type[Section], place: Place) -> dict[str, JsonValue]:
+def _known(values: Mapping[str, JsonValue], section: type[Section], place: Source) -> dict[str, JsonValue]:
     """The values of the section's keys; every other key is noted."""
     known: dict[str, JsonValue] = {}
     for key, value in values.items():
         if key in section.model_fields:
             known[key] = value
         elif key in DATASET_KEYS:
-            if not DATASET_KEYS[key].asks_for_nothing(value):
+            if not DATASET_KEYS[key].is_noop(value):
                 place.add(key, unsupported(DATASET_KEYS[key]))
         elif key not in TextCacheEntry.model_fields and key not in DatasetConfig.model_fields:
             place.add(
@@ -137,7 +137,7 @@ def _known(values: Mapping[str, JsonValue], section: type[Section], place: Place
     return known
 
 
-def _text_cache(values: Mapping[str, JsonValue], place: Place) -> TextCacheEntry:
+def _text_cache(values: Mapping[str, JsonValue], place: Source) -> TextCacheEntry:
     kind = values.get("type", "local")
     if kind != "local":
         advice = UNSUPPORTED_VALUES.get(("type", str(kind)), "Use local.")
@@ -153,7 +153,7 @@ def _text_cache(values: Mapping[str, JsonValue], place: Place) -> TextCacheEntry
     return built.section or TextCacheEntry()
 
 
-def _chosen(entries: list[TextCacheEntry], place: Place) -> Path | None:
+def _chosen(entries: list[TextCacheEntry], place: Source) -> Path | None:
     default = [entry for entry in entries if entry.default] or entries
     if len(default) > 1:
         names = ", ".join(entry.id for entry in default)
@@ -161,7 +161,7 @@ def _chosen(entries: list[TextCacheEntry], place: Place) -> Path | None:
     return default[0].cache_dir if default else None
 
 
-def _check_folder(dataset: DatasetConfig, place: Place) -> None:
+def _check_folder(dataset: DatasetConfig, place: Source) -> None:
     folder = dataset.instance_data_dir
     if not os.access(folder, os.R_OK | os.X_OK):
         place.add("instance_data_dir", f"{_path(folder, place)}: may not be read. Change its permissions.")
@@ -183,5 +183,5 @@ def _check_folder(dataset: DatasetConfig, place: Place) -> None:
         )
 
 
-def _path(path: Path, place: Place) -> str:
+def _path(path: Path, place: Source) -> str:
     return place.problems.shown(str(path))

@@ -28,7 +28,7 @@ class Unsupported:
     harmless: tuple[str, ...] = ()
     """Values that ask for what happens here anyway, beside those that switch a feature off."""
 
-    def asks_for_nothing(self, value: object) -> bool:
+    def is_noop(self, value: object) -> bool:
         """Whether a value asks only for what happens here anyway."""
         if isinstance(value, str | bool | int | float):
             text = str(value).strip().lower()

@@ -20,7 +20,7 @@ _SWITCH_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class RawValue:
     """A value that the user gave."""
 
     value: JsonValue
@@ -50,14 +50,14 @@ def plain_key(key: str) -> str:
 
 def from_file(
     values: Mapping[str, JsonValue], keys: Keys, *, source: str, problems: Problems, environment: Environment
-) -> dict[str, Given]:
+) -> dict[str, RawValue]:
     """The accepted keys of a config.json; every other key is noted."""
     return _accepted(values.items(), keys, source=source, problems=problems, environment=environment)
 
 
 def from_command_line(
     overrides: Sequence[str], keys: Keys, *, problems: Problems, environment: Environment
-) -> dict[str, Given]:
+) -> dict[str, RawValue]:
     """The accepted overrides: key=value, --key=value, --key value, --key alone for true; later ones win."""
     pairs = list(_pairs(overrides, keys, problems))
     values: dict[str, JsonValue] = {}
@@ -67,9 +67,9 @@ def from_command_line(
     return _accepted(values.items(), keys, source=COMMAND_LINE, problems=problems, environment=environment)
 
 
-def layered(*layers: Mapping[str, Given], keys: Keys) -> dict[str, Given]:
+def merge(*layers: Mapping[str, RawValue], keys: Keys) -> dict[str, RawValue]:
     """The layers as one, later ones on top; null stands for the default where it is no value of its own."""
-    merged: dict[str, Given] = {}
+    merged: dict[str, RawValue] = {}
     for layer in layers:
         merged |= layer
     return {
@@ -86,8 +86,8 @@ def _accepted(
     source: str,
     problems: Problems,
     environment: Environment,
-) -> dict[str, Given]:
-    accepted: dict[str, Given] = {}
+) -> dict[str, RawValue]:
+    accepted: dict[str, RawValue] = {}
     written: dict[str, str] = {}
     for original, value in items:
         key = plain_key(original)
@@ -97,9 +97,9 @@ def _accepted(
         if key in keys.owners:
             is_text = holds_text(keys.owners[key], key)
             filled = environment.filled(value, source=source, key=key, is_text=is_text)
-            accepted[key] = Given(filled, value, source)
+            accepted[key] = RawValue(filled, value, source)
         elif key in CONFIG_KEYS:
-            if not CONFIG_KEYS[key].asks_for_nothing(value):
+            if not CONFIG_KEYS[key].is_noop(value):
                 problems.add(source, key, unsupported(CONFIG_KEYS[key]))
         else:
             problems.add(source, key, unknown_key(key, [*keys.owners, *ALIASES]))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.building import Place, build
+from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.known_keys import (
     LYCORIS_KEYS,
     PRESET_KEYS,
@@ -30,12 +30,12 @@ from simpletuner.helpers.configuration.text.problems import nearest, unknown_key
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
 _EVERY_ARGUMENT = frozenset(AlgorithmArguments.model_fields)
-_STAND_INS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
+_PLACEHOLDERS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
-def read_lycoris(values: JsonValue, place: Place, *, written: JsonValue) -> LycorisConfig | None:
+def read_lycoris(values: JsonValue, place: Source, *, written: JsonValue) -> LycorisConfig | None:
     """A checked adapter description, or None; every problem is noted.
 
     Args:
@@ -55,7 +55,7 @@ def read_lycoris(values: JsonValue, place: Place, *, written: JsonValue) -> Lyco
     elif algorithms:
         fields = _without_tlora(fields, place, algo=values.get("algo"))
     extra = build(AlgorithmArguments, arguments, place)
-    built = build(LycorisConfig, fields, place, stand_ins=_STAND_INS)
+    built = build(LycorisConfig, fields, place, placeholders=_PLACEHOLDERS)
     if built.section is None or built.wrong or extra.section is None or extra.wrong:
         return None
     # A written zero dropout is the absence of dropout.
@@ -83,7 +83,7 @@ def _takes(algorithms: Iterable[str]) -> frozenset[str]:
 
 
 def _sorted_out(
-    values: Mapping[str, JsonValue], place: Place, algorithms: frozenset[str]
+    values: Mapping[str, JsonValue], place: Source, algorithms: frozenset[str]
 ) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
     """(algorithm arguments, fields of the section); every other key is noted."""
     arguments: dict[str, JsonValue] = {}
@@ -96,7 +96,7 @@ def _sorted_out(
         elif name in _takes(algorithms) and not (name in DROPOUTS and values.get("algo") == "tlora"):
             arguments[key] = value
         elif name in _EVERY_ARGUMENT:
-            if not Unsupported("").asks_for_nothing(value):
+            if not Unsupported("").is_noop(value):
                 place.add(key, _not_taken(name, algorithms))
         elif name in LYCORIS_KEYS:
             _note_unsupported(key, value, table=LYCORIS_KEYS, place=place)
@@ -117,13 +117,13 @@ def _not_taken(name: str, algorithms: frozenset[str]) -> str:
 
 
 def _note_unsupported(
-    key: str, value: object, *, table: Mapping[str, Unsupported], place: Place, prefix: str = ""
+    key: str, value: object, *, table: Mapping[str, Unsupported], place: Source, prefix: str = ""
 ) -> None:
-    if not table[key].asks_for_nothing(value):
+    if not table[key].is_noop(value):
         place.add(f"{prefix}{key}", unsupported(table[key]))
 
 
-def _with_init(fields: Mapping[str, JsonValue], place: Place) -> dict[str, JsonValue]:
+def _with_init(fields: Mapping[str, JsonValue], place: Source) -> dict[str, JsonValue]:
     """The fields with use_data_init told as tlora_init."""
     rest = dict(fields)
     if "use_data_init" not in rest:
@@ -143,14 +143,14 @@ def _with_init(fields: Mapping[str, JsonValue], place: Place) -> dict[str, JsonV
     return rest
 
 
-def _without_tlora(fields: Mapping[str, JsonValue], place: Place, *, algo: object) -> dict[str, JsonValue]:
+def _without_tlora(fields: Mapping[str, JsonValue], place: Source, *, algo: object) -> dict[str, JsonValue]:
     for key in TLORA_FIELDS:
         if key in fields:
             place.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
     return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
 
 
-def _check_preset(preset: JsonValue, place: Place, *, algo: object) -> None:
+def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
     """Note the unknown keys of apply_preset and of the entries of its maps, and take them out."""
     if not isinstance(preset, dict):
         return
@@ -170,7 +170,7 @@ def _check_preset(preset: JsonValue, place: Place, *, algo: object) -> None:
                 _check_entry(entry, place, key=f"{prefix}{name}.{target}", algo=algo)
 
 
-def _check_entry(entry: dict[str, JsonValue], place: Place, *, key: str, algo: object) -> None:
+def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: object) -> None:
     algo = entry.get("algo", algo)
     taken = ALGORITHM_ARGUMENTS.get(algo) if isinstance(algo, str) else None
     known = (_EVERY_ARGUMENT if taken is None else taken) - NETWORK_ONLY_ARGUMENTS | _LAYER_KEYS
@@ -183,5 +183,5 @@ def _check_entry(entry: dict[str, JsonValue], place: Place, *, key: str, algo: o
             place.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
         elif plain not in _EVERY_ARGUMENT:
             place.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
-        elif not Unsupported("").asks_for_nothing(value):
+        elif not Unsupported("").is_noop(value):
             place.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.building import Place
+from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.schema.sections import ValidationPrompt
 from simpletuner.helpers.configuration.text.problems import nearest
 
@@ -35,7 +35,7 @@ def prompts_of(
     return tuple({each.name: each for each in (*every, *user)}.values())
 
 
-def read_library(values: JsonValue, place: Place) -> tuple[ValidationPrompt, ...]:
+def read_library(values: JsonValue, place: Source) -> tuple[ValidationPrompt, ...]:
     """The prompts of a user's json; every problem is noted."""
     if not isinstance(values, dict):
         place.add("", "must hold an object of name and prompt, {...}.")
@@ -46,7 +46,7 @@ def read_library(values: JsonValue, place: Place) -> tuple[ValidationPrompt, ...
     return tuple(prompt for prompt in prompts if prompt is not None)
 
 
-def _prompt(name: str, value: JsonValue, place: Place) -> ValidationPrompt | None:
+def _prompt(name: str, value: JsonValue, place: Source) -> ValidationPrompt | None:
     entry = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(entry, dict):
         place.add(

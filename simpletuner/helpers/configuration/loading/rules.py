@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from simpletuner.helpers.configuration.loading.building import Built, Place
-from simpletuner.helpers.configuration.loading.layers import Given
+from simpletuner.helpers.configuration.loading.building import Source, Validated
+from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import (
@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
 )
 from simpletuner.helpers.configuration.text.problems import nearest
-from simpletuner.helpers.contracts import FamilyFacts, Size
+from simpletuner.helpers.contracts import ModelSpec, Size
 
 _PIXELS_PER_MEGAPIXEL = 1_000_000
 _PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
@@ -31,8 +31,8 @@ _READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
 
 
 def family_of(
-    given: Mapping[str, Given], families: Mapping[str, FamilyFacts], place: Place
-) -> FamilyFacts | None:
+    given: Mapping[str, RawValue], families: Mapping[str, ModelSpec], place: Source
+) -> ModelSpec | None:
     """The facts of the family that the user named, or None with the problem noted."""
     known = ", ".join(sorted(families))
     if "model_family" not in given:
@@ -49,43 +49,43 @@ def family_of(
     return families[name]
 
 
-def family_defaults(given: Mapping[str, Given], facts: FamilyFacts) -> dict[str, object]:
+def family_defaults(given: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, object]:
     """What the family gives to keys that the user left out."""
     defaults: dict[str, object] = {
-        "aspect_bucket_alignment": facts.pixel_alignment,
-        "peft_lora_target_modules": _preset_targets(given, facts) or facts.lora_targets,
-        "validation_guidance": facts.default_guidance,
+        "aspect_bucket_alignment": spec.pixel_alignment,
+        "peft_lora_target_modules": _preset_targets(given, spec) or spec.lora_targets,
+        "validation_guidance": spec.default_guidance,
     }
     in_area = "resolution_type" in given and given["resolution_type"].value == "area"
-    edge = facts.default_resolution
+    edge = spec.default_resolution
     defaults["resolution"] = round(edge**2 / _PIXELS_PER_MEGAPIXEL, 3) if in_area else float(edge)
-    flavour = given["model_flavour"].value if "model_flavour" in given else facts.default_flavour
+    flavour = given["model_flavour"].value if "model_flavour" in given else spec.default_flavour
     if "pretrained_model_name_or_path" not in given:
-        defaults["model_flavour"] = facts.default_flavour
-        defaults["pretrained_model_name_or_path"] = facts.flavours.get(
-            str(flavour), facts.flavours[facts.default_flavour]
+        defaults["model_flavour"] = spec.default_flavour
+        defaults["pretrained_model_name_or_path"] = spec.flavours.get(
+            str(flavour), spec.flavours[spec.default_flavour]
         )
     return {key: value for key, value in defaults.items() if key not in given}
 
 
-def check_model(model: ModelConfig, facts: FamilyFacts, place: Place) -> None:
+def check_model(model: ModelConfig, spec: ModelSpec, place: Source) -> None:
     """Flavour and prediction type are the family's."""
-    if model.model_flavour is not None and model.model_flavour not in facts.flavours:
-        found, hint = place.problems.shown(model.model_flavour), nearest(model.model_flavour, facts.flavours)
-        place.add("model_flavour", f"{found}: must be one of {', '.join(facts.flavours)}.{hint}")
-    if model.prediction_type not in (None, *facts.prediction_types):
-        allowed = ", ".join(facts.prediction_types)
+    if model.model_flavour is not None and model.model_flavour not in spec.flavours:
+        found, hint = place.problems.shown(model.model_flavour), nearest(model.model_flavour, spec.flavours)
+        place.add("model_flavour", f"{found}: must be one of {', '.join(spec.flavours)}.{hint}")
+    if model.prediction_type not in (None, *spec.prediction_types):
+        allowed = ", ".join(spec.prediction_types)
         place.add(
             "prediction_type",
-            f"{place.problems.shown(model.prediction_type)}: {facts.name} predicts {allowed}.",
+            f"{place.problems.shown(model.prediction_type)}: {spec.name} predicts {allowed}.",
         )
 
 
 def check_family(
-    sections: Sequence[Built[Any]], facts: FamilyFacts, *, families: Mapping[str, FamilyFacts], place: Place
+    sections: Sequence[Validated[Any]], spec: ModelSpec, *, families: Mapping[str, ModelSpec], place: Source
 ) -> None:
     """Keys that are about other kinds of models are not set, and the family agrees with the others."""
-    foreign = frozenset().union(*(each.own_keys for each in families.values())) - facts.own_keys
+    foreign = frozenset().union(*(each.own_keys for each in families.values())) - spec.own_keys
     values: dict[str, object] = {}
     for built in sections:
         if built.section is None:
@@ -94,44 +94,44 @@ def check_family(
         values |= {key: value for key, value in built.section if key not in built.wrong}
         for key in sorted(foreign & defaults.keys() - built.wrong):
             if values[key] != defaults[key]:
-                place.add(key, f"means nothing to model_family {facts.name}. Remove it.")
-    for key, problem in (facts.problems(values) if facts.problems is not None else {}).items():
+                place.add(key, f"means nothing to model_family {spec.name}. Remove it.")
+    for key, problem in (spec.problems(values) if spec.problems is not None else {}).items():
         place.add(key, problem)
 
 
 def check_lora_preset(
-    given: Mapping[str, Given], adapter: Built[AdapterConfig], *, facts: FamilyFacts, place: Place
+    given: Mapping[str, RawValue], adapter: Validated[AdapterConfig], *, spec: ModelSpec, place: Source
 ) -> None:
     """The set of layers that the user named is one of the family's, and the only choice of layers."""
-    key = facts.lora_preset_key
+    key = spec.lora_preset_key
     if key is None or key not in given or given[key].value is None:
         return
     found = given[key].value
-    if found not in facts.lora_presets:
-        hint = nearest(str(found), facts.lora_presets)
-        known = ", ".join(facts.lora_presets)
+    if found not in spec.lora_presets:
+        hint = nearest(str(found), spec.lora_presets)
+        known = ", ".join(spec.lora_presets)
         place.add(key, f"{place.problems.shown(found)}: must be one of {known}.{hint}")
     elif adapter.section is not None:
         modules = adapter.section.peft_lora_target_modules
-        if modules is not None and set(modules) != set(facts.lora_presets[str(found)]):
+        if modules is not None and set(modules) != set(spec.lora_presets[str(found)]):
             place.add(key, "names other layers than peft_lora_target_modules. Leave out one.")
 
 
-def _preset_targets(given: Mapping[str, Given], facts: FamilyFacts) -> tuple[str, ...] | None:
-    key = facts.lora_preset_key
-    return facts.lora_presets.get(str(given[key].value)) if key is not None and key in given else None
+def _preset_targets(given: Mapping[str, RawValue], spec: ModelSpec) -> tuple[str, ...] | None:
+    key = spec.lora_preset_key
+    return spec.lora_presets.get(str(given[key].value)) if key is not None and key in given else None
 
 
 def check_format(
-    adapter: Built[AdapterConfig], lycoris: LycorisConfig | None, *, facts: FamilyFacts, place: Place
+    adapter: Validated[AdapterConfig], lycoris: LycorisConfig | None, *, spec: ModelSpec, place: Source
 ) -> None:
     """What is trained can be written as a plain LoRA, where one is asked for."""
     section = adapter.right("lora_format", "lora_type", "use_dora", "lora_init_type")
     if section is None or section.lora_format == "diffusers":
         return
     reasons = []
-    if facts.original_name is None:
-        reasons.append(f"{facts.name} has no such names here")
+    if spec.original_name is None:
+        reasons.append(f"{spec.name} has no such names here")
     if section.lora_type == "standard":
         if section.use_dora:
             reasons.append("use_dora trains more than a plain LoRA holds")
@@ -148,20 +148,20 @@ def check_format(
 
 
 def check_precision(
-    precision: Built[PrecisionConfig],
-    adapter: Built[AdapterConfig],
+    precision: Validated[PrecisionConfig],
+    adapter: Validated[AdapterConfig],
     lycoris: LycorisConfig | None,
     *,
-    facts: FamilyFacts,
-    place: Place,
+    spec: ModelSpec,
+    place: Source,
 ) -> None:
     """The text encoders that are quantised exist, and the adapter can be trained on a quantised denoiser."""
-    for number in range(facts.num_text_encoders + 1, 5):
+    for number in range(spec.num_text_encoders + 1, 5):
         key = f"text_encoder_{number}_precision"
         section = precision.right(key)
         if section is not None and dict(section)[key] != "no_change":
-            count = facts.num_text_encoders
-            has = f"{facts.name} has {count} text encoder{'s' if count > 1 else ''}"
+            count = spec.num_text_encoders
+            has = f"{spec.name} has {count} text encoder{'s' if count > 1 else ''}"
             place.add(key, f"{place.problems.shown(dict(section)[key])}: {has}. Remove it.")
     section, trained = precision.right("base_model_precision"), adapter.right("lora_type", "lora_init_type")
     if section is None or trained is None or section.base_model_precision == "no_change":
@@ -194,18 +194,18 @@ def _needs_whole_weights(lycoris: LycorisConfig, wanted: str) -> Iterator[str]:
 
 
 def check_offload(
-    precision: Built[PrecisionConfig],
-    training: Built[TrainingConfig],
-    validation: Built[ValidationConfig],
+    precision: Validated[PrecisionConfig],
+    training: Validated[TrainingConfig],
+    validation: Validated[ValidationConfig],
     *,
-    facts: FamilyFacts,
-    place: Place,
+    spec: ModelSpec,
+    place: Source,
 ) -> None:
     """A denoiser whose blocks stay on the host can be trained as the rest of the configuration says."""
     section = precision.right("enable_group_offload", "group_offload_type", "base_model_precision")
     if section is None or not section.enable_group_offload:
         return
-    if section.group_offload_type == "block_level" and facts.denoiser_name == "unet":
+    if section.group_offload_type == "block_level" and spec.denoiser_name == "unet":
         text = "block_level: a UNet's blocks are run again in parts. Use leaf_level."
         place.add("group_offload_type", text)
     if section.base_model_precision == "nf4-bnb":
@@ -220,16 +220,16 @@ def check_offload(
         place.add("validation_compared_config", text)
 
 
-def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -> None:
+def check_alignment(data: Validated[DataConfig], spec: ModelSpec, place: Source) -> None:
     """Buckets have sizes that VAE and denoiser can take, and images fit into them."""
     section = data.right("aspect_bucket_alignment")
     if section is None or section.aspect_bucket_alignment is None:
         return
     alignment = section.aspect_bucket_alignment
-    if alignment % facts.minimum_alignment:
+    if alignment % spec.minimum_alignment:
         place.add(
             "aspect_bucket_alignment",
-            f"{alignment}: must be a multiple of {facts.minimum_alignment}. Use {facts.pixel_alignment}.",
+            f"{alignment}: must be a multiple of {spec.minimum_alignment}. Use {spec.pixel_alignment}.",
         )
         return
     edge = training_edge_px(section)
@@ -240,19 +240,19 @@ def check_alignment(data: Built[DataConfig], facts: FamilyFacts, place: Place) -
         )
 
 
-def check_pictures(validation: Built[ValidationConfig], facts: FamilyFacts, place: Place) -> None:
+def check_pictures(validation: Validated[ValidationConfig], spec: ModelSpec, place: Source) -> None:
     """Validation sizes are multiples of what the family needs."""
     sampler = validation.right("validation_noise_scheduler")
     name = sampler.validation_noise_scheduler if sampler is not None else None
-    if name is not None and name not in facts.samplers:
-        known = ", ".join(facts.samplers)
+    if name is not None and name not in spec.samplers:
+        known = ", ".join(spec.samplers)
         place.add(
             "validation_noise_scheduler",
-            f"{place.problems.shown(name)}: model_family {facts.name} is sampled with {known}. "
+            f"{place.problems.shown(name)}: model_family {spec.name} is sampled with {known}. "
             "Name one of them, or null for the model's own.",
         )
     section = validation.right("validation_resolution")
-    step = facts.minimum_alignment
+    step = spec.minimum_alignment
     for size in section.validation_resolution if section is not None else ():
         if size.width % step or size.height % step:
             near = Size(height=_nearest(size.height, step), width=_nearest(size.width, step))
@@ -261,7 +261,7 @@ def check_pictures(validation: Built[ValidationConfig], facts: FamilyFacts, plac
             )
 
 
-def check_output(checkpoint: Built[CheckpointConfig], folders: Mapping[str, str], place: Place) -> None:
+def check_output(checkpoint: Validated[CheckpointConfig], folders: Mapping[str, str], place: Source) -> None:
     """The run writes nothing into a dataset.
 
     Args:
@@ -280,7 +280,7 @@ def check_output(checkpoint: Built[CheckpointConfig], folders: Mapping[str, str]
             )
 
 
-def check_comparison(run: RunConfig, place: Place) -> None:
+def check_comparison(run: RunConfig, place: Source) -> None:
     """The run that this one is compared with adapts the same model, and writes somewhere else."""
     other = run.compared_with
     if other is None:
@@ -306,9 +306,9 @@ def training_edge_px(data: DataConfig) -> float:
     )
 
 
-def training_size(data: DataConfig, facts: FamilyFacts) -> Size:
+def training_size(data: DataConfig, spec: ModelSpec) -> Size:
     """The square bucket of the training resolution: the size of validation pictures when none is given."""
-    edge = _nearest(training_edge_px(data), data.aspect_bucket_alignment or facts.pixel_alignment)
+    edge = _nearest(training_edge_px(data), data.aspect_bucket_alignment or spec.pixel_alignment)
     return Size(height=edge, width=edge)
 
 

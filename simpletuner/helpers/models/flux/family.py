@@ -19,30 +19,30 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import (
     Float32Autoencoder,
     encode_scaled,
     load_autoencoder,
     vae_identity,
 )
-from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.models.flow_matching import (
+    add_noise,
     distribution_of,
     draw_guidance,
-    model_times,
-    noised_batch,
     sampling_sigmas,
     shift_at,
+    timestep_input,
     unshifted_sampler,
 )
 from simpletuner.helpers.models.flux.components import PATCH, FluxParts, find_parts
 from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
-from simpletuner.helpers.models.flux.spec import FACTS
+from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
 from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
-from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
-from simpletuner.helpers.models.text import CutCaptions, check_finite_text
+from simpletuner.helpers.models.quantisation import quantize_and_move_text_encoder, text_precision_identity
+from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model_sections import (
@@ -63,10 +63,10 @@ VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
 
 
-class Flux(Family):
+class Flux(ModelFamily):
     """Flux.1 dev, schnell, Krea and models of their shape."""
 
-    facts: ClassVar[FamilyFacts] = FACTS
+    spec: ClassVar[ModelSpec] = SPEC
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Flux(Family):
         asks_for = {key: value for key, value in noise if key in NO_GUIDANCE}
         if not self._parts.has_guidance and asks_for != NO_GUIDANCE:
             logger.warning("This model is told no guidance: what flux_guidance_* asks for has no effect.")
-        self._cut_captions = CutCaptions(limit=self._parts.text_tokens, reader="T5 sees")
+        self._cut_captions = TruncationWarning(limit=self._parts.text_tokens, reader="T5 sees")
 
     @cached_property
     def vae_identity(self) -> str:
@@ -125,8 +125,12 @@ class Flux(Family):
             tokenizer_2 = T5Tokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True)
             self._encoder = diffusers.FluxPipeline(
                 vae=None,
-                text_encoder=placed_text_encoder(text_encoder, 1, self.precision, device=self.device),
-                text_encoder_2=placed_text_encoder(text_encoder_2, 2, self.precision, device=self.device),
+                text_encoder=quantize_and_move_text_encoder(
+                    text_encoder, 1, self.precision, device=self.device
+                ),
+                text_encoder_2=quantize_and_move_text_encoder(
+                    text_encoder_2, 2, self.precision, device=self.device
+                ),
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
                 transformer=None,
@@ -174,39 +178,39 @@ class Flux(Family):
             check_finite_text(prompt, tokens[rows], pooled[rows], dtype=self.weight_dtype)
             embeds.append(
                 TextEmbeds(
-                    tokens=tokens[rows].cpu().clone(),
+                    prompt_embeds=tokens[rows].cpu().clone(),
                     pooled=pooled[rows].cpu().clone(),
-                    mask=mask[rows].clone(),
+                    attention_mask=mask[rows].clone(),
                 )
             )
         return embeds
 
-    def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
+    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
         height, width = latents.shape[-2:]
-        noised = noised_batch(
+        noised = add_noise(
             latents.to(self.device),
             distribution=self._distribution,
             shift=self._shift(num_tokens=height * width // PATCH**2),
-            positions=positions,
+            sample_indices=sample_indices,
             seed=seed,
         )
         if not self._parts.has_guidance:
             return noised
-        return replace(noised, guidance=draw_guidance(self.noise, positions=positions, seed=seed))
+        return replace(noised, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
-    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
         """Run the transformer on a noised batch; [B, C, h, w] float32: the velocity from image to noise."""
         assert noised.sigmas is not None, "a flow-matching batch has noise levels"
         height, width = noised.latents.shape[-2:]
         text = batch.text
         prediction: Tensor = denoiser(
             hidden_states=pack(noised.latents).to(self.device, self.weight_dtype),
-            timestep=model_times(noised.sigmas, dtype=self.weight_dtype).to(self.device),
+            timestep=timestep_input(noised.sigmas, dtype=self.weight_dtype).to(self.device),
             guidance=None if noised.guidance is None else torch.tensor(noised.guidance, device=self.device),
             pooled_projections=_pooled(text).to(self.device, self.weight_dtype),
-            encoder_hidden_states=text.tokens.to(self.device, self.weight_dtype),
-            txt_ids=torch.zeros(text.tokens.shape[1], 3, device=self.device),
+            encoder_hidden_states=text.prompt_embeds.to(self.device, self.weight_dtype),
+            txt_ids=torch.zeros(text.prompt_embeds.shape[1], 3, device=self.device),
             img_ids=image_ids(height // PATCH, width // PATCH, device=self.device),
             joint_attention_kwargs=self._attention_arguments(text, num_tokens=height * width // PATCH**2),
             return_dict=False,
@@ -225,7 +229,7 @@ class Flux(Family):
             kind: What the pipeline starts from.
             scheduler: "euler" or None; flow matching is sampled with Euler's method.
         """
-        assert scheduler in (None, *FACTS.samplers), "the configuration was checked"
+        assert scheduler in (None, *SPEC.samplers), "the configuration was checked"
         self.load_vae()
         with quiet():
             pipeline = PIPELINES[kind](
@@ -245,10 +249,10 @@ class Flux(Family):
     ) -> dict[str, object]:
         """Keyword arguments of the pipeline's call: prompts on the device, guidance, shifted noise levels."""
         num_tokens = size.height * size.width // (VAE_SCALE * PATCH) ** 2
-        tensors = {"prompt_embeds": prompt.tokens, "pooled_prompt_embeds": _pooled(prompt)}
+        tensors = {"prompt_embeds": prompt.prompt_embeds, "pooled_prompt_embeds": _pooled(prompt)}
         if pictures.validation_guidance_real > 1:
             tensors |= {
-                "negative_prompt_embeds": negative.tokens,
+                "negative_prompt_embeds": negative.prompt_embeds,
                 "negative_pooled_prompt_embeds": _pooled(negative),
             }
         shift = self._shift(num_tokens=num_tokens)
@@ -280,7 +284,7 @@ class Flux(Family):
                 list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
             lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-        self._cut_captions.look(prompts, lengths)
+        self._cut_captions.check(prompts, lengths)
         mask: Tensor = encoded.attention_mask.bool()
         return mask
 
@@ -307,5 +311,5 @@ def _pooled(text: TextEmbeds) -> Tensor:
 
 
 def _mask(text: TextEmbeds) -> Tensor:
-    assert text.mask is not None, "Flux.1's embeddings have a mask"
-    return text.mask
+    assert text.attention_mask is not None, "Flux.1's embeddings have a mask"
+    return text.attention_mask

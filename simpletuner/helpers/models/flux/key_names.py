@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simpletuner.helpers.models.block_names import BlockNames, Names, halves_exchanged, joined
+from simpletuner.helpers.models.block_names import BlockNames, Names, joined, swap_scale_shift
 
 _DOUBLE: Names = {
     "norm1.linear": "img_mod.lin",
@@ -31,7 +31,7 @@ _OUTSIDE: Names = {
     "time_text_embed.guidance_embedder.linear_2": "guidance_in.out_layer",
     "time_text_embed.text_embedder.linear_1": "vector_in.in_layer",
     "time_text_embed.text_embedder.linear_2": "vector_in.out_layer",
-    "norm_out.linear": halves_exchanged("final_layer.adaLN_modulation.1"),
+    "norm_out.linear": swap_scale_shift("final_layer.adaLN_modulation.1"),
     "proj_out": "final_layer.linear",
 }
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
     FLOW_SAMPLERS,
     GUIDANCE_KEYS,
     TRANSFORMER_KEYS,
-    guidance_told_to_nobody,
     single_file,
+    unused_guidance_keys,
 )
 
 
@@ -45,7 +45,7 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     flavour = FLAVOURS.get(str(values.get("model_flavour")))
     if flavour is not None and not flavour.has_guidance:
-        found |= guidance_told_to_nobody(values, instead="another flavour")
+        found |= unused_guidance_keys(values, instead="another flavour")
     found |= single_file(values, "pretrained_t5_model_name_or_path", what="text encoders are")
     real = values.get("validation_guidance_real", 1.0)
     if values.get("flux_attention_masked_training") and isinstance(real, float) and real > 1:
@@ -56,7 +56,7 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     return found
 
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="flux",
     flavours={name: flavour.repository for name, flavour in FLAVOURS.items()},
     default_flavour="dev",

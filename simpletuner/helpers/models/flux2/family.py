@@ -18,17 +18,17 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.autoencoder import load_autoencoder, vae_identity
-from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.models.flow_matching import (
+    add_noise,
     distribution_of,
     draw_guidance,
-    model_times,
-    noised_batch,
     sampling_sigmas,
     static_shift,
+    timestep_input,
     unshifted_sampler,
 )
 from simpletuner.helpers.models.flux2.components import KLEIN, Flux2Parts, find_parts
@@ -39,10 +39,10 @@ from simpletuner.helpers.models.flux2.latents import (
     from_tokens,
     to_tokens,
 )
-from simpletuner.helpers.models.flux2.spec import FACTS
+from simpletuner.helpers.models.flux2.spec import SPEC
 from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
-from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
-from simpletuner.helpers.models.text import CutCaptions, check_finite_text
+from simpletuner.helpers.models.quantisation import quantize_and_move_text_encoder, text_precision_identity
+from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model_sections import (
@@ -59,10 +59,10 @@ SHIFT_STEPS = 50
 is trained on cannot, so the pipelines' default number stands for all."""
 
 
-class Flux2(Family):
+class Flux2(ModelFamily):
     """Flux.2 dev and Klein."""
 
-    facts: ClassVar[FamilyFacts] = FACTS
+    spec: ClassVar[ModelSpec] = SPEC
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Flux2(Family):
         self._distribution = distribution_of(noise)
         self._vae: Float32Flux2Autoencoder | None = None
         self._encoder: Any = None  # a Flux2Pipeline or a Flux2KleinPipeline
-        self._cut_captions = CutCaptions(
+        self._cut_captions = TruncationWarning(
             limit=TEXT_TOKENS, reader="with the conversation around it, the text encoder sees"
         )
 
@@ -124,7 +124,7 @@ class Flux2(Family):
                 )
             self._encoder = kind.pipelines["text2image"](
                 vae=None,
-                text_encoder=placed_text_encoder(encoder, 1, self.precision, device=self.device),
+                text_encoder=quantize_and_move_text_encoder(encoder, 1, self.precision, device=self.device),
                 tokenizer=tokenizer,
                 transformer=None,
                 scheduler=None,
@@ -169,30 +169,30 @@ class Flux2(Family):
             )
         for prompt, encoded in zip(prompts, tokens, strict=True):
             check_finite_text(prompt, encoded, dtype=self.weight_dtype)
-        return [TextEmbeds(tokens=each.cpu().clone()) for each in tokens.split(1)]
+        return [TextEmbeds(prompt_embeds=each.cpu().clone()) for each in tokens.split(1)]
 
-    def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
+    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
         height, width = latents.shape[-2:]
-        noised = noised_batch(
+        noised = add_noise(
             latents.to(self.device),
             distribution=self._distribution,
             shift=self._shift(num_tokens=height * width),
-            positions=positions,
+            sample_indices=sample_indices,
             seed=seed,
         )
         if not self._parts.has_guidance:
             return noised
-        return replace(noised, guidance=draw_guidance(self.noise, positions=positions, seed=seed))
+        return replace(noised, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
-    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
         """Run the transformer on a noised batch; [B, C, h, w] float32: the velocity from image to noise."""
         assert noised.sigmas is not None, "a flow-matching batch has noise levels"
         device, dtype, places = self.device, self.weight_dtype, self._parts.kind.pipelines["text2image"]
-        tokens = batch.text.tokens
+        tokens = batch.text.prompt_embeds
         prediction: Tensor = denoiser(
             hidden_states=to_tokens(noised.latents).to(device, dtype),
-            timestep=model_times(noised.sigmas, dtype=dtype).to(device),
+            timestep=timestep_input(noised.sigmas, dtype=dtype).to(device),
             guidance=None if noised.guidance is None else torch.tensor(noised.guidance, device=device),
             encoder_hidden_states=tokens.to(device, dtype),
             txt_ids=places._prepare_text_ids(tokens).to(device),
@@ -216,7 +216,7 @@ class Flux2(Family):
         Raises:
             ModelError: There is no pipeline of that kind.
         """
-        assert scheduler in (None, *FACTS.samplers), "the configuration was checked"
+        assert scheduler in (None, *SPEC.samplers), "the configuration was checked"
         pipelines = self._parts.kind.pipelines
         if kind not in pipelines:
             raise ModelError(
@@ -246,12 +246,12 @@ class Flux2(Family):
         """
         shift = self._shift(num_tokens=size.height * size.width // PIXELS_PER_TOKEN)
         inputs: dict[str, object] = {
-            "prompt_embeds": prompt.tokens.to(self.device, self.weight_dtype),
+            "prompt_embeds": prompt.prompt_embeds.to(self.device, self.weight_dtype),
             "guidance_scale": 1.0 if self._parts.is_distilled else pictures.validation_guidance,
             "sigmas": sampling_sigmas(pictures.validation_num_inference_steps, shift),
         }
         if self._parts.kind is KLEIN and not self._parts.is_distilled:
-            inputs["negative_prompt_embeds"] = negative.tokens.to(self.device, self.weight_dtype)
+            inputs["negative_prompt_embeds"] = negative.prompt_embeds.to(self.device, self.weight_dtype)
         return inputs
 
     def _shift(self, *, num_tokens: int) -> float:
@@ -264,4 +264,4 @@ class Flux2(Family):
             encoded = self._encoder.tokenizer.apply_chat_template(
                 kind.conversations(list(prompts)), tokenize=True, return_dict=True, **kind.chat_options
             )
-        self._cut_captions.look(prompts, [len(ids) for ids in encoded["input_ids"]])
+        self._cut_captions.check(prompts, [len(ids) for ids in encoded["input_ids"]])

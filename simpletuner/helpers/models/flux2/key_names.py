@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simpletuner.helpers.models.block_names import BlockNames, Names, halves_exchanged, joined
+from simpletuner.helpers.models.block_names import BlockNames, Names, joined, swap_scale_shift
 
 _DOUBLE: Names = {
     **joined("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
@@ -26,7 +26,7 @@ _OUTSIDE: Names = {
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
     "single_stream_modulation.linear": "single_stream_modulation.lin",
-    "norm_out.linear": halves_exchanged("final_layer.adaLN_modulation.1"),
+    "norm_out.linear": swap_scale_shift("final_layer.adaLN_modulation.1"),
     "proj_out": "final_layer.linear",
 }
 

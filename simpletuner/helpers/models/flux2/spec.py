@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux2.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
     FLOW_SAMPLERS,
     GUIDANCE_KEYS,
     TRANSFORMER_KEYS,
-    guidance_told_to_nobody,
     single_file,
+    unused_guidance_keys,
 )
 
 
@@ -42,11 +42,11 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     flavour = FLAVOURS.get(str(values.get("model_flavour")))
     if flavour is not None and not flavour.has_guidance:
-        found |= guidance_told_to_nobody(values, instead="dev")
+        found |= unused_guidance_keys(values, instead="dev")
     return found | single_file(values, "pretrained_vae_model_name_or_path", what="Flux.2's VAE is")
 
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="flux2",
     flavours={name: flavour.repository for name, flavour in FLAVOURS.items()},
     default_flavour="klein-base-4b",

@@ -17,7 +17,7 @@ from simpletuner.helpers.models.loading import (
     find_in_file,
     read_model_index,
 )
-from simpletuner.helpers.models.sdxl.spec import FACTS
+from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.single_file import names_in
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class SDXLParts:
             return "v_prediction"
         raise ModelError(
             f"{self.scheduler.source}: prediction type {found!r} cannot be trained; this family knows "
-            f"{', '.join(FACTS.prediction_types)}. Set prediction_type, or give another model."
+            f"{', '.join(SPEC.prediction_types)}. Set prediction_type, or give another model."
         )
 
 
@@ -121,8 +121,8 @@ def _configuration_of(model: ModelConfig) -> ModelSource:
             key="pretrained_config_name_or_path",
             revision=model.revision,
         )
-    flavour = model.model_flavour or FACTS.default_flavour
-    return ModelSource(FACTS.flavours[flavour], key="model_flavour", revision=model.revision)
+    flavour = model.model_flavour or SPEC.default_flavour
+    return ModelSource(SPEC.flavours[flavour], key="model_flavour", revision=model.revision)
 
 
 def _swapped_or_own(
@@ -171,7 +171,7 @@ def _check_classes(parts: SDXLParts) -> None:
                 f"{component.source}: component {component.name} in {component.folder} is {found}, and SDXL "
                 f"needs {class_name}. Give an SDXL model, or set model_family to this model's family."
             )
-    steps, needed = _number(parts.scheduler, "num_train_timesteps"), FACTS.num_train_timesteps
+    steps, needed = _number(parts.scheduler, "num_train_timesteps"), SPEC.num_train_timesteps
     if steps != needed:
         raise ModelError(
             f"{parts.scheduler.folder}: num_train_timesteps is {steps}, and SDXL has {needed}. "

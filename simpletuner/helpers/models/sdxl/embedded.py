@@ -65,7 +65,7 @@ class EmbeddedModel:
             ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
             encoded.append(encoder(ids.input_ids.to(encoder.device), output_hidden_states=True))
         tokens = torch.cat([each.hidden_states[-2] for each in encoded], dim=-1)
-        return TextEmbeds(tokens=tokens, pooled=encoded[1].text_embeds)
+        return TextEmbeds(prompt_embeds=tokens, pooled=encoded[1].text_embeds)
 
     def predict(self, latents: Tensor, *, timesteps: Tensor, text: TextEmbeds, sizes: Tensor) -> Tensor:
         """Run the UNet on [B, 4, h, w] latents; sizes are SDXL's six size and crop values of each sample."""
@@ -73,7 +73,7 @@ class EmbeddedModel:
         predicted: Tensor = self.unet(
             latents,
             timesteps,
-            encoder_hidden_states=text.tokens,
+            encoder_hidden_states=text.prompt_embeds,
             added_cond_kwargs={"text_embeds": text.pooled, "time_ids": sizes},
             return_dict=False,
         )[0]

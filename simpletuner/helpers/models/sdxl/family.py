@@ -15,17 +15,17 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from simpletuner.helpers.contracts import Batch, FamilyFacts, Noised, PipelineKind, Sample, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Sample, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import (
     Float32Autoencoder,
     encode_scaled,
     load_autoencoder,
     vae_identity,
 )
-from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionSchedule, noised_batch
-from simpletuner.helpers.models.family import Family
+from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionSchedule, add_noise
+from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
-from simpletuner.helpers.models.quantisation import placed_text_encoder, text_precision_identity
+from simpletuner.helpers.models.quantisation import quantize_and_move_text_encoder, text_precision_identity
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
 from simpletuner.helpers.models.sdxl.components import SDXLParts, find_parts
 from simpletuner.helpers.models.sdxl.pipeline import (
@@ -33,8 +33,8 @@ from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from simpletuner.helpers.models.sdxl.spec import FACTS
-from simpletuner.helpers.models.text import CutCaptions, check_finite_text
+from simpletuner.helpers.models.sdxl.spec import SPEC
+from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model_sections import (
@@ -53,10 +53,10 @@ PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
 }
 
 
-class SDXL(Family):
+class SDXL(ModelFamily):
     """Stable Diffusion XL and models of its shape."""
 
-    facts: ClassVar[FamilyFacts] = FACTS
+    spec: ClassVar[ModelSpec] = SPEC
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class SDXL(Family):
         )
         self._vae: Float32Autoencoder | None = None
         self._encoder: diffusers.StableDiffusionXLPipeline | None = None
-        self._cut_captions = CutCaptions(limit=CLIP_TOKENS)
+        self._cut_captions = TruncationWarning(limit=CLIP_TOKENS)
 
     @cached_property
     def vae_identity(self) -> str:
@@ -120,8 +120,12 @@ class SDXL(Family):
             tokenizer_2 = CLIPTokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True)
             self._encoder = diffusers.StableDiffusionXLPipeline(
                 vae=None,
-                text_encoder=placed_text_encoder(text_encoder, 1, self.precision, device=self.device),
-                text_encoder_2=placed_text_encoder(text_encoder_2, 2, self.precision, device=self.device),
+                text_encoder=quantize_and_move_text_encoder(
+                    text_encoder, 1, self.precision, device=self.device
+                ),
+                text_encoder_2=quantize_and_move_text_encoder(
+                    text_encoder_2, 2, self.precision, device=self.device
+                ),
                 tokenizer=tokenizer,
                 tokenizer_2=tokenizer_2,
                 unet=None,
@@ -162,7 +166,7 @@ class SDXL(Family):
         assert self._encoder is not None, "load_text_encoders comes first"
         with quiet():
             lengths = [len(ids) for ids in self._encoder.tokenizer(list(prompts)).input_ids]
-        self._cut_captions.look(prompts, lengths)
+        self._cut_captions.check(prompts, lengths)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
             tokens, no_tokens, pooled, no_pooled = self._encoder.encode_prompt(
                 prompt=list(prompts), device=self.device, negative_prompt=None
@@ -171,20 +175,24 @@ class SDXL(Family):
         for index, prompt in enumerate(prompts):
             chosen, chosen_pooled = (tokens, pooled) if prompt else (no_tokens, no_pooled)
             rows = slice(index, index + 1)
-            embeds.append(TextEmbeds(tokens=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows])))
+            embeds.append(
+                TextEmbeds(prompt_embeds=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows]))
+            )
             check_finite_text(prompt, chosen[rows], chosen_pooled[rows], dtype=self.weight_dtype)
         return embeds
 
-    def add_noise(self, latents: Tensor, *, positions: Sequence[int], seed: int) -> Noised:
+    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, 4, h, w] latents as a function of the seed and each sample's position alone."""
-        return noised_batch(latents.to(self.device), schedule=self._schedule, positions=positions, seed=seed)
+        return add_noise(
+            latents.to(self.device), schedule=self._schedule, sample_indices=sample_indices, seed=seed
+        )
 
-    def predict(self, denoiser: nn.Module, noised: Noised, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
         """Run the UNet on a noised batch; [B, 4, h, w] float32: the noise, or the velocity."""
         prediction: Tensor = denoiser(
             noised.latents.to(self.device, self.weight_dtype),
             torch.tensor(noised.timesteps, dtype=torch.int64, device=self.device),
-            encoder_hidden_states=batch.text.tokens.to(self.device, self.weight_dtype),
+            encoder_hidden_states=batch.text.prompt_embeds.to(self.device, self.weight_dtype),
             added_cond_kwargs={
                 "text_embeds": _pooled(batch.text).to(self.device, self.weight_dtype),
                 # In float32: bfloat16 has no odd numbers above 256.
@@ -231,9 +239,9 @@ class SDXL(Family):
     ) -> dict[str, object]:
         """Keyword arguments of the pipeline's call: encoded prompts on the device, and guidance."""
         tensors = {
-            "prompt_embeds": prompt.tokens,
+            "prompt_embeds": prompt.prompt_embeds,
             "pooled_prompt_embeds": _pooled(prompt),
-            "negative_prompt_embeds": negative.tokens,
+            "negative_prompt_embeds": negative.prompt_embeds,
             "negative_pooled_prompt_embeds": _pooled(negative),
         }
         rescale = pictures.validation_guidance_rescale

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from simpletuner.helpers.contracts import FamilyFacts, TargetAlias
+from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.key_groups import DIFFUSION_KEYS, UNET_KEYS
 from simpletuner.helpers.models.sdxl.key_names import original_name
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="sdxl",
     flavours={
         "base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",

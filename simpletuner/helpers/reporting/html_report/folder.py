@@ -23,7 +23,7 @@ from simpletuner.helpers.reporting.run_summary import (
     REPORT_FILE,
 )
 
-FACTS_FILE = "run.json"
+MANIFEST_FILE = "run.json"
 EXIT_FILE = "exit.json"
 State = Literal["running", "finished", "stopped", "failed"]
 
@@ -43,7 +43,7 @@ class RunFolder:
     log: Log
     config: Mapping[str, Any]
     """As resolved; empty when it cannot be read."""
-    facts: Mapping[str, Any]
+    manifest: Mapping[str, Any]
     """What the run said about itself when it began; empty for a run of an earlier version."""
     pictures: list[PictureRow]
     adapter: Path | None
@@ -58,7 +58,7 @@ class RunFolder:
     @property
     def max_steps(self) -> int | None:
         """How many the run is to take, if that is known."""
-        return self.facts.get("max_steps") or self.config.get("max_train_steps")
+        return self.manifest.get("max_steps") or self.config.get("max_train_steps")
 
 
 def read_run(path: Path, *, state: State | None = None) -> RunFolder:
@@ -72,16 +72,18 @@ def read_run(path: Path, *, state: State | None = None) -> RunFolder:
             f"{path}: no run was written here: there is neither {METRICS_FILE} nor {CONFIG_FILE}. "
             "Name the output_dir of a run."
         )
-    facts = without_secrets(_json(path / FACTS_FILE))
+    manifest = without_secrets(_json(path / MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
-    pictures = rows_of(path / "validation", facts.get("shots", []), compared_with=facts.get("compared_with"))
+    pictures = rows_of(
+        path / "validation", manifest.get("shots", []), compared_with=manifest.get("compared_with")
+    )
     return RunFolder(
         path=path,
         state=state or _state(path, log),
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
         config=without_secrets(_json(path / CONFIG_FILE)),
-        facts=facts,
+        manifest=manifest,
         pictures=pictures,
         adapter=_adapter(path),
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,

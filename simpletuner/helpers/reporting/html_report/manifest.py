@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
     from simpletuner.helpers.configuration.schema.sections import RunConfig
-    from simpletuner.helpers.contracts import FamilyFacts, Sample
+    from simpletuner.helpers.contracts import ModelSpec, Sample
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.training.trainer import Trainer
     from simpletuner.helpers.training.validation import Validation
@@ -42,31 +42,31 @@ NUM_CAPTIONS = 5
 NUM_SKIPPED = 50
 
 
-def facts_of(trainer: Trainer) -> dict[str, Any]:
+def build_manifest(trainer: Trainer) -> dict[str, Any]:
     """What the other files of a run do not say, as json; no environment variable's value is in it."""
     config = trainer.config
-    facts = {
+    manifest = {
         "version": 1,
         "max_steps": trainer.max_steps,
-        "changed_keys": changed_keys(config, trainer.family.facts),
+        "changed_keys": changed_keys(config, trainer.family.spec),
         "adapter": _adapter(trainer.adapter),
         "datasets": [_dataset(each, trainer.data) for each in config.datasets],
         "environment": _environment(trainer.accelerator.device, trainer.accelerator.num_processes),
         **_pictures(trainer.validation),
     }
-    hidden: Any = without(facts, config.hidden)
+    hidden: Any = without(manifest, config.hidden)
     return dict(hidden)
 
 
-def changed_keys(config: RunConfig, facts: FamilyFacts) -> list[str]:
+def changed_keys(config: RunConfig, spec: ModelSpec) -> list[str]:
     """The keys of config.json whose value is neither the default nor what the family puts in its place."""
-    own = family_defaults({}, facts)
+    own = family_defaults({}, spec)
     sections = [section for _, section in config if isinstance(section, Section)]
     changed = {key for section in sections for key in _changed(section, own)}
     return sorted(changed & config.resolved().keys())
 
 
-def rank_course(schedule: Mapping[str, object]) -> list[tuple[int, int]]:
+def rank_curve(schedule: Mapping[str, object]) -> list[tuple[int, int]]:
     """(timestep, open rank) wherever a schedule, as adapter files state it, changes its rank."""
     ranks = RankSchedule.from_config(schedule)
     course = [(timestep, ranks.rank_at(timestep)) for timestep in range(ranks.num_timesteps + 1)]
@@ -92,7 +92,7 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "layers": adapter.num_layers,
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "schedule": schedule,
-        "ranks": None if schedule is None else rank_course(schedule),
+        "ranks": None if schedule is None else rank_curve(schedule),
     }
 
 
@@ -144,7 +144,7 @@ def _version(package: str) -> str | None:
 
 def _pictures(validation: Validation) -> dict[str, Any]:
     """Which pictures the run makes, and the files of those that no training changes."""
-    studio, other = validation.studio, validation.comparison
+    sampler, other = validation.sampler, validation.comparison
     return {
         "compared_with": None if other is None else other.title,
         "shots": [
@@ -154,9 +154,9 @@ def _pictures(validation: Validation) -> dict[str, Any]:
                 "size": str(shot.size),
                 "seed": shot.seed,
                 "strength": shot.strength,
-                "base": None if studio.config.disable_benchmark else studio.lasting_file(shot).name,
+                "base": None if sampler.config.disable_benchmark else sampler.cached_path(shot).name,
                 "other": None if other is None else other.picture(shot).name,
             }
-            for shot in studio.shots
+            for shot in sampler.shots
         ],
     }

@@ -15,7 +15,7 @@ from simpletuner.helpers.reporting.html_report.series import Points
 
 def schedule(run: RunFolder) -> str:
     """A chart and a sentence; nothing for an adapter without a schedule."""
-    adapter = run.facts.get("adapter") or _adapter_of(run.config.get("lycoris_config", {}))
+    adapter = run.manifest.get("adapter") or _adapter_of(run.config.get("lycoris_config", {}))
     ranks: Sequence[tuple[int, int]] | None = adapter.get("ranks")
     if not ranks:
         return ""
@@ -38,7 +38,7 @@ def _adapter_of(lycoris: Mapping[str, Any]) -> dict[str, Any]:
     if lycoris.get("algo") != "tlora":
         return {}
     from simpletuner.helpers.reporting.html_report.manifest import (
-        rank_course,  # torch, needed for such runs only
+        rank_curve,  # torch, needed for such runs only
     )
 
     stated = {
@@ -47,4 +47,4 @@ def _adapter_of(lycoris: Mapping[str, Any]) -> dict[str, Any]:
         "alpha": float(lycoris.get("tlora_alpha", 1.0)),
         "schedule": lycoris.get("tlora_schedule", "floor"),
     }
-    return {"schedule": stated, "ranks": rank_course(stated)}
+    return {"schedule": stated, "ranks": rank_curve(stated)}

@@ -50,7 +50,7 @@ def title_of(run: RunFolder) -> str:
 
 def datasets(run: RunFolder) -> str:
     """A sheet for each dataset."""
-    known = {each["id"]: each for each in run.facts.get("datasets", [])}
+    known = {each["id"]: each for each in run.manifest.get("datasets", [])}
     configured = run.config.get("data_backend_config", [])
     return "\n".join(_dataset(each, known.get(each.get("id"), {})) for each in configured)
 
@@ -65,7 +65,7 @@ def configuration(run: RunFolder) -> str:
         for key, value in sorted(run.config.items())
         if key not in nested and not isinstance(value, dict)
     }
-    changed = run.facts.get("changed_keys")
+    changed = run.manifest.get("changed_keys")
     blocks = []
     if changed is None:
         blocks.append(_settings(plain))
@@ -81,11 +81,11 @@ def configuration(run: RunFolder) -> str:
 
 def environment(run: RunFolder) -> str:
     """Versions and machine."""
-    return facts_list(run.facts["environment"].items()) if run.facts.get("environment") else ""
+    return facts_list(run.manifest["environment"].items()) if run.manifest.get("environment") else ""
 
 
 def _what(run: RunFolder) -> str:
-    adapter = run.facts.get("adapter", {})
+    adapter = run.manifest.get("adapter", {})
     lycoris = run.config.get("lycoris_config") or {}
     kind = str(adapter.get("kind") or lycoris.get("algo") or run.config.get("lora_type", ""))
     names = {
@@ -101,7 +101,7 @@ def _what(run: RunFolder) -> str:
 
 
 def _headline(run: RunFolder) -> str:
-    log, adapter = run.log, run.facts.get("adapter", {})
+    log, adapter = run.log, run.manifest.get("adapter", {})
     if not log.lines:
         return "<p>No step was taken yet.</p>"
     losses = thinned(log.steps, smoothed(log.column("loss"))).means

@@ -119,20 +119,20 @@ def _negative(config: Mapping[str, Any]) -> list[str]:
 
 
 def _is_flow(config: Mapping[str, Any]) -> bool:
-    facts = registry.facts().get(str(config.get("model_family")))
-    return facts is not None and "flow_matching" in facts.prediction_types
+    spec = registry.specs().get(str(config.get("model_family")))
+    return spec is not None and "flow_matching" in spec.prediction_types
 
 
 def _picture(run: RunFolder) -> dict[str, Any]:
     """The first picture of the run's validation, or one as near to the training as can be told."""
     config = run.config
-    shot: Mapping[str, Any] = next(iter(run.facts.get("shots", [])), {})
+    shot: Mapping[str, Any] = next(iter(run.manifest.get("shots", [])), {})
     prompts = [
         each["instance_prompt"]
         for each in config.get("data_backend_config", [])
         if each.get("instance_prompt")
     ]
-    captions = [text for each in run.facts.get("datasets", []) for _, text in each["captions"]]
+    captions = [text for each in run.manifest.get("datasets", []) for _, text in each["captions"]]
     sizes = [shot.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
     width, height = next(str(size) for size in sizes if size).split("x")
     seeds = [shot.get("seed"), config.get("validation_seed"), config.get("seed"), 0]

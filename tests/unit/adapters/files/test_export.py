@@ -23,13 +23,13 @@ from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora.spec import Description
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
-from simpletuner.helpers.contracts import FamilyFacts
+from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="toy",
     flavours={},
     default_flavour="",
@@ -39,7 +39,7 @@ FACTS = FamilyFacts(
     default_resolution=64,
     lora_targets=(),
 )
-FAMILIES = {"toy": FACTS}
+FAMILIES = {"toy": SPEC}
 SCHEDULE = RankSchedule(4, min_rank=1)
 
 
@@ -227,7 +227,7 @@ def test_description_of_a_plain_lora_opens_every_rank() -> None:
         "alpha": torch.tensor(1.0),
     }
     plain = exact(
-        "x", StoredLayer("x", parts, Description("vanilla", "last", None)), rank=2, dtype=torch.float32
+        "x", StoredLayer("x", parts, TLoraSpec("vanilla", "last", None)), rank=2, dtype=torch.float32
     )
     assert plain.alpha == 1.0
     assert plain.rank == 2
@@ -324,7 +324,7 @@ def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
         linear_alpha=4.0,
         apply_preset=TargetPreset(target_name=(".*",)),
     )
-    adapter = LycorisAdapter.create(model, config, facts=FACTS, seed=0)
+    adapter = LycorisAdapter.create(model, config, spec=SPEC, seed=0)
     with pytest.raises(AdapterError, match="no form of a grouped convolution"):
-        export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=FACTS)
+        export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=SPEC)
     assert not list(tmp_path.iterdir())

@@ -8,29 +8,29 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files.layouts import common_scales, header_of, places_of, tensors_of
-from simpletuner.helpers.adapters.files.lora_conversion import PlainLayer
-from simpletuner.helpers.contracts import FamilyFacts, OriginalRows
+from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
+from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
 ROWS = {
-    "q": OriginalRows("block.0.joined", (0,), 4),
-    "k": OriginalRows("block.0.joined", (1,), 4),
-    "wide": OriginalRows("block.0.joined", (2, 3), 4),
-    "turned": OriginalRows("block.0.mod", (1, 0), 2),
+    "q": FusedSlice("block.0.joined", (0,), 4),
+    "k": FusedSlice("block.0.joined", (1,), 4),
+    "wide": FusedSlice("block.0.joined", (2, 3), 4),
+    "turned": FusedSlice("block.0.mod", (1, 0), 2),
 }
 
 
-def original_name(path: str) -> str | OriginalRows:
+def original_name(path: str) -> str | FusedSlice:
     if path == "lost":
         raise ValueError("lost is not a layer of the toy")
     return ROWS.get(path, f"alone.{path}")
 
 
-FACTS = FamilyFacts(
+SPEC = ModelSpec(
     name="toy",
     flavours={},
     default_flavour="",
@@ -44,13 +44,13 @@ FACTS = FamilyFacts(
 )
 
 
-def layer(path: str, up: list[list[float]], down: list[list[float]], *, scale: float = 1.0) -> PlainLayer:
+def layer(path: str, up: list[list[float]], down: list[list[float]], *, scale: float = 1.0) -> LoraLayer:
     tensors = torch.tensor(down), torch.tensor(up)
-    return PlainLayer(path, tensors[0], tensors[1], alpha=scale * len(down), error=0.0)
+    return LoraLayer(path, tensors[0], tensors[1], alpha=scale * len(down), error=0.0)
 
 
-def written(*layers: PlainLayer) -> dict[str, Tensor]:
-    return tensors_of(layers, "kohya", places_of([each.path for each in layers], "kohya", FACTS))
+def written(*layers: LoraLayer) -> dict[str, Tensor]:
+    return tensors_of(layers, "kohya", places_of([each.path for each in layers], "kohya", SPEC))
 
 
 def test_parts_lie_in_their_rows_whatever_their_order_and_ranks() -> None:
@@ -98,29 +98,29 @@ def test_rows_that_cannot_be_cut_into_pieces_are_refused() -> None:
 
 def test_joined_layers_share_the_largest_of_their_scales_and_others_keep_theirs() -> None:
     scales = {"q": 0.5, "k": 0.25, "turned": 2.0, "one": 3.0}
-    places = places_of(scales, "comfyui", FACTS)
+    places = places_of(scales, "comfyui", SPEC)
     assert common_scales(scales, places) == {"q": 0.5, "k": 0.5, "turned": 2.0, "one": 3.0}
-    assert common_scales(scales, places_of(scales, "diffusers", FACTS)) == scales
+    assert common_scales(scales, places_of(scales, "diffusers", SPEC)) == scales
 
 
 def test_layouts_that_join_nothing_name_every_layer() -> None:
     layers = [layer("q", [[1.0]], [[1.0, 0.0]]), layer("k", [[1.0]], [[1.0, 0.0]])]
     paths = [each.path for each in layers]
-    assert list(tensors_of(layers, "diffusers", places_of(paths, "diffusers", FACTS))) == [
+    assert list(tensors_of(layers, "diffusers", places_of(paths, "diffusers", SPEC))) == [
         f"transformer.{path}.lora_{factor}.weight" for path in paths for factor in "AB"
     ]
     assert {
-        key.split(".")[0] for key in tensors_of(layers, "lycoris", places_of(paths, "lycoris", FACTS))
+        key.split(".")[0] for key in tensors_of(layers, "lycoris", places_of(paths, "lycoris", SPEC))
     } == {
         "lycoris_q",
         "lycoris_k",
     }
-    assert not header_of(layers, "kohya", FACTS)
+    assert not header_of(layers, "kohya", SPEC)
 
 
 def test_a_layer_without_a_name_is_refused() -> None:
     with pytest.raises(AdapterError, match=r"kohya has no name for a layer: lost is not .* Use diffusers"):
-        places_of(["lost"], "kohya", FACTS)
+        places_of(["lost"], "kohya", SPEC)
 
 
 def test_header_of_the_diffusers_layout_gives_a_layer_the_rank_of_no_other_one() -> None:
@@ -130,7 +130,7 @@ def test_header_of_the_diffusers_layout_gives_a_layer_the_rank_of_no_other_one()
         layer("blocks.0.proj_out", [[1.0, 2.0]] * 2, [[1.0, 2.0]] * 2),
         layer("blocks.1.proj_out", [[1.0, 2.0]] * 2, [[1.0, 2.0]] * 2),
     ]
-    header = json.loads(header_of(layers, "diffusers", FACTS)["lora_adapter_metadata"])
+    header = json.loads(header_of(layers, "diffusers", SPEC)["lora_adapter_metadata"])
     model = nn.ModuleDict(
         {
             "blocks": nn.ModuleList(nn.ModuleDict({"proj_out": nn.Linear(2, 2)}) for _ in range(2)),
@@ -143,6 +143,6 @@ def test_header_of_the_diffusers_layout_gives_a_layer_the_rank_of_no_other_one()
     found = {
         path: (module.r["default"], module.lora_alpha["default"])
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer)
+        if isinstance(module, PeftLoraLayer)
     }
     assert found == {"proj_out": (1, 3), "blocks.0.proj_out": (2, 2), "blocks.1.proj_out": (2, 2)}

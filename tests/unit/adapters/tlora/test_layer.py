@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.delta import ungrouped
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.adapters.tlora.spec import INITS, Description
+from simpletuner.helpers.adapters.tlora.spec import INITS, TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import difference
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io import logs
@@ -45,7 +45,7 @@ INPUTS = {
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    logs.forget_what_was_said()
+    logs.reset_log_once()
     yield
     assert not mask._masks, "a test left a mask behind"
 
@@ -283,7 +283,7 @@ def test_row_11_saved_layer_reloads_to_equal_output_and_an_identical_second_file
     kind_of_file, weights = get_module(file, "lycoris_layer")
     assert kind_of_file is TLoraLayer
     loaded = TLoraLayer.make_module_from_state_dict("lycoris_layer", twin, *weights)
-    assert (loaded.description, loaded.scale) == (Description(init, "last", SCHEDULE), 0.5)
+    assert (loaded.description, loaded.scale) == (TLoraSpec(init, "last", SCHEDULE), 0.5)
     loaded.set_group(adapter.mask_group_id)
     loaded.apply_to()
     for timestep in (0, 500, 1000):
@@ -379,7 +379,7 @@ def test_file_of_a_newer_version_or_with_a_bad_schedule_is_refused() -> None:
         stored = state["tlora_schedule"].clone()
         stored[index] = value
         with pytest.raises(AdapterError, match="tlora_schedule holds"):
-            Description.read(stored)
+            TLoraSpec.read(stored)
 
 
 def test_layer_takes_the_place_of_lycoris_own() -> None:

@@ -135,7 +135,7 @@ def test_harmless_values_are_written_as_they_are_compared() -> None:
 
 @pytest.mark.parametrize("value", [0, 0.0, "0", "0.0", False, None])
 def test_nothing_is_asked_for_by_zero(value: object) -> None:
-    assert Unsupported("").asks_for_nothing(value)
+    assert Unsupported("").is_noop(value)
 
 
 @pytest.mark.parametrize(

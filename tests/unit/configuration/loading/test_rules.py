@@ -154,9 +154,7 @@ def test_a_flavour_goes_unnamed_with_a_model_of_the_users_own(workspace: Workspa
 
 
 def has_original_names(workspace: Workspace) -> Workspace:
-    workspace.families = {
-        name: replace(facts, original_name=str) for name, facts in workspace.families.items()
-    }
+    workspace.families = {name: replace(spec, original_name=str) for name, spec in workspace.families.items()}
     return workspace
 
 

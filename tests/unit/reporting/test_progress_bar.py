@@ -6,14 +6,15 @@ import logging
 
 import pytest
 
+from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.errors import CheckpointError
-from simpletuner.helpers.reporting.metrics import StepRecord
-from simpletuner.helpers.reporting.progress import Progress, ProgressDisplay
+from simpletuner.helpers.reporting.metrics import StepMetrics
+from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
 
 
-def record(step: int, *, rank: float | None = 7.25) -> StepRecord:
+def record(step: int, *, rank: float | None = 7.25) -> StepMetrics:
     """A step's record with round numbers."""
-    return StepRecord(
+    return StepMetrics(
         step=step,
         epoch=0,
         loss=0.5,
