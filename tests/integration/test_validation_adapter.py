@@ -265,7 +265,7 @@ def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
 ) -> None:
     loaded_adapter = comparison.loaded_adapter
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "mounted", signal_at(1, number=signal.SIGTERM, then=loaded_adapter))
+        patched.setattr(comparison, "loaded_adapter", signal_at(1, number=signal.SIGTERM, then=loaded_adapter))
         assert run_command(run) == EXIT_PREEMPTED
     assert steps(run) == 0
     assert run_command(run) == 0
@@ -277,7 +277,8 @@ import os, signal, sys
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import report, runs
+from simpletuner.helpers.reporting import run_summary as report
+from simpletuner.helpers.training import runs
 save = report.Report.save
 def stopped(self, output_dir):
     if len(sys.argv) > 2:
