@@ -171,7 +171,7 @@ def test_recipe_and_command_make_the_loaders_picture_and_are_really_masked(
         adapter=Path(ADAPTER_FILE),
         prompts=["a photo of sks cat on a beach"],
         model={},
-        pictures={"validation_num_inference_steps": 3, "validation_resolution": "64"},
+        validation={"validation_num_inference_steps": 3, "validation_resolution": "64"},
         dtype="fp32",
         options={},
     )

@@ -126,7 +126,7 @@ def test_adapter_reloads_to_the_picture_of_the_last_validation(run: TinyRun, tmp
         adapter=run.output_dir / ADAPTER_FILE,
         prompts=[PROMPT],
         model={},
-        pictures={"validation_num_inference_steps": 3, "validation_resolution": "64", "validation_seed": 7},
+        validation={"validation_num_inference_steps": 3, "validation_resolution": "64", "validation_seed": 7},
         dtype="fp32",
         options={},
     )

@@ -94,7 +94,7 @@ def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
 
     def note(rows: Any, *, columns: list[str]) -> Image.Image:
         titles.extend(columns)
-        shown.extend(np.asarray(picture).astype(int) for picture in rows[0].pictures)
+        shown.extend(np.asarray(picture).astype(int) for picture in rows[0].images)
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(validation, "labelled_grid", note)
@@ -113,7 +113,7 @@ def sampled(run: TinyRun, folder: Path) -> np.ndarray:
         adapter=run.output_dir / ADAPTER_FILE,
         prompts=[str(PICTURES["validation_prompt"])],
         model={"pretrained_model_name_or_path": str(tiny_model())},
-        pictures={
+        validation={
             "validation_resolution": "64",
             "validation_num_inference_steps": 2,
             "validation_guidance": 3.0,
@@ -265,7 +265,9 @@ def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
 ) -> None:
     loaded_adapter = comparison.loaded_adapter
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "mounted", signal_at(1, number=signal.SIGTERM, then=loaded_adapter))
+        patched.setattr(
+            comparison, "loaded_adapter", signal_at(1, number=signal.SIGTERM, then=loaded_adapter)
+        )
         assert run_command(run) == EXIT_PREEMPTED
     assert steps(run) == 0
     assert run_command(run) == 0

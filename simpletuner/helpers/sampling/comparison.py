@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 
-KINDS = {
+ALGORITHM_NAMES = {
     "tlora": "T-LoRA",
     "lora": "LoRA",
     "locon": "LoCon",
@@ -40,10 +40,10 @@ KINDS = {
 """LyCORIS's name of an algorithm -> the name that people know, where they differ."""
 
 
-def kind_of(config: RunConfig) -> str:
+def algorithm_name(config: RunConfig) -> str:
     """What people call the adapter that a run trains."""
     algo = "lora" if config.lycoris is None else config.lycoris.algo
-    return KINDS.get(algo, algo)
+    return ALGORITHM_NAMES.get(algo, algo)
 
 
 def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Comparison | None:
@@ -53,7 +53,7 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
         TrainingError: The other run's adapter is not there.
     """
     other = config.compared_with
-    if other is None or not sampler.shots:
+    if other is None or not sampler.prompts:
         return None
     adapter = other.checkpoint.output_dir / ADAPTER_FILE
     try:
@@ -63,8 +63,8 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
             f"{adapter}: the adapter of validation_compared_config {other.source} cannot be read "
             f"({error.strerror}). Copy it from that run's last checkpoint, or train it in another output_dir."
         ) from error
-    kind = kind_of(other)
-    title = kind if kind != kind_of(config) else f"{kind} of {other.checkpoint.output_dir.name}"
+    name = algorithm_name(other)
+    title = name if name != algorithm_name(config) else f"{name} of {other.checkpoint.output_dir.name}"
     return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
 
 
@@ -80,9 +80,9 @@ class Comparison:
     """Of that file's content."""
     sampler: ValidationSampler
 
-    def picture(self, shot: PromptSpec) -> Path:
-        """Where the other adapter's picture of a shot lies once it is made."""
-        return self.sampler.cached_path(shot, self.digest, shot.strength)
+    def cached_path(self, prompt: PromptSpec) -> Path:
+        """Where the other adapter's picture of a prompt lies once it is made."""
+        return self.sampler.cached_path(prompt, self.digest, prompt.strength)
 
     def generate_missing(self, denoiser: nn.Module) -> None:
         """Make the pictures that are not on disk yet with a denoiser that carries no adapter.
@@ -90,18 +90,20 @@ class Comparison:
         Raises:
             TrainingError: The denoiser is not what it was before.
         """
-        missing = {shot: file for shot in self.sampler.shots if not (file := self.picture(shot)).exists()}
+        missing = {
+            prompt: file for prompt in self.sampler.prompts if not (file := self.cached_path(prompt)).exists()
+        }
         if not missing:
             return
         before = weight_hashes(denoiser)
 
         def make() -> None:
-            with self.sampler.sampling(denoiser):
+            with self.sampler.eval_mode(denoiser):
                 pipeline = self.sampler.make_pipeline(denoiser)
                 with loaded_adapter(pipeline, self.adapter) as set_strength:
-                    for shot, file in missing.items():
-                        set_strength(shot.strength)
-                        self.sampler.make(pipeline, shot, file)
+                    for prompt, file in missing.items():
+                        set_strength(prompt.strength)
+                        self.sampler.generate(pipeline, prompt, file)
 
         self.sampler.best_effort(f"the pictures of {self.adapter}", make)
         if weight_hashes(denoiser) != before:
@@ -113,7 +115,7 @@ class Comparison:
 
 @contextmanager
 def loaded_adapter(pipeline: Any, file: Path) -> Iterator[Callable[[float], None]]:
-    """A pipeline with the adapter of a file, of whatever kind; yields what sets its strength.
+    """A pipeline with the adapter of a file, of whatever algorithm; yields what sets its strength.
 
     Raises:
         AdapterError: The file cannot be read or does not fit.

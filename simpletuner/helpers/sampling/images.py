@@ -24,7 +24,7 @@ class Row:
     """Pictures of one prompt, size and seed, one per column; None leaves a column empty."""
 
     label: str
-    pictures: tuple[Image.Image | None, ...]
+    images: tuple[Image.Image | None, ...]
 
 
 def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image:
@@ -42,7 +42,7 @@ def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image
     for index, row in enumerate(rows):
         top = LINE_PX + 2 * MARGIN_PX + index * step_px
         draw.multiline_text((MARGIN_PX, top), _wrapped(row.label, cell_px=cell_px), fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
+        for column, picture in enumerate(row.images):
             if picture is not None:
                 grid.paste(_fitted(picture, cell_px), (LABEL_WIDTH_PX + MARGIN_PX + column * step_px, top))
     return grid
@@ -56,7 +56,7 @@ def save_png(picture: Image.Image, file: Path) -> None:
 
 
 def _cell_px(rows: Sequence[Row]) -> int:
-    edges = [max(picture.size) for row in rows for picture in row.pictures if picture is not None]
+    edges = [max(picture.size) for row in rows for picture in row.images if picture is not None]
     return min(max([SMALLEST_CELL_PX, *edges]), LARGEST_CELL_PX)
 
 

@@ -20,7 +20,7 @@ class PromptSpec:
 
     name: str
     """A file name without suffix, unique within the validation."""
-    prompt: str
+    text: str
     strength: float
     """Of the adapter; 1 as trained, 0 the base model."""
     size: Size
@@ -29,7 +29,7 @@ class PromptSpec:
     @property
     def label(self) -> str:
         """What stands beside the picture in a grid."""
-        return f"{self.prompt}\n{self.size}  seed {self.seed}"
+        return f"{self.text}\n{self.size}  seed {self.seed}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
@@ -42,23 +42,23 @@ def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, 
     first_seed = seed if config.validation_seed is None else config.validation_seed
     return tuple(
         PromptSpec(
-            name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{shot_seed}",
-            prompt=prompt.text,
+            name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{image_seed}",
+            text=prompt.text,
             strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
             size=size,
-            seed=shot_seed,
+            seed=image_seed,
         )
         for index, prompt in enumerate(config.prompts)
         for size in config.validation_resolution
-        for shot_seed in range(first_seed, first_seed + config.num_validation_images)
+        for image_seed in range(first_seed, first_seed + config.num_validation_images)
     )
 
 
-def call_options(shot: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
+def call_options(prompt: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
     """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
     return {
-        "height": shot.size.height,
-        "width": shot.size.width,
+        "height": prompt.size.height,
+        "width": prompt.size.width,
         "num_inference_steps": config.validation_num_inference_steps,
-        "generator": torch.Generator("cpu").manual_seed(shot.seed),
+        "generator": torch.Generator("cpu").manual_seed(prompt.seed),
     }

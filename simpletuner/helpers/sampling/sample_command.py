@@ -49,7 +49,7 @@ class _Sections:
     model: ModelConfig
     noise: NoiseConfig
     precision: PrecisionConfig
-    pictures: ValidationConfig
+    validation: ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SampleRequest:
     prompts: Sequence[str]
     model: Mapping[str, object]
     """Keys of the configuration's model section that win over what the file says."""
-    pictures: Mapping[str, object]
+    validation: Mapping[str, object]
     """Keys of the configuration's validation section."""
     dtype: str | None
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
@@ -83,24 +83,24 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     """
     stored = adapter_file.read(request.adapter)  # whole: a damaged file is found before a model is loaded
     sections = _checked(request, header=stored.metadata, families=families)
-    family, pictures = _family(sections, dtype=request.dtype), sections.pictures
-    shots, negative = expand_prompts(pictures, seed=0), pictures.validation_negative_prompt
-    prompts = sorted({negative, *(shot.prompt for shot in shots)})
+    family, validation = _family(sections, dtype=request.dtype), sections.validation
+    specs, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
+    prompts = sorted({negative, *(spec.text for spec in specs)})
     family.load_text_encoders()
     embeds = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
-    pipeline: Any = family.make_pipeline(denoiser, scheduler=pictures.validation_noise_scheduler)
+    pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
     load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
     del stored
-    load(pipeline, request.adapter, strength=pictures.validation_lycoris_strength)
-    for shot in shots:
+    load(pipeline, request.adapter, strength=validation.validation_lycoris_strength)
+    for spec in specs:
         inputs = family.pipeline_inputs(
-            embeds[shot.prompt], embeds[negative], pictures=pictures, size=shot.size
+            embeds[spec.text], embeds[negative], pictures=validation, size=spec.size
         )
-        picture = pipeline(**inputs, **call_options(shot, pictures)).images[0]
-        file = output / f"{shot.name}.png"
+        picture = pipeline(**inputs, **call_options(spec, validation)).images[0]
+        file = output / f"{spec.name}.png"
         save_png(picture, file)
         yield file
 
@@ -135,20 +135,20 @@ def _checked(
     noise = build(NoiseConfig, {key: header[key] for key in NoiseConfig.model_fields if key in header}, place)
     formats = {key: header[key] for key in FORMATS if key in header}
     precision = build(PrecisionConfig, formats | dict(request.precision), place)
-    pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
-    rules.check_family((model, noise, pictures), spec, families=families, place=place)
-    rules.check_pictures(pictures, spec, place)
+    validation = build(ValidationConfig, defaults | dict(request.validation), place)
+    rules.check_family((model, noise, validation), spec, families=families, place=place)
+    rules.check_pictures(validation, spec, place)
     problems.raise_if_any()
     assert model.section is not None, "a section that cannot be made has a problem"
     assert noise.section is not None, "a section that cannot be made has a problem"
     assert precision.section is not None, "a section that cannot be made has a problem"
-    assert pictures.section is not None, "a section that cannot be made has a problem"
+    assert validation.section is not None, "a section that cannot be made has a problem"
     prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
     return _Sections(
         model=model.section,
         noise=noise.section,
         precision=precision.section,
-        pictures=pictures.section.model_copy(update={"prompts": prompts}),
+        validation=validation.section.model_copy(update={"prompts": prompts}),
     )
 
 

@@ -37,7 +37,7 @@ class ValidationSampler:
     config: ValidationConfig
     accelerator: Accelerator
     family: ModelFamily
-    shots: tuple[PromptSpec, ...]
+    prompts: tuple[PromptSpec, ...]
     text_embeds: Callable[[str], TextEmbeds]
     folder: Path
     """`<output_dir>/validation`."""
@@ -45,12 +45,12 @@ class ValidationSampler:
     """Identity of the base model's weights."""
     preemption: Preemption
 
-    def cached_path(self, shot: PromptSpec, *made_with: object) -> Path:
+    def cached_path(self, prompt: PromptSpec, *made_with: object) -> Path:
         """Where a picture lies that no training changes, named after all that it was made with."""
         config = self.config
         depends_on = (
             self.base_model,
-            shot.prompt,
+            prompt.text,
             config.validation_negative_prompt,
             config.validation_guidance,
             config.validation_guidance_real,
@@ -60,14 +60,16 @@ class ValidationSampler:
             self.family.noise,  # which says how sampling is shifted
             *made_with,
         )
-        return self.folder / "base" / f"{shot.name}-{xxhash.xxh3_64_hexdigest(repr(depends_on).encode())}.png"
+        return (
+            self.folder / "base" / f"{prompt.name}-{xxhash.xxh3_64_hexdigest(repr(depends_on).encode())}.png"
+        )
 
     def make_pipeline(self, denoiser: nn.Module) -> Any:
         """The bundled pipeline around the denoiser as it is."""
         return self.family.make_pipeline(denoiser, scheduler=self.config.validation_noise_scheduler)
 
     @contextmanager
-    def sampling(self, denoiser: nn.Module) -> Iterator[None]:
+    def eval_mode(self, denoiser: nn.Module) -> Iterator[None]:
         """The denoiser in evaluation mode, without gradients; as it was, and without a VAE, afterwards."""
         was_training = denoiser.training
         denoiser.eval()
@@ -78,7 +80,7 @@ class ValidationSampler:
             self.family.unload_vae()
             denoiser.train(was_training)
 
-    def make(self, pipeline: Any, shot: PromptSpec, file: Path) -> None:
+    def generate(self, pipeline: Any, prompt: PromptSpec, file: Path) -> None:
         """Make one picture.
 
         Raises:
@@ -86,13 +88,13 @@ class ValidationSampler:
         """
         self.preemption.check("making validation pictures")
         text = self.family.pipeline_inputs(
-            self.text_embeds(shot.prompt),
+            self.text_embeds(prompt.text),
             self.text_embeds(self.config.validation_negative_prompt),
             pictures=self.config,
-            size=shot.size,
+            size=prompt.size,
         )
         picture = pipeline(
-            **text, **call_options(shot, self.config), callback_on_step_end=self._between_steps
+            **text, **call_options(prompt, self.config), callback_on_step_end=self._between_steps
         ).images[0]
         save_png(picture, file)
 

@@ -36,7 +36,7 @@ from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.reporting.run_summary import FinishedRun, load_report
 from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
-from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
+from simpletuner.helpers.sampling.comparison import algorithm_name, build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import CacheFiller
@@ -176,7 +176,7 @@ def build_components(
         sampler=sampler,
         adapter=adapter,
         denoiser=denoiser,
-        title=kind_of(config),
+        title=algorithm_name(config),
         comparison=comparison,
         trackers=trackers,
     )
@@ -305,7 +305,7 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
 
 def fill_caches(context: RunContext, shots: tuple[PromptSpec, ...]) -> None:
     """Encode images, captions and validation prompts; the encoders are gone again afterwards."""
-    prompts = {shot.prompt for shot in shots}
+    prompts = {shot.text for shot in shots}
     if shots:
         prompts.add(context.config.validation.validation_negative_prompt)
     filling = CacheFiller(
@@ -326,7 +326,7 @@ def build_sampler(
         config=context.config.validation,
         accelerator=context.accelerator,
         family=context.family,
-        shots=shots,
+        prompts=shots,
         text_embeds=context.data.text_embeds,
         folder=context.config.checkpoint.output_dir / "validation",
         base_model=base_model if precision == "no_change" else f"{base_model} {precision}",

@@ -60,12 +60,12 @@ class Validation:
         Pictures of later steps were made by a run that this one leaves behind, and are removed.
         """
         config, accelerator = self.sampler.config, self.sampler.accelerator
-        if self.sampler.shots and accelerator.is_main_process:
+        if self.sampler.prompts and accelerator.is_main_process:
             for folder in self.sampler.folder.glob("step-*"):
                 number = folder.name.removeprefix("step-")
                 if number.isdigit() and int(number) > step:
                     shutil.rmtree(folder)
-        if self.sampler.shots and not config.disable_benchmark and accelerator.is_main_process:
+        if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
             self.sampler.best_effort("the base-model pictures", self._base_pictures)
         if (step == 0 and config.validation_on_startup) or self.is_due(step):
             self.run(step)
@@ -73,7 +73,7 @@ class Validation:
     def run(self, step: int, kind: ValidationType = "intermediary") -> None:
         """Make the pictures and the grid of this step on the main process, unless the grid is there."""
         accelerator = self.sampler.accelerator
-        if self.sampler.shots and accelerator.is_main_process and not self.grid_file(step).exists():
+        if self.sampler.prompts and accelerator.is_main_process and not self.grid_file(step).exists():
             self.sampler.best_effort(f"the validation of step {step}", lambda: self._validate(step, kind))
         accelerator.wait_for_everyone()
 
@@ -95,7 +95,7 @@ class Validation:
     def _base_pictures(self) -> None:
         """Make the pictures of the base model that are not on disk yet."""
         cached_path = self.sampler.cached_path
-        missing = {shot: file for shot in self.sampler.shots if not (file := cached_path(shot)).exists()}
+        missing = {shot: file for shot in self.sampler.prompts if not (file := cached_path(shot)).exists()}
         if missing:
             with self._sampling("base_model"):
                 for shot, file in missing.items():
@@ -103,7 +103,7 @@ class Validation:
 
     def _validate(self, step: int, kind: ValidationType) -> None:
         folder = self.grid_file(step).parent
-        files = {shot: folder / f"{shot.name}.png" for shot in self.sampler.shots}
+        files = {shot: folder / f"{shot.name}.png" for shot in self.sampler.prompts}
         with self._sampling(kind):
             for shot, file in files.items():
                 self._make(shot, strength=shot.strength, file=file)
@@ -117,7 +117,7 @@ class Validation:
     @contextmanager
     def _sampling(self, kind: ValidationType) -> Iterator[None]:
         """The model in the pipeline; back to training, at full strength, after it."""
-        with self.sampler.sampling(self.denoiser):
+        with self.sampler.eval_mode(self.denoiser):
             try:
                 self.setup_pipeline(kind)
                 yield
@@ -127,14 +127,14 @@ class Validation:
 
     def _make(self, shot: PromptSpec, *, strength: float, file: Path) -> None:
         self.adapter.set_strength(strength)
-        self.sampler.make(self.pipeline, shot, file)
+        self.sampler.generate(self.pipeline, shot, file)
 
     def _grid(self, step: int, files: Mapping[PromptSpec, Path]) -> Image.Image:
         columns: dict[str, Callable[[PromptSpec], Path]] = {}
         if not self.sampler.config.disable_benchmark:
             columns["base model"] = self.sampler.cached_path
         if self.comparison is not None:
-            columns[self.comparison.title] = self.comparison.picture
+            columns[self.comparison.title] = self.comparison.cached_path
         columns[f"{self.title}, step {step}"] = files.__getitem__
         rows = [
             Row(shot.label, tuple(_load_png(file_of(shot)) for file_of in columns.values())) for shot in files

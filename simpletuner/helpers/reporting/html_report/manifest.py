@@ -150,13 +150,13 @@ def _pictures(validation: Validation) -> dict[str, Any]:
         "shots": [
             {
                 "name": shot.name,
-                "prompt": shot.prompt,
+                "prompt": shot.text,
                 "size": str(shot.size),
                 "seed": shot.seed,
                 "strength": shot.strength,
                 "base": None if sampler.config.disable_benchmark else sampler.cached_path(shot).name,
-                "other": None if other is None else other.picture(shot).name,
+                "other": None if other is None else other.cached_path(shot).name,
             }
-            for shot in sampler.shots
+            for shot in sampler.prompts
         ],
     }
