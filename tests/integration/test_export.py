@@ -24,9 +24,9 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.spec import SPEC
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 STOCK = diffusers.StableDiffusionXLPipeline
 FAMILIES = registry.specs()

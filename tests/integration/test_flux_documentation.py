@@ -25,6 +25,7 @@ from tiny_runs import reset_accelerate
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flow_matching import DynamicShift, shift_sigma, sigma_to_timestep
 from simpletuner.helpers.models.flux.spec import FLAVOURS
@@ -34,7 +35,6 @@ from simpletuner.helpers.models.flux2.spec import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.build import build_trainer
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ("config.json", "lycoris_tlora.json", "multidatabackend.json")

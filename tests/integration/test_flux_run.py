@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, to_device
+from simpletuner.helpers.training.trainer import to_device
 
 GENERIC = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
 NUM_LAYERS = 2 * (8 + 4) + 2 * (3 + 2)

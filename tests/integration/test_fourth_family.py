@@ -27,10 +27,10 @@ from simpletuner.helpers.configuration.schema.model_sections import ModelConfig,
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 BLOCK = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.+?)```", re.DOTALL)
 FILES = {"spec.py", "family.py", "parts.py", "pipeline.py", "tiny.py"}

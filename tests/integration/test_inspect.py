@@ -17,8 +17,8 @@ from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 
 def test_tlora_file_of_a_run_tells_everything_about_it(

@@ -18,8 +18,8 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.configuration.schema.model_sections import Precision
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.quantisation import quantize_and_move
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
 PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
 PICTURES: dict[str, object] = {

@@ -14,7 +14,7 @@ from tiny_runs import TinyRun, tiny_model
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 
 PROMPT = "a photo of sks cat"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_runs import TinyRun
 from torch import Tensor
 
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what these tests share, once
 SCRIPT = """

@@ -18,12 +18,13 @@ from PIL import Image
 from simpletuner import train as command
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.errors import CheckpointError, TrainingError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.run_summary import Report
 from simpletuner.helpers.sampling import comparison
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training import runs, validation
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer
+from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.test_preemption import signal_at
 from tests.integration.test_validation import PICTURES, pixels
 from tests.integration.tiny_runs import TLORA, TinyRun, reset_accelerate, tiny_model

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,17 +20,20 @@ from simpletuner.helpers.io.atomic import (
     write_json,
 )
 from simpletuner.helpers.io.faults import crash_point
+from simpletuner.helpers.io.run_folder import (
+    COMPATIBILITY_FILE,
+    CONFIG_FILE,
+    REMOVED_PREFIX,
+    checkpoint_folder,
+    checkpoint_folders,
+)
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
-COMPATIBILITY_FILE = "compatibility.json"
-CONFIG_FILE = "config.resolved.json"
 LATEST = "latest"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_DOOMED = ".removed-"
 
 Compatibility = Mapping[str, JsonValue]
 
@@ -63,13 +65,13 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         """The folder of the checkpoint after `step` optimiser steps."""
-        return self._config.output_dir / f"checkpoint-{step}"
+        return checkpoint_folder(self._config.output_dir, step)
 
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed; for the holder of the run lock."""
         output_dir = self._config.output_dir
         remove_leftovers(output_dir, of_other_hosts=True)
-        for doomed in output_dir.glob(f"{_DOOMED}*"):
+        for doomed in output_dir.glob(f"{REMOVED_PREFIX}*"):
             shutil.rmtree(doomed)
 
     def is_due(self, step: int) -> bool:
@@ -174,7 +176,7 @@ class Checkpoints:
         for checkpoint in list_checkpoints(self._config.output_dir)[limit:]:
             if checkpoint.step != self._saved_step:
                 # Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
-                doomed = checkpoint.path.with_name(f"{_DOOMED}{checkpoint.path.name}")
+                doomed = checkpoint.path.with_name(f"{REMOVED_PREFIX}{checkpoint.path.name}")
                 checkpoint.path.rename(doomed)
                 crash_point("checkpoint.pruning")
                 shutil.rmtree(doomed)
@@ -182,9 +184,7 @@ class Checkpoints:
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """The checkpoints in a folder, newest step first; nothing is verified."""
-    names = ((path, _NAME.fullmatch(path.name)) for path in output_dir.glob("checkpoint-*") if path.is_dir())
-    found = [Checkpoint(path, int(match[1])) for path, match in names if match]
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    return [Checkpoint(path, step) for step, path in reversed(checkpoint_folders(output_dir))]
 
 
 def check_compatible(checkpoint: Checkpoint, part: str, current: Compatibility) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.run_folder import ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.checkpointing.progress import Progress
-
-ADAPTER_FILE = "adapter_state.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-COUNTERS_FILE = "state.json"
 
 # What optimisers adapt in their parameter groups while they run; everything else there is configuration.
 GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
@@ -51,7 +48,7 @@ class RunState:
             CheckpointError: A tensor file cannot be written.
         """
         tensors, numbers = optimizer_state(self.optimizer)
-        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_FILE)
+        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_STATE_FILE)
         _save_tensors(tensors, folder / OPTIMIZER_FILE)
         write_json(folder / COUNTERS_FILE, {**self._counters(), "optimizer": numbers})
 
@@ -63,7 +60,7 @@ class RunState:
         """
         try:
             counters = json.loads((folder / COUNTERS_FILE).read_bytes())
-            self.adapter.load_state_dict(load_file(folder / ADAPTER_FILE))
+            self.adapter.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
             tensors = load_file(folder / OPTIMIZER_FILE)
             load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
             self.progress.load_state_dict(counters["progress"])

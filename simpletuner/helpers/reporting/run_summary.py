@@ -8,14 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.run_folder import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
-
-REPORT_FILE = "finished.json"
-PAGE_FILE = "report.html"
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +31,7 @@ class Report:
 
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
-        write_json(output_dir / REPORT_FILE, asdict(self))
+        write_json(output_dir / SUMMARY_FILE, asdict(self))
 
     def show(self) -> None:
         """Log one line for each thing the run made."""
@@ -55,7 +50,7 @@ class Report:
 def load_report(output_dir: Path) -> Report | None:
     """The report of the finished run in a folder; None when there is none that can be read."""
     try:
-        return Report(**json.loads((output_dir / REPORT_FILE).read_bytes()))
+        return Report(**json.loads((output_dir / SUMMARY_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.optional import require
+from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
-from simpletuner.helpers.reporting.run_summary import METRICS_FILE
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import TrackingConfig
@@ -127,7 +127,7 @@ class Wandb:
 
     def start(self) -> None:
         """Open the run, online or offline as WANDB_MODE says."""
-        id_file = self._output_dir / "wandb_run.json"
+        id_file = self._output_dir / WANDB_FILE
         run_id = json.loads(id_file.read_bytes())["id"] if id_file.exists() else None
         self._run = self._wandb.init(
             project=self._config.tracker_project_name,
@@ -212,5 +212,5 @@ def build_trackers(
         if name == "wandb":
             trackers.append(Wandb(config, output_dir=output_dir, settings=settings))
         elif name == "tensorboard":
-            trackers.append(TensorBoard(output_dir / "tensorboard", resumed_step=resumed_step))
+            trackers.append(TensorBoard(output_dir / TENSORBOARD_FOLDER, resumed_step=resumed_step))
     return Trackers(trackers)

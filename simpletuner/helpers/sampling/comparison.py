@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.inference import (
 )
 from simpletuner.helpers.checkpointing.fingerprint import weight_hashes
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 
 if TYPE_CHECKING:
     from torch import nn

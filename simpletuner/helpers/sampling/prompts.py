@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simpletuner.helpers.io.names import file_name
+from simpletuner.helpers.io.run_folder import image_name
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
@@ -42,7 +42,7 @@ def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, 
     first_seed = seed if config.validation_seed is None else config.validation_seed
     return tuple(
         PromptSpec(
-            name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{image_seed}",
+            name=image_name(index, prompt.name, size=size, seed=image_seed),
             text=prompt.text,
             strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
             size=size,

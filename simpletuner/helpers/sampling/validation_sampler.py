@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from simpletuner.helpers.checkpointing.preemption import Preempted
+from simpletuner.helpers.io.run_folder import cached_image_file
 from simpletuner.helpers.sampling.images import save_png
 from simpletuner.helpers.sampling.prompts import call_options
 
@@ -60,9 +61,8 @@ class ValidationSampler:
             self.family.noise,  # which says how sampling is shifted
             *made_with,
         )
-        return (
-            self.folder / "base" / f"{prompt.name}-{xxhash.xxh3_64_hexdigest(repr(depends_on).encode())}.png"
-        )
+        digest = xxhash.xxh3_64_hexdigest(repr(depends_on).encode())
+        return cached_image_file(self.folder, prompt.name, digest=digest)
 
     def make_pipeline(self, denoiser: nn.Module) -> Any:
         """The bundled pipeline around the denoiser as it is."""

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
-from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
+from simpletuner.helpers.checkpointing.checkpoints import Checkpoint, Checkpoints
 from simpletuner.helpers.checkpointing.fingerprint import (
     adapter_metadata,
     base_weights_hash,
@@ -31,6 +31,7 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.io.run_folder import CONFIG_FILE, VALIDATION_FOLDER
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -328,7 +329,7 @@ def build_sampler(
         family=context.family,
         prompts=shots,
         text_embeds=context.data.text_embeds,
-        folder=context.config.checkpoint.output_dir / "validation",
+        folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
         base_model=base_model if precision == "no_change" else f"{base_model} {precision}",
         preemption=context.preemption,
     )

@@ -16,10 +16,10 @@ import torch
 
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.sharding import full_tensor, is_dtensor
-from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.contracts import MicroBatchOutput, TextEmbeds
 from simpletuner.helpers.errors import SimpleTunerError, TrainingError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, CONFIG_FILE, METRICS_FILE
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.metrics import (
@@ -30,8 +30,7 @@ from simpletuner.helpers.reporting.metrics import (
     peak_memory_mib,
 )
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
-from simpletuner.helpers.reporting.run_summary import ADAPTER_FILE as ADAPTER_FILE
-from simpletuner.helpers.reporting.run_summary import COMFYUI_FILE, METRICS_FILE, Report
+from simpletuner.helpers.reporting.run_summary import Report
 from simpletuner.helpers.training.losses import weighted_mse
 
 if TYPE_CHECKING:

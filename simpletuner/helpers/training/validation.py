@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from simpletuner.helpers.io.run_folder import (
+    GRID_FILE,
+    image_file,
+    validation_step_folder,
+    validation_step_folders,
+)
 from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
 
 if TYPE_CHECKING:
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ValidationType = Literal["base_model", "intermediary", "final"]
-GRID_FILE = "grid.png"
 AS_TRAINED = 1.0
 
 
@@ -52,7 +57,7 @@ class Validation:
 
     def grid_file(self, step: int) -> Path:
         """Where the grid of a step lies once it is made."""
-        return self.sampler.folder / f"step-{step}" / GRID_FILE
+        return validation_step_folder(self.sampler.folder, step) / GRID_FILE
 
     def start(self, step: int) -> None:
         """Before the first optimiser step: base-model pictures, and what a run cut short left undone.
@@ -61,9 +66,8 @@ class Validation:
         """
         config, accelerator = self.sampler.config, self.sampler.accelerator
         if self.sampler.prompts and accelerator.is_main_process:
-            for folder in self.sampler.folder.glob("step-*"):
-                number = folder.name.removeprefix("step-")
-                if number.isdigit() and int(number) > step:
+            for later, folder in validation_step_folders(self.sampler.folder):
+                if later > step:
                     shutil.rmtree(folder)
         if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
             self.sampler.best_effort("the base-model pictures", self._base_pictures)
@@ -103,7 +107,7 @@ class Validation:
 
     def _validate(self, step: int, kind: ValidationType) -> None:
         folder = self.grid_file(step).parent
-        files = {shot: folder / f"{shot.name}.png" for shot in self.sampler.prompts}
+        files = {shot: image_file(folder, shot.name) for shot in self.sampler.prompts}
         with self._sampling(kind):
             for shot, file in files.items():
                 self._make(shot, strength=shot.strength, file=file)

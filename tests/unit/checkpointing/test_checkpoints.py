@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.checkpointing.checkpoints import (
-    COMPATIBILITY_FILE,
-    CONFIG_FILE,
     Checkpoints,
     differing_fields,
     list_checkpoints,
@@ -19,6 +17,7 @@ from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
 from simpletuner.helpers.io.atomic import verify_manifest
 from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.io.run_folder import COMPATIBILITY_FILE, CONFIG_FILE
 
 SETTINGS = {"lycoris linear_dim": 8, "optimizer": "adamw"}
 CONTENT = "the state of step {step}"

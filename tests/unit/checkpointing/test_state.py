@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.checkpointing.progress import Progress
-from simpletuner.helpers.checkpointing.state import ADAPTER_FILE, COUNTERS_FILE, OPTIMIZER_FILE, RunState
+from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.io.run_folder import ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
 from simpletuner.helpers.training.optimizers import build_optimizer
 
 
@@ -117,11 +118,11 @@ def test_state_files_hold_no_pickle(tmp_path: Path) -> None:
     train(state, 1)
     state.save(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE]
+        [ADAPTER_STATE_FILE, OPTIMIZER_FILE, COUNTERS_FILE]
     )
 
 
-@pytest.mark.parametrize("name", [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
+@pytest.mark.parametrize("name", [ADAPTER_STATE_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
 def test_row_07_state_with_a_missing_or_garbage_file_is_refused(
     tmp_path: Path, name: str, content: bytes | None

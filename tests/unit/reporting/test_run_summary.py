@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.reporting.run_summary import REPORT_FILE, FinishedRun, Report, load_report
+from simpletuner.helpers.io.run_folder import SUMMARY_FILE
+from simpletuner.helpers.reporting.run_summary import FinishedRun, Report, load_report
 
 REPORT = Report(
     step=6,
@@ -29,7 +30,7 @@ def test_report_survives_a_round_trip(tmp_path: Path) -> None:
 
 def test_report_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     REPORT.save(tmp_path)
-    file = tmp_path / REPORT_FILE
+    file = tmp_path / SUMMARY_FILE
     old = {
         key: value for key, value in json.loads(file.read_bytes()).items() if key not in ("page", "comfyui")
     }
@@ -40,7 +41,7 @@ def test_report_of_an_earlier_version_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"step": 1}', b"\xff"])
 def test_report_that_cannot_be_read_marks_nothing_as_finished(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
-        (tmp_path / REPORT_FILE).write_bytes(content)
+        (tmp_path / SUMMARY_FILE).write_bytes(content)
     assert load_report(tmp_path) is None
 
 

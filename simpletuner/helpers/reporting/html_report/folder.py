@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, list_checkpoints
+from simpletuner.helpers.checkpointing.checkpoints import list_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    COMFYUI_FILE,
+    CONFIG_FILE,
+    EXIT_FILE,
+    METRICS_FILE,
+    RUN_MANIFEST_FILE,
+    SUMMARY_FILE,
+    VALIDATION_FOLDER,
+)
 from simpletuner.helpers.reporting.html_report.gallery import PictureRow, rows_of
 from simpletuner.helpers.reporting.html_report.markup import without_secrets
 from simpletuner.helpers.reporting.html_report.series import Log, read_log
-from simpletuner.helpers.reporting.run_summary import (
-    ADAPTER_FILE,
-    COMFYUI_FILE,
-    METRICS_FILE,
-    REPORT_FILE,
-)
 
-MANIFEST_FILE = "run.json"
-EXIT_FILE = "exit.json"
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -72,10 +74,10 @@ def read_run(path: Path, *, state: State | None = None) -> RunFolder:
             f"{path}: no run was written here: there is neither {METRICS_FILE} nor {CONFIG_FILE}. "
             "Name the output_dir of a run."
         )
-    manifest = without_secrets(_json(path / MANIFEST_FILE))
+    manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
     pictures = rows_of(
-        path / "validation", manifest.get("shots", []), compared_with=manifest.get("compared_with")
+        path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
     )
     return RunFolder(
         path=path,
@@ -104,7 +106,7 @@ def shown_place(path: str | Path) -> str:
 
 
 def _state(path: Path, log: Log) -> State:
-    finished = _json(path / REPORT_FILE).get("step")
+    finished = _json(path / SUMMARY_FILE).get("step")
     if finished is not None and (not log.lines or finished >= log.lines[-1]["step"]):
         return "finished"
     if is_held(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from simpletuner.helpers.io.run_folder import (
+    BASE_FOLDER,
+    cached_image_files,
+    image_files,
+    parse_image_name,
+    validation_step_folders,
+)
 from simpletuner.helpers.reporting.html_report.markup import counted, escaped, note
 
 LARGEST_EDGE_PX = 448
@@ -165,9 +171,9 @@ def rows_of(
 
     `shots` is what the run said about them when it began; without it, names of files say what is known.
     """
-    by_step = _files_by_step(folder)
+    by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
     if not shots:
-        base = _base_files(folder)
+        base = {name: file.name for name, file in cached_image_files(folder).items()}
         names = sorted({name for files in by_step.values() for name in files} | set(base))
         shots = [_shot_of(name) | {"base": base.get(name)} for name in names]
     return [_row(folder, shot, by_step, compared_with=compared_with or "compared with") for shot in shots]
@@ -178,7 +184,7 @@ def _row(
 ) -> PictureRow:
     name = str(shot["name"])
     names = {"base model": shot.get("base"), compared_with: shot.get("other")}
-    fixed = {title: folder / "base" / str(file) for title, file in names.items() if file}
+    fixed = {title: folder / BASE_FOLDER / str(file) for title, file in names.items() if file}
     details = [
         str(shot[key]) if key == "size" else f"{key} {shot[key]}" for key in ("size", "seed") if key in shot
     ]
@@ -190,28 +196,5 @@ def _row(
     )
 
 
-_LASTING = re.compile(r"(.+)-[0-9a-f]{16}\.png")
-_SHOT = re.compile(r"\d\d-(.+)-(\d+x\d+)-seed(-?\d+)")
-
-
-def _files_by_step(folder: Path) -> dict[int, dict[str, Path]]:
-    found: dict[int, dict[str, Path]] = {}
-    for each in folder.glob("step-*"):
-        number = each.name.removeprefix("step-")
-        if number.isdigit():
-            found[int(number)] = {file.stem: file for file in each.glob("*.png") if file.stem != "grid"}
-    return found
-
-
-def _base_files(folder: Path) -> dict[str, str]:
-    """Picture's name -> the newest file of the base model."""
-    found = [(file.stat().st_mtime_ns, file.name) for file in (folder / "base").glob("*.png")]
-    matches = (_LASTING.fullmatch(name) for _, name in sorted(found))
-    return {match[1]: match[0] for match in matches if match}
-
-
 def _shot_of(name: str) -> dict[str, object]:
-    match = _SHOT.fullmatch(name)
-    if match is None:
-        return {"name": name, "prompt": name}
-    return {"name": name, "prompt": match[1].replace("_", " "), "size": match[2], "seed": match[3]}
+    return {"name": name, "prompt": name, **parse_image_name(name)}

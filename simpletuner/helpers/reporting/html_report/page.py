@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from simpletuner.helpers.io.atomic import write_text
+from simpletuner.helpers.io.run_folder import PAGE_FILE
 from simpletuner.helpers.reporting.html_report import sections
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn
 from simpletuner.helpers.reporting.html_report.folder import RunFolder, State, read_run
@@ -19,7 +20,6 @@ from simpletuner.helpers.reporting.html_report.schedule import schedule
 from simpletuner.helpers.reporting.html_report.series import Floats, smoothed, thinned
 from simpletuner.helpers.reporting.html_report.usage import usage
 from simpletuner.helpers.reporting.noise_bands import BANDS
-from simpletuner.helpers.reporting.run_summary import PAGE_FILE
 
 _HERE = Path(__file__).parent
 

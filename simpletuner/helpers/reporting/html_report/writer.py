@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.io.atomic import write_json
-from simpletuner.helpers.reporting.html_report.folder import MANIFEST_FILE, State
+from simpletuner.helpers.io.run_folder import RUN_MANIFEST_FILE
+from simpletuner.helpers.reporting.html_report.folder import State
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
 from simpletuner.helpers.reporting.html_report.page import write_page
 
@@ -35,7 +36,7 @@ class RunPage:
     def begin(self, trainer: Trainer) -> None:
         """Note what the run says about itself, and show that it runs."""
         if self.is_enabled and self._guarded(
-            lambda: write_json(self.output_dir / MANIFEST_FILE, build_manifest(trainer))
+            lambda: write_json(self.output_dir / RUN_MANIFEST_FILE, build_manifest(trainer))
         ):
             self.refresh()
 
