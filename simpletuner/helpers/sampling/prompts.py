@@ -1,4 +1,4 @@
-"""Which pictures a validation makes."""
+"""The prompts of a validation, with size, seed and adapter strength of each image."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptSpec:
-    """One picture to make."""
+    """A prompt and the settings of its image."""
 
     name: str
-    """A file name without suffix, unique within the validation."""
+    """Unique within the validation; names the image file, without suffix."""
     text: str
     strength: float
-    """Of the adapter; 1 as trained, 0 the base model."""
+    """Adapter strength: 1 as trained, 0 the base model."""
     size: Size
     seed: int
 
     @property
     def label(self) -> str:
-        """What stands beside the picture in a grid."""
+        """Label of the image in a grid."""
         return f"{self.text}\n{self.size}  seed {self.seed}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
     """Every prompt at every size, `num_validation_images` times with consecutive seeds; none when disabled.
 
-    `seed` is the run's, used when validation_seed is not set.
+    `seed` is the run's; it applies when validation_seed is unset.
     """
     if config.validation_disable:
         return ()
@@ -55,7 +55,7 @@ def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, 
 
 
 def call_options(prompt: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
+    """Keyword arguments of a pipeline call that are the same for every family."""
     return {
         "height": prompt.size.height,
         "width": prompt.size.width,

@@ -1,4 +1,4 @@
-"""Where the pictures of a run are made, whatever adapter its denoiser carries."""
+"""Generates validation images with the current denoiser."""
 
 from __future__ import annotations
 
@@ -33,21 +33,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSampler:
-    """Makes the pictures that a run asks for; one that fails costs itself, never the run."""
+    """Generates the run's validation images; a failure costs the image, never the run."""
 
     config: ValidationConfig
     accelerator: Accelerator
     family: ModelFamily
     prompts: tuple[PromptSpec, ...]
     text_embeds: Callable[[str], TextEmbeds]
+    """Cached prompt embeds of a text."""
     folder: Path
     """`<output_dir>/validation`."""
     base_model: str
     """Identity of the base model's weights."""
     preemption: Preemption
 
-    def cached_path(self, prompt: PromptSpec, *made_with: object) -> Path:
-        """Where a picture lies that no training changes, named after all that it was made with."""
+    def cached_path(self, prompt: PromptSpec, *also_hashed: object) -> Path:
+        """Cache path of an image that training does not change.
+
+        Its name hashes everything the image depends on.
+        """
         config = self.config
         depends_on = (
             self.base_model,
@@ -58,19 +62,19 @@ class ValidationSampler:
             config.validation_guidance_rescale,
             config.validation_num_inference_steps,
             config.validation_noise_scheduler,
-            self.family.noise,  # which says how sampling is shifted
-            *made_with,
+            self.family.noise,  # the shift of the sampling schedule is in it
+            *also_hashed,
         )
         digest = xxhash.xxh3_64_hexdigest(repr(depends_on).encode())
         return cached_image_file(self.folder, prompt.name, digest=digest)
 
     def make_pipeline(self, denoiser: nn.Module) -> Any:
-        """The bundled pipeline around the denoiser as it is."""
+        """The family's pipeline around a denoiser, with the validation sampler."""
         return self.family.make_pipeline(denoiser, scheduler=self.config.validation_noise_scheduler)
 
     @contextmanager
     def eval_mode(self, denoiser: nn.Module) -> Iterator[None]:
-        """The denoiser in evaluation mode, without gradients; as it was, and without a VAE, afterwards."""
+        """Evaluation mode under autocast without gradients; restores the mode and unloads the VAE on exit."""
         was_training = denoiser.training
         denoiser.eval()
         try:
@@ -81,34 +85,34 @@ class ValidationSampler:
             denoiser.train(was_training)
 
     def generate(self, pipeline: Any, prompt: PromptSpec, file: Path) -> None:
-        """Make one picture.
+        """Generate the image of a prompt and write it as PNG.
 
         Raises:
-            Preempted: A signal came.
+            Preempted: A stop signal arrived.
         """
-        self.preemption.check("making validation pictures")
-        text = self.family.pipeline_inputs(
+        self._check_preemption()
+        inputs = self.family.pipeline_inputs(
             self.text_embeds(prompt.text),
             self.text_embeds(self.config.validation_negative_prompt),
             pictures=self.config,
             size=prompt.size,
         )
-        picture = pipeline(
-            **text, **call_options(prompt, self.config), callback_on_step_end=self._between_steps
-        ).images[0]
-        save_png(picture, file)
+        options = call_options(prompt, self.config)
+        image = pipeline(**inputs, **options, callback_on_step_end=self._check_preemption).images[0]
+        save_png(image, file)
 
-    def best_effort(self, what: str, make: Callable[[], None]) -> None:
-        """Make pictures, and say what is lost if that fails."""
+    @contextmanager
+    def best_effort(self, images: str) -> Iterator[None]:
+        """Log a failure inside the context instead of raising it; `images` names the loss in the log."""
         started_s = time.perf_counter()
         try:
-            make()
-            logger.debug("Made %s in %.1f s.", what, time.perf_counter() - started_s)
+            yield
+            logger.debug("Generated %s in %.1f s.", images, time.perf_counter() - started_s)
         except Preempted:
-            logger.info("Left %s for the next start.", what)
+            logger.info("Interrupted: %s will be generated on resume.", images)
         except Exception as error:  # noqa: BLE001 - named boundary: a validation must never end a run
-            logger.warning("Lost %s: %s: %s. Training goes on without it.", what, type(error).__name__, error)
+            logger.warning("Lost %s: %s: %s. Training continues.", images, type(error).__name__, error)
 
-    def _between_steps(self, *_: object) -> dict[str, Any]:
-        self.preemption.check("making validation pictures")
-        return {}  # changes none of the pipeline's tensors
+    def _check_preemption(self, *_: object) -> dict[str, Any]:
+        self.preemption.check("generating validation images")
+        return {}  # a step callback returns the pipeline tensors to replace

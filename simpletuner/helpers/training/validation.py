@@ -70,7 +70,8 @@ class Validation:
                 if later > step:
                     shutil.rmtree(folder)
         if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
-            self.sampler.best_effort("the base-model pictures", self._base_pictures)
+            with self.sampler.best_effort("the base-model images"):
+                self._base_pictures()
         if (step == 0 and config.validation_on_startup) or self.is_due(step):
             self.run(step)
 
@@ -78,7 +79,8 @@ class Validation:
         """Make the pictures and the grid of this step on the main process, unless the grid is there."""
         accelerator = self.sampler.accelerator
         if self.sampler.prompts and accelerator.is_main_process and not self.grid_file(step).exists():
-            self.sampler.best_effort(f"the validation of step {step}", lambda: self._validate(step, kind))
+            with self.sampler.best_effort(f"the validation of step {step}"):
+                self._validate(step, kind)
         accelerator.wait_for_everyone()
 
     def setup_pipeline(self, validation_type: ValidationType = "intermediary") -> None:
