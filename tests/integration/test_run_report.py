@@ -89,7 +89,7 @@ def test_snippet_on_the_page_makes_the_last_validation_picture(
     code = code_of(html_of(finished), "use-python")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {})
-    made = np.asarray(Image.open(tmp_path / "picture.png")).astype(int)
+    made = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
     assert np.abs(made - picture_of(finished, 3)).max() <= 1
     assert np.abs(made - picture_of(finished, 2)).max() > 3
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from simpletuner.helpers.contracts import Batch, MicroBatchOutput, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.reporting.metrics import StepAccumulator, peak_device_memory_mib, peak_memory_mib
-from simpletuner.helpers.reporting.smoothing import Smoothed
+from simpletuner.helpers.reporting.smoothing import RunningMean
 
 
 def batch(name: str) -> Batch:
@@ -114,7 +114,7 @@ def test_window_leaves_an_overflowed_gradient_to_the_scaler(accelerator: Acceler
 
 
 def test_smoothed_averages_early_values_evenly_and_follows_later_ones() -> None:
-    smoothed = Smoothed(keep=0.5)
+    smoothed = RunningMean(keep=0.5)
     assert smoothed.update(4.0) == 4.0
     assert smoothed.update(1.0) == pytest.approx(2.0)  # (0.5 * 4 + 1 * 1) / 1.5
     for _ in range(50):

@@ -23,7 +23,7 @@ from simpletuner.helpers.io.run_folder import (
     SUMMARY_FILE,
     VALIDATION_FOLDER,
 )
-from simpletuner.helpers.reporting.html_report.gallery import PictureRow, rows_of
+from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
 from simpletuner.helpers.reporting.html_report.markup import without_secrets
 from simpletuner.helpers.reporting.html_report.series import Log, read_log
 
@@ -35,7 +35,7 @@ class NoRunError(SimpleTunerError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunFolder:
+class RunSnapshot:
     """A run, read from its folder."""
 
     path: Path
@@ -47,7 +47,7 @@ class RunFolder:
     """As resolved; empty when it cannot be read."""
     manifest: Mapping[str, Any]
     """What the run said about itself when it began; empty for a run of an earlier version."""
-    pictures: list[PictureRow]
+    images: list[ImageRow]
     adapter: Path | None
     """The newest adapter for use: the run's own, else that of its newest checkpoint."""
     comfyui: Path | None
@@ -63,7 +63,7 @@ class RunFolder:
         return self.manifest.get("max_steps") or self.config.get("max_train_steps")
 
 
-def read_run(path: Path, *, state: State | None = None) -> RunFolder:
+def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
     """Read a run's folder; its state is found out when it is not told.
 
     Raises:
@@ -76,32 +76,32 @@ def read_run(path: Path, *, state: State | None = None) -> RunFolder:
         )
     manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
-    pictures = rows_of(
+    images = image_rows(
         path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
     )
-    return RunFolder(
+    return RunSnapshot(
         path=path,
         state=state or _state(path, log),
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
         config=without_secrets(_json(path / CONFIG_FILE)),
         manifest=manifest,
-        pictures=pictures,
+        images=images,
         adapter=_adapter(path),
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
     )
 
 
-def shown_path(path: str | Path) -> str:
+def relative_path(path: str | Path) -> str:
     """A path as it is written from the working directory; one elsewhere as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-def shown_place(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """The same for reading only: nobody's home folder is named."""
     home = str(Path.home())
-    text = shown_path(path)
+    text = relative_path(path)
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
 
 
