@@ -26,7 +26,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 
 # "module function" -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
-    "simpletuner/helpers/reporting/html_report/writer.py RunPage._guarded": "a page must never end a run",
+    "simpletuner/helpers/reporting/html_report/writer.py RunPage._best_effort": "a page must never end a run",
     "simpletuner/helpers/reporting/trackers.py Trackers._each": "a tracker must never end a run",
     "simpletuner/helpers/sampling/validation_sampler.py Studio.guarded": "a validation must never end a run",
 }

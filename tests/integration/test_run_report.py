@@ -20,7 +20,7 @@ from simpletuner import cli
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.reporting.html_report import writer
 from simpletuner.helpers.reporting.html_report.folder import read_run
-from simpletuner.helpers.reporting.run_summary import load_report
+from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.training.trainer import Trainer
 
 PROMPT = 'a "photo" of <b>sks</b> cat'
@@ -58,7 +58,7 @@ def picture_of(run: TinyRun, step: int) -> np.ndarray:
 def test_finished_run_leaves_a_page_that_says_so(finished: TinyRun) -> None:
     page = Page(html_of(finished))
     assert "finished, 3 steps" in page.text
-    report = load_report(finished.output_dir)
+    report = load_summary(finished.output_dir)
     assert report is not None
     assert report.page == str(finished.output_dir / "report.html")
     assert [str(each["alt"]).split(", ")[1] for each in page.all("img")] == ["base model", "step 2", "step 3"]
@@ -164,7 +164,7 @@ def test_page_that_cannot_be_written_costs_a_warning_and_not_the_run(
     with caplog.at_level(logging.WARNING):
         assert run.run(max_train_steps=1) == 0
     assert "The report was not written: StorageError" in caplog.text
-    report = load_report(run.output_dir)
+    report = load_summary(run.output_dir)
     assert report is not None
     assert report.page is None
 

@@ -20,7 +20,7 @@ from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.errors import CheckpointError, TrainingError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.reporting.run_summary import Report
+from simpletuner.helpers.reporting.run_summary import RunSummary
 from simpletuner.helpers.sampling import comparison
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training import runs, validation
@@ -255,7 +255,7 @@ def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_nex
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(Report, "save", signal_at(1, number=signal.SIGTERM, then=Report.save))
+        patched.setattr(RunSummary, "save", signal_at(1, number=signal.SIGTERM, then=RunSummary.save))
         assert run_command(run) == EXIT_PREEMPTED
     assert (steps(other), steps(run)) == (2, 0)
     assert run_command(run) == 0
@@ -280,13 +280,14 @@ import os, signal, sys
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import report, runs
-save = report.Report.save
+from simpletuner.helpers.reporting.run_summary import RunSummary
+from simpletuner.helpers.training import runs
+save = RunSummary.save
 def stopped(self, output_dir):
     if len(sys.argv) > 2:
         os.kill(os.getpid(), signal.SIGTERM)
     save(self, output_dir)
-report.Report.save = stopped
+RunSummary.save = stopped
 code = runs.train(load_config(Path(sys.argv[1]), families=registry.specs()))
 (Path(sys.argv[1]).parent / f"code-{os.environ['RANK']}").write_text(str(code))
 """
