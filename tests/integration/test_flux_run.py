@@ -101,7 +101,8 @@ def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
+@pytest.mark.reliability_row(10)
+def test_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
     found = []
     for checkpointing in (False, True):
         run = make_run(tmp_path / str(checkpointing))
@@ -114,7 +115,8 @@ def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path,
     assert any(gradient.abs().max() > 0 for gradient in found[0])
 
 
-def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(4)
+def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
     keys = {"flux_guidance_mode": "random-range", "flow_use_beta_schedule": True}
     whole, parts = make_run(tmp_path / "whole"), make_run(tmp_path / "parts")
     assert whole.run(max_train_steps=4, **keys) == 0

@@ -44,7 +44,8 @@ def run(tmp_path: Path) -> TinyRun:
     ],
     ids=["once", "often", "accumulating", "dropout", "prodigy"],
 )
-def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+@pytest.mark.reliability_row(4)
+def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     tmp_path: Path, run: TinyRun, stops: list[int], keys: dict[str, object]
 ) -> None:
     whole = TinyRun(tmp_path / "whole")
@@ -57,7 +58,8 @@ def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_row_06_damaged_newest_checkpoint_falls_back_to_the_one_before(
+@pytest.mark.reliability_row(6)
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = digest_after(TinyRun(tmp_path / "whole"), 6)
@@ -71,7 +73,8 @@ def test_row_06_damaged_newest_checkpoint_falls_back_to_the_one_before(
     assert "Passing over" in caplog.text
 
 
-def test_row_02_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(2)
+def test_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
     expected = digest_after(TinyRun(tmp_path / "whole"), 6)
     for stage in ("folder.filled", "folder.before_rename", "folder.after_rename"):
         saves = 0
@@ -99,9 +102,8 @@ def test_row_02_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run
     ],
     ids=["rank", "alpha", "init", "targets", "algorithm"],
 )
-def test_row_09_resume_with_another_adapter_is_refused(
-    run: TinyRun, change: dict[str, object], field: str
-) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_with_another_adapter_is_refused(run: TinyRun, change: dict[str, object], field: str) -> None:
     digest_after(run, 1)
     other = {**TLORA, **change}
     if other["algo"] != "tlora":
@@ -111,15 +113,15 @@ def test_row_09_resume_with_another_adapter_is_refused(
         digest_after(run, 2)
 
 
-def test_row_09_resume_with_another_optimiser_is_refused(run: TinyRun) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_with_another_optimiser_is_refused(run: TinyRun) -> None:
     digest_after(run, 1)
     with pytest.raises(CheckpointError, match=r"optimizer +'adamw' in the checkpoint, 'prodigy'"):
         digest_after(run, 2, optimizer="prodigy")
 
 
-def test_row_09_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(
-    tmp_path: Path, run: TinyRun
-) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(tmp_path: Path, run: TinyRun) -> None:
     digest_after(run, 1)
     save_tiny_sdxl(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="base weights"):
@@ -128,7 +130,8 @@ def test_row_09_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(
     digest_after(run, 2, pretrained_model_name_or_path=str(tmp_path / "moved"))
 
 
-def test_row_09_safe_settings_may_change(run: TinyRun) -> None:
+@pytest.mark.reliability_row(9)
+def test_safe_settings_may_change(run: TinyRun) -> None:
     digest_after(run, 2)
     digest_after(run, 4, learning_rate=5e-4, checkpoint_step_interval=3, max_grad_norm=0.5)
     assert [line["lr"] for line in run.log()] == [5e-4, 1e-3, 5e-4, 5e-4]
@@ -140,7 +143,8 @@ def test_named_checkpoint_begins_a_second_branch(run: TinyRun) -> None:
     assert [line["step"] for line in run.log()] == [1, 2, 3]
 
 
-def test_row_01_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(1)
+def test_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
     keys = {"max_train_steps": 30, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}
     whole = TinyRun(tmp_path / "whole")
     with whole.trainer(**keys) as trainer:
@@ -158,7 +162,8 @@ def test_row_01_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, 
     assert not list(run.output_dir.glob(".partial*"))
 
 
-def test_row_08_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(8)
+def test_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
     keys = {"checkpoint_step_interval": 0, "gradient_accumulation_steps": 2}
     whole = TinyRun(tmp_path / "whole")
     assert whole.run(**keys, max_train_steps=6, train_batch_size=2, lr_scheduler="constant") == 0

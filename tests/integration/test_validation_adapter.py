@@ -236,7 +236,8 @@ def run_command(run: TinyRun) -> int:
     return command.main(["--config", str(run.folder / "config.json")])
 
 
-def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -250,7 +251,8 @@ def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_
     assert (steps(other), steps(run)) == (2, 2)
 
 
-def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
+@pytest.mark.reliability_row(3)
+def test_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -260,7 +262,8 @@ def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_nex
     assert run_command(run) == 0
 
 
-def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_pictures_are_made_ends_before_the_first_step(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded_adapter = comparison.loaded_adapter

@@ -267,7 +267,8 @@ def test_header_that_would_fill_the_memory_is_refused_before_it_is_read(
         single_file.names_in(file)
 
 
-def test_row_23_a_hostile_name_is_shortened_and_harmless_in_the_message(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_a_hostile_name_is_shortened_and_harmless_in_the_message(tmp_path: Path) -> None:
     save_file({"\x1b[2J\n" + "x" * 100_000 + ".scale_weight": torch.ones(1)}, tmp_path / "t.safetensors")
     with pytest.raises(ModelError) as caught:
         SingleFile(tmp_path / "t.safetensors", DENOISER_PREFIX).tensors()

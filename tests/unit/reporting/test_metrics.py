@@ -91,7 +91,8 @@ def test_window_passes_on_the_wish_to_stop_and_knows_no_rank_without_a_schedule(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_row_12_window_refuses_a_loss_that_is_not_finite_naming_step_sample_and_timestep(
+@pytest.mark.reliability_row(12)
+def test_window_refuses_a_loss_that_is_not_finite_naming_step_sample_and_timestep(
     accelerator: Accelerator, value: float
 ) -> None:
     window = window_of(1.0, value)
@@ -102,7 +103,8 @@ def test_row_12_window_refuses_a_loss_that_is_not_finite_naming_step_sample_and_
     assert "a.png" not in str(info.value)
 
 
-def test_row_12_window_refuses_a_gradient_that_is_not_finite(accelerator: Accelerator) -> None:
+@pytest.mark.reliability_row(12)
+def test_window_refuses_a_gradient_that_is_not_finite(accelerator: Accelerator) -> None:
     with pytest.raises(TrainingError, match=r"Step 7: the gradient.*cats/a\.png at timestep 100"):
         window_of(1.0).measure(accelerator, grad_norm=torch.tensor(math.nan), stop=False, step=7)
 
