@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from package_source import PACKAGE, Module, assert_only, functions, modules
+
+from tests.architecture.package_source import PACKAGE, Module, assert_only, functions, modules
 
 # "module name" -> why an attribute is looked up by name there.
 GUESSING: dict[str, str] = {

@@ -7,7 +7,8 @@ import sys
 import tomllib
 
 import pytest
-from package_source import PACKAGE, REPOSITORY, Module, folder_of, imports, modules
+
+from tests.architecture.package_source import PACKAGE, REPOSITORY, Module, folder_of, imports, modules
 
 # Lowest first; units of one layer do not import each other.
 LAYERS = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 
 import pytest
-from package_source import Function, Module, assert_only, functions, modules
+
+from tests.architecture.package_source import Function, Module, assert_only, functions, modules
 
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 60

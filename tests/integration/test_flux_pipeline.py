@@ -15,13 +15,13 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
-from flux_pipelines import CASES, TEXT_TO_IMAGE, Case, attach, sample, stock
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.models.flux import pipeline as bundled
+from tests.integration.flux_pipelines import CASES, TEXT_TO_IMAGE, Case, attach, sample, stock
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}

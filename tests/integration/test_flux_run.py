@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flux_pipelines import TEXT_TO_IMAGE, sample, stock, tiny_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import TLORA, TinyRun, gradients
 from typer.testing import CliRunner
 
 from simpletuner import cli
@@ -21,6 +19,8 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.training.trainer import ADAPTER_FILE, to_device
+from tests.integration.flux_pipelines import TEXT_TO_IMAGE, sample, stock, tiny_flux
+from tests.integration.tiny_runs import TLORA, TinyRun, gradients
 
 GENERIC = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
 NUM_LAYERS = 2 * (8 + 4) + 2 * (3 + 2)

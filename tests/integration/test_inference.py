@@ -14,8 +14,6 @@ import pytest
 import torch
 import torch._dynamo
 from lycoris.modules.tlora import TLoraModule, get_timestep_mask
-from tiny_pipelines import load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 from torch import nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
@@ -26,6 +24,8 @@ from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
+from tests.integration.tiny_pipelines import load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 STOCK = diffusers.StableDiffusionXLPipeline
 

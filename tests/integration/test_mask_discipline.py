@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
-from tiny_pipelines import attach, load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +20,8 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from tests.integration.tiny_pipelines import attach, load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 TIMESTEPS = (900, 100, 500)
 

@@ -11,8 +11,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from test_several_processes import TORCHRUN
-from tiny_runs import TLORA, TinyRun, start, tiny_model
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
@@ -20,6 +18,8 @@ from simpletuner.helpers.configuration.schema.model_sections import Precision
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.test_several_processes import TORCHRUN
+from tests.integration.tiny_runs import TLORA, TinyRun, start, tiny_model
 
 PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
 PICTURES: dict[str, object] = {

@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import TinyRun
 from torch import Tensor
 
 from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.tiny_runs import TinyRun
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what these tests share, once
 SCRIPT = """

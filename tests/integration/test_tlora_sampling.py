@@ -20,8 +20,6 @@ from diffusers import (
 )
 from lycoris import create_lycoris_from_weights
 from PIL import Image
-from tiny_pipelines import attach, load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
@@ -33,6 +31,8 @@ from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from tests.integration.tiny_pipelines import attach, load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 CONFIG = {"max_rank": 8, "min_rank": 2, "alpha": 1.0}

@@ -10,13 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from original_layout import (
-    diffusers_tensors,
-    save_whole_checkpoint,
-    unet_tensors,
-    vae_tensors,
-    with_prefix,
-)
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +20,13 @@ from simpletuner.helpers.models import single_file
 from simpletuner.helpers.models.flux.tiny import make_transformer
 from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.models.single_file import DENOISER_PREFIX, SingleFile, load_single_file
+from tests.integration.original_layout import (
+    diffusers_tensors,
+    save_whole_checkpoint,
+    unet_tensors,
+    vae_tensors,
+    with_prefix,
+)
 
 MakeSDXL = Callable[..., SDXL]
 WEIGHTS = "*.safetensors"
