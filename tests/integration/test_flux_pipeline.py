@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,12 +30,6 @@ SCHEDULERS: dict[Any, dict[str, Any]] = {
     DPMSolverMultistepScheduler: FLOW,
     UniPCMultistepScheduler: FLOW,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def record_steps(

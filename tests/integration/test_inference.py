@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,6 @@ from tests.integration.tiny_pipelines import load, sample, trained_adapter_file
 from tests.integration.tiny_runs import tiny_model
 
 STOCK = diffusers.StableDiffusionXLPipeline
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def reference(strength: float = 1.0, **options: Any) -> np.ndarray:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
-from tests.integration.tiny_runs import TLORA, TinyRun, start, wait_for_steps
+from tests.integration.processes import wait_for_all
+from tests.integration.tiny_runs import TLORA, TinyRun, start, start_pair, wait_for_steps
 
 
 class Killed(BaseException):
@@ -154,10 +155,10 @@ def test_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: Ti
         process = start(run, **keys)
         wait_for_steps(run, steps_until_kill, process=process)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    output, errors = start(run, **keys).communicate(timeout=120)
-    assert f"digest {expected}" in output, errors
+        assert process.wait() == -signal.SIGKILL
+    last = start(run, **keys)
+    assert last.wait() == 0, last.errors()
+    assert f"digest {expected}" in last.output()
     assert run.log() == whole.log()
     assert not list(run.output_dir.glob(".partial*"))
 
@@ -170,9 +171,7 @@ def test_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: Tin
     one = {**keys, "train_batch_size": 2, "lr_scheduler": "constant"}
     two = {**keys, "train_batch_size": 1, "lr_scheduler": "constant"}
     assert run.run(**one, max_train_steps=2) == 0
-    pair = start(run, "-m", "torch.distributed.run", "--nproc_per_node", "2", **two, max_train_steps=4)
-    _, errors = pair.communicate(timeout=200)
-    assert pair.returncode == 0, errors
+    wait_for_all(start_pair(run, **two, max_train_steps=4))
     assert run.run(**one, max_train_steps=6) == 0
     for ours, theirs in zip(run.log(), whole.log(), strict=True):
         assert ours["samples"] == theirs["samples"]

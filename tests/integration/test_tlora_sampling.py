@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,6 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def adapter_file() -> Path:
     return trained_adapter_file()
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def record_steps(
