@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,10 @@ from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
 from tests.integration.processes import wait_for_all
+from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TLORA, TinyRun, start, start_pair, wait_for_steps
+
+YEAR_S = 365 * 24 * 3600
 
 
 class Killed(BaseException):
@@ -177,6 +184,28 @@ def test_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: Tin
         assert ours["samples"] == theirs["samples"]
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
         assert ours["mean_active_rank"] == pytest.approx(theirs["mean_active_rank"], abs=1e-6)
+
+
+@pytest.mark.reliability_row(30)
+def test_clock_that_runs_backwards_changes_nothing(
+    tmp_path: Path, run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"checkpoint_step_interval": 1, "lr_scheduler": "constant", **PICTURES}
+    whole = TinyRun(tmp_path / "whole", keys=keys)
+    expected = digest_after(whole, 4)
+    run.keys = keys
+    digest_after(run, 2)
+    os.utime(run.output_dir / "checkpoint-2", (0, 0))
+    back_s = itertools.count(YEAR_S, YEAR_S)  # each look at the clock finds it a year further back
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() - next(back_s))
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() - next(back_s) * 10**9)
+    with run.trainer(max_train_steps=4) as trainer:
+        assert trainer.progress.step == 2
+        assert trainer.run() == 0
+        assert trainer.state_digest() == expected
+    assert run.log() == whole.log()
+    lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in lines)
 
 
 def test_output_folder_can_be_moved_between_two_starts(tmp_path: Path, run: TinyRun) -> None:
