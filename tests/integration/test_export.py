@@ -15,8 +15,6 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import attach, load
-from tiny_runs import TinyRun, tiny_model
 from torch import Tensor
 
 from simpletuner import cli
@@ -27,6 +25,8 @@ from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.spec import SPEC
+from tests.integration.tiny_pipelines import attach, load
+from tests.integration.tiny_runs import TinyRun, tiny_model
 
 STOCK = diffusers.StableDiffusionXLPipeline
 FAMILIES = registry.specs()

@@ -16,7 +16,6 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_runs import TLORA, TinyRun
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
@@ -27,6 +26,7 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.training.trainer import Trainer, to_device
+from tests.integration.tiny_runs import TLORA, TinyRun
 
 THREE_CLASSES = ["Flux2Attention", "Flux2FeedForward", "Flux2ParallelSelfAttention"]
 """As users of other trainers write them."""

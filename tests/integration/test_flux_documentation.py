@@ -20,7 +20,6 @@ import pytest
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from scipy.stats import norm
-from tiny_runs import reset_accelerate
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -35,6 +34,7 @@ from simpletuner.helpers.models.flux2.spec import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.build import build_trainer
+from tests.integration.tiny_runs import reset_accelerate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ("config.json", "lycoris_tlora.json", "multidatabackend.json")

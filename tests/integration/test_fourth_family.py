@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import TinyRun
 
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -31,6 +30,7 @@ from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
+from tests.integration.tiny_runs import TinyRun
 
 BLOCK = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.+?)```", re.DOTALL)
 FILES = {"spec.py", "family.py", "parts.py", "pipeline.py", "tiny.py"}

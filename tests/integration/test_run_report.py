@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synthetic_run import Page, code_of
-from tiny_runs import TinyRun
 
 from simpletuner import cli
 from simpletuner.helpers.errors import TrainingError
@@ -22,6 +20,8 @@ from simpletuner.helpers.reporting.html_report import writer
 from simpletuner.helpers.reporting.html_report.folder import read_run
 from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.training.trainer import Trainer
+from tests.integration.synthetic_run import Page, code_of
+from tests.integration.tiny_runs import TinyRun
 
 PROMPT = 'a "photo" of <b>sks</b> cat'
 PICTURES = {

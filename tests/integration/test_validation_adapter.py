@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from simpletuner.helpers.sampling import comparison
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training import runs, validation
 from simpletuner.helpers.training.trainer import Trainer
+from tests.integration.processes import start_ranks
 from tests.integration.test_preemption import signal_at
 from tests.integration.test_validation import PICTURES, pixels
 from tests.integration.tiny_runs import TLORA, TinyRun, reset_accelerate, tiny_model
@@ -237,7 +235,8 @@ def run_command(run: TinyRun) -> int:
     return command.main(["--config", str(run.folder / "config.json")])
 
 
-def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -251,7 +250,8 @@ def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_
     assert (steps(other), steps(run)) == (2, 2)
 
 
-def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
+@pytest.mark.reliability_row(3)
+def test_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -261,7 +261,8 @@ def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_nex
     assert run_command(run) == 0
 
 
-def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_pictures_are_made_ends_before_the_first_step(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded_adapter = comparison.loaded_adapter
@@ -280,16 +281,15 @@ import os, signal, sys
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.reporting.run_summary import RunSummary
+from simpletuner.helpers.reporting import run_summary
 from simpletuner.helpers.training import runs
-save = RunSummary.save
+save = run_summary.RunSummary.save
 def stopped(self, output_dir):
     if len(sys.argv) > 2:
         os.kill(os.getpid(), signal.SIGTERM)
     save(self, output_dir)
-RunSummary.save = stopped
-code = runs.train(load_config(Path(sys.argv[1]), families=registry.specs()))
-(Path(sys.argv[1]).parent / f"code-{os.environ['RANK']}").write_text(str(code))
+run_summary.RunSummary.save = stopped
+sys.exit(runs.train(load_config(Path(sys.argv[1]), families=registry.specs())))
 """
 
 
@@ -302,11 +302,8 @@ def test_two_processes_train_both_runs_and_agree_on_a_signal_between_them(
 
     def codes(*arguments: str) -> list[int]:
         run.config()
-        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-        script = (str(tmp_path / "script.py"), str(run.folder / "config.json"), *arguments)
-        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
-        subprocess.run([sys.executable, *launcher, *script], env=environment, check=True, timeout=120)
-        return [int((run.folder / f"code-{rank}").read_text()) for rank in (0, 1)]
+        pair = start_ranks(tmp_path / "script.py", run.folder / "config.json", *arguments)
+        return [each.wait() for each in pair]
 
     assert codes("stop") == [EXIT_PREEMPTED] * 2
     assert (steps(other), steps(run)) == (2, 0)

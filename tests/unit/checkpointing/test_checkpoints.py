@@ -108,7 +108,8 @@ def test_latest_in_an_empty_folder_starts_anew(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["state", COMPATIBILITY_FILE, CONFIG_FILE, "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_row_06_damaged_checkpoint_is_passed_over_for_the_previous_one(
+@pytest.mark.reliability_row(6)
+def test_damaged_checkpoint_is_passed_over_for_the_previous_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     save(make(tmp_path), 3, 6)
@@ -127,7 +128,8 @@ def test_row_06_damaged_checkpoint_is_passed_over_for_the_previous_one(
     assert "checkpoint-6" in caplog.text
 
 
-def test_row_06_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(6)
+def test_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     (tmp_path / "checkpoint-3" / "state").write_text("other")
     with pytest.raises(CheckpointError, match="1 checkpoints"):
@@ -164,7 +166,8 @@ def test_starting_anew_on_top_of_checkpoints_is_refused(tmp_path: Path) -> None:
         find(tmp_path, resume_from_checkpoint="none")
 
 
-def test_row_09_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(9)
+def test_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     config = CheckpointConfig(output_dir=str(tmp_path))
     with pytest.raises(CheckpointError, match="linear_dim  8 in the checkpoint, 16 in the config") as info:
@@ -172,7 +175,8 @@ def test_row_09_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path:
     assert "optimizer" not in str(info.value)
 
 
-def test_row_09_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(9)
+def test_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     found = find(tmp_path)
     assert found is not None
@@ -199,7 +203,8 @@ def crash_points_of_a_save(folder: Path) -> list[str]:
     return list(dict.fromkeys(passed))
 
 
-def test_row_02_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(2)
+def test_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
     stages = crash_points_of_a_save(tmp_path / "stages")
     assert {"folder.before_manifest", "folder.before_rename", "checkpoint.pruning"} <= set(stages)
     for stage in stages:
@@ -220,7 +225,8 @@ def test_row_02_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tm
         assert all(name.startswith("checkpoint-") for name in names(folder))
 
 
-def test_row_05_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(5)
+def test_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path: Path) -> None:
     checkpoints = make(tmp_path)
     save(checkpoints, 3)
 

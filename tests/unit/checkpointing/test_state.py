@@ -134,7 +134,8 @@ def test_state_files_hold_no_pickle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [ADAPTER_STATE_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
-def test_row_07_state_with_a_missing_or_garbage_file_is_refused(
+@pytest.mark.reliability_row(7)
+def test_state_with_a_missing_or_garbage_file_is_refused(
     tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     state = new_state()

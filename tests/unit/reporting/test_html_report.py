@@ -18,7 +18,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import BANDS, NASTY, SECRET, Page, SyntheticRun, code_of, record
 
 from simpletuner.helpers.reporting.html_report import gallery, writer
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart, nice_ticks
@@ -33,6 +32,7 @@ from simpletuner.helpers.reporting.html_report.markup import (
 from simpletuner.helpers.reporting.html_report.page import write_page
 from simpletuner.helpers.reporting.html_report.series import Points, downsample, read_log, smooth
 from simpletuner.helpers.reporting.html_report.writer import RunPage
+from tests.integration.synthetic_run import BANDS, NASTY, SECRET, Page, SyntheticRun, code_of, record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

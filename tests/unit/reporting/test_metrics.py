@@ -150,7 +150,8 @@ def test_metrics_agree_on_a_stop_and_have_no_rank_without_a_schedule(accelerator
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_row_12_loss_that_is_not_finite_is_refused_naming_step_sample_and_timestep(
+@pytest.mark.reliability_row(12)
+def test_loss_that_is_not_finite_is_refused_naming_step_sample_and_timestep(
     accelerator: Accelerator, value: float
 ) -> None:
     with pytest.raises(TrainingError, match=r"Step 7: .*(nan|inf).*cats/b\.png at timestep 200") as info:
@@ -158,7 +159,8 @@ def test_row_12_loss_that_is_not_finite_is_refused_naming_step_sample_and_timest
     assert "a.png" not in str(info.value)
 
 
-def test_row_12_gradient_that_is_not_finite_is_refused(accelerator: Accelerator) -> None:
+@pytest.mark.reliability_row(12)
+def test_gradient_that_is_not_finite_is_refused(accelerator: Accelerator) -> None:
     with pytest.raises(TrainingError, match=r"Step 7: the gradient.*cats/a\.png at timestep 100"):
         accumulated(1.0, grad_norm=math.nan).reduce(accelerator, step=7, stop=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.sampling.prompts import expand_prompts
@@ -27,7 +29,8 @@ def test_every_prompt_size_and_seed_is_one_image_with_a_name_of_its_own() -> Non
     assert len({prompt.name for prompt in prompts}) == len(prompts) == 8
 
 
-def test_row_21_name_of_a_prompt_cannot_leave_the_folder() -> None:
+@pytest.mark.reliability_row(21)
+def test_name_of_a_prompt_cannot_leave_the_folder() -> None:
     assert all("/" not in prompt.name for prompt in expand_prompts(config(), seed=7))
 
 
