@@ -125,7 +125,7 @@ def sample_command(
         adapter=adapter,
         prompts=prompt,
         model=_given(model_family=family, pretrained_model_name_or_path=model),
-        pictures=_given(
+        validation=_given(
             validation_negative_prompt=negative,
             validation_resolution=size,
             validation_num_inference_steps=steps,

@@ -14,23 +14,23 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.logs import configure_logging
+from simpletuner.helpers.io.run_folder import EXIT_FILE
 from simpletuner.helpers.models import registry
 
 DEFAULT_CONFIG = Path("config/config.json")
-EXIT_FILE = "exit.json"
 EXIT_FAILED = 1
-EXIT_STOPPED = 75
 OUTCOMES = {
     0: "done",
     EXIT_FAILED: "failed",
     2: "bad configuration",
     3: "nothing to resume",
-    EXIT_STOPPED: "stopped by a signal, the same command goes on",
+    EXIT_PREEMPTED: "stopped by a signal, the same command goes on",
 }
 LAUNCH_DIR = "SIMPLETUNER_LAUNCH_DIR"
 """Names the folder in which train.sh finds its workers' process ids and reads the exit code of the first."""
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main_process() or not isinstance(error, ConfigError):
             _say(str(error))
     except KeyboardInterrupt:
-        code = EXIT_STOPPED
+        code = EXIT_PREEMPTED
         _say("Stopped by a signal before training began. The same command starts again.")
     finally:
         code = _failed_elsewhere(code)
@@ -127,7 +127,7 @@ def _register_with_launcher() -> None:
 def _failed_elsewhere(code: int) -> int:
     """The code, but 1 for a stop train.sh did not ask for: the launcher ends all when one process fails."""
     folder = os.environ.get(LAUNCH_DIR)
-    if code != EXIT_STOPPED or folder is None or (Path(folder) / SIGNALLED).exists():
+    if code != EXIT_PREEMPTED or folder is None or (Path(folder) / SIGNALLED).exists():
         return code
     _say("Stopped by the launcher because another process of this run failed.")
     return EXIT_FAILED
@@ -164,7 +164,7 @@ def _process_status(code: int) -> int:
     They may still be writing the checkpoint that an agreed stop leaves, so for train.sh, which reads the real
     code from its folder, that stop is no failure.
     """
-    return 0 if code == EXIT_STOPPED and LAUNCH_DIR in os.environ else code
+    return 0 if code == EXIT_PREEMPTED and LAUNCH_DIR in os.environ else code
 
 
 if __name__ == "__main__":

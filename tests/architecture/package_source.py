@@ -94,6 +94,13 @@ def imports(module: Module) -> Iterator[Import]:
                 yield Import(target if known else node.module, node.lineno, id(node) in for_types)
 
 
+@cache
+def graph() -> dict[str, set[str]]:
+    """Dotted name of each module -> modules of the package that it imports, for types or late included."""
+    names = {module.dotted for module in modules()}
+    return {module.dotted: {each.target for each in imports(module)} & names for module in modules()}
+
+
 def is_module(dotted: str) -> bool:
     """Whether a dotted name is a module or folder of the package."""
     path = REPOSITORY.joinpath(*dotted.split("."))

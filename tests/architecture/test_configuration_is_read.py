@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 
-from package_source import Module, assert_only, modules
+from tests.architecture.package_source import Module, assert_only, modules
 
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"

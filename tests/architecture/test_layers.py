@@ -6,13 +6,21 @@ import re
 import sys
 import tomllib
 
-import pytest
-from package_source import PACKAGE, REPOSITORY, Module, folder_of, imports, modules
+from tests.architecture.package_source import (
+    PACKAGE,
+    REPOSITORY,
+    folder_of,
+    graph,
+    imports,
+    is_module,
+    modules,
+)
 
 # Lowest first; units of one layer do not import each other.
 LAYERS = (
     ("package", "errors", "contracts", "randomness"),
     ("io",),
+    ("choices",),
     ("configuration",),
     ("adapters", "caching"),
     ("data", "models", "publishing"),
@@ -22,6 +30,18 @@ LAYERS = (
     ("entry",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+
+# Folder -> its parts that have an order, lowest first: none imports a later one. Every part is held by the
+# test against circles besides.
+NESTED = {
+    "adapters": ("tlora", "files", "network", "inference"),
+    "configuration": ("text", "schema", "loading", "load", "reference"),
+    "reporting": ("metrics", "html_report"),
+    "training": ("trainer", "build", "runs"),
+}
+
+# The demo is SDXL and makes its model from that family's parts.
+FAMILY_USERS = ("simpletuner.demo.",)
 
 # Library -> where it may be imported, as the start of a path below simpletuner/.
 PLACES = {
@@ -47,15 +67,15 @@ DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "huggingface_hub": 
 BROUGHT_BY = {"tokenizers": "transformers", "pydantic_core": "pydantic"}
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_imports_point_to_a_lower_layer_or_the_same_folder(module: Module) -> None:
+def test_imports_point_to_a_lower_layer_or_the_same_folder() -> None:
     wrong = [
-        f"line {each.line}: {each.target}"
+        f"{module}:{each.line} {each.target}"
+        for module in modules()
         for each in imports(module)
         if each.target.split(".")[0] == "simpletuner"
         and not _points_down(module.folder, folder_of(each.target))
     ]
-    assert not wrong, f"{module} imports sideways or upwards: {wrong}"
+    assert not wrong, f"sideways or upwards: {wrong}"
 
 
 def _points_down(source: str, target: str) -> bool:
@@ -67,40 +87,88 @@ def test_every_folder_has_a_layer() -> None:
     assert not unknown, f"say in LAYERS where {sorted(unknown)} belong"
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_libraries_are_imported_in_their_place_only(module: Module) -> None:
-    place = module.path.relative_to(PACKAGE).as_posix()
+def test_parts_of_a_folder_keep_their_order() -> None:
     wrong = [
-        f"line {each.line}: {each.target}"
-        for each in imports(module)
-        if not place.startswith(PLACES.get(each.target.split(".")[0], ("",)))
+        f"{source} imports {target}"
+        for folder, order in NESTED.items()
+        for source, targets in graph().items()
+        for target in targets
+        if not _keeps_order(_part(source, folder), _part(target, folder), order)
     ]
-    assert not wrong, f"{module}: {wrong}; places are {PLACES}"
+    assert not wrong, f"against NESTED: {wrong}"
+    unknown = [
+        f"{folder}.{part}"
+        for folder, order in NESTED.items()
+        for part in order
+        if not is_module(f"{_HELPERS}.{folder}.{part}")
+    ]
+    assert not unknown, f"in NESTED and not in the package: {unknown}"
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_a_family_does_not_import_another(module: Module) -> None:
-    parts = module.path.relative_to(PACKAGE).parts
-    if parts[:2] != ("helpers", "models") or len(parts) < 4:
-        return
-    families = {path.name for path in (PACKAGE / "helpers" / "models").iterdir() if path.is_dir()}
-    named = {each.target.split(".")[3] for each in imports(module) if each.target.startswith(_MODELS + ".")}
-    assert not named & (families - {parts[2]})
+def _part(dotted: str, folder: str) -> str:
+    """The subfolder, or the module directly in the folder, that holds a module; "" for one of elsewhere."""
+    inside = dotted.removeprefix(f"{_HELPERS}.{folder}.")
+    return "" if inside == dotted else inside.split(".")[0]
 
 
-_MODELS = "simpletuner.helpers.models"
+def _keeps_order(source: str, target: str, order: tuple[str, ...]) -> bool:
+    if source not in order or target not in order:
+        return True
+    return order.index(target) <= order.index(source)
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_every_third_party_import_is_declared(module: Module) -> None:
+_HELPERS = "simpletuner.helpers"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    left = graph()
+    # What imports nothing that is left is in no circle, and neither is what nothing left imports.
+    while outside := left.keys() - _in_both_directions(left):
+        left = {name: targets - outside for name, targets in left.items() if name not in outside}
+    assert not left, f"each is imported by another of these: {left}"
+
+
+def _in_both_directions(graph: dict[str, set[str]]) -> set[str]:
+    return {name for name, targets in graph.items() if targets} & set().union(*graph.values())
+
+
+def test_libraries_are_imported_in_their_place_only() -> None:
+    wrong = [
+        f"{module}:{each.line} {each.target}"
+        for module in modules()
+        for each in imports(module)
+        if not module.path.relative_to(PACKAGE)
+        .as_posix()
+        .startswith(PLACES.get(each.target.split(".")[0], ("",)))
+    ]
+    assert not wrong, f"{wrong}; places are {PLACES}"
+
+
+def test_no_module_imports_a_model_family_but_its_own_folder() -> None:
+    families = {path.parent.name for path in (PACKAGE / "helpers" / "models").glob("*/family.py")}
+    assert len(families) >= 3, "the families were not found"
+    wrong = [
+        f"{source} imports {target}"
+        for source, targets in graph().items()
+        for target in targets
+        if (family := _part(target, "models")) in families
+        and _part(source, "models") != family
+        and not source.startswith(FAMILY_USERS)
+    ]
+    assert not wrong
+
+
+def test_every_third_party_import_is_declared() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     requirements = project["dependencies"] + [each for extra in extras.values() for each in extra]
     declared = {re.split(r"[<>=!~\[; ]", each)[0] for each in requirements}
-    roots = (
-        {each.target.split(".")[0] for each in imports(module)} - {"simpletuner"} - sys.stdlib_module_names
-    )
-    needed = {BROUGHT_BY.get(root, DISTRIBUTIONS.get(root, root)) for root in roots}
-    assert needed <= declared, (
-        f"{module} imports what pyproject.toml does not name: {sorted(needed - declared)}"
-    )
+    known = sys.stdlib_module_names | {"simpletuner"}
+    undeclared = [
+        f"{module}:{each.line} {root}"
+        for module in modules()
+        for each in imports(module)
+        if (root := each.target.split(".")[0]) not in known
+        and BROUGHT_BY.get(root, DISTRIBUTIONS.get(root, root)) not in declared
+    ]
+    assert not undeclared, f"not named in pyproject.toml: {undeclared}"

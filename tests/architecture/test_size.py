@@ -1,15 +1,14 @@
-"""Modules and functions stay small enough to be read."""
+"""Modules and functions stay small enough to be read; ruff holds the complexity."""
 
 from __future__ import annotations
 
 import ast
 
-import pytest
-from package_source import Function, Module, assert_only, functions, modules
+from tests.architecture.package_source import Function, Module, assert_only, functions, modules
 
-MAX_MODULE_LINES = 400
-MAX_FUNCTION_LINES = 60
-MAX_PARAMETERS = 6
+MAX_MODULE_LINES = 600
+MAX_FUNCTION_LINES = 100
+MAX_PARAMETERS = 8
 MAX_NESTING = 3
 # weighted_mse(prediction, target, weight) reads well; with a fourth nobody knows which is which.
 MAX_POSITIONAL = 3
@@ -34,26 +33,22 @@ POSITIONAL_FLAGS: dict[str, str] = {
 _BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_a_module_has_at_most_400_lines(module: Module) -> None:
-    assert len(module.path.read_text(encoding="utf-8").splitlines()) <= MAX_MODULE_LINES
+def test_a_module_has_at_most_600_lines() -> None:
+    lines = {str(each): len(each.path.read_text(encoding="utf-8").splitlines()) for each in modules()}
+    assert not {module: count for module, count in lines.items() if count > MAX_MODULE_LINES}
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_a_function_has_at_most_60_lines(module: Module) -> None:
-    long = {
-        name: _num_lines(each) for name, each in functions(module) if _num_lines(each) > MAX_FUNCTION_LINES
-    }
-    assert not long
+def test_a_function_has_at_most_100_lines() -> None:
+    lines = {f"{module} {name}": _num_lines(each) for module, name, each in _all()}
+    assert not {function: count for function, count in lines.items() if count > MAX_FUNCTION_LINES}
 
 
-@pytest.mark.parametrize("module", modules(), ids=str)
-def test_a_function_nests_at_most_3_blocks(module: Module) -> None:
-    deep = {name: _nesting(each) for name, each in functions(module) if _nesting(each) > MAX_NESTING}
-    assert not deep
+def test_a_function_nests_at_most_3_blocks() -> None:
+    nesting = {f"{module} {name}": _nesting(each) for module, name, each in _all()}
+    assert not {function: depth for function, depth in nesting.items() if depth > MAX_NESTING}
 
 
-def test_a_function_has_at_most_6_parameters() -> None:
+def test_a_function_has_at_most_8_parameters() -> None:
     many = {f"{module} {name}" for module, name, each in _all() if _num_parameters(each) > MAX_PARAMETERS}
     assert_only(many, allowed=MORE_PARAMETERS)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.integration.processes import start
 
 SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "bench_step", "bench_own_python"]
 
@@ -15,10 +14,7 @@ SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "benc
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_benchmark_runs_and_prints_a_table(name: str, repository: Path) -> None:
     script = repository / "tests" / "benchmarks" / f"{name}.py"
-    environment = {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(script), "--quick"], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "|---|" in result.stdout
+    running = start(script, "--quick")
+    assert running.wait() == 0, running.errors()[-2000:]
+    assert "|---|" in running.output()
     assert f"{name}.py" in (repository / "documentation" / "benchmarks.md").read_text()

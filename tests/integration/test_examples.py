@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tiny_runs import reset_accelerate, tiny_model
 
 from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.configuration.examples import copy_example, examples
@@ -23,6 +22,7 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.training.build import build_trainer
+from tests.integration.tiny_runs import reset_accelerate, tiny_model
 
 LARGEST_RANK = 16
 ALGORITHMS = {"tlora": "T-LoRA", "lora": "LoRA in diffusers' format", "lokr": "LoKr"}

@@ -15,8 +15,6 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import attach, load
-from tiny_runs import TinyRun, tiny_model
 from torch import Tensor
 
 from simpletuner import cli
@@ -24,9 +22,11 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.spec import SPEC
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.tiny_pipelines import attach, load
+from tests.integration.tiny_runs import TinyRun, tiny_model
 
 STOCK = diffusers.StableDiffusionXLPipeline
 FAMILIES = registry.specs()

@@ -16,16 +16,17 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_runs import TLORA, TinyRun
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer, to_device
+from simpletuner.helpers.training.trainer import Trainer, to_device
+from tests.integration.tiny_runs import TLORA, TinyRun
 
 THREE_CLASSES = ["Flux2Attention", "Flux2FeedForward", "Flux2ParallelSelfAttention"]
 """As users of other trainers write them."""

@@ -20,11 +20,11 @@ import pytest
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from scipy.stats import norm
-from tiny_runs import reset_accelerate
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flow_matching import DynamicShift, shift_sigma, sigma_to_timestep
 from simpletuner.helpers.models.flux.spec import FLAVOURS
@@ -34,7 +34,7 @@ from simpletuner.helpers.models.flux2.spec import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.build import build_trainer
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.tiny_runs import reset_accelerate
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FILES = ("config.json", "lycoris_tlora.json", "multidatabackend.json")
@@ -171,7 +171,7 @@ def test_recipe_and_command_make_the_loaders_picture_and_are_really_masked(
         adapter=Path(ADAPTER_FILE),
         prompts=["a photo of sks cat on a beach"],
         model={},
-        pictures={"validation_num_inference_steps": 3, "validation_resolution": "64"},
+        validation={"validation_num_inference_steps": 3, "validation_resolution": "64"},
         dtype="fp32",
         options={},
     )

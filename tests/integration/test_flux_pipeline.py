@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from diffusers import (
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
 )
-from flux_pipelines import CASES, TEXT_TO_IMAGE, Case, attach, sample, stock
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.models.flux import pipeline as bundled
+from tests.integration.flux_pipelines import CASES, TEXT_TO_IMAGE, Case, attach, sample, stock
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -31,12 +30,6 @@ SCHEDULERS: dict[Any, dict[str, Any]] = {
     DPMSolverMultistepScheduler: FLOW,
     UniPCMultistepScheduler: FLOW,
 }
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def record_steps(

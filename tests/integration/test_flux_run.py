@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flux_pipelines import TEXT_TO_IMAGE, sample, stock, tiny_flux
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_runs import TLORA, TinyRun, gradients
 from typer.testing import CliRunner
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, to_device
+from simpletuner.helpers.training.trainer import to_device
+from tests.integration.flux_pipelines import TEXT_TO_IMAGE, sample, stock, tiny_flux
+from tests.integration.tiny_runs import TLORA, TinyRun, gradients
 
 GENERIC = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
 NUM_LAYERS = 2 * (8 + 4) + 2 * (3 + 2)
@@ -101,7 +102,8 @@ def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
+@pytest.mark.reliability_row(10)
+def test_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
     found = []
     for checkpointing in (False, True):
         run = make_run(tmp_path / str(checkpointing))
@@ -114,7 +116,8 @@ def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path,
     assert any(gradient.abs().max() > 0 for gradient in found[0])
 
 
-def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(4)
+def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
     keys = {"flux_guidance_mode": "random-range", "flow_use_beta_schedule": True}
     whole, parts = make_run(tmp_path / "whole"), make_run(tmp_path / "parts")
     assert whole.run(max_train_steps=4, **keys) == 0

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import TinyRun
 
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -27,10 +26,11 @@ from simpletuner.helpers.configuration.schema.model_sections import ModelConfig,
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.tiny_runs import TinyRun
 
 BLOCK = re.compile(r"<!-- file: (\w+\.py) -->\n```python\n(.+?)```", re.DOTALL)
 FILES = {"spec.py", "family.py", "parts.py", "pipeline.py", "tiny.py"}
@@ -126,7 +126,7 @@ def test_adapter_reloads_to_the_picture_of_the_last_validation(run: TinyRun, tmp
         adapter=run.output_dir / ADAPTER_FILE,
         prompts=[PROMPT],
         model={},
-        pictures={"validation_num_inference_steps": 3, "validation_resolution": "64", "validation_seed": 7},
+        validation={"validation_num_inference_steps": 3, "validation_resolution": "64", "validation_seed": 7},
         dtype="fp32",
         options={},
     )

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TinyRun, gradients
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
@@ -25,6 +24,7 @@ from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.sdxl.spec import SPEC as SDXL
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 from simpletuner.helpers.models.tiny_parts import fill_weights
+from tests.integration.tiny_runs import TinyRun, gradients
 
 CPU = torch.device("cpu")
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")

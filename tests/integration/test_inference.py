@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import pytest
 import torch
 import torch._dynamo
 from lycoris.modules.tlora import TLoraModule, get_timestep_mask
-from tiny_pipelines import load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 from torch import nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
@@ -26,14 +24,10 @@ from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
+from tests.integration.tiny_pipelines import load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 STOCK = diffusers.StableDiffusionXLPipeline
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def reference(strength: float = 1.0, **options: Any) -> np.ndarray:

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import attach, load, trained_adapter_file
-from tiny_runs import TinyRun, tiny_model
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.tiny_pipelines import attach, load, trained_adapter_file
+from tests.integration.tiny_runs import TinyRun, tiny_model
 
 
 def test_tlora_file_of_a_run_tells_everything_about_it(

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from layer_table import ALGORITHMS, MODELS, PAGE, TLORA, algorithms_of, jsons_of, lycoris, tables
 from torch import nn
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
@@ -21,6 +20,16 @@ from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
 from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.lycoris_defaults import default_lycoris_config
+from tests.integration.layer_table import (
+    ALGORITHMS,
+    MODELS,
+    PAGE,
+    TLORA,
+    algorithms_of,
+    jsons_of,
+    lycoris,
+    tables,
+)
 
 SDXL, FLUX, FLUX2_DEV, KLEIN_4B, KLEIN_9B = MODELS
 GENERIC = {"target_module": ["Attention", "FeedForward"]}

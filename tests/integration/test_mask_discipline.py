@@ -12,8 +12,6 @@ import pytest
 import torch
 import torch._dynamo
 from diffusers import UNet2DConditionModel
-from tiny_pipelines import attach, load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +20,8 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from tests.integration.tiny_pipelines import attach, load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 TIMESTEPS = (900, 100, 500)
 
@@ -69,7 +69,8 @@ def close(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-def test_row_10_recompute_of_either_kind_sees_the_mask_of_the_forward(reentrant: bool) -> None:
+@pytest.mark.reliability_row(10)
+def test_recompute_of_either_kind_sees_the_mask_of_the_forward(reentrant: bool) -> None:
     unet, adapter = adapted_unet()
     expected = gradients(unet, adapter)
     unet.conv_in.requires_grad_(True)  # reentrant checkpoints need an input that asks for a gradient
@@ -81,7 +82,8 @@ def test_row_10_recompute_of_either_kind_sees_the_mask_of_the_forward(reentrant:
     close(gradients(unet, adapter), expected)
 
 
-def test_row_10_step_after_one_that_raised_is_not_touched_by_it() -> None:
+@pytest.mark.reliability_row(10)
+def test_step_after_one_that_raised_is_not_touched_by_it() -> None:
     unet, adapter = adapted_unet()
     expected = gradients(unet, adapter)
     hook = unet.mid_block.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("inside")))
@@ -200,7 +202,8 @@ def test_compiled_training_step_gives_the_same_gradients_in_one_graph(
 
 
 @pytest.mark.gpu
-def test_row_10_recompute_on_autograds_own_threads_sees_the_mask() -> None:
+@pytest.mark.reliability_row(10)
+def test_recompute_on_autograds_own_threads_sees_the_mask() -> None:
     unet, adapter = adapted_unet()
     unet.cuda()
 

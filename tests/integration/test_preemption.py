@@ -14,7 +14,7 @@ from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempt
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.training.caches import CacheFiller
 from tests.integration.test_validation import PICTURES
-from tests.integration.tiny_runs import TinyRun, reset_accelerate, start, wait_for_steps
+from tests.integration.tiny_runs import TinyRun, reset_accelerate, start_pair, wait_for_steps
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
 
@@ -57,7 +57,8 @@ def finish(run: TinyRun, **keys: object) -> str:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_row_03_signal_in_mid_step_saves_and_ends_resumable(
+@pytest.mark.reliability_row(3)
+def test_signal_in_mid_step_saves_and_ends_resumable(
     run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     keys = {"checkpoint_step_interval": 0}
@@ -72,7 +73,8 @@ def test_row_03_signal_in_mid_step_saves_and_ends_resumable(
     assert finish(run, **keys) == expected(**keys)
 
 
-def test_row_03_signal_while_accumulating_waits_for_the_optimiser_step(
+@pytest.mark.reliability_row(3)
+def test_signal_while_accumulating_waits_for_the_optimiser_step(
     run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"gradient_accumulation_steps": 3, "checkpoint_step_interval": 0}
@@ -84,9 +86,8 @@ def test_row_03_signal_while_accumulating_waits_for_the_optimiser_step(
     assert finish(run, **keys) == expected(**keys)
 
 
-def test_row_03_signal_while_saving_finishes_the_checkpoint(
-    run: TinyRun, expected: Callable[..., str]
-) -> None:
+@pytest.mark.reliability_row(3)
+def test_signal_while_saving_finishes_the_checkpoint(run: TinyRun, expected: Callable[..., str]) -> None:
     def send(name: str) -> None:
         if name == "folder.before_manifest":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -97,7 +98,8 @@ def test_row_03_signal_while_saving_finishes_the_checkpoint(
     assert finish(run) == expected()
 
 
-def test_row_03_signal_while_validating_ends_at_once_and_the_pictures_are_made_later(
+@pytest.mark.reliability_row(3)
+def test_signal_while_validating_ends_at_once_and_the_pictures_are_made_later(
     run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {**PICTURES, "disable_benchmark": True}
@@ -113,7 +115,8 @@ def test_row_03_signal_while_validating_ends_at_once_and_the_pictures_are_made_l
     assert grid.is_file()
 
 
-def test_row_03_signal_in_the_last_validation_leaves_the_run_unfinished(
+@pytest.mark.reliability_row(3)
+def test_signal_in_the_last_validation_leaves_the_run_unfinished(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {**PICTURES, "disable_benchmark": True, "max_train_steps": 1}
@@ -126,7 +129,8 @@ def test_row_03_signal_in_the_last_validation_leaves_the_run_unfinished(
     assert (run.output_dir / "validation" / "step-1" / "grid.png").is_file()
 
 
-def test_row_03_signal_before_the_first_step_ends_without_a_checkpoint(
+@pytest.mark.reliability_row(3)
+def test_signal_before_the_first_step_ends_without_a_checkpoint(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with run.trainer(**PICTURES) as trainer:
@@ -138,7 +142,8 @@ def test_row_03_signal_before_the_first_step_ends_without_a_checkpoint(
 
 
 @pytest.mark.parametrize("stage", ["_images", "_texts"])
-def test_row_03_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
+@pytest.mark.reliability_row(3)
+def test_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
@@ -153,16 +158,13 @@ def test_row_03_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
     assert run.run() == 0
 
 
-def test_row_03_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(3)
+def test_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, keys={"max_train_steps": 100_000, "checkpoint_step_interval": 0})
-    pids = tmp_path / "pids"
-    pids.mkdir()
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
-    process = start(run, *launcher, environment={"PIDS": str(pids)})
-    wait_for_steps(run, 3, process=process)
-    os.kill(int((pids / "1").read_text()), signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    main, other = start_pair(run)
+    wait_for_steps(run, 3, process=main)
+    other.terminate()
+    assert [each.wait() for each in (main, other)] == [EXIT_PREEMPTED] * 2, main.errors()
     steps = len(run.log())
-    assert (run.output_dir / f"checkpoint-{steps}").is_dir(), errors
+    assert (run.output_dir / f"checkpoint-{steps}").is_dir(), main.errors()
     assert run.log()[-1]["samples"] == 2 * steps
-    assert errors.count("exitcode  : 75") >= 1, errors

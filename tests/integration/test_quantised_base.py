@@ -11,15 +11,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from test_several_processes import TORCHRUN
-from tiny_runs import TLORA, TinyRun, start, tiny_model
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.configuration.schema.model_sections import Precision
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.quantisation import quantize_and_move
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from tests.integration.processes import wait_for_all
+from tests.integration.tiny_runs import TLORA, TinyRun, start_pair, tiny_model
 
 PRECISIONS = ["int8-torchao", "fp8-torchao", "nf4-bnb"]
 PICTURES: dict[str, object] = {
@@ -175,9 +175,7 @@ def test_quantised_text_encoder_fills_the_cache_anew(tmp_path: Path) -> None:
 def test_two_processes_train_on_a_quantised_base_as_one_does_on_twice_the_batch(tmp_path: Path) -> None:
     one, two = (TinyRun(tmp_path / name, num_images=4) for name in ("one", "two"))
     keys: dict[str, Any] = {"base_model_precision": "int8-torchao", "max_train_steps": 2}
-    process = start(two, *TORCHRUN, **keys)
-    errors = process.communicate()[1]
-    assert process.returncode == 0, errors
+    wait_for_all(start_pair(two, **keys))
     one.run(train_batch_size=2, **keys)
     first, second = (adapter_file.read(each.output_dir / ADAPTER_FILE).tensors for each in (one, two))
     for key, tensor in first.items():

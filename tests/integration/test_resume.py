@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import logging
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,11 @@ from safetensors.torch import load_file
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
-from tests.integration.tiny_runs import TLORA, TinyRun, start, wait_for_steps
+from tests.integration.processes import wait_for_all
+from tests.integration.test_validation import PICTURES
+from tests.integration.tiny_runs import TLORA, TinyRun, start, start_pair, wait_for_steps
+
+YEAR_S = 365 * 24 * 3600
 
 
 class Killed(BaseException):
@@ -44,7 +52,8 @@ def run(tmp_path: Path) -> TinyRun:
     ],
     ids=["once", "often", "accumulating", "dropout", "prodigy"],
 )
-def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+@pytest.mark.reliability_row(4)
+def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     tmp_path: Path, run: TinyRun, stops: list[int], keys: dict[str, object]
 ) -> None:
     whole = TinyRun(tmp_path / "whole")
@@ -57,7 +66,8 @@ def test_row_04_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_row_06_damaged_newest_checkpoint_falls_back_to_the_one_before(
+@pytest.mark.reliability_row(6)
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = digest_after(TinyRun(tmp_path / "whole"), 6)
@@ -68,10 +78,11 @@ def test_row_06_damaged_newest_checkpoint_falls_back_to_the_one_before(
     file.write_bytes(data)
     with caplog.at_level(logging.WARNING):
         assert digest_after(run, 6) == expected
-    assert "Passing over" in caplog.text
+    assert "checkpoint-4" in caplog.text
 
 
-def test_row_02_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(2)
+def test_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
     expected = digest_after(TinyRun(tmp_path / "whole"), 6)
     for stage in ("folder.filled", "folder.before_rename", "folder.after_rename"):
         saves = 0
@@ -99,9 +110,8 @@ def test_row_02_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run
     ],
     ids=["rank", "alpha", "init", "targets", "algorithm"],
 )
-def test_row_09_resume_with_another_adapter_is_refused(
-    run: TinyRun, change: dict[str, object], field: str
-) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_with_another_adapter_is_refused(run: TinyRun, change: dict[str, object], field: str) -> None:
     digest_after(run, 1)
     other = {**TLORA, **change}
     if other["algo"] != "tlora":
@@ -111,15 +121,15 @@ def test_row_09_resume_with_another_adapter_is_refused(
         digest_after(run, 2)
 
 
-def test_row_09_resume_with_another_optimiser_is_refused(run: TinyRun) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_with_another_optimiser_is_refused(run: TinyRun) -> None:
     digest_after(run, 1)
     with pytest.raises(CheckpointError, match=r"optimizer +'adamw' in the checkpoint, 'prodigy'"):
         digest_after(run, 2, optimizer="prodigy")
 
 
-def test_row_09_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(
-    tmp_path: Path, run: TinyRun
-) -> None:
+@pytest.mark.reliability_row(9)
+def test_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(tmp_path: Path, run: TinyRun) -> None:
     digest_after(run, 1)
     save_tiny_sdxl(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match="base weights"):
@@ -128,7 +138,8 @@ def test_row_09_resume_on_another_base_model_is_refused_and_on_a_moved_one_not(
     digest_after(run, 2, pretrained_model_name_or_path=str(tmp_path / "moved"))
 
 
-def test_row_09_safe_settings_may_change(run: TinyRun) -> None:
+@pytest.mark.reliability_row(9)
+def test_safe_settings_may_change(run: TinyRun) -> None:
     digest_after(run, 2)
     digest_after(run, 4, learning_rate=5e-4, checkpoint_step_interval=3, max_grad_norm=0.5)
     assert [line["lr"] for line in run.log()] == [5e-4, 1e-3, 5e-4, 5e-4]
@@ -140,7 +151,8 @@ def test_named_checkpoint_begins_a_second_branch(run: TinyRun) -> None:
     assert [line["step"] for line in run.log()] == [1, 2, 3]
 
 
-def test_row_01_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(1)
+def test_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
     keys = {"max_train_steps": 30, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}
     whole = TinyRun(tmp_path / "whole")
     with whole.trainer(**keys) as trainer:
@@ -150,29 +162,50 @@ def test_row_01_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, 
         process = start(run, **keys)
         wait_for_steps(run, steps_until_kill, process=process)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    output, errors = start(run, **keys).communicate(timeout=120)
-    assert f"digest {expected}" in output, errors
+        assert process.wait() == -signal.SIGKILL
+    last = start(run, **keys)
+    assert last.wait() == 0, last.errors()
+    assert f"digest {expected}" in last.output()
     assert run.log() == whole.log()
     assert not list(run.output_dir.glob(".partial*"))
 
 
-def test_row_08_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
+@pytest.mark.reliability_row(8)
+def test_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
     keys = {"checkpoint_step_interval": 0, "gradient_accumulation_steps": 2}
     whole = TinyRun(tmp_path / "whole")
     assert whole.run(**keys, max_train_steps=6, train_batch_size=2, lr_scheduler="constant") == 0
     one = {**keys, "train_batch_size": 2, "lr_scheduler": "constant"}
     two = {**keys, "train_batch_size": 1, "lr_scheduler": "constant"}
     assert run.run(**one, max_train_steps=2) == 0
-    pair = start(run, "-m", "torch.distributed.run", "--nproc_per_node", "2", **two, max_train_steps=4)
-    _, errors = pair.communicate(timeout=200)
-    assert pair.returncode == 0, errors
+    wait_for_all(start_pair(run, **two, max_train_steps=4))
     assert run.run(**one, max_train_steps=6) == 0
     for ours, theirs in zip(run.log(), whole.log(), strict=True):
         assert ours["samples"] == theirs["samples"]
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
         assert ours["mean_active_rank"] == pytest.approx(theirs["mean_active_rank"], abs=1e-6)
+
+
+@pytest.mark.reliability_row(30)
+def test_clock_that_runs_backwards_changes_nothing(
+    tmp_path: Path, run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"checkpoint_step_interval": 1, "lr_scheduler": "constant", **PICTURES}
+    whole = TinyRun(tmp_path / "whole", keys=keys)
+    expected = digest_after(whole, 4)
+    run.keys = keys
+    digest_after(run, 2)
+    os.utime(run.output_dir / "checkpoint-2", (0, 0))
+    back_s = itertools.count(YEAR_S, YEAR_S)  # each look at the clock finds it a year further back
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() - next(back_s))
+    monkeypatch.setattr(time, "time_ns", lambda now=time.time_ns: now() - next(back_s) * 10**9)
+    with run.trainer(max_train_steps=4) as trainer:
+        assert trainer.progress.step == 2
+        assert trainer.run() == 0
+        assert trainer.state_digest() == expected
+    assert run.log() == whole.log()
+    lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["seconds"] > 0 for line in lines)
 
 
 def test_output_folder_can_be_moved_between_two_starts(tmp_path: Path, run: TinyRun) -> None:

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from synthetic_run import Page, code_of
-from tiny_runs import TinyRun
 
 from simpletuner import cli
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.reporting.html_report import writer
 from simpletuner.helpers.reporting.html_report.folder import read_run
-from simpletuner.helpers.reporting.run_summary import load_report
+from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.training.trainer import Trainer
+from tests.integration.synthetic_run import Page, code_of
+from tests.integration.tiny_runs import TinyRun
 
 PROMPT = 'a "photo" of <b>sks</b> cat'
 PICTURES = {
@@ -58,7 +58,7 @@ def picture_of(run: TinyRun, step: int) -> np.ndarray:
 def test_finished_run_leaves_a_page_that_says_so(finished: TinyRun) -> None:
     page = Page(html_of(finished))
     assert "finished, 3 steps" in page.text
-    report = load_report(finished.output_dir)
+    report = load_summary(finished.output_dir)
     assert report is not None
     assert report.page == str(finished.output_dir / "report.html")
     assert [str(each["alt"]).split(", ")[1] for each in page.all("img")] == ["base model", "step 2", "step 3"]
@@ -89,7 +89,7 @@ def test_snippet_on_the_page_makes_the_last_validation_picture(
     code = code_of(html_of(finished), "use-python")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {})
-    made = np.asarray(Image.open(tmp_path / "picture.png")).astype(int)
+    made = np.asarray(Image.open(tmp_path / "image.png")).astype(int)
     assert np.abs(made - picture_of(finished, 3)).max() <= 1
     assert np.abs(made - picture_of(finished, 2)).max() > 3
 
@@ -164,7 +164,7 @@ def test_page_that_cannot_be_written_costs_a_warning_and_not_the_run(
     with caplog.at_level(logging.WARNING):
         assert run.run(max_train_steps=1) == 0
     assert "The report was not written: StorageError" in caplog.text
-    report = load_report(run.output_dir)
+    report = load_summary(run.output_dir)
     assert report is not None
     assert report.page is None
 

@@ -13,15 +13,16 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from flux_pipelines import tiny_flux
-from tiny_runs import TLORA, TinyRun, tiny_model
 
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.contracts import NoisyBatch
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer, to_device
+from simpletuner.helpers.training.trainer import Trainer, to_device
+from tests.integration.flux_pipelines import tiny_flux
+from tests.integration.tiny_runs import TLORA, TinyRun, tiny_model
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 PICTURES = {

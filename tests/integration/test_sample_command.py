@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import load, trained_adapter_file
-from tiny_runs import TinyRun, tiny_model
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from tests.integration.tiny_pipelines import load, trained_adapter_file
+from tests.integration.tiny_runs import TinyRun, tiny_model
 
 PROMPT = "a photo of sks cat"
 

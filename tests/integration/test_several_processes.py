@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import TinyRun
 from torch import Tensor
 
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from tests.integration.processes import start, start_ranks, wait_for_all
+from tests.integration.tiny_runs import TinyRun
 
 pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what these tests share, once
 SCRIPT = """
@@ -60,26 +58,18 @@ def build_accelerator(config):
     return accelerator
 build.build_accelerator = build_accelerator
 """
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone")
 VARIANTS = {
     "plain": {"gradient_checkpointing": False},
     "checkpointed and accumulated": {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
 }
 
 
-def train(run: TinyRun, *launcher: str, before: str = "", **keys: object) -> TinyRun:
+def train(run: TinyRun, *, num_processes: int, before: str = "", **keys: object) -> TinyRun:
     run.config(**keys)
     script = run.folder / "script.py"
     script.write_text(before + SCRIPT)
-    command = [sys.executable, *launcher, str(script), str(run.folder / "config.json")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.getcwd(),
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments = (script, run.folder / "config.json")
+    wait_for_all([start(*arguments)] if num_processes == 1 else start_ranks(*arguments))
     return run
 
 
@@ -90,8 +80,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # A large eps: where a gradient is nearly zero, Adam divides rounding by rounding.
     constant = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3"}
     keys = {"max_train_steps": 3, **constant, **VARIANTS[request.param]}
-    two = train(TinyRun(folder / "two", num_images=4), *TORCHRUN, train_batch_size=1, **keys)
-    one = train(TinyRun(folder / "one", num_images=4), train_batch_size=2, **keys)
+    two = train(TinyRun(folder / "two", num_images=4), num_processes=2, train_batch_size=1, **keys)
+    one = train(TinyRun(folder / "one", num_images=4), num_processes=1, train_batch_size=2, **keys)
     return two, one
 
 
@@ -144,8 +134,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, TinyRun]
     keys = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3", "gradient_checkpointing": True}
     two, one = TinyRun(folder / "two", num_images=4), TinyRun(folder / "one", num_images=4)
     for steps in (2, 3):
-        train(two, *TORCHRUN, before=ON_CPU_TOO, train_batch_size=1, max_train_steps=steps, **keys)
-    train(one, train_batch_size=2, max_train_steps=3, **keys)
+        train(two, num_processes=2, before=ON_CPU_TOO, train_batch_size=1, max_train_steps=steps, **keys)
+    train(one, num_processes=1, train_batch_size=2, max_train_steps=3, **keys)
     return two, one
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from diffusers import (
 )
 from lycoris import create_lycoris_from_weights
 from PIL import Image
-from tiny_pipelines import attach, load, sample, trained_adapter_file
-from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
@@ -33,6 +30,8 @@ from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
+from tests.integration.tiny_pipelines import attach, load, sample, trained_adapter_file
+from tests.integration.tiny_runs import tiny_model
 
 SCHEDULE = RankSchedule(8, min_rank=2)
 CONFIG = {"max_rank": 8, "min_rank": 2, "alpha": 1.0}
@@ -54,12 +53,6 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def adapter_file() -> Path:
     return trained_adapter_file()
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask._masks
 
 
 def record_steps(

@@ -48,6 +48,7 @@ class Trainer:
         notes = Path(os.environ["TEST_NOTES"])
         names = [name for name in os.environ if name.startswith(("ACCELERATE_", "OMP_", "GOMP_", "WORLD_"))]
         facts = [f"{name}={os.environ[name]}" for name in sorted(names)]
+        facts.append(f"pid={os.getpid()}")
         facts.append(f"seed={self.config.training.seed}")
         facts.append(f"mixed_precision={self.config.precision.mixed_precision}")
         action, _, rank = os.environ["TEST_TRAINER"].partition(":")
@@ -121,7 +122,8 @@ class Checkout:
         return dict(line.split("=", 1) for line in lines)
 
     def started(self, rank: int = 0) -> bool:
-        return (self.notes / f"started-{rank}").exists()
+        note = self.notes / f"started-{rank}"
+        return note.exists() and note.read_text() != ""
 
     def saved(self, rank: int = 0) -> bool:
         return (self.notes / f"saved-{rank}").exists()
@@ -316,6 +318,17 @@ def test_a_signal_before_the_processes_start_ends_with_code_75_and_leaves_none_b
     assert not checkout.saved()
     _wait_until(lambda: not _session_of(process.pid))
     assert not list(checkout.temporary.glob("simpletuner.*"))
+
+
+@pytest.mark.reliability_row(31)
+def test_a_killed_process_of_two_ends_the_run_with_code_1_and_leaves_none_behind(checkout: Checkout) -> None:
+    process = checkout.start(trainer="wait", TRAINING_NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
+    _wait_until(lambda: checkout.started(0) and checkout.started(1))
+    os.kill(int(checkout.facts(1)["pid"]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert not _session_of(process.pid)
+    assert checkout.recorded_code() == 1
 
 
 @pytest.mark.parametrize(("trainer", "code"), [("fail:1", 1), ("fail:0", 1), ("resume", 3)])

@@ -136,9 +136,7 @@ def test_loss_falls_when_one_batch_is_trained_again_and_again(run: TinyRun, prec
         batch = first_batch(trainer)
         losses = []
         for _ in range(6):
-            losses.append(trainer.train_step(batch).loss.item())
-            trainer.apply_gradients()
-            trainer.window.clear()
+            losses.append(trainer.optimizer_step(iter([batch])).loss)
     assert losses[-1] < losses[0]
 
 
@@ -160,7 +158,8 @@ def test_prepared_denoiser_contains_exactly_the_adapter_as_trainable(run: TinyRu
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
+@pytest.mark.reliability_row(10)
+def test_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
     run, found = TinyRun(tmp_path), []
     for checkpointing in (True, False):
         with run.trainer(gradient_checkpointing=checkpointing, train_batch_size=batch_size) as trainer:
@@ -172,7 +171,8 @@ def test_row_10_gradients_with_checkpointing_equal_those_without(tmp_path: Path,
         torch.testing.assert_close(with_checkpointing, without, rtol=0, atol=1e-6)
 
 
-def test_row_10_gradient_of_a_batch_is_the_mean_of_its_samples(run: TinyRun) -> None:
+@pytest.mark.reliability_row(10)
+def test_gradient_of_a_batch_is_the_mean_of_its_samples(run: TinyRun) -> None:
     with run.trainer(train_batch_size=3) as trainer:
         move_away_from_zero(trainer)
         batch = first_batch(trainer)
@@ -223,9 +223,8 @@ def test_train_step_gives_the_same_loss_whatever_was_drawn_before(run: TinyRun) 
         assert trainer.train_step(batch).loss == first
 
 
-def test_row_10_mask_is_closed_after_a_step_that_raises(
-    run: TinyRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.reliability_row(10)
+def test_mask_is_closed_after_a_step_that_raises(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     with run.trainer() as trainer:
         batch = first_batch(trainer)
 
@@ -240,7 +239,8 @@ def test_row_10_mask_is_closed_after_a_step_that_raises(
         trainer.train_step(batch)  # a mask that was still held would raise
 
 
-def test_row_12_latent_that_is_not_finite_stops_the_run_before_a_step(run: TinyRun) -> None:
+@pytest.mark.reliability_row(12)
+def test_latent_that_is_not_finite_stops_the_run_before_a_step(run: TinyRun) -> None:
     with run.trainer() as trainer:
         batch = first_batch(trainer)
         before = trainer.state_digest()
@@ -300,7 +300,8 @@ def test_finished_run_says_so_and_how_to_go_on(run: TinyRun, caplog: pytest.LogC
     assert [line["step"] for line in run.log()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_row_27_second_run_on_one_output_folder_is_refused(run: TinyRun) -> None:
+@pytest.mark.reliability_row(27)
+def test_second_run_on_one_output_folder_is_refused(run: TinyRun) -> None:
     with run.trainer(), pytest.raises(StorageError, match="in use by process"), run.trainer():
         pass
 
@@ -334,9 +335,7 @@ def test_overflowed_fp16_gradient_skips_the_step_and_too_many_in_a_row_end_the_r
 
         def step() -> bool:
             """One optimiser step; whether the weights moved."""
-            trainer.train_step(batch)
-            trainer.apply_gradients()
-            trainer.window.clear()
+            trainer.optimizer_step(iter([batch]))
             return any(
                 not torch.equal(old, new)
                 for old, new in zip(before, trainer.adapter.parameters(), strict=True)

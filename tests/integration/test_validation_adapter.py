@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,14 @@ from PIL import Image
 from simpletuner import train as command
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.errors import CheckpointError, TrainingError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.reporting.run_summary import Report
+from simpletuner.helpers.reporting.run_summary import RunSummary
 from simpletuner.helpers.sampling import comparison
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training import runs, validation
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, Trainer
+from simpletuner.helpers.training.trainer import Trainer
+from tests.integration.processes import start_ranks
 from tests.integration.test_preemption import signal_at
 from tests.integration.test_validation import PICTURES, pixels
 from tests.integration.tiny_runs import TLORA, TinyRun, reset_accelerate, tiny_model
@@ -94,7 +93,7 @@ def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
 
     def note(rows: Any, *, columns: list[str]) -> Image.Image:
         titles.extend(columns)
-        shown.extend(np.asarray(picture).astype(int) for picture in rows[0].pictures)
+        shown.extend(np.asarray(picture).astype(int) for picture in rows[0].images)
         return Image.new("RGB", (8, 8))
 
     monkeypatch.setattr(validation, "labelled_grid", note)
@@ -113,7 +112,7 @@ def sampled(run: TinyRun, folder: Path) -> np.ndarray:
         adapter=run.output_dir / ADAPTER_FILE,
         prompts=[str(PICTURES["validation_prompt"])],
         model={"pretrained_model_name_or_path": str(tiny_model())},
-        pictures={
+        validation={
             "validation_resolution": "64",
             "validation_num_inference_steps": 2,
             "validation_guidance": 3.0,
@@ -151,7 +150,7 @@ def test_training_is_bit_identical_to_a_run_that_is_compared_with_nothing(
 
 def test_adapter_that_stays_in_the_model_ends_the_run(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "remove_from_pipeline", lambda *_: None)
-    with pytest.raises(TrainingError, match="left traces in the model"):
+    with pytest.raises(TrainingError, match=ADAPTER_FILE):
         train(run)
     assert steps(run) == 0
 
@@ -193,7 +192,7 @@ def test_adapter_that_cannot_be_shown_leaves_its_column_empty_and_the_run_goes_o
     assert train(other) == 0
     (other.output_dir / ADAPTER_FILE).write_bytes(b"torn")
     assert train(run) == 0
-    assert f"Lost the pictures of {other.output_dir / ADAPTER_FILE}: AdapterError" in caplog.text
+    assert f"{other.output_dir / ADAPTER_FILE}: AdapterError" in caplog.text
     assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
 
 
@@ -236,7 +235,8 @@ def run_command(run: TinyRun) -> int:
     return command.main(["--config", str(run.folder / "config.json")])
 
 
-def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_other_run_trains_saves_it_and_the_same_command_goes_on(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -250,22 +250,26 @@ def test_row_03_signal_while_the_other_run_trains_saves_it_and_the_same_command_
     assert (steps(other), steps(run)) == (2, 2)
 
 
-def test_row_03_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
+@pytest.mark.reliability_row(3)
+def test_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start(
     run: TinyRun, other: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(Report, "save", signal_at(1, number=signal.SIGTERM, then=Report.save))
+        patched.setattr(RunSummary, "save", signal_at(1, number=signal.SIGTERM, then=RunSummary.save))
         assert run_command(run) == EXIT_PREEMPTED
     assert (steps(other), steps(run)) == (2, 0)
     assert run_command(run) == 0
 
 
-def test_row_03_signal_while_the_pictures_are_made_ends_before_the_first_step(
+@pytest.mark.reliability_row(3)
+def test_signal_while_the_pictures_are_made_ends_before_the_first_step(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded_adapter = comparison.loaded_adapter
     with monkeypatch.context() as patched:
-        patched.setattr(comparison, "loaded_adapter", signal_at(1, number=signal.SIGTERM, then=loaded_adapter))
+        patched.setattr(
+            comparison, "loaded_adapter", signal_at(1, number=signal.SIGTERM, then=loaded_adapter)
+        )
         assert run_command(run) == EXIT_PREEMPTED
     assert steps(run) == 0
     assert run_command(run) == 0
@@ -277,16 +281,15 @@ import os, signal, sys
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.reporting import run_summary as report
+from simpletuner.helpers.reporting import run_summary
 from simpletuner.helpers.training import runs
-save = report.Report.save
+save = run_summary.RunSummary.save
 def stopped(self, output_dir):
     if len(sys.argv) > 2:
         os.kill(os.getpid(), signal.SIGTERM)
     save(self, output_dir)
-report.Report.save = stopped
-code = runs.train(load_config(Path(sys.argv[1]), families=registry.specs()))
-(Path(sys.argv[1]).parent / f"code-{os.environ['RANK']}").write_text(str(code))
+run_summary.RunSummary.save = stopped
+sys.exit(runs.train(load_config(Path(sys.argv[1]), families=registry.specs())))
 """
 
 
@@ -299,11 +302,8 @@ def test_two_processes_train_both_runs_and_agree_on_a_signal_between_them(
 
     def codes(*arguments: str) -> list[int]:
         run.config()
-        launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
-        script = (str(tmp_path / "script.py"), str(run.folder / "config.json"), *arguments)
-        environment = {**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true"}
-        subprocess.run([sys.executable, *launcher, *script], env=environment, check=True, timeout=120)
-        return [int((run.folder / f"code-{rank}").read_text()) for rank in (0, 1)]
+        pair = start_ranks(tmp_path / "script.py", run.folder / "config.json", *arguments)
+        return [each.wait() for each in pair]
 
     assert codes("stop") == [EXIT_PREEMPTED] * 2
     assert (steps(other), steps(run)) == (2, 0)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny_runs import tiny_model
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.models.sdxl.spec import SPEC
+from tests.integration.tiny_runs import tiny_model
 
 
 def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:

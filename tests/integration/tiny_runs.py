@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +22,8 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
 from simpletuner.helpers.training.build import build_trainer
 from simpletuner.helpers.training.trainer import Trainer
+from tests.integration import processes
+from tests.integration.processes import Running
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import RunConfig
@@ -139,14 +138,11 @@ def gradients(trainer: Trainer) -> list[Tensor]:
 
 
 COMMAND = """
-import os
 import sys
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.build import build_trainer
-if "PIDS" in os.environ:
-    (Path(os.environ["PIDS"]) / os.environ["RANK"]).write_text(str(os.getpid()))
 trainer = build_trainer(load_config(Path(sys.argv[1]), families=registry.specs()))
 code = trainer.run()
 if trainer.accelerator.is_main_process:
@@ -155,27 +151,26 @@ sys.exit(code)
 """
 
 
-def start(
-    run: TinyRun, *launcher: str, environment: Mapping[str, str] | None = None, **keys: object
-) -> subprocess.Popen[str]:
+def start(run: TinyRun, **keys: object) -> Running:
     """The run as a process of its own."""
+    return processes.start(_command(run, **keys), run.folder / "config.json")
+
+
+def start_pair(run: TinyRun, **keys: object) -> list[Running]:
+    """The run on two processes."""
+    return processes.start_ranks(_command(run, **keys), run.folder / "config.json")
+
+
+def _command(run: TinyRun, **keys: object) -> Path:
     run.config(**keys)
     script = run.folder / "command.py"
     script.write_text(COMMAND)
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(script), str(run.folder / "config.json")],
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "ACCELERATE_USE_CPU": "true", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return script
 
 
-def wait_for_steps(run: TinyRun, steps: int, *, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(run: TinyRun, steps: int, *, process: Running) -> None:
     """Return once the log has this many lines."""
-    deadline_s = time.monotonic() + 120
     log = run.output_dir / "metrics.jsonl"
     while not log.exists() or log.read_text().count("\n") < steps:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s
+        assert process.is_alive(), process.errors()
         time.sleep(0.005)

@@ -21,6 +21,7 @@ from simpletuner.demo.evaluate import Sampling
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
 from simpletuner.helpers.models import registry
 
 if TYPE_CHECKING:
@@ -170,7 +171,6 @@ def train(workplace: Workplace, run: Run, *, folder: Path) -> dict[int, Path]:
         SimpleTunerError: The run failed, or was stopped by a signal.
     """
     from simpletuner.helpers.training.build import build_trainer
-    from simpletuner.helpers.training.trainer import ADAPTER_FILE
 
     steps = workplace.plan.steps
     CONCEPTS[run.concept].save_picture(folder / "picture")
@@ -178,7 +178,7 @@ def train(workplace: Workplace, run: Run, *, folder: Path) -> dict[int, Path]:
     code = build_trainer(load_config(folder / "config.json", families=registry.specs())).run()
     if code != 0:
         raise SimpleTunerError(f"{run.name} was stopped. The same command goes on from here.")
-    return {step: folder / "output" / f"checkpoint-{step}" / ADAPTER_FILE for step in steps}
+    return {step: checkpoint_folder(folder / "output", step) / ADAPTER_FILE for step in steps}
 
 
 def settings(workplace: Workplace, run: Run, *, folder: Path) -> dict[str, Any]:

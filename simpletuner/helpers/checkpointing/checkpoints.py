@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,19 +20,23 @@ from simpletuner.helpers.io.atomic import (
     write_json,
 )
 from simpletuner.helpers.io.faults import crash_point
+from simpletuner.helpers.io.run_folder import (
+    COMPATIBILITY_FILE,
+    CONFIG_FILE,
+    REMOVED_PREFIX,
+    checkpoint_folder,
+    checkpoint_folders,
+)
 
 if TYPE_CHECKING:
+    from simpletuner.helpers.checkpointing.state import RunState
     from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
-COMPATIBILITY_FILE = "compatibility.json"
-CONFIG_FILE = "config.resolved.json"
 LATEST = "latest"
-_NAME = re.compile(r"checkpoint-(\d+)")
-_DOOMED = ".removed-"
 
-Compatibility = Mapping[str, JsonValue]
+Fields = Mapping[str, JsonValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,151 +47,139 @@ class Checkpoint:
     step: int
 
 
+@dataclass(kw_only=True, slots=True)
 class Checkpoints:
-    """The checkpoints under one output folder."""
+    """Saves the state of a run, and removes the checkpoints beyond checkpoints_total_limit."""
 
-    def __init__(self, config: CheckpointConfig, *, settings: Compatibility, resolved: Compatibility) -> None:
-        """Keep checkpoints as `config` says.
-
-        Args:
-            config: Where, how often, how many.
-            settings: What a run that resumes must share, by the name of its key.
-            resolved: The whole configuration, kept beside the state for the reader.
-        """
-        self._config = config
-        self._settings = settings
-        self._weights: Compatibility = {}
-        self._resolved = resolved
-        self._saved_step: int | None = None
-
-    def path(self, step: int) -> Path:
-        """The folder of the checkpoint after `step` optimiser steps."""
-        return self._config.output_dir / f"checkpoint-{step}"
-
-    def clean(self) -> None:
-        """Remove what a killed run left half written or half removed; for the holder of the run lock."""
-        output_dir = self._config.output_dir
-        remove_leftovers(output_dir, of_other_hosts=True)
-        for doomed in output_dir.glob(f"{_DOOMED}*"):
-            shutil.rmtree(doomed)
+    config: CheckpointConfig
+    state: RunState
+    compatibility: Mapping[str, Fields]
+    """Part -> fields that a resumed run must share, for `check_compatible`."""
+    resolved: Fields
+    """The whole configuration, for the reader."""
+    is_main_process: bool
+    saved_step: int | None = None
+    """Step of the newest checkpoint that this run saved or resumed from."""
 
     def is_due(self, step: int) -> bool:
-        """Whether the interval asks for a checkpoint after this optimiser step."""
-        interval = self._config.checkpoint_step_interval
+        """Whether checkpoint_step_interval asks for a checkpoint after this optimiser step."""
+        interval = self.config.checkpoint_step_interval
         return interval > 0 and step % interval == 0
 
-    def save(self, step: int, *, write: Callable[[Path], None], publish: bool = True) -> None:
-        """Publish `checkpoint-<step>` with what `write` puts into it, then remove those beyond the limit.
+    def save(self) -> None:
+        """Save the current step, once. Every process calls it.
 
-        Saving a step again, as at the end of a run, does nothing. A process that does not publish writes all
-        the same, because a sharded state is put together by all processes, and lets go of the result.
+        The main process publishes the folder. The others help to gather a sharded state and discard it.
 
         Raises:
             CheckpointError: A file cannot be written. Earlier checkpoints are kept.
             StorageError: The same, for lack of space or permission.
         """
-        if self._saved_step == step:
+        step = self.state.progress.step
+        if self.saved_step == step:
             return
-        self._saved_step = step
-        if not publish:
+        self.saved_step = step
+        if self.is_main_process:
+            path = checkpoint_folder(self.config.output_dir, step)
+            with publish_folder(path) as folder:
+                self.state.save(folder)
+                write_json(folder / COMPATIBILITY_FILE, self.compatibility)
+                write_json(folder / CONFIG_FILE, self.resolved)
+            logger.info("Saved %s", path)
+            self._prune()
+        elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
-                write(Path(scratch))
-            return
-        with publish_folder(self.path(step)) as folder:
-            write(folder)
-            write_json(folder / COMPATIBILITY_FILE, {"settings": self._settings, "weights": self._weights})
-            write_json(folder / CONFIG_FILE, self._resolved)
-        logger.info("Saved %s", self.path(step))
-        self._prune()
-
-    def find(self) -> Checkpoint | None:
-        """The checkpoint `resume_from_checkpoint` asks for, verified and of this run; None to start anew.
-
-        Raises:
-            NothingToResumeError: A checkpoint is named that does not exist.
-            CheckpointError: The named one is damaged, none of those there is intact, the one found belongs
-                to another run, or the run is to start anew on top of earlier checkpoints.
-        """
-        wanted, existing = self._config.resume_from_checkpoint, list_checkpoints(self._config.output_dir)
-        if wanted is None:
-            if existing:
-                raise CheckpointError(
-                    f"{self._config.output_dir} holds {existing[0].path.name} of an earlier run, and "
-                    "resume_from_checkpoint is none. Choose another output_dir, or resume from latest."
-                )
-            return None
-        found = self._newest_intact(existing) if wanted == LATEST else self._named(wanted, existing)
-        if found is not None:
-            check_compatible(found, "settings", self._settings)
-            self._saved_step = found.step
-        return found
-
-    def set_base_weights(self, weights: Compatibility, *, resumed: Checkpoint | None) -> None:
-        """State what the loaded model is, which only the model itself tells.
-
-        Raises:
-            CheckpointError: The resumed checkpoint was trained on another one.
-        """
-        self._weights = weights
-        if resumed is not None:
-            check_compatible(resumed, "weights", weights)
-
-    def _named(self, name: str, existing: list[Checkpoint]) -> Checkpoint:
-        for checkpoint in existing:
-            if checkpoint.path.name == Path(name).name:
-                problems = verify_manifest(checkpoint.path)
-                if problems:
-                    raise CheckpointError(
-                        f"{checkpoint.path} is damaged: {'; '.join(problems)}. Name another, or latest."
-                    )
-                if checkpoint is not existing[0]:
-                    logger.warning(
-                        "%s is newer than %s and stays until this run writes over it; latest takes it.",
-                        existing[0].path.name,
-                        name,
-                    )
-                return checkpoint
-        there = ", ".join(checkpoint.path.name for checkpoint in existing) or "none"
-        raise NothingToResumeError(
-            f"resume_from_checkpoint is {name}, which is not in {self._config.output_dir} (there: {there}). "
-            "Name one of those, or latest to take the newest or start anew."
-        )
-
-    def _newest_intact(self, existing: list[Checkpoint]) -> Checkpoint | None:
-        for checkpoint in existing:
-            problems = verify_manifest(checkpoint.path)
-            if not problems:
-                return checkpoint
-            logger.warning("Passing over %s: %s.", checkpoint.path, "; ".join(problems))
-        if existing:
-            raise CheckpointError(
-                f"None of the {len(existing)} checkpoints in {self._config.output_dir} is intact. "
-                "Move them away to start anew."
-            )
-        return None
+                self.state.save(Path(scratch))
 
     def _prune(self) -> None:
-        limit = self._config.checkpoints_total_limit
+        limit = self.config.checkpoints_total_limit
         if limit is None:
             return
-        for checkpoint in list_checkpoints(self._config.output_dir)[limit:]:
-            if checkpoint.step != self._saved_step:
-                # Renamed first: a removal that is cut short must not leave half a checkpoint under its name.
-                doomed = checkpoint.path.with_name(f"{_DOOMED}{checkpoint.path.name}")
-                checkpoint.path.rename(doomed)
+        for checkpoint in list_checkpoints(self.config.output_dir)[limit:]:
+            if checkpoint.step != self.saved_step:
+                # Renamed first: an interrupted removal must not leave half a checkpoint under its name.
+                removed = checkpoint.path.with_name(f"{REMOVED_PREFIX}{checkpoint.path.name}")
+                checkpoint.path.rename(removed)
                 crash_point("checkpoint.pruning")
-                shutil.rmtree(doomed)
+                shutil.rmtree(removed)
+
+
+def remove_unfinished(output_dir: Path) -> None:
+    """Remove what a killed run left half written or half removed. The caller holds the run lock."""
+    remove_leftovers(output_dir, of_other_hosts=True)
+    for folder in output_dir.glob(f"{REMOVED_PREFIX}*"):
+        shutil.rmtree(folder)
 
 
 def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
-    """The checkpoints in a folder, newest step first; nothing is verified."""
-    names = ((path, _NAME.fullmatch(path.name)) for path in output_dir.glob("checkpoint-*") if path.is_dir())
-    found = [Checkpoint(path, int(match[1])) for path, match in names if match]
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    """The checkpoints in a folder, newest step first, unverified."""
+    return [Checkpoint(path, step) for step, path in reversed(checkpoint_folders(output_dir))]
 
 
-def check_compatible(checkpoint: Checkpoint, part: str, current: Compatibility) -> None:
-    """Compare one part of what a checkpoint states about its run with this run.
+def find_checkpoint(config: CheckpointConfig, *, settings: Fields) -> Checkpoint | None:
+    """The intact checkpoint that `resume_from_checkpoint` selects; None to start at step 0.
+
+    Raises:
+        NothingToResumeError: The named checkpoint does not exist.
+        CheckpointError: The named checkpoint is damaged, or all are; the run has other settings; or
+            resume_from_checkpoint is none and the folder holds checkpoints.
+    """
+    wanted, existing = config.resume_from_checkpoint, list_checkpoints(config.output_dir)
+    if wanted is None:
+        if existing:
+            raise CheckpointError(
+                f"{config.output_dir} holds {existing[0].path.name} of an earlier run, and "
+                "resume_from_checkpoint is none. Choose another output_dir, or resume from latest."
+            )
+        return None
+    if wanted == LATEST:
+        found = _newest_intact(existing, config.output_dir)
+    else:
+        found = _named(wanted, existing, config.output_dir)
+    if found is not None:
+        check_compatible(found, "settings", settings)
+    return found
+
+
+def _newest_intact(existing: list[Checkpoint], output_dir: Path) -> Checkpoint | None:
+    for checkpoint in existing:
+        problems = verify_manifest(checkpoint.path)
+        if not problems:
+            return checkpoint
+        logger.warning("Skipping damaged %s: %s.", checkpoint.path, "; ".join(problems))
+    if existing:
+        raise CheckpointError(
+            f"All {len(existing)} checkpoints in {output_dir} are damaged. Move them away to start at step 0."
+        )
+    return None
+
+
+def _named(name: str, existing: list[Checkpoint], output_dir: Path) -> Checkpoint:
+    for checkpoint in existing:
+        if checkpoint.path.name != Path(name).name:
+            continue
+        problems = verify_manifest(checkpoint.path)
+        if problems:
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged: {'; '.join(problems)}. Name another checkpoint, or latest."
+            )
+        if checkpoint is not existing[0]:
+            logger.warning(
+                "%s is newer than %s and stays until this run overwrites it; resume_from_checkpoint latest "
+                "selects it.",
+                existing[0].path.name,
+                name,
+            )
+        return checkpoint
+    names = ", ".join(checkpoint.path.name for checkpoint in existing) or "none"
+    raise NothingToResumeError(
+        f"resume_from_checkpoint {name} is not in {output_dir} (checkpoints: {names}). "
+        "Name one of those, or latest to take the newest one or start at step 0."
+    )
+
+
+def check_compatible(checkpoint: Checkpoint, part: str, current: Fields) -> None:
+    """Compare one part of a checkpoint's compatibility file with this run.
 
     Raises:
         CheckpointError: They differ; the message lists each field.
@@ -200,14 +191,14 @@ def check_compatible(checkpoint: Checkpoint, part: str, current: Compatibility) 
     differences = differing_fields(saved, current)
     if differences:
         raise CheckpointError(
-            f"{checkpoint.path} was trained with other settings and cannot be continued:\n"
+            f"{checkpoint.path} was made with other settings and cannot be resumed:\n"
             + "\n".join(f"  {line}" for line in differences)
-            + "\nRestore these settings, or choose another output_dir to start anew."
+            + "\nRestore these settings, or choose another output_dir to start at step 0."
         )
 
 
-def differing_fields(saved: Compatibility, current: Compatibility) -> list[str]:
-    """One line for each field that a checkpoint and the configuration do not share."""
+def differing_fields(saved: Fields, current: Fields) -> list[str]:
+    """One line for each field that differs between a checkpoint and the configuration."""
     names = sorted({*saved, *current})
     width = max(map(len, names), default=0)
     return [

@@ -1,4 +1,4 @@
-"""Everything of a run that must survive a restart, listed once, written exactly and without pickle."""
+"""The state of a run that must survive a restart, listed once, saved exactly and without pickle."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
+from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, is_dtensor
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,10 +24,6 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.checkpointing.progress import Progress
-
-ADAPTER_FILE = "adapter_state.safetensors"
-OPTIMIZER_FILE = "optimizer.safetensors"
-COUNTERS_FILE = "state.json"
 
 # What optimisers adapt in their parameter groups while they run; everything else there is configuration.
 GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
@@ -36,34 +33,46 @@ GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
 class RunState:
     """The adapter, its optimiser, the counters and, under fp16, the gradient scaler.
 
-    The learning rate and every random stream are functions of the counters and need nothing here.
+    The learning rate and every random stream are functions of the counters and need no state.
     """
 
     adapter: Adapter
     optimizer: Optimizer
     progress: Progress
+    metadata: Mapping[str, str]
+    """Of the adapter file, about the run."""
     scaler: torch.amp.GradScaler | None = None
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the adapter is sharded over the processes (FSDP), so that all of them must save."""
+        return any(is_dtensor(parameter) for parameter in self.adapter.parameters())
+
     def save(self, folder: Path) -> None:
-        """Write the state into an existing folder.
+        """Write the state and the adapter file into an existing folder.
 
         Raises:
             CheckpointError: A tensor file cannot be written.
         """
         tensors, numbers = optimizer_state(self.optimizer)
-        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_FILE)
+        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_STATE_FILE)
         _save_tensors(tensors, folder / OPTIMIZER_FILE)
         write_json(folder / COUNTERS_FILE, {**self._counters(), "optimizer": numbers})
+        self.save_adapter(folder / ADAPTER_FILE)
+
+    def save_adapter(self, file: Path) -> None:
+        """Write the adapter file, with the metadata and the number of steps in its header."""
+        self.adapter.save(file, metadata={**self.metadata, "steps": str(self.progress.step)})
 
     def load(self, folder: Path) -> None:
-        """Take over the state that `save` wrote.
+        """Load the state that `save` wrote.
 
         Raises:
             CheckpointError: A file is missing, damaged, or does not fit this run.
         """
         try:
             counters = json.loads((folder / COUNTERS_FILE).read_bytes())
-            self.adapter.load_state_dict(load_file(folder / ADAPTER_FILE))
+            self.adapter.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
             tensors = load_file(folder / OPTIMIZER_FILE)
             load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
             self.progress.load_state_dict(counters["progress"])
@@ -71,18 +80,18 @@ class RunState:
                 self.scaler.load_state_dict(counters["scaler"])
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
-                f"{folder} cannot be resumed from: {type(error).__name__}: {error}. "
+                f"{folder} cannot be loaded: {type(error).__name__}: {error}. "
                 "Name another checkpoint in resume_from_checkpoint, or move this one away."
             ) from error
 
     def digest(self) -> str:
-        """SHA-256 over the whole state; equal digests mean bitwise equal runs."""
+        """SHA-256 of the state; equal digests mean bitwise equal runs."""
         tensors, numbers = optimizer_state(self.optimizer)
         digest = hashlib.sha256()
-        for kind, named in (("adapter", self.adapter.state_dict()), ("optimizer", tensors)):
+        for owner, named in (("adapter", self.adapter.state_dict()), ("optimizer", tensors)):
             for name in sorted(named):
                 tensor = named[name].detach().cpu().contiguous()
-                digest.update(f"{kind}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(f"{owner}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
         counters = {**self._counters(), "optimizer": numbers}
         digest.update(json.dumps(counters, sort_keys=True).encode())
@@ -111,7 +120,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
 def load_optimizer_state(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], *, numbers: Mapping[str, Any]
 ) -> None:
-    """Give an optimiser the state that `optimizer_state` took; its configuration stays its own.
+    """Load what `optimizer_state` returned into an optimiser; its configuration stays.
 
     Raises:
         CheckpointError: A tensor belongs to no parameter, has another shape, or is not finite.
@@ -122,7 +131,7 @@ def load_optimizer_state(
     }
     for key, tensor in tensors.items():
         index, _, name = key.partition(".")
-        _refuse_foreign(key, tensor, parameters=parameters)
+        _check_tensor(key, tensor, parameters=parameters)
         own = tensor if tensor.numel() == 1 else distribute_like(tensor, like=parameters[int(index)])
         state.setdefault(int(index), {})[name] = own
     groups = optimizer.state_dict()["param_groups"]
@@ -131,7 +140,7 @@ def load_optimizer_state(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _refuse_foreign(key: str, tensor: Tensor, *, parameters: list[nn.Parameter]) -> None:
+def _check_tensor(key: str, tensor: Tensor, *, parameters: list[nn.Parameter]) -> None:
     index = int(key.partition(".")[0])
     if index >= len(parameters):
         raise CheckpointError(f"Optimiser state {key} belongs to none of the {len(parameters)} parameters.")
@@ -150,11 +159,9 @@ def _adapted(group: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    # Views share storage, which safetensors refuses; a contiguous copy on the host is what is written anyway.
+    # safetensors refuses views, which share storage, and writes from the host.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(copies, path)
     except SafetensorError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}. The previous checkpoint is kept."
-        ) from error
+        raise CheckpointError(f"{path} cannot be written: {error}. Earlier checkpoints are kept.") from error

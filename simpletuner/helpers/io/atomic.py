@@ -19,8 +19,8 @@ from pathlib import Path
 
 from simpletuner.helpers.io.faults import crash_point, storage_error
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.run_folder import CHECKPOINT_MANIFEST_FILE
 
-MANIFEST = "manifest.json"
 _HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40] or "host"
 _PARTIAL = re.compile(r"^\.partial_(?P<host>[A-Za-z0-9-]+)_(?P<pid>\d+)_[0-9a-f]{8}$")
 _REPLACED = re.compile(r"^\.replaced_[0-9a-f]{8}_(?P<name>.+)$")
@@ -102,14 +102,14 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 def verify_manifest(folder: Path) -> list[str]:
     """What is wrong with a published folder, one sentence each; empty when every file is as written."""
-    manifest = folder / MANIFEST
+    manifest = folder / CHECKPOINT_MANIFEST_FILE
     try:
         listed = json.loads(manifest.read_bytes())["files"]
         spec = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
     except OSError as error:
-        return [f"{MANIFEST} cannot be read: {error.strerror}"]
+        return [f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{MANIFEST} is damaged"]
+        return [f"{CHECKPOINT_MANIFEST_FILE} is damaged"]
     checks = (
         _file_problem(folder, name, size=size, digest=digest) for name, (size, digest) in sorted(spec.items())
     )
@@ -162,7 +162,7 @@ def _seal(folder: Path) -> None:
         _sync_folder(subfolder)
     crash_point("folder.before_manifest")
     manifest = json.dumps({"version": 1, "files": entries}, indent=2) + "\n"
-    _write_new(folder / MANIFEST, manifest.encode(), durable=True)
+    _write_new(folder / CHECKPOINT_MANIFEST_FILE, manifest.encode(), durable=True)
     _sync_folder(folder)
 
 

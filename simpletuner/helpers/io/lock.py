@@ -14,9 +14,7 @@ from filelock import FileLock, Timeout
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.faults import StorageError, storage_error
 from simpletuner.helpers.io.names import printable
-
-_LOCK = ".run.lock"
-_HOLDER = ".run.holder.json"
+from simpletuner.helpers.io.run_folder import LOCK_FILE, LOCK_HOLDER_FILE
 
 
 @contextmanager
@@ -31,7 +29,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / _LOCK)
+        lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise StorageError(
@@ -41,17 +39,17 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise storage_error(folder, error) from error
     try:
-        write_json(folder / _HOLDER, {"pid": os.getpid(), "host": socket.gethostname()})
+        write_json(folder / LOCK_HOLDER_FILE, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
-        (folder / _HOLDER).unlink(missing_ok=True)
+        (folder / LOCK_HOLDER_FILE).unlink(missing_ok=True)
         lock.release()
 
 
 def is_held(folder: Path) -> bool:
     """Whether a run seems to hold a folder; nothing is locked to find out, so that no run is kept from it."""
     try:
-        holder = json.loads((folder / _HOLDER).read_bytes())
+        holder = json.loads((folder / LOCK_HOLDER_FILE).read_bytes())
         if holder["host"] == socket.gethostname():
             os.kill(int(holder["pid"]), 0)
     except PermissionError:  # somebody else's process is a process
@@ -63,7 +61,7 @@ def is_held(folder: Path) -> bool:
 
 def _holder(folder: Path) -> str:
     try:
-        holder = json.loads((folder / _HOLDER).read_bytes())
+        holder = json.loads((folder / LOCK_HOLDER_FILE).read_bytes())
         return f"process {int(holder['pid'])} on {printable(str(holder['host']))}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another run"

@@ -1,13 +1,15 @@
-"""What an optimiser step measured, from its micro-batches on the device to one record on the host."""
+"""The numbers of an optimiser step: recorded by name, read from the device at once, logged as one row."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,96 +22,123 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.contracts import Batch, MicroBatchOutput
 
+Reduction = Literal["mean", "last"]
+"""mean: over the micro-batches and processes of a step; last: the newest value of this process."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One line of the training log."""
+    """One row of the training log. Each field is recorded by its name, see `StepAccumulator.record`."""
 
     step: int
     epoch: int
     loss: float
-    """Mean over the micro-batches and the processes."""
     lr: float
     grad_norm: float | None
     """Before clipping; None when it overflowed and the gradient scaler skipped the step."""
-    mean_active_rank: float | None
+    mean_active_rank: float | None = None
+    """None without a rank schedule."""
     samples: int
-    """Seen since the run began, by all processes."""
+    """Of all processes since step 1."""
     seconds: float
     """Of this optimiser step, without checkpoints and validations."""
     loss_by_band: Mapping[str, float | None]
-    """Mean over the samples of each band of timesteps, of all processes; None for a band without a sample."""
+    """Mean over the samples in each band of timesteps, of all processes; None for a band without samples."""
     memory_mib: float
-    """Most main memory that the main process held so far."""
+    """Peak main memory of the main process."""
     device_memory_mib: float | None
-    """Most GPU memory that its tensors held so far; None without a CUDA GPU."""
+    """Peak GPU memory of its tensors; None without a CUDA GPU."""
 
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The host's view of one optimiser step, read from the device in a single transfer."""
-
-    loss: float
-    grad_norm: float
-    active_rank: float | None
-    loss_by_band: Mapping[str, float | None]
-    stop: bool
-    """Some process was asked to stop."""
+    @property
+    def curves(self) -> dict[str, float]:
+        """Every number by name, for trackers that draw curves."""
+        values = asdict(self)
+        del values["step"]
+        bands = values.pop("loss_by_band")
+        values |= {f"loss_{band}": loss for band, loss in bands.items()}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(slots=True)
 class StepAccumulator:
-    """The micro-batches since the last optimiser step."""
+    """Collects the numbers of one optimiser step."""
 
-    batches: list[Batch] = field(default_factory=list)
-    stats: list[MicroBatchOutput] = field(default_factory=list)
+    _batches: list[Batch] = field(default_factory=list)
+    _outputs: list[MicroBatchOutput] = field(default_factory=list)
+    _tensors: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    _numbers: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    _values: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, batch: Batch, stats: MicroBatchOutput) -> None:
-        """Take in one micro-batch."""
-        self.batches.append(batch)
-        self.stats.append(stats)
+    @property
+    def num_samples(self) -> int:
+        """Of this process, in this step."""
+        return sum(output.samples for output in self._outputs)
 
-    def clear(self) -> None:
-        """Begin the next optimiser step."""
-        self.batches.clear()
-        self.stats.clear()
+    def add(self, batch: Batch, output: MicroBatchOutput) -> None:
+        """Record the loss of a micro-batch; the error for one that is not finite names its samples."""
+        self._batches.append(batch)
+        self._outputs.append(output)
+        self.record("loss", output.loss, reduction="mean")
 
-    def measure(self, accelerator: Accelerator, *, grad_norm: Tensor, stop: bool, step: int) -> Measured:
-        """Average over micro-batches and processes, and read the result; `grad_norm` is a scalar.
+    def record(self, name: str, value: float | Tensor | None, *, reduction: Reduction = "last") -> None:
+        """Record a field of StepMetrics. A tensor is a scalar, and is read from the device by `reduce`."""
+        if reduction == "last":
+            self._values[name] = value
+        elif isinstance(value, torch.Tensor):
+            self._tensors[name].append(value)
+        elif value is not None:
+            self._numbers[name].append(value)
+
+    def reduce(self, accelerator: Accelerator, *, step: int, stop: bool) -> bool:
+        """Average over micro-batches and processes, and read the device in a single transfer.
+
+        A result that is not finite becomes None.
+
+        Returns:
+            Whether `stop` is true on any process.
 
         Raises:
-            TrainingError: A loss or the gradient is not finite (with a gradient scaler, only a loss:
-                it skips steps of overflowed gradients itself).
+            TrainingError: A loss or the gradient is not finite. With a gradient scaler, which skips steps of
+                overflowed gradients, only a loss.
         """
-        losses = torch.stack([stats.loss for stats in self.stats])  # [micro-batches]
-        ranks = [stats.active_rank for stats in self.stats if stats.active_rank is not None]
-        rank = sum(ranks) / len(ranks) if ranks else math.nan
-        shared = torch.cat([losses.mean()[None], losses.new_tensor([rank, float(stop)]), self._by_band()])
+        losses = torch.stack(self._tensors["loss"])  # [micro-batches]
+        tensors = torch.stack([torch.stack(values).mean().to(losses) for values in self._tensors.values()])
+        numbers = [sum(values) / len(values) for values in self._numbers.values()]
+        shared = torch.cat([tensors, losses.new_tensor([*numbers, float(stop)]), self._by_band()])
         shared = accelerator.reduce(shared, reduction="mean")
-        values = torch.cat([shared, grad_norm.to(losses)[None], losses]).tolist()
-        (loss, rank, stopping), bands = values[:3], values[3 : 3 + 2 * len(BANDS)]
-        norm, *own = values[3 + 2 * len(BANDS) :]
-        self._refuse_non_finite(own, loss=loss, step=step)
-        if not math.isfinite(norm) and accelerator.scaler is None:
+        unread = {name: value for name, value in self._values.items() if isinstance(value, torch.Tensor)}
+        own = [value.to(losses)[None] for value in unread.values()]
+        read = iter(torch.cat([shared, *own, losses]).tolist())
+        means = {name: next(read) for name in (*self._tensors, *self._numbers)}
+        any_stop: bool = next(read) > 0
+        totals, counts = (list(islice(read, len(BANDS))) for _ in range(2))
+        last = {name: next(read) for name in unread}
+        self._refuse_non_finite(list(read), loss=means["loss"], step=step)
+        if not math.isfinite(last["grad_norm"]) and accelerator.scaler is None:
             raise TrainingError(
-                f"Step {step}: the gradient is not finite (norm {norm}). Trained on: {self._described()}. "
-                "No step was taken; lower learning_rate, or look at these samples."
+                f"Step {step}: the gradient is not finite (norm {last['grad_norm']}). Trained on: "
+                f"{self._described()}. No step was taken; lower learning_rate, or inspect these samples."
             )
-        return Measured(
-            loss=loss,
-            grad_norm=norm,
-            active_rank=None if math.isnan(rank) else rank,
-            loss_by_band={
-                band: total / count if count else None
-                for band, total, count in zip(BANDS, bands[: len(BANDS)], bands[len(BANDS) :], strict=True)
-            },
-            stop=stopping > 0,
-        )
+        self._values |= {
+            name: value if math.isfinite(value) else None for name, value in (means | last).items()
+        }
+        self._values["loss_by_band"] = {
+            band: total / count if count else None
+            for band, total, count in zip(BANDS, totals, counts, strict=True)
+        }
+        return any_stop
+
+    def complete(self) -> StepMetrics:
+        """The row of this optimiser step; the next one begins."""
+        metrics = StepMetrics(**self._values)
+        for collected in (self._batches, self._outputs, self._tensors, self._numbers, self._values):
+            collected.clear()
+        return metrics
 
     def _by_band(self) -> Tensor:
         """[2 x bands]: the sum of the losses in each band, then the number of samples in each."""
-        losses = torch.cat([stats.sample_losses for stats in self.stats])  # [samples]
-        bands = [band_of(timestep) for stats in self.stats for timestep in stats.timesteps]
+        losses = torch.cat([output.sample_losses for output in self._outputs])  # [samples]
+        bands = [band_of(timestep) for output in self._outputs for timestep in output.timesteps]
         within = losses.new_tensor([[band == index for band in bands] for index in range(len(BANDS))])
         return torch.cat([(within * losses).sum(dim=1), within.sum(dim=1)])
 
@@ -118,7 +147,7 @@ class StepAccumulator:
         if bad:
             raise TrainingError(
                 f"Step {step}: the loss is {losses[bad[0]]}. Trained on: {self._described(bad)}. "
-                "No step was taken; lower learning_rate, or look at these samples."
+                "No step was taken; lower learning_rate, or inspect these samples."
             )
         if not math.isfinite(loss):
             raise TrainingError(
@@ -126,20 +155,22 @@ class StepAccumulator:
             )
 
     def _described(self, indices: list[int] | None = None) -> str:
-        chosen = range(len(self.batches)) if indices is None else indices
+        chosen = range(len(self._batches)) if indices is None else indices
         return "; ".join(
             f"{sample.dataset_id}/{sample.path} at timestep {timestep}"
             for index in chosen
-            for sample, timestep in zip(self.batches[index].samples, self.stats[index].timesteps, strict=True)
+            for sample, timestep in zip(
+                self._batches[index].samples, self._outputs[index].timesteps, strict=True
+            )
         )
 
 
 def peak_memory_mib() -> float:
-    """The most main memory that this process held so far, MiB."""
+    """Peak main memory of this process, MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 def peak_device_memory_mib(device: torch.device) -> float | None:
-    """The most memory that tensors on a CUDA device held so far, MiB; None for another device."""
+    """Peak memory of tensors on a CUDA device, MiB; None for other devices."""
     return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from simpletuner.helpers.reporting.metrics import StepMetrics
-from simpletuner.helpers.reporting.smoothing import Smoothed
+from simpletuner.helpers.reporting.smoothing import RunningMean
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +25,8 @@ class ProgressDisplay:
 
     def __init__(self, *, total_steps: int, step: int, enabled: bool = True) -> None:
         self.total_steps = total_steps
-        self._loss = Smoothed()
-        self._seconds = Smoothed()
+        self._loss = RunningMean()
+        self._seconds = RunningMean()
         self._enabled = enabled
         self._bar: Progress | None = None
         self._task = TaskID(0)

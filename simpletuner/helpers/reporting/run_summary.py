@@ -1,4 +1,4 @@
-"""What a run left behind, and the mark that it is finished."""
+"""The summary of a finished run: its file marks the run as finished."""
 
 from __future__ import annotations
 
@@ -8,19 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.run_folder import SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "finished.json"
-PAGE_FILE = "report.html"
-METRICS_FILE = "metrics.jsonl"
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
-
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Where everything of a finished run lies; its file is written last."""
+class RunSummary:
+    """Paths of a finished run's files."""
 
     step: int
     adapter: str
@@ -28,23 +23,23 @@ class Report:
     metrics: str
     config: str
     grid: str | None
-    """None when no validation was asked for, or the last one failed."""
+    """None without validation images, or when the last validation failed."""
     comfyui: str | None = None
-    """The plain LoRA for ComfyUI; None when none was asked for."""
+    """The adapter in ComfyUI's layout, if lora_format asks for it."""
     page: str | None = None
-    """The page that shows the run; None when it could not be written, or before there was one."""
+    """The HTML report; None when it could not be written, and for runs of earlier versions."""
 
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
-        write_json(output_dir / REPORT_FILE, asdict(self))
+        write_json(output_dir / SUMMARY_FILE, asdict(self))
 
     def show(self) -> None:
-        """Log one line for each thing the run made."""
+        """Log one line for each file."""
         logger.info("Adapter:     %s", self.adapter)
         if self.comfyui is not None:
             logger.info("For ComfyUI: %s", self.comfyui)
         if self.grid is not None:
-            logger.info("Pictures:    %s", self.grid)
+            logger.info("Images:      %s", self.grid)
         if self.page is not None:
             logger.info("Report:      %s", self.page)
         logger.info("Checkpoint:  %s", self.checkpoint)
@@ -52,28 +47,28 @@ class Report:
         logger.info("Config:      %s", self.config)
 
 
-def load_report(output_dir: Path) -> Report | None:
-    """The report of the finished run in a folder; None when there is none that can be read."""
+def load_summary(output_dir: Path) -> RunSummary | None:
+    """The summary in a folder; None when it is missing or unreadable."""
     try:
-        return Report(**json.loads((output_dir / REPORT_FILE).read_bytes()))
+        return RunSummary(**json.loads((output_dir / SUMMARY_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedRun:
-    """A run that has nothing left to do."""
+    """Stands in for the trainer of a run that has no steps left."""
 
-    report: Report
+    summary: RunSummary
     max_steps: int
 
     def run(self) -> int:
-        """Say that the run is finished and how to start another; the exit code is 0."""
+        """Log that the run is finished and how to train on; returns exit code 0."""
         logger.info(
             "This run is finished: step %d of %d. Raise max_train_steps to train longer, "
             "or set another output_dir to start a new run.",
-            self.report.step,
+            self.summary.step,
             self.max_steps,
         )
-        self.report.show()
+        self.summary.show()
         return 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(slots=True)
-class Smoothed:
+class RunningMean:
     """A running mean that follows new values slowly; early values are averaged evenly."""
 
     keep: float = 0.95

@@ -7,32 +7,21 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from PIL import Image
 
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.optional import require
+from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
-from simpletuner.helpers.reporting.run_summary import METRICS_FILE
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import TrackingConfig
 
 logger = logging.getLogger(__name__)
-
-CURVES = (
-    "loss",
-    "lr",
-    "grad_norm",
-    "mean_active_rank",
-    "epoch",
-    "samples",
-    "seconds",
-    "memory_mib",
-    "device_memory_mib",
-)
 
 
 class Tracker(Protocol):
@@ -99,7 +88,7 @@ class TensorBoard:
 
     def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
-        for name, value in _curves(record).items():
+        for name, value in record.curves.items():
             self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
@@ -127,7 +116,7 @@ class Wandb:
 
     def start(self) -> None:
         """Open the run, online or offline as WANDB_MODE says."""
-        id_file = self._output_dir / "wandb_run.json"
+        id_file = self._output_dir / WANDB_FILE
         run_id = json.loads(id_file.read_bytes())["id"] if id_file.exists() else None
         self._run = self._wandb.init(
             project=self._config.tracker_project_name,
@@ -142,7 +131,7 @@ class Wandb:
 
     def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
-        curves = {f"train/{name}": value for name, value in _curves(record).items()}
+        curves = {f"train/{name}": value for name, value in record.curves.items()}
         self._run.log(curves, step=record.step)
 
     def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
@@ -153,13 +142,6 @@ class Wandb:
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
-
-
-def _curves(record: StepMetrics) -> dict[str, float]:
-    values = asdict(record)
-    values |= {f"loss_{band}": loss for band, loss in record.loss_by_band.items()}
-    names = [*CURVES, *(f"loss_{band}" for band in record.loss_by_band)]
-    return {name: values[name] for name in names if values[name] is not None}
 
 
 class Trackers:
@@ -179,6 +161,15 @@ class Trackers:
     def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Record validation pictures everywhere."""
         self._each("log pictures", lambda tracker: tracker.log_pictures(step, pictures))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.finish()
 
     def finish(self) -> None:
         """Close every tracker."""
@@ -212,5 +203,5 @@ def build_trackers(
         if name == "wandb":
             trackers.append(Wandb(config, output_dir=output_dir, settings=settings))
         elif name == "tensorboard":
-            trackers.append(TensorBoard(output_dir / "tensorboard", resumed_step=resumed_step))
+            trackers.append(TensorBoard(output_dir / TENSORBOARD_FOLDER, resumed_step=resumed_step))
     return Trackers(trackers)

@@ -1,1 +1,1 @@
-"""Images made with a model: validation images, comparisons, the sample command."""
+"""Image generation: validation images, the images of another run's adapter, the sample command."""

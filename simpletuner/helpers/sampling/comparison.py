@@ -1,4 +1,4 @@
-"""The adapter of another run, shown beside this run's."""
+"""Images of another run's adapter, shown beside those of this run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.inference import (
 )
 from simpletuner.helpers.checkpointing.fingerprint import weight_hashes
 from simpletuner.helpers.errors import TrainingError
-from simpletuner.helpers.training.trainer import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 
-KINDS = {
+ALGORITHM_NAMES = {
     "tlora": "T-LoRA",
     "lora": "LoRA",
     "locon": "LoCon",
@@ -37,86 +37,83 @@ KINDS = {
     "dylora": "DyLoRA",
     "glora": "GLoRA",
 }
-"""LyCORIS's name of an algorithm -> the name that people know, where they differ."""
+"""LyCORIS algorithm -> display name, where they differ."""
 
 
-def kind_of(config: RunConfig) -> str:
-    """What people call the adapter that a run trains."""
+def algorithm_name(config: RunConfig) -> str:
+    """Display name of the run's adapter algorithm."""
     algo = "lora" if config.lycoris is None else config.lycoris.algo
-    return KINDS.get(algo, algo)
+    return ALGORITHM_NAMES.get(algo, algo)
 
 
 def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Comparison | None:
-    """What a run's pictures are compared with; None if nothing, or if it makes no pictures.
+    """The comparison that validation_compared_config asks for; None without that key or without prompts.
 
     Raises:
-        TrainingError: The other run's adapter is not there.
+        TrainingError: The adapter file of the other run is missing or unreadable.
     """
     other = config.compared_with
-    if other is None or not sampler.shots:
+    if other is None or not sampler.prompts:
         return None
     adapter = other.checkpoint.output_dir / ADAPTER_FILE
     try:
         digest = xxhash.xxh3_64_hexdigest(adapter.read_bytes())
     except OSError as error:
         raise TrainingError(
-            f"{adapter}: the adapter of validation_compared_config {other.source} cannot be read "
+            f"{adapter}: cannot read the adapter of validation_compared_config {other.source} "
             f"({error.strerror}). Copy it from that run's last checkpoint, or train it in another output_dir."
         ) from error
-    kind = kind_of(other)
-    title = kind if kind != kind_of(config) else f"{kind} of {other.checkpoint.output_dir.name}"
+    name = algorithm_name(other)
+    title = name if name != algorithm_name(config) else f"{name} of {other.checkpoint.output_dir.name}"
     return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The pictures of another run's adapter, made once, before this run's adapter is attached."""
+    """Generates the images of another run's adapter once, before this run's adapter is attached."""
 
     title: str
-    """What their column is called."""
+    """Title of their column in the grid."""
     adapter: Path
-    """Its file."""
+    """Adapter file of the other run."""
     digest: str
-    """Of that file's content."""
+    """Hash of that file."""
     sampler: ValidationSampler
 
-    def picture(self, shot: PromptSpec) -> Path:
-        """Where the other adapter's picture of a shot lies once it is made."""
-        return self.sampler.cached_path(shot, self.digest, shot.strength)
+    def cached_path(self, prompt: PromptSpec) -> Path:
+        """Cache path of the other adapter's image of a prompt."""
+        return self.sampler.cached_path(prompt, self.digest, prompt.strength)
 
     def generate_missing(self, denoiser: nn.Module) -> None:
-        """Make the pictures that are not on disk yet with a denoiser that carries no adapter.
+        """Generate the images that are not cached, with a denoiser that carries no adapter.
 
         Raises:
-            TrainingError: The denoiser is not what it was before.
+            TrainingError: The other adapter changed the denoiser's weights.
         """
-        missing = {shot: file for shot in self.sampler.shots if not (file := self.picture(shot)).exists()}
+        files = {prompt: self.cached_path(prompt) for prompt in self.sampler.prompts}
+        missing = {prompt: file for prompt, file in files.items() if not file.exists()}
         if not missing:
             return
         before = weight_hashes(denoiser)
-
-        def make() -> None:
-            with self.sampler.sampling(denoiser):
-                pipeline = self.sampler.make_pipeline(denoiser)
-                with loaded_adapter(pipeline, self.adapter) as set_strength:
-                    for shot, file in missing.items():
-                        set_strength(shot.strength)
-                        self.sampler.make(pipeline, shot, file)
-
-        self.sampler.best_effort(f"the pictures of {self.adapter}", make)
+        with self.sampler.best_effort(f"the images of {self.adapter}"), self.sampler.eval_mode(denoiser):
+            pipeline = self.sampler.make_pipeline(denoiser)
+            with loaded_adapter(pipeline, self.adapter) as set_strength:
+                for prompt, file in missing.items():
+                    set_strength(prompt.strength)
+                    self.sampler.generate(pipeline, prompt, file)
         if weight_hashes(denoiser) != before:
             raise TrainingError(
-                f"{self.adapter} left traces in the model after its pictures were made. Start again with "
+                f"{self.adapter} changed the base weights while its images were generated. Start again with "
                 "another validation_compared_config, or without one."
             )
 
 
 @contextmanager
 def loaded_adapter(pipeline: Any, file: Path) -> Iterator[Callable[[float], None]]:
-    """A pipeline with the adapter of a file, of whatever kind; yields what sets its strength.
+    """Attach the adapter of a LyCORIS or PEFT file to a pipeline; yields the function that sets its strength.
 
     Raises:
-        AdapterError: The file cannot be read or does not fit.
+        AdapterError: The file is unreadable or does not fit the model.
     """
     if adapter_file.read(file).is_peft:
         load_peft_into_pipeline(pipeline, file)

@@ -1,4 +1,4 @@
-"""One labelled picture out of many: a row for each prompt, a column for each adapter."""
+"""A labelled grid of images: a row for each prompt, a column for each adapter."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LARGEST_CELL_PX = 512
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Pictures of one prompt, size and seed, one per column; None leaves a column empty."""
+    """Images of one prompt, size and seed, one per column; None leaves a cell empty."""
 
     label: str
-    pictures: tuple[Image.Image | None, ...]
+    images: tuple[Image.Image | None, ...]
 
 
 def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image:
-    """Place the rows under column titles, each picture scaled into a cell, each row's label at its left."""
+    """Draw the rows below the column titles, each image scaled to its cell, each label left of its row."""
     cell_px = _cell_px(rows)
     step_px = cell_px + MARGIN_PX
     width = LABEL_WIDTH_PX + MARGIN_PX + len(columns) * step_px
@@ -41,34 +41,34 @@ def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image
         draw.text((LABEL_WIDTH_PX + MARGIN_PX + column * step_px, MARGIN_PX), title, fill="black", font=font)
     for index, row in enumerate(rows):
         top = LINE_PX + 2 * MARGIN_PX + index * step_px
-        draw.multiline_text((MARGIN_PX, top), _wrapped(row.label, cell_px=cell_px), fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
-            if picture is not None:
-                grid.paste(_fitted(picture, cell_px), (LABEL_WIDTH_PX + MARGIN_PX + column * step_px, top))
+        draw.multiline_text((MARGIN_PX, top), _wrap(row.label, cell_px=cell_px), fill="black", font=font)
+        for column, image in enumerate(row.images):
+            if image is not None:
+                grid.paste(_fit(image, cell_px), (LABEL_WIDTH_PX + MARGIN_PX + column * step_px, top))
     return grid
 
 
-def save_png(picture: Image.Image, file: Path) -> None:
-    """Write a picture, whole or not at all."""
+def save_png(image: Image.Image, file: Path) -> None:
+    """Write an image atomically."""
     data = io.BytesIO()
-    picture.save(data, format="PNG")
+    image.save(data, format="PNG")
     write_bytes(file, data.getvalue())
 
 
 def _cell_px(rows: Sequence[Row]) -> int:
-    edges = [max(picture.size) for row in rows for picture in row.pictures if picture is not None]
+    edges = [max(image.size) for row in rows for image in row.images if image is not None]
     return min(max([SMALLEST_CELL_PX, *edges]), LARGEST_CELL_PX)
 
 
-def _fitted(picture: Image.Image, cell_px: int) -> Image.Image:
-    scale = cell_px / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Nearest when enlarging: a small picture shows its own pixels.
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+def _fit(image: Image.Image, cell_px: int) -> Image.Image:
+    scale = cell_px / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    # Nearest keeps the pixels of a small image visible.
+    return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def _wrapped(label: str, *, cell_px: int) -> str:
-    # The built-in font knows Latin-1 only.
+def _wrap(label: str, *, cell_px: int) -> str:
+    # Pillow's built-in font is Latin-1 only.
     drawable = label.encode("latin-1", "replace").decode("latin-1")
     lines = [part for line in drawable.splitlines() for part in textwrap.wrap(line, width=30) or [""]]
     return "\n".join(lines[: cell_px // LINE_PX])

@@ -1,4 +1,4 @@
-"""Which pictures a validation makes."""
+"""The prompts of a validation, with size, seed and adapter strength of each image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simpletuner.helpers.io.names import file_name
+from simpletuner.helpers.io.run_folder import image_name
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
@@ -16,49 +16,49 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PromptSpec:
-    """One picture to make."""
+    """A prompt and the settings of its image."""
 
     name: str
-    """A file name without suffix, unique within the validation."""
-    prompt: str
+    """Unique within the validation; names the image file, without suffix."""
+    text: str
     strength: float
-    """Of the adapter; 1 as trained, 0 the base model."""
+    """Adapter strength: 1 as trained, 0 the base model."""
     size: Size
     seed: int
 
     @property
     def label(self) -> str:
-        """What stands beside the picture in a grid."""
-        return f"{self.prompt}\n{self.size}  seed {self.seed}"
+        """Label of the image in a grid."""
+        return f"{self.text}\n{self.size}  seed {self.seed}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
     """Every prompt at every size, `num_validation_images` times with consecutive seeds; none when disabled.
 
-    `seed` is the run's, used when validation_seed is not set.
+    `seed` is the run's; it applies when validation_seed is unset.
     """
     if config.validation_disable:
         return ()
     first_seed = seed if config.validation_seed is None else config.validation_seed
     return tuple(
         PromptSpec(
-            name=f"{index:02d}-{file_name(prompt.name)[:60]}-{size}-seed{shot_seed}",
-            prompt=prompt.text,
+            name=image_name(index, prompt.name, size=size, seed=image_seed),
+            text=prompt.text,
             strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
             size=size,
-            seed=shot_seed,
+            seed=image_seed,
         )
         for index, prompt in enumerate(config.prompts)
         for size in config.validation_resolution
-        for shot_seed in range(first_seed, first_seed + config.num_validation_images)
+        for image_seed in range(first_seed, first_seed + config.num_validation_images)
     )
 
 
-def call_options(shot: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
-    """Keyword arguments of a pipeline's call that make this picture, but for what the family gives."""
+def call_options(prompt: PromptSpec, config: ValidationConfig) -> dict[str, Any]:
+    """Keyword arguments of a pipeline call that are the same for every family."""
     return {
-        "height": shot.size.height,
-        "width": shot.size.width,
+        "height": prompt.size.height,
+        "width": prompt.size.width,
         "num_inference_steps": config.validation_num_inference_steps,
-        "generator": torch.Generator("cpu").manual_seed(shot.seed),
+        "generator": torch.Generator("cpu").manual_seed(prompt.seed),
     }

@@ -1,4 +1,4 @@
-"""Pictures from an adapter file, outside a run: its base model, its schedule, one prompt after another."""
+"""`simpletuner sample`: images from an adapter file, with the base model and rank schedule of its header."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft_into_pipeline
 from simpletuner.helpers.configuration.loading import rules
-from simpletuner.helpers.configuration.loading.building import Source, build
+from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
@@ -35,121 +35,127 @@ HEADER_KEYS = {
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
     **{key: key for key in ModelConfig.model_fields if key.startswith("pretrained_") and key != MODEL_KEY},
 }
-"""What an adapter's header says about the model -> key of the model section."""
-
-
-FORMATS = tuple(key for key in PrecisionConfig.model_fields if "model" in key or "text_encoder" in key)
-"""Keys that say in which format weights are held."""
+"""Header field of an adapter file -> key of the model section."""
+NOISE_KEYS = tuple(NoiseConfig.model_fields)
+PRECISION_KEYS = tuple(key for key in PrecisionConfig.model_fields if "model" in key or "text_encoder" in key)
+"""Keys of the noise and the precision section that a header may hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Sections:
-    """What making pictures needs of the configuration."""
+    """The configuration sections that sampling needs."""
 
     model: ModelConfig
     noise: NoiseConfig
     precision: PrecisionConfig
-    pictures: ValidationConfig
+    validation: ValidationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest:
-    """What `simpletuner sample` was asked for."""
+    """The arguments of `simpletuner sample`."""
 
     adapter: Path
     prompts: Sequence[str]
     model: Mapping[str, object]
-    """Keys of the configuration's model section that win over what the file says."""
-    pictures: Mapping[str, object]
-    """Keys of the configuration's validation section."""
+    """Keys of the model section; they override the file's header."""
+    validation: Mapping[str, object]
+    """Keys of the validation section."""
     dtype: str | None
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
     precision: Mapping[str, object] = field(default_factory=dict)
-    """Keys of the configuration's precision section that win over what the file says."""
+    """Keys of the precision section; they override the file's header."""
     options: Mapping[str, str]
-    """Key of a section -> the option that sets it, for messages."""
+    """Key of a section -> its command-line option, for messages."""
 
 
 def sample(request: SampleRequest, *, output: Path, families: Mapping[str, ModelSpec]) -> Iterator[Path]:
-    """Make the pictures and write each as PNG.
+    """Generate the images and write each as PNG.
 
     Yields:
-        Each file once it is written, in the order of prompts, sizes and seeds.
+        The path of each written file, in the order of prompts, sizes and seeds.
 
     Raises:
-        ConfigError: The base model is stated nowhere, or a value cannot be used; every problem at once.
-        AdapterError: The file cannot be read or does not fit the model.
-        ModelError: The model cannot be found or loaded.
+        ConfigError: The base model is unknown, or values are invalid; it lists every problem.
+        AdapterError: The file is unreadable or does not fit the model.
+        ModelError: The model is missing or does not load.
     """
-    stored = adapter_file.read(request.adapter)  # whole: a damaged file is found before a model is loaded
-    sections = _checked(request, header=stored.metadata, families=families)
-    family, pictures = _family(sections, dtype=request.dtype), sections.pictures
-    shots, negative = expand_prompts(pictures, seed=0), pictures.validation_negative_prompt
-    prompts = sorted({negative, *(shot.prompt for shot in shots)})
+    stored = adapter_file.read(request.adapter)  # before the model: a damaged file fails at once
+    sections = _sections(request, header=stored.metadata, families=families)
+    family, validation = _family(sections, dtype=request.dtype), sections.validation
+    prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
+    texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
-    embeds = dict(zip(prompts, family.encode_prompts(prompts), strict=True))
+    embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
-    pipeline: Any = family.make_pipeline(denoiser, scheduler=pictures.validation_noise_scheduler)
+    pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
     load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
     del stored
-    load(pipeline, request.adapter, strength=pictures.validation_lycoris_strength)
-    for shot in shots:
+    load(pipeline, request.adapter, strength=validation.validation_lycoris_strength)
+    for prompt in prompts:
         inputs = family.pipeline_inputs(
-            embeds[shot.prompt], embeds[negative], pictures=pictures, size=shot.size
+            embeds[prompt.text], embeds[negative], pictures=validation, size=prompt.size
         )
-        picture = pipeline(**inputs, **call_options(shot, pictures)).images[0]
-        file = output / f"{shot.name}.png"
-        save_png(picture, file)
+        image = pipeline(**inputs, **call_options(prompt, validation)).images[0]
+        file = output / f"{prompt.name}.png"
+        save_png(image, file)
         yield file
 
 
-def _checked(
+def _sections(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, ModelSpec]
 ) -> _Sections:
-    stated = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
-    if (
-        MODEL_KEY in request.model
-    ):  # another model than the run's, without the components that the run swapped
-        stated = {key: value for key, value in stated.items() if not key.startswith("pretrained_")}
-    values = stated | dict(request.model)
-    missing = [key for key in ("model_family", MODEL_KEY) if key not in values]
+    values: dict[str, object] = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
+    if MODEL_KEY in request.model:  # the components that the run swapped belong to the header's model
+        values = {key: value for key, value in values.items() if not key.startswith("pretrained_")}
+    values |= request.model
+    spec = _spec(values, request, families=families)
+    problems = Problems()
+    source = Source(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
+    defaults = {
+        "validation_resolution": spec.default_resolution,
+        "validation_guidance": spec.default_guidance,
+    }
+    model = build(ModelConfig, values, source)
+    # The noise settings of training: the shift of the noise levels is among them.
+    noise = build(NoiseConfig, {key: header[key] for key in NOISE_KEYS if key in header}, source)
+    stored = {key: header[key] for key in PRECISION_KEYS if key in header}
+    precision = build(PrecisionConfig, stored | dict(request.precision), source)
+    validation = build(ValidationConfig, defaults | dict(request.validation), source)
+    rules.check_family((model, noise, validation), spec, families=families, place=source)
+    rules.check_pictures(validation, spec, source)
+    problems.raise_if_any()
+    prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
+    return _Sections(
+        model=_valid(model),
+        noise=_valid(noise),
+        precision=_valid(precision),
+        validation=_valid(validation).model_copy(update={"prompts": prompts}),
+    )
+
+
+def _spec(
+    values: Mapping[str, object], request: SampleRequest, *, families: Mapping[str, ModelSpec]
+) -> ModelSpec:
+    missing = [request.options[key] for key in ("model_family", MODEL_KEY) if key not in values]
     if missing:
-        wanted = " and ".join(request.options[key] for key in missing)
-        raise ConfigError(f"{request.adapter} does not say what model it is for. Name it with {wanted}.")
+        raise ConfigError(
+            f"{request.adapter}: its header names no base model. Name it with {' and '.join(missing)}."
+        )
     spec = families.get(str(values["model_family"]))
     if spec is None:
         raise ConfigError(
             f"{request.adapter} is for the family {values['model_family']}. Known families: "
             f"{', '.join(sorted(families))}. Give another with {request.options['model_family']}."
         )
-    problems = Problems()
-    place = Source(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
-    defaults = {
-        "validation_resolution": spec.default_resolution,
-        "validation_guidance": spec.default_guidance,
-    }
-    model = build(ModelConfig, values, place)
-    # As they were when the adapter was trained: the shift of noise levels is among them.
-    noise = build(NoiseConfig, {key: header[key] for key in NoiseConfig.model_fields if key in header}, place)
-    formats = {key: header[key] for key in FORMATS if key in header}
-    precision = build(PrecisionConfig, formats | dict(request.precision), place)
-    pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
-    rules.check_family((model, noise, pictures), spec, families=families, place=place)
-    rules.check_pictures(pictures, spec, place)
-    problems.raise_if_any()
-    assert model.section is not None, "a section that cannot be made has a problem"
-    assert noise.section is not None, "a section that cannot be made has a problem"
-    assert precision.section is not None, "a section that cannot be made has a problem"
-    assert pictures.section is not None, "a section that cannot be made has a problem"
-    prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
-    return _Sections(
-        model=model.section,
-        noise=noise.section,
-        precision=precision.section,
-        pictures=pictures.section.model_copy(update={"prompts": prompts}),
-    )
+    return spec
+
+
+def _valid(validated: Validated[S]) -> S:
+    assert validated.section is not None, "raise_if_any lets no invalid section through"
+    return validated.section
 
 
 def _family(sections: _Sections, *, dtype: str | None) -> ModelFamily:

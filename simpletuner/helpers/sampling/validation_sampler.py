@@ -1,4 +1,4 @@
-"""Where the pictures of a run are made, whatever adapter its denoiser carries."""
+"""Generates validation images with the current denoiser."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 import xxhash
 
 from simpletuner.helpers.checkpointing.preemption import Preempted
+from simpletuner.helpers.io.run_folder import cached_image_file
 from simpletuner.helpers.sampling.images import save_png
 from simpletuner.helpers.sampling.prompts import call_options
 
@@ -32,43 +33,48 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSampler:
-    """Makes the pictures that a run asks for; one that fails costs itself, never the run."""
+    """Generates the run's validation images; a failure costs the image, never the run."""
 
     config: ValidationConfig
     accelerator: Accelerator
     family: ModelFamily
-    shots: tuple[PromptSpec, ...]
+    prompts: tuple[PromptSpec, ...]
     text_embeds: Callable[[str], TextEmbeds]
+    """Cached prompt embeds of a text."""
     folder: Path
     """`<output_dir>/validation`."""
     base_model: str
     """Identity of the base model's weights."""
     preemption: Preemption
 
-    def cached_path(self, shot: PromptSpec, *made_with: object) -> Path:
-        """Where a picture lies that no training changes, named after all that it was made with."""
+    def cached_path(self, prompt: PromptSpec, *also_hashed: object) -> Path:
+        """Cache path of an image that training does not change.
+
+        Its name hashes everything the image depends on.
+        """
         config = self.config
         depends_on = (
             self.base_model,
-            shot.prompt,
+            prompt.text,
             config.validation_negative_prompt,
             config.validation_guidance,
             config.validation_guidance_real,
             config.validation_guidance_rescale,
             config.validation_num_inference_steps,
             config.validation_noise_scheduler,
-            self.family.noise,  # which says how sampling is shifted
-            *made_with,
+            self.family.noise,  # the shift of the sampling schedule is in it
+            *also_hashed,
         )
-        return self.folder / "base" / f"{shot.name}-{xxhash.xxh3_64_hexdigest(repr(depends_on).encode())}.png"
+        digest = xxhash.xxh3_64_hexdigest(repr(depends_on).encode())
+        return cached_image_file(self.folder, prompt.name, digest=digest)
 
     def make_pipeline(self, denoiser: nn.Module) -> Any:
-        """The bundled pipeline around the denoiser as it is."""
+        """The family's pipeline around a denoiser, with the validation sampler."""
         return self.family.make_pipeline(denoiser, scheduler=self.config.validation_noise_scheduler)
 
     @contextmanager
-    def sampling(self, denoiser: nn.Module) -> Iterator[None]:
-        """The denoiser in evaluation mode, without gradients; as it was, and without a VAE, afterwards."""
+    def eval_mode(self, denoiser: nn.Module) -> Iterator[None]:
+        """Evaluation mode under autocast without gradients; restores the mode and unloads the VAE on exit."""
         was_training = denoiser.training
         denoiser.eval()
         try:
@@ -78,35 +84,35 @@ class ValidationSampler:
             self.family.unload_vae()
             denoiser.train(was_training)
 
-    def make(self, pipeline: Any, shot: PromptSpec, file: Path) -> None:
-        """Make one picture.
+    def generate(self, pipeline: Any, prompt: PromptSpec, file: Path) -> None:
+        """Generate the image of a prompt and write it as PNG.
 
         Raises:
-            Preempted: A signal came.
+            Preempted: A stop signal arrived.
         """
-        self.preemption.check("making validation pictures")
-        text = self.family.pipeline_inputs(
-            self.text_embeds(shot.prompt),
+        self._check_preemption()
+        inputs = self.family.pipeline_inputs(
+            self.text_embeds(prompt.text),
             self.text_embeds(self.config.validation_negative_prompt),
             pictures=self.config,
-            size=shot.size,
+            size=prompt.size,
         )
-        picture = pipeline(
-            **text, **call_options(shot, self.config), callback_on_step_end=self._between_steps
-        ).images[0]
-        save_png(picture, file)
+        options = call_options(prompt, self.config)
+        image = pipeline(**inputs, **options, callback_on_step_end=self._check_preemption).images[0]
+        save_png(image, file)
 
-    def best_effort(self, what: str, make: Callable[[], None]) -> None:
-        """Make pictures, and say what is lost if that fails."""
+    @contextmanager
+    def best_effort(self, images: str) -> Iterator[None]:
+        """Log a failure inside the context instead of raising it; `images` names the loss in the log."""
         started_s = time.perf_counter()
         try:
-            make()
-            logger.debug("Made %s in %.1f s.", what, time.perf_counter() - started_s)
+            yield
+            logger.debug("Generated %s in %.1f s.", images, time.perf_counter() - started_s)
         except Preempted:
-            logger.info("Left %s for the next start.", what)
+            logger.info("Interrupted: %s will be generated on resume.", images)
         except Exception as error:  # noqa: BLE001 - named boundary: a validation must never end a run
-            logger.warning("Lost %s: %s: %s. Training goes on without it.", what, type(error).__name__, error)
+            logger.warning("Lost %s: %s: %s. Training continues.", images, type(error).__name__, error)
 
-    def _between_steps(self, *_: object) -> dict[str, Any]:
-        self.preemption.check("making validation pictures")
-        return {}  # changes none of the pipeline's tensors
+    def _check_preemption(self, *_: object) -> dict[str, Any]:
+        self.preemption.check("generating validation images")
+        return {}  # a step callback returns the pipeline tensors to replace

@@ -1,4 +1,4 @@
-"""The one place that wires a run together."""
+"""Builds a run from its configuration: the only module that wires the parts together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
-from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, Checkpoint, Checkpoints
+from simpletuner.helpers.checkpointing.checkpoints import (
+    Checkpoint,
+    Checkpoints,
+    check_compatible,
+    find_checkpoint,
+    remove_unfinished,
+)
 from simpletuner.helpers.checkpointing.fingerprint import (
     adapter_metadata,
     base_weights_hash,
@@ -31,15 +38,20 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.io.run_folder import CONFIG_FILE, VALIDATION_FOLDER
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
-from simpletuner.helpers.reporting.run_summary import FinishedRun, load_report
+from simpletuner.helpers.reporting.html_report.manifest import build_manifest
+from simpletuner.helpers.reporting.html_report.writer import RunPage
+from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
+from simpletuner.helpers.reporting.run_summary import FinishedRun, load_summary
 from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
-from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
+from simpletuner.helpers.sampling.comparison import algorithm_name, build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import CacheFiller
+from simpletuner.helpers.training.final_files import FinalFiles
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -53,25 +65,25 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.io.atomic import JsonValue
     from simpletuner.helpers.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL_MODEL = 50_000_000
-"""Weights; the demo's has five million."""
-# The other processes wait while the main one validates.
-LONGEST_WAIT = timedelta(hours=6)
+"""Number of weights; the demo's model has five million."""
+# The other processes wait while the main process validates.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """What stands before the first weight is loaded."""
+    """Everything built before weights are loaded."""
 
     config: RunConfig
     accelerator: Accelerator
     preemption: Preemption
-    checkpoints: Checkpoints
     resumed: Checkpoint | None
     family: ModelFamily
     data: TrainingData
@@ -79,7 +91,7 @@ class RunContext:
 
     @property
     def step(self) -> int:
-        """The optimiser step that the run starts from."""
+        """Optimiser steps taken before this start."""
         return 0 if self.resumed is None else self.resumed.step
 
 
@@ -87,40 +99,36 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
     """Prepare a run up to its next step: lock, data, caches, model, adapter, optimiser, resumed state.
 
     Raises:
-        SimpleTunerError: Something that the run needs is missing or does not fit.
+        SimpleTunerError: A part that the run needs is missing or does not fit.
     """
-    with ExitStack() as resources:  # closed if anything below fails, else handed to the trainer
+    with ExitStack() as resources:  # closed if a step below fails, else passed to the trainer
         context = prepare_run(config, resources)
         finished = finished_run(context)
         if finished is not None:
             return finished
         trackers = build_run_trackers(context)
-        shots = expand_prompts(config.validation, seed=config.training.seed)
-        fill_caches(context, shots)
-        return build_components(context, shots=shots, trackers=trackers, resources=resources)
+        prompts = expand_prompts(config.validation, seed=config.training.seed)
+        fill_caches(context, prompts)
+        return build_components(context, prompts=prompts, trackers=trackers, resources=resources)
 
 
 def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
-    """Everything that can fail without a model: device, output folder, checkpoints, images."""
+    """Check and build everything that needs no weights: device, output folder, checkpoint, data."""
     check_packages(config)
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
     preemption = resources.enter_context(Preemption())
-    checkpoints = Checkpoints(
-        config.checkpoint, settings=resume_fingerprint(config), resolved=config.resolved()
-    )
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
-        checkpoints.clean()
+        remove_unfinished(config.checkpoint.output_dir)
     accelerator.wait_for_everyone()
-    resumed = checkpoints.find()
+    resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
     data = build_data(config, family=family, accelerator=accelerator)
     return RunContext(
         config=config,
         accelerator=accelerator,
         preemption=preemption,
-        checkpoints=checkpoints,
         resumed=resumed,
         family=family,
         data=data,
@@ -129,23 +137,26 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
 
 
 def finished_run(context: RunContext) -> FinishedRun | None:
-    """What the run left behind, if it has nothing left to do."""
-    report = load_report(context.config.checkpoint.output_dir)
-    if report is not None and report.step == context.step >= context.max_steps:
-        return FinishedRun(report, context.max_steps)
+    """The finished run, if it has no steps left."""
+    summary = load_summary(context.config.checkpoint.output_dir)
+    if summary is not None and summary.step == context.step >= context.max_steps:
+        return FinishedRun(summary, context.max_steps)
     return None
 
 
 def build_components(
-    context: RunContext, *, shots: tuple[PromptSpec, ...], trackers: Trackers, resources: ExitStack
+    context: RunContext, *, prompts: tuple[PromptSpec, ...], trackers: Trackers, resources: ExitStack
 ) -> Trainer:
-    """Load the denoiser, attach the adapter, take the resumed state over, and wire the loop."""
+    """Load the denoiser, attach the adapter, load the resumed state, and build the trainer."""
     config, accelerator, data = context.config, context.accelerator, context.data
+    output_dir, is_main_process = config.checkpoint.output_dir, accelerator.is_main_process
     denoiser = context.family.load_denoiser()
     limit_cpu_threads(denoiser, accelerator.device)
-    hashes = weight_hashes(denoiser)  # of the model as it is published, which it is not once it is quantised
+    hashes = weight_hashes(denoiser)  # before quantisation changes the weights
     base_model = base_weights_hash(hashes)
-    context.checkpoints.set_base_weights({"base weights": base_model}, resumed=context.resumed)
+    weights: dict[str, JsonValue] = {"base weights": base_model}
+    if context.resumed is not None:
+        check_compatible(context.resumed, "weights", weights)
     is_offloaded, device = config.precision.enable_group_offload, accelerator.device
     denoiser = quantize_and_move(
         denoiser,
@@ -153,9 +164,9 @@ def build_components(
         device=device,
         home=context.family.denoiser_device if is_offloaded else device,
     )
-    sampler = build_sampler(context, shots, base_model=base_model)
+    sampler = build_sampler(context, prompts, base_model=base_model)
     comparison = build_comparison(config, sampler)
-    if comparison is not None and accelerator.is_main_process:
+    if comparison is not None and is_main_process:
         comparison.generate_missing(denoiser)
     adapter = build_adapter(context, denoiser, weight_hashes=hashes)
     if config.precision.base_model_precision != "no_change":
@@ -165,7 +176,13 @@ def build_components(
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
-    state = RunState(adapter=adapter, optimizer=optimizer, progress=Progress(), scaler=accelerator.scaler)
+    state = RunState(
+        adapter=adapter,
+        optimizer=optimizer,
+        progress=Progress(),
+        metadata=adapter_metadata(config, data),
+        scaler=accelerator.scaler,
+    )
     if context.resumed is not None:
         resume(state, context.resumed)
     schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=context.max_steps, step=context.step)
@@ -176,9 +193,28 @@ def build_components(
         sampler=sampler,
         adapter=adapter,
         denoiser=denoiser,
-        title=kind_of(config),
+        title=algorithm_name(config),
         comparison=comparison,
         trackers=trackers,
+    )
+    checkpoints = Checkpoints(
+        config=config.checkpoint,
+        state=state,
+        compatibility={"settings": resume_fingerprint(config), "weights": weights},
+        resolved=config.resolved(),
+        is_main_process=is_main_process,
+        saved_step=None if context.resumed is None else context.resumed.step,
+    )
+    manifest = partial(
+        build_manifest,
+        config=config,
+        spec=context.family.spec,
+        adapter=adapter,
+        data=data,
+        images=validation.manifest(),
+        max_steps=context.max_steps,
+        device=device,
+        num_processes=accelerator.num_processes,
     )
     return Trainer(
         config=config,
@@ -190,21 +226,28 @@ def build_components(
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         state=state,
-        checkpoints=context.checkpoints,
+        checkpoints=checkpoints,
         validation=validation,
         trackers=trackers,
+        display=ProgressDisplay(total_steps=context.max_steps, step=context.step, enabled=is_main_process),
+        page=RunPage(output_dir, is_enabled=is_main_process, manifest=manifest),
+        final_files=FinalFiles(
+            output_dir=output_dir,
+            state=state,
+            is_main_process=is_main_process,
+            comfyui=context.family.spec if config.adapter.lora_format == "comfyui" else None,
+        ),
         preemption=context.preemption,
         max_steps=context.max_steps,
-        metadata=adapter_metadata(config, data),
         resources=resources.pop_all(),
     )
 
 
 def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:
-    """Compute a small model on one CPU thread, where OMP_NUM_THREADS does not say otherwise.
+    """Compute a small model on one CPU thread, unless OMP_NUM_THREADS is set.
 
-    Two are no faster there (60 steps of the demo: 11 s on one, 11 to 17 s on two, by how long threads spin
-    while they wait), and one is not held up by other work on the machine.
+    Two threads are no faster (60 steps of the demo: 11 s on one, 11 to 17 s on two, which spin while they
+    wait), and other programs slow them down more.
     """
     num_weights = sum(weight.numel() for weight in denoiser.parameters())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and num_weights < SMALL_MODEL:
@@ -215,25 +258,25 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Devices, processes and precision.
 
     Raises:
-        ConfigError: The device cannot train in the wanted precision.
+        ConfigError: The device cannot train in this mixed_precision.
     """
-    wanted = config.precision.mixed_precision
+    precision = config.precision.mixed_precision
     try:
         accelerator = Accelerator(
-            mixed_precision=wanted,
+            mixed_precision=precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             kwargs_handlers=[
                 DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+                InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
             ],
         )
     except ValueError as error:
         raise ConfigError(
-            f"mixed_precision {wanted} does not run on this device: {error} "
+            f"mixed_precision {precision} does not run on this device: {error} "
             "Set mixed_precision to bf16 or no."
         ) from error
-    # On a CPU accelerate passes over fp16: no autocast, no scaler, and float16 weights all the same.
-    if wanted == "fp16" and accelerator.scaler is None:
+    # On a CPU accelerate ignores fp16: no autocast and no scaler, but float16 weights.
+    if precision == "fp16" and accelerator.scaler is None:
         raise ConfigError(
             f"mixed_precision fp16 does not train on {accelerator.device.type}. "
             "Set mixed_precision to bf16 or no."
@@ -242,33 +285,33 @@ def build_accelerator(config: RunConfig) -> Accelerator:
 
 
 def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
-    """Refuse what a run on several processes cannot do.
+    """Refuse settings that do not work with several processes.
 
     Raises:
-        ConfigError: The message says what to set instead.
+        ConfigError: The message names the setting and its remedy.
     """
-    kind = accelerator.distributed_type
+    distribution = accelerator.distributed_type
     if config.precision.enable_group_offload and accelerator.num_processes > 1:
         raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
-            f"accelerate's {kind.value} is not supported. Use plain data parallelism or FSDP 2."
+            f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."
         )
-    if kind != DistributedType.FSDP:
+    if distribution != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
     problems = {
         "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
-        "FSDP does not share out quantised weights. Set base_model_precision to no_change": (
+        "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
             config.precision.base_model_precision != "no_change"
         ),
-        "FSDP trains T-LoRA only. Set algo to tlora, without other algorithms beside it": config.lycoris
-        is None
-        or config.lycoris.algo != "tlora",
-        "FSDP makes no pictures while training. Set validation_disable to true": bool(
+        "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
+            config.lycoris is None or config.lycoris.algo != "tlora"
+        ),
+        "FSDP generates no validation images. Set validation_disable to true": bool(
             config.validation.prompts and not config.validation.validation_disable
         ),
-        "FSDP does not load through one process. Set fsdp_cpu_ram_efficient_loading to false": bool(
+        "FSDP loads weights in every process. Set fsdp_cpu_ram_efficient_loading to false": bool(
             plugin.cpu_ram_efficient_loading
         ),
     }
@@ -278,7 +321,7 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
-    """The model's family, with nothing loaded yet."""
+    """The model's family, before any weights are loaded."""
     return load_family(config.model.model_family)(
         config.model,
         noise=config.noise,
@@ -289,7 +332,7 @@ def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
 
 
 def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerator) -> TrainingData:
-    """The samples and their order, as this process sees them."""
+    """The samples of this process and their order."""
     return TrainingData(
         config.datasets,
         config.data,
@@ -303,39 +346,39 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
     )
 
 
-def fill_caches(context: RunContext, shots: tuple[PromptSpec, ...]) -> None:
-    """Encode images, captions and validation prompts; the encoders are gone again afterwards."""
-    prompts = {shot.prompt for shot in shots}
-    if shots:
-        prompts.add(context.config.validation.validation_negative_prompt)
+def fill_caches(context: RunContext, prompts: tuple[PromptSpec, ...]) -> None:
+    """Encode images, captions and validation prompts, then unload the encoders."""
+    texts = {prompt.text for prompt in prompts}
+    if prompts:
+        texts.add(context.config.validation.validation_negative_prompt)
     filling = CacheFiller(
         config=context.config,
         accelerator=context.accelerator,
         family=context.family,
         preemption=context.preemption,
     )
-    filling.fill(context.data, prompts=sorted(prompts))
+    filling.fill(context.data, prompts=sorted(texts))
 
 
 def build_sampler(
-    context: RunContext, shots: tuple[PromptSpec, ...], *, base_model: str
+    context: RunContext, prompts: tuple[PromptSpec, ...], *, base_model: str
 ) -> ValidationSampler:
-    """Where the pictures of the run are made."""
+    """The sampler of validation images."""
     precision = context.config.precision.base_model_precision
     return ValidationSampler(
         config=context.config.validation,
         accelerator=context.accelerator,
         family=context.family,
-        shots=shots,
+        prompts=prompts,
         text_embeds=context.data.text_embeds,
-        folder=context.config.checkpoint.output_dir / "validation",
+        folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
         base_model=base_model if precision == "no_change" else f"{base_model} {precision}",
         preemption=context.preemption,
     )
 
 
 def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:
-    """The adapter attached to the denoiser, which is made ready to train."""
+    """Attach the adapter to the denoiser, in training mode."""
     config, accelerator = context.config, context.accelerator
     if config.training.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
@@ -354,7 +397,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
         adapter.num_layers,
         sum(parameter.numel() for parameter in adapter.parameters()),
     )
-    # What other people's code reads from an accelerator.
+    # Other people's code reads these from the accelerator.
     accelerator._tlora_config = adapter.tlora_config
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
@@ -362,7 +405,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
 
 
 def ddp_ignore_frozen(denoiser: nn.Module) -> None:
-    """Have data parallelism not send frozen weights, alike in every process, which it cannot when packed."""
+    """Exclude frozen weights from DDP's broadcast: all ranks hold them, and quantised ones cannot be sent."""
     frozen = [name for name, weight in denoiser.named_parameters() if not weight.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         denoiser, frozen
@@ -378,7 +421,7 @@ def planned_steps(config: RunConfig, *, batches_per_epoch: int) -> int:
 
 
 def resume(state: RunState, checkpoint: Checkpoint) -> None:
-    """Take over the state of a checkpoint.
+    """Load the state of a checkpoint.
 
     Raises:
         CheckpointError: Its files do not fit this run, or its folder was renamed.
@@ -386,13 +429,14 @@ def resume(state: RunState, checkpoint: Checkpoint) -> None:
     state.load(checkpoint.path)
     if state.progress.step != checkpoint.step:
         raise CheckpointError(
-            f"{checkpoint.path} holds the state of step {state.progress.step}. Rename it back."
+            f"{checkpoint.path}: the folder name says step {checkpoint.step}, its state step "
+            f"{state.progress.step}. Restore the folder's name."
         )
     logger.info("Resumed from %s.", checkpoint.path)
 
 
 def build_run_trackers(context: RunContext) -> Trackers:
-    """Everything that records the run, on the main process; on the others nothing does.
+    """The trackers of the run on the main process, none on the others; writes the configuration.
 
     Raises:
         MissingDependencyError: The package of a tracker is not installed.

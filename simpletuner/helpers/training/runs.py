@@ -1,4 +1,4 @@
-"""A run from its configuration to its exit code, and before it the run that it is compared with."""
+"""Trains a run, and before it the run that validation_compared_config names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import gather_object, release_memory
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.reporting.run_summary import load_report
+from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.sampling.prompts import expand_prompts
 from simpletuner.helpers.training.build import build_trainer, finished_run, prepare_run
 from simpletuner.helpers.training.trainer import Trainer
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> int:
-    """Train a run, after the one that its `validation_compared_config` names where that is not finished.
+    """Train a run, after the run that `validation_compared_config` names if that is unfinished.
 
     Returns:
-        The exit code: 0 when finished, 75 when a signal ended either of them; the same call goes on.
+        The exit code: 0 when finished, 75 when a signal stopped either run; the same call resumes.
 
     Raises:
-        SimpleTunerError: Something that a run needs is missing or does not fit, or its training failed.
+        SimpleTunerError: A part that a run needs is missing or does not fit, or training failed.
     """
     for other in reversed(unfinished(config)):
-        logger.info("Training %s first: its adapter is shown beside this run's.", other.source)
+        logger.info("Training %s first: validation compares its adapter with this run's.", other.source)
         code = _train_first(other)
         if code != 0:
             return code
@@ -39,49 +39,49 @@ def train(config: RunConfig) -> int:
 
 
 def unfinished(config: RunConfig) -> list[RunConfig]:
-    """The runs whose adapters are wanted and not there yet; each is wanted by the one before it.
+    """The unfinished runs that this run is compared with, each compared with the next one.
 
     Raises:
-        SimpleTunerError: Something that a run needs is missing or does not fit.
+        SimpleTunerError: A part that a run needs is missing or does not fit.
     """
     other = config.compared_with
-    if other is None or is_finished(other) or not _makes_pictures(config):
+    if other is None or is_finished(other) or not _has_validations_left(config):
         return []
     return [other, *unfinished(other)]
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether a run has been trained to its last step."""
-    report = load_report(config.checkpoint.output_dir)
-    return report is not None and report.step >= (config.training.max_train_steps or 0)
+    """Whether a run has reached its last step."""
+    summary = load_summary(config.checkpoint.output_dir)
+    return summary is not None and summary.step >= (config.training.max_train_steps or 0)
 
 
-def _makes_pictures(config: RunConfig) -> bool:
-    """Whether a run has pictures to make; what is wrong with it is told now, not after the other's hours."""
+def _has_validations_left(config: RunConfig) -> bool:
+    """Whether a run will generate images. Reports its errors now, not after hours of training another run."""
     if not expand_prompts(config.validation, seed=config.training.seed):
         return False
     with ExitStack() as resources:
         context = prepare_run(config, resources)
-        context.preemption.check("looking what there is to train")
-        goes_on = finished_run(context) is None
-    _forget_settings()
-    return goes_on
+        context.preemption.check("checking the compared runs")
+        has_steps_left = finished_run(context) is None
+    _reset_accelerate()
+    return has_steps_left
 
 
 def _train_first(config: RunConfig) -> int:
     run = build_trainer(config)
     code = run.run()
-    # A signal in its last moments finds that run finished, and the one after it not begun.
+    # A signal may arrive after that run has finished and before the next one starts.
     if isinstance(run, Trainer) and run.preemption.requested:
         code = EXIT_PREEMPTED
     del run
     release_memory()
-    code = max(map(int, gather_object([code])))  # a signal may have come to one of several processes
-    _forget_settings()
+    code = max(map(int, gather_object([code])))  # a signal may reach only one of several processes
+    _reset_accelerate()
     return code
 
 
-def _forget_settings() -> None:
-    """Let the next run set precision and accumulation, which accelerate keeps for a process."""
+def _reset_accelerate() -> None:
+    """Reset precision and gradient accumulation, which accelerate keeps for the whole process."""
     AcceleratorState._reset_state()
     GradientState._reset_state()

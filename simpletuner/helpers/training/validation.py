@@ -1,4 +1,4 @@
-"""Pictures while training: the base model, another run's adapter, and the one that is being trained."""
+"""Validation images during training: of the base model, of another run's adapter, and of this run's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from simpletuner.helpers.io.run_folder import (
+    GRID_FILE,
+    image_file,
+    validation_step_folder,
+    validation_step_folders,
+)
 from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
 
 if TYPE_CHECKING:
@@ -26,125 +32,141 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ValidationType = Literal["base_model", "intermediary", "final"]
-GRID_FILE = "grid.png"
-AS_TRAINED = 1.0
+FULL_STRENGTH = 1.0
 
 
 @dataclass(kw_only=True)
 class Validation:
-    """Decides when a run makes pictures and puts them side by side."""
+    """Generates the validation images of a run at their intervals, and arranges them in grids."""
 
     sampler: ValidationSampler
     adapter: Adapter
     denoiser: nn.Module
-    """As the pipeline takes it, not as accelerate wraps it."""
+    """The pipeline's denoiser, without accelerate's wrapper."""
     title: str
-    """What the column of this run is called."""
+    """Column title of this run's images."""
     comparison: Comparison | None
-    """Another run's adapter, whose pictures stand before this run's; None shows none."""
+    """Another run's adapter; its images form a column before this run's."""
     trackers: Trackers
     pipeline: Any = None
 
     def is_due(self, step: int) -> bool:
-        """Whether an interval asks for pictures after this optimiser step."""
+        """Whether validation_step_interval asks for images after this optimiser step."""
         every = self.sampler.config.validation_step_interval
         return step > 0 and bool(every) and step % every == 0
 
     def grid_file(self, step: int) -> Path:
-        """Where the grid of a step lies once it is made."""
-        return self.sampler.folder / f"step-{step}" / GRID_FILE
+        """Path of a step's grid."""
+        return validation_step_folder(self.sampler.folder, step) / GRID_FILE
 
     def start(self, step: int) -> None:
-        """Before the first optimiser step: base-model pictures, and what a run cut short left undone.
+        """Before step 1: generate base-model images, and repeat a validation that was interrupted.
 
-        Pictures of later steps were made by a run that this one leaves behind, and are removed.
+        Deletes images of later steps: they belong to a run that was rolled back.
         """
         config, accelerator = self.sampler.config, self.sampler.accelerator
-        if self.sampler.shots and accelerator.is_main_process:
-            for folder in self.sampler.folder.glob("step-*"):
-                number = folder.name.removeprefix("step-")
-                if number.isdigit() and int(number) > step:
+        if self.sampler.prompts and accelerator.is_main_process:
+            for later, folder in validation_step_folders(self.sampler.folder):
+                if later > step:
                     shutil.rmtree(folder)
-        if self.sampler.shots and not config.disable_benchmark and accelerator.is_main_process:
-            self.sampler.best_effort("the base-model pictures", self._base_pictures)
+        if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
+            with self.sampler.best_effort("the base-model images"):
+                self._generate_base_images()
         if (step == 0 and config.validation_on_startup) or self.is_due(step):
             self.run(step)
 
-    def run(self, step: int, kind: ValidationType = "intermediary") -> None:
-        """Make the pictures and the grid of this step on the main process, unless the grid is there."""
+    def run(self, step: int, validation_type: ValidationType = "intermediary") -> None:
+        """Generate the images and the grid of this step on the main process, unless the grid exists."""
         accelerator = self.sampler.accelerator
-        if self.sampler.shots and accelerator.is_main_process and not self.grid_file(step).exists():
-            self.sampler.best_effort(f"the validation of step {step}", lambda: self._validate(step, kind))
+        if self.sampler.prompts and accelerator.is_main_process and not self.grid_file(step).exists():
+            with self.sampler.best_effort(f"the validation of step {step}"):
+                self._validate(step, validation_type)
         accelerator.wait_for_everyone()
 
     def setup_pipeline(self, validation_type: ValidationType = "intermediary") -> None:
-        """Build the bundled pipeline around the denoiser, with the rank schedule it trains under."""
+        """Build the family's pipeline around the denoiser, with the rank schedule of training."""
         self.pipeline = self.sampler.make_pipeline(self.denoiser)
         if self.sampler.accelerator._tlora_active:
             self.pipeline._tlora_config = dict(self.sampler.accelerator._tlora_config)
-        logger.debug("Pipeline for %s pictures is ready.", validation_type)
+        logger.debug("The pipeline for %s images is ready.", validation_type)
 
     def clean_pipeline(self) -> None:
-        """Take the rank schedule off the pipeline and let go of it, and of the VAE it decoded with."""
+        """Remove the rank schedule from the pipeline, and release the pipeline and the VAE."""
         if self.pipeline is not None:
             if self.sampler.accelerator._tlora_active:
                 del self.pipeline._tlora_config
             self.pipeline = None
         self.sampler.family.unload_vae()
 
-    def _base_pictures(self) -> None:
-        """Make the pictures of the base model that are not on disk yet."""
-        cached_path = self.sampler.cached_path
-        missing = {shot: file for shot in self.sampler.shots if not (file := cached_path(shot)).exists()}
-        if missing:
-            with self._sampling("base_model"):
-                for shot, file in missing.items():
-                    self._make(shot, strength=0.0, file=file)
+    def manifest(self) -> dict[str, Any]:
+        """The report's information on the images, by its keys: each prompt and its cached files."""
+        sampler, other = self.sampler, self.comparison
+        return {
+            "compared_with": None if other is None else other.title,
+            "shots": [
+                {
+                    "name": prompt.name,
+                    "prompt": prompt.text,
+                    "size": str(prompt.size),
+                    "seed": prompt.seed,
+                    "strength": prompt.strength,
+                    "base": None if sampler.config.disable_benchmark else sampler.cached_path(prompt).name,
+                    "other": None if other is None else other.cached_path(prompt).name,
+                }
+                for prompt in sampler.prompts
+            ],
+        }
 
-    def _validate(self, step: int, kind: ValidationType) -> None:
-        folder = self.grid_file(step).parent
-        files = {shot: folder / f"{shot.name}.png" for shot in self.sampler.shots}
-        with self._sampling(kind):
-            for shot, file in files.items():
-                self._make(shot, strength=shot.strength, file=file)
-        grid = self._grid(step, files)
-        save_png(grid, self.grid_file(step))
-        logger.info("Validation of step %d: %s", step, self.grid_file(step))
+    def _generate_base_images(self) -> None:
+        path = self.sampler.cached_path
+        missing = {prompt: file for prompt in self.sampler.prompts if not (file := path(prompt)).exists()}
+        if missing:
+            with self._pipeline("base_model"):
+                for prompt, file in missing.items():
+                    self._generate(prompt, strength=0.0, file=file)
+
+    def _validate(self, step: int, validation_type: ValidationType) -> None:
+        grid_file = self.grid_file(step)
+        files = {prompt: image_file(grid_file.parent, prompt.name) for prompt in self.sampler.prompts}
+        with self._pipeline(validation_type):
+            for prompt, file in files.items():
+                self._generate(prompt, strength=prompt.strength, file=file)
+        save_png(self._grid(step, files), grid_file)
+        logger.info("Validation of step %d: %s", step, grid_file)
         self.trackers.log_pictures(
-            step, {"grid": self.grid_file(step), **{shot.name: file for shot, file in files.items()}}
+            step, {"grid": grid_file, **{prompt.name: file for prompt, file in files.items()}}
         )
 
     @contextmanager
-    def _sampling(self, kind: ValidationType) -> Iterator[None]:
-        """The model in the pipeline; back to training, at full strength, after it."""
-        with self.sampler.sampling(self.denoiser):
+    def _pipeline(self, validation_type: ValidationType) -> Iterator[None]:
+        with self.sampler.eval_mode(self.denoiser):
             try:
-                self.setup_pipeline(kind)
+                self.setup_pipeline(validation_type)
                 yield
             finally:
                 self.clean_pipeline()
-                self.adapter.set_strength(AS_TRAINED)
+                self.adapter.set_strength(FULL_STRENGTH)
 
-    def _make(self, shot: PromptSpec, *, strength: float, file: Path) -> None:
+    def _generate(self, prompt: PromptSpec, *, strength: float, file: Path) -> None:
         self.adapter.set_strength(strength)
-        self.sampler.make(self.pipeline, shot, file)
+        self.sampler.generate(self.pipeline, prompt, file)
 
     def _grid(self, step: int, files: Mapping[PromptSpec, Path]) -> Image.Image:
         columns: dict[str, Callable[[PromptSpec], Path]] = {}
         if not self.sampler.config.disable_benchmark:
             columns["base model"] = self.sampler.cached_path
         if self.comparison is not None:
-            columns[self.comparison.title] = self.comparison.picture
+            columns[self.comparison.title] = self.comparison.cached_path
         columns[f"{self.title}, step {step}"] = files.__getitem__
         rows = [
-            Row(shot.label, tuple(_load_png(file_of(shot)) for file_of in columns.values())) for shot in files
+            Row(prompt.label, tuple(_load_png(path(prompt)) for path in columns.values())) for prompt in files
         ]
         return labelled_grid(rows, columns=list(columns))
 
 
 def _load_png(file: Path) -> Image.Image | None:
-    """The picture, or None when it was never made."""
+    """The image; None for a missing file."""
     if not file.exists():
         return None
-    with Image.open(file) as picture:
-        return picture.convert("RGB")
+    with Image.open(file) as image:
+        return image.convert("RGB")

@@ -96,7 +96,8 @@ def train(model: UNet2DConditionModel, adapter: Adapter, steps: int = 2) -> None
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("sig_type", ["last", "middle", "principal"])
-def test_row_11_trained_tlora_reloads_to_equal_output_and_an_identical_second_file(
+@pytest.mark.reliability_row(11)
+def test_trained_tlora_reloads_to_equal_output_and_an_identical_second_file(
     init: str, sig_type: str, tmp_path: Path
 ) -> None:
     model = unet()
@@ -476,7 +477,8 @@ def test_strength_scales_the_effect_and_zero_is_the_base() -> None:
 
 
 @pytest.mark.parametrize("spoil", ["truncated", "empty", "not finite", "foreign", "other model", "missing"])
-def test_row_23_unusable_file_is_refused_and_nothing_is_attached(spoil: str, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_unusable_file_is_refused_and_nothing_is_attached(spoil: str, tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     attach(unet(), TLORA).save(file, metadata={})
     tensors = load_file(file)

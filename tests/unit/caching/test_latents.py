@@ -94,7 +94,8 @@ def test_fill_latents_reports_progress_over_all(store: TensorStore) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_12_latents_that_are_not_finite_are_refused_by_name(store: TensorStore, value: float) -> None:
+@pytest.mark.reliability_row(12)
+def test_latents_that_are_not_finite_are_refused_by_name(store: TensorStore, value: float) -> None:
     with pytest.raises(DataError, match=r"1\.png.*not finite"):
         fill_latents(store, [request(1)], encode=lambda pixels: pixels * value, batch_size=1)
     assert request(1).key not in store

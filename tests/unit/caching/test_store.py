@@ -60,7 +60,8 @@ def test_get_of_a_missing_key_is_none(store: TensorStore) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 60, -1])
-def test_row_18_a_truncated_entry_is_removed_and_counts_as_missing(store: TensorStore, length: int) -> None:
+@pytest.mark.reliability_row(18)
+def test_a_truncated_entry_is_removed_and_counts_as_missing(store: TensorStore, length: int) -> None:
     put_example(store)
     data = store.path(KEY).read_bytes()
     store.path(KEY).write_bytes(data[:length])
@@ -68,7 +69,8 @@ def test_row_18_a_truncated_entry_is_removed_and_counts_as_missing(store: Tensor
     assert not store.path(KEY).exists()
 
 
-def test_row_18_no_flipped_byte_gives_other_tensors(store: TensorStore) -> None:
+@pytest.mark.reliability_row(18)
+def test_no_flipped_byte_gives_other_tensors(store: TensorStore) -> None:
     tensors = put_example(store)
     data = store.path(KEY).read_bytes()
     for place in range(len(data)):
@@ -80,14 +82,16 @@ def test_row_18_no_flipped_byte_gives_other_tensors(store: TensorStore) -> None:
     store.path(KEY).unlink(missing_ok=True)
 
 
-def test_row_18_an_entry_under_another_key_is_refused(store: TensorStore) -> None:
+@pytest.mark.reliability_row(18)
+def test_an_entry_under_another_key_is_refused(store: TensorStore) -> None:
     put_example(store)
     store.path(OTHER_KEY).parent.mkdir(parents=True, exist_ok=True)
     store.path(KEY).rename(store.path(OTHER_KEY))
     assert store.get(OTHER_KEY) is None
 
 
-def test_row_18_two_writers_at_once_leave_a_whole_entry(store: TensorStore) -> None:
+@pytest.mark.reliability_row(18)
+def test_two_writers_at_once_leave_a_whole_entry(store: TensorStore) -> None:
     writers = [threading.Thread(target=put_example, args=(store,)) for _ in range(8)]
     for writer in writers:
         writer.start()
@@ -97,7 +101,8 @@ def test_row_18_two_writers_at_once_leave_a_whole_entry(store: TensorStore) -> N
     assert [file.name for file in store.path(KEY).parent.iterdir()] == [store.path(KEY).name]
 
 
-def test_row_22_a_pickle_under_an_entry_name_is_not_executed(store: TensorStore, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(22)
+def test_a_pickle_under_an_entry_name_is_not_executed(store: TensorStore, tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (os.mkdir, (str(tmp_path / "executed"),))
@@ -119,7 +124,8 @@ def test_row_22_a_pickle_under_an_entry_name_is_not_executed(store: TensorStore,
     ],
     ids=["huge header", "no facts", "no digest", "wrong digest", "list"],
 )
-def test_row_23_a_hostile_entry_is_refused(store: TensorStore, data: bytes) -> None:
+@pytest.mark.reliability_row(23)
+def test_a_hostile_entry_is_refused(store: TensorStore, data: bytes) -> None:
     store.path(KEY).parent.mkdir(parents=True)
     store.path(KEY).write_bytes(data)
     assert store.get(KEY) is None

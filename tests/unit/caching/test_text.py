@@ -54,7 +54,8 @@ def test_fill_shares_the_work_and_reports_progress(tmp_path: Path) -> None:
     assert all(cache.get(prompt) for prompt in prompts)
 
 
-def test_row_12_an_embedding_that_is_not_finite_is_refused_by_prompt(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(12)
+def test_an_embedding_that_is_not_finite_is_refused_by_prompt(tmp_path: Path) -> None:
     def overflow(prompts: Sequence[str]) -> list[TextEmbeds]:
         return [TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float("nan"))) for _ in prompts]
 

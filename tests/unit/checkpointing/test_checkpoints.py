@@ -4,35 +4,64 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from simpletuner.helpers.checkpointing.checkpoints import (
-    COMPATIBILITY_FILE,
-    CONFIG_FILE,
+    Checkpoint,
     Checkpoints,
+    check_compatible,
     differing_fields,
+    find_checkpoint,
     list_checkpoints,
+    remove_unfinished,
 )
+from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
 from simpletuner.helpers.io.atomic import verify_manifest
 from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.io.run_folder import COMPATIBILITY_FILE, CONFIG_FILE
 
 SETTINGS = {"lycoris linear_dim": 8, "optimizer": "adamw"}
 CONTENT = "the state of step {step}"
 
 
-def make(folder: Path, **keys: object) -> Checkpoints:
-    config = CheckpointConfig(output_dir=str(folder), **keys)
-    return Checkpoints(config, settings=SETTINGS, resolved={"seed": 1})
+@dataclass
+class State:
+    """A run's state whose only file says its step."""
+
+    progress: Progress = field(default_factory=Progress)
+    is_sharded: bool = False
+    saved_to: list[Path] = field(default_factory=list)
+
+    def save(self, folder: Path) -> None:
+        self.saved_to.append(folder)
+        (folder / "state").write_text(CONTENT.format(step=self.progress.step))
+
+
+def make(
+    folder: Path, *, state: State | None = None, is_main_process: bool = True, **keys: object
+) -> Checkpoints:
+    return Checkpoints(
+        config=CheckpointConfig(output_dir=str(folder), **keys),
+        state=state or State(),
+        compatibility={"settings": SETTINGS, "weights": {"base weights": "aa"}},
+        resolved={"seed": 1},
+        is_main_process=is_main_process,
+    )
 
 
 def save(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        text = CONTENT.format(step=step)
-        checkpoints.save(step, write=lambda folder, text=text: (folder / "state").write_text(text))
+        checkpoints.state.progress.step = step
+        checkpoints.save()
+
+
+def find(folder: Path, **keys: object) -> Checkpoint | None:
+    return find_checkpoint(CheckpointConfig(output_dir=str(folder), **keys), settings=SETTINGS)
 
 
 def names(folder: Path) -> list[str]:
@@ -68,18 +97,19 @@ def test_saving_the_same_step_again_writes_nothing(tmp_path: Path) -> None:
 
 def test_latest_is_the_highest_step_whatever_the_clock_says(tmp_path: Path) -> None:
     save(make(tmp_path), 10, 9)
-    found = make(tmp_path).find()
+    found = find(tmp_path)
     assert found is not None
     assert found.step == 10
 
 
 def test_latest_in_an_empty_folder_starts_anew(tmp_path: Path) -> None:
-    assert make(tmp_path / "missing").find() is None
+    assert find(tmp_path / "missing") is None
 
 
 @pytest.mark.parametrize("file", ["state", COMPATIBILITY_FILE, CONFIG_FILE, "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
-def test_row_06_damaged_checkpoint_is_passed_over_for_the_previous_one(
+@pytest.mark.reliability_row(6)
+def test_damaged_checkpoint_is_passed_over_for_the_previous_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     save(make(tmp_path), 3, 6)
@@ -92,70 +122,67 @@ def test_row_06_damaged_checkpoint_is_passed_over_for_the_previous_one(
     if file == "manifest.json" and damage == "truncate":
         path.write_bytes(data[: len(data) // 2])  # its last byte is a line break that means nothing
     with caplog.at_level(logging.WARNING):
-        found = make(tmp_path).find()
+        found = find(tmp_path)
     assert found is not None
     assert found.step == 3
-    assert "Passing over" in caplog.text
     assert "checkpoint-6" in caplog.text
 
 
-def test_row_06_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(6)
+def test_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     (tmp_path / "checkpoint-3" / "state").write_text("other")
-    with pytest.raises(CheckpointError, match="None of the 1 checkpoints"):
-        make(tmp_path).find()
+    with pytest.raises(CheckpointError, match="1 checkpoints"):
+        find(tmp_path)
 
 
 def test_named_checkpoint_is_taken_though_a_newer_one_exists(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(make(tmp_path), 3, 6)
-    found = make(tmp_path, resume_from_checkpoint="checkpoint-3").find()
+    found = find(tmp_path, resume_from_checkpoint="checkpoint-3")
     assert found is not None
     assert found.step == 3
-    assert "checkpoint-6 is newer" in caplog.text
+    assert "checkpoint-6" in caplog.text
 
 
 def test_named_checkpoint_that_is_missing_is_refused_naming_those_that_are_there(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
-    with pytest.raises(NothingToResumeError, match=r"checkpoint-4.*there: checkpoint-3") as info:
-        make(tmp_path, resume_from_checkpoint="checkpoint-4").find()
+    with pytest.raises(NothingToResumeError, match=r"checkpoint-4.*checkpoint-3") as info:
+        find(tmp_path, resume_from_checkpoint="checkpoint-4")
     assert info.value.exit_code == 3
 
 
 def test_named_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     (tmp_path / "checkpoint-3" / "state").unlink()
-    with pytest.raises(CheckpointError, match="damaged: state is missing"):
-        make(tmp_path, resume_from_checkpoint="checkpoint-3").find()
+    with pytest.raises(CheckpointError, match="state is missing"):
+        find(tmp_path, resume_from_checkpoint="checkpoint-3")
 
 
 def test_starting_anew_on_top_of_checkpoints_is_refused(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
-    with pytest.raises(CheckpointError, match="holds checkpoint-3 of an earlier run"):
-        make(tmp_path, resume_from_checkpoint="none").find()
+    with pytest.raises(CheckpointError, match=r"checkpoint-3.*resume_from_checkpoint"):
+        find(tmp_path, resume_from_checkpoint="none")
 
 
-def test_row_09_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(9)
+def test_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
-    other = Checkpoints(
-        CheckpointConfig(output_dir=str(tmp_path)),
-        settings={"lycoris linear_dim": 16, "optimizer": "adamw"},
-        resolved={},
-    )
+    config = CheckpointConfig(output_dir=str(tmp_path))
     with pytest.raises(CheckpointError, match="linear_dim  8 in the checkpoint, 16 in the config") as info:
-        other.find()
+        find_checkpoint(config, settings={"lycoris linear_dim": 16, "optimizer": "adamw"})
     assert "optimizer" not in str(info.value)
 
 
-def test_row_09_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
-    first = make(tmp_path)
-    first.set_base_weights({"base weights": "aa"}, resumed=None)
-    save(first, 3)
-    second = make(tmp_path)
-    found = second.find()
+@pytest.mark.reliability_row(9)
+def test_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
+    save(make(tmp_path), 3)
+    found = find(tmp_path)
+    assert found is not None
+    check_compatible(found, "weights", {"base weights": "aa"})
     with pytest.raises(CheckpointError, match="base weights  'aa' in the checkpoint, 'bb' in the config"):
-        second.set_base_weights({"base weights": "bb"}, resumed=found)
+        check_compatible(found, "weights", {"base weights": "bb"})
 
 
 def test_difference_names_fields_that_only_one_side_has() -> None:
@@ -176,7 +203,8 @@ def crash_points_of_a_save(folder: Path) -> list[str]:
     return list(dict.fromkeys(passed))
 
 
-def test_row_02_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(2)
+def test_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
     stages = crash_points_of_a_save(tmp_path / "stages")
     assert {"folder.before_manifest", "folder.before_rename", "checkpoint.pruning"} <= set(stages)
     for stage in stages:
@@ -190,15 +218,15 @@ def test_row_02_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tm
 
         with pytest.raises(Killed), at_crash_points(die):
             save(checkpoints, 6)
-        after = make(folder, checkpoints_total_limit=1)
-        after.clean()
-        found = after.find()
+        remove_unfinished(folder)
+        found = find(folder)
         assert found is not None
         assert (found.path / "state").read_text() == CONTENT.format(step=found.step)
         assert all(name.startswith("checkpoint-") for name in names(folder))
 
 
-def test_row_05_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(5)
+def test_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path: Path) -> None:
     checkpoints = make(tmp_path)
     save(checkpoints, 3)
 
@@ -206,9 +234,21 @@ def test_row_05_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one
         (folder / "state").write_text("half")
         raise CheckpointError("no space left")
 
+    checkpoints.state.save = fail
     with pytest.raises(CheckpointError):
-        checkpoints.save(6, write=fail)
+        save(checkpoints, 6)
     assert names(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_other_processes_publish_nothing_and_help_to_save_a_sharded_state(
+    tmp_path: Path, is_sharded: bool
+) -> None:
+    state = State(is_sharded=is_sharded)
+    save(make(tmp_path, state=state, is_main_process=False), 3, 3)
+    assert len(state.saved_to) == is_sharded
+    assert not names(tmp_path)
+    assert not any(folder.exists() for folder in state.saved_to)
 
 
 def test_list_ignores_what_is_not_a_checkpoint(tmp_path: Path) -> None:

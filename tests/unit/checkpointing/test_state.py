@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,9 +12,15 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.checkpointing.progress import Progress
-from simpletuner.helpers.checkpointing.state import ADAPTER_FILE, COUNTERS_FILE, OPTIMIZER_FILE, RunState
+from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    ADAPTER_STATE_FILE,
+    COUNTERS_FILE,
+    OPTIMIZER_FILE,
+)
 from simpletuner.helpers.training.optimizers import build_optimizer
 
 
@@ -42,7 +49,7 @@ class TwoLinears(Adapter):
         raise NotImplementedError
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
-        raise NotImplementedError
+        file.write_text(json.dumps(metadata))
 
     def detach(self) -> None:
         raise NotImplementedError
@@ -52,7 +59,10 @@ def new_state(optimizer: str = "adamw", *, width: int = 4, **keys: object) -> Ru
     adapter = TwoLinears(width=width)
     config = OptimizerConfig(optimizer=optimizer, learning_rate=0.1, **keys)
     return RunState(
-        adapter=adapter, optimizer=build_optimizer(adapter.parameters(), config), progress=Progress()
+        adapter=adapter,
+        optimizer=build_optimizer(adapter.parameters(), config),
+        progress=Progress(),
+        metadata={"seed": "7"},
     )
 
 
@@ -117,13 +127,15 @@ def test_state_files_hold_no_pickle(tmp_path: Path) -> None:
     train(state, 1)
     state.save(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
-        [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE]
+        [ADAPTER_FILE, ADAPTER_STATE_FILE, OPTIMIZER_FILE, COUNTERS_FILE]
     )
+    assert json.loads((tmp_path / ADAPTER_FILE).read_text()) == {"seed": "7", "steps": "1"}
 
 
-@pytest.mark.parametrize("name", [ADAPTER_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
+@pytest.mark.parametrize("name", [ADAPTER_STATE_FILE, OPTIMIZER_FILE, COUNTERS_FILE])
 @pytest.mark.parametrize("content", [None, b"", b"garbage", b"{}"])
-def test_row_07_state_with_a_missing_or_garbage_file_is_refused(
+@pytest.mark.reliability_row(7)
+def test_state_with_a_missing_or_garbage_file_is_refused(
     tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     state = new_state()
@@ -132,7 +144,7 @@ def test_row_07_state_with_a_missing_or_garbage_file_is_refused(
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be resumed from"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         new_state().load(tmp_path)
 
 

@@ -56,7 +56,8 @@ def test_a_configuration_is_frozen(workspace: Workspace) -> None:
         config.training.seed = 1  # type: ignore[misc]
 
 
-def test_row_28_every_mistake_of_all_files_is_listed_at_once(workspace: Workspace) -> None:
+@pytest.mark.reliability_row(28)
+def test_every_mistake_of_all_files_is_listed_at_once(workspace: Workspace) -> None:
     workspace.lycoris |= {"linear_dim": "many", "fctor": 1, "tlora_alpha": -1}
     workspace.datasets += [{"id": "photos", "instance_data_dir": "nowhere", "repeats": -1}]
     message = workspace.problems("--sede=3", lerning_rate=1, train_batch_size=0, mixed_precision="bf61")
@@ -221,7 +222,8 @@ def test_an_unknown_family_lists_the_known_ones(workspace: Workspace) -> None:
     assert '"toyy": not a model family here. Known families: toy. Did you mean toy?' in message
 
 
-def test_row_28_a_missing_config_is_one_problem_with_exit_code_2(workspace: Workspace) -> None:
+@pytest.mark.reliability_row(28)
+def test_a_missing_config_is_one_problem_with_exit_code_2(workspace: Workspace) -> None:
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written(path=workspace.folder / "none.json")
     assert str(caught.value) == "none.json: 1 problem\n  not found. Check the path."
@@ -244,7 +246,8 @@ def test_the_rest_of_a_file_with_slips_is_checked_too(workspace: Workspace) -> N
     assert '"x": must be a whole number.' in str(caught.value)
 
 
-def test_row_28_malformed_json_in_each_file_is_reported_for_each(workspace: Workspace) -> None:
+@pytest.mark.reliability_row(28)
+def test_malformed_json_in_each_file_is_reported_for_each(workspace: Workspace) -> None:
     workspace.write()
     workspace.text("lycoris.json", "{")
     workspace.text("data.json", "[{]")

@@ -245,7 +245,8 @@ def _same(first: RunConfig, second: RunConfig) -> None:
 
 @settings(SETTINGS)
 @given(CONFIGS, LYCORIS_FILES, DATASETS)
-def test_row_32_a_resolved_configuration_reads_back_as_itself(
+@pytest.mark.reliability_row(32)
+def test_a_resolved_configuration_reads_back_as_itself(
     workspace: Workspace,
     loaded: Callable[..., RunConfig],
     config: dict[str, object],
@@ -271,7 +272,8 @@ def _as_text(value: object) -> object:
 
 @settings(SETTINGS, max_examples=300)
 @given(CONFIGS, LYCORIS_FILES, DATASETS)
-def test_row_32_values_written_as_texts_mean_the_same(
+@pytest.mark.reliability_row(32)
+def test_values_written_as_texts_mean_the_same(
     loaded: Callable[..., RunConfig],
     config: dict[str, object],
     lycoris: dict[str, object],

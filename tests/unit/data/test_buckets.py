@@ -63,7 +63,8 @@ def test_bucket_size_gives_nearly_equal_aspects_one_bucket() -> None:
 
 @settings(max_examples=1000)
 @given(SIZES, st.integers(64, 2048), st.sampled_from(["pixel", "pixel_area"]), ALIGNMENTS)
-def test_row_32_bucket_size_is_aligned_symmetric_and_near_the_resolution(
+@pytest.mark.reliability_row(32)
+def test_bucket_size_is_aligned_symmetric_and_near_the_resolution(
     image_px: Size, resolution: int, resolution_type: str, alignment: int
 ) -> None:
     def bucket(size: Size) -> Size:
@@ -126,7 +127,8 @@ def test_is_too_small_reads_the_minimum_in_the_unit_of_the_resolution(
 
 @settings(max_examples=1000)
 @given(SIZES, SIZES, STYLES, st.integers(0, 100))
-def test_row_32_place_keeps_the_aspect_and_cuts_inside(
+@pytest.mark.reliability_row(32)
+def test_place_keeps_the_aspect_and_cuts_inside(
     image_px: Size, target_px: Size, style: str, seed: int
 ) -> None:
     placement = place(image_px, target_px, style=style, rng=Random(seed))

@@ -39,13 +39,15 @@ def text_file(folder: Path, data: bytes) -> FoundFile:
         (b"\xef\xbb\xbf", ("",), "empty"),
     ],
 )
-def test_row_15_a_text_file_gives_one_caption_a_line(
+@pytest.mark.reliability_row(15)
+def test_a_text_file_gives_one_caption_a_line(
     tmp_path: Path, data: bytes, texts: tuple[str, ...], note: str | None
 ) -> None:
     assert captions_from_file(text_file(tmp_path, data)) == Captions(texts=texts, note=note)
 
 
-def test_row_15_a_missing_text_file_is_noted() -> None:
+@pytest.mark.reliability_row(15)
+def test_a_missing_text_file_is_noted() -> None:
     assert captions_from_file(None) == Captions(texts=("",), note="missing")
 
 
@@ -60,15 +62,15 @@ def test_row_15_a_missing_text_file_is_noted() -> None:
     ],
     ids=["latin-1", "utf-16", "utf-16 without mark", "nul", "huge"],
 )
-def test_row_15_a_text_file_that_is_not_utf8_text_is_refused(
-    tmp_path: Path, data: bytes, reason: str
-) -> None:
+@pytest.mark.reliability_row(15)
+def test_a_text_file_that_is_not_utf8_text_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         captions_from_file(text_file(tmp_path, data))
 
 
 @pytest.mark.parametrize("word", ["cat ", "cat"], ids=["words", "one word"])
-def test_row_15_a_caption_of_100_kb_is_cut_at_a_word_and_noted(tmp_path: Path, word: str) -> None:
+@pytest.mark.reliability_row(15)
+def test_a_caption_of_100_kb_is_cut_at_a_word_and_noted(tmp_path: Path, word: str) -> None:
     captions = captions_from_file(text_file(tmp_path, word.encode() * 25_000))
     assert captions.note == "shortened"
     assert MAX_CAPTION_CHARACTERS - 4 <= len(captions.texts[0]) <= MAX_CAPTION_CHARACTERS
@@ -88,7 +90,8 @@ def test_caption_from_name_reads_underscores_as_spaces(name: str, text: str) -> 
     assert caption_from_name(name).texts == (text,)
 
 
-def test_row_20_a_name_that_is_not_utf8_is_no_caption() -> None:
+@pytest.mark.reliability_row(20)
+def test_a_name_that_is_not_utf8_is_no_caption() -> None:
     with pytest.raises(DataError, match="not UTF-8; rename it"):
         caption_from_name(os.fsdecode(b"\xff.jpg"))
 
@@ -98,13 +101,15 @@ def test_with_instance_prompt_puts_it_before_every_caption() -> None:
     assert captions.texts == ("photo of sks a cat", "photo of sks")
 
 
-def test_row_16_two_images_that_could_claim_one_text_file_are_ambiguous(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(16)
+def test_two_images_that_could_claim_one_text_file_are_ambiguous(tmp_path: Path) -> None:
     texts = {"a": (text_file(tmp_path, b"a cat"),)}
     stems = {"a": ["a.jpg", "a.png"], "b": ["b.jpg", "b.png"], "c": ["c.jpg"]}
     assert ambiguous_captions(stems, texts) == ["a.txt could be the caption of a.jpg or a.png"]
 
 
-def test_row_16_two_text_files_for_one_image_are_ambiguous(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(16)
+def test_two_text_files_for_one_image_are_ambiguous(tmp_path: Path) -> None:
     (tmp_path / "a.TXT").write_bytes(b"one")
     (tmp_path / "a.txt").write_bytes(b"other")
     with pytest.raises(DataError, match=r"a\.TXT and a\.txt"):

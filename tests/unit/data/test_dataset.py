@@ -141,7 +141,8 @@ def test_positions_count_every_sample_of_the_run_once(make: Make, photos: Path) 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_row_08_two_processes_see_the_global_batches_of_one(make: Make, photos: Path, dropout: float) -> None:
+@pytest.mark.reliability_row(8)
+def test_two_processes_see_the_global_batches_of_one(make: Make, photos: Path, dropout: float) -> None:
     paint(photos, "wide.png", (128, 64), caption="wide")
     whole = taken(cached(make(photos, batch_size=4, caption_dropout=dropout)), 10)
     halves = [
@@ -158,12 +159,14 @@ def test_row_08_two_processes_see_the_global_batches_of_one(make: Make, photos: 
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 4, 5, 11])
-def test_row_04_starting_at_k_equals_skipping_k(make: Make, photos: Path, start: int) -> None:
+@pytest.mark.reliability_row(4)
+def test_starting_at_k_equals_skipping_k(make: Make, photos: Path, start: int) -> None:
     data = cached(make(photos, caption_dropout=0.3))
     assert shape(taken(data, 4, start=start)) == shape(taken(data, start + 4)[start:])
 
 
-def test_row_04_a_far_start_is_found_at_once(make: Make, photos: Path) -> None:
+@pytest.mark.reliability_row(4)
+def test_a_far_start_is_found_at_once(make: Make, photos: Path) -> None:
     (batch,) = taken(cached(make(photos)), 1, start=10**9)
     assert batch.sample_indices == (2 * 10**9, 2 * 10**9 + 1)
 
@@ -180,7 +183,8 @@ def test_repeats_and_probability_set_the_length_of_an_epoch(
 
 @settings(max_examples=25, deadline=None)
 @given(wide=st.integers(0, 3), tall=st.integers(1, 3), repeats=st.integers(0, 2), seed=st.integers(0, 99))
-def test_row_32_each_image_is_seen_repeats_plus_one_times_per_epoch(
+@pytest.mark.reliability_row(32)
+def test_each_image_is_seen_repeats_plus_one_times_per_epoch(
     tmp_path_factory: pytest.TempPathFactory, wide: int, tall: int, repeats: int, seed: int
 ) -> None:
     root = tmp_path_factory.mktemp("run")
@@ -199,7 +203,8 @@ def test_row_32_each_image_is_seen_repeats_plus_one_times_per_epoch(
     assert set(seen.values()) == {repeats + 1}
 
 
-def test_row_29_one_image_fills_a_batch_of_eight_and_says_so(
+@pytest.mark.reliability_row(29)
+def test_one_image_fills_a_batch_of_eight_and_says_so(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paint(tmp_path / "one", "cat.png")
@@ -209,7 +214,8 @@ def test_row_29_one_image_fills_a_batch_of_eight_and_says_so(
     assert "1 of 1 buckets have fewer images than a batch of 8 and repeat them" in caplog.text
 
 
-def test_row_29_two_datasets_and_several_buckets_never_mix_in_a_batch(make: Make, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(29)
+def test_two_datasets_and_several_buckets_never_mix_in_a_batch(make: Make, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         for size in ((64, 64), (128, 64), (64, 192)):
             paint(tmp_path / folder, f"{size[0]}x{size[1]}.png", size)
@@ -219,7 +225,8 @@ def test_row_29_two_datasets_and_several_buckets_never_mix_in_a_batch(make: Make
         assert len({(sample.dataset_id, sample.target_px) for sample in batch.samples}) == 1
 
 
-def test_row_13_unusable_images_are_skipped_and_listed_once(
+@pytest.mark.reliability_row(13)
+def test_unusable_images_are_skipped_and_listed_once(
     make: Make, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (photos / "page.jpg").write_bytes(b"<html>")
@@ -250,9 +257,8 @@ def test_a_dataset_without_a_usable_image_is_an_error_that_says_why(
         make(tmp_path / "photos")
 
 
-def test_row_15_captions_that_are_not_utf8_are_one_error_that_names_the_files(
-    make: Make, photos: Path
-) -> None:
+@pytest.mark.reliability_row(15)
+def test_captions_that_are_not_utf8_are_one_error_that_names_the_files(make: Make, photos: Path) -> None:
     (photos / "1.txt").write_bytes("Kätzchen".encode("latin-1"))
     (photos / "2.txt").write_bytes(b"a\0b")
     with pytest.raises(
@@ -261,7 +267,8 @@ def test_row_15_captions_that_are_not_utf8_are_one_error_that_names_the_files(
         make(photos)
 
 
-def test_row_15_missing_and_empty_captions_are_counted_and_train_unconditionally(
+@pytest.mark.reliability_row(15)
+def test_missing_and_empty_captions_are_counted_and_train_unconditionally(
     make: Make, photos: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (photos / "1.txt").unlink()
@@ -272,14 +279,16 @@ def test_row_15_missing_and_empty_captions_are_counted_and_train_unconditionally
     assert "1 captions are empty: 2.png" in caplog.text
 
 
-def test_row_16_two_images_with_one_text_file_are_an_error(make: Make, photos: Path) -> None:
+@pytest.mark.reliability_row(16)
+def test_two_images_with_one_text_file_are_an_error(make: Make, photos: Path) -> None:
     paint(photos, "1.jpg")
     with pytest.raises(DataError, match=r"1\.txt could be the caption of 1\.jpg or 1\.png"):
         make(photos)
     assert len(make(photos, caption_strategy="filename").samples) == 9
 
 
-def test_row_16_equal_images_in_two_places_share_one_cache_entry(make: Make, photos: Path) -> None:
+@pytest.mark.reliability_row(16)
+def test_equal_images_in_two_places_share_one_cache_entry(make: Make, photos: Path) -> None:
     (photos / "sub").mkdir()
     (photos / "sub" / "0.png").write_bytes((photos / "0.png").read_bytes())
     encoders = Encoders()
@@ -348,9 +357,8 @@ def test_caches_are_filled_once_and_by_content(make: Make, photos: Path) -> None
     assert again.text_embeds("photo xx").prompt_embeds[0, 0, 0] == len("photo xx")
 
 
-def test_row_17_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(
-    make: Make, photos: Path
-) -> None:
+@pytest.mark.reliability_row(17)
+def test_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(make: Make, photos: Path) -> None:
     file = photos / "1.png"
     Image.new("RGB", (64, 64), "red").save(file, "BMP")  # of one length in every colour
     cached(make(photos))
@@ -372,9 +380,8 @@ def test_row_17_an_image_edited_in_place_and_a_changed_caption_are_encoded_again
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip"])
-def test_row_18_damaged_entries_are_encoded_again(
-    make: Make, photos: Path, tmp_path: Path, damage: str
-) -> None:
+@pytest.mark.reliability_row(18)
+def test_damaged_entries_are_encoded_again(make: Make, photos: Path, tmp_path: Path, damage: str) -> None:
     cached(make(photos))
     entries = sorted((tmp_path / "cache").rglob("*.safetensors"))
     assert len(entries) == 16
@@ -389,7 +396,8 @@ def test_row_18_damaged_entries_are_encoded_again(
 
 
 @pytest.mark.parametrize("change", [{"resolution": 128}, {"crop": True, "seed": 1}])
-def test_row_18_another_resolution_or_crop_is_another_entry(
+@pytest.mark.reliability_row(18)
+def test_another_resolution_or_crop_is_another_entry(
     make: Make, tmp_path: Path, change: dict[str, object]
 ) -> None:
     for number in range(4):
@@ -435,7 +443,8 @@ def test_the_work_of_caching_is_shared_between_processes(make: Make, photos: Pat
 
 @pytest.mark.parametrize("stage", ["latents", "text"])
 @pytest.mark.parametrize("point", ["file.created", "file.written", "file.before_rename"])
-def test_row_05_a_full_disk_while_caching_leaves_only_whole_entries(
+@pytest.mark.reliability_row(5)
+def test_a_full_disk_while_caching_leaves_only_whole_entries(
     make: Make, photos: Path, tmp_path: Path, stage: str, point: str
 ) -> None:
     data = make(photos)
@@ -460,7 +469,8 @@ def test_row_05_a_full_disk_while_caching_leaves_only_whole_entries(
     assert (again.images, len(again.prompts)) == ((5, 8) if stage == "latents" else (8, 5))
 
 
-def test_row_26_a_read_only_dataset_is_never_written_to(make: Make, photos: Path) -> None:
+@pytest.mark.reliability_row(26)
+def test_a_read_only_dataset_is_never_written_to(make: Make, photos: Path) -> None:
     before = {file: file.stat().st_mtime_ns for file in (photos, *photos.iterdir())}
     photos.chmod(0o500)
     try:
@@ -471,7 +481,8 @@ def test_row_26_a_read_only_dataset_is_never_written_to(make: Make, photos: Path
 
 
 @pytest.mark.parametrize("kind", ["vae", "text"])
-def test_row_26_a_cache_inside_the_images_folder_is_refused(photos: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.reliability_row(26)
+def test_a_cache_inside_the_images_folder_is_refused(photos: Path, tmp_path: Path, kind: str) -> None:
     folders = {"vae": tmp_path / "cache", "text": tmp_path / "cache"} | {kind: photos / "cache"}
     config = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64)
     data = DataConfig(cache_dir_vae=folders["vae"], cache_dir_text=folders["text"])
@@ -480,7 +491,8 @@ def test_row_26_a_cache_inside_the_images_folder_is_refused(photos: Path, tmp_pa
     assert not (photos / "cache").exists()
 
 
-def test_row_20_any_file_name_trains_and_is_shown_on_one_line(
+@pytest.mark.reliability_row(20)
+def test_any_file_name_trains_and_is_shown_on_one_line(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -60,7 +60,8 @@ def test_decode_image_gives_lossless_pixels_back() -> None:
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_row_13_a_truncated_image_is_refused(file_format: str, share: float) -> None:
+@pytest.mark.reliability_row(13)
+def test_a_truncated_image_is_refused(file_format: str, share: float) -> None:
     data = encoded(noise((64, 64)), file_format)
     with pytest.raises(DataError, match=r"cut off|header is damaged|content is none of"):
         inspect_image(data[: int(len(data) * share)])
@@ -78,20 +79,23 @@ def test_row_13_a_truncated_image_is_refused(file_format: str, share: float) -> 
     ],
     ids=["empty", "html", "html in capitals", "svg", "zeros", "postscript"],
 )
-def test_row_13_what_is_no_image_is_refused_with_its_reason(data: bytes, reason: str) -> None:
+@pytest.mark.reliability_row(13)
+def test_what_is_no_image_is_refused_with_its_reason(data: bytes, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         inspect_image(data)
 
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
-def test_row_13_an_animated_image_is_refused(file_format: str) -> None:
+@pytest.mark.reliability_row(13)
+def test_an_animated_image_is_refused(file_format: str) -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("red", "green", "blue")]
     data = encoded(frames[0], file_format, save_all=True, append_images=frames[1:])
     with pytest.raises(DataError, match="animated or has several pages"):
         inspect_image(data)
 
 
-def test_row_13_a_phone_picture_with_a_second_view_is_used() -> None:
+@pytest.mark.reliability_row(13)
+def test_a_phone_picture_with_a_second_view_is_used() -> None:
     data = encoded(noise(), "MPO", save_all=True, append_images=[noise((24, 16))])
     assert inspect_image(data) == Size(height=32, width=48)
 
@@ -108,9 +112,8 @@ def test_row_13_a_phone_picture_with_a_second_view_is_used() -> None:
         (0, 5, "damaged|none of|no size"),
     ],
 )
-def test_row_14_a_bomb_is_refused_from_its_header_without_memory(
-    width: int, height: int, reason: str
-) -> None:
+@pytest.mark.reliability_row(14)
+def test_a_bomb_is_refused_from_its_header_without_memory(width: int, height: int, reason: str) -> None:
     data = png_header(width, height)
     tracemalloc.start()
     try:
@@ -121,7 +124,8 @@ def test_row_14_a_bomb_is_refused_from_its_header_without_memory(
         tracemalloc.stop()
 
 
-def test_row_14_a_small_file_that_inflates_to_a_large_picture_is_refused() -> None:
+@pytest.mark.reliability_row(14)
+def test_a_small_file_that_inflates_to_a_large_picture_is_refused() -> None:
     data = encoded(Image.new("1", (30_000, 3_000)))
     assert len(data) < 100_000
     with pytest.raises(DataError, match="over the allowed"):
@@ -143,7 +147,8 @@ def test_row_14_a_small_file_that_inflates_to_a_large_picture_is_refused() -> No
     ],
 )
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_row_13_the_exif_orientation_is_applied(orientation: int, red_corner: str, file_format: str) -> None:
+@pytest.mark.reliability_row(13)
+def test_the_exif_orientation_is_applied(orientation: int, red_corner: str, file_format: str) -> None:
     image = Image.new("RGB", (64, 32), "white")
     image.paste("red", (0, 0, 32, 16))
     exif = Image.Exif()
@@ -160,12 +165,14 @@ def test_row_13_the_exif_orientation_is_applied(orientation: int, red_corner: st
     assert red == [red_corner]
 
 
-def test_row_13_damaged_exif_does_not_lose_the_picture() -> None:
+@pytest.mark.reliability_row(13)
+def test_damaged_exif_does_not_lose_the_picture() -> None:
     data = encoded(noise(), "JPEG", exif=b"Exif\0\0garbage that is no TIFF header")
     assert inspect_image(data) == Size(height=32, width=48)
 
 
-def test_row_13_16_bit_grey_is_scaled_and_not_clipped() -> None:
+@pytest.mark.reliability_row(13)
+def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
     decoded = decode_image(encoded(Image.fromarray(values)))
     assert np.asarray(decoded)[0, :, 0].tolist() == [0, 1, 128, 255]
@@ -180,7 +187,8 @@ def test_row_13_16_bit_grey_is_scaled_and_not_clipped() -> None:
     ],
     ids=["32 bit", "float"],
 )
-def test_row_13_pixels_of_unknown_range_are_refused(image: Image.Image, reason: str) -> None:
+@pytest.mark.reliability_row(13)
+def test_pixels_of_unknown_range_are_refused(image: Image.Image, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         inspect_image(encoded(image, "TIFF"))
 
@@ -205,7 +213,8 @@ def with_palette_alpha() -> Image.Image:
     ],
     ids=["clear", "opaque", "grey clear", "palette", "bitmap", "grey"],
 )
-def test_row_13_every_mode_becomes_rgb_with_alpha_over_white(
+@pytest.mark.reliability_row(13)
+def test_every_mode_becomes_rgb_with_alpha_over_white(
     image: Image.Image, pixels: list[tuple[int, int, int]]
 ) -> None:
     decoded = decode_image(encoded(image))
@@ -213,14 +222,16 @@ def test_row_13_every_mode_becomes_rgb_with_alpha_over_white(
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "TIFF"])
-def test_row_13_cmyk_is_not_inverted(file_format: str) -> None:
+@pytest.mark.reliability_row(13)
+def test_cmyk_is_not_inverted(file_format: str) -> None:
     decoded = decode_image(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), file_format))
     red, green, blue = decoded.getpixel((8, 8))
     assert red > 240
     assert max(green, blue) < 16
 
 
-def test_row_13_an_embedded_profile_is_converted_to_srgb() -> None:
+@pytest.mark.reliability_row(13)
+def test_an_embedded_profile_is_converted_to_srgb() -> None:
     lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     image = Image.new("RGB", (4, 4), (200, 100, 50))
     plain = decode_image(encoded(image))
@@ -234,7 +245,8 @@ def test_row_13_an_embedded_profile_is_converted_to_srgb() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_row_13_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObject) -> None:
+@pytest.mark.reliability_row(13)
+def test_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObject) -> None:
     file_format = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]))
     content = bytearray(encoded(noise((16, 16)), file_format))
     for _ in range(data.draw(st.integers(1, 6))):

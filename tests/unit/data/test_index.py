@@ -74,7 +74,8 @@ def test_facts_of_an_unchanged_file_are_kept(folder: Path, inspected: list[bytes
     assert (folder.parent / "index.json").stat() == written
 
 
-def test_row_17_an_image_edited_in_place_with_its_times_set_back_is_read_again(
+@pytest.mark.reliability_row(17)
+def test_an_image_edited_in_place_with_its_times_set_back_is_read_again(
     folder: Path, inspected: list[bytes]
 ) -> None:
     first, before = info(folder), found(folder).path.stat()
@@ -88,9 +89,8 @@ def test_row_17_an_image_edited_in_place_with_its_times_set_back_is_read_again(
     assert len(inspected) == 2
 
 
-def test_row_17_a_file_that_changed_just_now_is_not_trusted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.reliability_row(17)
+def test_a_file_that_changed_just_now_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changed_ns = found(folder).path.stat().st_ctime_ns
     monkeypatch.setattr(time, "time_ns", lambda: changed_ns + 1_900_000_000)
     first = info(folder)
@@ -113,7 +113,8 @@ def test_a_broken_image_is_remembered_with_its_reason(folder: Path, inspected: l
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]", b"[1, 2]", b'["x", "{}"]', b"\xff", b"null"])
-def test_row_18_a_damaged_index_is_made_again(folder: Path, inspected: list[bytes], damage: bytes) -> None:
+@pytest.mark.reliability_row(18)
+def test_a_damaged_index_is_made_again(folder: Path, inspected: list[bytes], damage: bytes) -> None:
     first = info(folder)
     (folder.parent / "index.json").write_bytes(damage)
     assert info(folder) == first

@@ -34,7 +34,8 @@ def counted(order: Sampler, start: int, stop: int) -> Counter[tuple[int, int]]:
 
 @settings(max_examples=1000, deadline=None)
 @given(SIZES, st.integers(1, 4), st.integers(0, 3), st.integers(0, 5), st.integers(0, 99))
-def test_row_32_each_sample_is_drawn_repeats_plus_one_times_per_epoch_when_buckets_divide(
+@pytest.mark.reliability_row(32)
+def test_each_sample_is_drawn_repeats_plus_one_times_per_epoch_when_buckets_divide(
     counts: list[int], batch_size: int, repeats: int, epoch: int, seed: int
 ) -> None:
     sizes = [count * batch_size for count in counts]
@@ -48,7 +49,8 @@ def test_row_32_each_sample_is_drawn_repeats_plus_one_times_per_epoch_when_bucke
 
 @settings(max_examples=300, deadline=None)
 @given(SIZES, st.integers(1, 8), st.integers(0, 2), st.integers(1, 4), st.integers(0, 99))
-def test_row_32_no_sample_is_favoured_when_buckets_do_not_divide(
+@pytest.mark.reliability_row(32)
+def test_no_sample_is_favoured_when_buckets_do_not_divide(
     sizes: list[int], batch_size: int, repeats: int, epochs: int, seed: int
 ) -> None:
     order = sampler(sizes, batch_size=batch_size, repeats=repeats, seed=seed)
@@ -61,7 +63,8 @@ def test_row_32_no_sample_is_favoured_when_buckets_do_not_divide(
 
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.integers(1, 8), st.integers(0, 99), st.integers(0, 40))
-def test_row_04_a_draw_is_the_same_whatever_was_drawn_before(
+@pytest.mark.reliability_row(4)
+def test_a_draw_is_the_same_whatever_was_drawn_before(
     sizes: list[int], batch_size: int, seed: int, index: int
 ) -> None:
     used = sampler(sizes, batch_size=batch_size, seed=seed)
@@ -69,7 +72,8 @@ def test_row_04_a_draw_is_the_same_whatever_was_drawn_before(
     assert sampler(sizes, batch_size=batch_size, seed=seed).draw(index) == earlier[-1]
 
 
-def test_row_29_one_sample_fills_a_batch_of_eight() -> None:
+@pytest.mark.reliability_row(29)
+def test_one_sample_fills_a_batch_of_eight() -> None:
     order = sampler([1], batch_size=8)
     assert order.batches_per_epoch == 1
     assert order.num_draws(0) == 8

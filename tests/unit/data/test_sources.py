@@ -40,12 +40,14 @@ def test_scan_folder_passes_over_hidden_files(tmp_path: Path) -> None:
     assert image_names(tmp_path) == ["a.jpg"]
 
 
-def test_row_16_names_that_differ_by_case_or_folder_are_different_images(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(16)
+def test_names_that_differ_by_case_or_folder_are_different_images(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg", "A.jpg", "sub/a.jpg")
     assert sorted(image_names(tmp_path)) == ["A.jpg", "a.jpg", "sub/a.jpg"]
 
 
-def test_row_19_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(19)
+def test_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) -> None:
     root = tmp_path / "root"
     touch(root, "a.jpg", "sub/b.jpg")
     touch(tmp_path, "outside.jpg", "other/c.jpg")
@@ -71,13 +73,15 @@ def test_row_19_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: P
     }
 
 
-def test_row_19_a_path_beyond_255_bytes_is_found(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(19)
+def test_a_path_beyond_255_bytes_is_found(tmp_path: Path) -> None:
     name = "/".join(["d" * 100] * 4 + ["e" * 250 + ".jpg"])
     touch(tmp_path, name)
     assert image_names(tmp_path) == [name]
 
 
-def test_row_20_any_name_that_the_file_system_allows_is_found(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(20)
+def test_any_name_that_the_file_system_allows_is_found(tmp_path: Path) -> None:
     names = [
         "🐈.jpg",
         "a\u0301.jpg",
@@ -128,7 +132,8 @@ def calls_during(work: Callable[[], object]) -> Counter[str]:
     return calls
 
 
-def test_row_19_a_scan_asks_for_the_facts_of_a_file_once_and_does_not_open_it(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(19)
+def test_a_scan_asks_for_the_facts_of_a_file_once_and_does_not_open_it(tmp_path: Path) -> None:
     few, many = (numbered_files(tmp_path / str(count), count) for count in (10, 110))
     scan_folder(few)  # imports what it needs
     grown = calls_during(lambda: scan_folder(many)) - calls_during(lambda: scan_folder(few))
@@ -136,7 +141,8 @@ def test_row_19_a_scan_asks_for_the_facts_of_a_file_once_and_does_not_open_it(tm
     assert {name: count for name, count in grown.items() if asking.search(name)} == {"DirEntry.stat": 100}
 
 
-def test_row_19_thousands_of_files_are_scanned_at_the_pace_of_a_bare_walk(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(19)
+def test_thousands_of_files_are_scanned_at_the_pace_of_a_bare_walk(tmp_path: Path) -> None:
     folder = numbered_files(tmp_path / "many", 2000)
 
     def bare_walk() -> None:

@@ -91,7 +91,8 @@ def _note_syncs_and_renames(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, 
     return events
 
 
-def test_row_02_a_file_is_on_the_disk_before_its_name_and_the_name_after(
+@pytest.mark.reliability_row(2)
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = _note_syncs_and_renames(monkeypatch)
@@ -100,7 +101,8 @@ def test_row_02_a_file_is_on_the_disk_before_its_name_and_the_name_after(
     assert events == [("sync", file), ("rename", file), ("sync", folder)]
 
 
-def test_row_02_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(
+@pytest.mark.reliability_row(2)
+def test_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = _note_syncs_and_renames(monkeypatch)
@@ -161,7 +163,8 @@ def fails_with(number: int, point: str) -> object:
     ],
 )
 @pytest.mark.parametrize("point", ["file.created", "file.written", "file.before_rename"])
-def test_row_05_a_failed_write_says_why_and_keeps_the_old_file(
+@pytest.mark.reliability_row(5)
+def test_a_failed_write_says_why_and_keeps_the_old_file(
     tmp_path: Path, number: int, message: str, point: str
 ) -> None:
     file = tmp_path / "file"
@@ -172,7 +175,8 @@ def test_row_05_a_failed_write_says_why_and_keeps_the_old_file(
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
-def test_row_05_a_full_disk_during_publishing_keeps_the_old_folder(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(5)
+def test_a_full_disk_during_publishing_keeps_the_old_folder(tmp_path: Path) -> None:
     publish(tmp_path / "checkpoint", b"old")
     full = fails_with(errno.ENOSPC, "folder.before_manifest")
     with at_crash_points(full), pytest.raises(StorageError, match="disk or quota is full"):
@@ -181,14 +185,16 @@ def test_row_05_a_full_disk_during_publishing_keeps_the_old_folder(tmp_path: Pat
     assert [each.name for each in tmp_path.iterdir()] == ["checkpoint"]
 
 
-def test_row_26_writing_below_a_file_is_an_error_that_names_the_path(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(26)
+def test_writing_below_a_file_is_an_error_that_names_the_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file/inside"):
         write_bytes(tmp_path / "file" / "inside", b"")
 
 
 @pytest.mark.parametrize("point", FILE_POINTS)
-def test_row_02_a_file_is_old_or_new_whenever_its_writer_dies(tmp_path: Path, point: str) -> None:
+@pytest.mark.reliability_row(2)
+def test_a_file_is_old_or_new_whenever_its_writer_dies(tmp_path: Path, point: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"old")
     dies_at(point, "file", file)
@@ -202,9 +208,8 @@ def test_row_02_a_file_is_old_or_new_whenever_its_writer_dies(tmp_path: Path, po
     [(point, True) for point in FOLDER_POINTS]
     + [(point, False) for point in FOLDER_POINTS if point != "folder.moved_aside"],
 )
-def test_row_02_a_folder_verifies_whenever_its_writer_dies(
-    tmp_path: Path, point: str, replaces: bool
-) -> None:
+@pytest.mark.reliability_row(2)
+def test_a_folder_verifies_whenever_its_writer_dies(tmp_path: Path, point: str, replaces: bool) -> None:
     folder = tmp_path / "checkpoint"
     if replaces:
         publish(folder, b"old")
@@ -281,7 +286,8 @@ def damage_manifest_escape(folder: Path) -> None:
         (damage_manifest_escape, "not a name inside"),
     ],
 )
-def test_row_06_verify_manifest_names_the_damage(tmp_path: Path, damage: object, problem: str) -> None:
+@pytest.mark.reliability_row(6)
+def test_verify_manifest_names_the_damage(tmp_path: Path, damage: object, problem: str) -> None:
     publish(tmp_path / "checkpoint", b"content")
     assert callable(damage)
     damage(tmp_path / "checkpoint")

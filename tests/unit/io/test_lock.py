@@ -36,7 +36,8 @@ def started_holder(folder: Path) -> subprocess.Popen[str]:
     return holder
 
 
-def test_row_27_a_second_run_is_refused_and_a_dead_lock_is_taken_over(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(27)
+def test_a_second_run_is_refused_and_a_dead_lock_is_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "output"
     with started_holder(folder) as holder:
         try:
@@ -67,7 +68,8 @@ def test_run_lock_can_be_taken_again_after_release(tmp_path: Path) -> None:
     assert not (tmp_path / ".run.holder.json").exists()
 
 
-def test_row_26_run_lock_on_a_path_below_a_file_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(26)
+def test_run_lock_on_a_path_below_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageError, match="file/output"), run_lock(tmp_path / "file" / "output"):
         pass

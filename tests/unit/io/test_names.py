@@ -22,7 +22,8 @@ from simpletuner.helpers.io.names import file_name, printable
         ("\x1b[31m", r"\x1b[31m"),
     ],
 )
-def test_row_20_printable_shows_a_name_on_one_line(name: str, shown: str) -> None:
+@pytest.mark.reliability_row(20)
+def test_printable_shows_a_name_on_one_line(name: str, shown: str) -> None:
     assert printable(name) == shown
 
 
@@ -37,12 +38,14 @@ def test_row_20_printable_shows_a_name_on_one_line(name: str, shown: str) -> Non
         ("", "unnamed"),
     ],
 )
-def test_row_21_file_name_stays_in_its_folder(text: str, name: str) -> None:
+@pytest.mark.reliability_row(21)
+def test_file_name_stays_in_its_folder(text: str, name: str) -> None:
     assert file_name(text) == name
 
 
 @given(st.text(st.characters(), max_size=300))
-def test_row_21_file_name_is_one_short_visible_component_for_any_text(text: str) -> None:
+@pytest.mark.reliability_row(21)
+def test_file_name_is_one_short_visible_component_for_any_text(text: str) -> None:
     name = file_name(text)
     assert 0 < len(name.encode()) <= 120
     assert "/" not in name

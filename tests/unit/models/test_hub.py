@@ -152,16 +152,16 @@ def run(code: str, address: str, cache: Path, *arguments: str, offline: bool = F
 FILES = "['config.json', 'diffusion_pytorch_model.safetensors', 'model_index.json']"
 
 
-def test_row_25_files_are_downloaded_once_and_then_found_without_a_request(
-    hub: FakeHub, tmp_path: Path
-) -> None:
+@pytest.mark.reliability_row(25)
+def test_files_are_downloaded_once_and_then_found_without_a_request(hub: FakeHub, tmp_path: Path) -> None:
     assert ask(hub.address, tmp_path, "owner/model") == ["None", FILES]
     assert any("vae/diffusion" in request for request in hub.requests)
     assert not any("unet" in request for request in hub.requests)
     assert ask(NOWHERE, tmp_path, "owner/model", offline=True) == [FILES, FILES]
 
 
-def test_row_25_an_interrupted_download_is_completed(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(25)
+def test_an_interrupted_download_is_completed(hub: FakeHub, tmp_path: Path) -> None:
     ask(hub.address, tmp_path, "owner/model")
     (weights,) = tmp_path.rglob("snapshots/*/vae/*.safetensors")
     weights.resolve().unlink()
@@ -171,9 +171,8 @@ def test_row_25_an_interrupted_download_is_completed(hub: FakeHub, tmp_path: Pat
     assert ask(hub.address, tmp_path, "owner/model")[1] == FILES
 
 
-def test_row_25_a_gated_repository_names_its_licence_page_and_the_command(
-    hub: FakeHub, tmp_path: Path
-) -> None:
+@pytest.mark.reliability_row(25)
+def test_a_gated_repository_names_its_licence_page_and_the_command(hub: FakeHub, tmp_path: Path) -> None:
     (answer,) = ask(hub.address, tmp_path, "owner/gated")[1:]
     assert answer == (
         "ModelError: the_key owner/gated: the repository is gated. "
@@ -189,7 +188,8 @@ def test_row_25_a_gated_repository_names_its_licence_page_and_the_command(
         ("owner/broken", "", "start once with a connection"),
     ],
 )
-def test_row_25_a_repository_that_cannot_be_used_is_explained(
+@pytest.mark.reliability_row(25)
+def test_a_repository_that_cannot_be_used_is_explained(
     hub: FakeHub, tmp_path: Path, repository: str, revision: str, message: str
 ) -> None:
     (answer,) = ask(hub.address, tmp_path, repository, revision=revision)[1:]
@@ -197,13 +197,15 @@ def test_row_25_a_repository_that_cannot_be_used_is_explained(
     assert message in answer
 
 
-def test_row_25_an_unreachable_hub_is_explained(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(25)
+def test_an_unreachable_hub_is_explained(tmp_path: Path) -> None:
     (answer,) = ask(NOWHERE, tmp_path, "owner/model")[1:]
     assert f"{NOWHERE} cannot be reached" in answer
     assert "/owner/model before that and run: hf auth login" in answer
 
 
-def test_row_25_a_cached_model_loads_without_a_request(hub: FakeHub, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(25)
+def test_a_cached_model_loads_without_a_request(hub: FakeHub, tmp_path: Path) -> None:
     identity, again, variant = run(MODEL_PROBE, hub.address, tmp_path)
     assert identity == again == f"vae=owner/model@{COMMIT}/vae:plain float32 mean"
     assert variant.startswith("ModelError: pretrained_model_name_or_path owner/model: component unet has no")

@@ -246,7 +246,8 @@ def test_make_pipeline_refuses_an_unknown_scheduler(sdxl: MakeSDXL) -> None:
         family.make_pipeline(family.load_denoiser(), scheduler="eular")
 
 
-def test_row_25_a_repository_that_is_not_cached_is_explained_when_offline(sdxl: MakeSDXL) -> None:
+@pytest.mark.reliability_row(25)
+def test_a_repository_that_is_not_cached_is_explained_when_offline(sdxl: MakeSDXL) -> None:
     with pytest.raises(ModelError) as raised:
         sdxl(pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0")
     message = str(raised.value)

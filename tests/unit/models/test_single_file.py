@@ -10,13 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from original_layout import (
-    diffusers_tensors,
-    save_whole_checkpoint,
-    unet_tensors,
-    vae_tensors,
-    with_prefix,
-)
 from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,6 +20,13 @@ from simpletuner.helpers.models import single_file
 from simpletuner.helpers.models.flux.tiny import make_transformer
 from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.models.single_file import DENOISER_PREFIX, SingleFile, load_single_file
+from tests.integration.original_layout import (
+    diffusers_tensors,
+    save_whole_checkpoint,
+    unet_tensors,
+    vae_tensors,
+    with_prefix,
+)
 
 MakeSDXL = Callable[..., SDXL]
 WEIGHTS = "*.safetensors"
@@ -267,7 +267,8 @@ def test_header_that_would_fill_the_memory_is_refused_before_it_is_read(
         single_file.names_in(file)
 
 
-def test_row_23_a_hostile_name_is_shortened_and_harmless_in_the_message(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_a_hostile_name_is_shortened_and_harmless_in_the_message(tmp_path: Path) -> None:
     save_file({"\x1b[2J\n" + "x" * 100_000 + ".scale_weight": torch.ones(1)}, tmp_path / "t.safetensors")
     with pytest.raises(ModelError) as caught:
         SingleFile(tmp_path / "t.safetensors", DENOISER_PREFIX).tensors()

@@ -18,21 +18,21 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_run import BANDS, NASTY, SECRET, Page, SyntheticRun, code_of, record
 
 from simpletuner.helpers.reporting.html_report import gallery, writer
-from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn, nice_ticks
+from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart, nice_ticks
 from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run
 from simpletuner.helpers.reporting.html_report.markup import (
     HIDDEN,
     data_block,
-    duration,
-    number,
+    format_duration,
+    format_number,
     without_secrets,
 )
 from simpletuner.helpers.reporting.html_report.page import write_page
-from simpletuner.helpers.reporting.html_report.series import Points, read_log, smoothed, thinned
+from simpletuner.helpers.reporting.html_report.series import Points, downsample, read_log, smooth
 from simpletuner.helpers.reporting.html_report.writer import RunPage
+from tests.integration.synthetic_run import BANDS, NASTY, SECRET, Page, SyntheticRun, code_of, record
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -52,7 +52,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_thinned_curve_holds_mean_and_range_of_neighbouring_steps() -> None:
     steps, values = np.arange(1.0, 6.0), np.array([1.0, 3.0, np.nan, 8.0, np.nan])
-    points = thinned(steps, values, max_points=3)
+    points = downsample(steps, values, max_points=3)
     assert points.steps.tolist() == [2, 4, 5]
     assert points.means[:2].tolist() == [2.0, 8.0]
     assert [points.lows[:2].tolist(), points.highs[:2].tolist()] == [[1.0, 8.0], [3.0, 8.0]]
@@ -61,11 +61,11 @@ def test_thinned_curve_holds_mean_and_range_of_neighbouring_steps() -> None:
 
 def test_short_curve_is_not_thinned() -> None:
     steps = np.arange(1.0, 301.0)
-    assert thinned(steps, steps).means.tolist() == steps.tolist()
+    assert downsample(steps, steps).means.tolist() == steps.tolist()
 
 
 def test_smoothed_curve_passes_over_steps_without_a_value() -> None:
-    values = smoothed(np.array([4.0, np.nan, 1.0]))
+    values = smooth(np.array([4.0, np.nan, 1.0]))
     assert math.isnan(values[1])
     assert values[2] == pytest.approx((0.8 * 4 + 1) / 1.8)  # keep is 1 - 1/5 for a short run
 
@@ -102,7 +102,7 @@ def test_ticks_are_round_and_enclose_the_values(low: float, high: float, ticks: 
 def test_one_spike_does_not_flatten_the_loss() -> None:
     steps = np.arange(1.0, 1001.0)
     values = np.where(steps == 500, 1e6, 1 + np.sin(steps))
-    figure = drawn(Chart("Loss", [Curve("each step", thinned(steps, values), is_faint=True)]))
+    figure = draw_chart(Chart("Loss", [Curve("each step", downsample(steps, values), is_faint=True)]))
     side = figure.partition('class="side"')[2].partition("</div>")[0]
     assert float(re.findall(r">([\d.k]+)</span>", side)[-1]) < 10
 
@@ -110,7 +110,7 @@ def test_one_spike_does_not_flatten_the_loss() -> None:
 def test_rare_value_of_a_firm_curve_is_shown() -> None:
     timesteps = np.arange(1001.0)
     ranks = np.where(timesteps == 0, 16.0, 15.0)
-    figure = drawn(Chart("Open ranks", [Curve("open ranks", Points(timesteps, ranks, ranks, ranks))]))
+    figure = draw_chart(Chart("Open ranks", [Curve("open ranks", Points(timesteps, ranks, ranks, ranks))]))
     assert re.search(r'class="line c1" d="M0.0 0.0L', figure), "at the top, where the axis says 16"
     assert ">16</span>" in figure
 
@@ -118,21 +118,21 @@ def test_rare_value_of_a_firm_curve_is_shown() -> None:
 def test_chart_of_one_step_shows_a_line() -> None:
     one = np.array([1.0])
     assert re.search(
-        r'class="line c1" d="M0.0 [\d.]+h1000"', drawn(Chart("Loss", [Curve("x", thinned(one, one))]))
+        r'class="line c1" d="M0.0 [\d.]+h1000"', draw_chart(Chart("Loss", [Curve("x", downsample(one, one))]))
     )
 
 
 def test_chart_of_equal_values_is_drawn_although_their_running_mean_is_off_in_the_last_bit() -> None:
     values = np.full(3, 0.9351295249095365)
-    steps, means = np.arange(1.0, 4.0), smoothed(values)
+    steps, means = np.arange(1.0, 4.0), smooth(values)
     assert 0 < np.abs(means - values).max() < 1e-15
-    each = Curve("each step", thinned(steps, values), is_faint=True)
-    figure = drawn(Chart("Loss", [each, Curve("smoothed", thinned(steps, means))]))
+    each = Curve("each step", downsample(steps, values), is_faint=True)
+    figure = draw_chart(Chart("Loss", [each, Curve("smoothed", downsample(steps, means))]))
     assert re.search(r'class="line c1" d="M0.0 (\d+\.\d)L500.0 \1L1000.0 \1"', figure)
 
 
 def test_chart_without_a_value_is_left_out() -> None:
-    assert drawn(Chart("GPU", [Curve("GPU", thinned(np.array([1.0]), np.array([np.nan])))])) == ""
+    assert draw_chart(Chart("GPU", [Curve("GPU", downsample(np.array([1.0]), np.array([np.nan])))])) == ""
 
 
 # The page.
@@ -243,10 +243,10 @@ def test_settings_that_differ_stand_before_those_at_their_default(html: str) -> 
 
 
 def test_numbers_are_short() -> None:
-    assert [number(each) for each in (0.123456, 1e-7, 12345.6, 4800.0, math.nan)] == [
+    assert [format_number(each) for each in (0.123456, 1e-7, 12345.6, 4800.0, math.nan)] == [
         "0.1235", "1e-07", "12,346", "4,800", "-",
     ]  # fmt: skip
-    assert [duration(each) for each in (1.25, 75, 7325)] == ["1.2 s", "1 min 15 s", "2 h 2 min"]
+    assert [format_duration(each) for each in (1.25, 75, 7325)] == ["1.2 s", "1 min 15 s", "2 h 2 min"]
 
 
 # States and versions.
@@ -408,7 +408,7 @@ def test_large_pictures_are_scaled_and_small_ones_kept_to_the_pixel(tmp_path: Pa
     [(2, [1, 9]), (3, [1, 5, 9]), (5, [1, 3, 5, 7, 9]), (9, list(range(1, 10))), (20, list(range(1, 10)))],
 )
 def test_steps_that_stay_are_first_last_and_evenly_between(count: int, kept: list[int]) -> None:
-    assert gallery.spread(range(1, 10), count) == kept
+    assert gallery.spread_evenly(range(1, 10), count) == kept
 
 
 def test_pictures_beyond_the_budget_are_left_out_and_named(

@@ -1,4 +1,4 @@
-"""The mark that a run is finished, and what is said when there is nothing left to do."""
+"""The summary that marks a run as finished, and the log of a finished run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.reporting.run_summary import REPORT_FILE, FinishedRun, Report, load_report
+from simpletuner.helpers.io.run_folder import SUMMARY_FILE
+from simpletuner.helpers.reporting.run_summary import FinishedRun, RunSummary, load_summary
 
-REPORT = Report(
+SUMMARY = RunSummary(
     step=6,
     adapter="a.safetensors",
     checkpoint="c",
@@ -22,31 +23,39 @@ REPORT = Report(
 )
 
 
-def test_report_survives_a_round_trip(tmp_path: Path) -> None:
-    REPORT.save(tmp_path)
-    assert load_report(tmp_path) == REPORT
+def test_summary_survives_a_round_trip(tmp_path: Path) -> None:
+    SUMMARY.save(tmp_path)
+    assert load_summary(tmp_path) == SUMMARY
 
 
-def test_report_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    REPORT.save(tmp_path)
-    file = tmp_path / REPORT_FILE
+def test_summary_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    SUMMARY.save(tmp_path)
+    file = tmp_path / SUMMARY_FILE
     old = {
         key: value for key, value in json.loads(file.read_bytes()).items() if key not in ("page", "comfyui")
     }
     file.write_text(json.dumps(old))
-    assert load_report(tmp_path) == replace(REPORT, page=None)
+    assert load_summary(tmp_path) == replace(SUMMARY, page=None)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"step": 1}', b"\xff"])
-def test_report_that_cannot_be_read_marks_nothing_as_finished(tmp_path: Path, content: bytes | None) -> None:
+def test_summary_that_cannot_be_read_marks_nothing_as_finished(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
-        (tmp_path / REPORT_FILE).write_bytes(content)
-    assert load_report(tmp_path) is None
+        (tmp_path / SUMMARY_FILE).write_bytes(content)
+    assert load_summary(tmp_path) is None
 
 
 def test_finished_run_ends_well_and_says_where_everything_lies(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert FinishedRun(REPORT, 6).run() == 0
-    assert "step 6 of 6. Raise max_train_steps to train longer" in caplog.text
-    for place in (REPORT.adapter, REPORT.checkpoint, REPORT.metrics, REPORT.config, REPORT.grid, REPORT.page):
+        assert FinishedRun(SUMMARY, 6).run() == 0
+    assert "step 6 of 6" in caplog.text
+    assert "max_train_steps" in caplog.text
+    for place in (
+        SUMMARY.adapter,
+        SUMMARY.checkpoint,
+        SUMMARY.metrics,
+        SUMMARY.config,
+        SUMMARY.grid,
+        SUMMARY.page,
+    ):
         assert str(place) in caplog.text

@@ -98,7 +98,8 @@ class Raising:
         """Nothing to close."""
 
 
-def test_row_24_tracker_that_raises_is_dropped_with_one_warning(
+@pytest.mark.reliability_row(24)
+def test_tracker_that_raises_is_dropped_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     raising = Raising()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.sampling.prompts import expand_prompts
@@ -16,25 +18,26 @@ def config(**keys: object) -> ValidationConfig:
     return ValidationConfig(prompts=PROMPTS, validation_resolution="64,128x64", **keys)
 
 
-def test_every_prompt_size_and_seed_is_one_shot_with_a_name_of_its_own() -> None:
-    shots = expand_prompts(config(num_validation_images=2), seed=7)
-    assert [(shot.prompt, shot.size, shot.seed) for shot in shots[:4]] == [
+def test_every_prompt_size_and_seed_is_one_image_with_a_name_of_its_own() -> None:
+    prompts = expand_prompts(config(num_validation_images=2), seed=7)
+    assert [(prompt.text, prompt.size, prompt.seed) for prompt in prompts[:4]] == [
         ("a cat", Size(64, 64), 7),
         ("a cat", Size(64, 64), 8),
         ("a cat", Size(height=64, width=128), 7),
         ("a cat", Size(height=64, width=128), 8),
     ]
-    assert len({shot.name for shot in shots}) == len(shots) == 8
+    assert len({prompt.name for prompt in prompts}) == len(prompts) == 8
 
 
-def test_row_21_name_of_a_prompt_cannot_leave_the_folder() -> None:
-    assert all("/" not in shot.name for shot in expand_prompts(config(), seed=7))
+@pytest.mark.reliability_row(21)
+def test_name_of_a_prompt_cannot_leave_the_folder() -> None:
+    assert all("/" not in prompt.name for prompt in expand_prompts(config(), seed=7))
 
 
 def test_seed_and_strength_of_the_validation_win_over_those_of_the_run() -> None:
-    shots = expand_prompts(config(validation_seed=1, validation_lycoris_strength=0.8), seed=7)
-    assert {shot.seed for shot in shots} == {1}
-    assert [shot.strength for shot in shots] == [0.8, 0.8, 0.5, 0.5]
+    prompts = expand_prompts(config(validation_seed=1, validation_lycoris_strength=0.8), seed=7)
+    assert {prompt.seed for prompt in prompts} == {1}
+    assert [prompt.strength for prompt in prompts] == [0.8, 0.8, 0.5, 0.5]
 
 
 def test_disabled_validation_plans_nothing() -> None:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_runs import TinyRun
 
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.training.packages import check_packages
+from tests.integration.tiny_runs import TinyRun
 
 
 @pytest.mark.parametrize(

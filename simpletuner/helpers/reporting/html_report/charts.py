@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simpletuner.helpers.reporting.html_report.markup import data_block, escaped, note, number
+from simpletuner.helpers.reporting.html_report.markup import data_block, escape, format_number, note
 from simpletuner.helpers.reporting.html_report.series import Points
 
 WIDTH, HEIGHT = 1000, 400
@@ -18,7 +18,7 @@ CUT_SHARES = (0.5, 99.5)
 # mean of equal numbers is off in its last bit.
 LEAST_SPAN = 1e-5
 # A label further to the right than this ends where its tick is, so that it does not stand out.
-LAST_PLACE = 0.96
+LAST_LABEL = 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Chart:
     from_zero: bool = False
 
 
-def drawn(chart: Chart) -> str:
+def draw_chart(chart: Chart) -> str:
     """A figure; nothing when there are no values."""
     curves = [curve for curve in chart.curves if np.isfinite(curve.points.means).any()]
     if not curves:
@@ -65,10 +65,10 @@ def drawn(chart: Chart) -> str:
     lines = "".join(f'<path class="grid" d="M0 {frame.y(tick):.1f}H{WIDTH}"/>' for tick in ticks)
     return (
         f'<figure class="chart{" wide" if chart.is_wide else ""}">\n'
-        f"<figcaption><strong>{escaped(chart.title)}</strong> {_legend(curves, chart.axis)}</figcaption>\n"
+        f"<figcaption><strong>{escape(chart.title)}</strong> {_legend(curves, chart.axis)}</figcaption>\n"
         f'<div class="plot" tabindex="0">{_side_labels(ticks, frame)}'
         f'<div class="field"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img">'
-        f"<title>{escaped(_described(chart, curves))}</title>{lines}{paths}</svg>"
+        f"<title>{escape(_summary(chart, curves))}</title>{lines}{paths}</svg>"
         f'<i class="cursor"></i></div>{_bottom_labels(across, frame)}</div>\n'
         f"{note(chart.note)}{data_block(_readings(curves))}\n</figure>"
     )
@@ -105,7 +105,7 @@ class _Frame:
 
 
 def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
-    """The values that are shown: all of those drawn firmly, and of the faint ones all but the outliers."""
+    """The value range of the axis: all firm curves, and faint ones without their outliers."""
     ends: list[float] = []
     for points, is_faint in ((curve.points, curve.is_faint) for curve in curves):
         for values in (points.means, points.highs) if is_faint else (points.means,):
@@ -117,17 +117,17 @@ def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
 
 def _paths(curve: Curve, frame: _Frame, *, is_stepped: bool) -> str:
     points = curve.points
-    there = np.flatnonzero(np.isfinite(points.means))
-    xs = [frame.x(step) for step in points.steps[there].tolist()]
-    ys = [frame.y(value) for value in points.means[there].tolist()]
-    kind = "faint" if curve.is_faint else "line"
-    line = f'<path class="{kind} c{curve.colour}" d="M{_joined(xs, ys, is_stepped=is_stepped)}"/>'
+    present = np.flatnonzero(np.isfinite(points.means))
+    xs = [frame.x(step) for step in points.steps[present].tolist()]
+    ys = [frame.y(value) for value in points.means[present].tolist()]
+    css_class = "faint" if curve.is_faint else "line"
+    line = f'<path class="{css_class} c{curve.colour}" d="M{_joined(xs, ys, is_stepped=is_stepped)}"/>'
     if len(xs) == 1:  # a path of one point shows nothing
-        line = f'<path class="{kind} c{curve.colour}" d="M{xs[0]:.1f} {ys[0]:.1f}h{WIDTH}"/>'
+        line = f'<path class="{css_class} c{curve.colour}" d="M{xs[0]:.1f} {ys[0]:.1f}h{WIDTH}"/>'
     if not curve.is_faint or not (points.highs > points.lows).any():
         return line
-    top = _joined(xs, [frame.y(value) for value in points.highs[there].tolist()])
-    bottom = _joined(xs[::-1], [frame.y(value) for value in points.lows[there].tolist()][::-1])
+    top = _joined(xs, [frame.y(value) for value in points.highs[present].tolist()])
+    bottom = _joined(xs[::-1], [frame.y(value) for value in points.lows[present].tolist()][::-1])
     return f'<path class="range c{curve.colour}" d="M{top}L{bottom}Z"/>{line}'
 
 
@@ -141,12 +141,12 @@ def _joined(xs: Sequence[float], ys: Sequence[float], *, is_stepped: bool = Fals
 def _legend(curves: Sequence[Curve], axis: str) -> str:
     entries = "".join(
         f'<span class="key"><i class="c{curve.colour}{" faint" if curve.is_faint else ""}"></i>'
-        f"{escaped(curve.name)} <b>{number(_last(curve.points))}</b></span>"
+        f"{escape(curve.name)} <b>{format_number(_last(curve.points))}</b></span>"
         for curve in curves
     )
-    place = number(float(curves[0].points.steps[-1]))
+    place = format_number(float(curves[0].points.steps[-1]))
     return (
-        f'<span class="legend">{entries}<span class="key at">at {escaped(axis)} <b>{place}</b></span></span>'
+        f'<span class="legend">{entries}<span class="key at">at {escape(axis)} <b>{place}</b></span></span>'
     )
 
 
@@ -164,7 +164,7 @@ def _side_labels(ticks: Sequence[float], frame: _Frame) -> str:
 def _bottom_labels(ticks: Sequence[float], frame: _Frame) -> str:
     places = [frame.x(tick) / WIDTH for tick in ticks]
     spans = (
-        f'<span{" class=end" if place > LAST_PLACE else ""} style="left:{place:.2%}">{_short(tick)}</span>'
+        f'<span{" class=end" if place > LAST_LABEL else ""} style="left:{place:.2%}">{_short(tick)}</span>'
         for tick, place in zip(ticks, places, strict=True)
     )
     return f'<div class="bottom">{"".join(spans)}</div>'
@@ -174,13 +174,13 @@ def _short(value: float) -> str:
     return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _described(chart: Chart, curves: Sequence[Curve]) -> str:
+def _summary(chart: Chart, curves: Sequence[Curve]) -> str:
     ends = ", ".join(
-        f"{curve.name} from {number(float(curve.points.means[np.isfinite(curve.points.means)][0]))} "
-        f"to {number(_last(curve.points))}"
+        f"{curve.name} from {format_number(float(curve.points.means[np.isfinite(curve.points.means)][0]))} "
+        f"to {format_number(_last(curve.points))}"
         for curve in curves
     )
-    first, last = (number(float(curves[0].points.steps[place])) for place in (0, -1))
+    first, last = (format_number(float(curves[0].points.steps[place])) for place in (0, -1))
     return f"{chart.title} over {chart.axis} {first} to {last}: {ends}."
 
 

@@ -10,21 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE, list_checkpoints
+from simpletuner.helpers.checkpointing.checkpoints import list_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
-from simpletuner.helpers.reporting.html_report.gallery import PictureRow, rows_of
-from simpletuner.helpers.reporting.html_report.markup import without_secrets
-from simpletuner.helpers.reporting.html_report.series import Log, read_log
-from simpletuner.helpers.reporting.run_summary import (
+from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
+    CONFIG_FILE,
+    EXIT_FILE,
     METRICS_FILE,
-    REPORT_FILE,
+    RUN_MANIFEST_FILE,
+    SUMMARY_FILE,
+    VALIDATION_FOLDER,
 )
+from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
+from simpletuner.helpers.reporting.html_report.markup import without_secrets
+from simpletuner.helpers.reporting.html_report.series import Log, read_log
 
-MANIFEST_FILE = "run.json"
-EXIT_FILE = "exit.json"
 State = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -33,7 +35,7 @@ class NoRunError(SimpleTunerError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunFolder:
+class RunSnapshot:
     """A run, read from its folder."""
 
     path: Path
@@ -45,7 +47,7 @@ class RunFolder:
     """As resolved; empty when it cannot be read."""
     manifest: Mapping[str, Any]
     """What the run said about itself when it began; empty for a run of an earlier version."""
-    pictures: list[PictureRow]
+    images: list[ImageRow]
     adapter: Path | None
     """The newest adapter for use: the run's own, else that of its newest checkpoint."""
     comfyui: Path | None
@@ -61,7 +63,7 @@ class RunFolder:
         return self.manifest.get("max_steps") or self.config.get("max_train_steps")
 
 
-def read_run(path: Path, *, state: State | None = None) -> RunFolder:
+def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
     """Read a run's folder; its state is found out when it is not told.
 
     Raises:
@@ -72,39 +74,39 @@ def read_run(path: Path, *, state: State | None = None) -> RunFolder:
             f"{path}: no run was written here: there is neither {METRICS_FILE} nor {CONFIG_FILE}. "
             "Name the output_dir of a run."
         )
-    manifest = without_secrets(_json(path / MANIFEST_FILE))
+    manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
-    pictures = rows_of(
-        path / "validation", manifest.get("shots", []), compared_with=manifest.get("compared_with")
+    images = image_rows(
+        path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
     )
-    return RunFolder(
+    return RunSnapshot(
         path=path,
         state=state or _state(path, log),
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
         config=without_secrets(_json(path / CONFIG_FILE)),
         manifest=manifest,
-        pictures=pictures,
+        images=images,
         adapter=_adapter(path),
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
     )
 
 
-def shown_path(path: str | Path) -> str:
+def relative_path(path: str | Path) -> str:
     """A path as it is written from the working directory; one elsewhere as it is."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
-def shown_place(path: str | Path) -> str:
+def display_path(path: str | Path) -> str:
     """The same for reading only: nobody's home folder is named."""
     home = str(Path.home())
-    text = shown_path(path)
+    text = relative_path(path)
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
 
 
 def _state(path: Path, log: Log) -> State:
-    finished = _json(path / REPORT_FILE).get("step")
+    finished = _json(path / SUMMARY_FILE).get("step")
     if finished is not None and (not log.lines or finished >= log.lines[-1]["step"]):
         return "finished"
     if is_held(path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +11,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from simpletuner.helpers.reporting.html_report.markup import counted, escaped, note
+from simpletuner.helpers.io.run_folder import (
+    BASE_FOLDER,
+    cached_image_files,
+    image_files,
+    parse_image_name,
+    validation_step_folders,
+)
+from simpletuner.helpers.reporting.html_report.markup import escape, format_count, note
 
 LARGEST_EDGE_PX = 448
 # Smaller pictures are kept to the pixel, and shown with their pixels.
@@ -25,7 +31,7 @@ MAX_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRow:
+class ImageRow:
     """The pictures of one prompt, size and seed."""
 
     prompt: str
@@ -46,7 +52,7 @@ class Thumbnail:
     num_bytes: int
 
 
-def gallery(rows: Sequence[PictureRow]) -> str:
+def render_gallery(rows: Sequence[ImageRow]) -> str:
     """A table, a row of pictures below each prompt; says which steps and prompts were left out for size."""
     rows = [row for row in rows if row.by_step or row.fixed]
     if not rows:
@@ -54,7 +60,7 @@ def gallery(rows: Sequence[PictureRow]) -> str:
     every_step = sorted({step for row in rows for step in row.by_step})
     steps, shown = _affordable(rows, every_step)
     titles = list(dict.fromkeys(title for row in shown for title, _ in row.fixed))
-    heads = "".join(f"<th scope=col>{escaped(title)}</th>" for title in [*titles, *map(_step_title, steps)])
+    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in [*titles, *map(_step_title, steps)])
     bodies = "\n".join(_body(row, titles, steps) for row in shown)
     return (
         f"{_left_out(every_step, steps, num_rows=len(rows) - len(shown))}"
@@ -74,20 +80,20 @@ def thumbnail(file: Path, _changed_ns: int) -> Thumbnail:
     with Image.open(file) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{file} has {opened.width}x{opened.height} pixels")
-        picture = opened.convert("RGB")
-    is_small = max(picture.size) <= PIXEL_ART_EDGE_PX
+        image = opened.convert("RGB")
+    is_small = max(image.size) <= PIXEL_ART_EDGE_PX
     data = io.BytesIO()
     if is_small:
-        picture.save(data, "PNG", optimize=True)
+        image.save(data, "PNG", optimize=True)
     else:
-        picture.thumbnail((LARGEST_EDGE_PX, LARGEST_EDGE_PX), Image.Resampling.LANCZOS)
-        picture.save(data, "JPEG", quality=JPEG_QUALITY)
+        image.thumbnail((LARGEST_EDGE_PX, LARGEST_EDGE_PX), Image.Resampling.LANCZOS)
+        image.save(data, "JPEG", quality=JPEG_QUALITY)
     encoded = base64.b64encode(data.getvalue()).decode("ascii")
-    kind = "png" if is_small else "jpeg"
-    return Thumbnail(f"data:image/{kind};base64,{encoded}", *picture.size, data.tell())
+    image_format = "png" if is_small else "jpeg"
+    return Thumbnail(f"data:image/{image_format};base64,{encoded}", *image.size, data.tell())
 
 
-def spread(items: Sequence[int], count: int) -> list[int]:
+def spread_evenly(items: Sequence[int], count: int) -> list[int]:
     """At most `count`, two or more, of the items: the first, the last and others evenly between."""
     if len(items) <= count:
         return list(items)
@@ -101,43 +107,43 @@ def _thumbnail(file: Path) -> Thumbnail | None:
         return None
 
 
-def _affordable(rows: Sequence[PictureRow], steps: Sequence[int]) -> tuple[list[int], list[PictureRow]]:
+def _affordable(rows: Sequence[ImageRow], steps: Sequence[int]) -> tuple[list[int], list[ImageRow]]:
     """The steps, first and last and evenly between, and the first rows that the budget allows."""
     shown = list(rows)
-    while len(shown) > 1 and _num_bytes(shown, spread(steps, 2)) > BUDGET_BYTES:
+    while len(shown) > 1 and _num_bytes(shown, spread_evenly(steps, 2)) > BUDGET_BYTES:
         shown = shown[: len(shown) // 2]
-    chosen = spread(steps, MAX_STEPS)
+    chosen = spread_evenly(steps, MAX_STEPS)
     while len(chosen) > 2 and _num_bytes(shown, chosen) > BUDGET_BYTES:
-        chosen = spread(steps, len(chosen) - 1)
+        chosen = spread_evenly(steps, len(chosen) - 1)
     return chosen, shown
 
 
-def _num_bytes(rows: Sequence[PictureRow], steps: Sequence[int]) -> int:
+def _num_bytes(rows: Sequence[ImageRow], steps: Sequence[int]) -> int:
     files = [file for row in rows for _, file in row.fixed]
     files += [row.by_step[step] for row in rows for step in steps if step in row.by_step]
-    return sum(picture.num_bytes for picture in map(_thumbnail, files) if picture is not None)
+    return sum(image.num_bytes for image in map(_thumbnail, files) if image is not None)
 
 
-def _body(row: PictureRow, titles: Sequence[str], steps: Sequence[int]) -> str:
+def _body(row: ImageRow, titles: Sequence[str], steps: Sequence[int]) -> str:
     fixed = dict(row.fixed)
-    cells = [_cell(row, title, fixed.get(title), kind="fixed") for title in titles]
-    cells += [_cell(row, _step_title(step), row.by_step.get(step), kind="made") for step in steps]
-    head = f"<span>{escaped(row.prompt) or '<em>no prompt</em>'} <small>{escaped(row.details)}</small></span>"
+    cells = [_cell(row, title, fixed.get(title), css_class="fixed") for title in titles]
+    cells += [_cell(row, _step_title(step), row.by_step.get(step), css_class="made") for step in steps]
+    head = f"<span>{escape(row.prompt) or '<em>no prompt</em>'} <small>{escape(row.details)}</small></span>"
     return (
         f'<tbody><tr><th scope="rowgroup" colspan="{len(cells)}">{head}</th></tr>'
         f"<tr>{''.join(cells)}</tr></tbody>"
     )
 
 
-def _cell(row: PictureRow, title: str, file: Path | None, *, kind: str) -> str:
-    picture = None if file is None else _thumbnail(file)
-    if picture is None:
-        return f'<td class="{kind}"><span class="missing">none</span></td>'
-    words = escaped(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))
-    small = ' class="pixels"' if max(picture.width, picture.height) <= PIXEL_ART_EDGE_PX else ""
+def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> str:
+    image = None if file is None else _thumbnail(file)
+    if image is None:
+        return f'<td class="{css_class}"><span class="missing">none</span></td>'
+    words = escape(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))
+    small = ' class="pixels"' if max(image.width, image.height) <= PIXEL_ART_EDGE_PX else ""
     return (
-        f'<td class="{kind}"><img{small} alt="{words}" width="{picture.width}" height="{picture.height}" '
-        f'decoding="async" src="{picture.uri}"></td>'
+        f'<td class="{css_class}"><img{small} alt="{words}" width="{image.width}" height="{image.height}" '
+        f'decoding="async" src="{image.uri}"></td>'
     )
 
 
@@ -150,68 +156,51 @@ def _left_out(every: Sequence[int], shown: Sequence[int], *, num_rows: int) -> s
     parts = []
     if missing:
         ranges = ", ".join(f"{step:,}" for step in missing)
-        parts.append(f"{counted(len(missing), 'validation')} left out to keep the page small: step {ranges}.")
+        parts.append(
+            f"{format_count(len(missing), 'validation')} left out to keep the page small: step {ranges}."
+        )
     if num_rows:
-        parts.append(f"{counted(num_rows, 'prompt')} left out to keep the page small.")
+        parts.append(f"{format_count(num_rows, 'prompt')} left out to keep the page small.")
     if parts:
         parts.append("Every picture lies in the run's folder validation/.")
     return note(" ".join(parts))
 
 
-def rows_of(
-    folder: Path, shots: Sequence[dict[str, object]], *, compared_with: str | None
-) -> list[PictureRow]:
+def image_rows(
+    folder: Path, prompts: Sequence[dict[str, object]], *, compared_with: str | None
+) -> list[ImageRow]:
     """The pictures that lie in a run's validation folder.
 
-    `shots` is what the run said about them when it began; without it, names of files say what is known.
+    `prompts` is what the run said about them when it began; without it, names of files say what is known.
     """
-    by_step = _files_by_step(folder)
-    if not shots:
-        base = _base_files(folder)
+    by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
+    if not prompts:
+        base = {name: file.name for name, file in cached_image_files(folder).items()}
         names = sorted({name for files in by_step.values() for name in files} | set(base))
-        shots = [_shot_of(name) | {"base": base.get(name)} for name in names]
-    return [_row(folder, shot, by_step, compared_with=compared_with or "compared with") for shot in shots]
+        prompts = [_prompt_of(name) | {"base": base.get(name)} for name in names]
+    return [
+        _row(folder, prompt, by_step, compared_with=compared_with or "compared with") for prompt in prompts
+    ]
 
 
 def _row(
-    folder: Path, shot: dict[str, object], by_step: dict[int, dict[str, Path]], *, compared_with: str
-) -> PictureRow:
-    name = str(shot["name"])
-    names = {"base model": shot.get("base"), compared_with: shot.get("other")}
-    fixed = {title: folder / "base" / str(file) for title, file in names.items() if file}
+    folder: Path, prompt: dict[str, object], by_step: dict[int, dict[str, Path]], *, compared_with: str
+) -> ImageRow:
+    name = str(prompt["name"])
+    names = {"base model": prompt.get("base"), compared_with: prompt.get("other")}
+    fixed = {title: folder / BASE_FOLDER / str(file) for title, file in names.items() if file}
     details = [
-        str(shot[key]) if key == "size" else f"{key} {shot[key]}" for key in ("size", "seed") if key in shot
+        str(prompt[key]) if key == "size" else f"{key} {prompt[key]}"
+        for key in ("size", "seed")
+        if key in prompt
     ]
-    return PictureRow(
-        prompt=str(shot.get("prompt", "")),
+    return ImageRow(
+        prompt=str(prompt.get("prompt", "")),
         details=", ".join(details),
         fixed=tuple((title, file) for title, file in fixed.items() if file.exists()),
         by_step={step: files[name] for step, files in by_step.items() if name in files},
     )
 
 
-_LASTING = re.compile(r"(.+)-[0-9a-f]{16}\.png")
-_SHOT = re.compile(r"\d\d-(.+)-(\d+x\d+)-seed(-?\d+)")
-
-
-def _files_by_step(folder: Path) -> dict[int, dict[str, Path]]:
-    found: dict[int, dict[str, Path]] = {}
-    for each in folder.glob("step-*"):
-        number = each.name.removeprefix("step-")
-        if number.isdigit():
-            found[int(number)] = {file.stem: file for file in each.glob("*.png") if file.stem != "grid"}
-    return found
-
-
-def _base_files(folder: Path) -> dict[str, str]:
-    """Picture's name -> the newest file of the base model."""
-    found = [(file.stat().st_mtime_ns, file.name) for file in (folder / "base").glob("*.png")]
-    matches = (_LASTING.fullmatch(name) for _, name in sorted(found))
-    return {match[1]: match[0] for match in matches if match}
-
-
-def _shot_of(name: str) -> dict[str, object]:
-    match = _SHOT.fullmatch(name)
-    if match is None:
-        return {"name": name, "prompt": name}
-    return {"name": name, "prompt": match[1].replace("_", " "), "size": match[2], "seed": match[3]}
+def _prompt_of(name: str) -> dict[str, object]:
+    return {"name": name, "prompt": name, **parse_image_name(name)}

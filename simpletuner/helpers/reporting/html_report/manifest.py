@@ -1,4 +1,4 @@
-"""What a run knows about itself when it begins; kept in its folder, for the page and for later."""
+"""Run information for the report, collected when training starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import ModelSpec, Sample
     from simpletuner.helpers.data.dataset import TrainingData
-    from simpletuner.helpers.training.trainer import Trainer
-    from simpletuner.helpers.training.validation import Validation
 
 PACKAGES = (
     "torch",
@@ -42,17 +40,29 @@ NUM_CAPTIONS = 5
 NUM_SKIPPED = 50
 
 
-def build_manifest(trainer: Trainer) -> dict[str, Any]:
-    """What the other files of a run do not say, as json; no environment variable's value is in it."""
-    config = trainer.config
+def build_manifest(
+    *,
+    config: RunConfig,
+    spec: ModelSpec,
+    adapter: Adapter,
+    data: TrainingData,
+    images: Mapping[str, Any],
+    max_steps: int,
+    device: torch.device,
+    num_processes: int,
+) -> dict[str, Any]:
+    """Run information for the report, as JSON without secrets.
+
+    `images` is the part on validation images, keys compared_with and shots.
+    """
     manifest = {
         "version": 1,
-        "max_steps": trainer.max_steps,
-        "changed_keys": changed_keys(config, trainer.family.spec),
-        "adapter": _adapter(trainer.adapter),
-        "datasets": [_dataset(each, trainer.data) for each in config.datasets],
-        "environment": _environment(trainer.accelerator.device, trainer.accelerator.num_processes),
-        **_pictures(trainer.validation),
+        "max_steps": max_steps,
+        "changed_keys": changed_keys(config, spec),
+        "adapter": _adapter(adapter),
+        "datasets": [_dataset(each, data) for each in config.datasets],
+        "environment": _environment(device, num_processes),
+        **images,
     }
     hidden: Any = without(manifest, config.hidden)
     return dict(hidden)
@@ -140,23 +150,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _pictures(validation: Validation) -> dict[str, Any]:
-    """Which pictures the run makes, and the files of those that no training changes."""
-    sampler, other = validation.sampler, validation.comparison
-    return {
-        "compared_with": None if other is None else other.title,
-        "shots": [
-            {
-                "name": shot.name,
-                "prompt": shot.prompt,
-                "size": str(shot.size),
-                "seed": shot.seed,
-                "strength": shot.strength,
-                "base": None if sampler.config.disable_benchmark else sampler.cached_path(shot).name,
-                "other": None if other is None else other.picture(shot).name,
-            }
-            for shot in sampler.shots
-        ],
-    }

@@ -17,7 +17,7 @@ _SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|creden
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)[A-Za-z0-9_-]{12,}")
 
 
-def escaped(text: object) -> str:
+def escape(text: object) -> str:
     """Any text as it stands in an element or an attribute; control characters as escapes."""
     return html.escape("\n".join(printable(line) for line in str(text).split("\n")))
 
@@ -43,18 +43,18 @@ def data_block(data: object) -> str:
 
 def note(text: str) -> str:
     """A remark in small print; nothing when there is none."""
-    return f'<p class="note">{escaped(text)}</p>\n' if text else ""
+    return f'<p class="note">{escape(text)}</p>\n' if text else ""
 
 
 def disclosure(summary: str, content: str) -> str:
     """Content that is folded away until asked for."""
-    return f"<details><summary>{escaped(summary)}</summary>{content}</details>"
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def facts_list(facts: Iterable[tuple[str, object]]) -> str:
+def definition_list(facts: Iterable[tuple[str, object]]) -> str:
     """Names and values; those without a value are left out."""
     rows = [
-        f"<div><dt>{escaped(name)}</dt><dd>{escaped(value).replace('/', '/<wbr>')}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value).replace('/', '/<wbr>')}</dd></div>"
         for name, value in facts
         if value not in (None, "")
     ]
@@ -64,10 +64,10 @@ def facts_list(facts: Iterable[tuple[str, object]]) -> str:
 def section(anchor: str, title: str, *blocks: str) -> str:
     """A part of the page; nothing when it has no content."""
     content = "\n".join(filter(None, blocks))
-    return f'<section id="{anchor}">\n<h2>{escaped(title)}</h2>\n{content}\n</section>' if content else ""
+    return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{content}\n</section>' if content else ""
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Four significant digits; whole numbers in full, thousands apart."""
     if not math.isfinite(value):
         return "-"
@@ -76,12 +76,12 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def counted(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A number and its noun, which takes a plain s."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A span of time, in the two largest units that it has."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

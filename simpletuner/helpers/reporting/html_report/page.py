@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from simpletuner.helpers.io.atomic import write_text
+from simpletuner.helpers.io.run_folder import PAGE_FILE
 from simpletuner.helpers.reporting.html_report import sections
-from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn
-from simpletuner.helpers.reporting.html_report.folder import RunFolder, State, read_run
-from simpletuner.helpers.reporting.html_report.gallery import gallery
-from simpletuner.helpers.reporting.html_report.markup import escaped, section
-from simpletuner.helpers.reporting.html_report.schedule import schedule
-from simpletuner.helpers.reporting.html_report.series import Floats, smoothed, thinned
-from simpletuner.helpers.reporting.html_report.usage import usage
+from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart
+from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, State, read_run
+from simpletuner.helpers.reporting.html_report.gallery import render_gallery
+from simpletuner.helpers.reporting.html_report.markup import escape, section
+from simpletuner.helpers.reporting.html_report.schedule import render_schedule
+from simpletuner.helpers.reporting.html_report.series import Floats, downsample, smooth
+from simpletuner.helpers.reporting.html_report.usage import render_usage
 from simpletuner.helpers.reporting.noise_bands import BANDS
-from simpletuner.helpers.reporting.run_summary import PAGE_FILE
 
 _HERE = Path(__file__).parent
 
@@ -32,22 +32,22 @@ def write_page(output_dir: Path, *, state: State | None = None) -> Path:
         StorageError: The page cannot be written; the one from before is unchanged.
     """
     file = output_dir / PAGE_FILE
-    write_text(file, page_of(read_run(output_dir, state=state)))
+    write_text(file, render_page(read_run(output_dir, state=state)))
     return file
 
 
-def page_of(run: RunFolder) -> str:
+def render_page(run: RunSnapshot) -> str:
     """The page as one html document that needs nothing beside it."""
     blocks = [
         section("course", "Course", _charts(run)),
-        section("schedule", "Rank schedule", schedule(run)),
-        section("pictures", "Pictures", gallery(run.pictures)),
-        section("data", "Data", sections.datasets(run)),
-        section("configuration", "Configuration", sections.configuration(run)),
-        section("environment", "Environment", sections.environment(run)),
-        section("use", "Use the adapter", usage(run)),
+        section("schedule", "Rank schedule", render_schedule(run)),
+        section("pictures", "Pictures", render_gallery(run.images)),
+        section("data", "Data", sections.render_datasets(run)),
+        section("configuration", "Configuration", sections.render_configuration(run)),
+        section("environment", "Environment", sections.render_environment(run)),
+        section("use", "Use the adapter", render_usage(run)),
     ]
-    body = "\n".join([sections.heading(run), *filter(None, blocks)])
+    body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     # Only the script below may run, and nothing is loaded from anywhere.
@@ -57,21 +57,21 @@ def page_of(run: RunFolder) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escaped(sections.title_of(run))}: {run.state} at step {run.step}</title>\n"
+        f"<title>{escape(sections.run_title(run))}: {run.state} at step {run.step}</title>\n"
         f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         f"{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _charts(run: RunFolder) -> str:
+def _charts(run: RunSnapshot) -> str:
     log = run.log
     if not log.lines:
         return ""
     loss, seconds = log.column("loss"), log.column("seconds")
-    bands = [smoothed(log.column("loss_by_band", band)) for band in BANDS]
-    course = Chart(
+    bands = [smooth(log.column("loss_by_band", band)) for band in BANDS]
+    loss_chart = Chart(
         "Loss",
-        [_curve(log.steps, loss, "each step", is_faint=True), _curve(log.steps, smoothed(loss), "smoothed")],
+        [_curve(log.steps, loss, "each step", is_faint=True), _curve(log.steps, smooth(loss), "smoothed")],
         is_wide=True,
     )
     by_band = Chart(
@@ -94,7 +94,7 @@ def _charts(run: RunFolder) -> str:
         Chart("Seconds per step", _both(log.steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
-    figures = "\n".join(filter(None, map(drawn, [course, by_band, *small])))
+    figures = "\n".join(filter(None, map(draw_chart, [loss_chart, by_band, *small])))
     return f'<div class="charts">\n{figures}\n</div>'
 
 
@@ -106,9 +106,9 @@ def _without_peaks(values: Floats) -> Floats:
 def _both(steps: Floats, values: Floats, *, colour: int) -> Sequence[Curve]:
     return [
         _curve(steps, values, "each step", colour=colour, is_faint=True),
-        _curve(steps, smoothed(values), "smoothed", colour=colour),
+        _curve(steps, smooth(values), "smoothed", colour=colour),
     ]
 
 
 def _curve(steps: Floats, values: Floats, name: str, *, colour: int = 1, is_faint: bool = False) -> Curve:
-    return Curve(name, thinned(steps, values), colour=colour, is_faint=is_faint)
+    return Curve(name, downsample(steps, values), colour=colour, is_faint=is_faint)

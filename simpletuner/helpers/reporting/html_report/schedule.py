@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, drawn
-from simpletuner.helpers.reporting.html_report.folder import RunFolder
-from simpletuner.helpers.reporting.html_report.markup import escaped
+from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart
+from simpletuner.helpers.reporting.html_report.folder import RunSnapshot
+from simpletuner.helpers.reporting.html_report.markup import escape
 from simpletuner.helpers.reporting.html_report.series import Points
 
 
-def schedule(run: RunFolder) -> str:
+def render_schedule(run: RunSnapshot) -> str:
     """A chart and a sentence; nothing for an adapter without a schedule."""
     adapter = run.manifest.get("adapter") or _adapter_of(run.config.get("lycoris_config", {}))
     ranks: Sequence[tuple[int, int]] | None = adapter.get("ranks")
@@ -30,7 +30,7 @@ def schedule(run: RunFolder) -> str:
         f"rounding {facts['schedule']}."
     )
     chart = Chart("Open ranks", [curve], axis="timestep", is_wide=True, is_stepped=True, from_zero=True)
-    return f'<p>{escaped(words)}</p>\n<div class="charts">{drawn(chart)}</div>'
+    return f'<p>{escape(words)}</p>\n<div class="charts">{draw_chart(chart)}</div>'
 
 
 def _adapter_of(lycoris: Mapping[str, Any]) -> dict[str, Any]:

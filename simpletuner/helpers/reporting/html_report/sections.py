@@ -8,27 +8,27 @@ from typing import Any
 
 import numpy as np
 
-from simpletuner.helpers.reporting.html_report.folder import RunFolder, shown_place
+from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, display_path
 from simpletuner.helpers.reporting.html_report.markup import (
-    counted,
+    definition_list,
     disclosure,
-    duration,
-    escaped,
-    facts_list,
-    number,
+    escape,
+    format_count,
+    format_duration,
+    format_number,
 )
-from simpletuner.helpers.reporting.html_report.series import smoothed, thinned
+from simpletuner.helpers.reporting.html_report.series import downsample, smooth
 
 PATH_KEYS = ("_dir", "_dir_vae", "_dir_text", "_path", "_config", "_library", "init_lora")
 
 
-def heading(run: RunFolder) -> str:
+def render_heading(run: RunSnapshot) -> str:
     """Name of the run, where it stands, and its most telling numbers."""
     of = f" of {run.max_steps:,}" if run.max_steps else ""
     state = (
         f"{run.state} at step {run.step:,}{of}"
         if run.state != "finished"
-        else f"finished, {counted(run.step, 'step')}"
+        else f"finished, {format_count(run.step, 'step')}"
     )
     done = min(run.step / run.max_steps, 1.0) if run.max_steps else 0.0
     bar = (
@@ -37,25 +37,25 @@ def heading(run: RunFolder) -> str:
         else ""
     )
     return (
-        f"<header>\n<p class=over>{escaped(_what(run))}</p>\n<h1>{escaped(title_of(run))}</h1>\n"
+        f"<header>\n<p class=over>{escape(_adapter_and_base(run))}</p>\n<h1>{escape(run_title(run))}</h1>\n"
         f'<p><span class="state {run.state}">{state}</span> <small>as of {run.written}</small></p>\n{bar}'
         f"{_headline(run)}\n</header>"
     )
 
 
-def title_of(run: RunFolder) -> str:
+def run_title(run: RunSnapshot) -> str:
     """What the run is called."""
     return str(run.config.get("tracker_run_name") or run.path.resolve().name)
 
 
-def datasets(run: RunFolder) -> str:
+def render_datasets(run: RunSnapshot) -> str:
     """A sheet for each dataset."""
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
     configured = run.config.get("data_backend_config", [])
     return "\n".join(_dataset(each, known.get(each.get("id"), {})) for each in configured)
 
 
-def configuration(run: RunFolder) -> str:
+def render_configuration(run: RunSnapshot) -> str:
     """The keys that differ from their default, then all others, then the nested files."""
     nested = {
         key: value for key, value in run.config.items() if key in ("lycoris_config", "data_backend_config")
@@ -72,22 +72,22 @@ def configuration(run: RunFolder) -> str:
     else:
         blocks.append(_settings({key: value for key, value in plain.items() if key in changed}))
         rest = {key: value for key, value in plain.items() if key not in changed}
-        blocks.append(disclosure(f"{counted(len(rest), 'setting')} at their default", _settings(rest)))
+        blocks.append(disclosure(f"{format_count(len(rest), 'setting')} at their default", _settings(rest)))
     for key, value in nested.items():
-        text = json.dumps(_with_places(value), indent=2, ensure_ascii=False)
-        blocks.append(disclosure(key, f"<pre><code>{escaped(text)}</code></pre>"))
+        text = json.dumps(_with_display_paths(value), indent=2, ensure_ascii=False)
+        blocks.append(disclosure(key, f"<pre><code>{escape(text)}</code></pre>"))
     return "\n".join(blocks) if plain else ""
 
 
-def environment(run: RunFolder) -> str:
+def render_environment(run: RunSnapshot) -> str:
     """Versions and machine."""
-    return facts_list(run.manifest["environment"].items()) if run.manifest.get("environment") else ""
+    return definition_list(run.manifest["environment"].items()) if run.manifest.get("environment") else ""
 
 
-def _what(run: RunFolder) -> str:
+def _adapter_and_base(run: RunSnapshot) -> str:
     adapter = run.manifest.get("adapter", {})
     lycoris = run.config.get("lycoris_config") or {}
-    kind = str(adapter.get("kind") or lycoris.get("algo") or run.config.get("lora_type", ""))
+    algorithm = str(adapter.get("kind") or lycoris.get("algo") or run.config.get("lora_type", ""))
     names = {
         "tlora": "T-LoRA",
         "standard": "LoRA",
@@ -97,31 +97,31 @@ def _what(run: RunFolder) -> str:
         "loha": "LoHa",
     }
     base = run.config.get("pretrained_model_name_or_path")
-    return " on ".join(filter(None, (names.get(kind, kind), shown_place(base) if base else None)))
+    return " on ".join(filter(None, (names.get(algorithm, algorithm), display_path(base) if base else None)))
 
 
-def _headline(run: RunFolder) -> str:
+def _headline(run: RunSnapshot) -> str:
     log, adapter = run.log, run.manifest.get("adapter", {})
     if not log.lines:
         return "<p>No step was taken yet.</p>"
-    losses = thinned(log.steps, smoothed(log.column("loss"))).means
+    losses = downsample(log.steps, smooth(log.column("loss"))).means
     seconds = log.column("seconds")
     memory = {name: log.column(name) for name in ("memory_mib", "device_memory_mib")}
     peak = {name: float(np.nanmax(values)) for name, values in memory.items() if np.isfinite(values).any()}
     per_step_s = float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else 0.0
     samples = log.column("samples")
     per_step = samples[-1] / log.steps[-1]
-    facts = [
-        ("loss, smoothed", number(float(losses[-1]))),
-        ("samples seen", number(float(samples[-1]))),
-        ("epochs", number(float(log.column("epoch")[-1]) + 1)),
-        ("time in steps", duration(float(np.nansum(seconds)))),
-        ("speed", f"{number(per_step / per_step_s)} samples/s" if per_step_s else None),
+    entries = [
+        ("loss, smoothed", format_number(float(losses[-1]))),
+        ("samples seen", format_number(float(samples[-1]))),
+        ("epochs", format_number(float(log.column("epoch")[-1]) + 1)),
+        ("time in steps", format_duration(float(np.nansum(seconds)))),
+        ("speed", f"{format_number(per_step / per_step_s)} samples/s" if per_step_s else None),
         ("peak memory", _mib(peak.get("memory_mib"))),
         ("peak GPU memory", _mib(peak.get("device_memory_mib"))),
         ("trained", _parameters(adapter)),
     ]
-    return facts_list(facts).replace('class="facts"', 'class="facts headline"')
+    return definition_list(entries).replace('class="facts"', 'class="facts headline"')
 
 
 def _mib(value: float | None) -> str | None:
@@ -133,13 +133,13 @@ def _parameters(adapter: Mapping[str, Any]) -> str | None:
     if not count:
         return None
     size = f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count:,}"
-    return f"{size} parameters in {counted(adapter.get('layers', 0), 'layer')}"
+    return f"{size} parameters in {format_count(adapter.get('layers', 0), 'layer')}"
 
 
 def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
     repeats = config.get("repeats", 0)
-    facts = [
-        ("folder", shown_place(config["instance_data_dir"]) if config.get("instance_data_dir") else None),
+    entries = [
+        ("folder", display_path(config["instance_data_dir"]) if config.get("instance_data_dir") else None),
         ("images", known.get("images")),
         ("left out", known.get("num_skipped")),
         ("captions", _captions_in_words(known)),
@@ -154,7 +154,8 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
         ("instance prompt", config.get("instance_prompt")),
     ]
     return (
-        f"<h3>{escaped(config.get('id'))}</h3>\n{facts_list(facts)}\n{_buckets(known.get('buckets', {}))}"
+        f"<h3>{escape(config.get('id'))}</h3>\n{definition_list(entries)}\n"
+        f"{_buckets(known.get('buckets', {}))}"
         f"{_captions(known.get('captions', []))}{_skipped(known)}"
     )
 
@@ -163,8 +164,8 @@ def _captions_in_words(known: Mapping[str, Any]) -> str | None:
     if "images" not in known:
         return None
     with_one = known["images"] - known["without_caption"]
-    texts = counted(known["distinct_captions"], "distinct text")
-    return f"{with_one:,} of {counted(known['images'], 'image')}, {texts}"
+    texts = format_count(known["distinct_captions"], "distinct text")
+    return f"{with_one:,} of {format_count(known['images'], 'image')}, {texts}"
 
 
 def _buckets(buckets: Mapping[str, int]) -> str:
@@ -172,14 +173,14 @@ def _buckets(buckets: Mapping[str, int]) -> str:
         return ""
     most = max(buckets.values())
     rows = "".join(
-        f'<li><span>{escaped(size)}</span><i style="width:{count / most:.1%}"></i><b>{count:,}</b></li>'
+        f'<li><span>{escape(size)}</span><i style="width:{count / most:.1%}"></i><b>{count:,}</b></li>'
         for size, count in buckets.items()
     )
     return f'<h4>Buckets</h4><ul class="buckets">{rows}</ul>\n'
 
 
 def _captions(captions: list[tuple[str, str]]) -> str:
-    rows = "".join(f"<li><small>{escaped(path)}</small> {escaped(text)}</li>" for path, text in captions)
+    rows = "".join(f"<li><small>{escape(path)}</small> {escape(text)}</li>" for path, text in captions)
     return f'<h4>Some captions</h4><ul class="captions">{rows}</ul>\n' if rows else ""
 
 
@@ -187,7 +188,7 @@ def _skipped(known: Mapping[str, Any]) -> str:
     skipped = known.get("skipped", [])
     if not skipped:
         return ""
-    rows = "".join(f"<li><small>{escaped(path)}</small> {escaped(reason)}</li>" for path, reason in skipped)
+    rows = "".join(f"<li><small>{escape(path)}</small> {escape(reason)}</li>" for path, reason in skipped)
     more = known["num_skipped"] - len(skipped)
     end = f"<li>and {more:,} more</li>" if more > 0 else ""
     return f'<h4>Left out</h4><ul class="captions">{rows}{end}</ul>\n'
@@ -195,7 +196,7 @@ def _skipped(known: Mapping[str, Any]) -> str:
 
 def _settings(values: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><th scope=row>{escaped(key).replace('_', '_<wbr>')}</th><td>{_value(key, value)}</td></tr>"
+        f"<tr><th scope=row>{escape(key).replace('_', '_<wbr>')}</th><td>{_value(key, value)}</td></tr>"
         for key, value in values.items()
     )
     return f'<table class="settings">{rows}</table>'
@@ -206,18 +207,18 @@ def _value(key: str, value: object) -> str:
         return "<em>none</em>"
     if isinstance(value, bool):
         return str(value).lower()
-    return escaped(shown_place(value) if isinstance(value, str) and key.endswith(PATH_KEYS) else value)
+    return escape(display_path(value) if isinstance(value, str) and key.endswith(PATH_KEYS) else value)
 
 
-def _with_places(value: Any) -> Any:
+def _with_display_paths(value: Any) -> Any:
     """A nested configuration, its paths as the page shows them."""
     if isinstance(value, list):
-        return [_with_places(each) for each in value]
+        return [_with_display_paths(each) for each in value]
     if isinstance(value, dict):
         return {
-            key: shown_place(each)
+            key: display_path(each)
             if isinstance(each, str) and key.endswith(PATH_KEYS)
-            else _with_places(each)
+            else _with_display_paths(each)
             for key, each in value.items()
         }
     return value

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simpletuner.helpers.reporting.smoothing import Smoothed
+from simpletuner.helpers.reporting.smoothing import RunningMean
 
 MAX_POINTS = 400
 """Of one curve; a screen has hardly more columns for it."""
@@ -61,13 +61,13 @@ def read_log(file: Path) -> Log:
     return Log(tuple(_records(text.splitlines())))
 
 
-def smoothed(values: Floats) -> Floats:
+def smooth(values: Floats) -> Floats:
     """[N] running mean over about a twentieth of the run; nan stays nan and does not count."""
-    running = Smoothed(keep=1.0 - 1.0 / min(max(len(values) / 20, 5.0), 500.0))
+    running = RunningMean(keep=1.0 - 1.0 / min(max(len(values) / 20, 5.0), 500.0))
     return np.array([running.update(value) if value == value else np.nan for value in values.tolist()])
 
 
-def thinned(steps: Floats, values: Floats, *, max_points: int = MAX_POINTS) -> Points:
+def downsample(steps: Floats, values: Floats, *, max_points: int = MAX_POINTS) -> Points:
     """At most max_points points, each the mean, minimum and maximum of neighbouring steps."""
     size = -(-len(steps) // max_points) or 1
     starts = np.arange(0, len(steps), size)

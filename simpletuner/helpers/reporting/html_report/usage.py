@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.reporting.html_report.folder import RunFolder, shown_path
-from simpletuner.helpers.reporting.html_report.markup import escaped
+from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, relative_path
+from simpletuner.helpers.reporting.html_report.markup import escape
 
 COMMAND_ID = "use-command"
 PYTHON_ID = "use-python"
@@ -16,39 +16,42 @@ SWAPPED = tuple(f"pretrained_{part}_model_name_or_path" for part in ("unet", "tr
 """Keys that name a component which the model itself does not come with."""
 
 
-def usage(run: RunFolder) -> str:
+def render_usage(run: RunSnapshot) -> str:
     """Both ways, for the newest adapter; nothing when there is none yet."""
     if run.adapter is None:
         return ""
     where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
     blocks = [
-        f"<p>The adapter{escaped(where)} is <code>{escaped(shown_path(run.adapter))}</code>. Both ways below "
+        f"<p>The adapter{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
+        "Both ways below "
         "make a picture with it, from the folder that the run was started in.</p>",
-        _block(COMMAND_ID, "On the command line", command(run)),
-        _block(PYTHON_ID, "In Python", python(run)),
+        _block(COMMAND_ID, "On the command line", sample_command(run)),
+        _block(PYTHON_ID, "In Python", python_snippet(run)),
     ]
     for key in SWAPPED:
         if run.config.get(key):
-            text = f"This run took another component than the model's: {key} {shown_path(run.config[key])}."
-            blocks.append(f'<p class="note">{escaped(text)} Load it into the pipeline too.</p>')
+            text = (
+                f"This run took another component than the model's: {key} {relative_path(run.config[key])}."
+            )
+            blocks.append(f'<p class="note">{escape(text)} Load it into the pipeline too.</p>')
     if run.comfyui is not None:
-        blocks.append(f"<p>For ComfyUI: <code>{escaped(shown_path(run.comfyui))}</code></p>")
+        blocks.append(f"<p>For ComfyUI: <code>{escape(relative_path(run.comfyui))}</code></p>")
     return "\n".join(blocks)
 
 
-def command(run: RunFolder) -> str:
+def sample_command(run: RunSnapshot) -> str:
     """The line that makes a picture as the run's validation does."""
-    picture = _picture(run)
+    image = _first_image(run)
     options = {
-        "--adapter": shown_path(run.adapter or run.path),
-        "--prompt": picture["prompt"],
-        "--size": f"{picture['width']}x{picture['height']}",
-        "--steps": picture["steps"],
-        "--guidance": f"{picture['guidance']:g}",
+        "--adapter": relative_path(run.adapter or run.path),
+        "--prompt": image["prompt"],
+        "--size": f"{image['width']}x{image['height']}",
+        "--steps": image["steps"],
+        "--guidance": f"{image['guidance']:g}",
         "--guidance-real": f"{real:g}"
         if (real := run.config.get("validation_guidance_real") or 1.0) > 1
         else None,
-        "--seed": picture["seed"],
+        "--seed": image["seed"],
         "--negative": run.config.get("validation_negative_prompt") or None,
         "--scheduler": run.config.get("validation_noise_scheduler"),
     }
@@ -56,9 +59,9 @@ def command(run: RunFolder) -> str:
     return " \\\n  ".join(["simpletuner sample", *parts])
 
 
-def python(run: RunFolder) -> str:
+def python_snippet(run: RunSnapshot) -> str:
     """The lines that do the same through diffusers."""
-    picture, config = _picture(run), run.config
+    image, config = _first_image(run), run.config
     load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
     lines = [
@@ -70,22 +73,22 @@ def python(run: RunFolder) -> str:
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.bfloat16 if device == "cuda" else torch.float32',
         "pipeline = DiffusionPipeline.from_pretrained(",
-        f"    {shown_path(str(config.get('pretrained_model_name_or_path')))!r},",
+        f"    {relative_path(str(config.get('pretrained_model_name_or_path')))!r},",
         "    dtype=dtype,",
         *(f"    {key}={value!r}," for key, value in loading.items()),
         ").to(device)",
         *_scheduler(config),
-        f"{load}(pipeline, {shown_path(run.adapter or run.path)!r})",
-        "picture = pipeline(",
-        f"    prompt={picture['prompt']!r},",
+        f"{load}(pipeline, {relative_path(run.adapter or run.path)!r})",
+        "image = pipeline(",
+        f"    prompt={image['prompt']!r},",
         *_negative(config),
-        f"    width={picture['width']},",
-        f"    height={picture['height']},",
-        f"    num_inference_steps={picture['steps']},",
-        f"    guidance_scale={picture['guidance']},",
-        f"    generator=torch.Generator().manual_seed({picture['seed']}),",
+        f"    width={image['width']},",
+        f"    height={image['height']},",
+        f"    num_inference_steps={image['steps']},",
+        f"    guidance_scale={image['guidance']},",
+        f"    generator=torch.Generator().manual_seed({image['seed']}),",
         ").images[0]",
-        'picture.save("picture.png")',
+        'image.save("image.png")',
     ]
     return "\n".join(lines)
 
@@ -123,20 +126,20 @@ def _is_flow(config: Mapping[str, Any]) -> bool:
     return spec is not None and "flow_matching" in spec.prediction_types
 
 
-def _picture(run: RunFolder) -> dict[str, Any]:
+def _first_image(run: RunSnapshot) -> dict[str, Any]:
     """The first picture of the run's validation, or one as near to the training as can be told."""
     config = run.config
-    shot: Mapping[str, Any] = next(iter(run.manifest.get("shots", [])), {})
+    prompt: Mapping[str, Any] = next(iter(run.manifest.get("shots", [])), {})
     prompts = [
         each["instance_prompt"]
         for each in config.get("data_backend_config", [])
         if each.get("instance_prompt")
     ]
     captions = [text for each in run.manifest.get("datasets", []) for _, text in each["captions"]]
-    sizes = [shot.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
+    sizes = [prompt.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
     width, height = next(str(size) for size in sizes if size).split("x")
-    seeds = [shot.get("seed"), config.get("validation_seed"), config.get("seed"), 0]
-    texts = [shot.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
+    seeds = [prompt.get("seed"), config.get("validation_seed"), config.get("seed"), 0]
+    texts = [prompt.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
     return {
         "prompt": next(text for text in texts if text),
         "width": int(width),
@@ -149,7 +152,7 @@ def _picture(run: RunFolder) -> dict[str, Any]:
 
 def _block(anchor: str, title: str, text: str) -> str:
     return (
-        f'<h3>{escaped(title)}</h3>\n<div class="code">'
+        f'<h3>{escape(title)}</h3>\n<div class="code">'
         f'<button type="button" data-copy="{anchor}">Copy</button>'
-        f'<pre id="{anchor}"><code>{escaped(text)}</code></pre></div>'
+        f'<pre id="{anchor}"><code>{escape(text)}</code></pre></div>'
     )

@@ -52,13 +52,15 @@ def raw_file(path: Path, header: object, data: bytes = b"") -> Path:
     return path
 
 
-def test_row_23_header_that_claims_more_than_is_read_is_refused_before_reading(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_header_that_claims_more_than_is_read_is_refused_before_reading(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     refused(file, "its header claims 1099511627776 bytes")
 
 
-def test_row_23_a_million_keys_are_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_a_million_keys_are_refused_at_once(tmp_path: Path) -> None:
     entry = '"lycoris_x{i}.alpha":{{"dtype":"F32","shape":[],"data_offsets":[{a},{b}]}}'
     parts = (entry.format(i=i, a=4 * i, b=4 * i + 4) for i in range(1_000_000))
     file = raw_file(tmp_path / "a.safetensors", ("{" + ",".join(parts) + "}").encode(), bytes(4_000_000))
@@ -87,11 +89,13 @@ def test_row_23_a_million_keys_are_refused_at_once(tmp_path: Path) -> None:
     ],
     ids=["cut", "list", "bytes", "outside", "overlap", "overflow", "dtype", "metadata"],
 )
-def test_row_23_header_that_makes_no_sense_is_refused(header: object, tmp_path: Path) -> None:
+@pytest.mark.reliability_row(23)
+def test_header_that_makes_no_sense_is_refused(header: object, tmp_path: Path) -> None:
     refused(raw_file(tmp_path / "a.safetensors", header, bytes(12)), "not a readable safetensors file")
 
 
-def test_row_22_pickle_is_never_opened_whatever_its_name(tmp_path: Path) -> None:
+@pytest.mark.reliability_row(22)
+def test_pickle_is_never_opened_whatever_its_name(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
@@ -108,9 +112,8 @@ def test_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("key", ["q_layer.weight", "base_p", "alpha", "tlora_schedule"])
-def test_row_23_value_that_is_not_finite_is_refused_naming_its_key(
-    value: float, key: str, tmp_path: Path
-) -> None:
+@pytest.mark.reliability_row(23)
+def test_value_that_is_not_finite_is_refused_naming_its_key(value: float, key: str, tmp_path: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in layer_tensors().items()}
     tensors[f"lycoris_proj.{key}"].view(-1)[0] = value
     save_file(tensors, tmp_path / "a.safetensors")
@@ -118,9 +121,8 @@ def test_row_23_value_that_is_not_finite_is_refused_naming_its_key(
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
-def test_row_23_factors_of_a_dtype_that_no_adapter_has_are_refused(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+@pytest.mark.reliability_row(23)
+def test_factors_of_a_dtype_that_no_adapter_has_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = layer_tensors()
     tensors["lycoris_proj.base_q"] = torch.zeros(4, 12).to(dtype)
     save_file(tensors, tmp_path / "a.safetensors")
@@ -140,9 +142,8 @@ def test_row_23_factors_of_a_dtype_that_no_adapter_has_are_refused(
         ("q_layer.weight", torch.ones(()), "which no factor of an adapter has"),
     ],
 )
-def test_row_23_tensor_of_another_shape_is_refused(
-    key: str, tensor: Tensor, message: str, tmp_path: Path
-) -> None:
+@pytest.mark.reliability_row(23)
+def test_tensor_of_another_shape_is_refused(key: str, tensor: Tensor, message: str, tmp_path: Path) -> None:
     save_file(layer_tensors() | {f"lycoris_proj.{key}": tensor}, tmp_path / "a.safetensors")
     refused(tmp_path / "a.safetensors", message)
 
@@ -209,7 +210,8 @@ def test_multiplier_that_is_no_finite_number_is_refused(value: str, tmp_path: Pa
         ("lycoris_proj.tlora_schedule", torch.tensor([1.0, 1, 4, 2, 1, 1000, 0, 0.9, 0]), "whole numbers"),
     ],
 )
-def test_row_23_tensor_that_no_adapter_has_is_refused(
+@pytest.mark.reliability_row(23)
+def test_tensor_that_no_adapter_has_is_refused(
     key: str, tensor: Tensor, message: str, tmp_path: Path
 ) -> None:
     save_file(layer_tensors() | {key: tensor}, tmp_path / "a.safetensors")

@@ -271,9 +271,8 @@ def test_copy_of_an_adapted_layer_is_independent() -> None:
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_row_11_saved_layer_reloads_to_equal_output_and_an_identical_second_file(
-    kind: str, init: str
-) -> None:
+@pytest.mark.reliability_row(11)
+def test_saved_layer_reloads_to_equal_output_and_an_identical_second_file(kind: str, init: str) -> None:
     layer, x = LAYERS[kind](), torch.randn(INPUTS[kind])
     twin = copy.deepcopy(layer)
     adapter = adapt(layer, init=init, trained=0.05, sig_type="last", alpha=4.0)

@@ -52,7 +52,8 @@ def test_mask_rows_follow_their_own_timesteps() -> None:
     alpha=st.floats(0.05, 8.0),
     kind=st.sampled_from(["floor", "inclusive"]),
 )
-def test_row_32_rank_stays_within_its_range_and_falls_with_noise(
+@pytest.mark.reliability_row(32)
+def test_rank_stays_within_its_range_and_falls_with_noise(
     data: st.DataObject, max_rank: int, alpha: float, kind: str
 ) -> None:
     min_rank = data.draw(st.integers(1, max_rank))

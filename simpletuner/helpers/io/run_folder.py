@@ -1,0 +1,104 @@
+"""Names in the output folder of a run, with the formatting and parsing of the numbered ones."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.io.names import file_name
+
+# Written while a run is held.
+LOCK_FILE = ".run.lock"
+LOCK_HOLDER_FILE = ".run.holder.json"
+EXIT_FILE = "exit.json"
+CONFIG_FILE = "config.resolved.json"
+RUN_MANIFEST_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+WANDB_FILE = "wandb_run.json"
+TENSORBOARD_FOLDER = "tensorboard"
+PAGE_FILE = "report.html"
+SUMMARY_FILE = "finished.json"
+"""Written last; it marks the run as finished."""
+
+# In the output folder when the run is finished, and in each checkpoint.
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
+
+# In a checkpoint, beside CONFIG_FILE and ADAPTER_FILE.
+CHECKPOINT_MANIFEST_FILE = "manifest.json"
+COMPATIBILITY_FILE = "compatibility.json"
+ADAPTER_STATE_FILE = "adapter_state.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+COUNTERS_FILE = "state.json"
+
+VALIDATION_FOLDER = "validation"
+GRID_FILE = "grid.png"
+BASE_FOLDER = "base"
+REMOVED_PREFIX = ".removed-"
+"""A checkpoint is renamed before it is removed."""
+_CHECKPOINT = "checkpoint-"
+_STEP = "step-"
+_IMAGE = re.compile(r"\d\d-(?P<prompt>.+)-(?P<size>\d+x\d+)-seed(?P<seed>-?\d+)")
+_CACHED_IMAGE = re.compile(r"(?P<name>.+)-[0-9a-f]{16}\.png")
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """The checkpoint after this optimiser step."""
+    return output_dir / f"{_CHECKPOINT}{step}"
+
+
+def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each checkpoint, oldest step first."""
+    return _numbered(output_dir, _CHECKPOINT)
+
+
+def validation_step_folder(validation: Path, step: int) -> Path:
+    """The images of the validation after this optimiser step."""
+    return validation / f"{_STEP}{step}"
+
+
+def validation_step_folders(validation: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of each validation, oldest step first."""
+    return _numbered(validation, _STEP)
+
+
+def image_name(index: int, prompt: str, *, size: Size, seed: int) -> str:
+    """Name of a validation image, without suffix; unique by the prompt's index, the size and the seed."""
+    return f"{index:02d}-{file_name(prompt)[:60]}-{size}-seed{seed}"
+
+
+def parse_image_name(name: str) -> dict[str, str]:
+    """Prompt, size and seed as far as `image_name` kept them; {} for another name."""
+    match = _IMAGE.fullmatch(name)
+    return {} if match is None else match.groupdict() | {"prompt": match["prompt"].replace("_", " ")}
+
+
+def image_file(folder: Path, name: str) -> Path:
+    """The file of an image by its name, in the folder of its validation."""
+    return folder / f"{name}.png"
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """Name -> file of each image of one validation, the grid excepted."""
+    return {file.stem: file for file in folder.glob("*.png") if file.name != GRID_FILE}
+
+
+def cached_image_file(validation: Path, name: str, *, digest: str) -> Path:
+    """The file of an image that training does not change; `digest` is 16 hexadecimal digits."""
+    return validation / BASE_FOLDER / f"{name}-{digest}.png"
+
+
+def cached_image_files(validation: Path) -> dict[str, Path]:
+    """Image name -> its newest cached file."""
+    files = sorted(
+        (validation / BASE_FOLDER).glob("*.png"), key=lambda file: (file.stat().st_mtime_ns, file.name)
+    )
+    matches = ((_CACHED_IMAGE.fullmatch(file.name), file) for file in files)
+    return {match["name"]: file for match, file in matches if match}
+
+
+def _numbered(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    paths = [path for path in folder.glob(f"{prefix}*") if path.is_dir()]
+    numbers = ((path.name.removeprefix(prefix), path) for path in paths)
+    return sorted((int(number), path) for number, path in numbers if re.fullmatch(r"\d+", number))

@@ -1,0 +1,67 @@
+"""The end of a run: its adapter, the ComfyUI export and the summary in the output folder."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    COMFYUI_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    checkpoint_folder,
+)
+from simpletuner.helpers.reporting.run_summary import RunSummary
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.checkpointing.state import RunState
+    from simpletuner.helpers.contracts import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinalFiles:
+    """Writes the files of a finished run."""
+
+    output_dir: Path
+    state: RunState
+    is_main_process: bool
+    comfyui: ModelSpec | None
+    """Export to ComfyUI's layout for this family; None exports nothing."""
+
+    def save_adapter(self) -> None:
+        """Write the adapter file and its export. Every process calls it, to gather a sharded adapter."""
+        adapter = self.output_dir / ADAPTER_FILE
+        if self.is_main_process:
+            self.state.save_adapter(adapter)
+            if self.comfyui is not None:
+                options, families = ExportOptions(layout="comfyui"), {self.comfyui.name: self.comfyui}
+                export_adapter(adapter, self.output_dir / COMFYUI_FILE, options, families=families)
+        elif self.state.is_sharded:
+            with TemporaryDirectory() as scratch:
+                self.state.save_adapter(Path(scratch) / ADAPTER_FILE)
+
+    def save_summary(self, *, grid: Path, page: Path | None) -> None:
+        """Mark the run as finished, and log the paths of its files."""
+        if not self.is_main_process:
+            return
+        step = self.state.progress.step
+        summary = RunSummary(
+            step=step,
+            adapter=str(self.output_dir / ADAPTER_FILE),
+            checkpoint=str(checkpoint_folder(self.output_dir, step)),
+            metrics=str(self.output_dir / METRICS_FILE),
+            config=str(self.output_dir / CONFIG_FILE),
+            grid=str(grid) if grid.exists() else None,
+            comfyui=None if self.comfyui is None else str(self.output_dir / COMFYUI_FILE),
+            page=None if page is None else str(page),
+        )
+        summary.save(self.output_dir)
+        logger.info("Finished %d steps.", step)
+        summary.show()
