@@ -13,6 +13,7 @@ from package_source import PACKAGE, REPOSITORY, Module, folder_of, imports, modu
 LAYERS = (
     ("package", "errors", "contracts", "randomness"),
     ("io",),
+    ("choices",),
     ("configuration",),
     ("adapters", "caching"),
     ("data", "models", "publishing"),

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 ADAPTER_FILE = "adapter_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 COUNTERS_FILE = "state.json"
-
-# What optimisers adapt in their parameter groups while they run; everything else there is configuration.
-GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,7 +141,9 @@ def _refuse_foreign(key: str, tensor: Tensor, *, parameters: list[nn.Parameter])
 
 
 def _adapted(group: Mapping[str, Any]) -> dict[str, float]:
-    values = {name: group[name] for name in GROUP_STATE if name in group}
+    # Everything else in a parameter group is configuration.
+    names = [name for record in OPTIMIZERS.values() for name in record.group_state]
+    values = {name: group[name] for name in names if name in group}
     return {
         name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }

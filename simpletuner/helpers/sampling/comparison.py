@@ -28,23 +28,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 
-KINDS = {
-    "tlora": "T-LoRA",
-    "lora": "LoRA",
-    "locon": "LoCon",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "dylora": "DyLoRA",
-    "glora": "GLoRA",
-}
-"""LyCORIS's name of an algorithm -> the name that people know, where they differ."""
-
-
-def kind_of(config: RunConfig) -> str:
-    """What people call the adapter that a run trains."""
-    algo = "lora" if config.lycoris is None else config.lycoris.algo
-    return KINDS.get(algo, algo)
-
 
 def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Comparison | None:
     """What a run's pictures are compared with; None if nothing, or if it makes no pictures.
@@ -63,8 +46,8 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
             f"{adapter}: the adapter of validation_compared_config {other.source} cannot be read "
             f"({error.strerror}). Copy it from that run's last checkpoint, or train it in another output_dir."
         ) from error
-    kind = kind_of(other)
-    title = kind if kind != kind_of(config) else f"{kind} of {other.checkpoint.output_dir.name}"
+    name = other.algorithm.title
+    title = name if name != config.algorithm.title else f"{name} of {other.checkpoint.output_dir.name}"
     return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
 
 

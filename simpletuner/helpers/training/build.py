@@ -36,7 +36,7 @@ from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.reporting.run_summary import FinishedRun, load_report
 from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
-from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
+from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import CacheFiller
@@ -176,7 +176,7 @@ def build_components(
         sampler=sampler,
         adapter=adapter,
         denoiser=denoiser,
-        title=kind_of(config),
+        title=config.algorithm.title,
         comparison=comparison,
         trackers=trackers,
     )
