@@ -40,6 +40,7 @@ from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import CacheFiller
+from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -189,6 +190,7 @@ def build_components(
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
+        loss=build_loss(config.training),
         state=state,
         checkpoints=context.checkpoints,
         validation=validation,

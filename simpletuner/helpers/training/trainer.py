@@ -32,7 +32,6 @@ from simpletuner.helpers.reporting.metrics import (
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
 from simpletuner.helpers.reporting.run_summary import ADAPTER_FILE as ADAPTER_FILE
 from simpletuner.helpers.reporting.run_summary import COMFYUI_FILE, METRICS_FILE, Report
-from simpletuner.helpers.training.losses import weighted_mse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,6 +51,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
     from simpletuner.helpers.reporting.trackers import Trackers
+    from simpletuner.helpers.training.losses import Loss
     from simpletuner.helpers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class Trainer:
     data: TrainingData
     optimizer: AcceleratedOptimizer
     lr_schedule: LambdaLR
+    loss: Loss
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
@@ -149,7 +150,7 @@ class Trainer:
             noised.timesteps
         ):  # through backward: checkpointing re-runs the forward
             prediction = self.family.predict(self.denoiser, noised, batch)
-            sample_losses = weighted_mse(prediction, noised.target, noised.weight)  # [B]
+            sample_losses = self.loss(prediction, noised.target, noised.weight)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
         active_rank = self.adapter.mean_active_rank(noised.timesteps)

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.losses import LOSSES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS
 from simpletuner.helpers.choices.registry import Registry
@@ -32,6 +33,7 @@ _PRECISIONS = (
 )
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
+    "loss_type": LOSSES,
     "caption_strategy": CAPTION_SOURCES,
     "report_to": TRACKERS,
     "validation_noise_scheduler": SAMPLERS,
@@ -45,6 +47,7 @@ def _use(key: str, *others: str) -> str:
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "optimizer": (_OPTIMIZERS, _use("optimizer")),
+    "loss_type": ("huber smooth_l1", _use("loss_type")),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (

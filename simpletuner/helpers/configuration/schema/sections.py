@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, Algorithm
+from simpletuner.helpers.choices.losses import LOSSES
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.samplers import SAMPLERS
@@ -35,6 +36,7 @@ from simpletuner.helpers.configuration.schema.base import (
     ShareBelowOne,
     as_json,
     contradiction,
+    registry_of,
 )
 from simpletuner.helpers.configuration.schema.datasets import (
     CaptionStrategy,
@@ -121,7 +123,9 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegativeNumber = 1.0
     """Bound on the gradient, in the sense of grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
-    """norm scales the whole gradient to length max_grad_norm; value cuts each entry."""
+    """norm: clip by global norm; value: clip each element."""
+    loss_type: Annotated[str, OneOf(LOSSES)] = "l2"
+    """Loss of the prediction."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -346,7 +350,12 @@ class RunConfig(Section):
         )
         flat: dict[str, JsonValue] = {}
         for section in sections:
-            flat |= as_json(section)
+            registries = {key: registry_of(type(section), key) for key in type(section).model_fields}
+            # A choice of one is no setting: its key is accepted, but not written.
+            fixed = {
+                key for key, registry in registries.items() if registry is not None and len(registry) == 1
+            }
+            flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
         del flat["prompts"], flat["lycoris_config"]
         resolved = {key: without(value, self.hidden) for key, value in flat.items()}
