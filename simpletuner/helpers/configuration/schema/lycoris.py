@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     AfterValidator,
@@ -87,9 +87,6 @@ class ArgumentSection(Section):
         return renamed
 
 
-A = TypeVar("A", bound=ArgumentSection)
-
-
 class LayerArguments(ArgumentSection):
     """Entry of module_algo_map or name_algo_map: these keys and arguments of the algorithm."""
 
@@ -108,24 +105,31 @@ def layer_aliases() -> dict[str, str]:
 
 def algorithm_arguments() -> type[ArgumentSection]:
     """Section with a field for each argument of the registered algorithms."""
-    return _with_arguments(ArgumentSection, "AlgorithmArguments", tuple(ARGUMENTS.items()))
+    return _arguments_section(tuple(ARGUMENTS.items()))
 
 
 @cache
-def _with_arguments(base: type[A], name: str, arguments: tuple[tuple[str, Argument], ...]) -> type[A]:
+def _arguments_section(arguments: tuple[tuple[str, Argument], ...]) -> type[ArgumentSection]:
     fields: dict[str, Any] = {
         key: (_TYPES[argument.type] | None, Field(default=None, description=argument.description))
         for key, argument in arguments
     }
-    return create_model(name, __base__=base, __doc__=base.__doc__, **fields)
+    return create_model(
+        "AlgorithmArguments", __base__=ArgumentSection, __doc__=ArgumentSection.__doc__, **fields
+    )
+
+
+@cache
+def _layer_section(arguments: type[ArgumentSection]) -> type[LayerArguments]:
+    # In this order of bases the arguments are the first fields.
+    bases = (LayerArguments, cast("type[LayerArguments]", arguments))
+    return create_model("LayerArguments", __base__=bases)
 
 
 def _layer(value: object, info: ValidationInfo) -> LayerArguments:
     if isinstance(value, LayerArguments):
         return value
-    section = _with_arguments(LayerArguments, "LayerArguments", tuple(ARGUMENTS.items()))
-    layer: LayerArguments = section.model_validate(value, context=info.context)
-    return layer
+    return _layer_section(algorithm_arguments()).model_validate(value, context=info.context)
 
 
 LayerEntry = Annotated[SerializeAsAny[LayerArguments], BeforeValidator(_layer)]
