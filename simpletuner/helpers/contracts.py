@@ -76,8 +76,6 @@ class ModelSpec:
     own_keys: frozenset[str] = frozenset()
     """Keys of config.json that are about models of this kind; to a family that does not list them they mean
     nothing."""
-    samplers: tuple[str, ...] = ()
-    """Sampling schedulers that validation can use."""
     default_guidance: float = 7.5
     """Guidance scale of pictures when none is given."""
     problems: Callable[[Mapping[str, object]], Mapping[str, str]] | None = None

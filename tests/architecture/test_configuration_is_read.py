@@ -9,25 +9,6 @@ from tests.architecture.package_source import Module, assert_only, modules
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
-_LYCORIS_ARGUMENTS = (
-    "bypass_mode",
-    "constraint",
-    "conv_alpha",
-    "conv_dim",
-    "decompose_both",
-    "dropout",
-    "factor",
-    "full_matrix",
-    "rescaled",
-    "rs_lora",
-    "train_norm",
-    "train_on_input",
-    "unbalanced_factorization",
-    "use_scalar",
-    "use_tucker",
-    "wd_on_out",
-    "weight_decompose",
-)
 _PRESET = (
     "exclude_name",
     "module_algo_map",
@@ -48,7 +29,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "ValidationConfig.validation_prompt": _OPENED,
     "ValidationConfig.validation_prompt_library": _OPENED,
     "LayerArguments.dim": _HANDED_ON,
-    **{f"AlgorithmArguments.{name}": _HANDED_ON for name in _LYCORIS_ARGUMENTS},
     **{f"TargetPreset.{name}": _HANDED_ON for name in _PRESET},
 }
 

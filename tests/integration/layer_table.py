@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
@@ -19,7 +19,8 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DCon
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.configuration.schema.lycoris import Algorithm, LycorisConfig
+from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
@@ -114,7 +115,7 @@ MODELS = (
     ),
 )
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(RECORDS)
 TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": RANK, "linear_alpha": RANK}
 HEADS = {
     "layers": ("| model | targets | layers | parameters trained |", "|---|---|---|---|"),

@@ -8,7 +8,6 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import safe_open
 
 from simpletuner.helpers.adapters.tlora import mask
-from simpletuner.helpers.configuration.schema.lycoris import Algorithm
+from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
 from simpletuner.helpers.contracts import Batch
 from simpletuner.helpers.errors import ConfigError, TrainingError
 from simpletuner.helpers.io.faults import StorageError
@@ -25,7 +24,7 @@ from simpletuner.lycoris_defaults import default_lycoris_config
 from tests.integration.flux_pipelines import tiny_flux
 from tests.integration.tiny_runs import TinyRun, gradients, tiny_model
 
-ALGORITHMS = get_args(Algorithm)
+ALGORITHMS = tuple(RECORDS)
 MODELS = {"sdxl": tiny_model, "flux": tiny_flux}
 
 

@@ -55,6 +55,8 @@ class NetworkBuilder:
             ConfigError: LyCORIS cannot make the algorithm for some of them, or the rank of a T-LoRA is above
                 a layer's size.
         """
+        own = {str(options["algo"]) for options in layers.values() if "algo" in options}
+        lycoris_layers.register_algorithms({self.config.algo, *own})
         try:
             return self._made(layers)
         except REFUSALS as error:

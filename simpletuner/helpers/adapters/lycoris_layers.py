@@ -5,7 +5,7 @@ The keys of their files are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,8 @@ from lycoris.modules.full import FullModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.ia3 import IA3Module
 from torch import Tensor, nn
+
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 
 
 class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type information
@@ -127,17 +129,20 @@ class IA3Layer(IA3Module):  # type: ignore[misc]
         return layer
 
 
-LAYERS: Mapping[str, tuple[type[nn.Module], type[nn.Module]]] = {
-    "full": (FullModule, FullLayer),
-    "dylora": (DyLoraModule, DyLoraLayer),
-    "glora": (GLoRAModule, GLoraLayer),
-    "ia3": (IA3Module, IA3Layer),
+REPLACED: Mapping[type[nn.Module], type[nn.Module]] = {
+    FullModule: FullLayer,
+    DyLoraModule: DyLoraLayer,
+    GLoRAModule: GLoraLayer,
+    IA3Module: IA3Layer,
 }
-"""Algorithm -> LyCORIS's layer and the one in its place."""
+"""LyCORIS's layer -> the layer in its place when a file is read."""
 
 
 def register() -> None:
-    """Put these layers in place of LyCORIS's own, for networks made and files read from now on."""
-    own = dict(LAYERS.values())
-    lycoris_modules.MODULE_LIST[:] = [own.get(module, module) for module in lycoris_modules.MODULE_LIST]
-    lycoris_wrapper.network_module_dict.update({algo: layer for algo, (_, layer) in LAYERS.items()})
+    """Have LyCORIS read files into these layers instead of its own."""
+    lycoris_modules.MODULE_LIST[:] = [REPLACED.get(each, each) for each in lycoris_modules.MODULE_LIST]
+
+
+def register_algorithms(names: Iterable[str]) -> None:
+    """Have LyCORIS make the layers that the records of these algorithms name."""
+    lycoris_wrapper.network_module_dict.update({name: ALGORITHMS[name].load() for name in names})

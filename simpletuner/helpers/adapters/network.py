@@ -26,13 +26,11 @@ from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
-
-NEED_WHOLE_WEIGHTS = ("full", "ia3")
-"""LyCORIS's names of algorithms that compute with the layer's own weight."""
 
 
 def attach_adapter(
@@ -128,7 +126,8 @@ def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
     for module in network.loras:
         if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
             continue
-        if module.name in NEED_WHOLE_WEIGHTS:
+        algorithm = ALGORITHMS.named(module.name)
+        if algorithm is not None and algorithm.needs_dense_weight:
             raise AdapterError(
                 f"{path}: {module.name} computes with whole weights, and those of this model are quantised. "
                 "Load the model unquantised (base_model_precision no_change)."

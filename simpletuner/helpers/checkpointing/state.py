@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, is_dtensor
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.checkpointing.progress import Progress
-
-# What optimisers adapt in their parameter groups while they run; everything else there is configuration.
-GROUP_STATE = ("d", "d_max", "d_numerator", "d_denom", "k")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -152,7 +150,9 @@ def _check_tensor(key: str, tensor: Tensor, *, parameters: list[nn.Parameter]) -
 
 
 def _adapted(group: Mapping[str, Any]) -> dict[str, float]:
-    values = {name: group[name] for name in GROUP_STATE if name in group}
+    # Everything else in a parameter group is configuration.
+    names = [name for record in OPTIMIZERS.values() for name in record.group_state]
+    values = {name: group[name] for name in names if name in group}
     return {
         name: value.item() if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, cast
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.registry import Registry
 from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
 from simpletuner.helpers.configuration.loading.dataset_file import INHERITED, TextCacheEntry
 from simpletuner.helpers.configuration.loading.known_keys import (
@@ -20,17 +23,15 @@ from simpletuner.helpers.configuration.loading.known_keys import (
     Unsupported,
 )
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
-from simpletuner.helpers.configuration.schema.base import Section
+from simpletuner.helpers.configuration.schema.base import Section, registry_of
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
-    ALGORITHM_ARGUMENTS,
     COMPUTED_FIELDS,
-    AlgorithmArguments,
     LayerArguments,
     LycorisConfig,
     TargetPreset,
+    algorithm_arguments,
 )
-from simpletuner.helpers.configuration.schema.values import OPTIMIZER_ARGUMENTS
 from simpletuner.helpers.contracts import ModelSpec
 
 _INTRODUCTION = """\
@@ -70,7 +71,8 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
         families: Name -> facts of every model family.
     """
     parts = [_INTRODUCTION, "## config.json\n"]
-    parts += [_section(section, leaving_out=COMPUTED_KEYS) for section in SECTIONS]
+    for section in SECTIONS:
+        parts += [_section(section, leaving_out=COMPUTED_KEYS), *_choices(section)]
     parts += [_optimizers(), _families(families)]
     parts += ["## Dataset json\n", "An array of objects, one per dataset.\n"]
     parts += [
@@ -81,11 +83,10 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
     parts += [
         "## Lycoris json\n",
         _section(LycorisConfig, leaving_out=COMPUTED_FIELDS),
+        *_choices(LycorisConfig),
         _section(TargetPreset),
     ]
-    parts += [_section(AlgorithmArguments), _algorithms()]
-    own = {key for key in LayerArguments.model_fields if key not in AlgorithmArguments.model_fields}
-    parts += [_section(LayerArguments, leaving_out=set(LayerArguments.model_fields) - own)]
+    parts += [_section(algorithm_arguments()), _algorithms(), _section(LayerArguments)]
     parts += ["## Prompt library\n", _PROMPT_LIBRARY, _other_names(), _not_supported()]
     return "\n".join(parts)
 
@@ -156,9 +157,27 @@ def _is_worth_saying(bound: JsonValue) -> bool:
     return isinstance(bound, int | float) and bound < _LARGEST_SHOWN
 
 
+def _choices(section: type[Section]) -> Iterator[str]:
+    """A table of values for each choice of a section; keys that share their values share a table."""
+    keys: dict[int, tuple[Registry[Any], list[str]]] = {}
+    for key in section.model_fields:
+        registry = registry_of(section, key)
+        if registry is not None:
+            keys.setdefault(id(registry), (registry, []))[1].append(key)
+    for registry, names in keys.values():
+        lines = [f"Values of {_codes(names)}:\n", "| value | meaning | pip extra |", "|---|---|---|"]
+        for name, record in registry.items():
+            values = " or ".join(f"`{each}`" for each in (name, *record.aliases))
+            lines.append(f"| {values} | {record.summary} | {f'`{record.extra}`' if record.extra else ''} |")
+        yield "\n".join(lines) + "\n"
+
+
 def _optimizers() -> str:
-    lines = ["Keys of `optimizer_config`:\n"]
-    lines += [f"- `{name}`: {_codes(arguments)}" for name, arguments in OPTIMIZER_ARGUMENTS.items()]
+    lines = ["Keys of `optimizer_config`, and default of `learning_rate`:\n"]
+    lines += [
+        f"- `{name}`: {_codes(record.arguments)}; {record.default_learning_rate:g}"
+        for name, record in OPTIMIZERS.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -197,7 +216,7 @@ def _abbreviated(names: Iterable[str]) -> list[str]:
 
 def _algorithms() -> str:
     lines = ["Which algorithm takes which:\n"]
-    lines += [f"- `{algo}`: {_codes(sorted(arguments))}" for algo, arguments in ALGORITHM_ARGUMENTS.items()]
+    lines += [f"- `{algo}`: {_codes(sorted(record.arguments))}" for algo, record in ALGORITHMS.items()]
     return "\n".join(lines) + "\n"
 
 

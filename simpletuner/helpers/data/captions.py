@@ -1,35 +1,144 @@
-"""The captions of images: beside them in a text file, in their name, or one for all."""
+"""Sources of captions; choices/captions.py has the record of each."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from simpletuner.helpers.data.sources import FoundFile, read_bounded
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.data.sources import FoundFile, Scan, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
 MAX_CAPTION_FILE_BYTES = 1 << 20
-# Text encoders read 77 to 512 tokens; this keeps every one of them and bounds what a tokenizer is given.
+# Text encoders read 77 to 512 tokens: this keeps all of them and bounds the input of a tokenizer.
 MAX_CAPTION_CHARACTERS = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """The captions of one image; each time it is trained on, one of them is drawn."""
+    """Captions of one image; each time it is trained on, one of them is drawn."""
 
     texts: tuple[str, ...]
-    """At least one; "" when there is none."""
+    """At least one; "" without a caption."""
     note: Literal["missing", "empty", "shortened"] | None = None
-    """What the report counts."""
+    """Counted in the report."""
+
+
+class CaptionReader:
+    """Base of the caption sources: the captions of one dataset."""
+
+    can_prepend = True
+    """instance_prompt may stand before the captions."""
+
+    def __init__(self, scan: Scan, *, suffix: str, instance_prompt: str) -> None:
+        self.scan = scan
+        self.suffix = suffix
+        self.instance_prompt = instance_prompt
+
+    def caption_files(self, image: FoundFile) -> list[FoundFile]:
+        """Files of the source's suffix with the name of an image."""
+        files = self.scan.captions.get(os.path.splitext(image.name)[0], ())
+        return [file for file in files if file.name.lower().endswith(self.suffix)]
+
+    def conflicts(self) -> list[str]:
+        """One sentence per caption file that several images could claim."""
+        return []
+
+    def read(self, file: FoundFile) -> Captions:
+        """Captions of an image.
+
+        Raises:
+            DataError: They cannot be used; the message names the file and the reason.
+        """
+        raise NotImplementedError
+
+    def unusable(self, file: FoundFile) -> str | None:
+        """Reason to skip an image for its caption; None to use it."""
+        del file
+        return None
+
+
+class TextFileCaptions(CaptionReader):
+    """The text file beside an image, one caption per line."""
+
+    def conflicts(self) -> list[str]:
+        """One sentence per text file that several images could claim."""
+        claims: dict[str, list[str]] = {}
+        for image in self.scan.images:
+            for file in self.caption_files(image)[:1]:
+                claims.setdefault(file.name, []).append(printable(image.name))
+        return [
+            f"{printable(file)} could be the caption of {' or '.join(images)}"
+            for file, images in sorted(claims.items())
+            if len(images) > 1
+        ]
+
+    def read(self, file: FoundFile) -> Captions:
+        """Captions in the text file; none if there is no text file."""
+        files = self.caption_files(file)
+        if len(files) > 1:
+            names = " and ".join(printable(each.name) for each in files)
+            raise DataError(f"{names}: both could be the caption of one image. Keep one of them.")
+        text_file = files[0] if files else None
+        try:
+            return captions_from_file(text_file)
+        except DataError as error:
+            where = text_file.path if text_file else file.path
+            raise DataError(f"{printable(str(where))}: {error}") from error
+
+
+class FileNameCaptions(CaptionReader):
+    """The words of an image's name."""
+
+    def unusable(self, file: FoundFile) -> str | None:
+        """Reason to skip an image whose name is not UTF-8."""
+        try:
+            caption_from_name(file.name)
+        except DataError as error:
+            return str(error)
+        return None
+
+    def read(self, file: FoundFile) -> Captions:
+        """The words of the name."""
+        return caption_from_name(file.name)
+
+
+class InstancePromptCaptions(CaptionReader):
+    """instance_prompt for every image."""
+
+    can_prepend = False
+
+    def read(self, file: FoundFile) -> Captions:
+        """The instance prompt."""
+        del file
+        return Captions(texts=(self.instance_prompt,), note=None if self.instance_prompt else "empty")
+
+
+def caption_reader(config: DatasetConfig, scan: Scan) -> CaptionReader:
+    """The caption source of a dataset.
+
+    Raises:
+        MissingDependencyError: The source's optional package is not installed.
+    """
+    text_files = CAPTION_SOURCES["textfile"]
+    found = (file.name.lower() for files in scan.captions.values() for file in files)
+    default = "textfile" if any(name.endswith(text_files.suffix) for name in found) else "filename"
+    name = "instanceprompt" if config.only_instance_prompt else config.caption_strategy or default
+    source = CAPTION_SOURCES[name]
+    reader: type[CaptionReader] = source.load()
+    prompt = shortened((config.instance_prompt or "").strip())
+    return reader(scan, suffix=source.suffix, instance_prompt=prompt)
 
 
 def captions_from_file(file: FoundFile | None) -> Captions:
-    """The captions in a text file, one a line; blank lines do not count.
+    """The captions in a text file, one per line without blank lines.
 
     Raises:
-        DataError: The file cannot be read, is too large or not UTF-8 text; the message is the reason alone.
+        DataError: The file cannot be read, is too large or not UTF-8; the message gives the reason only.
     """
     if file is None:
         return Captions(texts=("",), note="missing")
@@ -43,10 +152,10 @@ def captions_from_file(file: FoundFile | None) -> Captions:
 
 
 def caption_from_name(name: str) -> Captions:
-    """The file name without folder and suffix, underscores read as spaces.
+    """The file name without folder and suffix, with spaces for underscores.
 
     Raises:
-        DataError: The name is not UTF-8; the message is the reason alone.
+        DataError: The name is not UTF-8; the message gives the reason only.
     """
     stem = PurePosixPath(name).stem
     try:
@@ -64,36 +173,11 @@ def with_instance_prompt(captions: Captions, instance_prompt: str) -> Captions:
 
 
 def shortened(text: str) -> str:
-    """The text, or as many of its whole words as stay within the limit."""
+    """The text, cut after the last whole word within the limit."""
     if len(text) <= MAX_CAPTION_CHARACTERS:
         return text
     cut = text[:MAX_CAPTION_CHARACTERS]
     return (cut.rpartition(" ")[0] or cut).strip()
-
-
-def text_file_of(stem: str, texts: dict[str, tuple[FoundFile, ...]]) -> FoundFile | None:
-    """The text file of an image's name without suffix; None when there is none.
-
-    Raises:
-        DataError: There are several.
-    """
-    files = texts.get(stem, ())
-    if len(files) > 1:
-        names = " and ".join(printable(file.name) for file in files)
-        raise DataError(f"{names}: both could be the caption of one image. Keep one of them.")
-    return files[0] if files else None
-
-
-def ambiguous_captions(stems: dict[str, list[str]], texts: dict[str, tuple[FoundFile, ...]]) -> list[str]:
-    """One sentence for each text file that more than one image could claim.
-
-    `stems` maps a name without suffix to the images of that name.
-    """
-    return [
-        f"{printable(texts[stem][0].name)} could be the caption of {' or '.join(map(printable, images))}"
-        for stem, images in sorted(stems.items())
-        if len(images) > 1 and stem in texts
-    ]
 
 
 def _decoded(data: bytes) -> str:

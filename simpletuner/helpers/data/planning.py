@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from simpletuner.helpers.configuration.schema.datasets import CaptionStrategy, DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import Placement, bucket_size, is_too_small, place, square_size
-from simpletuner.helpers.data.captions import (
-    Captions,
-    ambiguous_captions,
-    caption_from_name,
-    captions_from_file,
-    shortened,
-    text_file_of,
-    with_instance_prompt,
-)
+from simpletuner.helpers.data.captions import CaptionReader, caption_reader, with_instance_prompt
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
 from simpletuner.helpers.data.sources import FoundFile, Scan, Skipped, scan_folder
@@ -76,13 +67,13 @@ def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageI
             claim one text file.
     """
     scan = scan_folder(config.instance_data_dir)
-    strategy = _strategy(config, scan)
-    _refuse_ambiguous(config, scan, strategy)
+    reader = caption_reader(config, scan)
+    _refuse_ambiguous(config, reader)
     skipped = [Skipped(config.id, printable(name), reason) for name, reason in scan.skipped]
     usable: list[tuple[FoundFile, ImageInfo, Size]] = []
     for file in _candidates(config, scan, settings.seed):
         info = index.info(file)
-        reason = info.problem or _name_problem(file, strategy) or _size_problem(info.size, config)
+        reason = info.problem or reader.unusable(file) or _size_problem(info.size, config)
         if info.size is None or reason is not None:
             skipped.append(Skipped(config.id, printable(file.name), reason or "its size is unknown"))
         else:
@@ -91,7 +82,7 @@ def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageI
             break
     usable.sort(key=lambda entry: entry[0].name.split("/"))
     _report_skipped(config, skipped, num_usable=len(usable))
-    captions = _captions_of(config, [file for file, _, _ in usable], scan=scan, strategy=strategy)
+    captions = _captions_of(config, [file for file, _, _ in usable], reader=reader)
     images = tuple(
         _planned(config, settings, file=file, info=info, size=size, captions=texts)
         for (file, info, size), texts in zip(usable, captions, strict=True)
@@ -116,19 +107,8 @@ def bucket_of(image_px: Size, config: DatasetConfig, settings: PlanSettings) -> 
     )
 
 
-def _strategy(config: DatasetConfig, scan: Scan) -> CaptionStrategy:
-    if config.only_instance_prompt:
-        return "instanceprompt"
-    return config.caption_strategy or ("textfile" if scan.captions else "filename")
-
-
-def _refuse_ambiguous(config: DatasetConfig, scan: Scan, strategy: CaptionStrategy) -> None:
-    if strategy != "textfile":
-        return
-    stems: dict[str, list[str]] = {}
-    for file in scan.images:
-        stems.setdefault(_stem(file), []).append(file.name)
-    problems = ambiguous_captions(stems, scan.captions)
+def _refuse_ambiguous(config: DatasetConfig, reader: CaptionReader) -> None:
+    problems = reader.conflicts()
     if problems:
         raise DataError(
             f"Dataset {config.id!r} in {printable(str(config.instance_data_dir))}: {_listed(problems)}. "
@@ -142,16 +122,6 @@ def _candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundF
         return scan.images
     order = shuffled(seed, f"max_num_samples\x1f{config.id}", 0, length=len(scan.images))
     return (scan.images[place] for place in order)
-
-
-def _name_problem(file: FoundFile, strategy: CaptionStrategy) -> str | None:
-    if strategy != "filename":
-        return None
-    try:
-        caption_from_name(file.name)
-    except DataError as error:
-        return str(error)
-    return None
 
 
 def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
@@ -181,17 +151,19 @@ def _report_skipped(config: DatasetConfig, skipped: list[Skipped], *, num_usable
 
 
 def _captions_of(
-    config: DatasetConfig, files: list[FoundFile], *, scan: Scan, strategy: CaptionStrategy
+    config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader
 ) -> list[tuple[str, ...]]:
     captions: list[tuple[str, ...]] = []
     problems: list[str] = []
     noted: dict[str, list[str]] = {}
     for file in files:
         try:
-            one = _caption(config, file, scan=scan, strategy=strategy)
+            one = reader.read(file)
         except DataError as error:
             problems.append(str(error))
             continue
+        if config.prepend_instance_prompt and reader.can_prepend:
+            one = with_instance_prompt(one, reader.instance_prompt)
         if one.note is not None:
             noted.setdefault(one.note, []).append(printable(file.name))
         captions.append(one.texts)
@@ -202,22 +174,6 @@ def _captions_of(
     for note, names in noted.items():
         logger.warning("Dataset %s: %d captions are %s: %s.", config.id, len(names), note, _listed(names))
     return captions
-
-
-def _caption(config: DatasetConfig, file: FoundFile, *, scan: Scan, strategy: CaptionStrategy) -> Captions:
-    prompt = shortened((config.instance_prompt or "").strip())
-    if strategy == "instanceprompt":
-        return Captions(texts=(prompt,), note=None if prompt else "empty")
-    if strategy == "filename":
-        captions = caption_from_name(file.name)
-    else:
-        text_file = text_file_of(_stem(file), scan.captions)
-        try:
-            captions = captions_from_file(text_file)
-        except DataError as error:
-            where = text_file.path if text_file else file.path
-            raise DataError(f"{printable(str(where))}: {error}") from error
-    return with_instance_prompt(captions, prompt) if config.prepend_instance_prompt else captions
 
 
 def _planned(
@@ -247,10 +203,6 @@ def _placement(config: DatasetConfig, settings: PlanSettings, *, name: str, size
     rng = Random(f"{settings.seed} crop {config.id} {name!r}")
     style = config.crop_style if config.crop else "center"
     return place(size, bucket_of(size, config, settings), style=style, rng=rng)
-
-
-def _stem(file: FoundFile) -> str:
-    return os.path.splitext(file.name)[0]
 
 
 def _listed(texts: list[str]) -> str:

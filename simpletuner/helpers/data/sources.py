@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from simpletuner.helpers.choices.captions import caption_suffixes
 from simpletuner.helpers.configuration.loading.dataset_file import IMAGE_SUFFIXES
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
-CAPTION_SUFFIX = ".txt"
-_SUFFIXES = (*sorted(IMAGE_SUFFIXES), CAPTION_SUFFIX)
 MAX_FILE_BYTES = 256 << 20
 
 
@@ -50,7 +49,7 @@ class Scan:
 
     images: tuple[FoundFile, ...]
     captions: dict[str, tuple[FoundFile, ...]]
-    """Name without suffix -> the text files of that name (.txt, .TXT)."""
+    """Name without suffix -> the caption files of that name (.txt, .TXT)."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason)."""
 
@@ -68,11 +67,12 @@ def scan_folder(folder: Path) -> Scan:
     images: list[FoundFile] = []
     captions: dict[str, list[FoundFile]] = {}
     skipped: list[tuple[str, str]] = []
+    suffixes = caption_suffixes()
     for name, found in sorted(_walk(root), key=_by_folder):
         if isinstance(found, str):
             skipped.append((name, found))
-        elif name.lower().endswith(CAPTION_SUFFIX):
-            captions.setdefault(name[: -len(CAPTION_SUFFIX)], []).append(found)
+        elif name.lower().endswith(suffixes):
+            captions.setdefault(os.path.splitext(name)[0], []).append(found)
         else:
             images.append(found)
     texts = {stem: tuple(files) for stem, files in captions.items()}
@@ -101,6 +101,7 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
 
 def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
     """(name, file or reason) of every file that matters, in no particular order."""
+    suffixes = (*sorted(IMAGE_SUFFIXES), *caption_suffixes())
     pending = [""]
     while pending:
         prefix = pending.pop()
@@ -121,7 +122,7 @@ def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(name + "/")
-            elif name.lower().endswith(_SUFFIXES):
+            elif name.lower().endswith(suffixes):
                 yield name, _file_or_reason(root, entry, name)
             elif entry.is_symlink() and _is_folder(entry):
                 yield name, "it is a link to a folder"

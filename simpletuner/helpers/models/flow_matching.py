@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import SchedulerMixin
 from scipy.special import betaincinv
 from torch import Tensor
 
+from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.models.diffusion import draw_noise, generator_of
 from simpletuner.helpers.models.loading import Component, quiet
@@ -183,9 +184,11 @@ def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
     return [shift_sigma(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
-def unshifted_sampler(component: Component) -> FlowMatchEulerDiscreteScheduler:
-    """The model's own scheduler, except that it takes the noise levels as they are given."""
+def unshifted_sampler(component: Component, *, name: str | None = None) -> SchedulerMixin:
+    """A sampler with the settings of the model's own scheduler, but without a shift of noise levels."""
+    sampler_class = SAMPLERS[name or "euler"].load_for("flow_matching")
     with quiet():
-        return FlowMatchEulerDiscreteScheduler.from_config(
+        sampler: SchedulerMixin = sampler_class.from_config(
             dict(component.config), use_dynamic_shifting=False, shift=1.0
         )
+    return sampler

@@ -26,8 +26,6 @@ UNET_KEYS = frozenset({"pretrained_unet_model_name_or_path", "pretrained_unet_su
 TRANSFORMER_KEYS = frozenset(
     {"pretrained_transformer_model_name_or_path", "pretrained_transformer_subfolder"}
 )
-FLOW_SAMPLERS = ("euler",)
-"""Sampling schedulers of flow-matching models."""
 
 
 def unused_guidance_keys(values: Mapping[str, object], *, instead: str) -> dict[str, str]:

@@ -1,19 +1,20 @@
 """Linear layers in 8 or 4 bits: a frozen model in half or a quarter of the memory, a little less exact.
 
-The model comes in 16 bits on the host, and each layer is quantised on the device by itself, so that the whole
-model never has to fit there in 16 bits.
+The model is in 16 bits on the host. Layers are quantised on the device one at a time, so the whole model
+never has to fit there in 16 bits.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from simpletuner.helpers.choices.precisions import PRECISIONS, TILE, UNCHANGED
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.optional import require
 
@@ -24,14 +25,10 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-TILE = 16
-"""Both edges of a quantised layer are multiples of this, as a GPU's matrix kernels want them."""
-BLOCKS: Mapping[str, int] = {"nf4-bnb": 64}
-"""Weights that share a scale; of these a row holds a whole number."""
 KEPT_IN_NAMES = "emb"
-"""In the path of layers that are small and feed every block: embeddings and their projections."""
+"""Part of the path of embeddings and their projections, which are small and feed every block."""
 KEPT_NAMES = frozenset({"wo"})
-"""T5 casts its input to the dtype of this weight, which is that of the codes in 4 bits."""
+"""T5 casts its input to the dtype of this weight, which in 4 bits is the dtype of the codes."""
 
 
 def quantize_and_move(
@@ -41,24 +38,24 @@ def quantize_and_move(
 
     Args:
         model: On the host, in 16 bits.
-        precision: Of those layers; no_change only moves the model.
-        device: Where layers are quantised, one at a time.
-        home: Where the model is put instead.
+        precision: Format of those layers; no_change only moves the model.
+        device: Device on which layers are quantised, one at a time.
+        home: Device of the model afterwards. Default: `device`.
 
     Raises:
         ModelError: No layer of the model can be quantised.
         MissingDependencyError: The package that quantises is not installed.
     """
     model.requires_grad_(False)
-    if precision != "no_change":
+    if precision != UNCHANGED:
         layers = quantised_layers(model, precision)
         if not layers:
             raise ModelError(
                 f"{type(model).__name__}: no linear layer of its blocks has edges that fit {precision}. "
-                "Set its precision to no_change."
+                f"Set its precision to {UNCHANGED}."
             )
         share = sum(layer.weight.numel() for layer in layers.values()) / _num_weights(model)
-        quantise = QUANTISERS[precision]
+        quantise: Callable[[nn.Linear, torch.device], nn.Module] = PRECISIONS[precision].load()
         for path, layer in layers.items():
             model.set_submodule(path, quantise(layer, device).to(home or device))
         logger.info(
@@ -72,24 +69,23 @@ def quantize_and_move(
 
 
 def quantised_layers(model: nn.Module, precision: Precision) -> dict[str, nn.Linear]:
-    """Path -> linear layer of those that are quantised: in the repeated blocks, with edges that fit.
+    """Path -> linear layer to quantise: in the repeated blocks, with edges that fit.
 
-    What stays as it is: embeddings, what projects them, the layers before and after the blocks, norms,
-    convolutions.
+    Embeddings, their projections, layers outside the blocks, norms and convolutions keep their format.
     """
     lists = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
-    block = BLOCKS.get(precision, TILE)
+    row_multiple = PRECISIONS[precision].row_multiple
     return {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
         if path.startswith(lists) and KEPT_IN_NAMES not in path and KEPT_NAMES.isdisjoint(path.split("."))
-        if module.in_features % block == 0 and module.out_features % TILE == 0
+        if module.in_features % row_multiple == 0 and module.out_features % TILE == 0
     }
 
 
 def text_precisions(config: PrecisionConfig) -> tuple[Precision, ...]:
-    """Of each text encoder, in the family's own order; more than any family has."""
+    """Precision of each text encoder, in the family's order; families have up to four."""
     return (
         config.text_encoder_1_precision,
         config.text_encoder_2_precision,
@@ -111,19 +107,19 @@ def quantize_and_move_text_encoder(
 
 
 def text_precision_identity(config: PrecisionConfig) -> str:
-    """What a family adds to its text identity: empty, unless a text encoder is quantised."""
+    """Suffix of a family's text identity: empty unless a text encoder is quantised."""
     quantised = enumerate(text_precisions(config), start=1)
-    return "".join(f" {number}={each}" for number, each in quantised if each != "no_change")
+    return "".join(f" {number}={each}" for number, each in quantised if each != UNCHANGED)
 
 
-def _int8(layer: nn.Linear, device: torch.device) -> nn.Module:
-    """8-bit integers with a scale for each row."""
+def int8(layer: nn.Linear, device: torch.device) -> nn.Module:
+    """8-bit integers with a scale per row."""
     torchao = require("torchao.quantization", extra="quant")
     return _by_torchao(layer.to(device), torchao.Int8WeightOnlyConfig())
 
 
-def _fp8(layer: nn.Linear, device: torch.device) -> nn.Module:
-    """8-bit floats (e4m3) with a scale for each row."""
+def fp8(layer: nn.Linear, device: torch.device) -> nn.Module:
+    """8-bit floats (e4m3) with a scale per row."""
     torchao = require("torchao.quantization", extra="quant")
     return _by_torchao(layer.to(device), torchao.Float8WeightOnlyConfig())
 
@@ -133,8 +129,8 @@ def _by_torchao(layer: nn.Linear, config: object) -> nn.Module:
     return layer
 
 
-def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
-    """4-bit codes of a normal distribution, with a scale for each 64 weights."""
+def nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
+    """4-bit codes of a normal distribution, with a scale per 64 weights."""
     packed = _linear_4bit()(
         layer.in_features,
         layer.out_features,
@@ -147,7 +143,7 @@ def _nf4(layer: nn.Linear, device: torch.device) -> nn.Module:
     weight = params(layer.weight.data, requires_grad=False, quant_type="nf4", module=packed)
     packed.register_parameter("weight", weight)
     packed.register_parameter("bias", layer.bias)
-    return cast(nn.Module, packed.to(device).train(layer.training))  # it is quantised as it moves
+    return cast(nn.Module, packed.to(device).train(layer.training))  # moving to the device quantises it
 
 
 @cache
@@ -159,13 +155,6 @@ def _linear_4bit() -> Callable[..., Any]:
             self.support_avx512bf16_for_cpu = False
 
     return Linear4bit
-
-
-QUANTISERS: Mapping[str, Callable[[nn.Linear, torch.device], nn.Module]] = {
-    "int8-torchao": _int8,
-    "fp8-torchao": _fp8,
-    "nf4-bnb": _nf4,
-}
 
 
 def _num_weights(model: nn.Module) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 from PIL import Image
 
+from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.optional import require
 from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE
@@ -75,9 +76,8 @@ def _step_of(line: str) -> int:
 class TensorBoard:
     """Scalars and pictures for TensorBoard under `<output_dir>/tensorboard`."""
 
-    def __init__(self, folder: Path, *, resumed_step: int) -> None:
-        require("tensorboard", extra="track")
-        self._folder = folder
+    def __init__(self, *, output_dir: Path, resumed_step: int, **_: object) -> None:
+        self._folder = output_dir / TENSORBOARD_FOLDER
         self._resumed_step = resumed_step
         self._writer: Any = None
 
@@ -107,7 +107,9 @@ class TensorBoard:
 class Wandb:
     """Weights & Biases; the run's id is kept in the output folder, so that a resumed run goes on in it."""
 
-    def __init__(self, config: TrackingConfig, *, output_dir: Path, settings: Mapping[str, object]) -> None:
+    def __init__(
+        self, *, config: TrackingConfig, output_dir: Path, settings: Mapping[str, object], **_: object
+    ) -> None:
         self._wandb: Any = require("wandb", extra="track")
         self._config = config
         self._output_dir = output_dir
@@ -200,8 +202,8 @@ def build_trackers(
     """
     trackers: list[Tracker] = [JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)]
     for name in config.report_to:
-        if name == "wandb":
-            trackers.append(Wandb(config, output_dir=output_dir, settings=settings))
-        elif name == "tensorboard":
-            trackers.append(TensorBoard(output_dir / TENSORBOARD_FOLDER, resumed_step=resumed_step))
+        tracker = TRACKERS[name].load()
+        trackers.append(
+            tracker(config=config, output_dir=output_dir, settings=settings, resumed_step=resumed_step)
+        )
     return Trackers(trackers)

@@ -28,23 +28,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 
-ALGORITHM_NAMES = {
-    "tlora": "T-LoRA",
-    "lora": "LoRA",
-    "locon": "LoCon",
-    "loha": "LoHa",
-    "lokr": "LoKr",
-    "dylora": "DyLoRA",
-    "glora": "GLoRA",
-}
-"""LyCORIS algorithm -> display name, where they differ."""
-
-
-def algorithm_name(config: RunConfig) -> str:
-    """Display name of the run's adapter algorithm."""
-    algo = "lora" if config.lycoris is None else config.lycoris.algo
-    return ALGORITHM_NAMES.get(algo, algo)
-
 
 def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Comparison | None:
     """The comparison that validation_compared_config asks for; None without that key or without prompts.
@@ -63,8 +46,8 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
             f"{adapter}: cannot read the adapter of validation_compared_config {other.source} "
             f"({error.strerror}). Copy it from that run's last checkpoint, or train it in another output_dir."
         ) from error
-    name = algorithm_name(other)
-    title = name if name != algorithm_name(config) else f"{name} of {other.checkpoint.output_dir.name}"
+    name = other.algorithm.title
+    title = name if name != config.algorithm.title else f"{name} of {other.checkpoint.output_dir.name}"
     return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
 
 

@@ -47,11 +47,12 @@ from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
 from simpletuner.helpers.reporting.run_summary import FinishedRun, load_summary
 from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
-from simpletuner.helpers.sampling.comparison import algorithm_name, build_comparison
+from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import CacheFiller
 from simpletuner.helpers.training.final_files import FinalFiles
+from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -193,7 +194,7 @@ def build_components(
         sampler=sampler,
         adapter=adapter,
         denoiser=denoiser,
-        title=algorithm_name(config),
+        title=config.algorithm.title,
         comparison=comparison,
         trackers=trackers,
     )
@@ -225,6 +226,7 @@ def build_components(
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
+        loss=build_loss(config.training),
         state=state,
         checkpoints=checkpoints,
         validation=validation,

@@ -20,7 +20,6 @@ from simpletuner.helpers.reporting.metrics import (
     peak_device_memory_mib,
     peak_memory_mib,
 )
-from simpletuner.helpers.training.losses import weighted_mse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.final_files import FinalFiles
+    from simpletuner.helpers.training.losses import Loss
     from simpletuner.helpers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Trainer:
     data: TrainingData
     optimizer: AcceleratedOptimizer
     lr_schedule: LambdaLR
+    loss: Loss
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
@@ -166,7 +167,7 @@ class Trainer:
         # Until backward ends: gradient checkpointing runs the forward again.
         with self.adapter.rank_mask_for(noised.timesteps):
             prediction = self.family.predict(self.denoiser, noised, batch)
-            sample_losses = weighted_mse(prediction, noised.target, noised.weight)  # [B]
+            sample_losses = self.loss(prediction, noised.target, noised.weight)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
         output = MicroBatchOutput(

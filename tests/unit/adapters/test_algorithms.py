@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.lycoris_layers import DyLoraLayer, FullLayer
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
-from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS, LycorisConfig
+from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
@@ -27,7 +28,7 @@ from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
 from simpletuner.lycoris_defaults import default_lycoris_config
 
-ALGORITHMS = tuple(ALGORITHM_ARGUMENTS)
+ALGORITHMS = tuple(RECORDS)
 SMALLER = {"tlora": {"linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 4}}
 """What differs from an algorithm's default on models whose layers are 32 wide."""
 

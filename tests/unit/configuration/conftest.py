@@ -24,7 +24,6 @@ SPEC = ModelSpec(
     default_resolution=512,
     lora_targets=("to_q", "to_v"),
     num_text_encoders=2,
-    samplers=("ddim", "euler", "dpm++", "unipc", "heun", "ddpm", "euler-a"),
 )
 
 Json = dict[str, object]

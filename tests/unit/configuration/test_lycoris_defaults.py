@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from simpletuner.helpers.configuration.schema.lycoris import ALGORITHM_ARGUMENTS
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.lycoris_defaults import default_lycoris_config
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from conftest import Workspace
 
 
-@pytest.mark.parametrize("algo", sorted(ALGORITHM_ARGUMENTS))
+@pytest.mark.parametrize("algo", sorted(ALGORITHMS))
 def test_a_default_is_valid_for_its_algorithm(workspace: Workspace, algo: str) -> None:
     workspace.lycoris = default_lycoris_config(algo)
     config = workspace.load().lycoris

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS
 from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading.known_keys import ALIASES, CONFIG_KEYS, DATASET_KEYS
 from simpletuner.helpers.configuration.reference import reference
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.lycoris import (
-    ALGORITHM_ARGUMENTS,
-    AlgorithmArguments,
-    LycorisConfig,
-)
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.models import registry
 
@@ -33,13 +30,13 @@ def rows(page: str) -> dict[str, str]:
     return {line.split("`")[1]: line for line in lines}
 
 
-@pytest.mark.parametrize("table", [KEYS.owners, DatasetConfig.model_fields, AlgorithmArguments.model_fields])
+@pytest.mark.parametrize("table", [KEYS.owners, DatasetConfig.model_fields, ARGUMENTS])
 def test_every_key_has_a_row(page: str, table: dict[str, object]) -> None:
     assert not table.keys() - rows(page).keys()
 
 
 def test_every_algorithm_alias_and_unsupported_key_is_named(page: str) -> None:
-    for name in [*ALGORITHM_ARGUMENTS, *ALIASES, *CONFIG_KEYS, *DATASET_KEYS]:
+    for name in [*ALGORITHMS, *ALIASES, *CONFIG_KEYS, *DATASET_KEYS]:
         assert f"`{name}`" in page
     assert "`extra`" not in page
     assert "`raw`" not in page

@@ -74,6 +74,7 @@ CONFIG = {
     "caption_dropout_probability": SHARES,
     "max_grad_norm": RATES,
     "grad_clip_method": st.sampled_from(["norm", "value"]),
+    "loss_type": st.just("l2"),
     "optimizer": st.sampled_from(["adamw", "prodigy"]),
     "optimizer_config": st.fixed_dictionaries(
         {}, optional={"eps": RATES, "weight_decay": SHARES, "betas": st.lists(BETAS, min_size=2, max_size=2)}

@@ -9,11 +9,11 @@ import pytest
 
 from simpletuner.helpers.data.captions import (
     MAX_CAPTION_CHARACTERS,
+    CaptionReader,
     Captions,
-    ambiguous_captions,
+    TextFileCaptions,
     caption_from_name,
     captions_from_file,
-    text_file_of,
     with_instance_prompt,
 )
 from simpletuner.helpers.data.sources import FoundFile, scan_folder
@@ -101,16 +101,22 @@ def test_with_instance_prompt_puts_it_before_every_caption() -> None:
     assert captions.texts == ("photo of sks a cat", "photo of sks")
 
 
+def text_files(folder: Path) -> CaptionReader:
+    return TextFileCaptions(scan_folder(folder), suffix=".txt", instance_prompt="")
+
+
 @pytest.mark.reliability_row(16)
 def test_two_images_that_could_claim_one_text_file_are_ambiguous(tmp_path: Path) -> None:
-    texts = {"a": (text_file(tmp_path, b"a cat"),)}
-    stems = {"a": ["a.jpg", "a.png"], "b": ["b.jpg", "b.png"], "c": ["c.jpg"]}
-    assert ambiguous_captions(stems, texts) == ["a.txt could be the caption of a.jpg or a.png"]
+    for name in ("a.jpg", "a.png", "a.txt", "b.jpg", "b.png", "c.jpg"):
+        (tmp_path / name).write_bytes(b"a cat")
+    (conflict,) = text_files(tmp_path).conflicts()
+    assert all(name in conflict for name in ("a.txt", "a.jpg", "a.png"))
 
 
 @pytest.mark.reliability_row(16)
 def test_two_text_files_for_one_image_are_ambiguous(tmp_path: Path) -> None:
-    (tmp_path / "a.TXT").write_bytes(b"one")
-    (tmp_path / "a.txt").write_bytes(b"other")
+    for name in ("a.png", "a.TXT", "a.txt"):
+        (tmp_path / name).write_bytes(b"one")
+    reader = text_files(tmp_path)
     with pytest.raises(DataError, match=r"a\.TXT and a\.txt"):
-        text_file_of("a", scan_folder(tmp_path).captions)
+        reader.read(reader.scan.images[0])

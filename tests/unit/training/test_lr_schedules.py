@@ -42,7 +42,7 @@ def test_decay_begins_after_the_warmup_and_ends_with_the_run(step: int, share: f
     ("progress", "share"), [(0.0, 1.0), (0.25, (2 + math.sqrt(2)) / 4), (0.5, 0.5), (1.0, 0.0)]
 )
 def test_cosine_falls_along_one_half_wave(progress: float, share: float) -> None:
-    assert lr_schedules.cosine(progress, end=0.0, num_cycles=0.5) == pytest.approx(share)
+    assert lr_schedules.cosine(progress, end=0.0) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(

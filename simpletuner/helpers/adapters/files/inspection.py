@@ -13,21 +13,18 @@ from typing import Any
 from simpletuner.helpers.adapters.files import adapter_file, import_formats
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import printable
 
 CHART_TIMESTEPS = range(0, 1001, 100)
 CHART_WIDTH = 40
-# Suffix of a key -> (algorithm, which dimension of the tensor is the rank); the first that a file has counts.
-KINDS: Mapping[str, tuple[str, int | None]] = {
-    ".q_layer.weight": ("T-LoRA", 0),
-    ".lora_A.weight": ("LoRA in diffusers' format", 0),
-    ".hada_w1_a": ("LoHa", 1),
-    ".lokr_w1": ("LoKr", None),
-    ".lokr_w1_a": ("LoKr", 1),
-    ".lora_down.weight": ("LoRA", 0),
-    ".lora.down.weight": ("LoRA in diffusers' former format", 0),
+LORA_LAYOUTS: Mapping[str, tuple[str, int]] = {
+    ".lora_A.weight": (f"{STANDARD.title} in diffusers' format", 0),
+    ".lora_down.weight": (STANDARD.title, 0),
+    ".lora.down.weight": (f"{STANDARD.title} in diffusers' former format", 0),
 }
+"""Suffix of a key of a LoRA -> (name of the layout, axis of the tensor that is the rank)."""
 # Header entries that are shown in their own place, or hold a value for each layer.
 SHOWN_ELSEWHERE = {
     "format",
@@ -131,16 +128,17 @@ def inspect(file: Path) -> Inspection:
         tensors = import_formats.converted(stored.tensors) if released else stored.tensors
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
-    suffix = next((each for each in KINDS if any(key.endswith(each) for key in tensors)), None)
+    layouts = _layouts()
+    suffix = next((each for each in layouts if any(key.endswith(each) for key in tensors)), None)
     if suffix is None:
         raise AdapterError(
             f"{file}: holds no layer of an adapter that is known; its first key is {min(tensors)}."
         )
-    algorithm, rank_axis = KINDS[suffix]
+    algorithm, rank_axis = layouts[suffix]
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
     descriptions = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
     if descriptions:
-        algorithm = "T-LoRA" + (" of the authors' release" if released else "")
+        algorithm = ALGORITHMS["tlora"].title + (" of the authors' release" if released else "")
     ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
     alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
     frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
@@ -170,6 +168,16 @@ def inspect(file: Path) -> Inspection:
     )
 
 
+def _layouts() -> dict[str, tuple[str, int | None]]:
+    """Suffix of a key -> (algorithm, rank axis), in the order in which a file is searched for them."""
+    of_algorithms = {
+        suffix: (record.title, axis)
+        for record in ALGORITHMS.values()
+        for suffix, axis in record.rank_axes.items()
+    }
+    return {**of_algorithms, **LORA_LAYOUTS}
+
+
 def _schedule(
     stored: adapter_file.AdapterFile, descriptions: Sequence[TLoraSpec]
 ) -> dict[str, int | float | str] | None:
@@ -185,7 +193,7 @@ def _schedule(
 def _missing(
     stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[TLoraSpec]
 ) -> list[str]:
-    if not algorithm.startswith("T-LoRA"):
+    if not algorithm.startswith(ALGORITHMS["tlora"].title):
         return []
     has_base = any(".base_" in key for key in stored.tensors)
     vanilla = any(each.init == "vanilla" for each in descriptions)

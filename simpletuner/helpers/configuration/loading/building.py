@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.configuration.text.problems import Problems, described
-from simpletuner.helpers.contracts import Size
 
 S = TypeVar("S", bound=Section)
 
@@ -93,21 +91,3 @@ def _note(details: list[ErrorDetails], place: Source, *, ignoring: frozenset[str
             text = f"{found}: known from SimpleTuner, not supported here. {advice}"
         place.problems.add(place.source_of(first), f"{place.prefix}{key}", text)
     return frozenset(wrong)
-
-
-def as_json(section: Section) -> dict[str, JsonValue]:
-    """The values of a section as json that validates into an equal one."""
-    return {key: _plain(value) for key, value in section}
-
-
-def _plain(value: object) -> JsonValue:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Section):
-        return as_json(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
-    assert isinstance(value, Path | Size), f"no json form of {type(value).__name__}"
-    return str(value)

@@ -86,7 +86,7 @@ CONFIG_KEYS: Mapping[str, Unsupported] = MappingProxyType(
         ),
         **_group(
             'Remove it: samples are weighted by snr_gamma, and the loss is "l2".',
-            "loss_type huber_schedule huber_c snr_weight use_soft_min_snr soft_min_snr_sigma_data "
+            "huber_schedule huber_c snr_weight use_soft_min_snr soft_min_snr_sigma_data "
             "soft_min_snr_sigma_min soft_min_snr_gamma masked_loss_probability",
             harmless=("l2",),
         ),

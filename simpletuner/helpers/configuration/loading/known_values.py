@@ -1,9 +1,18 @@
-"""SimpleTuner's values of supported keys that are not supported here, and what to do about each."""
+"""Values of supported keys that SimpleTuner has and this package has not, each with advice."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
+
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.losses import LOSSES
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.precisions import PRECISIONS
+from simpletuner.helpers.choices.registry import Registry
+from simpletuner.helpers.choices.samplers import SAMPLERS
+from simpletuner.helpers.choices.trackers import TRACKERS
 
 _OPTIMIZERS = (
     "adamw_bf16 adamw_schedulefree adamw_schedulefree+aggressive adamw_schedulefree+no_kahan adamw8bit "
@@ -22,9 +31,23 @@ _PRECISIONS = (
     "int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int4-torchao fp4-bnb int8-bnb "
     "nf4-sdnq int8-sdnq fp16 bf16 fp32"
 )
-_PRECISION_ADVICE = "Use int8-torchao, fp8-torchao or nf4-bnb, or no_change for what mixed_precision says."
+_REGISTRIES: Mapping[str, Registry[Any]] = {
+    "optimizer": OPTIMIZERS,
+    "loss_type": LOSSES,
+    "caption_strategy": CAPTION_SOURCES,
+    "report_to": TRACKERS,
+    "validation_noise_scheduler": SAMPLERS,
+    **dict.fromkeys(_PRECISION_KEYS, PRECISIONS),
+}
+
+
+def _use(key: str, *others: str) -> str:
+    return f"Use one of {', '.join([*_REGISTRIES[key], *others])}."
+
+
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
-    "optimizer": (_OPTIMIZERS, "Use adamw, or prodigy."),
+    "optimizer": (_OPTIMIZERS, _use("optimizer")),
+    "loss_type": ("huber smooth_l1", _use("loss_type")),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (
@@ -33,21 +56,26 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     ),
     "caption_strategy": (
         "parquet csv huggingface",
-        "Write each caption into a text file beside its image and use textfile.",
+        f"Write each caption into a text file beside its image. {_use('caption_strategy')}",
     ),
     "crop_aspect": ("closest random", "Use square, or preserve for the nearest bucket."),
     "crop_style": ("face", "Use center, random or corner."),
-    "report_to": ("trackio all comet_ml swanlab custom-tracker", "Use wandb, tensorboard or none."),
+    "report_to": ("trackio all comet_ml swanlab custom-tracker", _use("report_to", "none")),
     "mixed_precision": ("fp8 fp32", "Use bf16, fp16 or no, which is float32."),
-    **dict.fromkeys(_PRECISION_KEYS, (_PRECISIONS, _PRECISION_ADVICE)),
+    **dict.fromkeys(_PRECISION_KEYS, (_PRECISIONS, _use("base_model_precision"))),
     "lora_init_type": ("loftq pissa_niter_16 corda eva orthogonal", "Use default, gaussian, olora or pissa."),
     "lora_type": ("singlora", "Use standard or lycoris."),
     "validation_noise_scheduler": (
         "flow_matching flow-match dpm sana karras",
-        "Use null, the model's own scheduler.",
+        "Use null, the model's own sampler, or name one that its family has.",
     ),
 }
 UNSUPPORTED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
-    {(key, value): advice for key, (values, advice) in _VALUE_ADVICE.items() for value in values.split()}
+    {
+        (key, value): advice
+        for key, (values, advice) in _VALUE_ADVICE.items()
+        for value in values.split()
+        if value not in _REGISTRIES.get(key, ())
+    }
 )
-"""(key, value) that SimpleTuner has and that is not supported here -> what to do."""
+"""(key, value) -> advice."""

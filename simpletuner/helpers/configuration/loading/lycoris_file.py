@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, DROPOUTS, argument_aliases
 from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.known_keys import (
     LYCORIS_KEYS,
@@ -14,22 +15,17 @@ from simpletuner.helpers.configuration.loading.known_keys import (
     unsupported,
 )
 from simpletuner.helpers.configuration.schema.lycoris import (
-    ALGORITHM_ARGUMENTS,
-    ARGUMENT_ALIASES,
     COMPUTED_FIELDS,
-    DROPOUTS,
-    LAYER_ALIASES,
-    NETWORK_ONLY_ARGUMENTS,
     TLORA_FIELDS,
-    AlgorithmArguments,
     LycorisConfig,
     TargetPreset,
+    algorithm_arguments,
+    layer_aliases,
 )
 from simpletuner.helpers.configuration.text.problems import nearest, unknown_key
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
-_EVERY_ARGUMENT = frozenset(AlgorithmArguments.model_fields)
 _PLACEHOLDERS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
@@ -54,7 +50,7 @@ def read_lycoris(values: JsonValue, place: Source, *, written: JsonValue) -> Lyc
         fields = _with_init(fields, place)
     elif algorithms:
         fields = _without_tlora(fields, place, algo=values.get("algo"))
-    extra = build(AlgorithmArguments, arguments, place)
+    extra = build(algorithm_arguments(), arguments, place)
     built = build(LycorisConfig, fields, place, placeholders=_PLACEHOLDERS)
     if built.section is None or built.wrong or extra.section is None or extra.wrong:
         return None
@@ -73,13 +69,13 @@ def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
         entry for each in maps if isinstance(each, dict) for entry in each.values() if isinstance(entry, dict)
     ]
     named = [values.get("algo"), *(entry["algo"] for entry in entries if "algo" in entry)]
-    known = {algo for algo in named if isinstance(algo, str) and algo in ALGORITHM_ARGUMENTS}
+    known = {algo for algo in named if isinstance(algo, str) and algo in ALGORITHMS}
     return frozenset(known) if values.get("algo") in known else frozenset()
 
 
 def _takes(algorithms: Iterable[str]) -> frozenset[str]:
-    taken = [ALGORITHM_ARGUMENTS[algo] for algo in algorithms]
-    return frozenset().union(*taken) if taken else _EVERY_ARGUMENT
+    taken = [ALGORITHMS[algo].arguments for algo in algorithms]
+    return frozenset().union(*taken) if taken else frozenset(ARGUMENTS)
 
 
 def _sorted_out(
@@ -88,14 +84,15 @@ def _sorted_out(
     """(algorithm arguments, fields of the section); every other key is noted."""
     arguments: dict[str, JsonValue] = {}
     fields: dict[str, JsonValue] = {}
-    known = {*FIELDS, "use_data_init", *_takes(algorithms), *ARGUMENT_ALIASES}
+    aliases = argument_aliases()
+    known = {*FIELDS, "use_data_init", *_takes(algorithms), *aliases}
     for key, value in values.items():
-        name = ARGUMENT_ALIASES.get(key, key)
+        name = aliases.get(key, key)
         if name in FIELDS or name == "use_data_init":
             fields[name] = value
         elif name in _takes(algorithms) and not (name in DROPOUTS and values.get("algo") == "tlora"):
             arguments[key] = value
-        elif name in _EVERY_ARGUMENT:
+        elif name in ARGUMENTS:
             if not Unsupported("").is_noop(value):
                 place.add(key, _not_taken(name, algorithms))
         elif name in LYCORIS_KEYS:
@@ -112,7 +109,7 @@ def _not_taken(name: str, algorithms: frozenset[str]) -> str:
         )
     if "tlora" in algorithms and name == "bypass_mode":
         return "not taken by algo tlora, which always runs beside the base layer. Remove it."
-    owners = ", ".join(algo for algo, taken in ALGORITHM_ARGUMENTS.items() if name in taken)
+    owners = ", ".join(algo for algo, record in ALGORITHMS.items() if name in record.arguments)
     return f"not taken by algo {' or '.join(sorted(algorithms))}. Remove it; it belongs to {owners}."
 
 
@@ -172,16 +169,17 @@ def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
 
 def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: object) -> None:
     algo = entry.get("algo", algo)
-    taken = ALGORITHM_ARGUMENTS.get(algo) if isinstance(algo, str) else None
-    known = (_EVERY_ARGUMENT if taken is None else taken) - NETWORK_ONLY_ARGUMENTS | _LAYER_KEYS
+    record, aliases = ALGORITHMS.named(algo), layer_aliases()
+    taken = frozenset(ARGUMENTS) if record is None else record.arguments
+    known = {name for name in taken if ARGUMENTS[name].is_per_layer} | _LAYER_KEYS
     for name in list(entry):
-        plain = LAYER_ALIASES.get(name, name)
+        plain = aliases.get(name, name)
         if plain in known:
             continue
         value = entry.pop(name)
-        if plain in NETWORK_ONLY_ARGUMENTS and not (algo == "tlora" and plain in DROPOUTS):
-            place.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
-        elif plain not in _EVERY_ARGUMENT:
+        if plain not in ARGUMENTS:
             place.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
+        elif not ARGUMENTS[plain].is_per_layer and not (algo == "tlora" and plain in DROPOUTS):
+            place.add(f"{key}.{name}", "set this at the top level.")
         elif not Unsupported("").is_noop(value):
             place.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

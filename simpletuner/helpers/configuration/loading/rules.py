@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
+from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
+from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -23,11 +26,8 @@ from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import ModelSpec, Size
 
 _PIXELS_PER_MEGAPIXEL = 1_000_000
-_PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
 _NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
-"""Arguments with which even those train more than two factors."""
-_READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
-"""Algorithms that compute with the base layer's weight, or whose bypass_mode does not run."""
+"""Arguments with which an algorithm trains more than the two factors of a LoRA."""
 
 
 def family_of(
@@ -132,14 +132,14 @@ def check_format(
     reasons = []
     if spec.original_name is None:
         reasons.append(f"{spec.name} has no such names here")
-    if section.lora_type == "standard":
+    if section.lora_type == STANDARD.name:
         if section.use_dora:
             reasons.append("use_dora trains more than a plain LoRA holds")
     elif lycoris is not None:
-        preset = lycoris.apply_preset
-        entries = (*preset.module_algo_map.values(), *preset.name_algo_map.values())
+        entries = lycoris.apply_preset.entries
         algorithms = {lycoris.algo, *(entry.algo for entry in entries if entry.algo is not None)}
-        reasons += [f"algo {algo} is no plain LoRA" for algo in sorted(algorithms - _PLAIN_ALGORITHMS)]
+        others = sorted(name for name in algorithms if not ALGORITHMS[name].is_plain_lora)
+        reasons += [f"algo {name} is no plain LoRA" for name in others]
         for name in _NO_PLAIN_FORM:
             if lycoris.extra.get(name) or any(dict(entry)[name] for entry in entries):
                 reasons.append(f"{name} trains more than a plain LoRA holds")
@@ -159,38 +159,38 @@ def check_precision(
     for number in range(spec.num_text_encoders + 1, 5):
         key = f"text_encoder_{number}_precision"
         section = precision.right(key)
-        if section is not None and dict(section)[key] != "no_change":
+        if section is not None and dict(section)[key] != UNCHANGED:
             count = spec.num_text_encoders
             has = f"{spec.name} has {count} text encoder{'s' if count > 1 else ''}"
             place.add(key, f"{place.problems.shown(dict(section)[key])}: {has}. Remove it.")
     section, trained = precision.right("base_model_precision"), adapter.right("lora_type", "lora_init_type")
-    if section is None or trained is None or section.base_model_precision == "no_change":
+    if section is None or trained is None or section.base_model_precision == UNCHANGED:
         return
     wanted = section.base_model_precision
-    if trained.lora_type == "standard":
+    if trained.lora_type == STANDARD.name:
         if trained.lora_init_type in CHANGE_THE_BASE:
             found = f"{trained.lora_init_type}: changes the base weights, which base_model_precision {wanted}"
             place.add("lora_init_type", f"{found} has rounded. Use default or gaussian.")
     elif lycoris is not None:
-        for reason in dict.fromkeys(_needs_whole_weights(lycoris, wanted)):
-            place.add("base_model_precision", f"{wanted}: {reason}, or set it to no_change.")
+        for reason in dict.fromkeys(_unquantisable(lycoris, PRECISIONS[wanted])):
+            place.add("base_model_precision", f"{wanted}: {reason}, or set it to {UNCHANGED}.")
 
 
-def _needs_whole_weights(lycoris: LycorisConfig, wanted: str) -> Iterator[str]:
-    """Why layers of a LyCORIS adapter cannot be trained on quantised weights."""
+def _unquantisable(lycoris: LycorisConfig, precision: Precision) -> Iterator[str]:
+    """Reasons why layers of a LyCORIS adapter cannot be trained on quantised weights."""
     network = {"algo": lycoris.algo, **lycoris.extra}
-    preset = lycoris.apply_preset
-    for entry in ({}, *map(dict, (*preset.module_algo_map.values(), *preset.name_algo_map.values()))):
+    for entry in ({}, *map(dict, lycoris.apply_preset.entries)):
         layer = network | {key: value for key, value in entry.items() if value is not None}
-        algorithm = layer["algo"]
-        if algorithm == "tlora":
+        algorithm = ALGORITHMS[str(layer["algo"])]
+        if not algorithm.adds_to_weight:
             continue
-        if algorithm in _READ_THE_WEIGHT:
-            yield f"algo {algorithm} needs the whole weight. Use tlora, lora, loha or lokr"
+        if algorithm.needs_dense_weight:
+            others = ", ".join(name for name, each in ALGORITHMS.items() if not each.needs_dense_weight)
+            yield f"algo {algorithm.name} needs the dense weight. Use one of {others}"
         elif layer.get("weight_decompose"):
-            yield f"algo {algorithm} with weight_decompose needs the whole weight. Leave that out"
-        elif wanted.endswith("-torchao") and not layer.get("bypass_mode"):
-            yield f"algo {algorithm} adds to the weight itself. Set bypass_mode to true in the lycoris json"
+            yield f"algo {algorithm.name} with weight_decompose needs the dense weight. Remove that"
+        elif precision.needs_bypass_mode and not layer.get("bypass_mode"):
+            yield f"algo {algorithm.name} adds to the weight. Set bypass_mode to true in the lycoris json"
 
 
 def check_offload(
@@ -208,8 +208,10 @@ def check_offload(
     if section.group_offload_type == "block_level" and spec.denoiser_name == "unet":
         text = "block_level: a UNet's blocks are run again in parts. Use leaf_level."
         place.add("group_offload_type", text)
-    if section.base_model_precision == "nf4-bnb":
-        text = "true: nf4-bnb layers stay on the device. Use int8-torchao or fp8-torchao, or set it to false."
+    record = PRECISIONS[section.base_model_precision]
+    if not record.works_with_group_offload:
+        others = ", ".join(name for name, each in PRECISIONS.items() if each.works_with_group_offload)
+        text = f"true: {record.name} layers stay on the device. Use one of {others}, or set it to false."
         place.add("enable_group_offload", text)
     trained, shown = training.right("gradient_checkpointing"), validation.right("validation_compared_config")
     if trained is not None and not trained.gradient_checkpointing:
@@ -244,8 +246,9 @@ def check_pictures(validation: Validated[ValidationConfig], spec: ModelSpec, pla
     """Validation sizes are multiples of what the family needs."""
     sampler = validation.right("validation_noise_scheduler")
     name = sampler.validation_noise_scheduler if sampler is not None else None
-    if name is not None and name not in spec.samplers:
-        known = ", ".join(spec.samplers)
+    samplers = samplers_of(spec)
+    if name is not None and name not in samplers:
+        known = ", ".join(samplers)
         place.add(
             "validation_noise_scheduler",
             f"{place.problems.shown(name)}: model_family {spec.name} is sampled with {known}. "
@@ -292,7 +295,7 @@ def check_comparison(run: RunConfig, place: Source) -> None:
             place.add(key, f"that run's {each} is {found}, here it is {here}. Name a run on the same model.")
     if other.checkpoint.output_dir == run.checkpoint.output_dir:
         place.add(key, "that run has the output_dir of this one. Give one of them another.")
-    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in CHANGE_THE_BASE:
+    if other.adapter.lora_type == STANDARD.name and other.adapter.lora_init_type in CHANGE_THE_BASE:
         found = other.adapter.lora_init_type
         place.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    ValidationInfo,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+from simpletuner.helpers.choices.registry import Choice, Registry
+from simpletuner.helpers.contracts import Size
 
 _NONE_WORDS = frozenset({"", "none", "null"})
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -76,13 +88,79 @@ def admits_none(section: type[Section], key: str) -> bool:
     return type(None) in get_args(section.model_fields[key].annotation)
 
 
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Annotation of a text that names a record of a registry, or one that is registered later."""
+
+    registry: Registry[Any]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """A text, and before that one of the names."""
+        return core_schema.no_info_before_validator_function(self._name, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The names that are registered now."""
+        return {"type": "string", "enum": list(self.registry)}
+
+    def _name(self, value: object) -> str:
+        record: Choice | None = self.registry.named(value)
+        if record is None:
+            raise PydanticKnownError("literal_error", {"expected": ", ".join(map(repr, self.registry))})
+        return record.name
+
+
+def registry_of(section: type[Section], key: str) -> Registry[Any] | None:
+    """The registry whose names a key takes, alone, optional or in a list."""
+    field = section.model_fields[key]
+    return next(
+        (found for each in (field.annotation, *field.metadata) if (found := _registry_in(each)) is not None),
+        None,
+    )
+
+
+def _registry_in(annotation: object) -> Registry[Any] | None:
+    if isinstance(annotation, OneOf):
+        return annotation.registry
+    found = (_registry_in(each) for each in get_args(annotation))
+    return next((registry for registry in found if registry is not None), None)
+
+
+def choices_in(section: Section) -> Iterator[tuple[str, Choice]]:
+    """(key, record) of every choice that a section makes."""
+    for key, value in section:
+        registry = registry_of(type(section), key)
+        if registry is not None:
+            names = value if isinstance(value, tuple) else (value,)
+            yield from ((key, registry[name]) for name in names if name is not None)
+
+
 def holds_text(section: type[Section], key: str) -> bool:
     """Whether a key takes free text, in which an environment variable may be a secret; choices are not."""
-    return _mentions(section.model_fields[key].annotation, (str, Path))
+    return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, (str, Path))
 
 
-def _mentions(annotation: object, kinds: tuple[type, ...]) -> bool:
-    return annotation in kinds or any(_mentions(each, kinds) for each in get_args(annotation))
+def _mentions(annotation: object, types: tuple[type, ...]) -> bool:
+    return annotation in types or any(_mentions(each, types) for each in get_args(annotation))
+
+
+def as_json(section: Section) -> dict[str, JsonValue]:
+    """The values of a section as json that validates into an equal one."""
+    return {key: _plain(value) for key, value in section}
+
+
+def _plain(value: object) -> JsonValue:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Section):
+        return as_json(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    assert isinstance(value, Path | Size), f"no json form of {type(value).__name__}"
+    return str(value)
 
 
 def path_context(info: ValidationInfo) -> PathContext:

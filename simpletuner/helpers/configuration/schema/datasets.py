@@ -6,10 +6,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
 from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
     InputFolder,
     NonNegativeNumber,
+    OneOf,
     OptionalCount,
     OptionalOutputPath,
     OptionalText,
@@ -18,20 +20,17 @@ from simpletuner.helpers.configuration.schema.base import (
     contradiction,
 )
 
-CaptionStrategy = Literal["textfile", "filename", "instanceprompt"]
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
 
 SMALLEST_EDGE_PX = 16
 LARGEST_EDGE_PX = 16_384
 LARGEST_AREA_MEGAPIXELS = 256.0
-_SPELLINGS = {"instance_prompt": "instanceprompt", "centre": "center"}
 _MAX_ID_LENGTH = 100
 
 
-def other_spelling(value: object) -> object:
-    """The spelling used here of a choice that has two."""
-    return _SPELLINGS.get(value, value) if isinstance(value, str) else value
+def _american(value: object) -> object:
+    return "center" if value == "centre" else value
 
 
 def resolution_problem(resolution: float, resolution_type: ResolutionType) -> str | None:
@@ -68,7 +67,7 @@ def _folder_name(value: object) -> object:
     return value
 
 
-OptionalCaptionStrategy = Annotated[CaptionStrategy | None, BeforeValidator(other_spelling)]
+CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
 
 
 class DatasetConfig(Section):
@@ -95,13 +94,12 @@ class DatasetConfig(Section):
     """Smaller images are left out; in the unit of resolution_type, 0 keeps all. Default: config.json's."""
     crop: bool = False
     """Crop to the shape that crop_aspect names; false keeps each image's aspect, in buckets."""
-    crop_style: Annotated[CropStyle, BeforeValidator(other_spelling)] = "random"
+    crop_style: Annotated[CropStyle, BeforeValidator(_american)] = "random"
     """Which part stays when an image is cropped."""
     crop_aspect: Literal["square", "preserve"] = "square"
     """Shape of a crop: square, or preserve for the nearest bucket to the image's own aspect."""
-    caption_strategy: OptionalCaptionStrategy = None
-    """Where captions come from: textfile, the .txt file beside an image; filename, its words; instanceprompt,
-    instance_prompt for all. null takes textfile when the folder holds text files, else filename. Default:
+    caption_strategy: CaptionStrategy | None = None
+    """Source of captions. null takes textfile when the folder holds text files, else filename. Default:
     config.json's."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt, and what prepend_instance_prompt prepends. Default:
@@ -122,7 +120,8 @@ class DatasetConfig(Section):
         if problem := resolution_problem(self.resolution, self.resolution_type):
             raise contradiction("resolution", problem, "resolution_type")
         needs_prompt = {
-            'caption_strategy "instanceprompt"': self.caption_strategy == "instanceprompt",
+            f'caption_strategy "{self.caption_strategy}"': self.caption_strategy is not None
+            and CAPTION_SOURCES[self.caption_strategy].needs_instance_prompt,
             "only_instance_prompt": self.only_instance_prompt,
             "prepend_instance_prompt": self.prepend_instance_prompt,
         }

@@ -1,18 +1,31 @@
-"""The lycoris json: algorithm, strength, targets, and what the chosen algorithm takes beside."""
+"""The lycoris json: algorithm, strength, targets and arguments of the algorithm."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, Self
+from functools import cache
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    JsonValue,
+    SerializeAsAny,
+    ValidationInfo,
+    create_model,
+    model_validator,
+)
 
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, Argument, argument_aliases
+from simpletuner.helpers.choices.registry import ArgumentType
 from simpletuner.helpers.configuration.schema.base import (
     Count,
     Names,
     NonNegativeNumber,
     Number,
+    OneOf,
     PositiveNumber,
     Section,
     Share,
@@ -21,46 +34,9 @@ from simpletuner.helpers.configuration.schema.base import (
 )
 from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
 
-Algorithm = Literal[
-    "tlora", "lora", "locon", "loha", "lokr", "full", "diag-oft", "boft", "ia3", "glora", "dylora"
-]
+Algorithm = Annotated[str, OneOf(ALGORITHMS)]
 TLoraInit = Literal["random", "weight", "vanilla"]
 Scalar = bool | int | float
-
-DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
-ARGUMENT_ALIASES = {
-    "dora_wd": "weight_decompose",
-    "wd_on_output": "wd_on_out",
-    "use_cp": "use_tucker",
-    "use_conv_cp": "use_tucker",
-    "constrain": "constraint",
-}
-"""Other names that LyCORIS gives to an argument -> the name of its constructors."""
-LAYER_ALIASES = ARGUMENT_ALIASES | {"linear_dim": "dim", "linear_alpha": "alpha"}
-
-_CONVOLUTION = {"conv_dim", "conv_alpha"}
-_COMMON = _CONVOLUTION | {*DROPOUTS, "rank_dropout_scale", "bypass_mode", "train_norm"}
-_TWO_FACTORS = {"use_tucker", "use_scalar", "rs_lora"}
-_DECOMPOSED = _TWO_FACTORS | {"weight_decompose", "wd_on_out"}
-_ORTHOGONAL = {"constraint", "rescaled"}
-ALGORITHM_ARGUMENTS: Mapping[str, frozenset[str]] = {
-    "tlora": frozenset(_CONVOLUTION),
-    "lora": frozenset(_COMMON | _DECOMPOSED),
-    "locon": frozenset(_COMMON | _DECOMPOSED),
-    "loha": frozenset(_COMMON | _DECOMPOSED),
-    "lokr": frozenset(
-        _COMMON | _DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"}
-    ),
-    "full": frozenset(_COMMON),
-    "diag-oft": frozenset(_COMMON | _ORTHOGONAL),
-    "boft": frozenset(_COMMON | _ORTHOGONAL),
-    "ia3": frozenset(_COMMON | {"train_on_input"}),
-    "glora": frozenset(_COMMON | _TWO_FACTORS),
-    "dylora": frozenset(_COMMON | {"block_size"}),
-}
-"""Algorithm -> the arguments that change what it does. Source: the constructors of LyCORIS 4.1."""
-NETWORK_ONLY_ARGUMENTS = frozenset({*_CONVOLUTION, *DROPOUTS, "train_norm"})
-"""Arguments of the whole adapter, which one entry of a map cannot change."""
 
 
 def _patterns(value: object) -> object:
@@ -82,68 +58,37 @@ def _not_zero(value: float) -> float:
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
 
 
-class AlgorithmArguments(Section):
-    """Arguments that LyCORIS algorithms take beside rank and alpha."""
+_TYPES: Mapping[ArgumentType, Any] = {
+    "boolean": bool,
+    "count": Count,
+    "positive": PositiveNumber,
+    "number": NonNegativeNumber,
+    "fraction": Share,
+    "factor": Annotated[Whole, AfterValidator(_factor)],
+}
 
-    conv_dim: Count | None = None
-    """Rank of convolutions with a kernel above 1x1. Default: linear_dim."""
-    conv_alpha: PositiveNumber | None = None
-    """Alpha of those convolutions. Default: linear_alpha."""
-    dropout: Share | None = None
-    """Share of inputs dropped while training."""
-    rank_dropout: Share | None = None
-    """Share of ranks dropped while training."""
-    module_dropout: Share | None = None
-    """Share of layers dropped while training."""
-    rank_dropout_scale: bool | None = None
-    """Scale up the ranks that rank_dropout keeps."""
-    bypass_mode: bool | None = None
-    """Run beside the base layer instead of changing its weight."""
-    train_norm: bool | None = None
-    """Train normalisation layers as well."""
-    use_tucker: bool | None = None
-    """Tucker decomposition of convolution kernels."""
-    use_scalar: bool | None = None
-    """A trained scalar on each layer's output in place of a zero start."""
-    rs_lora: bool | None = None
-    """Scale by the square root of the rank."""
-    weight_decompose: bool | None = None
-    """DoRA: train direction and magnitude apart. Also written dora_wd."""
-    wd_on_out: bool | None = None
-    """Magnitude per output channel rather than per input channel. Also written wd_on_output."""
-    factor: Annotated[Whole, AfterValidator(_factor)] | None = None
-    """LoKr: size of the smaller Kronecker factor; -1 chooses the most square one."""
-    full_matrix: bool | None = None
-    """LoKr: keep the larger factor whole instead of splitting it at linear_dim."""
-    decompose_both: bool | None = None
-    """LoKr: split the smaller factor too."""
-    unbalanced_factorization: bool | None = None
-    """LoKr: give the larger factor to the output side."""
-    constraint: NonNegativeNumber | None = None
-    """OFT: bound on the norm of the rotation; 0 is none."""
-    rescaled: bool | None = None
-    """OFT: train a scale per output channel too."""
-    train_on_input: bool | None = None
-    """IA3: scale inputs instead of outputs."""
-    block_size: Count | None = None
-    """DyLoRA: ranks that are trained at a time."""
+
+class ArgumentSection(Section):
+    """Arguments of LyCORIS's algorithms beside rank and alpha."""
 
     @model_validator(mode="before")
     @classmethod
     def _one_name_each(cls, values: object) -> object:
         if not isinstance(values, Mapping):
             return values
+        aliases = layer_aliases()
         renamed: dict[object, object] = {}
         for key, value in values.items():
-            name = LAYER_ALIASES.get(key, key) if LAYER_ALIASES.get(key) in cls.model_fields else key
+            name = aliases.get(key, key)
+            name = name if name in cls.model_fields else key
             if name in renamed:
                 raise contradiction(str(key), f"is another name of {name}, which is given too. Keep one.")
             renamed[name] = value
         return renamed
 
 
-class LayerArguments(AlgorithmArguments):
-    """What one entry of module_algo_map or name_algo_map changes for its layers."""
+class LayerArguments(ArgumentSection):
+    """Entry of module_algo_map or name_algo_map: these keys and arguments of the algorithm."""
 
     algo: Algorithm | None = None
     """Algorithm of these layers. Default: the adapter's."""
@@ -151,6 +96,43 @@ class LayerArguments(AlgorithmArguments):
     """Rank of these layers. Also written linear_dim."""
     alpha: PositiveNumber | None = None
     """Alpha of these layers. Also written linear_alpha."""
+
+
+def layer_aliases() -> dict[str, str]:
+    """Other name of an argument of a layer -> its name."""
+    return argument_aliases() | {"linear_dim": "dim", "linear_alpha": "alpha"}
+
+
+def algorithm_arguments() -> type[ArgumentSection]:
+    """Section with a field for each argument of the registered algorithms."""
+    return _arguments_section(tuple(ARGUMENTS.items()))
+
+
+@cache
+def _arguments_section(arguments: tuple[tuple[str, Argument], ...]) -> type[ArgumentSection]:
+    fields: dict[str, Any] = {
+        key: (_TYPES[argument.type] | None, Field(default=None, description=argument.description))
+        for key, argument in arguments
+    }
+    return create_model(
+        "AlgorithmArguments", __base__=ArgumentSection, __doc__=ArgumentSection.__doc__, **fields
+    )
+
+
+@cache
+def _layer_section(arguments: type[ArgumentSection]) -> type[LayerArguments]:
+    # In this order of bases the arguments are the first fields.
+    bases = (LayerArguments, cast("type[LayerArguments]", arguments))
+    return create_model("LayerArguments", __base__=bases)
+
+
+def _layer(value: object, info: ValidationInfo) -> LayerArguments:
+    if isinstance(value, LayerArguments):
+        return value
+    return _layer_section(algorithm_arguments()).model_validate(value, context=info.context)
+
+
+LayerEntry = Annotated[SerializeAsAny[LayerArguments], BeforeValidator(_layer)]
 
 
 class TargetPreset(Section):
@@ -163,14 +145,19 @@ class TargetPreset(Section):
     """Regular expressions (or patterns, with use_fnmatch) on module paths."""
     exclude_name: Patterns = ()
     """Module paths that stay as they are, written like target_name."""
-    module_algo_map: Mapping[str, LayerArguments] = {}
-    """Class name -> what differs for its layers: algo, dim, alpha, arguments of the algorithm."""
-    name_algo_map: Mapping[str, LayerArguments] = {}
-    """Pattern of module paths -> what differs for these layers."""
+    module_algo_map: Mapping[str, LayerEntry] = {}
+    """Class name -> algo, dim, alpha and arguments of its layers."""
+    name_algo_map: Mapping[str, LayerEntry] = {}
+    """Pattern of module paths -> the same for these layers."""
     use_fnmatch: bool = False
     """Read names as file-name patterns (*, ?) rather than regular expressions."""
     enable_conv: bool = True
     """Adapt convolutions with a kernel above 1x1 in the targets too."""
+
+    @property
+    def entries(self) -> tuple[LayerArguments, ...]:
+        """Entries of both maps."""
+        return (*self.module_algo_map.values(), *self.name_algo_map.values())
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:
@@ -193,7 +180,7 @@ class LycorisConfig(Section):
     """A LyCORIS adapter; the keys from tlora_min_rank to sig_type are for algo tlora."""
 
     algo: Algorithm
-    """The algorithm; tlora opens fewer ranks the noisier the timestep."""
+    """The algorithm."""
     multiplier: Annotated[Number, AfterValidator(_not_zero)]
     """Strength of the adapter while training and after it; usually 1."""
     linear_dim: Count
@@ -221,13 +208,6 @@ class LycorisConfig(Section):
     """The algorithm's other arguments, under the names of LyCORIS's constructors."""
     raw: Mapping[str, JsonValue] = {}
     """The json as the user wrote it."""
-
-    @property
-    def uses_tlora(self) -> bool:
-        """Whether any layer can be a T-LoRA layer."""
-        preset = self.apply_preset
-        entries = (*preset.module_algo_map.values(), *preset.name_algo_map.values())
-        return self.algo == "tlora" or any(entry.algo == "tlora" for entry in entries)
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:

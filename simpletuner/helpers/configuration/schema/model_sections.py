@@ -7,9 +7,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, ValidationInfo, model_validator
 
+from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.configuration.schema.base import (
     Count,
     NonNegativeNumber,
+    OneOf,
     OptionalNonNegativeNumber,
     OptionalPositiveNumber,
     OptionalText,
@@ -21,7 +23,7 @@ from simpletuner.helpers.configuration.schema.base import (
 from simpletuner.helpers.contracts import PredictionType
 
 FILE_SUFFIX = ".safetensors"
-Precision = Literal["no_change", "int8-torchao", "fp8-torchao", "nf4-bnb"]
+Precision = Annotated[str, OneOf(PRECISIONS)]
 
 
 def _model_source(value: object, info: ValidationInfo) -> object:
@@ -163,16 +165,15 @@ class PrecisionConfig(Section):
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
     """Format of the frozen model and of the computation; no is float32. The adapter itself is float32."""
-    base_model_precision: Precision = "no_change"
-    """Format of the frozen denoiser's linear layers: int8-torchao and fp8-torchao take half the memory,
-    nf4-bnb a quarter; each is a little less exact. no_change keeps them as mixed_precision says."""
-    text_encoder_1_precision: Precision = "no_change"
-    """The same for the first text encoder; what it makes of captions is cached apart."""
-    text_encoder_2_precision: Precision = "no_change"
+    base_model_precision: Precision = UNCHANGED
+    """Format of the frozen denoiser's linear layers; fewer bits are a little less exact."""
+    text_encoder_1_precision: Precision = UNCHANGED
+    """The same for the first text encoder; its prompt embeds are cached apart."""
+    text_encoder_2_precision: Precision = UNCHANGED
     """The same for the second."""
-    text_encoder_3_precision: Precision = "no_change"
+    text_encoder_3_precision: Precision = UNCHANGED
     """The same for the third."""
-    text_encoder_4_precision: Precision = "no_change"
+    text_encoder_4_precision: Precision = UNCHANGED
     """The same for the fourth."""
     enable_group_offload: bool = False
     """Keep the denoiser's blocks on the host and bring them to the device a group at a time, forwards and

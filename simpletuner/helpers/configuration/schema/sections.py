@@ -8,7 +8,12 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
-from simpletuner.helpers.configuration.loading.building import as_json
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, Algorithm
+from simpletuner.helpers.choices.losses import LOSSES
+from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.samplers import SAMPLERS
+from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.schema.base import (
     Count,
     CountOrZero,
@@ -17,6 +22,7 @@ from simpletuner.helpers.configuration.schema.base import (
     Names,
     NonNegativeNumber,
     Number,
+    OneOf,
     OptionalCount,
     OptionalInputFile,
     OptionalText,
@@ -28,11 +34,13 @@ from simpletuner.helpers.configuration.schema.base import (
     Seed,
     Share,
     ShareBelowOne,
+    as_json,
     contradiction,
+    registry_of,
 )
 from simpletuner.helpers.configuration.schema.datasets import (
+    CaptionStrategy,
     DatasetConfig,
-    OptionalCaptionStrategy,
     ResolutionType,
     resolution_problem,
 )
@@ -115,7 +123,9 @@ class TrainingConfig(Section):
     max_grad_norm: NonNegativeNumber = 1.0
     """Bound on the gradient, in the sense of grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
-    """norm scales the whole gradient to length max_grad_norm; value cuts each entry."""
+    """norm: clip by global norm; value: clip each element."""
+    loss_type: Annotated[str, OneOf(LOSSES)] = "l2"
+    """Loss of the prediction."""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -131,22 +141,20 @@ class TrainingConfig(Section):
 class OptimizerConfig(Section):
     """The optimiser and its learning rate."""
 
-    optimizer: Literal["adamw", "prodigy"] = "adamw"
-    """adamw; prodigy finds its own rate and needs the package extra optim."""
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    """The optimiser."""
     optimizer_config: Annotated[Mapping[str, OptimizerArgument], BeforeValidator(optimizer_arguments)] = {}
     """Further arguments, "weight_decay=0.01,eps=1e-8" or an object."""
     learning_rate: PositiveNumber = Field(
-        default_factory=lambda values: 1.0 if values.get("optimizer") == "prodigy" else 1e-4
+        default_factory=lambda values: OPTIMIZERS[values.get("optimizer", "adamw")].default_learning_rate
     )
-    """Step size. Default: 1e-4, and 1 for prodigy, which scales its own rate by it."""
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
-    ] = "constant_with_warmup"
-    """Course of the learning rate after the warm-up; those that fall reach lr_end at the last step."""
+    """Learning rate. Default: the optimiser's."""
+    lr_scheduler: Annotated[str, OneOf(LR_SCHEDULES)] = "constant_with_warmup"
+    """Schedule of the learning rate; those that decay reach lr_end at the last step."""
     lr_warmup_steps: CountOrZero = 0
-    """Optimiser steps over which the learning rate rises from 0; not used by constant."""
+    """Optimiser steps over which the learning rate rises from 0; constant has no warm-up."""
     lr_end: NonNegativeNumber = 0.0
-    """Lowest learning rate of the schedules that fall."""
+    """Lowest learning rate of the schedules that decay."""
     lr_power: PositiveNumber = 1.0
     """Exponent of polynomial; 1 is linear."""
     lr_num_cycles: PositiveNumber = 1.0
@@ -181,9 +189,8 @@ class DataConfig(Section):
     """Training width and height are multiples of this many pixels. Default: the family's."""
     aspect_bucket_rounding: Decimals = 2
     """Decimals to which aspect ratios are rounded before images are put into buckets."""
-    caption_strategy: OptionalCaptionStrategy = None
-    """Where captions come from: textfile, the .txt file beside an image; filename, its words; instanceprompt,
-    instance_prompt for all. null takes textfile in folders that hold text files, else filename."""
+    caption_strategy: CaptionStrategy | None = None
+    """Source of captions. null takes textfile in folders that hold text files, else filename."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt, and what prepend_instance_prompt of a dataset prepends."""
     cache_dir_vae: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/vae"))
@@ -230,8 +237,8 @@ class CheckpointConfig(Section):
 class TrackingConfig(Section):
     """Where the course of the run is reported, beside the log in output_dir."""
 
-    report_to: Annotated[tuple[Literal["wandb", "tensorboard"], ...], BeforeValidator(trackers)] = ()
-    """Trackers, a list or comma-separated; none is none."""
+    report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], BeforeValidator(trackers)] = ()
+    """Trackers, a list or comma-separated; none for no tracker."""
     tracker_project_name: str = "simpletuner"
     """Project that the run belongs to in the tracker."""
     tracker_run_name: OptionalText = None
@@ -274,10 +281,8 @@ class ValidationConfig(Section):
     """Denoising steps per picture."""
     validation_seed: OptionalWhole = None
     """Seed of the first picture of each prompt; the others count up. Default: seed."""
-    validation_noise_scheduler: (
-        Literal["ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "unipc"] | None
-    ) = None
-    """Sampling scheduler; null is the model's own."""
+    validation_noise_scheduler: Annotated[str, OneOf(SAMPLERS)] | None = None
+    """The sampler; null takes the model's own."""
     num_validation_images: Count = 1
     """Pictures per prompt and size."""
     validation_step_interval: CountOrZero = 100
@@ -320,6 +325,11 @@ class RunConfig(Section):
     hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
     """Value of an environment variable in a text -> the placeholder that stands for it in `resolved`."""
 
+    @property
+    def algorithm(self) -> Algorithm:
+        """Algorithm of the adapter."""
+        return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
+
     def resolved(self) -> dict[str, JsonValue]:
         """Every key and its value as json, flat, in one object that load_config reads again.
 
@@ -340,7 +350,12 @@ class RunConfig(Section):
         )
         flat: dict[str, JsonValue] = {}
         for section in sections:
-            flat |= as_json(section)
+            registries = {key: registry_of(type(section), key) for key in type(section).model_fields}
+            # A choice of one is no setting: its key is accepted, but not written.
+            fixed = {
+                key for key, registry in registries.items() if registry is not None and len(registry) == 1
+            }
+            flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
         del flat["prompts"], flat["lycoris_config"]
         resolved = {key: without(value, self.hidden) for key, value in flat.items()}

@@ -1,4 +1,4 @@
-"""Values that users write as a line of text: sizes, trackers, arguments of an optimiser."""
+"""Values that users write on one line: sizes, trackers, arguments of an optimiser."""
 
 from __future__ import annotations
 
@@ -6,30 +6,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Literal
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.registry import ArgumentType
 from simpletuner.helpers.contracts import Size
 
 OptimizerArgument = bool | int | float | str | tuple[float, ...]
-ArgumentKind = Literal["number", "switch", "betas"]
-
-_COMMON_ARGUMENTS: Mapping[str, ArgumentKind] = {"betas": "betas", "eps": "number", "weight_decay": "number"}
-OPTIMIZER_ARGUMENTS: Mapping[str, Mapping[str, ArgumentKind]] = {
-    "adamw": _COMMON_ARGUMENTS,
-    "prodigy": {
-        **_COMMON_ARGUMENTS,
-        "beta3": "number",
-        "decouple": "switch",
-        "use_bias_correction": "switch",
-        "safeguard_warmup": "switch",
-        "d0": "number",
-        "d_coef": "number",
-        "growth_rate": "number",
-    },
-}
-"""Optimiser -> its arguments beside the learning rate. Source: torch 2.13, prodigyopt 1.1."""
-
-LARGEST_PICTURE_PX = 8192
+LARGEST_IMAGE_PX = 8192
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
 _BETAS = ("beta1", "beta2")
 _DEFAULT_BETAS = (0.9, 0.999)
@@ -39,7 +22,7 @@ def sizes(value: object) -> tuple[Size, ...]:
     """Sizes from 1024, "1024", "1024x768" (width x height), several separated by commas, or a list of those.
 
     Raises:
-        ValueError: A part is no size.
+        ValueError: A part is not a size.
     """
     if value is None:
         return ()
@@ -61,13 +44,13 @@ def _size(part: object) -> Size:
             'must be an edge in pixels or width x height, for instance 1024 or "1024x768,768x1024".'
         )
     width, height = int(match.group(1)), int(match.group(2) or match.group(1))
-    if not (1 <= width <= LARGEST_PICTURE_PX and 1 <= height <= LARGEST_PICTURE_PX):
-        raise ValueError(f"must be from 1 to {LARGEST_PICTURE_PX} pixels wide and high.")
+    if not (1 <= width <= LARGEST_IMAGE_PX and 1 <= height <= LARGEST_IMAGE_PX):
+        raise ValueError(f"must be from 1 to {LARGEST_IMAGE_PX} pixels wide and high.")
     return Size(height=height, width=width)
 
 
 def trackers(value: object) -> object:
-    """Names of trackers from a comma-separated text or a list; "none" is no name."""
+    """Tracker names from a comma-separated text or a list, without "none"."""
     if value is None:
         return ()
     names: object = value.split(",") if isinstance(value, str) else value
@@ -81,7 +64,7 @@ def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
     """Arguments from "name=value,name=value" or an object; beta1 and beta2 become betas.
 
     Raises:
-        ValueError: A part is no name=value, or a value is neither a number, true, false, a text nor a list.
+        ValueError: A part is not name=value, or a value is not a number, true, false, a text or a list.
     """
     if value is None or value == "":
         return {}
@@ -99,8 +82,8 @@ def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
 
 
 def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]) -> str | None:
-    """The first thing that is wrong with arguments for an optimiser; None if it can take them all."""
-    known = OPTIMIZER_ARGUMENTS[optimizer]
+    """The first argument that the optimiser does not take, with the reason; None if it takes all."""
+    known = OPTIMIZERS[optimizer].arguments
     for name, value in arguments.items():
         if name in ("lr", "learning_rate"):
             return f"{name} is not set here. Use the key learning_rate."
@@ -113,12 +96,12 @@ def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]
     return None
 
 
-def _argument_problem(value: OptimizerArgument, kind: ArgumentKind) -> str | None:
-    if kind == "switch":
+def _argument_problem(value: OptimizerArgument, argument_type: ArgumentType) -> str | None:
+    if argument_type == "boolean":
         return None if isinstance(value, bool) else "must be true or false."
-    if kind == "betas":
-        right = isinstance(value, tuple) and len(value) == 2 and all(0 <= beta < 1 for beta in value)
-        return None if right else "must be two numbers from 0 to below 1."
+    if argument_type == "betas":
+        fits = isinstance(value, tuple) and len(value) == 2 and all(0 <= beta < 1 for beta in value)
+        return None if fits else "must be two numbers from 0 to below 1."
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         return "must be a number of at least 0."
     return None

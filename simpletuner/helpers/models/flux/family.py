@@ -227,9 +227,8 @@ class Flux(ModelFamily):
         Args:
             denoiser: Used as it is, with whatever adapter is attached to it.
             kind: What the pipeline starts from.
-            scheduler: "euler" or None; flow matching is sampled with Euler's method.
+            scheduler: Name of a sampler for flow matching; None takes Euler's method.
         """
-        assert scheduler in (None, *SPEC.samplers), "the configuration was checked"
         self.load_vae()
         with quiet():
             pipeline = PIPELINES[kind](
@@ -239,7 +238,7 @@ class Flux(ModelFamily):
                 tokenizer=None,
                 tokenizer_2=None,
                 transformer=denoiser,
-                scheduler=unshifted_sampler(self._parts.scheduler),
+                scheduler=unshifted_sampler(self._parts.scheduler, name=scheduler),
             )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

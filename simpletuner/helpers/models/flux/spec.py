@@ -9,7 +9,6 @@ from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
-    FLOW_SAMPLERS,
     GUIDANCE_KEYS,
     TRANSFORMER_KEYS,
     single_file,
@@ -75,7 +74,6 @@ SPEC = ModelSpec(
         "pretrained_t5_model_name_or_path",
         "validation_guidance_real",
     },
-    samplers=FLOW_SAMPLERS,
     default_guidance=3.5,
     num_text_encoders=2,
     problems=problems,

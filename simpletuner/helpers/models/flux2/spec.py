@@ -9,7 +9,6 @@ from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux2.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
-    FLOW_SAMPLERS,
     GUIDANCE_KEYS,
     TRANSFORMER_KEYS,
     single_file,
@@ -63,7 +62,6 @@ SPEC = ModelSpec(
     ),
     denoiser_name="transformer",
     own_keys=FLOW_KEYS | GUIDANCE_KEYS | TRANSFORMER_KEYS,
-    samplers=FLOW_SAMPLERS,
     default_guidance=4.0,
     num_text_encoders=1,
     problems=problems,

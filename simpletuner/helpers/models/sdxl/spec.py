@@ -21,7 +21,6 @@ SPEC = ModelSpec(
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
     num_text_encoders=2,
     own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path"},
-    samplers=("ddim", "ddpm", "dpm++", "euler", "euler-a", "heun", "unipc"),
     target_aliases={
         "Attention": TargetAlias(modules=("Attention",)),
         "FeedForward": TargetAlias(modules=("FeedForward",)),

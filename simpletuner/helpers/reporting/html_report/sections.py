@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from simpletuner.helpers.choices.algorithms import display_name_of
 from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, display_path
 from simpletuner.helpers.reporting.html_report.markup import (
     definition_list,
@@ -88,16 +89,8 @@ def _adapter_and_base(run: RunSnapshot) -> str:
     adapter = run.manifest.get("adapter", {})
     lycoris = run.config.get("lycoris_config") or {}
     algorithm = str(adapter.get("kind") or lycoris.get("algo") or run.config.get("lora_type", ""))
-    names = {
-        "tlora": "T-LoRA",
-        "standard": "LoRA",
-        "lora": "LoRA",
-        "locon": "LoCon",
-        "lokr": "LoKr",
-        "loha": "LoHa",
-    }
     base = run.config.get("pretrained_model_name_or_path")
-    return " on ".join(filter(None, (names.get(algorithm, algorithm), display_path(base) if base else None)))
+    return " on ".join(filter(None, (display_name_of(algorithm), display_path(base) if base else None)))
 
 
 def _headline(run: RunSnapshot) -> str:

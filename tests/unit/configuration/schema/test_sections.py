@@ -10,10 +10,10 @@ from simpletuner.helpers.configuration.loading.dataset_file import TextCacheEntr
 from simpletuner.helpers.configuration.schema.base import Section
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
-    AlgorithmArguments,
     LayerArguments,
     LycorisConfig,
     TargetPreset,
+    algorithm_arguments,
 )
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig
 from simpletuner.helpers.configuration.schema.sections import (
@@ -28,7 +28,7 @@ EVERY = [
     TextCacheEntry,
     LycorisConfig,
     TargetPreset,
-    AlgorithmArguments,
+    algorithm_arguments(),
     LayerArguments,
 ]
 EVERY_FIELD = [(section, key) for section in [*EVERY, ValidationPrompt] for key in section.model_fields]

@@ -1,0 +1,254 @@
+"""Adapter algorithms: PEFT's LoRA (lora_type standard) and those of the lycoris json (`algo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from simpletuner.helpers.choices.registry import ArgumentType, Choice, Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Argument:
+    """An argument of LyCORIS's constructors."""
+
+    type: ArgumentType
+    description: str
+    aliases: tuple[str, ...] = ()
+    """Other names that LyCORIS gives it."""
+    is_per_layer: bool = True
+    """An entry of module_algo_map or name_algo_map can change it for its layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm(Choice):
+    """An algorithm; `build` names the layer class that LyCORIS makes for it."""
+
+    arguments: frozenset[str] = frozenset()
+    """Names in ARGUMENTS that change what the algorithm does. Source: the constructors of LyCORIS 4.1."""
+    defaults: Mapping[str, object]
+    """A lycoris json to start from, without algo, multiplier and apply_preset."""
+    needs_dense_weight: bool = False
+    """Cannot be trained on a quantised layer: it computes with the layer's own weight, and bypass_mode, which
+    adds to the output instead, does not run or does not exist."""
+    adds_to_weight: bool = True
+    """Changes the layer's weight unless bypass_mode is set; False for one that always adds to the output."""
+    is_plain_lora: bool = False
+    """Two factors per layer, which export and lora_format can write as a LoRA."""
+    rank_axes: Mapping[str, int | None] = field(default_factory=dict)
+    """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank."""
+
+
+ARGUMENTS: dict[str, Argument] = {
+    "conv_dim": Argument(
+        type="count",
+        description="Rank of convolutions with a kernel above 1x1. Default: linear_dim.",
+        is_per_layer=False,
+    ),
+    "conv_alpha": Argument(
+        type="positive",
+        description="Alpha of those convolutions. Default: linear_alpha.",
+        is_per_layer=False,
+    ),
+    "dropout": Argument(
+        type="fraction", description="Fraction of inputs dropped in training.", is_per_layer=False
+    ),
+    "rank_dropout": Argument(
+        type="fraction", description="Fraction of ranks dropped in training.", is_per_layer=False
+    ),
+    "module_dropout": Argument(
+        type="fraction", description="Fraction of layers dropped in training.", is_per_layer=False
+    ),
+    "rank_dropout_scale": Argument(type="boolean", description="Scale up the ranks that rank_dropout keeps."),
+    "bypass_mode": Argument(
+        type="boolean", description="Add to the base layer's output instead of its weight."
+    ),
+    "train_norm": Argument(
+        type="boolean", description="Train normalisation layers as well.", is_per_layer=False
+    ),
+    "use_tucker": Argument(
+        type="boolean",
+        description="Tucker decomposition of convolution kernels.",
+        aliases=("use_cp", "use_conv_cp"),
+    ),
+    "use_scalar": Argument(
+        type="boolean", description="Train a scalar on each layer's output in place of a zero start."
+    ),
+    "rs_lora": Argument(type="boolean", description="Scale by the square root of the rank."),
+    "weight_decompose": Argument(
+        type="boolean",
+        description="DoRA: train direction and magnitude apart. Also written dora_wd.",
+        aliases=("dora_wd",),
+    ),
+    "wd_on_out": Argument(
+        type="boolean",
+        description="Magnitude per output channel, not per input channel. Also written wd_on_output.",
+        aliases=("wd_on_output",),
+    ),
+    "factor": Argument(
+        type="factor",
+        description="LoKr: size of the smaller Kronecker factor; -1 chooses the most square one.",
+    ),
+    "full_matrix": Argument(
+        type="boolean",
+        description="LoKr: keep the larger factor whole instead of splitting it at linear_dim.",
+    ),
+    "decompose_both": Argument(type="boolean", description="LoKr: split the smaller factor too."),
+    "unbalanced_factorization": Argument(
+        type="boolean", description="LoKr: give the larger factor to the output side."
+    ),
+    "constraint": Argument(
+        type="number",
+        description="OFT: bound on the norm of the rotation; 0 for no bound.",
+        aliases=("constrain",),
+    ),
+    "rescaled": Argument(type="boolean", description="OFT: train a scale per output channel too."),
+    "train_on_input": Argument(type="boolean", description="IA3: scale inputs instead of outputs."),
+    "block_size": Argument(type="count", description="DyLoRA: ranks that are trained at a time."),
+}
+"""Name in LyCORIS's constructors -> argument."""
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+
+_CONVOLUTION = frozenset({"conv_dim", "conv_alpha"})
+_COMMON = _CONVOLUTION | {*DROPOUTS, "rank_dropout_scale", "bypass_mode", "train_norm"}
+_TWO_FACTORS = frozenset({"use_tucker", "use_scalar", "rs_lora"})
+_DECOMPOSED = _COMMON | _TWO_FACTORS | {"weight_decompose", "wd_on_out"}
+_ORTHOGONAL = _COMMON | {"constraint", "rescaled"}
+
+
+def _size(dim: int, alpha: float, **arguments: object) -> dict[str, object]:
+    return {"linear_dim": dim, "linear_alpha": alpha, **arguments}
+
+
+_LAYERS = "simpletuner.helpers.adapters.lycoris_layers"
+# Above every layer's size: LoKr then keeps its larger factor whole, and factor alone decides its size.
+_LOKR_WHOLE = 10_000
+
+STANDARD = Algorithm(
+    name="standard",
+    display_name="LoRA",
+    summary="LoRA by PEFT.",
+    build="simpletuner.helpers.adapters.peft_lora:PeftAdapter",
+    defaults={},
+    adds_to_weight=False,
+    is_plain_lora=True,
+)
+"""The algorithm of lora_type standard, which has no lycoris json."""
+
+ALGORITHMS = Registry(
+    Algorithm(
+        name="tlora",
+        display_name="T-LoRA",
+        summary="Fewer active ranks the noisier the timestep.",
+        build="simpletuner.helpers.adapters.tlora.layer:TLoraLayer",
+        arguments=_CONVOLUTION,
+        defaults=_size(
+            64,
+            64.0,
+            tlora_min_rank=32,
+            tlora_alpha=1.0,
+            tlora_schedule="floor",
+            tlora_init="random",
+            sig_type="last",
+        ),
+        adds_to_weight=False,
+        is_plain_lora=True,
+        rank_axes={".q_layer.weight": 0},
+    ),
+    Algorithm(
+        name="lora",
+        display_name="LoRA",
+        summary="LoRA by LyCORIS.",
+        build="lycoris.modules.locon:LoConModule",
+        arguments=_DECOMPOSED,
+        defaults=_size(16, 16.0),
+        is_plain_lora=True,
+    ),
+    Algorithm(
+        name="locon",
+        display_name="LoCon",
+        summary="The same layer, named for LoRA with convolutions.",
+        build="lycoris.modules.locon:LoConModule",
+        arguments=_DECOMPOSED,
+        defaults=_size(16, 16.0, conv_dim=8, conv_alpha=8.0),
+        is_plain_lora=True,
+    ),
+    Algorithm(
+        name="loha",
+        display_name="LoHa",
+        summary="Hadamard product of two LoRAs.",
+        build="lycoris.modules.loha:LohaModule",
+        arguments=_DECOMPOSED,
+        defaults=_size(8, 8.0),
+        rank_axes={".hada_w1_a": 1},
+    ),
+    Algorithm(
+        name="lokr",
+        display_name="LoKr",
+        summary="Kronecker product of two factors.",
+        build="lycoris.modules.lokr:LokrModule",
+        arguments=_DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"},
+        defaults=_size(_LOKR_WHOLE, 1.0, factor=16),
+        rank_axes={".lokr_w1": None, ".lokr_w1_a": 1},
+    ),
+    Algorithm(
+        name="full",
+        summary="The whole weight and bias.",
+        build=f"{_LAYERS}:FullLayer",
+        arguments=_COMMON,
+        defaults=_size(1, 1.0),
+        needs_dense_weight=True,
+    ),
+    Algorithm(
+        name="diag-oft",
+        summary="Rotations of blocks of outputs.",
+        build="lycoris.modules.diag_oft:DiagOFTModule",
+        arguments=_ORTHOGONAL,
+        defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
+    ),
+    Algorithm(
+        name="boft",
+        summary="Rotations as butterfly factors.",
+        build="lycoris.modules.boft:ButterflyOFTModule",
+        arguments=_ORTHOGONAL,
+        defaults=_size(10, 1.0, constraint=0.0, rescaled=False),
+    ),
+    Algorithm(
+        name="ia3",
+        summary="A scale per output or input.",
+        build=f"{_LAYERS}:IA3Layer",
+        arguments=_COMMON | {"train_on_input"},
+        defaults=_size(1, 1.0, train_on_input=False),
+        needs_dense_weight=True,
+    ),
+    Algorithm(
+        name="glora",
+        display_name="GLoRA",
+        summary="Factors on the weight and beside it.",
+        build=f"{_LAYERS}:GLoraLayer",
+        arguments=_COMMON | _TWO_FACTORS,
+        defaults=_size(8, 8.0),
+    ),
+    Algorithm(
+        name="dylora",
+        display_name="DyLoRA",
+        summary="LoRA that trains one block of ranks at a time.",
+        build=f"{_LAYERS}:DyLoraLayer",
+        arguments=_COMMON | {"block_size"},
+        defaults=_size(16, 16.0, block_size=4),
+        # LyCORIS's bypass shapes the drawn blocks as if all ranks were drawn, and fails. A DyLoRA file loads
+        # on a quantised model all the same: its keys are a LoRA's, so LyCORIS makes LoRA layers of it.
+        needs_dense_weight=True,
+    ),
+)
+
+
+def display_name_of(name: str) -> str:
+    """Title of an algorithm or of lora_type standard; an unknown name as it is."""
+    known = {**ALGORITHMS, STANDARD.name: STANDARD}
+    return known[name].title if name in known else name
+
+
+def argument_aliases() -> dict[str, str]:
+    """Other name of an argument -> its name in LyCORIS's constructors."""
+    return {alias: name for name, argument in ARGUMENTS.items() for alias in argument.aliases}
