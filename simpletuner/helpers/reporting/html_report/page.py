@@ -1,4 +1,4 @@
-"""The whole page of a run, and the writing of it."""
+"""Renders and writes report.html."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _HERE = Path(__file__).parent
 
 
 def write_page(output_dir: Path, *, state: State | None = None) -> Path:
-    """Make the page of the run in a folder from what lies there, and put it into that folder.
+    """Render the report of an output folder and write it there.
 
     Raises:
-        NoRunError: It is not the folder of a run.
-        StorageError: The page cannot be written; the one from before is unchanged.
+        NoRunError: The folder is not the output_dir of a run.
+        StorageError: The report is not writable; an earlier report stays unchanged.
     """
     file = output_dir / PAGE_FILE
     write_text(file, render_page(read_run(output_dir, state=state)))
@@ -37,11 +37,11 @@ def write_page(output_dir: Path, *, state: State | None = None) -> Path:
 
 
 def render_page(run: RunSnapshot) -> str:
-    """The page as one html document that needs nothing beside it."""
+    """The report as one self-contained HTML document."""
     blocks = [
-        section("course", "Course", _charts(run)),
+        section("course", "Curves", _charts(run)),
         section("schedule", "Rank schedule", render_schedule(run)),
-        section("pictures", "Pictures", render_gallery(run.images)),
+        section("pictures", "Images", render_gallery(run.images)),
         section("data", "Data", sections.render_datasets(run)),
         section("configuration", "Configuration", sections.render_configuration(run)),
         section("environment", "Environment", sections.render_environment(run)),
@@ -50,7 +50,7 @@ def render_page(run: RunSnapshot) -> str:
     body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    # Only the script below may run, and nothing is loaded from anywhere.
+    # The browser runs only this script and loads nothing.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -99,7 +99,7 @@ def _charts(run: RunSnapshot) -> str:
 
 
 def _without_peaks(values: Floats) -> Floats:
-    """The same, but the highest hundredth is cut: the first step takes long and would hide the others."""
+    """Values capped at their 99th percentile: the slow first step would flatten the others."""
     return np.minimum(values, np.nanpercentile(values, 99)) if np.isfinite(values).any() else values
 
 
