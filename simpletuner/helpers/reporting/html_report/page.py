@@ -64,34 +64,33 @@ def render_page(run: RunSnapshot) -> str:
 
 
 def _charts(run: RunSnapshot) -> str:
-    log = run.log
+    log, steps = run.log, run.log.steps
     if not log.lines:
         return ""
     loss, seconds = log.column("loss"), log.column("seconds")
-    bands = [smooth(log.column("loss_by_band", band)) for band in BANDS]
     loss_chart = Chart(
         "Loss",
-        [_curve(log.steps, loss, "each step", is_faint=True), _curve(log.steps, smooth(loss), "smoothed")],
+        [_curve(steps, loss, "each step", is_faint=True), _curve(steps, smooth(loss), "smoothed")],
         is_wide=True,
     )
     by_band = Chart(
         "Loss by noise level, smoothed",
         [
-            _curve(log.steps, values, f"timesteps {band}", colour=colour)
-            for colour, (band, values) in enumerate(zip(BANDS, bands, strict=True), start=2)
+            _curve(steps, smooth(log.column("loss_by_band", band)), f"timesteps {band}", colour=colour)
+            for colour, band in enumerate(BANDS, start=2)
         ],
         is_wide=True,
         note="Timestep 0 is the clean image, 1000 is pure noise.",
     )
     memory = [
-        _curve(log.steps, log.column("memory_mib") / 1024, "process", colour=1),
-        _curve(log.steps, log.column("device_memory_mib") / 1024, "GPU", colour=2),
+        _curve(steps, log.column("memory_mib") / 1024, "process", colour=1),
+        _curve(steps, log.column("device_memory_mib") / 1024, "GPU", colour=2),
     ]
     small = [
-        Chart("Learning rate", [_curve(log.steps, log.column("lr"), "rate", colour=3)]),
-        Chart("Mean active rank", _both(log.steps, log.column("mean_active_rank"), colour=4)),
-        Chart("Gradient norm", _both(log.steps, log.column("grad_norm"), colour=2), note="Before clipping."),
-        Chart("Seconds per step", _both(log.steps, _without_peaks(seconds), colour=1)),
+        Chart("Learning rate", [_curve(steps, log.column("lr"), "rate", colour=3)]),
+        Chart("Mean active rank", _both(steps, log.column("mean_active_rank"), colour=4)),
+        Chart("Gradient norm", _both(steps, log.column("grad_norm"), colour=2), note="Before clipping."),
+        Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
     figures = "\n".join(filter(None, map(draw_chart, [loss_chart, by_band, *small])))

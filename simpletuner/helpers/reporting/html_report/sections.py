@@ -104,13 +104,14 @@ def _headline(run: RunSnapshot) -> str:
     log, adapter = run.log, run.manifest.get("adapter", {})
     if not log.lines:
         return "<p>No step is finished yet.</p>"
-    losses = downsample(log.steps, smooth(log.column("loss"))).means
+    steps = log.steps
+    losses = downsample(steps, smooth(log.column("loss"))).means
     seconds = log.column("seconds")
     memory = {name: log.column(name) for name in ("memory_mib", "device_memory_mib")}
     peak = {name: float(np.nanmax(values)) for name, values in memory.items() if np.isfinite(values).any()}
     per_step_s = float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else 0.0
     samples = log.column("samples")
-    per_step = samples[-1] / log.steps[-1]
+    per_step = samples[-1] / steps[-1]
     entries = [
         ("loss, smoothed", format_number(float(losses[-1]))),
         ("samples seen", format_number(float(samples[-1]))),
