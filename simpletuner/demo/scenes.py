@@ -156,8 +156,9 @@ def polygon_mask(points: list[Point]) -> Mask:
     image = Image.new("L", (edge, edge))
     corners = [(x * _OVERSAMPLING - 0.5, y * _OVERSAMPLING - 0.5) for x, y in points]
     ImageDraw.Draw(image).polygon(corners, fill=255)
-    fine = np.asarray(image, dtype=np.float32).reshape(SIZE_PX, _OVERSAMPLING, SIZE_PX, _OVERSAMPLING)
-    mask: Mask = fine.mean(axis=(1, 3)) / np.float32(255)
+    rows = np.asarray(image).reshape(SIZE_PX, _OVERSAMPLING, edge).sum(axis=1, dtype=np.uint16)
+    sums = rows.reshape(SIZE_PX, SIZE_PX, _OVERSAMPLING).sum(axis=2, dtype=np.uint16)
+    mask: Mask = sums.astype(np.float32) / np.float32(_OVERSAMPLING**2) / np.float32(255)
     return mask
 
 
