@@ -39,7 +39,7 @@ from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
 from simpletuner.helpers.sampling.comparison import build_comparison, kind_of
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
-from simpletuner.helpers.training.caches import CacheFiller
+from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -96,7 +96,14 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
             return finished
         trackers = build_run_trackers(context)
         shots = expand_prompts(config.validation, seed=config.training.seed)
-        fill_caches(context, shots)
+        fill_caches(
+            context.data,
+            shots,
+            config=config,
+            family=context.family,
+            accelerator=context.accelerator,
+            preemption=context.preemption,
+        )
         return build_components(context, shots=shots, trackers=trackers, resources=resources)
 
 
@@ -301,20 +308,6 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         caption_dropout=config.training.caption_dropout_probability,
         stack_text=family.stack_text,
     )
-
-
-def fill_caches(context: RunContext, shots: tuple[PromptSpec, ...]) -> None:
-    """Encode images, captions and validation prompts; the encoders are gone again afterwards."""
-    prompts = {shot.prompt for shot in shots}
-    if shots:
-        prompts.add(context.config.validation.validation_negative_prompt)
-    filling = CacheFiller(
-        config=context.config,
-        accelerator=context.accelerator,
-        family=context.family,
-        preemption=context.preemption,
-    )
-    filling.fill(context.data, prompts=sorted(prompts))
 
 
 def build_sampler(
