@@ -58,7 +58,7 @@ def square_size(*, resolution: float, resolution_type: ResolutionType, alignment
 
 
 def target_area_px(resolution: float, resolution_type: ResolutionType) -> float:
-    """The area of a resolution in pixels; for "pixel" the area of a square with that edge."""
+    """The area in pixels that a resolution means; for "pixel" that of the square with that edge."""
     return resolution * _PIXELS_PER_MEGAPIXEL if resolution_type == "area" else resolution**2
 
 

@@ -50,7 +50,7 @@ class Scan:
 
     images: tuple[FoundFile, ...]
     captions: dict[str, tuple[FoundFile, ...]]
-    """Name without suffix -> its text files (.txt, .TXT)."""
+    """Name without suffix -> the caption files of that name (.txt, .TXT)."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason)."""
 
