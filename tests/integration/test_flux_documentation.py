@@ -1,6 +1,6 @@
-"""The quickstarts of Flux.1 and Flux.2: their files train, their code runs, their numbers are right.
+"""The quickstart of Flux.1 and Flux.2: its files train, its code runs, its numbers are right.
 
-What changes is what a toy cannot have: its repository, size, steps, device, ranks above 16, 16 bits.
+The tiny models need other values of: repository, size, steps, device, ranks above 16, 16 bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,69 +44,67 @@ OVERRIDES = {
     "base_model_precision": "no_change",
     "text_encoder_1_precision": "no_change",
     "optimizer": "adamw",
-    "learning_rate": 0.1,  # the adapter is to be seen after two steps
+    "learning_rate": 0.1,  # so that two steps change the image
     "validation_disable": True,
 }
 RANKS = {"linear_dim": 16, "linear_alpha": 16, "tlora_min_rank": 8}
 TOKENS = {edge_px: (edge_px // 16) ** 2 for edge_px in (512, 1024)}
 
 
-@dataclass(frozen=True)
-class Page:
-    """One of the two pages."""
-
-    file: str
-    example: str
-
-    @property
-    def text(self) -> str:
-        return (REPOSITORY / "documentation" / self.file).read_text(encoding="utf-8")
-
-    def block(self, label: str) -> str:
-        """The code block under a label."""
-        found = re.search(rf"<!-- {re.escape(label)} -->\n```\w+\n(.+?)```", self.text, re.DOTALL)
-        assert found is not None, f"{self.file} has no {label}"
-        return found[1]
+PAGE = (REPOSITORY / "documentation" / "quickstart-flux.md").read_text(encoding="utf-8")
+EXAMPLES = {"flux": "flux-dev-tlora-vanilla", "klein": "flux2-klein-4b-tlora", "dev": "flux2-dev-tlora"}
+PIPELINES = {"flux": "Flux.1 dev", "klein": "Flux.2 Klein", "dev": "Flux.2 dev"}
+"""Model -> its column in the page's table of pipelines."""
 
 
-FLUX = Page("quickstart-flux.md", "flux-dev-tlora-vanilla")
-FLUX2 = Page("quickstart-flux2.md", "flux2-klein-4b-tlora")
-BLOCKS = [
-    pytest.param(page, label, kind, id=f"{kind}-{label}")
-    for page, label, kind in (
-        (FLUX, "loader", "flux"),
-        (FLUX, "recipe", "flux"),
-        (FLUX2, "loader", "klein"),
-        (FLUX2, "recipe", "dev"),
-    )
-]
+def block(label: str) -> str:
+    """The code block under a label."""
+    found = re.search(rf"<!-- {re.escape(label)} -->\n```\w+\n(.+?)```", PAGE, re.DOTALL)
+    assert found is not None, f"the page has no {label}"
+    return found[1]
+
+
+def table(label: str) -> list[list[str]]:
+    """The cells of a table under a label, its head first."""
+    lines = PAGE.partition(f"<!-- table: {label} -->\n")[2].partition("\n\n")[0].splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [head, *rows]
 
 
 @functools.cache
-def tiny(kind: str) -> Path:
-    """The tiny model of a kind, made once per process."""
-    folder = Path(tempfile.mkdtemp(prefix=f"tiny_{kind}_"))
-    if kind == "flux":
+def tiny(model: str) -> Path:
+    """The tiny model, made once per process."""
+    folder = Path(tempfile.mkdtemp(prefix=f"tiny_{model}_"))
+    if model == "flux":
         save_tiny_flux(folder)
     else:
-        save_tiny_flux2(folder, klein=kind == "klein")
+        save_tiny_flux2(folder, klein=model == "klein")
     return folder
 
 
-def files_of(kind: str) -> dict[str, Any]:
-    """What a page's reader has in the three files; dev's are an example that the page only names."""
-    if kind == "dev":
-        folder = REPOSITORY / "config" / "examples" / "flux2-dev-tlora"
-        return {name: json.loads((folder / name).read_text()) for name in FILES}
-    page = FLUX if kind == "flux" else FLUX2
-    return {name: json.loads(page.block(f"example: {name}")) for name in FILES}
+def example(model: str) -> dict[str, Any]:
+    """The three files of a model's example."""
+    folder = REPOSITORY / "config" / "examples" / EXAMPLES[model]
+    return {name: json.loads((folder / name).read_text()) for name in FILES}
+
+
+def shown_files(model: str) -> dict[str, Any]:
+    """The three files as the page gives them: Flux.1's, with the differences of Flux.2."""
+    files = {name: json.loads(block(f"example: {name}")) for name in FILES}
+    name = ""
+    for file, key, flux, flux2 in table("differences")[1:]:
+        name, key = file.strip("`") or name, key.strip("`")
+        assert (json.loads(flux.strip("`")) if flux else None) == files[name].get(key), key
+        if model == "klein":
+            files[name][key] = json.loads(flux2.strip("`"))
+    return files
 
 
 @functools.cache
-def trained(kind: str) -> Path:
-    """The folder of a run with those files on the tiny model, where its adapter lies."""
-    folder = Path(tempfile.mkdtemp(prefix=f"trained_{kind}_"))
-    files = files_of(kind)
+def trained(model: str) -> Path:
+    """The output folder of a run of the tiny model with those files; dev's the page only names."""
+    folder = Path(tempfile.mkdtemp(prefix=f"trained_{model}_"))
+    files = example(model) if model == "dev" else shown_files(model)
     files["lycoris_tlora.json"] |= RANKS
     files["multidatabackend.json"][0]["instance_data_dir"] = str(
         REPOSITORY / "simpletuner" / "demo" / "photo"
@@ -115,7 +112,7 @@ def trained(kind: str) -> Path:
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     keys = {name: folder / name for name in ("output_dir", "cache_dir_vae", "cache_dir_text")}
-    keys |= OVERRIDES | {"pretrained_model_name_or_path": tiny(kind)}
+    keys |= OVERRIDES | {"pretrained_model_name_or_path": tiny(model)}
     overrides = [f"{key}={value}" for key, value in keys.items()]
     reset_accelerate()
     assert (
@@ -125,11 +122,15 @@ def trained(kind: str) -> Path:
     return folder / "output_dir"
 
 
-def run_code(page: Page, label: str, *, kind: str, **replaced: str) -> dict[str, Any]:
+def run_code(label: str, *, model: str, **replaced: str) -> dict[str, Any]:
     """The names that a block leaves behind, run beside the adapter's file."""
-    code = page.block(f"tested: {label}")
+    code = block(f"tested: {label}")
+    head, *rows = [[cell.strip("`") for cell in row] for row in table("pipelines")]
+    for row in rows:
+        assert row[0] in code, f"{row[0]} is not in the block"
+        code = code.replace(row[0], row[head.index(PIPELINES[model])])
     in_toy = {
-        r'"black-forest-labs/[\w.-]+"': f'r"{tiny(kind)}"',
+        r'"black-forest-labs/[\w.-]+"': f'r"{tiny(model)}"',
         r'\.to\("cuda"\)': "",
         r"torch\.bfloat16": "torch.float32",
         r"num_inference_steps=\d+": "num_inference_steps=3",
@@ -139,33 +140,34 @@ def run_code(page: Page, label: str, *, kind: str, **replaced: str) -> dict[str,
         code, count = re.subn(pattern, lambda _, value=value: value, code)
         assert count, f"{pattern} is not in the block"
     names: dict[str, Any] = {}
-    exec(compile(code, f"{page.file} {label}", "exec"), names)
+    exec(compile(code, f"quickstart-flux.md {label}", "exec"), names)
     return names
 
 
-@pytest.mark.parametrize("page", [FLUX, FLUX2], ids=lambda page: page.file)
-def test_shown_files_are_those_of_the_example(page: Page) -> None:
-    folder = REPOSITORY / "config" / "examples" / page.example
-    assert f"simpletuner examples copy {page.example} " in page.text
-    for name in FILES:
-        assert json.loads(page.block(f"example: {name}")) == json.loads((folder / name).read_text())
+@pytest.mark.parametrize("model", ["flux", "klein"])
+def test_shown_files_are_those_of_the_example(model: str) -> None:
+    assert f"simpletuner examples copy {EXAMPLES[model]} " in PAGE
+    assert shown_files(model) == example(model)
 
 
-@pytest.mark.parametrize(("page", "label", "kind"), BLOCKS)
-def test_code_of_the_page_runs(page: Page, label: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(trained(kind))
-    names = run_code(page, label, kind=kind)
+@pytest.mark.parametrize(
+    ("label", "model"), [("loader", "flux"), ("recipe", "flux"), ("loader", "klein"), ("recipe", "dev")]
+)
+def test_code_of_the_page_runs(label: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(trained(model))
+    names = run_code(label, model=model)
     assert isinstance(names["image"], Image.Image)
+    assert type(names["pipeline"]).__name__ == table("pipelines")[2][list(PIPELINES).index(model)].strip("`")
     assert names["pipeline"]._tlora_config.items() >= {"max_rank": 16, "min_rank": 8, "alpha": 1.0}.items()
 
 
-def test_recipe_and_command_make_the_loaders_picture_and_are_really_masked(
+def test_recipe_and_command_make_the_loaders_image_and_are_really_masked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained("flux"))
 
-    def picture(label: str, **replaced: str) -> np.ndarray:
-        return np.asarray(run_code(FLUX, label, kind="flux", **replaced)["image"]).astype(int)
+    def image(label: str, **replaced: str) -> np.ndarray:
+        return np.asarray(run_code(label, model="flux", **replaced)["image"]).astype(int)
 
     request = SampleRequest(
         adapter=Path(ADAPTER_FILE),
@@ -176,11 +178,11 @@ def test_recipe_and_command_make_the_loaders_picture_and_are_really_masked(
         options={},
     )
     (file,) = sample(request, output=tmp_path, families=registry.specs())
-    recipe = picture("recipe")
+    recipe = image("recipe")
     assert np.abs(recipe - np.asarray(Image.open(file))).max() <= 1
-    assert np.abs(recipe - picture("loader")).max() <= 1
-    assert np.abs(recipe - picture("recipe", **{'"min_rank": 8': '"min_rank": 16'})).max() > 2
-    assert np.abs(recipe - picture("recipe", **{r"merge_to\(\)": "merge_to(0.5)"})).max() > 2
+    assert np.abs(recipe - image("loader")).max() <= 1
+    assert np.abs(recipe - image("recipe", **{'"min_rank": 8': '"min_rank": 16'})).max() > 2
+    assert np.abs(recipe - image("recipe", **{r"merge_to\(\)": "merge_to(0.5)"})).max() > 2
 
 
 def test_a_distilled_klein_takes_the_base_models_file_with_a_warning(
@@ -198,16 +200,14 @@ def test_a_distilled_klein_takes_the_base_models_file_with_a_warning(
     assert isinstance(image, Image.Image)
 
 
-@pytest.mark.parametrize(("page", "family"), [(FLUX, "flux"), (FLUX2, "flux2")], ids=["flux", "flux2"])
-def test_table_of_ranks_is_what_the_code_computes(page: Page, family: str) -> None:
-    table = page.text.partition("<!-- table: ranks -->\n")[2].partition("\n\n")[0]
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    at_1024 = at(1024, family=family)
-    assert rows[-1][0].startswith(f"{at_1024:.2f}")
+def test_table_of_ranks_is_what_the_code_computes() -> None:
+    head, *rows = table("ranks")
     shares = (np.arange(4000) + 0.5) / 4000
     sigmas = 1 / (1 + np.exp(-norm.ppf(shares)))
-    for row, factor in zip(rows, (1.0, 3.0, at_1024), strict=True):
-        timesteps = [sigma_to_timestep(shift_sigma(float(sigma), factor)) for sigma in sigmas]
+    shifts = (1.0, 3.0, at(1024, family="flux"), at(1024, family="flux2"))
+    for row, shift in zip(rows, shifts, strict=True):
+        assert row[0].partition(",")[0] == f"{shift:.2f}".removesuffix(".00")
+        timesteps = [sigma_to_timestep(shift_sigma(float(sigma), shift)) for sigma in sigmas]
         expected = [f"{np.mean(timesteps):.0f}"]
         for column in head[2:]:
             rank, least = map(int, re.findall(r"\d+", column))
@@ -222,13 +222,13 @@ def at(edge_px: int, *, family: str) -> float:
     return DynamicShift()(tokens) if family == "flux" else math.exp(compute_empirical_mu(tokens, 50))
 
 
-def test_pages_name_every_flavour_with_its_numbers() -> None:
+def test_page_names_every_flavour_with_its_numbers() -> None:
     for name, flavour in FLAVOURS.items():
-        assert f"`{name}`" in FLUX.text
-        told = "yes" if flavour.has_guidance else "no"
-        assert re.search(rf"^\| .*`{name}`.* \| {told} \| {flavour.text_tokens} \|", FLUX.text, re.MULTILINE)
+        has_guidance = "yes" if flavour.has_guidance else "no"
+        row = rf"^\| .*`{name}`.* \| {has_guidance} \| {flavour.text_tokens} \|"
+        assert re.search(row, PAGE, re.MULTILINE), name
     for name in FLAVOURS_2:
-        assert f"`{name}`" in FLUX2.text
+        assert f"`{name}`" in PAGE
     for edge_px in TOKENS:
-        assert f"{at(edge_px, family='flux2'):.2f} at {edge_px} px" in FLUX2.text
-    assert f"{at(1024, family='flux'):.2f} at 1024 px" in FLUX.text
+        assert f"{at(edge_px, family='flux2'):.2f} at {edge_px} px" in PAGE
+    assert f"{at(1024, family='flux'):.2f} at 1024 px" in PAGE

@@ -12,7 +12,7 @@ import pytest
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.io.faults import at_crash_points
-from simpletuner.helpers.training.caches import CacheFiller
+from simpletuner.helpers.models.sdxl.family import SDXL
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start_pair, wait_for_steps
 
@@ -141,18 +141,19 @@ def test_signal_before_the_first_step_ends_without_a_checkpoint(
     assert run.run() == 0
 
 
-@pytest.mark.parametrize("stage", ["_images", "_texts"])
+@pytest.mark.parametrize(("encoder", "cache"), [("encode_images", "vae"), ("encode_prompts", "text")])
 @pytest.mark.reliability_row(3)
 def test_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
-    run: TinyRun, monkeypatch: pytest.MonkeyPatch, stage: str
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, encoder: str, cache: str
 ) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with monkeypatch.context() as patched:
-        then = vars(CacheFiller)[stage]
-        patched.setattr(CacheFiller, stage, signal_at(1, number=signal.SIGTERM, then=then))
+        then = getattr(SDXL, encoder)
+        patched.setattr(SDXL, encoder, signal_at(2, number=signal.SIGTERM, then=then))
         with pytest.raises(Preempted) as info:
-            run.run()
+            run.run(vae_batch_size=1)
     assert info.value.exit_code == EXIT_PREEMPTED
+    assert len(list((run.folder / "cache" / cache).rglob("*.safetensors"))) == 2  # of 3
     assert [signal.getsignal(number) for number in SIGNALS] == before
     reset_accelerate()
     assert run.run() == 0

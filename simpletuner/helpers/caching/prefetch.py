@@ -1,9 +1,10 @@
-"""Work done one item ahead of its use."""
+"""Computes the next result in a thread while the current one is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -11,21 +12,14 @@ Result = TypeVar("Result")
 
 
 def prefetch(items: Iterable[Item], work: Callable[[Item], Result]) -> Iterator[Result]:
-    """Yield work(item) in order, while a thread already does the next one.
+    """Yield work(item) for each item in order; a thread works one item ahead.
 
-    An exception of the work is raised where its result would have been yielded.
+    An exception in `work` is raised where its result would have been yielded.
     """
     remaining = iter(items)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead") as thread:
-        upcoming = [thread.submit(work, item) for item in _first(remaining)]
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as thread:
+        upcoming = [thread.submit(work, item) for item in islice(remaining, 1)]
         while upcoming:
             result = upcoming.pop().result()
-            upcoming = [thread.submit(work, item) for item in _first(remaining)]
+            upcoming = [thread.submit(work, item) for item in islice(remaining, 1)]
             yield result
-
-
-def _first(remaining: Iterator[Item]) -> Iterator[Item]:
-    """The next item, or nothing."""
-    for item in remaining:
-        yield item
-        return

@@ -1,4 +1,4 @@
-"""Tensors on disk under keys that are made from what the tensors were computed from."""
+"""Tensors on disk; an entry's key is a hash of everything that its tensors depend on."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KEY_FACT, _DIGEST_FACT = "key", "digest"
+_KEY_FIELD, _DIGEST_FIELD = "key", "digest"
 _KEY = re.compile(r"[0-9a-f]{32}")
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
-# The largest entry we write is a text embedding of a few MB; anything beyond is not ours.
+# The largest entry we write is a text embedding of a few MB; a larger file is not ours.
 MAX_ENTRY_BYTES = 1 << 30
 
 
@@ -43,20 +43,20 @@ def content_key(*parts: bytes | str) -> str:
 class TensorStore:
     """A folder of safetensors files, one per key, in subfolders by the key's first two characters.
 
-    Every file carries a digest of its key and its tensors. An entry that does not match it is removed and
-    counts as missing, so that whoever fills the store makes it again.
+    Each file's metadata holds a digest of its key and tensors. An entry that does not match its digest is
+    removed and counts as missing.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key lies, whether or not it exists."""
+        """The path of a key's entry, which need not exist."""
         assert _KEY.fullmatch(key), f"{key!r} is no content key"
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> dict[str, Tensor] | None:
-        """The tensors of a key, on the CPU; None when there is no entry or the entry was damaged.
+        """The tensors of a key, on the CPU; None if there is no entry or it is damaged.
 
         Raises:
             DataError: The entry exists and cannot be read.
@@ -81,22 +81,22 @@ class TensorStore:
             return None
 
     def __contains__(self, key: object) -> bool:
-        """Whether there is an entry and it is whole; it is read for that."""
+        """Whether there is an undamaged entry; reads it."""
         return isinstance(key, str) and self.get(key) is not None
 
-    def put(self, key: str, tensors: Mapping[str, Tensor], *, spec: Mapping[str, str]) -> None:
-        """Write an entry, replacing what was there; facts are for people who look into the file.
+    def put(self, key: str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+        """Write or replace an entry; the metadata is for people who look into the file.
 
         Raises:
             StorageError: The entry cannot be written.
         """
-        whole = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        metadata = {**spec, _KEY_FACT: key, _DIGEST_FACT: _digest(key, whole)}
-        # Not durable: an entry that a power cut damages fails its digest and is made again.
-        write_bytes(self.path(key), safetensors_torch.save(whole, metadata), durable=False)
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        fields = {**metadata, _KEY_FIELD: key, _DIGEST_FIELD: _digest(key, on_cpu)}
+        # Not durable: an entry that a power cut damages fails its digest and is encoded again.
+        write_bytes(self.path(key), safetensors_torch.save(on_cpu, fields), durable=False)
 
     def remove_stale(self) -> None:
-        """Remove temporary files of writers on this machine that no longer run."""
+        """Remove the temporary files of writers on this machine that no longer run."""
         if self.folder.is_dir():
             for folder in (self.folder, *self.folder.iterdir()):
                 remove_leftovers(folder)
@@ -108,18 +108,18 @@ class TensorStore:
 
 
 def _checked(data: bytes, key: str) -> dict[str, Tensor]:
-    """The tensors in the bytes of an entry.
+    """Parse an entry and check its key and digest.
 
     Raises:
-        ValueError: The entry belongs to another key or its tensors are not those that were written.
-        SafetensorError: The bytes are no safetensors file.
+        ValueError: The key or the digest differs.
+        SafetensorError: It is no safetensors file.
     """
     tensors = safetensors_torch.load(data)
     header_end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
     metadata = json.loads(data[_LENGTH_BYTES:header_end])["__metadata__"]
-    if metadata[_KEY_FACT] != key:
+    if metadata[_KEY_FIELD] != key:
         raise ValueError("it belongs to another key")
-    if metadata[_DIGEST_FACT] != _digest(key, tensors):
+    if metadata[_DIGEST_FIELD] != _digest(key, tensors):
         raise ValueError("its digest differs")
     return tensors
 

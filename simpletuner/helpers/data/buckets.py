@@ -1,4 +1,4 @@
-"""From an image's size to what is trained on: aspect buckets, resizing, cropping, as plain arithmetic."""
+"""Arithmetic of aspect buckets, resizing and cropping."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PIXELS_PER_MEGAPIXEL = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How an image becomes what is encoded: resized, then cut."""
+    """The resized size of an image and its crop, in pixels."""
 
     resized_px: Size
     top_left: tuple[int, int]
@@ -29,11 +29,12 @@ def bucket_size(
     alignment: int,
     aspect_decimals: int,
 ) -> Size:
-    """The size, in multiples of `alignment`, that stands for an image's aspect at a resolution.
+    """The bucket of an image's aspect at a resolution; width and height are multiples of `alignment`.
 
-    The resolution is the shorter edge in pixels ("pixel"), megapixels ("area"), or the edge in pixels of
-    the square with the wanted area ("pixel_area"). The long edge over the short one is rounded to
-    `aspect_decimals`, so that nearly equal aspects share a bucket and a portrait is its landscape turned.
+    The resolution is the shorter edge in pixels ("pixel"), an area in megapixels ("area"), or the edge in
+    pixels of a square of the same area ("pixel_area"). The long edge over the short edge is rounded to
+    `aspect_decimals`, so nearly equal aspects share a bucket, and a portrait's bucket is the transposed
+    landscape's.
     """
     longer, shorter = max(image_px.height, image_px.width), min(image_px.height, image_px.width)
     aspect = round(longer / shorter, aspect_decimals)
@@ -67,14 +68,14 @@ def nearest_multiple(edge_px: float, alignment: int) -> int:
 
 
 def is_too_small(image_px: Size, minimum: float, resolution_type: ResolutionType) -> bool:
-    """Whether an image is below the minimum: its shorter edge ("pixel") or its area (the others)."""
+    """Whether an image's shorter edge ("pixel") or area (other types) is below the minimum."""
     if resolution_type == "pixel":
         return min(image_px.height, image_px.width) < minimum
     return image_px.height * image_px.width < target_area_px(minimum, resolution_type)
 
 
 def place(image_px: Size, target_px: Size, *, style: CropStyle, rng: Random) -> Placement:
-    """Resize an image, aspect kept, until it just covers the target, and cut the target out of it."""
+    """Resize an image to the smallest size of its aspect that covers the target, and crop to the target."""
     scale = max(target_px.height / image_px.height, target_px.width / image_px.width)
     resized_px = Size(
         height=max(target_px.height, round(image_px.height * scale)),

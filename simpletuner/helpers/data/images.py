@@ -1,4 +1,4 @@
-"""Image files to pixels, never trusting the file: bounded by its header before anything is decoded."""
+"""Image files to pixels. Files are untrusted: the header's size is checked before anything is decoded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
-# 64 Mi pixels are 192 MiB as RGB: above every 60-megapixel camera, and affordable next to a model.
+# 64 Mi pixels are 192 MiB as RGB: more than a 60-megapixel camera gives, and small beside a model.
 MAX_PIXELS = 64 << 20
 MAX_EDGE_PX = 32768
 MAX_ASPECT = 32
@@ -24,7 +25,7 @@ MAX_ICC_BYTES = 4 << 20
 
 # Formats whose decoders are maintained and bounded; no EPS (runs Ghostscript), no PSD, no ICNS.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
-# What Pillow's decoders raise on damaged files.
+# Pillow's decoders raise these on damaged files.
 _DECODER_FAULTS = (
     OSError,
     SyntaxError,
@@ -54,13 +55,13 @@ _16_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
 
 
 def inspect_image(data: bytes) -> Size:
-    """The size of an image, orientation applied, after decoding it whole.
+    """Decode a whole image; returns its size, EXIF orientation applied.
 
     Raises:
-        DataError: The image cannot be used; the message is the reason alone.
+        DataError: The image cannot be used; the message does not name the file.
     """
     with warnings.catch_warnings():
-        # Of damaged side information, and of sizes above Pillow's limit, which ours is below.
+        # Pillow warns of damaged metadata, and of sizes above its own limit, which is above ours.
         warnings.simplefilter("ignore")
         image = decode_image(data)
     return Size(height=image.height, width=image.width)
@@ -70,7 +71,7 @@ def decode_image(data: bytes) -> Image.Image:
     """Decode a still image to 8-bit sRGB: orientation applied, alpha over white, embedded profile converted.
 
     Raises:
-        DataError: The image cannot be used; the message is the reason alone.
+        DataError: The image cannot be used; the message does not name the file.
     """
     image = _opened(data)
     _check_size(image)
@@ -78,8 +79,8 @@ def decode_image(data: bytes) -> Image.Image:
     profile = image.info.get("icc_profile")
     try:
         image.load()
-        orientation = _orientation(image)  # after loading: a TIFF is turned by its decoder, which resets it
-        rgb = _with_profile(_to_rgb(image), profile if image.mode in ("RGB", "RGBA") else None)
+        orientation = _orientation(image)  # after load(): the TIFF decoder rotates and resets the tag
+        rgb = _to_srgb(_to_rgb(image), profile if image.mode in ("RGB", "RGBA") else None)
         transpose = _TRANSPOSES.get(orientation)
         return rgb if transpose is None else rgb.transpose(transpose)
     except MemoryError as error:
@@ -91,7 +92,7 @@ def decode_image(data: bytes) -> Image.Image:
 def resize_and_crop(
     image: Image.Image, resized_px: Size, *, top_left: tuple[int, int], target_px: Size
 ) -> Tensor:
-    """Resize with Lanczos, cut the target out and give it as [3, H, W] float32 in [-1, 1]."""
+    """Resize with Lanczos and crop to [3, H, W] float32 in [-1, 1]."""
     top, left = top_left
     assert top + target_px.height <= resized_px.height, "the crop leaves the resized image"
     assert left + target_px.width <= resized_px.width, "the crop leaves the resized image"
@@ -122,10 +123,10 @@ def _not_an_image(data: bytes) -> str:
 
 
 def _check_size(image: Image.Image) -> None:
-    """Refuse by the header what must not be decoded.
+    """Check the size in the header, before decoding.
 
     Raises:
-        DataError: Too large or too elongated.
+        DataError: The image is too large or too elongated.
     """
     width, height = image.size
     size = f"{width}x{height} px"
@@ -140,20 +141,20 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _check_still(image: Image.Image, data: bytes) -> None:
-    # MPO is a JPEG that carries previews or a second view beside its picture.
+    # An MPO is a JPEG with previews or a second view beside its main image.
     if image.format in ("JPEG", "MPO", "BMP"):
         return
     try:
-        _opened(data).seek(1)  # a second handle: seeking would move the first one
+        _opened(data).seek(1)  # a second handle, because seek(1) changes the current frame
     except EOFError:
         return
     except _DECODER_FAULTS as error:
         raise DataError(f"it is damaged or cut off: {_described(error)}") from error
-    raise DataError("it is animated or has several pages; save the one that is meant as a still image")
+    raise DataError("it is animated or has several pages; save one of them as a still image")
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 when the EXIF data is missing or damaged, which does not harm the pixels."""
+    """EXIF orientation 1 to 8; 1 if the EXIF data is missing or damaged."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_FAULTS:
@@ -169,12 +170,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, with_alpha).convert("RGB")
     if image.mode == "CMYK":
-        return _from_cmyk(image)
+        return _to_srgb(image, image.info.get("icc_profile"))
     return image.convert("RGB")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, scaled to 8: Pillow's own conversion would clip it."""
+    """Scale grey of more than 8 bits to 8 bits; Pillow's own conversion would clip it."""
     if image.mode == "F":
         raise DataError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
     values = np.asarray(image)
@@ -183,27 +184,18 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    converted = _profile_converted(image, image.info.get("icc_profile"))
-    return image.convert("RGB") if converted is None else converted
-
-
-def _with_profile(rgb: Image.Image, profile: bytes | None) -> Image.Image:
-    converted = _profile_converted(rgb, profile)
-    return rgb if converted is None else converted
-
-
-def _profile_converted(image: Image.Image, profile: bytes | None) -> Image.Image | None:
-    """The image in sRGB, None when it has no profile, is sRGB already, or the profile is damaged."""
-    if not profile or len(profile) > MAX_ICC_BYTES:
-        return None
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
-            return None
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, *_DECODER_FAULTS):
-        return None
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image converted by its profile; a missing or damaged profile counts as sRGB."""
+    converted = None
+    if profile and len(profile) <= MAX_ICC_BYTES:
+        with suppress(ImageCms.PyCMSError, *_DECODER_FAULTS):
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(source).lower():
+                target = ImageCms.createProfile("sRGB")
+                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    if converted is not None:
+        return converted
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _described(error: Exception) -> str:

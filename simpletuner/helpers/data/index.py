@@ -1,4 +1,4 @@
-"""What is known about the images of a folder, so that unchanged files are neither read nor decoded again."""
+"""Remembers the inspected images of a folder, so unchanged files are neither read nor decoded again."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from simpletuner.helpers.io.names import printable
 
 logger = logging.getLogger(__name__)
 
-# Verdicts are only kept for the decoder and the rules that gave them.
+# Another Pillow or other rules may judge an image differently.
 _VERSION = f"1 {PIL.__version__}"
-# A file that changed this shortly before it was read may change again within one tick of its clock.
+# A file that changed this shortly before it was read may change again within one tick of its times.
 _RACY_NS = 2_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """What inspection of an image's bytes gave."""
+    """The result of inspecting an image file."""
 
     digest: str
-    """Of the bytes."""
+    """Of the file's bytes; empty if they cannot be read."""
     size: Size | None
-    """Orientation applied; None when it cannot be used."""
+    """EXIF orientation applied; None if the image cannot be used."""
     problem: str | None
-    """Why it cannot be used."""
+    """The reason if it cannot be used."""
 
 
 def content_digest(data: bytes) -> str:
@@ -45,10 +45,10 @@ def content_digest(data: bytes) -> str:
 
 
 class ImageIndex:
-    """The facts of the images under one folder, kept in one file.
+    """The ImageInfo of every image under one folder, stored in one file.
 
-    A file is read again when its size, times or inode changed; the status change time also changes when
-    somebody sets the modification time back. Bytes that were inspected before are not decoded again.
+    A file is read again if its size, times or inode changed; the status change time also changes when
+    somebody sets the modification time back. Known bytes are not decoded again.
     """
 
     def __init__(self, file: Path) -> None:
@@ -58,14 +58,14 @@ class ImageIndex:
         self._contents: dict[str, list[int] | str] = {}
 
     def info(self, image: FoundFile) -> ImageInfo:
-        """What is to be known about an image; its digest is empty when it cannot even be read."""
+        """Look an image up, or read and inspect it."""
         started_ns = time.time_ns()
         known = self._known_files.get(image.name)
         if known is not None and known[:-1] == list(image.signature):
             digest = str(known[-1])
             if digest in self._known_contents:
                 self._files[image.name] = known
-                return self._facts_of(digest, lambda: self._known_contents[digest])
+                return self._info_of(digest, lambda: self._known_contents[digest])
         try:
             data = read_bounded(image, limit=MAX_FILE_BYTES)
         except DataError as error:
@@ -73,10 +73,10 @@ class ImageIndex:
         digest = content_digest(data)
         if started_ns - image.signature[2] > _RACY_NS:
             self._files[image.name] = [*image.signature, digest]
-        return self._facts_of(digest, lambda: self._known_contents.get(digest) or _inspected(data))
+        return self._info_of(digest, lambda: self._known_contents.get(digest) or _inspected(data))
 
     def save(self) -> None:
-        """Write the facts of the images that were asked for since the index was opened.
+        """Write the entries of the images looked up since the index was opened; the others are dropped.
 
         Raises:
             StorageError: The file cannot be written.
@@ -86,7 +86,7 @@ class ImageIndex:
         body = json.dumps({"version": _VERSION, "files": self._files, "contents": self._contents})
         write_bytes(self._file, json.dumps([content_digest(body.encode()), body]).encode(), durable=False)
 
-    def _facts_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageInfo:
+    def _info_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageInfo:
         verdict = self._contents.get(digest)
         if verdict is None:
             verdict = self._contents[digest] = inspect()
@@ -105,7 +105,7 @@ def _inspected(data: bytes) -> list[int] | str:
 
 
 def _read(file: Path) -> tuple[dict[str, list[int | str]], dict[str, list[int] | str]]:
-    """The kept facts; none when there is no file or it is not as it was written."""
+    """The stored files and contents; both empty if the file is missing or damaged."""
     try:
         digest, body = json.loads(file.read_bytes())
         if digest != content_digest(body.encode()):
@@ -116,5 +116,5 @@ def _read(file: Path) -> tuple[dict[str, list[int | str]], dict[str, list[int] |
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("The image index %s is read anew: %s.", printable(str(file)), error)
+        logger.warning("The image index %s is damaged and will be rebuilt: %s.", printable(str(file)), error)
     return {}, {}

@@ -1,4 +1,4 @@
-"""One dataset's folder and settings to the images that are trained on, how each is cut, and its captions."""
+"""One dataset's folder and settings to its usable images, each with its crop and captions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
-from simpletuner.helpers.data.buckets import Placement, bucket_size, is_too_small, place, square_size
+from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place, square_size
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, with_instance_prompt
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
-from simpletuner.helpers.data.sources import FoundFile, Scan, Skipped, scan_folder
+from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -24,19 +24,8 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class PlanSettings:
-    """What is the same for every dataset of a run."""
-
-    seed: int
-    alignment: int
-    """Width and height of what is encoded are multiples of this many pixels."""
-    aspect_decimals: int
-    """Aspects are rounded to this many decimals before buckets are made."""
-
-
-@dataclass(frozen=True, slots=True)
 class PlannedImage:
-    """An image that is trained on."""
+    """A usable image."""
 
     file: FoundFile
     digest: str
@@ -44,23 +33,30 @@ class PlannedImage:
     sample: Sample
     """With the first caption."""
     captions: tuple[str, ...]
-    """One is drawn each time the image is trained on."""
+    """Each draw of the image takes one of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetPlan:
-    """What one dataset contributes."""
+    """The images of one dataset."""
 
     config: DatasetConfig
     images: tuple[PlannedImage, ...]
     """In the order of their names; never empty."""
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[SkippedImage, ...]
 
 
-def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageIndex) -> DatasetPlan:
-    """Scan a dataset's folder, inspect its images and read its captions.
+def plan_dataset(
+    config: DatasetConfig, *, index: ImageIndex, seed: int, alignment: int, aspect_decimals: int
+) -> DatasetPlan:
+    """Scan a dataset's folder, inspect its images and read its captions; log each skipped image.
 
-    What cannot be used is skipped and listed once with its reason.
+    Args:
+        config: The dataset.
+        index: Knows the images that earlier runs inspected.
+        seed: Selects the random crops, and the images if max_num_samples is set.
+        alignment: Width and height of buckets are multiples of this; pixels.
+        aspect_decimals: Decimals to which aspect ratios are rounded before they are sorted into buckets.
 
     Raises:
         DataError: The folder cannot be read, no image can be used, a caption is not UTF-8 text, or two images
@@ -69,13 +65,13 @@ def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageI
     scan = scan_folder(config.instance_data_dir)
     reader = caption_reader(config, scan)
     _refuse_ambiguous(config, reader)
-    skipped = [Skipped(config.id, printable(name), reason) for name, reason in scan.skipped]
+    skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
     usable: list[tuple[FoundFile, ImageInfo, Size]] = []
-    for file in _candidates(config, scan, settings.seed):
+    for file in _candidates(config, scan, seed):
         info = index.info(file)
         reason = info.problem or reader.unusable(file) or _size_problem(info.size, config)
         if info.size is None or reason is not None:
-            skipped.append(Skipped(config.id, printable(file.name), reason or "its size is unknown"))
+            skipped.append(SkippedImage(config.id, printable(file.name), reason or "its size is unknown"))
         else:
             usable.append((file, info, info.size))
         if len(usable) == config.max_num_samples:
@@ -83,27 +79,37 @@ def plan_dataset(config: DatasetConfig, settings: PlanSettings, *, index: ImageI
     usable.sort(key=lambda entry: entry[0].name.split("/"))
     _report_skipped(config, skipped, num_usable=len(usable))
     captions = _captions_of(config, [file for file, _, _ in usable], reader=reader)
-    images = tuple(
-        _planned(config, settings, file=file, info=info, size=size, captions=texts)
-        for (file, info, size), texts in zip(usable, captions, strict=True)
-    )
-    return DatasetPlan(config=config, images=images, skipped=tuple(skipped))
-
-
-def bucket_of(image_px: Size, config: DatasetConfig, settings: PlanSettings) -> Size:
-    """The size at which an image of a dataset is encoded."""
-    if config.crop and config.crop_aspect == "square":
-        return square_size(
-            resolution=config.resolution,
-            resolution_type=config.resolution_type,
-            alignment=settings.alignment,
+    style = config.crop_style if config.crop else "center"
+    images = []
+    for (file, info, size), texts in zip(usable, captions, strict=True):
+        target_px = bucket_of(size, config, alignment=alignment, aspect_decimals=aspect_decimals)
+        # Drawn once for a seed, because latents are cached.
+        rng = Random(f"{seed} crop {config.id} {file.name!r}")
+        placement = place(size, target_px, style=style, rng=rng)
+        sample = Sample(
+            dataset_id=config.id,
+            path=printable(file.name),
+            caption=texts[0],
+            original_px=size,
+            resized_px=placement.resized_px,
+            crop_top_left=placement.top_left,
+            target_px=target_px,
         )
+        images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=texts))
+    return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
+
+
+def bucket_of(image_px: Size, config: DatasetConfig, *, alignment: int, aspect_decimals: int) -> Size:
+    """The bucket of an image: the size at which it is encoded."""
+    resolution, resolution_type = config.resolution, config.resolution_type
+    if config.crop and config.crop_aspect == "square":
+        return square_size(resolution=resolution, resolution_type=resolution_type, alignment=alignment)
     return bucket_size(
         image_px,
-        resolution=config.resolution,
-        resolution_type=config.resolution_type,
-        alignment=settings.alignment,
-        aspect_decimals=settings.aspect_decimals,
+        resolution=resolution,
+        resolution_type=resolution_type,
+        alignment=alignment,
+        aspect_decimals=aspect_decimals,
     )
 
 
@@ -117,11 +123,11 @@ def _refuse_ambiguous(config: DatasetConfig, reader: CaptionReader) -> None:
 
 
 def _candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFile]:
-    """The images in the order in which they are inspected: with max_num_samples a random one."""
+    """The images in the order of inspection: random if max_num_samples is set."""
     if config.max_num_samples is None:
         return scan.images
     order = shuffled(seed, f"max_num_samples\x1f{config.id}", 0, length=len(scan.images))
-    return (scan.images[place] for place in order)
+    return (scan.images[position] for position in order)
 
 
 def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
@@ -138,7 +144,7 @@ def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
     )
 
 
-def _report_skipped(config: DatasetConfig, skipped: list[Skipped], *, num_usable: int) -> None:
+def _report_skipped(config: DatasetConfig, skipped: list[SkippedImage], *, num_usable: int) -> None:
     for each in skipped:
         logger.warning("Dataset %s: skipped %s: %s.", config.id, each.path, each.reason)
     if num_usable == 0:
@@ -176,37 +182,8 @@ def _captions_of(
     return captions
 
 
-def _planned(
-    config: DatasetConfig,
-    settings: PlanSettings,
-    *,
-    file: FoundFile,
-    info: ImageInfo,
-    size: Size,
-    captions: tuple[str, ...],
-) -> PlannedImage:
-    placement = _placement(config, settings, name=file.name, size=size)
-    sample = Sample(
-        dataset_id=config.id,
-        path=printable(file.name),
-        caption=captions[0],
-        original_px=size,
-        resized_px=placement.resized_px,
-        crop_top_left=placement.top_left,
-        target_px=placement.target_px,
-    )
-    return PlannedImage(file=file, digest=info.digest, sample=sample, captions=captions)
-
-
-def _placement(config: DatasetConfig, settings: PlanSettings, *, name: str, size: Size) -> Placement:
-    """Where an image is cut. A random place is drawn once for a run's seed, since latents are kept."""
-    rng = Random(f"{settings.seed} crop {config.id} {name!r}")
-    style = config.crop_style if config.crop else "center"
-    return place(size, bucket_of(size, config, settings), style=style, rng=rng)
-
-
 def _listed(texts: list[str]) -> str:
-    """The first few of the texts and how many there are beyond."""
+    """The first few distinct texts and the number of the others."""
     counted = Counter(texts)
     shown = "; ".join(list(counted)[:_SHOWN])
     return shown if len(counted) <= _SHOWN else f"{shown}; and {len(counted) - _SHOWN} more"

@@ -1,4 +1,4 @@
-"""The endless order of samples: a pure function of seed, epoch and place, with no state to lose."""
+"""The endless order of samples: a pure function of the seed and the batch number, without state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from simpletuner.helpers.randomness import mix
 
-_KEPT_NUMBERS = 1 << 24  # 64 MiB of permutations
+_CACHED_NUMBERS = 1 << 24  # 64 MiB of permutations
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,26 +18,27 @@ class Bucket:
     """Samples that may share a batch."""
 
     name: str
-    """Its random stream: two buckets of one name have one order."""
+    """Seeds its order: two buckets of one name have the same order."""
     num_samples: int
     samples_per_epoch: int
-    """How many draws an epoch makes: samples times (repeats + 1), or a share of it."""
+    """Requested draws: num_samples * (repeats + 1) * probability, rounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One global batch: which samples of which bucket."""
+    """One global batch."""
 
     epoch: int
     bucket: int
     samples: tuple[int, ...]
+    """Positions in the bucket."""
 
 
 def shuffled(seed: int, purpose: str, index: int, *, length: int) -> npt.NDArray[np.int32]:
-    """A permutation of range(length) that depends on the arguments alone.
+    """A permutation of range(length) that depends only on the arguments.
 
-    The raw words of Philox are specified by its authors, unlike numpy's shuffling, so that the order is the
-    same with every version of numpy.
+    Philox's raw words are specified by its authors, unlike numpy's shuffle, so every version of numpy gives
+    the same order.
 
     Source: Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3.
     """
@@ -46,11 +47,11 @@ def shuffled(seed: int, purpose: str, index: int, *, length: int) -> npt.NDArray
 
 
 class Sampler:
-    """Draws global batches out of buckets.
+    """Draws global batches from buckets.
 
-    Each bucket is an endless sequence of shuffled passes over its samples, of which every epoch takes the
-    next part: whole batches, so the last batch of a bucket that does not divide begins the next pass.
-    After whole epochs no sample of a bucket was drawn over one time more often than another.
+    Each bucket is an endless sequence of shuffled passes over its samples, and each epoch takes the next
+    whole batches of it, so the last batch of an epoch may begin the next pass. After whole epochs the draws
+    of two samples of a bucket differ by at most one.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, seed: int, batch_size: int) -> None:
@@ -65,17 +66,13 @@ class Sampler:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Global batches in one epoch, the same in every epoch."""
+        """Global batches in each epoch."""
         return int(self._starts[-1])
 
-    def num_draws(self, bucket: int) -> int:
-        """Draws from a bucket in one epoch, those that fill up its last batch included."""
-        return self._num_batches[bucket] * self._batch_size
-
     def draw(self, index: int) -> Draw:
-        """The global batch of a place in the endless sequence, found without going through those before."""
-        epoch, place = divmod(index, self.batches_per_epoch)
-        entry = int(self._order("epoch", epoch, self.batches_per_epoch)[place])
+        """The global batch with this number, computed without the earlier ones."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        entry = int(self._order("epoch", epoch, self.batches_per_epoch)[position])
         bucket = int(np.searchsorted(self._starts, entry, side="right")) - 1
         batch = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
         first = batch * self._batch_size
@@ -83,16 +80,16 @@ class Sampler:
         return Draw(epoch=epoch, bucket=bucket, samples=samples)
 
     def _sample(self, bucket: int, turn: int) -> int:
-        """The sample whose turn it is in the endless sequence of one bucket."""
-        facts = self._buckets[bucket]
-        pass_index, place = divmod(turn, facts.num_samples)
-        return int(self._order(f"pass\x1f{facts.name}", pass_index, facts.num_samples)[place])
+        """The sample of one turn in the bucket's endless sequence."""
+        name, num_samples = self._buckets[bucket].name, self._buckets[bucket].num_samples
+        pass_index, position = divmod(turn, num_samples)
+        return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position])
 
     def _order(self, purpose: str, index: int, length: int) -> npt.NDArray[np.int32]:
-        """A permutation, kept while there is room: neighbouring places need the same few."""
+        """A cached permutation: neighbouring batches need the same few."""
         order = self._orders.get((purpose, index))
         if order is None:
-            if sum(map(len, self._orders.values())) + length > _KEPT_NUMBERS:
+            if sum(map(len, self._orders.values())) + length > _CACHED_NUMBERS:
                 self._orders.clear()
             order = self._orders[purpose, index] = shuffled(self._seed, purpose, index, length=length)
         return order

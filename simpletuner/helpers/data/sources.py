@@ -1,4 +1,4 @@
-"""Which images a dataset's folder holds."""
+"""Finds the images and text files in a dataset's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.helpers.choices.captions import caption_suffixes
-from simpletuner.helpers.configuration.loading.dataset_file import IMAGE_SUFFIXES
+from simpletuner.helpers.configuration.schema.datasets import IMAGE_SUFFIXES
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -17,8 +17,8 @@ MAX_FILE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
-    """An image that is not trained on, and why."""
+class SkippedImage:
+    """An unusable image and the reason."""
 
     dataset_id: str
     path: str
@@ -28,24 +28,24 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A regular file in a dataset's folder, with what tells whether it changed."""
+    """A regular file in a dataset's folder, with a signature that changes when the file does."""
 
     folder: Path
-    """The dataset's, links resolved."""
+    """The dataset's, symbolic links resolved."""
     name: str
-    """Relative to the dataset's folder with forward slashes, as the file system gives it."""
+    """Relative to the dataset's folder, with forward slashes; may hold bytes that are not UTF-8."""
     signature: tuple[int, int, int, int]
     """(bytes, modification time, status change time, inode); times in nanoseconds."""
 
     @property
     def path(self) -> Path:
-        """Where it lies; made on request, since that is half the work of a scan."""
+        """The whole path; a property, because building it for each file would double the time of a scan."""
         return self.folder / self.name
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a folder holds, in the order of the names."""
+    """The contents of a folder, in the order of the names."""
 
     images: tuple[FoundFile, ...]
     captions: dict[str, tuple[FoundFile, ...]]
@@ -57,11 +57,11 @@ class Scan:
 def scan_folder(folder: Path) -> Scan:
     """Find the images and text files in a folder and its subfolders, in the order of their names.
 
-    Hidden files, links that leave the folder, links to folders and everything that is not a regular file are
-    passed over; those with an image's suffix are listed with the reason.
+    Hidden files are ignored. Symbolic links to folders or out of the dataset's folder, unreadable subfolders,
+    and images and text files that are not regular files are skipped with a reason.
 
     Raises:
-        DataError: The folder itself cannot be read.
+        DataError: The dataset's folder cannot be read.
     """
     root = folder.resolve()
     images: list[FoundFile] = []
@@ -80,13 +80,13 @@ def scan_folder(folder: Path) -> Scan:
 
 
 def read_bounded(file: FoundFile, *, limit: int) -> bytes:
-    """The bytes of a file, which must be a regular one of at most `limit` bytes.
+    """The bytes of a regular file of at most `limit` bytes.
 
     Raises:
-        DataError: The file cannot be read or is larger; the message does not repeat the name.
+        DataError: The file is larger, not regular or cannot be read; the message does not name it.
     """
     try:
-        # Not blocking: the file may have been replaced by a pipe since the scan.
+        # Non-blocking: a pipe may have replaced the file since the scan.
         descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
         with os.fdopen(descriptor, "rb") as opened:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -100,7 +100,7 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
 
 
 def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
-    """(name, file or reason) of every file that matters, in no particular order."""
+    """(name, file or reason to skip it), in no particular order."""
     suffixes = (*sorted(IMAGE_SUFFIXES), *caption_suffixes())
     pending = [""]
     while pending:
@@ -129,14 +129,14 @@ def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
 
 
 def _by_folder(entry: tuple[str, FoundFile | str]) -> str:
-    """Sorts names as lists of their parts would be: no name holds a zero, and it comes before all else."""
+    """Sorts like the list of path components: no name holds a NUL, which sorts before every character."""
     return entry[0].replace("/", "\0")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a loop of links
+    except OSError:  # a loop of symbolic links
         return False
 
 
@@ -144,10 +144,10 @@ def _file_or_reason(root: Path, entry: os.DirEntry[str], name: str) -> FoundFile
     try:
         if entry.is_symlink() and not Path(entry.path).resolve(strict=True).is_relative_to(root):
             return "it is a link that leaves the dataset's folder"
-        facts = entry.stat()
+        status = entry.stat()
     except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-        return "it is a link to nothing" if entry.is_symlink() else "its facts cannot be read"
-    if not stat.S_ISREG(facts.st_mode):
+        return "it is a link to nothing" if entry.is_symlink() else "its status cannot be read"
+    if not stat.S_ISREG(status.st_mode):
         return "it is not a regular file"
-    signature = (facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino)
+    signature = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return FoundFile(folder=root, name=name, signature=signature)

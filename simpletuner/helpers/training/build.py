@@ -50,7 +50,7 @@ from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
 from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
-from simpletuner.helpers.training.caches import CacheFiller
+from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.final_files import FinalFiles
 from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
@@ -109,7 +109,14 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
             return finished
         trackers = build_run_trackers(context)
         prompts = expand_prompts(config.validation, seed=config.training.seed)
-        fill_caches(context, prompts)
+        fill_caches(
+            context.data,
+            prompts,
+            config=config,
+            family=context.family,
+            accelerator=context.accelerator,
+            preemption=context.preemption,
+        )
         return build_components(context, prompts=prompts, trackers=trackers, resources=resources)
 
 
@@ -346,20 +353,6 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         caption_dropout=config.training.caption_dropout_probability,
         stack_text=family.stack_text,
     )
-
-
-def fill_caches(context: RunContext, prompts: tuple[PromptSpec, ...]) -> None:
-    """Encode images, captions and validation prompts, then unload the encoders."""
-    texts = {prompt.text for prompt in prompts}
-    if prompts:
-        texts.add(context.config.validation.validation_negative_prompt)
-    filling = CacheFiller(
-        config=context.config,
-        accelerator=context.accelerator,
-        family=context.family,
-        preemption=context.preemption,
-    )
-    filling.fill(context.data, prompts=sorted(texts))
 
 
 def build_sampler(

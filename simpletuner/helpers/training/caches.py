@@ -1,12 +1,18 @@
-"""Fill the caches of latents and embeddings, with each encoder in memory only while it is needed."""
+"""Fills the caches of latents and prompt embeddings; each encoder is in memory only while it is needed."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
+from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.text import text_entry
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -14,88 +20,80 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.configuration.schema.sections import RunConfig
-    from simpletuner.helpers.contracts import TextEmbeds
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.sampling.prompts import PromptSpec
 
 logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
 
+Input = TypeVar("Input")
 
-@dataclass(kw_only=True, slots=True)
-class CacheFiller:
-    """Encodes what the caches lack, shared among the processes."""
 
-    config: RunConfig
-    accelerator: Accelerator
-    family: ModelFamily
-    preemption: Preemption
+def fill_caches(
+    data: TrainingData,
+    validation_prompts: Sequence[PromptSpec],
+    *,
+    config: RunConfig,
+    family: ModelFamily,
+    accelerator: Accelerator,
+    preemption: Preemption,
+) -> None:
+    """Encode the images, captions and validation prompts that are not cached, divided among the processes.
 
-    def fill(self, data: TrainingData, *, prompts: Sequence[str]) -> None:
-        """Encode every image and caption of the data, and these prompts; nothing stays loaded.
+    Raises:
+        Preempted: A signal came; the entries encoded so far are kept.
+        DataError: An image changed or vanished since the scan, or an encoded value is not finite.
+        ModelError: An encoder cannot be loaded.
+        StorageError: An entry cannot be written.
+    """
 
-        Raises:
-            Preempted: A signal came; what is encoded so far is kept.
-            DataError: A result is not finite.
-            ModelError: An encoder cannot be loaded.
-        """
-        self._images(data)
-        self._texts(data, prompts)
-        self.accelerator.wait_for_everyone()
+    def encode_images(pixels: list[Tensor]) -> list[dict[str, Tensor]]:
+        family.load_vae()  # does nothing when it is loaded
+        return latents_entries(family.encode_images(torch.stack(pixels)))
 
-    def _images(self, data: TrainingData) -> None:
-        def encode(pixels: Tensor) -> Tensor:
-            self.family.load_vae()  # only when an image is missing; does nothing the second time
-            return self.family.encode_images(pixels)
+    def encode_prompts(prompts: list[str]) -> list[dict[str, Tensor]]:
+        family.load_text_encoders()
+        return [text_entry(embeds) for embeds in family.encode_prompts(prompts)]
 
-        started_s = time.perf_counter()
-        encoded = data.cache_latents(
-            encode,
-            identity=self.family.vae_identity,
-            batch_size=self.config.precision.vae_batch_size,
-            on_progress=self._watch("images"),
-            shard=self._shard,
-        )
-        self.family.unload_vae()
-        self._say(encoded, "images", seconds=time.perf_counter() - started_s)
+    texts = {prompt.text for prompt in validation_prompts}
+    if validation_prompts:
+        texts.add(config.validation.validation_negative_prompt)
+    data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
+    shard = accelerator.process_index, accelerator.num_processes
+    fill = partial(_fill, shard=shard, preemption=preemption)
+    fill("images", data.latents_requests(), encode_images, batch_size=config.precision.vae_batch_size)
+    family.unload_vae()
+    fill(
+        "captions and prompts",
+        data.text_requests(sorted(texts)),
+        encode_prompts,
+        batch_size=config.data.text_encoder_batch_size,
+    )
+    family.unload_text_encoders()
+    accelerator.wait_for_everyone()
 
-    def _texts(self, data: TrainingData, prompts: Sequence[str]) -> None:
-        def encode(texts: Sequence[str]) -> list[TextEmbeds]:
-            self.preemption.check("encoding captions")
-            self.family.load_text_encoders()
-            return self.family.encode_prompts(texts)
 
-        started_s = time.perf_counter()
-        encoded = data.cache_text(
-            encode,
-            identity=self.family.text_identity,
-            batch_size=self.config.data.text_encoder_batch_size,
-            extra=prompts,
-            shard=self._shard,
-        )
-        self.family.unload_text_encoders()
-        self._say(encoded, "captions and prompts", seconds=time.perf_counter() - started_s)
-
-    @property
-    def _shard(self) -> tuple[int, int]:
-        return self.accelerator.process_index, self.accelerator.num_processes
-
-    def _watch(self, what: str) -> Callable[[int, int], None]:
-        """Stops at a signal, and says now and then how far the encoding is."""
-        next_line_s = time.monotonic() + SECONDS_BETWEEN_LINES
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal next_line_s
-            self.preemption.check(f"encoding {what}")
-            if time.monotonic() >= next_line_s:
-                next_line_s = time.monotonic() + SECONDS_BETWEEN_LINES
-                logger.info("Encoded %d of %d %s.", done, total, what)
-
-        return on_progress
-
-    def _say(self, encoded: int, what: str, *, seconds: float) -> None:
-        if encoded:
-            logger.info("Encoded %d %s in %.1f s.", encoded, what, seconds)
-        else:
-            logger.info("All %s were encoded before.", what)
+def _fill(
+    noun: str,
+    requests: Sequence[CacheRequest[Input]],
+    encode: Callable[[list[Input]], Sequence[Mapping[str, Tensor]]],
+    *,
+    batch_size: int,
+    shard: tuple[int, int],
+    preemption: Preemption,
+) -> None:
+    """Fill one cache, log the progress, and stop at a signal."""
+    preemption.check(f"encoding {noun}")
+    started_s = logged_s = time.monotonic()
+    num_encoded = 0
+    for num_encoded, total in encode_missing(requests, encode, batch_size=batch_size, shard=shard):
+        preemption.check(f"encoding {noun}")
+        if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
+            logged_s = time.monotonic()
+            logger.info("Encoded %d of %d %s.", num_encoded, total, noun)
+    if num_encoded:
+        logger.info("Encoded %d %s in %.1f s.", num_encoded, noun, time.monotonic() - started_s)
+    else:
+        logger.info("All %s are cached.", noun)

@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> TensorStore:
 
 def put_example(store: TensorStore) -> dict[str, Tensor]:
     tensors = {"latents": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)}
-    store.put(KEY, tensors, spec={"image": "cat.png"})
+    store.put(KEY, tensors, metadata={"image": "cat.png"})
     return tensors
 
 
@@ -47,7 +47,7 @@ def put_example(store: TensorStore) -> dict[str, Tensor]:
     ids=lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}",
 )
 def test_get_gives_what_was_put_for_every_kind_of_tensor(store: TensorStore, tensor: Tensor) -> None:
-    store.put(KEY, {"a": tensor, "b": torch.ones(2)}, spec={})
+    store.put(KEY, {"a": tensor, "b": torch.ones(2)}, metadata={})
     entry = store.get(KEY)
     assert entry is not None
     assert entry["a"].dtype == tensor.dtype
@@ -122,7 +122,7 @@ def test_a_pickle_under_an_entry_name_is_not_executed(store: TensorStore, tmp_pa
         save({"latents": torch.ones(2)}, {"key": KEY, "digest": "0" * 32}),
         (2).to_bytes(8, "little") + b"[]",
     ],
-    ids=["huge header", "no facts", "no digest", "wrong digest", "list"],
+    ids=["huge header", "no metadata", "no digest", "wrong digest", "list"],
 )
 @pytest.mark.reliability_row(23)
 def test_a_hostile_entry_is_refused(store: TensorStore, data: bytes) -> None:
@@ -137,7 +137,7 @@ def test_an_entry_that_is_a_folder_is_an_error_that_names_it(store: TensorStore)
         store.get(KEY)
 
 
-def test_tidy_removes_what_dead_writers_left(store: TensorStore) -> None:
+def test_remove_stale_removes_the_partial_files_of_dead_writers(store: TensorStore) -> None:
     put_example(store)
     folder = store.path(KEY).parent
     dead = folder / f".partial_{atomic._HOST}_{2**22 + 1}_00000000"

@@ -1,63 +1,50 @@
-"""Prompt embeddings are encoded once per prompt and encoder."""
+"""What the cache holds of a prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from simpletuner.helpers.caching.store import TensorStore
-from simpletuner.helpers.caching.text import TextCache
+from simpletuner.helpers.caching.text import read_text, text_entry, text_key
 from simpletuner.helpers.contracts import TextEmbeds
-from simpletuner.helpers.errors import DataError
+
+KEY = text_key("a cat", text_identity="clip")
 
 
-def encode(prompts: Sequence[str]) -> list[TextEmbeds]:
-    return [
-        TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float(len(prompt))), pooled=torch.full((1, 3), 1.0))
-        for prompt in prompts
-    ]
+@pytest.mark.parametrize("has_pooled", [True, False])
+@pytest.mark.parametrize("has_mask", [True, False])
+def test_embeddings_come_back_as_they_were(tmp_path: Path, has_pooled: bool, has_mask: bool) -> None:
+    store = TensorStore(tmp_path)
+    embeds = TextEmbeds(
+        prompt_embeds=torch.randn(1, 4, 2).bfloat16(),
+        pooled=torch.randn(1, 3) if has_pooled else None,
+        attention_mask=torch.tensor([[True, True, False, False]]) if has_mask else None,
+    )
+    store.put(KEY, text_entry(embeds), metadata={})
+    found = read_text(store, KEY)
+    assert found is not None
+    for name in ("prompt_embeds", "pooled", "attention_mask"):
+        expected, value = getattr(embeds, name), getattr(found, name)
+        assert (value is None) == (expected is None)
+        assert value is None or (value.dtype == expected.dtype and torch.equal(value, expected))
 
 
-def test_fill_encodes_each_prompt_once_and_gives_it_back(tmp_path: Path) -> None:
-    cache = TextCache(TensorStore(tmp_path), identity="clip")
-    assert cache.fill(["cat", "", "cat", "a dog"], encode, batch_size=2) == 3
-    assert cache.fill(["cat", "a horse"], encode, batch_size=2) == 1
-    embeds = cache.get("a dog")
-    assert embeds is not None
-    assert torch.equal(embeds.prompt_embeds, torch.full((1, 4, 2), 5.0))
-    assert embeds.pooled is not None
-    assert embeds.attention_mask is None
-    assert cache.get("never seen") is None
+def test_entry_holds_the_names_of_existing_caches() -> None:
+    one = torch.ones(1, 1)
+    assert set(text_entry(TextEmbeds(prompt_embeds=one, pooled=one, attention_mask=one))) == {
+        "tokens",
+        "pooled",
+        "mask",
+    }
 
 
-def test_a_prompt_of_another_encoder_is_another_entry(tmp_path: Path) -> None:
-    TextCache(TensorStore(tmp_path), identity="clip").fill(["cat"], encode, batch_size=1)
-    assert TextCache(TensorStore(tmp_path), identity="t5").get("cat") is None
+def test_key_is_that_of_existing_caches_and_depends_on_prompt_and_encoder() -> None:
+    assert text_key("a cät", text_identity="clip") == "fcdc7de1b0140ad344251dc62aeb5814"
+    assert len({KEY, text_key("a dog", text_identity="clip"), text_key("a cat", text_identity="t5")}) == 3
 
 
-def test_fill_shares_the_work_and_reports_progress(tmp_path: Path) -> None:
-    cache = TextCache(TensorStore(tmp_path), identity="clip")
-    seen: list[tuple[int, int]] = []
-    prompts = [f"prompt {number}" for number in range(5)]
-    for index in range(2):
-        cache.fill(
-            prompts,
-            encode,
-            batch_size=2,
-            shard=(index, 2),
-            on_progress=lambda done, total: seen.append((done, total)),
-        )
-    assert seen == [(2, 3), (3, 3), (2, 2)]
-    assert all(cache.get(prompt) for prompt in prompts)
-
-
-@pytest.mark.reliability_row(12)
-def test_an_embedding_that_is_not_finite_is_refused_by_prompt(tmp_path: Path) -> None:
-    def overflow(prompts: Sequence[str]) -> list[TextEmbeds]:
-        return [TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float("nan"))) for _ in prompts]
-
-    with pytest.raises(DataError, match=r"'a cat'.*not finite"):
-        TextCache(TensorStore(tmp_path), identity="clip").fill(["a cat"], overflow, batch_size=1)
+def test_a_prompt_that_is_not_cached_is_none(tmp_path: Path) -> None:
+    assert read_text(TensorStore(tmp_path), KEY) is None

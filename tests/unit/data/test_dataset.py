@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
+from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
@@ -35,19 +40,20 @@ class Encoders:
         self.images = 0
         self.prompts: list[str] = []
 
-    def latents(self, pixels: Tensor) -> Tensor:
+    def latents(self, pixels: list[Tensor]) -> list[dict[str, Tensor]]:
         self.images += len(pixels)
-        return torch.nn.functional.avg_pool2d(pixels, 8)
+        return latents_entries(torch.nn.functional.avg_pool2d(torch.stack(pixels), 8))
 
-    def text(self, prompts: Sequence[str]) -> list[TextEmbeds]:
+    def text(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         self.prompts.extend(prompts)
-        return [
+        embeds = [
             TextEmbeds(
                 prompt_embeds=torch.full((1, 4, 2), float(len(prompt))),
                 pooled=torch.full((1, 3), float(len(prompt))),
             )
             for prompt in prompts
         ]
+        return [text_entry(each) for each in embeds]
 
 
 def paint(folder: Path, name: str, size: tuple[int, int] = (64, 64), *, caption: str | None = None) -> None:
@@ -89,10 +95,18 @@ def make(tmp_path: Path) -> Make:
     return made
 
 
+def fill(
+    requests: list[CacheRequest], encode: Callable[..., list[dict[str, Tensor]]], **options: Any
+) -> list[tuple[int, int]]:
+    """Fill a cache; gives the progress."""
+    return list(encode_missing(requests, encode, **{"batch_size": 4, **options}))
+
+
 def cached(data: TrainingData, encoders: Encoders | None = None) -> TrainingData:
     encoders = encoders or Encoders()
-    data.cache_latents(encoders.latents, identity="vae", batch_size=4)
-    data.cache_text(encoders.text, identity="clip", batch_size=4)
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    fill(data.latents_requests(), encoders.latents)
+    fill(data.text_requests(), encoders.text)
     return data
 
 
@@ -106,7 +120,7 @@ def taken(data: TrainingData, number: int, *, start: int = 0) -> list[Batch]:
 
 
 def shape(batches: list[Batch]) -> list[tuple[list[str], list[str], tuple[int, ...]]]:
-    """What identifies batches: paths, captions, positions."""
+    """What identifies batches: paths, captions, sample indices."""
     return [
         ([sample.path for sample in batch.samples], [s.caption for s in batch.samples], batch.sample_indices)
         for batch in batches
@@ -132,11 +146,11 @@ def test_batches_hold_the_latents_and_text_of_their_samples(make: Make, photos: 
     assert len(seen) == 8
 
 
-def test_positions_count_every_sample_of_the_run_once(make: Make, photos: Path) -> None:
+def test_sample_indices_count_every_sample_of_the_run_once(make: Make, photos: Path) -> None:
     parts = [
         taken(cached(make(photos, batch_size=2, num_processes=2, process_index=index)), 6) for index in (0, 1)
     ]
-    sample_indices = [position for part in parts for batch in part for position in batch.sample_indices]
+    sample_indices = [index for part in parts for batch in part for index in batch.sample_indices]
     assert sorted(sample_indices) == list(range(24))
 
 
@@ -211,7 +225,7 @@ def test_one_image_fills_a_batch_of_eight_and_says_so(
     data = cached(make(tmp_path / "one", batch_size=8))
     assert data.batches_per_epoch == 1
     assert [len(batch) for batch in taken(data, 2)] == [8, 8]
-    assert "1 of 1 buckets have fewer images than a batch of 8 and repeat them" in caplog.text
+    assert re.search(r"1 of 1 buckets .* batch of 8.*one 64x64 \(1\)", caplog.text)
 
 
 @pytest.mark.reliability_row(29)
@@ -240,7 +254,7 @@ def test_unusable_images_are_skipped_and_listed_once(
         reasons = {each.path: each.reason for each in data.skipped}
         assert sorted(reasons) == ["cut.png", "empty.png", "page.jpg", "small.png"]
         assert "web page" in reasons["page.jpg"]
-        assert "10x10 px is smaller than minimum_image_size 32" in reasons["small.png"]
+        assert re.search(r"10x10 px .*minimum_image_size 32", reasons["small.png"])
         assert len(data.samples) == 8
         assert all(caplog.text.count(f"skipped {name}") == 1 for name in reasons)
 
@@ -294,15 +308,9 @@ def test_equal_images_in_two_places_share_one_cache_entry(make: Make, photos: Pa
     encoders = Encoders()
     data = make(photos)
     assert len(data.samples) == 9
-    progress: list[tuple[int, int]] = []
-    data.cache_latents(
-        encoders.latents,
-        identity="vae",
-        batch_size=4,
-        on_progress=lambda done, total: progress.append((done, total)),
-    )
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    assert fill(data.latents_requests(), encoders.latents) == [(4, 8), (8, 8)]
     assert encoders.images == 8
-    assert progress == [(4, 8), (8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -346,14 +354,22 @@ def test_caption_dropout_empties_its_share_of_captions(
 
 def test_caches_are_filled_once_and_by_content(make: Make, photos: Path) -> None:
     encoders = Encoders()
-    data = make(photos)
-    assert data.cache_latents(encoders.latents, identity="vae", batch_size=4) == 8
-    assert data.cache_text(encoders.text, identity="clip", batch_size=4, extra=["a prompt"]) == 9
-    again = make(photos)
-    assert again.cache_latents(encoders.latents, identity="vae", batch_size=4) == 0
-    assert again.cache_text(encoders.text, identity="clip", batch_size=4, extra=["a prompt"]) == 0
-    assert again.cache_latents(encoders.latents, identity="another vae", batch_size=4) == 8
-    assert again.cache_text(encoders.text, identity="t5", batch_size=4) == 8
+
+    def encoded(data: TrainingData) -> tuple[int, int]:
+        encoders.images, encoders.prompts = 0, []
+        fill(data.latents_requests(), encoders.latents)
+        fill(data.text_requests(["a prompt"]), encoders.text)
+        return encoders.images, len(encoders.prompts)
+
+    data, again = make(photos), make(photos)
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    assert encoded(data) == (8, 9)
+    again.set_encoders(vae_identity="vae", text_identity="clip")
+    assert encoded(again) == (0, 0)
+    again.set_encoders(vae_identity="another vae", text_identity="clip")
+    assert encoded(again) == (8, 0)
+    again.set_encoders(vae_identity="another vae", text_identity="t5")
+    assert encoded(again) == (0, 9)
     assert again.text_embeds("photo xx").prompt_embeds[0, 0, 0] == len("photo xx")
 
 
@@ -414,19 +430,19 @@ def test_a_lost_entry_in_mid_run_is_an_error_that_names_the_image(
     data = cached(make(photos))
     for entry in (tmp_path / "cache" / "vae").rglob("*.safetensors"):
         entry.write_bytes(b"")
-    with pytest.raises(DataError, match=r"latents of \d\.png .dataset 'photos'. are not in .*Start again"):
+    with pytest.raises(DataError, match=r"\d\.png .dataset 'photos'. .*cache"):
         taken(data, 1)
 
 
 def test_an_image_that_changes_after_the_scan_is_an_error_that_names_it(make: Make, photos: Path) -> None:
     data = make(photos)
     (photos / "1.png").write_bytes((photos / "2.png").read_bytes())
-    with pytest.raises(DataError, match=r"1\.png: it changed while the run was starting"):
+    with pytest.raises(DataError, match=r"1\.png: .*changed"):
         cached(data)
 
 
 def test_a_prompt_that_was_never_encoded_is_an_error_that_names_it(make: Make, photos: Path) -> None:
-    with pytest.raises(DataError, match="lacks the prompt 'unknown'"):
+    with pytest.raises(DataError, match=r"text .*'unknown'"):
         cached(make(photos)).text_embeds("unknown")
 
 
@@ -434,8 +450,9 @@ def test_the_work_of_caching_is_shared_between_processes(make: Make, photos: Pat
     parts = [make(photos, batch_size=1, num_processes=3, process_index=index) for index in range(3)]
     encoders = Encoders()
     for index, data in enumerate(parts):
-        data.cache_latents(encoders.latents, identity="vae", batch_size=2, shard=(index, 3))
-        data.cache_text(encoders.text, identity="clip", batch_size=2, shard=(index, 3))
+        data.set_encoders(vae_identity="vae", text_identity="clip")
+        fill(data.latents_requests(), encoders.latents, batch_size=2, shard=(index, 3))
+        fill(data.text_requests(), encoders.text, batch_size=2, shard=(index, 3))
     assert encoders.images == 8
     assert len(encoders.prompts) == 8
     assert len(taken(parts[2], 9)) == 9
@@ -457,11 +474,12 @@ def test_a_full_disk_while_caching_leaves_only_whole_entries(
             raise OSError(errno.ENOSPC, "no space left")
 
     encoders = Encoders()
+    data.set_encoders(vae_identity="vae", text_identity="clip")
     caching = {
-        "latents": lambda: data.cache_latents(encoders.latents, identity="vae", batch_size=2),
-        "text": lambda: data.cache_text(encoders.text, identity="clip", batch_size=2),
+        "latents": lambda: fill(data.latents_requests(), encoders.latents, batch_size=2),
+        "text": lambda: fill(data.text_requests(), encoders.text, batch_size=2),
     }
-    with at_crash_points(fill_disk), pytest.raises(StorageError, match="disk or quota is full"):
+    with at_crash_points(fill_disk), pytest.raises(StorageError):
         caching[stage]()
     assert not list((tmp_path / "cache").rglob(".partial*"))
     again = Encoders()
@@ -486,7 +504,7 @@ def test_a_cache_inside_the_images_folder_is_refused(photos: Path, tmp_path: Pat
     folders = {"vae": tmp_path / "cache", "text": tmp_path / "cache"} | {kind: photos / "cache"}
     config = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64)
     data = DataConfig(cache_dir_vae=folders["vae"], cache_dir_text=folders["text"])
-    with pytest.raises(DataError, match="lies inside instance_data_dir of dataset 'photos'"):
+    with pytest.raises(DataError, match=r"photos/cache.*instance_data_dir of dataset 'photos'"):
         TrainingData([config], data, seed=0, batch_size=1, pixel_alignment=64)
     assert not (photos / "cache").exists()
 

@@ -65,7 +65,7 @@ def info(folder: Path) -> ImageInfo:
     return result
 
 
-def test_facts_of_an_unchanged_file_are_kept(folder: Path, inspected: list[bytes]) -> None:
+def test_an_unchanged_file_is_not_inspected_again(folder: Path, inspected: list[bytes]) -> None:
     first = info(folder)
     assert first.size == Size(height=10, width=20)
     written = (folder.parent / "index.json").stat()

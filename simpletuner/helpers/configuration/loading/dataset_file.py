@@ -13,11 +13,10 @@ from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.known_keys import DATASET_KEYS, unsupported
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import IMAGE_SUFFIXES, DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.text.problems import unknown_key
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 INHERITED = ("resolution", "resolution_type", "minimum_image_size", "caption_strategy", "instance_prompt")
 _SWITCHES = {
     "true": True,

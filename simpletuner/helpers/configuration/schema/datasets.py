@@ -23,6 +23,7 @@ from simpletuner.helpers.configuration.schema.base import (
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 SMALLEST_EDGE_PX = 16
 LARGEST_EDGE_PX = 16_384
 LARGEST_AREA_MEGAPIXELS = 256.0

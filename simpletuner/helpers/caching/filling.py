@@ -1,0 +1,81 @@
+"""Encodes the entries that tensor stores lack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.caching.prefetch import prefetch
+from simpletuner.helpers.caching.store import TensorStore
+from simpletuner.helpers.errors import DataError
+
+Input = TypeVar("Input")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRequest(Generic[Input]):
+    """An entry that a store must hold, and how to load its encoder's input."""
+
+    store: TensorStore
+    key: str
+    name: str
+    """In messages."""
+    metadata: Mapping[str, str]
+    """For people who look into the file."""
+    load: Callable[[], Input]
+    batch_group: str = ""
+    """A batch holds neighbouring requests of one group."""
+
+
+def encode_missing(
+    requests: Iterable[CacheRequest[Input]],
+    encode: Callable[[list[Input]], Sequence[Mapping[str, Tensor]]],
+    *,
+    batch_size: int,
+    shard: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, int]]:
+    """Encode and store the requested entries that are missing; yields (encoded, missing) after each batch.
+
+    `encode` maps the inputs of a batch to the tensors of its entries. A thread loads one batch ahead.
+    Shard (i, n) takes every n-th entry from the i-th on, so that n processes divide the work.
+
+    Raises:
+        DataError: An input cannot be loaded, or an encoded value is not finite.
+        StorageError: An entry cannot be written.
+    """
+    unique = list({(request.store.folder, request.key): request for request in requests}.values())
+    for store in {request.store for request in unique}:
+        store.remove_stale()
+    index, num_shards = shard
+    own = unique[index::num_shards]
+    missing = [request for request in own if request.key not in request.store]
+    num_encoded = 0
+    for batch, inputs in prefetch(_batches(missing, batch_size), _load):
+        for request, tensors in zip(batch, encode(inputs), strict=True):
+            _put(request, tensors)
+        num_encoded += len(batch)
+        yield num_encoded, len(missing)
+
+
+def _batches(requests: Iterable[CacheRequest[Input]], size: int) -> Iterator[list[CacheRequest[Input]]]:
+    for _, group in groupby(requests, key=lambda request: request.batch_group):
+        while batch := list(islice(group, size)):
+            yield batch
+
+
+def _load(batch: list[CacheRequest[Input]]) -> tuple[list[CacheRequest[Input]], list[Input]]:
+    return batch, [request.load() for request in batch]
+
+
+def _put(request: CacheRequest[Input], tensors: Mapping[str, Tensor]) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise DataError(
+            f"{request.name}: the encoder's output holds values that are not finite. "
+            "It overflows in this precision: load the encoder in float32 or bfloat16, or use another one."
+        )
+    request.store.put(request.key, tensors, metadata=request.metadata)

@@ -1,0 +1,119 @@
+"""Each missing entry is encoded once, in batches of one group, and the work is divided between processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
+from simpletuner.helpers.caching.store import TensorStore, content_key
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io import atomic
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TensorStore:
+    return TensorStore(tmp_path)
+
+
+class Encoder:
+    """Doubles numbers, and keeps the batches it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __call__(self, numbers: list[int]) -> list[dict[str, Tensor]]:
+        self.batches.append(numbers)
+        return [{"doubled": torch.tensor([2.0 * number])} for number in numbers]
+
+
+def request(store: TensorStore, number: int, *, group: str = "") -> CacheRequest[int]:
+    return CacheRequest(
+        store=store,
+        key=content_key(str(number)),
+        name=f"{number}.png",
+        metadata={"image": f"{number}.png"},
+        load=lambda: number,
+        batch_group=group,
+    )
+
+
+def encoded(
+    requests: list[CacheRequest[int]], *, batch_size: int = 2, shard: tuple[int, int] = (0, 1)
+) -> list[list[int]]:
+    """The batches that were encoded."""
+    encode = Encoder()
+    list(encode_missing(requests, encode, batch_size=batch_size, shard=shard))
+    return encode.batches
+
+
+def test_each_entry_is_encoded_once_and_reads_back_the_same(store: TensorStore) -> None:
+    requests = [request(store, number) for number in range(5)]
+    assert encoded(requests) == [[0, 1], [2, 3], [4]]
+    assert encoded(requests) == []
+    assert store.get(requests[3].key) == {"doubled": torch.tensor([6.0])}
+
+
+def test_a_batch_never_mixes_groups(store: TensorStore) -> None:
+    requests = [request(store, number, group="wide" if number < 3 else "tall") for number in range(6)]
+    assert encoded(requests, batch_size=4) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_two_requests_of_one_key_are_encoded_once(store: TensorStore, tmp_path: Path) -> None:
+    same_folder, other_folder = TensorStore(tmp_path), TensorStore(tmp_path / "other")
+    requests = [request(each, 1) for each in (store, store, same_folder, other_folder)]
+    assert encoded(requests, batch_size=4) == [[1, 1]]
+    assert all(each.key in each.store for each in requests)
+
+
+def test_a_damaged_entry_is_encoded_again(store: TensorStore) -> None:
+    requests = [request(store, 1), request(store, 2)]
+    encoded(requests)
+    store.path(requests[0].key).write_bytes(b"damaged")
+    assert encoded(requests) == [[1]]
+    assert requests[0].key in store
+
+
+def test_processes_divide_the_work(store: TensorStore) -> None:
+    requests = [request(store, number) for number in (0, 0, 1, 2, 3, 4, 5, 6)]
+    parts = [encoded(requests, shard=(index, 3)) for index in range(3)]
+    assert parts == [[[0, 3], [6]], [[1, 4]], [[2, 5]]]
+    assert all(each.key in store for each in requests)
+
+
+def test_progress_counts_the_missing_entries(store: TensorStore) -> None:
+    requests = [request(store, number) for number in range(5)]
+    encoded(requests[:2])
+    assert list(encode_missing(requests, Encoder(), batch_size=2)) == [(2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_row_12_values_that_are_not_finite_are_refused_by_name(store: TensorStore, value: float) -> None:
+    def encode(numbers: list[int]) -> list[dict[str, Tensor]]:
+        return [{"whole": torch.ones(2), "broken": torch.tensor([1.0, value])} for _ in numbers]
+
+    with pytest.raises(DataError, match=r"1\.png.*not finite"):
+        list(encode_missing([request(store, 1)], encode, batch_size=1))
+    assert request(store, 1).key not in store
+
+
+def test_an_input_that_cannot_be_loaded_ends_the_filling_and_keeps_earlier_entries(
+    store: TensorStore,
+) -> None:
+    def fail() -> int:
+        raise DataError("gone")
+
+    broken = CacheRequest(store=store, key=content_key("broken"), name="broken.png", metadata={}, load=fail)
+    with pytest.raises(DataError, match="gone"):
+        encoded([request(store, 1), broken], batch_size=1)
+    assert request(store, 1).key in store
+
+
+def test_filling_removes_the_partial_files_of_dead_writers(store: TensorStore) -> None:
+    dead = store.folder / f".partial_{atomic._HOST}_{2**22 + 1}_00000000"
+    dead.write_bytes(b"half")
+    encoded([request(store, 1)])
+    assert not dead.exists()

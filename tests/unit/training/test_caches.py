@@ -1,0 +1,150 @@
+"""Caches are filled with each encoder loaded only while it is needed, and the progress of both is logged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simpletuner.helpers.checkpointing.preemption import Preempted, Preemption
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.contracts import TextEmbeds
+from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.training import caches
+
+VALIDATION = "a cat on a beach"
+
+
+class Family:
+    """Encoders of means and lengths, which note when they are loaded, used and freed."""
+
+    vae_identity = "vae"
+    text_identity = "clip"
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def load_vae(self) -> None:
+        self.events.append("load vae")
+
+    def unload_vae(self) -> None:
+        self.events.append("unload vae")
+
+    def load_text_encoders(self) -> None:
+        self.events.append("load text encoders")
+
+    def unload_text_encoders(self) -> None:
+        self.events.append("unload text encoders")
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        self.events.append(f"images {len(pixels)}")
+        return torch.nn.functional.avg_pool2d(pixels, 8)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[TextEmbeds]:
+        self.events.append(f"prompts {len(prompts)}")
+        return [TextEmbeds(prompt_embeds=torch.full((1, 4, 2), float(len(prompt)))) for prompt in prompts]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TrainingData:
+    (tmp_path / "images").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / "images" / f"cat_{number}.png")
+    dataset = DatasetConfig(id="cats", instance_data_dir=tmp_path / "images", resolution=64)
+    folders = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+    return TrainingData([dataset], folders, seed=1, batch_size=1, pixel_alignment=64)
+
+
+def fill(data: TrainingData, family: Family, *, preemption: Preemption | None = None) -> None:
+    config = SimpleNamespace(
+        validation=SimpleNamespace(validation_negative_prompt="blurry"),
+        precision=SimpleNamespace(vae_batch_size=2),
+        data=SimpleNamespace(text_encoder_batch_size=2),
+    )
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+    caches.fill_caches(
+        data,
+        [SimpleNamespace(prompt=VALIDATION)],
+        config=config,
+        family=family,
+        accelerator=accelerator,
+        preemption=preemption or Preemption(),
+    )
+
+
+def test_one_encoder_after_the_other_is_loaded_and_freed(data: TrainingData) -> None:
+    family = Family()
+    fill(data, family)
+    images, texts = ["load vae", "images 2", "load vae", "images 1", "unload vae"], 3 * ["load text encoders"]
+    assert family.events[:5] == images
+    assert family.events[5::2] == [*texts, "unload text encoders"]
+    assert family.events[6::2] == ["prompts 2", "prompts 2", "prompts 1"]
+    for prompt in ("cat 0", VALIDATION, "blurry"):
+        assert data.text_embeds(prompt).prompt_embeds[0, 0, 0] == len(prompt)
+
+
+def test_cached_entries_load_no_encoder(data: TrainingData, caplog: pytest.LogCaptureFixture) -> None:
+    fill(data, Family())
+    family = Family()
+    with caplog.at_level(logging.INFO):
+        fill(data, family)
+    assert family.events == ["unload vae", "unload text encoders"]
+    assert len([each for each in caplog.messages if "cached" in each]) == 2
+
+
+def test_progress_of_images_and_of_captions_is_logged(
+    data: TrainingData, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = count(step=100)
+    monkeypatch.setattr(caches.time, "monotonic", lambda: float(next(clock)))
+    with caplog.at_level(logging.INFO):
+        fill(data, Family())
+    for progress in (
+        "2 of 3 images",
+        "3 of 3 images",
+        "2 of 5 captions",
+        "4 of 5 captions",
+        "5 of 5 captions",
+    ):
+        assert progress in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("noun", "events"),
+    [("images", ["load vae", "images 2"]), ("captions", ["load text encoders", "prompts 2"])],
+)
+def test_a_signal_stops_before_the_next_batch(data: TrainingData, noun: str, events: list[str]) -> None:
+    preemption, family = Preemption(), Family()
+    encode = family.encode_images if noun == "images" else family.encode_prompts
+
+    def encode_and_signal(inputs: Tensor | list[str]) -> Tensor | list[TextEmbeds]:
+        preemption.requested = True
+        return encode(inputs)
+
+    if noun == "images":
+        family.encode_images = encode_and_signal
+    else:
+        family.encode_prompts = encode_and_signal
+    with pytest.raises(Preempted, match=noun):
+        fill(data, family, preemption=preemption)
+    assert family.events[-2:] == events
+
+
+def test_a_signal_between_the_stages_loads_no_text_encoder(data: TrainingData) -> None:
+    preemption, family = Preemption(), Family()
+
+    def unload_and_signal() -> None:
+        preemption.requested = True
+
+    family.unload_vae = unload_and_signal
+    with pytest.raises(Preempted, match="captions"):
+        fill(data, family, preemption=preemption)
+    assert "load text encoders" not in family.events
