@@ -276,7 +276,7 @@ def damage_manifest_escape(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (damage_by_flip, "weights differs"),
+        (damage_by_flip, "weights does not match"),
         (damage_by_cut, "weights has 3 bytes instead of 7"),
         (damage_by_removal, "deeper/state.json is missing"),
         (damage_by_link, "weights is missing"),
