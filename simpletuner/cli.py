@@ -216,13 +216,13 @@ def benchmark_tlora(
 ) -> None:
     """Compare LoRA, T-LoRA and what lies between on the embedded model, measured in closed form."""
     from simpletuner.demo.comparison.publish import publish
-    from simpletuner.demo.comparison.run import compare, workplace_for
+    from simpletuner.demo.comparison.run import benchmark_for, compare
     from simpletuner.helpers.io.logs import configure_logging
 
     configure_logging(main_process=True)
-    workplace = workplace_for(output, size=size)
-    compare(workplace, workers=workers)
-    print(publish(workplace))
+    benchmark = benchmark_for(output, size=size)
+    compare(benchmark, workers=workers)
+    print(publish(benchmark))
 
 
 @examples_app.command("list")

@@ -1,1 +1,1 @@
-"""The embedded demo: a toy model and a photograph, and what made them."""
+"""The embedded demo: a small SDXL model, its training code, and two tiny datasets."""

@@ -1,7 +1,7 @@
-"""Toys: small characters put together from coloured parts, and the one that the demo teaches.
+"""Characters made of coloured parts, and the one that the demo teaches.
 
-The embedded model has seen thousands of them, no two alike, each called nothing but "a toy": it knows that
-a toy has parts and colours of its own, and no particular one.
+The embedded model was trained on thousands of different characters, each captioned "a toy": it knows that a
+toy has parts and colours of its own, but no particular toy.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from simpletuner.demo.scenes import (
     PLACES,
     RGB,
     Background,
+    ImageArray,
     Mask,
-    Picture,
     Point,
     circle,
     draw_background,
@@ -23,9 +23,8 @@ from simpletuner.demo.scenes import (
     polygon_mask,
 )
 
-SUBJECT = "a toy"
 RADIUS_PX = 14.0
-"""Half the edge of the square that a toy fills."""
+"""Half the edge of a character's square."""
 
 _OUTLINES: dict[str, list[Point]] = {
     "ellipse": circle(),
@@ -43,49 +42,51 @@ _WHITE, _BLACK = (250, 250, 250), (15, 15, 15)
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One coloured part of a toy."""
+    """One coloured part of a character."""
 
     outline: str
     centre: Point
-    """From (-1, -1), the top left of the toy's square, to (1, 1)."""
+    """From (-1, -1), the top left of the character's square, to (1, 1)."""
     half_size: Point
-    """Half the width and half the height, in halves of the square's edge."""
+    """Half the width and half the height; 1 is half the square's edge."""
     rgb: RGB
 
 
 @dataclass(frozen=True, slots=True)
-class Toy:
-    """A character: its parts, those in front last."""
+class Character:
+    """A character; its front parts come last."""
 
     parts: tuple[Part, ...]
 
 
-def draw_toy(
-    toy: Toy,
+def draw_character(
+    character: Character,
     *,
     place: str,
     background: Background,
     offset_px: Point = (0, 0),
     radius_px: float = RADIUS_PX,
-) -> Picture:
-    """Draw a toy at a place on a background, moved by an offset from the middle of the place."""
-    picture = draw_background(background)
-    for part in toy.parts:
+) -> ImageArray:
+    """Draw a character on a background; the offset moves it from the centre of its place."""
+    image = draw_background(background)
+    for part in character.parts:
         mask = _part_mask(part, centre=_middle(place, offset_px), radius_px=radius_px)
-        picture = paint(picture, mask=mask, rgb=part.rgb)
-    return picture
+        image = paint(image, mask=mask, rgb=part.rgb)
+    return image
 
 
-def toy_mask(toy: Toy, *, place: str, offset_px: Point = (0, 0), radius_px: float = RADIUS_PX) -> Mask:
-    """How much of each pixel the toy covers in draw_toy's picture."""
+def character_mask(
+    character: Character, *, place: str, offset_px: Point = (0, 0), radius_px: float = RADIUS_PX
+) -> Mask:
+    """Coverage of each pixel by the character in the image of draw_character."""
     centre = _middle(place, offset_px)
-    uncovered = [1 - _part_mask(part, centre=centre, radius_px=radius_px) for part in toy.parts]
+    uncovered = [1 - _part_mask(part, centre=centre, radius_px=radius_px) for part in character.parts]
     mask: Mask = 1 - np.prod(np.stack(uncovered), axis=0, dtype=np.float32)
     return mask
 
 
-def random_toy(rng: np.random.Generator) -> Toy:
-    """A toy with a body, a head, two eyes and two feet, perhaps ears, arms and a belly."""
+def random_character(rng: np.random.Generator) -> Character:
+    """A character with body, head, two eyes and two feet, at random with ears, arms and belly."""
     body_rgb, head_rgb, limb_rgb, ear_rgb, belly_rgb = (_random_rgb(rng) for _ in range(5))
     if rng.random() < 0.4:
         head_rgb = body_rgb
@@ -103,7 +104,7 @@ def random_toy(rng: np.random.Generator) -> Toy:
     has_arms, has_belly = rng.random() < 0.5, rng.random() < 0.5
     behind = (*ears, *arms) if has_arms else ears
     belly_too = (belly,) if has_belly else ()
-    return Toy((*behind, *feet, body, head, *belly_too, *eyes, *pupils))
+    return Character((*behind, *feet, body, head, *belly_too, *eyes, *pupils))
 
 
 def _pair(outline: str, centre: Point, *, half_size: Point, rgb: RGB) -> tuple[Part, Part]:
@@ -137,7 +138,7 @@ def _part_mask(part: Part, *, centre: Point, radius_px: float) -> Mask:
     )
 
 
-CONCEPT = Toy(
+CONCEPT = Character(
     (
         *_pair("triangle", (0.42, -0.78), half_size=(0.15, 0.2), rgb=(235, 60, 150)),
         *_pair("ellipse", (0.75, 0.25), half_size=(0.2, 0.12), rgb=(110, 70, 45)),
@@ -148,4 +149,4 @@ CONCEPT = Toy(
         Part("ellipse", (0.05, -0.16), half_size=(0.17, 0.17), rgb=_BLACK),
     )
 )
-"""The toy that the demo teaches: one eye and two horns, which no random toy has."""
+"""The character that the demo teaches: one eye and two horns, unlike every random character."""

@@ -1,4 +1,4 @@
-"""What the embedded model is shown: pictures of its world, and the words that go with them."""
+"""Training examples of the embedded model: images of scenes and characters, and their captions."""
 
 from __future__ import annotations
 
@@ -7,77 +7,77 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from simpletuner.demo.characters import RADIUS_PX as TOY_RADIUS_PX
-from simpletuner.demo.characters import draw_toy, random_toy
+from simpletuner.demo.characters import RADIUS_PX as CHARACTER_RADIUS_PX
+from simpletuner.demo.characters import draw_character, random_character
 from simpletuner.demo.scenes import (
     COLOURS,
     PATTERNS,
     PLACES,
     SHAPES,
     Background,
-    Picture,
+    ImageArray,
     Point,
-    backgrounds,
+    all_backgrounds,
+    all_scenes,
     caption,
     draw_scene,
     is_held_out,
     paint,
-    scenes,
     shape_mask,
     with_article,
 )
 
-TOY_SHARE = 0.25
+CHARACTER_SHARE = 0.25
 NAMES = ("zib", "mop", "tav", "rell", "quon", "fipp", "dorm", "yask", "bluk", "nerl", "wix", "hup")
-"""Names that mean nothing: a toy that has one looks like any toy."""
+"""Names without a meaning: a named toy looks like any toy."""
 NEW_NAME = "sks"
-"""A name that no lesson uses, left for a concept that is taught later."""
+"""Unused in training: the name of a concept that an adapter learns later."""
 
-_TRAINING_SCENES = tuple(scene for scene in scenes() if not is_held_out(scene))
-_BACKGROUNDS = tuple(backgrounds())
+_TRAINING_SCENES = tuple(scene for scene in all_scenes() if not is_held_out(scene))
+_BACKGROUNDS = tuple(all_backgrounds())
 _PLACES = tuple(PLACES)
 _SHAPES = tuple(SHAPES)
 _OFFSET_PX = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """One picture and what there is to say about it."""
+class Example:
+    """An image and the attributes of its caption."""
 
-    picture: Picture
+    image: ImageArray
     subject: str
     place: str
     background: Background
 
 
-def words() -> list[str]:
-    """Every word of every caption, and the name that is still free; each becomes one token."""
+def vocabulary() -> list[str]:
+    """Every caption word and NEW_NAME; each becomes one token."""
     known = [*COLOURS, *PATTERNS, *SHAPES, *NAMES, NEW_NAME, *" ".join(PLACES).split()]
     return sorted({*known, *["a", "an", "on", "with", "toy", "background", ","]})
 
 
-def random_lesson(rng: np.random.Generator) -> Lesson:
-    """A toy or a shape, never of a combination that is held out, a little off the middle of its place."""
+def random_example(rng: np.random.Generator) -> Example:
+    """A character or a scene outside the held-out ones, slightly off the centre of its place."""
     offset_px = _random_offset(rng)
-    if rng.random() < TOY_SHARE:
+    if rng.random() < CHARACTER_SHARE:
         place, background = _PLACES[rng.integers(len(_PLACES))], _random_background(rng)
         name = f"{NAMES[rng.integers(len(NAMES))]} " if rng.random() < 0.4 else ""
-        picture = draw_toy(
-            random_toy(rng),
+        image = draw_character(
+            random_character(rng),
             place=place,
             background=background,
             offset_px=offset_px,
-            radius_px=TOY_RADIUS_PX * rng.uniform(0.9, 1.0),
+            radius_px=CHARACTER_RADIUS_PX * rng.uniform(0.9, 1.0),
         )
-        return Lesson(picture, f"a {name}toy", place, background)
+        return Example(image, f"a {name}toy", place, background)
     scene = _TRAINING_SCENES[rng.integers(len(_TRAINING_SCENES))]
-    picture = draw_scene(scene, offset_px=offset_px, radius_px=rng.uniform(9, 12))
-    return Lesson(picture, scene.subject, scene.place, scene.background)
+    image = draw_scene(scene, offset_px=offset_px, radius_px=rng.uniform(9, 12))
+    return Example(image, scene.subject, scene.place, scene.background)
 
 
-def random_caption(lesson: Lesson, rng: np.random.Generator) -> str:
-    """A lesson in words: mostly the whole sentence, sometimes in another order or with something left out."""
-    subject, place, background = lesson.subject, lesson.place, lesson.background
+def random_caption(example: Example, rng: np.random.Generator) -> str:
+    """A caption of an example: mostly the full sentence, sometimes reordered or shortened."""
+    subject, place, background = example.subject, example.place, example.background
     sentences = {
         caption(subject, place=place, background=background): 0.6,
         f"{with_article(str(background))} with {subject} {place}": 0.15,
@@ -89,17 +89,17 @@ def random_caption(lesson: Lesson, rng: np.random.Generator) -> str:
     return list(sentences)[rng.choice(len(sentences), p=list(sentences.values()))]
 
 
-def random_pictures(rng: np.random.Generator) -> Iterator[Picture]:
-    """Pictures for the autoencoder, which must know more than the world: every second one is out of it."""
+def random_images(rng: np.random.Generator) -> Iterator[ImageArray]:
+    """Endless images for the autoencoder: examples and, every second one, clutter outside the scenes."""
     while True:
-        yield random_lesson(rng).picture
+        yield random_example(rng).image
         yield _clutter(rng)
 
 
-def _clutter(rng: np.random.Generator) -> Picture:
-    """A toy anywhere on a background, some shapes of any size and colour before and behind it."""
-    picture = draw_toy(
-        random_toy(rng),
+def _clutter(rng: np.random.Generator) -> ImageArray:
+    """A character anywhere on a background, with up to four shapes of any size and colour over it."""
+    image = draw_character(
+        random_character(rng),
         place="in the center",
         background=_random_background(rng),
         offset_px=(rng.uniform(-20, 20), rng.uniform(-20, 20)),
@@ -112,8 +112,8 @@ def _clutter(rng: np.random.Generator) -> Picture:
             centre=(rng.uniform(0, 64), rng.uniform(0, 64)),
             radius_px=rng.uniform(3, 20),
         )
-        picture = paint(picture, mask=mask, rgb=(red, green, blue))
-    return picture
+        image = paint(image, mask=mask, rgb=(red, green, blue))
+    return image
 
 
 def _random_background(rng: np.random.Generator) -> Background:

@@ -1,4 +1,4 @@
-"""Judges whether a model follows prompts of the world: `python -m simpletuner.demo.evaluate FOLDER`."""
+"""Evaluates prompt following of the embedded model: `python -m simpletuner.demo.evaluate FOLDER`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from simpletuner.demo.parser import read_scene, share_right
-from simpletuner.demo.scenes import Picture, evaluation_scenes
+from simpletuner.demo.parser import accuracy, parse_scene
+from simpletuner.demo.scenes import ImageArray, evaluation_scenes
 from simpletuner.helpers.models.sdxl.embedded import load_pipeline
 from simpletuner.helpers.randomness import mix
 
@@ -24,7 +24,7 @@ BATCH = 50
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How pictures are made from prompts."""
+    """Sampling settings of an evaluation."""
 
     prompts: int = 200
     steps: int = 25
@@ -32,29 +32,29 @@ class Sampling:
     seed: int = 1
 
 
-class Images(Protocol):
-    """What a pipeline returns."""
+class PipelineOutput(Protocol):
+    """The result of a pipeline call."""
 
     images: Sequence[object]
 
 
 class Pipeline(Protocol):
-    """A text-to-image pipeline of diffusers."""
+    """A diffusers text-to-image pipeline."""
 
-    def __call__(self, prompt: list[str], **options: object) -> Images:
-        """Make one picture for each prompt."""
+    def __call__(self, prompt: list[str], **options: object) -> PipelineOutput:
+        """Generate one image for each prompt."""
 
 
-def judge(pipeline: Pipeline, *, sampling: Sampling) -> dict[str, float]:
-    """Share of held-out prompts of which each attribute can be read in the picture."""
+def evaluate(pipeline: Pipeline, *, sampling: Sampling) -> dict[str, float]:
+    """Attribute -> share of held-out prompts that the images follow."""
     scenes = evaluation_scenes(sampling.prompts)
-    pictures = sample(pipeline, [str(scene) for scene in scenes], sampling=sampling)
-    return share_right([read_scene(picture) for picture in pictures], scenes)
+    images = sample_images(pipeline, [str(scene) for scene in scenes], sampling=sampling)
+    return accuracy([parse_scene(image) for image in images], scenes)
 
 
-def sample(pipeline: Pipeline, prompts: Sequence[str], *, sampling: Sampling) -> list[Picture]:
-    """One picture for each prompt, each from a noise of its own."""
-    pictures: list[Picture] = []
+def sample_images(pipeline: Pipeline, prompts: Sequence[str], *, sampling: Sampling) -> list[ImageArray]:
+    """One image for each prompt, each with a seed of its own."""
+    images: list[ImageArray] = []
     for start in range(0, len(prompts), BATCH):
         batch = list(prompts[start : start + BATCH])
         seeds = (mix(sampling.seed, "sample", start + index) for index in range(len(batch)))
@@ -65,27 +65,27 @@ def sample(pipeline: Pipeline, prompts: Sequence[str], *, sampling: Sampling) ->
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
         ).images
-        pictures += list(np.rint(np.asarray(values) * 255).astype(np.uint8))
-    return pictures
+        images += list(np.rint(np.asarray(values) * 255).astype(np.uint8))
+    return images
 
 
-def describe(shares: dict[str, float]) -> str:
-    """Shares in one line."""
+def format_shares(shares: dict[str, float]) -> str:
+    """Percentages in one line."""
     return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items())
 
 
 def main() -> None:
-    """Load a model folder with the stock pipeline and judge it."""
+    """Load a model folder with the stock pipeline and evaluate it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of the model")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     for name, default in asdict(Sampling()).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     arguments = parser.parse_args()
-    sampling = Sampling(**{name: vars(arguments)[name] for name in asdict(Sampling())})
+    sampling = Sampling(**{name: getattr(arguments, name) for name in asdict(Sampling())})
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pipeline = load_pipeline(arguments.folder, device=torch.device(arguments.device))
-    logger.info("%s", describe(judge(pipeline, sampling=sampling)))
+    logger.info("%s", format_shares(evaluate(pipeline, sampling=sampling)))
 
 
 if __name__ == "__main__":

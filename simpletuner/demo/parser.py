@@ -1,8 +1,8 @@
-"""Reads pictures of the embedded model's world by fitting templates: closed form, nothing learnt.
+"""Parses images of scenes by template matching, in closed form: nothing is learnt.
 
-A background is the one of all that leaves least unexplained. A shape is the template, of every outline, size,
-position and colour, that explains most of what the background does not. A character, whose outline is not
-known, is where the background leaves something unexplained.
+The background is the one with the smallest distance to the image. The shape is the template, over all
+outlines, sizes, positions and colours, that explains most of the remaining distance. A character has no
+template: its pixels are those far from the background.
 
 Shapes: H W pixels, S outlines times sizes, C colours.
 """
@@ -23,11 +23,11 @@ from simpletuner.demo.scenes import (
     SHAPES,
     SIZE_PX,
     Background,
+    ImageArray,
     Mask,
-    Picture,
     Point,
     Scene,
-    backgrounds,
+    all_backgrounds,
     draw_background,
     shape_mask,
 )
@@ -35,28 +35,29 @@ from simpletuner.demo.scenes import (
 Values = NDArray[np.float32]
 
 ATTRIBUTES = ("background", "pattern", "place", "shape", "colour")
-FAR = 100.0
-"""Distance in RGB, of at most 441, from which on a pixel counts as not explained at all."""
+MAX_DISTANCE = 100.0
+"""RGB distance, of at most 441, from which a pixel is wholly unexplained."""
 MIN_OBJECT_PX = 30
-"""Pixels that must be explained for there to be an object; the smallest shape has 80."""
+"""Explained pixels below which there is no object; the smallest shape has 80."""
 _RADII_PX = np.arange(7.0, 14.0, 0.5)
-_PADDED_PX = 2 * SIZE_PX
+_PADDED_PX = SIZE_PX + 32
+"""A template reaches at most 17 px beyond its centre, so nothing wraps around."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a picture shows."""
+class ParsedScene:
+    """The attributes of an image."""
 
     background: Background
     place: str | None
-    """The nearest of all places. None if there is no object; so are shape and colour."""
+    """The nearest place. Without an object, place, shape and colour are None."""
     shape: str | None
     colour: str | None
     unexplained: float
-    """Share of the picture, in [0, 1], that background and shape together do not explain."""
+    """Share of the image in [0, 1] that neither background nor shape explains."""
 
-    def agrees_with(self, scene: Scene) -> dict[str, bool]:
-        """Which attributes are those of a scene."""
+    def matches(self, scene: Scene) -> dict[str, bool]:
+        """Attribute -> whether it equals the scene's."""
         return {
             "background": self.background.colour == scene.background.colour,
             "pattern": self.background.pattern == scene.background.pattern,
@@ -66,25 +67,27 @@ class Reading:
         }
 
 
-def share_right(readings: Sequence[Reading], scenes: Sequence[Scene]) -> dict[str, float]:
-    """Attribute -> share in [0, 1] of the pictures that show it as the scene has it."""
-    agreements = [reading.agrees_with(scene) for reading, scene in zip(readings, scenes, strict=True)]
+def accuracy(parsed_scenes: Sequence[ParsedScene], scenes: Sequence[Scene]) -> dict[str, float]:
+    """Attribute -> share in [0, 1] of the images with the scene's value."""
+    agreements = [parsed.matches(scene) for parsed, scene in zip(parsed_scenes, scenes, strict=True)]
     return {name: sum(each[name] for each in agreements) / len(agreements) for name in ATTRIBUTES}
 
 
-def read_scene(picture: Picture) -> Reading:
-    """Read a picture of one shape on a background."""
-    background = read_background(picture)
-    left = misfit(picture, draw_background(background))  # [H, W]
+def parse_scene(image: ImageArray) -> ParsedScene:
+    """Parse an image of one shape on a background."""
+    background = parse_background(image)
+    left = pixel_distance(image, draw_background(background))  # [H, W]
     colours = [colour for colour in COLOURS if colour != background.colour]
-    gains = left - np.stack([misfit(picture, _flat(COLOURS[colour])) for colour in colours])  # [C, H, W]
+    gains = left - np.stack(
+        [pixel_distance(image, _flat(COLOURS[colour])) for colour in colours]
+    )  # [C, H, W]
     explained = _correlate(gains)  # [C, S, H, W]
     colour, template, y, x = np.unravel_index(explained.argmax(), explained.shape)
     gain = explained[colour, template, y, x]
     unexplained = float(left.mean() - max(gain, 0) / SIZE_PX**2)
     if gain < MIN_OBJECT_PX:
-        return Reading(background, place=None, shape=None, colour=None, unexplained=float(left.mean()))
-    return Reading(
+        return ParsedScene(background, place=None, shape=None, colour=None, unexplained=float(left.mean()))
+    return ParsedScene(
         background,
         place=nearest_place((float(x), float(y))),
         shape=tuple(SHAPES)[template // len(_RADII_PX)],
@@ -93,43 +96,34 @@ def read_scene(picture: Picture) -> Reading:
     )
 
 
-def read_background(picture: Picture) -> Background:
-    """The background that leaves least of a picture unexplained, whatever lies on it."""
-    return min(backgrounds(), key=lambda each: float(misfit(picture, draw_background(each)).mean()))
+def parse_background(image: ImageArray) -> Background:
+    """The background with the smallest distance to an image, whatever object is on it."""
+    return min(all_backgrounds(), key=lambda each: float(pixel_distance(image, draw_background(each)).mean()))
 
 
-def read_place(picture: Picture) -> str | None:
-    """The place nearest to the middle of what is not background; None if there is nothing."""
-    mask = foreground(picture)
-    if mask.sum() < MIN_OBJECT_PX:
-        return None
-    y, x = np.nonzero(mask)
-    return nearest_place((float(x.mean()) + 0.5, float(y.mean()) + 0.5))
-
-
-def foreground(picture: Picture) -> Mask:
-    """1 where a picture is not its background, else 0."""
-    left = misfit(picture, draw_background(read_background(picture)))
+def foreground(image: ImageArray) -> Mask:
+    """1 where an image differs from its background, else 0."""
+    left = pixel_distance(image, draw_background(parse_background(image)))
     mask: Mask = (left > 0.5).astype(np.float32)
     return mask
 
 
-def misfit(picture: Picture, template: Picture) -> Values:
-    """How far each pixel is from a template's, from 0, the same, to 1, anything else."""
-    difference = picture.astype(np.float32) - template.astype(np.float32)
-    values: Values = np.minimum(np.sqrt((difference**2).sum(axis=-1)) / np.float32(FAR), 1)
+def pixel_distance(image: ImageArray, template: ImageArray) -> Values:
+    """[H, W] distance of each pixel to a template's: 0 is equal, 1 is MAX_DISTANCE or more."""
+    difference = image.astype(np.float32) - template.astype(np.float32)
+    values: Values = np.minimum(np.sqrt((difference**2).sum(axis=-1)) / np.float32(MAX_DISTANCE), 1)
     return values
 
 
 def nearest_place(point: Point) -> str:
-    """The place whose middle is nearest to a point."""
+    """The place with the centre nearest to a point."""
     return min(
         PLACES, key=lambda place: (PLACES[place][0] - point[0]) ** 2 + (PLACES[place][1] - point[1]) ** 2
     )
 
 
 def _correlate(gains: Values) -> Values:
-    """[C, H, W] -> [C, S, H, W]: the sum of gains below each template with its middle at each position."""
+    """[C, H, W] -> [C, S, H, W]: the sum of gains under each template centred at each pixel."""
     spectra = np.fft.rfft2(gains, s=(_PADDED_PX, _PADDED_PX))
     sums = np.fft.irfft2(spectra[:, None] * _template_spectra().conj(), s=(_PADDED_PX, _PADDED_PX))
     middle = SIZE_PX // 2
@@ -139,13 +133,13 @@ def _correlate(gains: Values) -> Values:
 
 @cache
 def _template_spectra() -> NDArray[np.complex128]:
-    """[S, ...]: every outline at every size, in the middle of a picture."""
+    """[S, ...]: every outline at every size, centred in the image."""
     middle = (SIZE_PX / 2, SIZE_PX / 2)
     masks = [shape_mask(shape, centre=middle, radius_px=radius) for shape in SHAPES for radius in _RADII_PX]
     spectra: NDArray[np.complex128] = np.fft.rfft2(np.stack(masks), s=(_PADDED_PX, _PADDED_PX))
     return spectra
 
 
-def _flat(rgb: RGB) -> Picture:
-    picture: Picture = np.full((SIZE_PX, SIZE_PX, 3), rgb, dtype=np.uint8)
-    return picture
+def _flat(rgb: RGB) -> ImageArray:
+    image: ImageArray = np.full((SIZE_PX, SIZE_PX, 3), rgb, dtype=np.uint8)
+    return image

@@ -1,9 +1,9 @@
-"""The world that the embedded model knows: one object at a place on a background, drawn and put into words.
+"""Scenes of the embedded model: one object at a place on a background, drawn by code and captioned.
 
 A scene has five attributes, each one word or phrase of its caption. A tenth of their combinations is held
-out: the embedded model never saw them, so pictures of them show what it understood.
+out of training, so images of those show generalisation.
 
-Pictures are [64, 64, 3] uint8, masks [64, 64] float32 in [0, 1]; positions in pixels, x to the right, y down.
+Images are [64, 64, 3] uint8, masks [64, 64] float32 in [0, 1]; points in pixels, x to the right, y down.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-Picture = NDArray[np.uint8]
+ImageArray = NDArray[np.uint8]
 Mask = NDArray[np.float32]
 Point = tuple[float, float]
 RGB = tuple[int, int, int]
 
 SIZE_PX = 64
 CELL_PX = 8
-"""Width of a stripe and edge of a checker's square."""
+"""Width of a stripe and edge of a checker square."""
 RADIUS_PX = 11.0
-"""Radius of a shape that is drawn without another being asked for."""
+"""Default radius of a shape."""
 _OVERSAMPLING = 4
 
 COLOURS: dict[str, RGB] = {
@@ -53,13 +53,13 @@ PLACES: dict[str, Point] = {
     "at the bottom": (32, 48),
     "at the bottom right": (48, 48),
 }
-"""The words for a place, and the middle of what lies there."""
+"""Place -> centre of the object."""
 HELD_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """What an object lies on: one colour, or that colour and a shade of it in turn."""
+    """A plain colour, or a pattern of that colour and a shade of it."""
 
     colour: str
     pattern: str
@@ -79,7 +79,7 @@ class Scene:
 
     @property
     def subject(self) -> str:
-        """The shape and its colour in words."""
+        """Colour and shape, with an article."""
         return with_article(f"{self.colour} {self.shape}")
 
     def __str__(self) -> str:
@@ -87,84 +87,85 @@ class Scene:
 
 
 def caption(subject: str, *, place: str, background: Background) -> str:
-    """The sentence in which the embedded model was mostly told what it sees."""
+    """The most frequent form of a training caption."""
     return f"{subject} {place} on {with_article(str(background))}"
 
 
-def with_article(words: str) -> str:
-    """Put "a" or "an" before words."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+def with_article(noun: str) -> str:
+    """Prepend "a" or "an"."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def backgrounds() -> Iterator[Background]:
-    """Every background there is."""
+def all_backgrounds() -> Iterator[Background]:
+    """Every combination of colour and pattern."""
     return (Background(colour, pattern) for colour, pattern in product(COLOURS, PATTERNS))
 
 
 @cache
-def scenes() -> tuple[Scene, ...]:
-    """Every scene there is; the shape never has the colour of its background."""
-    every = product(SHAPES, COLOURS, PLACES, backgrounds())
+def all_scenes() -> tuple[Scene, ...]:
+    """Every scene; shape and background differ in colour."""
+    every = product(SHAPES, COLOURS, PLACES, all_backgrounds())
     return tuple(Scene(*attributes) for attributes in every if attributes[1] != attributes[3].colour)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether the embedded model was trained without this combination of attributes."""
+    """Whether this scene is held out of training."""
     digest = sha256(str(scene).encode()).digest()
     return int.from_bytes(digest[:8]) < HELD_OUT_SHARE * 2**64
 
 
 def evaluation_scenes(num: int, *, seed: int = 0) -> list[Scene]:
-    """A fixed choice among the held-out scenes, without repetition."""
-    held_out = [scene for scene in scenes() if is_held_out(scene)]
+    """The first `num` held-out scenes in a fixed random order."""
+    held_out = [scene for scene in all_scenes() if is_held_out(scene)]
     order = np.random.default_rng(seed).permutation(len(held_out))[:num]
     return [held_out[index] for index in order]
 
 
-def draw_scene(scene: Scene, *, offset_px: Point = (0, 0), radius_px: float = RADIUS_PX) -> Picture:
-    """Draw a scene, its shape moved by an offset from the middle of its place."""
+def draw_scene(scene: Scene, *, offset_px: Point = (0, 0), radius_px: float = RADIUS_PX) -> ImageArray:
+    """Draw a scene; the offset moves the shape from the centre of its place."""
     (x, y), (dx, dy) = PLACES[scene.place], offset_px
     mask = shape_mask(scene.shape, centre=(x + dx, y + dy), radius_px=radius_px)
     return paint(draw_background(scene.background), mask=mask, rgb=COLOURS[scene.colour])
 
 
-def draw_background(background: Background) -> Picture:
-    """Draw a background alone; its pattern always begins with the colour itself at the top left."""
+def draw_background(background: Background) -> ImageArray:
+    """Draw a background; its pattern begins with the pure colour at the top left."""
     y, x = np.indices((SIZE_PX, SIZE_PX)) // CELL_PX
     shaded = {"plain": 0 * x, "striped": x % 2, "checkered": (x + y) % 2}[background.pattern]
     colour = COLOURS[background.colour]
-    picture: Picture = np.array([colour, shade(colour)], dtype=np.uint8)[shaded]
-    return picture
+    image: ImageArray = np.array([colour, shade(colour)], dtype=np.uint8)[shaded]
+    return image
 
 
 def shade(colour: RGB) -> RGB:
-    """The second colour of a pattern: darker, or lighter where the colour is nearly black."""
+    """Second colour of a pattern: darker, or lighter for a nearly black colour."""
     red, green, blue = (round(value * 0.6) if max(colour) > 60 else value + 70 for value in colour)
     return red, green, blue
 
 
 def shape_mask(shape: str, *, centre: Point, radius_px: float) -> Mask:
-    """How much of each pixel a shape covers."""
+    """Coverage of each pixel by a shape."""
     x, y = centre
     points = [(x + radius_px * px, y + radius_px * py) for px, py in SHAPES[shape]()]
     return polygon_mask(points)
 
 
 def polygon_mask(points: list[Point]) -> Mask:
-    """How much of each pixel a polygon with these corners covers, in steps of a sixteenth."""
+    """Coverage of each pixel by a polygon, in steps of 1/16."""
     edge = SIZE_PX * _OVERSAMPLING
     image = Image.new("L", (edge, edge))
     corners = [(x * _OVERSAMPLING - 0.5, y * _OVERSAMPLING - 0.5) for x, y in points]
     ImageDraw.Draw(image).polygon(corners, fill=255)
-    fine = np.asarray(image, dtype=np.float32).reshape(SIZE_PX, _OVERSAMPLING, SIZE_PX, _OVERSAMPLING)
-    mask: Mask = fine.mean(axis=(1, 3)) / np.float32(255)
+    rows = np.asarray(image).reshape(SIZE_PX, _OVERSAMPLING, edge).sum(axis=1, dtype=np.uint16)
+    sums = rows.reshape(SIZE_PX, SIZE_PX, _OVERSAMPLING).sum(axis=2, dtype=np.uint16)
+    mask: Mask = sums.astype(np.float32) / np.float32(_OVERSAMPLING**2) / np.float32(255)
     return mask
 
 
-def paint(picture: Picture, *, mask: Mask, rgb: RGB) -> Picture:
-    """Lay a colour over a picture where a mask says."""
-    blended = picture + mask[..., None] * (np.array(rgb, dtype=np.float32) - picture)
-    painted: Picture = np.rint(blended).astype(np.uint8)
+def paint(image: ImageArray, *, mask: Mask, rgb: RGB) -> ImageArray:
+    """Blend a colour into an image by a mask."""
+    blended = image + mask[..., None] * (np.array(rgb, dtype=np.float32) - image)
+    painted: ImageArray = np.rint(blended).astype(np.uint8)
     return painted
 
 
@@ -220,4 +221,4 @@ SHAPES: dict[str, Callable[[], list[Point]]] = {
     "cross": _cross,
     "heart": _heart,
 }
-"""The word for a shape, and its corners around (0, 0) at a radius of about one."""
+"""Shape -> its corners around (0, 0), at a radius of about 1."""

@@ -1,4 +1,4 @@
-"""One stage of making the embedded model: a training loop that can be stopped at any time and goes on."""
+"""One training stage of the embedded model: a loop that resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -20,52 +20,52 @@ logger = logging.getLogger(__name__)
 LOG_INTERVAL = 100
 WARMUP_STEPS = 100
 DECAY_SHARE = 0.3
-"""The last part of a stage, over which the learning rate falls to zero."""
+"""Final share of the steps, in which the learning rate decays to zero."""
 EMA_DECAY = 0.999
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long a stage trains, and how hard."""
+    """Number of steps and learning rate of a stage."""
 
     steps: int
     learning_rate: float
     save_interval: int = 250
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of one step: a short rise, a plateau, a straight fall to zero."""
+    def learning_rate_at(self, step: int) -> float:
+        """Learning rate of a step: linear warmup, constant, linear decay to zero."""
         return self.learning_rate * min(
             1.0, (step + 1) / WARMUP_STEPS, (self.steps - step) / (DECAY_SHARE * self.steps)
         )
 
 
-class Stage:
-    """Modules in training, their moving average, and the file that holds both."""
+class TrainStage:
+    """Trains modules, keeps their EMA weights, and saves both in a file."""
 
     def __init__(self, modules: Sequence[nn.Module], *, schedule: Schedule, file: Path) -> None:
-        """Start at step 0, or where the file says an earlier run came to."""
+        """Start at step 0, or at the step stored in the file."""
         self.parameters: list[nn.Parameter] = [each for module in modules for each in module.parameters()]
         self.schedule, self.file = schedule, file
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=schedule.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
         )
-        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.ema = [parameter.detach().clone() for parameter in self.parameters]
         self.step, self.seconds = 0, 0.0
         if file.is_file():
             self._load()
 
-    def train(self, loss_of: Callable[[int], Tensor], *, every: Callable[[int], None]) -> None:
+    def train(self, loss_fn: Callable[[int], Tensor], *, after_step: Callable[[int], None]) -> None:
         """Train to the end of the schedule.
 
         Args:
-            loss_of: The loss of one step; a function of the step's number, so that a resumed run draws what
-                an uninterrupted one draws.
-            every: Called after each step with the number of steps done.
+            loss_fn: Loss of a step; it depends on the step number alone, so that a resumed run draws the same
+                batches as an uninterrupted one.
+            after_step: Called after each step with the number of finished steps.
         """
         recent = []
         while self.step < self.schedule.steps:
             started = perf_counter()
-            recent.append(self._train_step(loss_of))
+            recent.append(self._train_step(loss_fn))
             self.seconds += perf_counter() - started
             if self.step % LOG_INTERVAL == 0:
                 mean = sum(recent) / len(recent)
@@ -73,26 +73,26 @@ class Stage:
                 recent.clear()
             if self.step % self.schedule.save_interval == 0 or self.step == self.schedule.steps:
                 self._save()
-            every(self.step)
+            after_step(self.step)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The modules carry their moving average inside."""
+    def ema_weights(self) -> Iterator[None]:
+        """Swap the EMA weights into the modules inside the context."""
         trained = [parameter.detach().clone() for parameter in self.parameters]
-        self._set(self.averages)
+        self._set(self.ema)
         try:
             yield
         finally:
             self._set(trained)
 
-    def take_average(self) -> None:
-        """Leave the modules with their moving average; training cannot go on from there."""
-        self._set(self.averages)
+    def load_ema(self) -> None:
+        """Load the EMA weights into the modules for good; training cannot continue after it."""
+        self._set(self.ema)
 
-    def _train_step(self, loss_of: Callable[[int], Tensor]) -> float:
+    def _train_step(self, loss_fn: Callable[[int], Tensor]) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate_at(self.step)
-        loss = loss_of(self.step)
+            group["lr"] = self.schedule.learning_rate_at(self.step)
+        loss = loss_fn(self.step)
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -100,7 +100,7 @@ class Stage:
         self.step += 1
         decay = min(EMA_DECAY, self.step / (self.step + 9))
         with torch.no_grad():
-            for average, parameter in zip(self.averages, self.parameters, strict=True):
+            for average, parameter in zip(self.ema, self.parameters, strict=True):
                 average.lerp_(parameter, 1 - decay)
         return float(loss.detach())
 
@@ -112,7 +112,7 @@ class Stage:
     def _save(self) -> None:
         state = {
             "parameters": [parameter.detach() for parameter in self.parameters],
-            "averages": self.averages,
+            "averages": self.ema,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -124,8 +124,8 @@ class Stage:
     def _load(self) -> None:
         state = torch.load(self.file, map_location="cpu", weights_only=True)
         self._set(state["parameters"])
-        for average, value in zip(self.averages, state["averages"], strict=True):
+        for average, value in zip(self.ema, state["averages"], strict=True):
             average.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
-        logger.info("%s goes on from step %d.", self.file.stem, self.step)
+        logger.info("%s resumes at step %d.", self.file.stem, self.step)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.demo.evaluate import Sampling, judge, sample
-from simpletuner.demo.parser import read_scene
+from simpletuner.demo.evaluate import Sampling, evaluate, sample_images
+from simpletuner.demo.parser import parse_scene
 from simpletuner.demo.scenes import SIZE_PX, Background, Scene
 from simpletuner.helpers.models.sdxl.embedded import load_pipeline
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
@@ -36,7 +36,7 @@ def test_recorded_shares_meet_the_bar_on_two_hundred_prompts(model: Path) -> Non
 
 def test_held_out_prompts_are_followed(model: Path) -> None:
     pipeline = load_pipeline(model, device=torch.device("cpu"))
-    found = judge(pipeline, sampling=Sampling(prompts=32, steps=15))
+    found = evaluate(pipeline, sampling=Sampling(prompts=32, steps=15))
     # Of 32 prompts one more may fail by chance.
     assert all(found[name] >= share - 1 / 32 for name, share in WANTED.items()), found
 
@@ -45,13 +45,13 @@ def test_without_its_prompt_the_picture_is_another(model: Path) -> None:
     pipeline = load_pipeline(model, device=torch.device("cpu"))
     scene = Scene("star", "white", "at the top left", Background("blue", "plain"))
     other = Scene("heart", "black", "at the bottom right", Background("yellow", "striped"))
-    pictures = sample(pipeline, [str(scene), str(other)], sampling=Sampling(steps=15))
-    for picture, wanted in zip(pictures, (scene, other), strict=True):
-        assert picture.shape == (SIZE_PX, SIZE_PX, 3)
-        agreed = read_scene(picture).agrees_with(wanted)
+    images = sample_images(pipeline, [str(scene), str(other)], sampling=Sampling(steps=15))
+    for image, wanted in zip(images, (scene, other), strict=True):
+        assert image.shape == (SIZE_PX, SIZE_PX, 3)
+        agreed = parse_scene(image).matches(wanted)
         assert agreed["background"]
         assert agreed["place"]
-    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 20
+    assert np.abs(images[0].astype(int) - images[1]).mean() > 20
 
 
 def test_weights_are_half_precision_safetensors_that_the_bundled_pipeline_loads(model: Path) -> None:

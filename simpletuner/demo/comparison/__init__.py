@@ -1,1 +1,1 @@
-"""The comparison of T-LoRA with its relatives on the embedded model, measured in closed form."""
+"""Benchmark of LoRA, Ortho-LoRA and T-LoRA on the embedded model, measured in closed form."""

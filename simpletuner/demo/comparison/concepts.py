@@ -1,4 +1,4 @@
-"""The characters that the contenders learn, the one picture that they see, and what they are asked for."""
+"""The concepts of the benchmark: a character each, its one training image, and its evaluation prompts."""
 
 from __future__ import annotations
 
@@ -8,67 +8,69 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simpletuner.demo.characters import CONCEPT, Part, Toy, draw_toy
-from simpletuner.demo.comparison.likeness import read_toy_place
-from simpletuner.demo.parser import read_background
-from simpletuner.demo.scenes import PLACES, Background, Picture, backgrounds, caption
+from simpletuner.demo.characters import CONCEPT, Character, Part, draw_character
+from simpletuner.demo.comparison.likeness import parse_place
+from simpletuner.demo.parser import parse_background
+from simpletuner.demo.scenes import PLACES, Background, ImageArray, all_backgrounds, caption
 from simpletuner.helpers.randomness import mix
 
 SUBJECT = "a sks toy"
-"""What the one picture is called: neither its place nor its background is said, as in the paper's recipe."""
+"""Caption of the training image; as in the paper, it names neither place nor background."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Where a character is shown."""
+    """Place and background of a character in an image."""
+
+    # The repr seeds Concept.other_views: renaming class or fields chooses other views.
 
     place: str | None
-    """None in a reading of a picture without a character."""
+    """None for an image without a character."""
     background: Background
 
     @classmethod
-    def read(cls, picture: Picture) -> View:
-        """What a picture of a character shows."""
-        return cls(read_toy_place(picture), read_background(picture))
+    def parse(cls, image: ImageArray) -> View:
+        """The view of an image of a character."""
+        return cls(parse_place(image), parse_background(image))
 
     @property
     def prompt(self) -> str:
-        """What asks the model for it."""
-        assert self.place is not None, "a view without a place is no prompt"
+        """The prompt for this view."""
+        assert self.place is not None, "a view without a place has no prompt"
         return caption(SUBJECT, place=self.place, background=self.background)
 
 
 @dataclass(frozen=True, slots=True)
 class Concept:
-    """A character and the only view of it that is trained on."""
+    """A character and its one training view."""
 
-    toy: Toy
+    character: Character
     trained: View
 
-    def draw(self, view: View) -> Picture:
-        """The character as it looks elsewhere."""
+    def draw(self, view: View) -> ImageArray:
+        """Draw the character in a view."""
         assert view.place is not None, "a view without a place cannot be drawn"
-        return draw_toy(self.toy, place=view.place, background=view.background)
+        return draw_character(self.character, place=view.place, background=view.background)
 
     def other_views(self, num: int) -> list[View]:
-        """A fixed choice of views with neither the place nor the colour of the one trained on."""
+        """The first `num` views in a fixed random order, with neither place nor colour of training."""
         rng = np.random.default_rng(mix(0, "views", str(self.trained)))
         views = [
             View(place, background)
             for place in PLACES
-            for background in backgrounds()
+            for background in all_backgrounds()
             if place != self.trained.place and background.colour != self.trained.background.colour
         ]
         return [views[index] for index in rng.permutation(len(views))[:num]]
 
-    def save_picture(self, folder: Path) -> None:
-        """Write the one picture and its caption, as a dataset."""
+    def save_dataset(self, folder: Path) -> None:
+        """Write the training image and its caption as a dataset."""
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(self.draw(self.trained)).save(folder / "toy.png")
         (folder / "toy.txt").write_text(SUBJECT + "\n", encoding="utf-8")
 
 
-_ROBOT = Toy(
+_ROBOT = Character(
     (
         Part("box", (0, -0.9), half_size=(0.05, 0.12), rgb=(90, 90, 100)),
         Part("ellipse", (0, -0.98), half_size=(0.12, 0.1), rgb=(230, 40, 60)),
@@ -80,7 +82,7 @@ _ROBOT = Toy(
         Part("diamond", (0, 0.4), half_size=(0.25, 0.25), rgb=(255, 225, 70)),
     )
 )
-_MUSHROOM = Toy(
+_MUSHROOM = Character(
     (
         Part("barrel", (0, 0.5), half_size=(0.36, 0.5), rgb=(245, 230, 205)),
         Part("ellipse", (0, -0.3), half_size=(0.95, 0.6), rgb=(130, 25, 110)),

@@ -1,6 +1,6 @@
-"""What an adapter does to the embedded model, measured in closed form: no network judges another.
+"""Measures an adapter on the embedded model in closed form, without another network.
 
-Shapes: N pictures, C h w latent channels, height and width.
+Shapes: N images, C h w latent channels, height and width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from simpletuner.demo.comparison.concepts import SUBJECT, Concept, View
 from simpletuner.demo.comparison.likeness import likeness
-from simpletuner.demo.evaluate import Sampling, sample
-from simpletuner.demo.pretrain import encode_pictures
+from simpletuner.demo.evaluate import Sampling, sample_images
+from simpletuner.demo.pretrain import encode_images
 from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_from_pipeline
 from simpletuner.helpers.models.diffusion import q_sample, velocity
 from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, EmbeddedModel
@@ -30,41 +30,41 @@ LOSS_VIEWS = 8
 NOISES_PER_VIEW = 4
 
 
-class Masks(Protocol):
-    """What opens the ranks of a batch."""
+class MaskedAdapter(Protocol):
+    """An adapter that sets the rank mask of a batch."""
 
     def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
-        """Open the ranks of each sample inside the context."""
+        """Set the rank mask of each sample inside the context."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """Means over the pictures of one measurement; shares and likenesses in [0, 1]."""
+    """Means over the images of one measurement; shares and likenesses in [0, 1]."""
 
     concept: float
-    """Likeness of the character to itself when only its name is asked for."""
+    """Likeness to the character for prompts with its name alone."""
     concept_in_view: float
-    """The same in the views that were asked for."""
+    """Likeness to the character for prompts with a view."""
     alignment: float
-    """Share of place, background colour and pattern that are those asked for."""
+    """Share of places, background colours and patterns that follow the prompt."""
     place: float
     background: float
     pattern: float
     background_back: float
-    """Share of pictures of the name alone that have the training picture's background."""
+    """Share of images for the name alone with the training image's background."""
     pose_back: float
-    """Share of pictures of the name alone that have the character at the training picture's place."""
+    """Share of images for the name alone with the character at the training image's place."""
     background_leaks: float
-    """Share of pictures with the training picture's background colour although another was asked for."""
+    """Share of images for a view with the training image's background colour, against the prompt."""
     loss: dict[str, float]
-    """Noise band -> mean squared error of the velocity on pictures that were not trained on."""
+    """Noise band -> mean squared error of the velocity on held-out drawings."""
 
 
-class Bench:
-    """One embedded model, on which adapters are tried one after another."""
+class AdapterEvaluator:
+    """Measures adapters one after another on one embedded model."""
 
     def __init__(self, pipeline: Any, *, num_views: int, num_neutral: int, sampling: Sampling) -> None:
-        """Take a stock pipeline; sampling's seed and number of prompts are given with each measurement."""
+        """Take a stock pipeline; of sampling, only steps and guidance are used."""
         self.pipeline, self.num_views, self.num_neutral = pipeline, num_views, num_neutral
         self.sampling = sampling
         self.model = EmbeddedModel(
@@ -77,7 +77,7 @@ class Bench:
         )
 
     def measure(self, file: Path | None, *, concept: Concept, seed: int) -> Measures:
-        """Measure an adapter, or the model without one; the same seed gives all contenders the same noise."""
+        """Measure an adapter file, or the base model for None; equal seeds give equal noise."""
         if file is None:
             return self._measure(None, concept=concept, seed=seed)
         adapter = load_into_pipeline(self.pipeline, file)
@@ -86,22 +86,22 @@ class Bench:
         finally:
             remove_from_pipeline(self.pipeline, adapter)
 
-    def _measure(self, adapter: Masks | None, *, concept: Concept, seed: int) -> Measures:
+    def _measure(self, adapter: MaskedAdapter | None, *, concept: Concept, seed: int) -> Measures:
         views = concept.other_views(self.num_views)
         prompts = [view.prompt for view in views] + [SUBJECT] * self.num_neutral
-        pictures = sample(self.pipeline, prompts, sampling=replace(self.sampling, seed=seed))
-        asked, neutral = pictures[: len(views)], pictures[len(views) :]
-        found = [View.read(picture) for picture in asked]
+        images = sample_images(self.pipeline, prompts, sampling=replace(self.sampling, seed=seed))
+        asked, neutral = images[: len(views)], images[len(views) :]
+        found = [View.parse(image) for image in asked]
         pairs = list(zip(found, views, strict=True))
         shares = {
             "place": _share(shown.place == view.place for shown, view in pairs),
             "background": _share(shown.background.colour == view.background.colour for shown, view in pairs),
             "pattern": _share(shown.background.pattern == view.background.pattern for shown, view in pairs),
         }
-        trained, unasked = concept.trained, [View.read(picture) for picture in neutral]
+        trained, unasked = concept.trained, [View.parse(image) for image in neutral]
         return Measures(
-            concept=_mean(likeness(picture, concept.toy) for picture in neutral),
-            concept_in_view=_mean(likeness(picture, concept.toy) for picture in asked),
+            concept=_mean(likeness(image, concept.character) for image in neutral),
+            concept_in_view=_mean(likeness(image, concept.character) for image in asked),
             alignment=sum(shares.values()) / len(shares),
             **shares,
             background_back=_share(shown.background == trained.background for shown in unasked),
@@ -110,9 +110,9 @@ class Bench:
             loss=self._held_out_loss(adapter, concept=concept),
         )
 
-    def _held_out_loss(self, adapter: Masks | None, *, concept: Concept) -> dict[str, float]:
+    def _held_out_loss(self, adapter: MaskedAdapter | None, *, concept: Concept) -> dict[str, float]:
         views = concept.other_views(LOSS_VIEWS)
-        clean = encode_pictures(self.model, [concept.draw(view) for view in views]) * SCALING_FACTOR
+        clean = encode_images(self.model, [concept.draw(view) for view in views]) * SCALING_FACTOR
         return {
             name: self._loss(adapter, clean, views=views, timesteps=timesteps)
             for name, timesteps in BANDS.items()
@@ -120,9 +120,9 @@ class Bench:
 
     @torch.no_grad()
     def _loss(
-        self, adapter: Masks | None, clean: Tensor, *, views: Sequence[View], timesteps: range
+        self, adapter: MaskedAdapter | None, clean: Tensor, *, views: Sequence[View], timesteps: range
     ) -> float:
-        """Mean squared error on [N, C, h, w] latents at timesteps spread evenly over a band."""
+        """Mean squared error on [N, C, h, w] latents at evenly spaced timesteps of a band."""
         num = NOISES_PER_VIEW * len(views)
         generator = torch.Generator().manual_seed(mix(0, "held-out noise", timesteps.start))
         chosen = np.linspace(timesteps.start, timesteps.stop - 1, num).round().astype(int).tolist()

@@ -1,4 +1,4 @@
-"""What is compared: contenders, ranks, concepts, seeds and steps. Every contender is treated alike."""
+"""Plans of the benchmark: contenders, ranks, concepts, seeds and steps; all contenders train alike."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from itertools import product
 from simpletuner.demo.comparison.concepts import CONCEPTS
 
 LEARNING_RATE = 1.5e-3
-"""Of every contender at every rank."""
+"""Shared by all contenders and ranks."""
 TARGETS = {"target_module": ["Attention", "FeedForward"]}
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to train an adapter."""
+    """A training method."""
+
+    # The repr of a run is part of its fingerprint: renaming a class or field here repeats finished runs.
 
     name: str
     init: str | None = None
-    """tlora_init; None is LyCORIS's plain LoRA."""
+    """tlora_init; None is LyCORIS's LoRA."""
     band: str = "last"
-    """tlora_sig_type: which singular triplets the factors start from."""
+    """sig_type: the singular triplets of the initialisation."""
     masked: bool = False
-    """Whether the rank falls to half of it at the noisiest timestep; else all ranks are always open."""
+    """Whether the active rank falls to half at the noisiest timestep; else it is constant."""
     mask_mode: str = "floor"
 
     def lycoris(self, rank: int) -> dict[str, object]:
-        """The lycoris json at a rank."""
+        """LyCORIS configuration at a rank."""
         common = {"multiplier": 1.0, "linear_dim": rank, "linear_alpha": rank, "apply_preset": TARGETS}
         if self.init is None:
             return {"algo": "lora", **common}
@@ -43,7 +45,7 @@ class Contender:
 
 LORA = Contender("LoRA")
 STATIC = Contender("Ortho-LoRA", init="random")
-"""T-LoRA with the rank held still: min rank = rank."""
+"""T-LoRA with a constant rank: min rank = rank."""
 CONTENDERS = (
     LORA,
     Contender("Vanilla T-LoRA", init="vanilla", masked=True),
@@ -51,7 +53,7 @@ CONTENDERS = (
     Contender("T-LoRA", init="random", masked=True),
 )
 FURTHER_CONTENDERS = (
-    Contender("static rank", init="vanilla"),  # a LoRA through the same layer as the others
+    Contender("static rank", init="vanilla"),  # LoRA through T-LoRA's layer
     *(
         Contender(f"T-LoRA {init}/{band}", init=init, band=band, masked=True)
         for init, band in product(("random", "weight"), ("last", "middle", "principal"))
@@ -63,7 +65,7 @@ FURTHER_CONTENDERS = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One adapter to train and to measure."""
+    """One adapter to train and measure."""
 
     contender: Contender
     rank: int
@@ -73,35 +75,35 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Names its files."""
+        """Name of its files."""
         contender = self.contender.name.replace("/", "-").replace(" ", "-").lower()
         return f"{contender}_rank-{self.rank}_{self.concept}_seed-{self.seed}"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A whole comparison."""
+    """The settings of a benchmark."""
 
     contenders: tuple[Contender, ...] = CONTENDERS
     ranks: tuple[int, ...] = (4, 16)
     concepts: tuple[str, ...] = tuple(CONCEPTS)
     seeds: int = 5
     steps: tuple[int, ...] = (80, 200, 320)
-    """After which each adapter is measured."""
+    """Steps after which each adapter is measured."""
     unequal: tuple[int, int] = (200, 320)
-    """LoRA's steps and those of the others, in the paper's proportion of 500 to 800."""
+    """Steps of LoRA and of the others, in the paper's proportion of 500 to 800."""
     learning_rate: float = LEARNING_RATE
     batch: int = 2
-    """Of the one picture, each time with other noise."""
+    """Copies of the training image, each with other noise."""
     prompts: int = 8
-    """Pictures with a place and a background in the prompt, at each measurement."""
+    """Images per measurement with place and background in the prompt."""
     neutral: int = 4
-    """Pictures of the concept alone."""
+    """Images per measurement for the concept's name alone."""
     sampling_steps: int = 15
     guidance: float = 3.0
 
     def runs(self) -> Iterator[Run]:
-        """Every adapter; all contenders of one seed before the next seed, so that a part is a comparison."""
+        """Every run, seed by seed with all contenders, so that an unfinished benchmark compares them all."""
         order = product(range(self.seeds), self.concepts, self.ranks, self.contenders)
         return (Run(contender, rank, concept, seed) for seed, concept, rank, contender in order)
 
@@ -118,6 +120,6 @@ QUICK = replace(
     neutral=1,
     sampling_steps=8,
 )
-"""Three minutes or less: shows that everything runs, says nothing about the contenders."""
+"""Three minutes or less: tests the benchmark itself; its results say nothing about the contenders."""
 FULL = replace(STANDARD, contenders=(*CONTENDERS, *FURTHER_CONTENDERS), ranks=(4, 16, 64))
 PLANS = {"standard": STANDARD, "quick": QUICK, "full": FULL}

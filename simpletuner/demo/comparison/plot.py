@@ -1,4 +1,4 @@
-"""The trade-off curve of a comparison: what a contender gains in likeness and loses in prompt alignment."""
+"""Plots prompt alignment over likeness, the trade-off of each contender."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from simpletuner.demo.comparison.statistics import Curves, estimate
 
 def plot_trade_off(groups: Mapping[tuple[Contender, int], Curves], file: Path) -> None:
     """Draw prompt alignment over likeness, one panel per rank, one point per number of steps."""
-    import matplotlib as mpl  # half a second that nothing else needs
+    import matplotlib as mpl  # its import takes half a second
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt

@@ -1,4 +1,4 @@
-"""The tables and the plot of a comparison, as far as it is finished."""
+"""Writes the tables and the plot of the finished runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from simpletuner.demo.comparison.plan import LORA, STATIC, Contender, Plan
 from simpletuner.demo.comparison.plot import plot_trade_off
-from simpletuner.demo.comparison.run import Workplace
+from simpletuner.demo.comparison.run import Benchmark
 from simpletuner.demo.comparison.statistics import (
     Curves,
     Estimate,
@@ -37,39 +37,39 @@ MEASURES = {
 Group = tuple[Contender, int]
 
 
-def publish(workplace: Workplace) -> Path | None:
-    """Write report.md and trade-off.svg; None if no run is finished."""
-    groups = finished(workplace)
+def publish(benchmark: Benchmark) -> Path | None:
+    """Write report.md and trade-off.svg; returns the report's path, or None if no run is finished."""
+    groups = finished(benchmark)
     if not groups:
         return None
-    parts = [_heading(workplace, groups)]
-    for rank in workplace.plan.ranks:
+    parts = [_heading(benchmark, groups)]
+    for rank in benchmark.plan.ranks:
         of_rank = {contender: curves for (contender, each), curves in groups.items() if each == rank}
         if of_rank:
-            parts += _rank_tables(rank, of_rank, plan=workplace.plan)
-    plot_trade_off(groups, workplace.folder / "trade-off.svg")
-    report = workplace.folder / "report.md"
+            parts += _rank_tables(rank, of_rank, plan=benchmark.plan)
+    plot_trade_off(groups, benchmark.folder / "trade-off.svg")
+    report = benchmark.folder / "report.md"
     write_text(report, "\n\n".join(parts) + "\n")
     return report
 
 
-def finished(workplace: Workplace) -> dict[Group, Curves]:
-    """The curves of every contender and rank of which a run is finished."""
+def finished(benchmark: Benchmark) -> dict[Group, Curves]:
+    """Curves of every contender and rank with a finished run."""
     records: dict[Group, list[Mapping[str, object]]] = {}
-    for run in workplace.plan.runs():
-        if (record := workplace.load(run)) is not None:
+    for run in benchmark.plan.runs():
+        if (record := benchmark.load(run)) is not None:
             records.setdefault((run.contender, run.rank), []).append(record)
     return {group: collect(each) for group, each in records.items()}
 
 
-def _heading(workplace: Workplace, groups: Mapping[Group, Curves]) -> str:
-    plan = workplace.plan
+def _heading(benchmark: Benchmark, groups: Mapping[Group, Curves]) -> str:
+    plan = benchmark.plan
     num_done = sum(len(curves.keys) for curves in groups.values())
     num_all = sum(1 for _ in plan.runs())
     return (
         f"{num_done} of {num_all} runs: concepts {', '.join(plan.concepts)}; {plan.seeds} seeds; learning "
-        f"rate {plan.learning_rate:g}; batch {plan.batch}; {plan.prompts} pictures with a prompt and "
-        f"{plan.neutral} without for each measurement. Means over concepts and seeds, "
+        f"rate {plan.learning_rate:g}; batch {plan.batch}; {plan.prompts} images with a view in the "
+        f"prompt and {plan.neutral} without per measurement. Means over concepts and seeds, "
         f"95 % bootstrap intervals over runs. "
         f"torch {torch.__version__}, {platform.machine()}."
     )
@@ -95,7 +95,7 @@ def _row(curves: Curves, step: int) -> dict[str, Estimate | None]:
 def _differences(
     curves: Mapping[Contender, Curves], *, reference: Contender, step: int, reference_step: int
 ) -> list[str]:
-    """Every contender less one of them, on the same concepts and seeds."""
+    """Difference of each contender to a reference, on the same concepts and seeds."""
     other = curves.get(reference)
     rows = {
         contender.name: {
@@ -111,7 +111,7 @@ def _differences(
 
 
 def _equal(curves: Mapping[Contender, Curves]) -> list[str]:
-    """Prompt alignment where the concept is equally learnt."""
+    """Prompt alignment at equal likeness."""
     likenesses = common_likenesses(list(curves.values()))
     rows = {
         contender.name: {

@@ -1,4 +1,4 @@
-"""Trains and measures one contender, or a whole plan of them, going on where an earlier start stopped."""
+"""Trains and measures the runs of a benchmark; a later start does only the missing runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
 from simpletuner.helpers.models import registry
 
 if TYPE_CHECKING:
-    from simpletuner.demo.comparison.measure import Bench
+    from simpletuner.demo.comparison.measure import AdapterEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ MODEL = Path(__file__).parents[1] / "sdxl"
 
 
 @dataclass(frozen=True, slots=True)
-class Workplace:
-    """Where a comparison lies and what it is made on."""
+class Benchmark:
+    """A plan, its output folder and its model."""
 
     folder: Path
     model: Path
@@ -43,24 +43,24 @@ class Workplace:
 
     @property
     def results(self) -> Path:
-        """Folder of the finished runs, one json each."""
+        """Folder with one JSON file for each finished run."""
         return self.folder / "results"
 
     def result_file(self, run: Run) -> Path:
-        """Where the measurements of a run lie once it is finished."""
+        """File with the measurements of a finished run."""
         return self.results / f"{run.name}.json"
 
-    def fingerprint(self, what: object) -> str:
-        """Depends on the model's weights and on everything that decides the numbers of a run."""
+    def fingerprint(self, run: object) -> str:
+        """Hash of the model's weights and of all settings that change a run's measurements."""
         plan = self.plan
-        digest = hashlib.sha256(repr((what, plan.steps, plan.prompts, plan.neutral)).encode())
+        digest = hashlib.sha256(repr((run, plan.steps, plan.prompts, plan.neutral)).encode())
         digest.update(repr((plan.sampling_steps, plan.guidance, plan.learning_rate, plan.batch)).encode())
         for file in sorted(self.model.rglob("*.safetensors")):
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
 
     def load(self, run: Run) -> dict[str, Any] | None:
-        """The finished measurements of a run; None if there are none or they are of another plan or model."""
+        """Measurements of a finished run; None if missing or from another plan or model."""
         try:
             record: dict[str, Any] = json.loads(self.result_file(run).read_bytes())
         except (OSError, ValueError):
@@ -68,39 +68,33 @@ class Workplace:
         return record if record.get("fingerprint") == self.fingerprint(run) else None
 
 
-def workplace_for(folder: Path, *, size: str) -> Workplace:
-    """A comparison of a size that is a key of PLANS, on the embedded model."""
-    return Workplace(folder, MODEL, PLANS[size])
+def benchmark_for(folder: Path, *, size: str) -> Benchmark:
+    """The benchmark of a size, a key of PLANS, on the embedded model."""
+    return Benchmark(folder, MODEL, PLANS[size])
 
 
-def compare(workplace: Workplace, *, workers: int) -> None:
-    """Finish every run of the plan that is not finished yet.
-
-    Args:
-        workplace: What is compared and where.
-        workers: Processes side by side, each with one thread.
+def compare(benchmark: Benchmark, *, workers: int) -> None:
+    """Do the missing runs of the plan in `workers` parallel processes, each with one thread.
 
     Raises:
-        SimpleTunerError: A run failed; those that are finished stay.
+        SimpleTunerError: A run failed; finished runs stay.
     """
-    missing = [run for run in workplace.plan.runs() if workplace.load(run) is None]
-    num_all = sum(1 for _ in workplace.plan.runs())
-    logger.info("%d of %d runs are to be done, %d at a time.", len(missing), num_all, workers)
+    missing = [run for run in benchmark.plan.runs() if benchmark.load(run) is None]
+    num_all = sum(1 for _ in benchmark.plan.runs())
+    logger.info("%d of %d runs are missing; %d run in parallel.", len(missing), num_all, workers)
     started = time.perf_counter()
-    for done, (run, seconds) in enumerate(_run_all(workplace, missing, workers=workers), start=1):
-        left_s = (time.perf_counter() - started) / done * (len(missing) - done)
-        logger.info(
-            "%d of %d: %s, %.0f s. About %s left.", done, len(missing), run.name, seconds, _say(left_s)
-        )
+    for done, (run, seconds) in enumerate(_run_all(benchmark, missing, workers=workers), start=1):
+        left = _format_duration((time.perf_counter() - started) / done * (len(missing) - done))
+        logger.info("%d of %d: %s, %.0f s. About %s left.", done, len(missing), run.name, seconds, left)
 
 
-def _run_all(workplace: Workplace, runs: list[Run], *, workers: int) -> Iterator[tuple[Run, float]]:
+def _run_all(benchmark: Benchmark, runs: list[Run], *, workers: int) -> Iterator[tuple[Run, float]]:
     if not runs:
         return
-    # Spawned: threads of a parent's torch do not survive a fork.
+    # Spawned, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(finish, workplace, run): run for run in runs}
+        futures = {pool.submit(train_and_measure, benchmark, run): run for run in runs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -109,39 +103,39 @@ def _run_all(workplace: Workplace, runs: list[Run], *, workers: int) -> Iterator
 
 
 def _start_worker() -> None:
-    import torch  # the parent needs none
+    import torch  # the parent process needs none
 
     torch.set_num_threads(1)
     logging.getLogger("simpletuner").setLevel(logging.WARNING)
 
 
-def finish(workplace: Workplace, run: Run) -> float:
-    """Train and measure one run, and write its result; the seconds that this took."""
+def train_and_measure(benchmark: Benchmark, run: Run) -> float:
+    """Train and measure one run and write its result; returns the seconds."""
     import torch
 
-    from simpletuner.demo.comparison.measure import Bench
+    from simpletuner.demo.comparison.measure import AdapterEvaluator
     from simpletuner.helpers.models.sdxl.embedded import load_pipeline
 
     started = time.perf_counter()
-    folder = workplace.folder / "runs" / run.name
-    files = train(workplace, run, folder=folder)
+    folder = benchmark.folder / "runs" / run.name
+    files = train(benchmark, run, folder=folder)
     trained_s = time.perf_counter() - started
-    plan, concept = workplace.plan, CONCEPTS[run.concept]
-    bench = Bench(
-        load_pipeline(workplace.model, device=torch.device("cpu")),
+    plan, concept = benchmark.plan, CONCEPTS[run.concept]
+    bench = AdapterEvaluator(
+        load_pipeline(benchmark.model, device=torch.device("cpu")),
         num_views=plan.prompts,
         num_neutral=plan.neutral,
         sampling=Sampling(steps=plan.sampling_steps, guidance=plan.guidance),
     )
-    points = [_base_point(workplace, bench, run)]
+    points = [_base_point(benchmark, bench, run)]
     points += [
         {"step": step, **asdict(bench.measure(file, concept=concept, seed=run.seed))}
         for step, file in files.items()
     ]
     write_json(
-        workplace.result_file(run),
+        benchmark.result_file(run),
         {
-            "fingerprint": workplace.fingerprint(run),
+            "fingerprint": benchmark.fingerprint(run),
             "run": asdict(run),
             "training_seconds": round(trained_s, 1),
             "seconds": round(time.perf_counter() - started, 1),
@@ -152,10 +146,10 @@ def finish(workplace: Workplace, run: Run) -> float:
     return time.perf_counter() - started
 
 
-def _base_point(workplace: Workplace, bench: Bench, run: Run) -> dict[str, Any]:
-    """What the model without an adapter measures, made once for all contenders of a concept and seed."""
-    file = workplace.results / f"base_{run.concept}_seed-{run.seed}.json"
-    fingerprint = workplace.fingerprint((run.concept, run.seed))
+def _base_point(benchmark: Benchmark, bench: AdapterEvaluator, run: Run) -> dict[str, Any]:
+    """Measurements of the base model, shared by all contenders of a concept and seed."""
+    file = benchmark.results / f"base_{run.concept}_seed-{run.seed}.json"
+    fingerprint = benchmark.fingerprint((run.concept, run.seed))
     if file.exists() and (record := json.loads(file.read_bytes()))["fingerprint"] == fingerprint:
         point: dict[str, Any] = record["point"]
         return point
@@ -164,30 +158,30 @@ def _base_point(workplace: Workplace, bench: Bench, run: Run) -> dict[str, Any]:
     return point
 
 
-def train(workplace: Workplace, run: Run, *, folder: Path) -> dict[int, Path]:
-    """Train through the trainer itself; the adapter's file after each step at which it is measured.
+def train(benchmark: Benchmark, run: Run, *, folder: Path) -> dict[int, Path]:
+    """Train a run with the trainer; returns the adapter file of each step to measure.
 
     Raises:
-        SimpleTunerError: The run failed, or was stopped by a signal.
+        SimpleTunerError: The run failed, or a signal stopped it.
     """
     from simpletuner.helpers.training.build import build_trainer
 
-    steps = workplace.plan.steps
-    CONCEPTS[run.concept].save_picture(folder / "picture")
-    write_json(folder / "config.json", settings(workplace, run, folder=folder))
+    steps = benchmark.plan.steps
+    CONCEPTS[run.concept].save_dataset(folder / "picture")
+    write_json(folder / "config.json", run_config(benchmark, run, folder=folder))
     code = build_trainer(load_config(folder / "config.json", families=registry.specs())).run()
     if code != 0:
-        raise SimpleTunerError(f"{run.name} was stopped. The same command goes on from here.")
+        raise SimpleTunerError(f"A signal stopped {run.name}. The same command continues it.")
     return {step: checkpoint_folder(folder / "output", step) / ADAPTER_FILE for step in steps}
 
 
-def settings(workplace: Workplace, run: Run, *, folder: Path) -> dict[str, Any]:
-    """The config.json of a run, its lycoris json and its dataset json inside."""
-    steps = workplace.plan.steps
+def run_config(benchmark: Benchmark, run: Run, *, folder: Path) -> dict[str, Any]:
+    """The config.json of a run, with the LyCORIS and the dataset JSON inline."""
+    steps = benchmark.plan.steps
     return {
         "model_family": "sdxl",
         "model_type": "lora",
-        "pretrained_model_name_or_path": str(workplace.model.resolve()),
+        "pretrained_model_name_or_path": str(benchmark.model.resolve()),
         "lora_type": "lycoris",
         "lycoris_config": run.contender.lycoris(run.rank),
         "data_backend_config": [
@@ -205,9 +199,9 @@ def settings(workplace: Workplace, run: Run, *, folder: Path) -> dict[str, Any]:
         "resolution_type": "pixel",
         "aspect_bucket_alignment": 8,
         "max_train_steps": steps[-1],
-        "train_batch_size": workplace.plan.batch,
+        "train_batch_size": benchmark.plan.batch,
         "gradient_checkpointing": False,
-        "learning_rate": workplace.plan.learning_rate,
+        "learning_rate": benchmark.plan.learning_rate,
         "lr_scheduler": "constant",
         "mixed_precision": "no",
         "seed": run.seed,
@@ -218,10 +212,10 @@ def settings(workplace: Workplace, run: Run, *, folder: Path) -> dict[str, Any]:
 
 
 def _divisor(steps: tuple[int, ...]) -> int:
-    """The largest interval that meets every step."""
+    """The largest interval that divides every step."""
     return math.gcd(*steps)
 
 
-def _say(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -1,6 +1,6 @@
-"""Means with their uncertainty over runs, and contenders at equal likeness of the concept.
+"""Means with bootstrap intervals over runs, and contenders at equal likeness of the concept.
 
-Runs are the unit that is resampled: seeds and concepts together. The intervals hold for these concepts.
+The bootstrap resamples runs, that is, seeds and concepts together; the intervals hold for these concepts.
 Shapes: R runs, S steps.
 """
 
@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and the bounds between which it lies with a confidence of 95 %."""
+    """A mean and its 95 % confidence interval."""
 
     mean: float
     low: float
@@ -33,12 +33,12 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """What the runs of one contender at one rank measured after each step."""
+    """Measurements of one contender at one rank, by run and step."""
 
     steps: tuple[int, ...]
-    """[S], beginning with 0, the model without an adapter."""
+    """[S]; the first is 0, the base model."""
     keys: tuple[tuple[str, int], ...]
-    """[R] concept and seed of each run, sorted, by which contenders are paired."""
+    """[R] sorted concept and seed of each run; they pair the contenders."""
     values: Mapping[str, Values]
     """Measure -> [R, S]."""
 
@@ -53,7 +53,7 @@ class Curves:
 
 
 def collect(records: Sequence[Mapping[str, Any]]) -> Curves:
-    """Put the results of one contender at one rank together."""
+    """Collect the results of one contender at one rank."""
     ordered = sorted(records, key=lambda record: (record["run"]["concept"], record["run"]["seed"]))
     flat = [[_flat(point) for point in record["points"]] for record in ordered]
     return Curves(
@@ -68,19 +68,19 @@ def collect(records: Sequence[Mapping[str, Any]]) -> Curves:
 
 
 def estimate(values: Values) -> Estimate:
-    """The mean of [R] values and its percentile bootstrap interval."""
+    """Mean of [R] values with its percentile bootstrap interval."""
     return _interval(float(values.mean()), values[_resampled(len(values))].mean(axis=1))
 
 
 def difference(one: Values, other: Values) -> Estimate:
-    """The mean of one [R] less another, run by run, and its interval."""
+    """Mean of the paired differences of two [R], with its interval."""
     return estimate(one - other)
 
 
 def at_equal(curves: Curves, measure: str, *, likeness: float) -> Estimate | None:
-    """A measure where the contender's mean curve first reaches a likeness of the concept.
+    """A measure at the point where the mean curve first reaches a likeness of the concept.
 
-    None if it is not reached, or not in one of twenty resamplings.
+    None if the curve, or more than one in twenty of its resamplings, does not reach it.
     """
     mean = _crossing(curves.means("concept"), curves.means(measure), likeness)
     if mean is None:
@@ -97,14 +97,14 @@ def at_equal(curves: Curves, measure: str, *, likeness: float) -> Estimate | Non
 
 
 def common_likenesses(all_curves: Sequence[Curves], *, num: int = 3) -> list[float]:
-    """Likenesses of the concept that every contender passes, evenly spaced within that range."""
+    """Evenly spaced likenesses within the range that every contender reaches."""
     lowest = max(float(curves.means("concept")[0]) for curves in all_curves)
     highest = min(float(curves.means("concept").max()) for curves in all_curves)
     return [round(float(value), 2) for value in np.linspace(lowest, highest, num + 2)[1:-1]]
 
 
 def _crossing(concept: Values, other: Values, likeness: float) -> float | None:
-    """Where [S] concept first reaches a likeness, the linearly interpolated value of [S] other."""
+    """[S] other, linearly interpolated where [S] concept first reaches a likeness."""
     for index in range(1, len(concept)):
         before, after = concept[index - 1], concept[index]
         if before <= likeness <= after and after > before:
@@ -120,7 +120,7 @@ def _interval(mean: float, resampled: Values) -> Estimate:
 
 
 def _resampled(num: int) -> NDArray[np.int64]:
-    """[RESAMPLES, R] indices of runs, the same for every contender, so that comparisons stay paired."""
+    """[RESAMPLES, R] run indices, equal for all contenders, so that differences stay paired."""
     return np.random.default_rng(0).integers(num, size=(RESAMPLES, num))
 
 

@@ -1,4 +1,4 @@
-"""A running mean."""
+"""An exponential running mean."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class RunningMean:
-    """A running mean that follows new values slowly; early values are averaged evenly."""
+    """Exponential running mean, corrected for its start at zero."""
 
     keep: float = 0.95
     """Weight of the past, in [0, 1)."""
@@ -15,7 +15,7 @@ class RunningMean:
     _weight: float = 0.0
 
     def update(self, value: float) -> float:
-        """Take in `value` and return the mean."""
+        """Add a value and return the mean."""
         self._total = self.keep * self._total + (1.0 - self.keep) * value
         self._weight = self.keep * self._weight + (1.0 - self.keep)
         return self._total / self._weight

@@ -107,8 +107,8 @@ def test_the_demo_asks_for_what_its_one_picture_does_not_show(load: Load, reposi
         assert place in PLACES
         assert pattern in PATTERNS
         assert colour in COLOURS
-        assert place != make.TOY_PLACE
-        assert (pattern, colour) != (make.TOY_BACKGROUND.pattern, make.TOY_BACKGROUND.colour)
+        assert place != make.CHARACTER_PLACE
+        assert (pattern, colour) != (make.CHARACTER_BACKGROUND.pattern, make.CHARACTER_BACKGROUND.colour)
 
 
 def test_the_papers_recipe_is_the_papers(load: Load) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simpletuner.demo.characters import CONCEPT, Part, Toy, draw_toy, random_toy, toy_mask
+from simpletuner.demo.characters import (
+    CONCEPT,
+    Character,
+    Part,
+    character_mask,
+    draw_character,
+    random_character,
+)
 from simpletuner.demo.scenes import PLACES, Background, draw_background
 
 PLAIN = Background("white", "plain")
@@ -17,14 +24,16 @@ def box(half_width: float, rgb: tuple[int, int, int]) -> Part:
 
 
 def test_later_parts_hide_earlier_ones() -> None:
-    picture = draw_toy(Toy((box(0.5, RED), box(0.2, BLUE))), place="in the center", background=PLAIN)
-    assert tuple(picture[32, 32]) == BLUE
-    assert tuple(picture[32, 27]) == RED
+    image = draw_character(
+        Character((box(0.5, RED), box(0.2, BLUE))), place="in the center", background=PLAIN
+    )
+    assert tuple(image[32, 32]) == BLUE
+    assert tuple(image[32, 27]) == RED
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_toy_lies_wholly_inside_the_picture_at_its_place(place: str) -> None:
-    mask = toy_mask(CONCEPT, place=place)
+    mask = character_mask(CONCEPT, place=place)
     y, x = np.nonzero(mask > 0.5)
     assert min(x.min(), y.min()) > 0
     assert max(x.max(), y.max()) < 63
@@ -34,18 +43,18 @@ def test_a_toy_lies_wholly_inside_the_picture_at_its_place(place: str) -> None:
 
 def test_the_mask_covers_exactly_what_was_drawn_over() -> None:
     background = Background("green", "striped")
-    picture = draw_toy(CONCEPT, place="at the top", background=background, offset_px=(1, 1))
-    changed = (picture != draw_background(background)).any(axis=-1)
-    assert (changed == (toy_mask(CONCEPT, place="at the top", offset_px=(1, 1)) > 0)).all()
+    image = draw_character(CONCEPT, place="at the top", background=background, offset_px=(1, 1))
+    changed = (image != draw_background(background)).any(axis=-1)
+    assert (changed == (character_mask(CONCEPT, place="at the top", offset_px=(1, 1)) > 0)).all()
 
 
 def test_random_toys_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
-    assert random_toy(np.random.default_rng(3)) == random_toy(np.random.default_rng(3))
-    assert len({random_toy(np.random.default_rng(seed)) for seed in range(50)}) == 50
+    assert random_character(np.random.default_rng(3)) == random_character(np.random.default_rng(3))
+    assert len({random_character(np.random.default_rng(seed)) for seed in range(50)}) == 50
 
 
 def test_random_toys_have_two_eyes_and_the_concept_has_one() -> None:
     white = (250, 250, 250)
     rng = np.random.default_rng(0)
-    assert all(sum(part.rgb == white for part in random_toy(rng).parts) == 2 for _ in range(50))
+    assert all(sum(part.rgb == white for part in random_character(rng).parts) == 2 for _ in range(50))
     assert sum(part.rgb == white for part in CONCEPT.parts) == 1

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simpletuner.demo.characters import draw_toy, random_toy
+from simpletuner.demo.characters import draw_character, random_character
 from simpletuner.demo.comparison.concepts import CONCEPTS, SUBJECT, View
 from simpletuner.demo.comparison.likeness import likeness
 from simpletuner.demo.comparison.plan import FULL, LORA, PLANS, QUICK, STANDARD
-from simpletuner.demo.comparison.run import Workplace, settings
+from simpletuner.demo.comparison.run import Benchmark, run_config
 from simpletuner.demo.comparison.statistics import (
     Curves,
     at_equal,
@@ -31,24 +31,30 @@ from simpletuner.helpers.models import registry
 @pytest.mark.parametrize("name", CONCEPTS)
 def test_a_drawing_is_like_itself_everywhere_and_little_like_others(name: str) -> None:
     concept = CONCEPTS[name]
-    own = [likeness(concept.draw(view), concept.toy) for view in (concept.trained, *concept.other_views(4))]
+    own = [
+        likeness(concept.draw(view), concept.character) for view in (concept.trained, *concept.other_views(4))
+    ]
     rng = np.random.default_rng(0)
     background = Background("white", "striped")
-    toys = [draw_toy(random_toy(rng), place="at the top", background=background) for _ in range(10)]
-    strangers = [likeness(toy, concept.toy) for toy in toys]
+    characters = [
+        draw_character(random_character(rng), place="at the top", background=background) for _ in range(10)
+    ]
+    strangers = [likeness(character, concept.character) for character in characters]
     assert min(own) > 0.9
     assert max(strangers) < 0.5
-    assert likeness(draw_background(background), concept.toy) == 0
+    assert likeness(draw_background(background), concept.character) == 0
 
 
 def test_wrong_colours_and_missing_parts_lower_the_likeness() -> None:
     concept = CONCEPTS["robot"]
-    parts = concept.toy.parts
-    swapped = replace(concept.toy, parts=tuple(replace(part, rgb=part.rgb[::-1]) for part in parts))
-    headless = replace(concept.toy, parts=parts[2:5])
-    whole = likeness(concept.draw(concept.trained), concept.toy)
+    parts = concept.character.parts
+    swapped = replace(concept.character, parts=tuple(replace(part, rgb=part.rgb[::-1]) for part in parts))
+    headless = replace(concept.character, parts=parts[2:5])
+    whole = likeness(concept.draw(concept.trained), concept.character)
     for other in (swapped, headless):
-        assert likeness(replace(concept, toy=other).draw(concept.trained), concept.toy) < whole - 0.2
+        assert (
+            likeness(replace(concept, character=other).draw(concept.trained), concept.character) < whole - 0.2
+        )
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
@@ -60,12 +66,12 @@ def test_views_that_are_asked_for_share_neither_place_nor_colour_with_the_traini
     for view in views:
         assert view.place != concept.trained.place
         assert view.background.colour != concept.trained.background.colour
-        assert View.read(concept.draw(view)) == view
+        assert View.parse(concept.draw(view)) == view
 
 
 def test_the_one_picture_is_called_by_its_name_alone(tmp_path: Path) -> None:
     concept = CONCEPTS["horned"]
-    concept.save_picture(tmp_path)
+    concept.save_dataset(tmp_path)
     assert (tmp_path / "toy.txt").read_text() == SUBJECT + "\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["toy.png", "toy.txt"]
 
@@ -91,12 +97,12 @@ def test_contenders_differ_in_init_band_and_mask_only() -> None:
 def test_the_settings_of_every_run_are_a_valid_configuration(plan: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
-    workplace = Workplace(tmp_path, model, plan)
+    benchmark = Benchmark(tmp_path, model, plan)
     wanted = {(run.contender, run.rank): run for run in plan.runs()}
     for run in wanted.values():
-        CONCEPTS[run.concept].save_picture(tmp_path / "picture")
+        CONCEPTS[run.concept].save_dataset(tmp_path / "picture")
         file = tmp_path / "config.json"
-        file.write_text(json.dumps(settings(workplace, run, folder=tmp_path)))
+        file.write_text(json.dumps(run_config(benchmark, run, folder=tmp_path)))
         config = load_config(file, families=registry.specs())
         assert all(step % config.checkpoint.checkpoint_step_interval == 0 for step in plan.steps)
         assert set(plan.unequal) <= set(plan.steps)
@@ -108,16 +114,16 @@ def test_a_result_counts_for_its_own_plan_and_model_only(tmp_path: Path) -> None
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.safetensors").write_bytes(b"one")
-    workplace = Workplace(tmp_path, model, QUICK)
+    benchmark = Benchmark(tmp_path, model, QUICK)
     run = next(QUICK.runs())
-    assert workplace.load(run) is None
-    workplace.results.mkdir()
-    record = {"fingerprint": workplace.fingerprint(run)}
-    workplace.result_file(run).write_text(json.dumps(record))
-    assert workplace.load(run) == record
-    assert replace(workplace, plan=replace(QUICK, learning_rate=1.0)).load(run) is None
+    assert benchmark.load(run) is None
+    benchmark.results.mkdir()
+    record = {"fingerprint": benchmark.fingerprint(run)}
+    benchmark.result_file(run).write_text(json.dumps(record))
+    assert benchmark.load(run) == record
+    assert replace(benchmark, plan=replace(QUICK, learning_rate=1.0)).load(run) is None
     (model / "weights.safetensors").write_bytes(b"two")
-    assert workplace.load(run) is None
+    assert benchmark.load(run) is None
 
 
 def _curves(concept: list[list[float]], alignment: list[list[float]]) -> Curves:

@@ -10,22 +10,22 @@ import pytest
 from simpletuner.demo.curriculum import (
     NAMES,
     NEW_NAME,
-    Lesson,
+    Example,
     random_caption,
-    random_lesson,
-    random_pictures,
-    words,
+    random_example,
+    random_images,
+    vocabulary,
 )
 from simpletuner.demo.scenes import (
     Background,
+    all_scenes,
     caption,
     draw_background,
     evaluation_scenes,
     is_held_out,
-    scenes,
 )
 
-LESSON = Lesson(
+EXAMPLE = Example(
     draw_background(Background("blue", "striped")),
     subject="a red star",
     place="at the top",
@@ -33,20 +33,20 @@ LESSON = Lesson(
 )
 
 
-def lessons(num: int) -> list[Lesson]:
+def examples(num: int) -> list[Example]:
     rng = np.random.default_rng(1)
-    return [random_lesson(rng) for _ in range(num)]
+    return [random_example(rng) for _ in range(num)]
 
 
 def test_no_lesson_shows_a_held_out_scene() -> None:
-    held_out = {str(scene) for scene in scenes() if is_held_out(scene)}
-    shown = {caption(each.subject, place=each.place, background=each.background) for each in lessons(2000)}
+    held_out = {str(scene) for scene in all_scenes() if is_held_out(scene)}
+    shown = {caption(each.subject, place=each.place, background=each.background) for each in examples(2000)}
     assert str(evaluation_scenes(1)[0]) in held_out
     assert not shown & held_out
 
 
 def test_a_quarter_of_the_lessons_are_toys_and_some_have_a_name() -> None:
-    subjects = [each.subject for each in lessons(1000) if "toy" in each.subject]
+    subjects = [each.subject for each in examples(1000) if "toy" in each.subject]
     assert 200 < len(subjects) < 300
     named = [subject for subject in subjects if subject != "a toy"]
     assert {subject.split()[1] for subject in named} == set(NAMES)
@@ -55,7 +55,7 @@ def test_a_quarter_of_the_lessons_are_toys_and_some_have_a_name() -> None:
 
 def test_captions_are_mostly_the_whole_sentence_and_sometimes_leave_something_out() -> None:
     rng = np.random.default_rng(0)
-    captions = [random_caption(LESSON, rng) for _ in range(500)]
+    captions = [random_caption(EXAMPLE, rng) for _ in range(500)]
     assert 250 < captions.count("a red star at the top on a striped blue background") < 350
     assert set(captions) == {
         "a red star at the top on a striped blue background",
@@ -69,14 +69,14 @@ def test_captions_are_mostly_the_whole_sentence_and_sometimes_leave_something_ou
 
 def test_every_word_of_a_caption_is_listed_and_the_new_name_is_in_none() -> None:
     rng = np.random.default_rng(0)
-    used = {word for each in lessons(500) for word in random_caption(each, rng).replace(",", " ,").split()}
-    assert used <= set(words())
-    assert NEW_NAME in words()
+    used = {word for each in examples(500) for word in random_caption(each, rng).replace(",", " ,").split()}
+    assert used <= set(vocabulary())
+    assert NEW_NAME in vocabulary()
     assert NEW_NAME not in used
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_pictures_for_the_autoencoder_are_a_function_of_the_seed(seed: int) -> None:
-    one, two = (list(islice(random_pictures(np.random.default_rng(seed)), 4)) for _ in range(2))
+    one, two = (list(islice(random_images(np.random.default_rng(seed)), 4)) for _ in range(2))
     assert np.array_equal(one, two)
-    assert not np.array_equal(one, list(islice(random_pictures(np.random.default_rng(seed + 1)), 4)))
+    assert not np.array_equal(one, list(islice(random_images(np.random.default_rng(seed + 1)), 4)))

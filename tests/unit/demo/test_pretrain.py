@@ -10,38 +10,40 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner.demo.curriculum import words
+from simpletuner.demo.curriculum import vocabulary
 from simpletuner.demo.evaluate import Sampling
 from simpletuner.demo.pretrain import (
-    Denoising,
-    Judging,
+    DenoisingLoss,
+    Evaluation,
     Plan,
-    encode_pictures,
-    make_lessons,
+    encode_images,
+    make_examples,
     pretrain,
     to_pixels,
 )
 from simpletuner.helpers.models.sdxl.embedded import EmbeddedModel, make_embedded
 
 PLAN = Plan(vae_steps=1, vae_batch=2, steps=2, batch=4, num_pictures=6)
-JUDGING = Judging(interval=1, sampling=Sampling(prompts=2, steps=1))
+EVALUATION = Evaluation(interval=1, sampling=Sampling(prompts=2, steps=1))
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def model() -> EmbeddedModel:
-    return make_embedded(words(), seed=0)
+    return make_embedded(vocabulary(), seed=0)
 
 
 @pytest.fixture(scope="module")
-def denoising(model: EmbeddedModel) -> Denoising:
-    lessons = make_lessons(PLAN)
-    latents = encode_pictures(model, [lesson.picture for lesson in lessons])
-    return Denoising(model, plan=Plan(batch=400), lessons=lessons, latents=latents)
+def denoising(model: EmbeddedModel) -> DenoisingLoss:
+    examples = make_examples(PLAN)
+    latents = encode_images(model, [example.image for example in examples])
+    return DenoisingLoss(model, plan=Plan(batch=400), examples=examples, latents=latents)
 
 
 def run(folder: Path, plan: Plan) -> Path:
-    pretrain(folder / "model", work=folder / "work", plan=plan, device=torch.device("cpu"), judging=JUDGING)
+    pretrain(
+        folder / "model", work=folder / "work", plan=plan, device=torch.device("cpu"), evaluation=EVALUATION
+    )
     return folder / "model"
 
 
@@ -61,37 +63,41 @@ def test_a_run_leaves_a_model_a_record_and_goes_on_from_its_own_files(tmp_path: 
 
 
 def test_pixels_span_minus_one_to_one() -> None:
-    picture = np.zeros((2, 2, 3), dtype=np.uint8)
-    picture[0, 1] = (255, 0, 51)
-    pixels = to_pixels([picture])
+    image = np.zeros((2, 2, 3), dtype=np.uint8)
+    image[0, 1] = (255, 0, 51)
+    pixels = to_pixels([image])
     assert pixels.shape == (1, 3, 2, 2)
     assert pixels[0, :, 0, 1].tolist() == pytest.approx([1, -1, -0.6])
 
 
-def test_the_loss_of_a_step_is_a_function_of_its_number(model: EmbeddedModel, denoising: Denoising) -> None:
-    small = Denoising(model, plan=PLAN, lessons=denoising.lessons, latents=denoising.latents)
+def test_the_loss_of_a_step_is_a_function_of_its_number(
+    model: EmbeddedModel, denoising: DenoisingLoss
+) -> None:
+    small = DenoisingLoss(model, plan=PLAN, examples=denoising.examples, latents=denoising.latents)
     with torch.no_grad():
-        assert small.loss_of(3) == small.loss_of(3)
-        assert small.loss_of(3) != small.loss_of(4)
+        assert small.loss_fn(3) == small.loss_fn(3)
+        assert small.loss_fn(3) != small.loss_fn(4)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, 0.3), (0.2, 0.44), (1.0, 1.0)])
-def test_noisy_timesteps_are_drawn_more_often(denoising: Denoising, share: float, expected: float) -> None:
+def test_noisy_timesteps_are_drawn_more_often(
+    denoising: DenoisingLoss, share: float, expected: float
+) -> None:
     timesteps = denoising._draw_timesteps(np.random.default_rng(0), share=share)
     assert int(timesteps.min()) >= (700 if share == 1 else 0)
     assert 990 < int(timesteps.max()) < 1000
     assert float((timesteps >= 700).float().mean()) == pytest.approx(expected, abs=0.07)
 
 
-def test_a_tenth_of_the_captions_is_dropped_to_zeros(denoising: Denoising) -> None:
-    text = denoising._encode([denoising.lessons[0]] * 400, np.random.default_rng(0))
+def test_a_tenth_of_the_captions_is_dropped_to_zeros(denoising: DenoisingLoss) -> None:
+    text = denoising._encode([denoising.examples[0]] * 400, np.random.default_rng(0))
     assert text.pooled is not None
     dropped = (text.prompt_embeds == 0).all(dim=(1, 2))
     assert torch.equal(dropped, (text.pooled == 0).all(dim=1))
     assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.05)
 
 
-def test_most_samples_are_said_to_be_64_px_and_uncropped(denoising: Denoising) -> None:
+def test_most_samples_are_said_to_be_64_px_and_uncropped(denoising: DenoisingLoss) -> None:
     sizes = denoising._draw_sizes(np.random.default_rng(0))
     usual = (sizes == torch.tensor([64.0, 64, 0, 0, 64, 64])).all(dim=1)
     assert float(usual.float().mean()) == pytest.approx(0.85, abs=0.06)

@@ -14,13 +14,13 @@ from simpletuner.demo.scenes import (
     SIZE_PX,
     Background,
     Scene,
-    backgrounds,
+    all_backgrounds,
+    all_scenes,
     draw_background,
     draw_scene,
     evaluation_scenes,
     is_held_out,
     polygon_mask,
-    scenes,
     shade,
     shape_mask,
 )
@@ -34,22 +34,22 @@ def test_a_caption_names_all_five_attributes() -> None:
 
 
 def test_no_two_scenes_have_the_same_caption() -> None:
-    assert len({str(scene) for scene in scenes()}) == len(scenes()) == 6 * 9 * 8 * 7 * 3
+    assert len({str(scene) for scene in all_scenes()}) == len(all_scenes()) == 6 * 9 * 8 * 7 * 3
 
 
 def test_a_shape_never_has_the_colour_of_its_background() -> None:
-    assert all(scene.colour != scene.background.colour for scene in scenes())
+    assert all(scene.colour != scene.background.colour for scene in all_scenes())
 
 
 def test_about_a_tenth_is_held_out_and_always_the_same() -> None:
-    held_out = [scene for scene in scenes() if is_held_out(scene)]
+    held_out = [scene for scene in all_scenes() if is_held_out(scene)]
     assert len(held_out) == 957  # of 9072; another number means another split, which the shipped model saw
-    assert str(held_out[0]) == str(next(scene for scene in scenes() if is_held_out(scene)))
+    assert str(held_out[0]) == str(next(scene for scene in all_scenes() if is_held_out(scene)))
 
 
 @pytest.mark.parametrize("value", [*COLOURS, *PATTERNS, *PLACES, *SHAPES])
 def test_every_word_is_seen_in_training_although_combinations_are_held_out(value: str) -> None:
-    assert any(value in str(scene) and not is_held_out(scene) for scene in scenes())
+    assert any(value in str(scene) and not is_held_out(scene) for scene in all_scenes())
 
 
 def test_evaluation_scenes_are_held_out_and_do_not_repeat() -> None:
@@ -64,26 +64,24 @@ def test_a_plain_background_is_one_colour() -> None:
 
 
 def test_stripes_are_upright_and_a_cell_wide() -> None:
-    picture = draw_background(Background("blue", "striped"))
-    assert (picture[0, CELL_PX - 1], picture[0, CELL_PX]) == (
+    image = draw_background(Background("blue", "striped"))
+    assert (image[0, CELL_PX - 1], image[0, CELL_PX]) == (
         pytest.approx(COLOURS["blue"]),
         pytest.approx(shade(COLOURS["blue"])),
     )
-    assert (picture == picture[:1]).all()
+    assert (image == image[:1]).all()
 
 
 def test_checkers_alternate_in_both_directions() -> None:
-    picture = draw_background(Background("blue", "checkered"))
-    assert (
-        picture[:CELL_PX, CELL_PX:] == np.roll(picture, CELL_PX, axis=0)[:CELL_PX, : SIZE_PX - CELL_PX]
-    ).all()
-    assert (picture[0, 0] != picture[CELL_PX, 0]).any()
-    assert (picture[0, 0] == picture[CELL_PX, CELL_PX]).all()
+    image = draw_background(Background("blue", "checkered"))
+    assert (image[:CELL_PX, CELL_PX:] == np.roll(image, CELL_PX, axis=0)[:CELL_PX, : SIZE_PX - CELL_PX]).all()
+    assert (image[0, 0] != image[CELL_PX, 0]).any()
+    assert (image[0, 0] == image[CELL_PX, CELL_PX]).all()
 
 
 def test_no_two_backgrounds_look_the_same() -> None:
-    pictures = {draw_background(each).tobytes() for each in backgrounds()}
-    assert len(pictures) == len(COLOURS) * len(PATTERNS)
+    images = {draw_background(each).tobytes() for each in all_backgrounds()}
+    assert len(images) == len(COLOURS) * len(PATTERNS)
 
 
 @pytest.mark.parametrize(("rgb", "second"), [((100, 200, 0), (60, 120, 0)), ((20, 20, 20), (90, 90, 90))])
@@ -103,8 +101,8 @@ def test_a_polygon_covers_the_part_of_a_pixel_that_lies_in_it() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_shape_lies_in_the_middle_of_its_place(shape: str, place: str) -> None:
-    picture = draw_scene(Scene(shape, "red", place, BLUE))
-    y, x = np.nonzero((picture == COLOURS["red"]).all(axis=-1))
+    image = draw_scene(Scene(shape, "red", place, BLUE))
+    y, x = np.nonzero((image == COLOURS["red"]).all(axis=-1))
     middle = ((x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2)
     assert middle == pytest.approx(PLACES[place], abs=1.5)
 

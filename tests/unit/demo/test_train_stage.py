@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpletuner.demo.train_stage import Schedule, Stage
+from simpletuner.demo.train_stage import Schedule, TrainStage
 
 SCHEDULE = Schedule(steps=6, learning_rate=0.1, save_interval=3)
 
@@ -28,14 +28,14 @@ def loss_on(module: nn.Linear, step: int) -> Tensor:
     return (module(inputs) - inputs.sum(dim=1, keepdim=True)).square().mean()
 
 
-def run(file: Path, *, stop_at: int | None = None) -> tuple[nn.Linear, Stage]:
+def run(file: Path, *, stop_at: int | None = None) -> tuple[nn.Linear, TrainStage]:
     def stop(step: int) -> None:
         if step == stop_at:
             raise Stopped
 
     module = make_module()
-    stage = Stage([module], schedule=SCHEDULE, file=file)
-    stage.train(lambda step: loss_on(module, step), every=stop)
+    stage = TrainStage([module], schedule=SCHEDULE, file=file)
+    stage.train(lambda step: loss_on(module, step), after_step=stop)
     return module, stage
 
 
@@ -43,7 +43,7 @@ def run(file: Path, *, stop_at: int | None = None) -> tuple[nn.Linear, Stage]:
     ("step", "rate"), [(0, 0.008), (99, 0.8), (500, 0.8), (700, 0.8), (850, 0.4), (999, 0.8 / 300)]
 )
 def test_the_rate_rises_stays_and_falls(step: int, rate: float) -> None:
-    assert Schedule(steps=1000, learning_rate=0.8).rate_at(step) == pytest.approx(rate)
+    assert Schedule(steps=1000, learning_rate=0.8).learning_rate_at(step) == pytest.approx(rate)
 
 
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     resumed, resumed_stage = run(tmp_path / "parts.pt")
     assert not torch.equal(whole.weight, make_module().weight)
     assert torch.equal(resumed.weight, whole.weight)
-    assert torch.equal(resumed_stage.averages[0], whole_stage.averages[0])
+    assert torch.equal(resumed_stage.ema[0], whole_stage.ema[0])
     assert resumed_stage.step == 6
 
 
@@ -61,25 +61,25 @@ def test_a_finished_stage_is_not_trained_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("simpletuner.demo.train_stage.perf_counter", itertools.count().__next__)
     run(tmp_path / "stage.pt")
     module = make_module()
-    stage = Stage([module], schedule=SCHEDULE, file=tmp_path / "stage.pt")
-    stage.train(lambda _: pytest.fail("trained"), every=lambda _: None)
+    stage = TrainStage([module], schedule=SCHEDULE, file=tmp_path / "stage.pt")
+    stage.train(lambda _: pytest.fail("trained"), after_step=lambda _: None)
     assert stage.seconds == SCHEDULE.steps, "one second each by this clock"
 
 
 def test_modules_carry_the_average_inside_averaged_only(tmp_path: Path) -> None:
     module, stage = run(tmp_path / "stage.pt")
     trained = module.weight.detach().clone()
-    with stage.averaged():
-        assert torch.equal(module.weight, stage.averages[0])
+    with stage.ema_weights():
+        assert torch.equal(module.weight, stage.ema[0])
         assert not torch.equal(module.weight, trained)
     assert torch.equal(module.weight, trained)
-    stage.take_average()
-    assert torch.equal(module.weight, stage.averages[0])
+    stage.load_ema()
+    assert torch.equal(module.weight, stage.ema[0])
 
 
 def test_the_average_weighs_early_steps_less(tmp_path: Path) -> None:
     module = make_module()
     start = module.weight.detach().clone()
-    stage = Stage([module], schedule=Schedule(steps=1, learning_rate=1.0), file=tmp_path / "stage.pt")
-    stage.train(lambda step: loss_on(module, step), every=lambda _: None)
-    assert torch.allclose(stage.averages[0], start.lerp(module.weight.detach(), 0.9))
+    stage = TrainStage([module], schedule=Schedule(steps=1, learning_rate=1.0), file=tmp_path / "stage.pt")
+    stage.train(lambda step: loss_on(module, step), after_step=lambda _: None)
+    assert torch.allclose(stage.ema[0], start.lerp(module.weight.detach(), 0.9))

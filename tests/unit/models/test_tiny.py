@@ -55,7 +55,7 @@ def test_the_demo_photograph_is_whole_and_its_licence_is_named() -> None:
 
 
 def test_the_demo_toy_is_what_make_writes(tmp_path: Path) -> None:
-    make.make_toy(tmp_path)
+    make.make_character(tmp_path)
     with Image.open(make.FOLDER / "toy" / "toy.png") as shipped, Image.open(tmp_path / "toy.png") as made:
         assert shipped.size == (64, 64)
         assert shipped.tobytes() == made.tobytes()

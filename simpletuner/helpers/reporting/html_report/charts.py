@@ -1,4 +1,4 @@
-"""Curves as inline SVG that stretches with the page; the labels around it are text and keep their size."""
+"""Charts as inline SVG that scales with the page; labels are HTML text and keep their size."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from simpletuner.helpers.reporting.html_report.markup import data_block, escape,
 from simpletuner.helpers.reporting.html_report.series import Points
 
 WIDTH, HEIGHT = 1000, 400
-# Of faint values, what lies beyond these shares is cut off: one spike must not flatten the rest.
-CUT_SHARES = (0.5, 99.5)
-# Values that differ by less, as a share of the largest, are one value: labels have six digits, and a running
-# mean of equal numbers is off in its last bit.
-LEAST_SPAN = 1e-5
-# A label further to the right than this ends where its tick is, so that it does not stand out.
-LAST_LABEL = 0.96
+# Percentiles of faint curves that set the axis: one spike must not flatten the rest.
+FAINT_PERCENTILES = (0.5, 99.5)
+# Values within this share of the largest are equal: labels have six digits, and the running mean of equal
+# numbers is off in its last bit.
+MIN_SPAN = 1e-5
+# Beyond this share of the width a label is right-aligned, so that it stays inside the chart.
+ALIGN_RIGHT_FROM = 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,14 @@ class Curve:
     name: str
     points: Points
     colour: int = 1
-    """Number of a colour of the style sheet."""
+    """1 to 4, a colour of page.css."""
     is_faint: bool = False
-    """Drawn behind the others, with the range of each point's steps around it."""
+    """Drawn behind the others, with the range of each point's steps as a band."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves over a common axis."""
+    """Curves over a shared x axis."""
 
     title: str
     curves: Sequence[Curve]
@@ -43,12 +43,12 @@ class Chart:
     note: str = ""
     is_wide: bool = False
     is_stepped: bool = False
-    """Values hold until the next point."""
+    """Each value holds until the next point."""
     from_zero: bool = False
 
 
 def draw_chart(chart: Chart) -> str:
-    """A figure; nothing when there are no values."""
+    """The chart as an HTML figure; "" if no value is finite."""
     curves = [curve for curve in chart.curves if np.isfinite(curve.points.means).any()]
     if not curves:
         return ""
@@ -56,11 +56,11 @@ def draw_chart(chart: Chart) -> str:
     left, right = float(steps[0]), float(steps[-1])
     ticks = nice_ticks(*_limits(curves, from_zero=chart.from_zero))
     low, high = ticks[0], ticks[-1]
-    across = [
+    step_ticks = [
         tick for tick in nice_ticks(left, right, wanted=6 if chart.is_wide else 4) if left <= tick <= right
     ]
     frame = _Frame(left, right if right > left else left + 1, low, high)
-    # The curve that matters most is drawn last, on top.
+    # The most important curve is the last one, so it is drawn on top.
     paths = "".join(_paths(curve, frame, is_stepped=chart.is_stepped) for curve in curves)
     lines = "".join(f'<path class="grid" d="M0 {frame.y(tick):.1f}H{WIDTH}"/>' for tick in ticks)
     return (
@@ -69,15 +69,15 @@ def draw_chart(chart: Chart) -> str:
         f'<div class="plot" tabindex="0">{_side_labels(ticks, frame)}'
         f'<div class="field"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img">'
         f"<title>{escape(_summary(chart, curves))}</title>{lines}{paths}</svg>"
-        f'<i class="cursor"></i></div>{_bottom_labels(across, frame)}</div>\n'
-        f"{note(chart.note)}{data_block(_readings(curves))}\n</figure>"
+        f'<i class="cursor"></i></div>{_bottom_labels(step_ticks, frame)}</div>\n'
+        f"{note(chart.note)}{data_block(_pointer_values(curves))}\n</figure>"
     )
 
 
 def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
-    """Round numbers at even distances, the first at or below `low` and the last at or above `high`."""
+    """Evenly spaced round numbers, the first at or below `low`, the last at or above `high`."""
     span, largest = high - low, max(abs(low), abs(high))
-    if not LEAST_SPAN * largest < span < math.inf:
+    if not MIN_SPAN * largest < span < math.inf:
         span = largest or 1.0
         low -= span / 2
         high = low + span
@@ -90,7 +90,7 @@ def nice_ticks(low: float, high: float, *, wanted: int = 4) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """From values to places in the picture."""
+    """Maps values to SVG coordinates."""
 
     left: float
     right: float
@@ -105,12 +105,12 @@ class _Frame:
 
 
 def _limits(curves: Sequence[Curve], *, from_zero: bool) -> tuple[float, float]:
-    """The value range of the axis: all firm curves, and faint ones without their outliers."""
+    """Value range of the axis: all firm curves, and faint ones without outliers."""
     ends: list[float] = []
     for points, is_faint in ((curve.points, curve.is_faint) for curve in curves):
         for values in (points.means, points.highs) if is_faint else (points.means,):
-            shares = CUT_SHARES if is_faint else (0, 100)
-            ends += np.percentile(values[np.isfinite(values)], shares).tolist()
+            percentiles = FAINT_PERCENTILES if is_faint else (0, 100)
+            ends += np.percentile(values[np.isfinite(values)], percentiles).tolist()
     low, high = min(ends), max(ends)
     return (0.0 if from_zero or 0 < low < 0.4 * high else low), high
 
@@ -121,17 +121,17 @@ def _paths(curve: Curve, frame: _Frame, *, is_stepped: bool) -> str:
     xs = [frame.x(step) for step in points.steps[present].tolist()]
     ys = [frame.y(value) for value in points.means[present].tolist()]
     css_class = "faint" if curve.is_faint else "line"
-    line = f'<path class="{css_class} c{curve.colour}" d="M{_joined(xs, ys, is_stepped=is_stepped)}"/>'
-    if len(xs) == 1:  # a path of one point shows nothing
+    line = f'<path class="{css_class} c{curve.colour}" d="M{_path_data(xs, ys, is_stepped=is_stepped)}"/>'
+    if len(xs) == 1:  # a path of one point is invisible
         line = f'<path class="{css_class} c{curve.colour}" d="M{xs[0]:.1f} {ys[0]:.1f}h{WIDTH}"/>'
     if not curve.is_faint or not (points.highs > points.lows).any():
         return line
-    top = _joined(xs, [frame.y(value) for value in points.highs[present].tolist()])
-    bottom = _joined(xs[::-1], [frame.y(value) for value in points.lows[present].tolist()][::-1])
+    top = _path_data(xs, [frame.y(value) for value in points.highs[present].tolist()])
+    bottom = _path_data(xs[::-1], [frame.y(value) for value in points.lows[present].tolist()][::-1])
     return f'<path class="range c{curve.colour}" d="M{top}L{bottom}Z"/>{line}'
 
 
-def _joined(xs: Sequence[float], ys: Sequence[float], *, is_stepped: bool = False) -> str:
+def _path_data(xs: Sequence[float], ys: Sequence[float], *, is_stepped: bool = False) -> str:
     if is_stepped:
         rest = "".join(f"H{x:.1f}V{y:.1f}" for x, y in zip(xs[1:], ys[1:], strict=True))
         return f"{xs[0]:.1f} {ys[0]:.1f}{rest}"
@@ -144,10 +144,8 @@ def _legend(curves: Sequence[Curve], axis: str) -> str:
         f"{escape(curve.name)} <b>{format_number(_last(curve.points))}</b></span>"
         for curve in curves
     )
-    place = format_number(float(curves[0].points.steps[-1]))
-    return (
-        f'<span class="legend">{entries}<span class="key at">at {escape(axis)} <b>{place}</b></span></span>'
-    )
+    end = format_number(float(curves[0].points.steps[-1]))
+    return f'<span class="legend">{entries}<span class="key at">at {escape(axis)} <b>{end}</b></span></span>'
 
 
 def _last(points: Points) -> float:
@@ -156,17 +154,17 @@ def _last(points: Points) -> float:
 
 def _side_labels(ticks: Sequence[float], frame: _Frame) -> str:
     spans = (f'<span style="top:{frame.y(tick) / HEIGHT:.2%}">{_short(tick)}</span>' for tick in ticks)
-    # What is not placed gives the column its width.
+    # The hidden copy of the widest label sets the width of the column.
     widest = max((_short(tick) for tick in ticks), key=len)
     return f'<div class="side"><span class="widest">{widest}</span>{"".join(spans)}</div>'
 
 
 def _bottom_labels(ticks: Sequence[float], frame: _Frame) -> str:
-    places = [frame.x(tick) / WIDTH for tick in ticks]
-    spans = (
-        f'<span{" class=end" if place > LAST_LABEL else ""} style="left:{place:.2%}">{_short(tick)}</span>'
-        for tick, place in zip(ticks, places, strict=True)
-    )
+    spans = []
+    for tick in ticks:
+        left = frame.x(tick) / WIDTH
+        end = " class=end" if left > ALIGN_RIGHT_FROM else ""
+        spans.append(f'<span{end} style="left:{left:.2%}">{_short(tick)}</span>')
     return f'<div class="bottom">{"".join(spans)}</div>'
 
 
@@ -180,19 +178,19 @@ def _summary(chart: Chart, curves: Sequence[Curve]) -> str:
         f"to {format_number(_last(curve.points))}"
         for curve in curves
     )
-    first, last = (format_number(float(curves[0].points.steps[place])) for place in (0, -1))
+    first, last = (format_number(float(curves[0].points.steps[index])) for index in (0, -1))
     return f"{chart.title} over {chart.axis} {first} to {last}: {ends}."
 
 
-def _readings(curves: Sequence[Curve]) -> dict[str, object]:
-    """What the page's script shows under the pointer."""
+def _pointer_values(curves: Sequence[Curve]) -> dict[str, object]:
+    """The values that page.js shows under the pointer."""
     return {
-        "x": [_plain(step) for step in curves[0].points.steps.tolist()],
-        "y": [[_plain(value) for value in curve.points.means.tolist()] for curve in curves],
+        "x": [_json_number(step) for step in curves[0].points.steps.tolist()],
+        "y": [[_json_number(value) for value in curve.points.means.tolist()] for curve in curves],
     }
 
 
-def _plain(value: float) -> float | None:
+def _json_number(value: float) -> float | None:
     if not math.isfinite(value):
         return None
     return int(value) if value.is_integer() else float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""What lies in a run's folder, as the page needs it; whatever is missing or damaged is left out."""
+"""Reads the output folder of a run for the report; missing or damaged files are left out."""
 
 from __future__ import annotations
 
@@ -31,48 +31,47 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 
 class NoRunError(SimpleTunerError):
-    """A folder is not the output_dir of a run."""
+    """The folder is not the output_dir of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSnapshot:
-    """A run, read from its folder."""
+    """The content of an output folder at one moment."""
 
     path: Path
     state: State
     written: str
-    """When it was read, in local time."""
+    """Local time of the reading."""
     log: Log
     config: Mapping[str, Any]
-    """As resolved; empty when it cannot be read."""
+    """Resolved configuration; empty if unreadable."""
     manifest: Mapping[str, Any]
-    """What the run said about itself when it began; empty for a run of an earlier version."""
+    """The content of run.json; empty for runs of earlier versions."""
     images: list[ImageRow]
     adapter: Path | None
-    """The newest adapter for use: the run's own, else that of its newest checkpoint."""
+    """The final adapter, else that of the newest checkpoint."""
     comfyui: Path | None
 
     @property
     def step(self) -> int:
-        """The last step of the log."""
+        """Last logged step."""
         return int(self.log.lines[-1]["step"]) if self.log.lines else 0
 
     @property
     def max_steps(self) -> int | None:
-        """How many the run is to take, if that is known."""
+        """Planned number of steps, if known."""
         return self.manifest.get("max_steps") or self.config.get("max_train_steps")
 
 
 def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
-    """Read a run's folder; its state is found out when it is not told.
+    """Read an output folder; without `state`, its files tell the state.
 
     Raises:
-        NoRunError: There is neither a log nor a configuration in it.
+        NoRunError: The folder holds neither a metrics log nor a configuration.
     """
     if not (path / METRICS_FILE).exists() and not (path / CONFIG_FILE).exists():
         raise NoRunError(
-            f"{path}: no run was written here: there is neither {METRICS_FILE} nor {CONFIG_FILE}. "
-            "Name the output_dir of a run."
+            f"{path} holds neither {METRICS_FILE} nor {CONFIG_FILE}. Give the output_dir of a run."
         )
     manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
@@ -93,13 +92,13 @@ def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
 
 
 def relative_path(path: str | Path) -> str:
-    """A path as it is written from the working directory; one elsewhere as it is."""
+    """The path relative to the working directory; unchanged if it is outside."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
 def display_path(path: str | Path) -> str:
-    """The same for reading only: nobody's home folder is named."""
+    """Path for display, with the home folder shortened to ~."""
     home = str(Path.home())
     text = relative_path(path)
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text

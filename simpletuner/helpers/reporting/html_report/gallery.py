@@ -1,4 +1,4 @@
-"""Validation pictures over time, small enough for a page."""
+"""Validation images by step, scaled down to keep the report small."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ from simpletuner.helpers.io.run_folder import (
 from simpletuner.helpers.reporting.html_report.markup import escape, format_count, note
 
 LARGEST_EDGE_PX = 448
-# Smaller pictures are kept to the pixel, and shown with their pixels.
+# Images up to this edge stay lossless and are shown with hard pixels.
 PIXEL_ART_EDGE_PX = 96
 JPEG_QUALITY = 84
 MAX_STEPS = 24
 BUDGET_BYTES = 9 << 20
-"""Of all pictures as files; inside a page they are a third longer."""
+"""Limit for all thumbnails; base64 adds a third in the page."""
 MAX_PIXELS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
-    """The pictures of one prompt, size and seed."""
+    """Image files of one prompt, size and seed."""
 
     prompt: str
     details: str
-    """Size and seed, in words."""
+    """Size and seed for display."""
     fixed: tuple[tuple[str, Path], ...]
-    """Title and file of the pictures that no training changes: the base model, another adapter."""
+    """(title, file) of the images that training does not change: base model, other adapter."""
     by_step: dict[int, Path]
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A picture as it is embedded."""
+    """An embedded image."""
 
     uri: str
     width: int
@@ -53,7 +53,7 @@ class Thumbnail:
 
 
 def render_gallery(rows: Sequence[ImageRow]) -> str:
-    """A table, a row of pictures below each prompt; says which steps and prompts were left out for size."""
+    """A table with a row of images below each prompt; a note names the steps left out to save space."""
     rows = [row for row in rows if row.by_step or row.fixed]
     if not rows:
         return ""
@@ -71,11 +71,11 @@ def render_gallery(rows: Sequence[ImageRow]) -> str:
 
 @lru_cache(maxsize=4096)
 def thumbnail(file: Path, _changed_ns: int) -> Thumbnail:
-    """A picture as a data URI, kept until the file changes.
+    """The image scaled down as a data URI; `_changed_ns`, the file's mtime, is part of the cache key.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is too large.
+        OSError: The file is unreadable.
+        ValueError: The image has more than MAX_PIXELS.
     """
     with Image.open(file) as opened:
         if opened.width * opened.height > MAX_PIXELS:
@@ -94,7 +94,7 @@ def thumbnail(file: Path, _changed_ns: int) -> Thumbnail:
 
 
 def spread_evenly(items: Sequence[int], count: int) -> list[int]:
-    """At most `count`, two or more, of the items: the first, the last and others evenly between."""
+    """At most `count` >= 2 of the items: first, last and evenly spaced ones between."""
     if len(items) <= count:
         return list(items)
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
@@ -103,19 +103,19 @@ def spread_evenly(items: Sequence[int], count: int) -> list[int]:
 def _thumbnail(file: Path) -> Thumbnail | None:
     try:
         return thumbnail(file, file.stat().st_mtime_ns)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises any of these
         return None
 
 
 def _affordable(rows: Sequence[ImageRow], steps: Sequence[int]) -> tuple[list[int], list[ImageRow]]:
-    """The steps, first and last and evenly between, and the first rows that the budget allows."""
-    shown = list(rows)
-    while len(shown) > 1 and _num_bytes(shown, spread_evenly(steps, 2)) > BUDGET_BYTES:
-        shown = shown[: len(shown) // 2]
-    chosen = spread_evenly(steps, MAX_STEPS)
-    while len(chosen) > 2 and _num_bytes(shown, chosen) > BUDGET_BYTES:
-        chosen = spread_evenly(steps, len(chosen) - 1)
-    return chosen, shown
+    """The steps and rows within BUDGET_BYTES: first, last and evenly spaced steps; leading rows."""
+    shown_rows = list(rows)
+    while len(shown_rows) > 1 and _num_bytes(shown_rows, spread_evenly(steps, 2)) > BUDGET_BYTES:
+        shown_rows = shown_rows[: len(shown_rows) // 2]
+    shown_steps = spread_evenly(steps, MAX_STEPS)
+    while len(shown_steps) > 2 and _num_bytes(shown_rows, shown_steps) > BUDGET_BYTES:
+        shown_steps = spread_evenly(steps, len(shown_steps) - 1)
+    return shown_steps, shown_rows
 
 
 def _num_bytes(rows: Sequence[ImageRow], steps: Sequence[int]) -> int:
@@ -139,10 +139,10 @@ def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> st
     image = None if file is None else _thumbnail(file)
     if image is None:
         return f'<td class="{css_class}"><span class="missing">none</span></td>'
-    words = escape(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))
+    alt = escape(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))
     small = ' class="pixels"' if max(image.width, image.height) <= PIXEL_ART_EDGE_PX else ""
     return (
-        f'<td class="{css_class}"><img{small} alt="{words}" width="{image.width}" height="{image.height}" '
+        f'<td class="{css_class}"><img{small} alt="{alt}" width="{image.width}" height="{image.height}" '
         f'decoding="async" src="{image.uri}"></td>'
     )
 
@@ -162,25 +162,26 @@ def _left_out(every: Sequence[int], shown: Sequence[int], *, num_rows: int) -> s
     if num_rows:
         parts.append(f"{format_count(num_rows, 'prompt')} left out to keep the page small.")
     if parts:
-        parts.append("Every picture lies in the run's folder validation/.")
+        parts.append("Every image is in the run's folder validation/.")
     return note(" ".join(parts))
 
 
 def image_rows(
     folder: Path, prompts: Sequence[dict[str, object]], *, compared_with: str | None
 ) -> list[ImageRow]:
-    """The pictures that lie in a run's validation folder.
+    """The images in a run's validation folder.
 
-    `prompts` is what the run said about them when it began; without it, names of files say what is known.
+    `prompts` is the manifest's list; without it, prompt, size and seed come from the file names.
     """
     by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
     if not prompts:
         base = {name: file.name for name, file in cached_image_files(folder).items()}
         names = sorted({name for files in by_step.values() for name in files} | set(base))
-        prompts = [_prompt_of(name) | {"base": base.get(name)} for name in names]
-    return [
-        _row(folder, prompt, by_step, compared_with=compared_with or "compared with") for prompt in prompts
-    ]
+        prompts = [
+            {"prompt": name, **parse_image_name(name), "name": name, "base": base.get(name)} for name in names
+        ]
+    other = compared_with or "compared with"
+    return [_row(folder, prompt, by_step, compared_with=other) for prompt in prompts]
 
 
 def _row(
@@ -200,7 +201,3 @@ def _row(
         fixed=tuple((title, file) for title, file in fixed.items() if file.exists()),
         by_step={step: files[name] for step, files in by_step.items() if name in files},
     )
-
-
-def _prompt_of(name: str) -> dict[str, object]:
-    return {"name": name, "prompt": name, **parse_image_name(name)}

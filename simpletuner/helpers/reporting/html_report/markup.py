@@ -1,4 +1,4 @@
-"""Text that is safe inside a page: nothing that a user wrote becomes markup, script or a secret told."""
+"""HTML building blocks: user text is escaped and secrets are hidden."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)
 
 
 def escape(text: object) -> str:
-    """Any text as it stands in an element or an attribute; control characters as escapes."""
+    """Escape text for an element or an attribute; control characters become visible escapes."""
     return html.escape("\n".join(printable(line) for line in str(text).split("\n")))
 
 
 def without_secrets(value: Any) -> Any:
-    """The json with the values of keys that name a secret, and texts that look like one, replaced."""
+    """JSON with HIDDEN in place of access tokens and of values whose key names a secret."""
     if isinstance(value, Mapping):
         return {
             key: HIDDEN if each and _SECRET_KEY.search(str(key)) else without_secrets(each)
@@ -35,40 +35,40 @@ def without_secrets(value: Any) -> Any:
 
 
 def data_block(data: object) -> str:
-    """Values for the page's script; no text in them can end the block."""
+    """JSON for the page's script; no text in it can close the script element."""
     text = json.dumps(data, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     text = text.replace("<", "\\u003c")
     return f'<script type="application/json">{text}</script>'
 
 
 def note(text: str) -> str:
-    """A remark in small print; nothing when there is none."""
+    """A paragraph in small print; "" without text."""
     return f'<p class="note">{escape(text)}</p>\n' if text else ""
 
 
 def disclosure(summary: str, content: str) -> str:
-    """Content that is folded away until asked for."""
+    """Content in a collapsed details element."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
-def definition_list(facts: Iterable[tuple[str, object]]) -> str:
-    """Names and values; those without a value are left out."""
+def definition_list(entries: Iterable[tuple[str, object]]) -> str:
+    """Terms and values; entries without a value are left out."""
     rows = [
         f"<div><dt>{escape(name)}</dt><dd>{escape(value).replace('/', '/<wbr>')}</dd></div>"
-        for name, value in facts
+        for name, value in entries
         if value not in (None, "")
     ]
     return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
 def section(anchor: str, title: str, *blocks: str) -> str:
-    """A part of the page; nothing when it has no content."""
+    """A section of the page; "" without content."""
     content = "\n".join(filter(None, blocks))
     return f'<section id="{anchor}">\n<h2>{escape(title)}</h2>\n{content}\n</section>' if content else ""
 
 
 def format_number(value: float) -> str:
-    """Four significant digits; whole numbers in full, thousands apart."""
+    """Four significant digits; integers and values from 10,000 in full, with thousands separators."""
     if not math.isfinite(value):
         return "-"
     if abs(value) >= 10_000 or float(value).is_integer():
@@ -77,12 +77,12 @@ def format_number(value: float) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """A number and its noun, which takes a plain s."""
+    """A count and its noun, with a plural s."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_duration(seconds: float) -> str:
-    """A span of time, in the two largest units that it has."""
+    """A duration in its two largest units."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

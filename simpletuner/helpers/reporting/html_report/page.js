@@ -6,7 +6,7 @@ function shown(value) {
   return String(Number(value.toPrecision(4)));
 }
 
-// A chart: the values at the pointer stand in its legend, and those of the end when it is elsewhere.
+// A chart: its legend shows the values at the pointer, else those of the last step.
 for (const chart of document.querySelectorAll("figure.chart")) {
   const data = JSON.parse(chart.querySelector("script").textContent);
   const plot = chart.querySelector(".plot");
@@ -48,23 +48,23 @@ for (const chart of document.querySelectorAll("figure.chart")) {
   });
 }
 
-// A picture, large; the arrow keys go through those beside it.
-const pictures = [...document.querySelectorAll(".pictures img")];
+// An image, enlarged; the arrow keys show the previous and next one.
+const images = [...document.querySelectorAll(".pictures img")];
 const dialog = document.createElement("dialog");
 const large = document.createElement("img");
-const words = document.createElement("p");
-dialog.append(large, words);
+const description = document.createElement("p");
+dialog.append(large, description);
 document.body.append(dialog);
 let current = 0;
 const open = (index) => {
-  current = (index + pictures.length) % pictures.length;
-  large.src = pictures[current].src;
-  large.alt = pictures[current].alt;
-  large.className = pictures[current].className;
-  words.textContent = pictures[current].alt;
+  current = (index + images.length) % images.length;
+  large.src = images[current].src;
+  large.alt = images[current].alt;
+  large.className = images[current].className;
+  description.textContent = images[current].alt;
   if (!dialog.open) dialog.showModal();
 };
-pictures.forEach((picture, index) => picture.addEventListener("click", () => open(index)));
+images.forEach((image, index) => image.addEventListener("click", () => open(index)));
 dialog.addEventListener("click", () => dialog.close());
 dialog.addEventListener("keydown", (event) => {
   const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];

@@ -1,4 +1,4 @@
-"""The whole page of a run, and the writing of it."""
+"""Renders and writes report.html."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _HERE = Path(__file__).parent
 
 
 def write_page(output_dir: Path, *, state: State | None = None) -> Path:
-    """Make the page of the run in a folder from what lies there, and put it into that folder.
+    """Render the report of an output folder and write it there.
 
     Raises:
-        NoRunError: It is not the folder of a run.
-        StorageError: The page cannot be written; the one from before is unchanged.
+        NoRunError: The folder is not the output_dir of a run.
+        StorageError: The report is not writable; an earlier report stays unchanged.
     """
     file = output_dir / PAGE_FILE
     write_text(file, render_page(read_run(output_dir, state=state)))
@@ -37,11 +37,11 @@ def write_page(output_dir: Path, *, state: State | None = None) -> Path:
 
 
 def render_page(run: RunSnapshot) -> str:
-    """The page as one html document that needs nothing beside it."""
+    """The report as one self-contained HTML document."""
     blocks = [
-        section("course", "Course", _charts(run)),
+        section("course", "Curves", _charts(run)),
         section("schedule", "Rank schedule", render_schedule(run)),
-        section("pictures", "Pictures", render_gallery(run.images)),
+        section("pictures", "Images", render_gallery(run.images)),
         section("data", "Data", sections.render_datasets(run)),
         section("configuration", "Configuration", sections.render_configuration(run)),
         section("environment", "Environment", sections.render_environment(run)),
@@ -50,7 +50,7 @@ def render_page(run: RunSnapshot) -> str:
     body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    # Only the script below may run, and nothing is loaded from anywhere.
+    # The browser runs only this script and loads nothing.
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -64,34 +64,33 @@ def render_page(run: RunSnapshot) -> str:
 
 
 def _charts(run: RunSnapshot) -> str:
-    log = run.log
+    log, steps = run.log, run.log.steps
     if not log.lines:
         return ""
     loss, seconds = log.column("loss"), log.column("seconds")
-    bands = [smooth(log.column("loss_by_band", band)) for band in BANDS]
     loss_chart = Chart(
         "Loss",
-        [_curve(log.steps, loss, "each step", is_faint=True), _curve(log.steps, smooth(loss), "smoothed")],
+        [_curve(steps, loss, "each step", is_faint=True), _curve(steps, smooth(loss), "smoothed")],
         is_wide=True,
     )
     by_band = Chart(
         "Loss by noise level, smoothed",
         [
-            _curve(log.steps, values, f"timesteps {band}", colour=colour)
-            for colour, (band, values) in enumerate(zip(BANDS, bands, strict=True), start=2)
+            _curve(steps, smooth(log.column("loss_by_band", band)), f"timesteps {band}", colour=colour)
+            for colour, band in enumerate(BANDS, start=2)
         ],
         is_wide=True,
         note="Timestep 0 is the clean image, 1000 is pure noise.",
     )
     memory = [
-        _curve(log.steps, log.column("memory_mib") / 1024, "process", colour=1),
-        _curve(log.steps, log.column("device_memory_mib") / 1024, "GPU", colour=2),
+        _curve(steps, log.column("memory_mib") / 1024, "process", colour=1),
+        _curve(steps, log.column("device_memory_mib") / 1024, "GPU", colour=2),
     ]
     small = [
-        Chart("Learning rate", [_curve(log.steps, log.column("lr"), "rate", colour=3)]),
-        Chart("Mean active rank", _both(log.steps, log.column("mean_active_rank"), colour=4)),
-        Chart("Gradient norm", _both(log.steps, log.column("grad_norm"), colour=2), note="Before clipping."),
-        Chart("Seconds per step", _both(log.steps, _without_peaks(seconds), colour=1)),
+        Chart("Learning rate", [_curve(steps, log.column("lr"), "rate", colour=3)]),
+        Chart("Mean active rank", _both(steps, log.column("mean_active_rank"), colour=4)),
+        Chart("Gradient norm", _both(steps, log.column("grad_norm"), colour=2), note="Before clipping."),
+        Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
     figures = "\n".join(filter(None, map(draw_chart, [loss_chart, by_band, *small])))
@@ -99,7 +98,7 @@ def _charts(run: RunSnapshot) -> str:
 
 
 def _without_peaks(values: Floats) -> Floats:
-    """The same, but the highest hundredth is cut: the first step takes long and would hide the others."""
+    """Values capped at their 99th percentile: the slow first step would flatten the others."""
     return np.minimum(values, np.nanpercentile(values, 99)) if np.isfinite(values).any() else values
 
 

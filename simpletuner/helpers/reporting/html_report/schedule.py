@@ -1,4 +1,4 @@
-"""The T-LoRA schedule of a run: how many ranks are open at each timestep."""
+"""The T-LoRA rank schedule of a run: active rank by timestep."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from simpletuner.helpers.reporting.html_report.series import Points
 
 
 def render_schedule(run: RunSnapshot) -> str:
-    """A chart and a sentence; nothing for an adapter without a schedule."""
+    """A chart and its summary; "" for an adapter without a rank schedule."""
     adapter = run.manifest.get("adapter") or _adapter_of(run.config.get("lycoris_config", {}))
     ranks: Sequence[tuple[int, int]] | None = adapter.get("ranks")
     if not ranks:
         return ""
-    facts = adapter["schedule"]
+    settings = adapter["schedule"]
     timesteps = np.arange(ranks[-1][0] + 1, dtype=np.float64)
-    places = np.searchsorted([timestep for timestep, _ in ranks], timesteps, side="right") - 1
-    values = np.array([rank for _, rank in ranks], dtype=np.float64)[places]
-    curve = Curve("open ranks", Points(timesteps, values, values, values), colour=4)
-    words = (
+    indices = np.searchsorted([timestep for timestep, _ in ranks], timesteps, side="right") - 1
+    values = np.array([rank for _, rank in ranks], dtype=np.float64)[indices]
+    curve = Curve("active rank", Points(timesteps, values, values, values), colour=4)
+    summary = (
         f"From {values[0]:.0f} ranks at the clean image to {values[-1]:.0f} at pure noise, "
-        f"{values.mean():.1f} in the mean over all timesteps; exponent {facts['alpha']:g}, "
-        f"rounding {facts['schedule']}."
+        f"mean {values.mean():.1f} over all timesteps; exponent {settings['alpha']:g}, "
+        f"rounding {settings['schedule']}."
     )
-    chart = Chart("Open ranks", [curve], axis="timestep", is_wide=True, is_stepped=True, from_zero=True)
-    return f'<p>{escape(words)}</p>\n<div class="charts">{draw_chart(chart)}</div>'
+    chart = Chart("Active rank", [curve], axis="timestep", is_wide=True, is_stepped=True, from_zero=True)
+    return f'<p>{escape(summary)}</p>\n<div class="charts">{draw_chart(chart)}</div>'
 
 
 def _adapter_of(lycoris: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts from the configuration alone, for runs of earlier versions."""
+    """The manifest's adapter entry, from the configuration alone, for runs of earlier versions."""
     if lycoris.get("algo") != "tlora":
         return {}
     from simpletuner.helpers.reporting.html_report.manifest import (

@@ -1,4 +1,4 @@
-"""The parts of the page that are text and tables."""
+"""The sections of the report with text and tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PATH_KEYS = ("_dir", "_dir_vae", "_dir_text", "_path", "_config", "_library", "i
 
 
 def render_heading(run: RunSnapshot) -> str:
-    """Name of the run, where it stands, and its most telling numbers."""
+    """Name and state of the run, and its main numbers."""
     of = f" of {run.max_steps:,}" if run.max_steps else ""
     state = (
         f"{run.state} at step {run.step:,}{of}"
@@ -44,23 +44,23 @@ def render_heading(run: RunSnapshot) -> str:
 
 
 def run_title(run: RunSnapshot) -> str:
-    """What the run is called."""
+    """tracker_run_name, else the folder's name."""
     return str(run.config.get("tracker_run_name") or run.path.resolve().name)
 
 
 def render_datasets(run: RunSnapshot) -> str:
-    """A sheet for each dataset."""
+    """Images, captions and buckets of each dataset."""
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
     configured = run.config.get("data_backend_config", [])
     return "\n".join(_dataset(each, known.get(each.get("id"), {})) for each in configured)
 
 
 def render_configuration(run: RunSnapshot) -> str:
-    """The keys that differ from their default, then all others, then the nested files."""
+    """Keys that differ from their default, then the other keys, then the nested files."""
     nested = {
         key: value for key, value in run.config.items() if key in ("lycoris_config", "data_backend_config")
     }
-    plain = {
+    flat = {
         key: ", ".join(map(str, value)) if isinstance(value, list) else value
         for key, value in sorted(run.config.items())
         if key not in nested and not isinstance(value, dict)
@@ -68,19 +68,19 @@ def render_configuration(run: RunSnapshot) -> str:
     changed = run.manifest.get("changed_keys")
     blocks = []
     if changed is None:
-        blocks.append(_settings(plain))
+        blocks.append(_settings(flat))
     else:
-        blocks.append(_settings({key: value for key, value in plain.items() if key in changed}))
-        rest = {key: value for key, value in plain.items() if key not in changed}
+        blocks.append(_settings({key: value for key, value in flat.items() if key in changed}))
+        rest = {key: value for key, value in flat.items() if key not in changed}
         blocks.append(disclosure(f"{format_count(len(rest), 'setting')} at their default", _settings(rest)))
     for key, value in nested.items():
         text = json.dumps(_with_display_paths(value), indent=2, ensure_ascii=False)
         blocks.append(disclosure(key, f"<pre><code>{escape(text)}</code></pre>"))
-    return "\n".join(blocks) if plain else ""
+    return "\n".join(blocks) if flat else ""
 
 
 def render_environment(run: RunSnapshot) -> str:
-    """Versions and machine."""
+    """Versions, device and machine."""
     return definition_list(run.manifest["environment"].items()) if run.manifest.get("environment") else ""
 
 
@@ -103,14 +103,15 @@ def _adapter_and_base(run: RunSnapshot) -> str:
 def _headline(run: RunSnapshot) -> str:
     log, adapter = run.log, run.manifest.get("adapter", {})
     if not log.lines:
-        return "<p>No step was taken yet.</p>"
-    losses = downsample(log.steps, smooth(log.column("loss"))).means
+        return "<p>No step is finished yet.</p>"
+    steps = log.steps
+    losses = downsample(steps, smooth(log.column("loss"))).means
     seconds = log.column("seconds")
     memory = {name: log.column(name) for name in ("memory_mib", "device_memory_mib")}
     peak = {name: float(np.nanmax(values)) for name, values in memory.items() if np.isfinite(values).any()}
     per_step_s = float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else 0.0
     samples = log.column("samples")
-    per_step = samples[-1] / log.steps[-1]
+    per_step = samples[-1] / steps[-1]
     entries = [
         ("loss, smoothed", format_number(float(losses[-1]))),
         ("samples seen", format_number(float(samples[-1]))),
@@ -149,7 +150,7 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
             "crop",
             f"{config.get('crop_style')}, {config.get('crop_aspect')}" if config.get("crop") else "none",
         ),
-        ("draws in an epoch", f"{(repeats + 1) * config.get('probability', 1):g} x each image"),
+        ("draws per epoch", f"{(repeats + 1) * config.get('probability', 1):g} x each image"),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),
     ]
@@ -163,9 +164,9 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
 def _captions_in_words(known: Mapping[str, Any]) -> str | None:
     if "images" not in known:
         return None
-    with_one = known["images"] - known["without_caption"]
+    with_caption = known["images"] - known["without_caption"]
     texts = format_count(known["distinct_captions"], "distinct text")
-    return f"{with_one:,} of {format_count(known['images'], 'image')}, {texts}"
+    return f"{with_caption:,} of {format_count(known['images'], 'image')}, {texts}"
 
 
 def _buckets(buckets: Mapping[str, int]) -> str:
@@ -211,7 +212,7 @@ def _value(key: str, value: object) -> str:
 
 
 def _with_display_paths(value: Any) -> Any:
-    """A nested configuration, its paths as the page shows them."""
+    """A nested configuration with its paths for display."""
     if isinstance(value, list):
         return [_with_display_paths(each) for each in value]
     if isinstance(value, dict):

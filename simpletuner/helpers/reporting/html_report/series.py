@@ -1,6 +1,6 @@
-"""Courses over the steps of a run: read from the log, smoothed, and thinned to what a picture can show.
+"""Curves over the steps of a run: read from the metrics log, smoothed and downsampled.
 
-Shapes: N logged steps, K points of a picture.
+Shapes: N logged steps, K points of a curve.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from simpletuner.helpers.reporting.smoothing import RunningMean
 
 MAX_POINTS = 400
-"""Of one curve; a screen has hardly more columns for it."""
+"""Per curve; a screen has hardly more pixel columns for it."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The lines of a metrics file, oldest first."""
+    """The lines of metrics.jsonl, oldest first."""
 
     lines: Sequence[dict[str, Any]]
 
@@ -34,18 +34,18 @@ class Log:
         return self.column("step")
 
     def column(self, *names: str) -> Floats:
-        """[N] values of a field, or of a field within a field; nan where a line has none."""
+        """[N] values of a field or nested field; nan where a line lacks it."""
         return np.array([_value(line, names) for line in self.lines], dtype=np.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """A curve as it is drawn: each point stands for the steps since the one before."""
+    """A curve to draw: each point covers the steps since the previous point."""
 
     steps: Floats
-    """[K], the last step that a point stands for."""
+    """[K], the last step of each point."""
     means: Floats
-    """[K], nan where the steps have no value."""
+    """[K], nan where no step has a value."""
     lows: Floats
     """[K]."""
     highs: Floats
@@ -53,7 +53,7 @@ class Points:
 
 
 def read_log(file: Path) -> Log:
-    """The log of a run; a line that a killed run tore is passed over, a file that is missing is empty."""
+    """Read metrics.jsonl; incomplete lines of a killed run are skipped, a missing file is an empty log."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -62,33 +62,33 @@ def read_log(file: Path) -> Log:
 
 
 def smooth(values: Floats) -> Floats:
-    """[N] running mean over about a twentieth of the run; nan stays nan and does not count."""
+    """[N] running mean over about a twentieth of the run; nan stays nan and is ignored."""
     running = RunningMean(keep=1.0 - 1.0 / min(max(len(values) / 20, 5.0), 500.0))
     return np.array([running.update(value) if value == value else np.nan for value in values.tolist()])
 
 
 def downsample(steps: Floats, values: Floats, *, max_points: int = MAX_POINTS) -> Points:
-    """At most max_points points, each the mean, minimum and maximum of neighbouring steps."""
+    """At most max_points points, each with mean, minimum and maximum of consecutive steps."""
     size = -(-len(steps) // max_points) or 1
     starts = np.arange(0, len(steps), size)
     ends = np.minimum(starts + size, len(steps)) - 1
-    is_there = np.isfinite(values)
-    counts = _each(np.add, np.where(is_there, 1.0, 0.0), starts)
-    sums = _each(np.add, np.where(is_there, values, 0.0), starts)
-    lows = _each(np.minimum, np.where(is_there, values, np.inf), starts)
-    highs = _each(np.maximum, np.where(is_there, values, -np.inf), starts)
+    is_finite = np.isfinite(values)
+    counts = _reduce(np.add, np.where(is_finite, 1.0, 0.0), starts)
+    sums = _reduce(np.add, np.where(is_finite, values, 0.0), starts)
+    lows = _reduce(np.minimum, np.where(is_finite, values, np.inf), starts)
+    highs = _reduce(np.maximum, np.where(is_finite, values, -np.inf), starts)
     with np.errstate(divide="ignore", invalid="ignore"):
         means = sums / counts
-    absent = counts == 0
+    is_empty = counts == 0
     return Points(
         steps=steps[ends],
-        means=np.where(absent, np.nan, means),
-        lows=np.where(absent, np.nan, lows),
-        highs=np.where(absent, np.nan, highs),
+        means=np.where(is_empty, np.nan, means),
+        lows=np.where(is_empty, np.nan, lows),
+        highs=np.where(is_empty, np.nan, highs),
     )
 
 
-def _each(operation: np.ufunc, values: Floats, starts: NDArray[np.int64]) -> Floats:
+def _reduce(operation: np.ufunc, values: Floats, starts: NDArray[np.int64]) -> Floats:
     result: Floats = operation.reduceat(values, starts) if len(values) else values
     return result
 

@@ -1,4 +1,4 @@
-"""How the adapter of a run is used, with its own path: a command line and a few lines of Python."""
+"""Instructions to use the run's adapter: a command line and a Python snippet."""
 
 from __future__ import annotations
 
@@ -13,26 +13,23 @@ from simpletuner.helpers.reporting.html_report.markup import escape
 COMMAND_ID = "use-command"
 PYTHON_ID = "use-python"
 SWAPPED = tuple(f"pretrained_{part}_model_name_or_path" for part in ("unet", "transformer", "vae", "t5"))
-"""Keys that name a component which the model itself does not come with."""
+"""Keys that replace a component of the base model."""
 
 
 def render_usage(run: RunSnapshot) -> str:
-    """Both ways, for the newest adapter; nothing when there is none yet."""
+    """Command and snippet for the newest adapter; "" before the first one."""
     if run.adapter is None:
         return ""
     where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
     blocks = [
         f"<p>The adapter{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
-        "Both ways below "
-        "make a picture with it, from the folder that the run was started in.</p>",
+        "Command and code below generate an image with it, from the working directory of the run.</p>",
         _block(COMMAND_ID, "On the command line", sample_command(run)),
         _block(PYTHON_ID, "In Python", python_snippet(run)),
     ]
     for key in SWAPPED:
         if run.config.get(key):
-            text = (
-                f"This run took another component than the model's: {key} {relative_path(run.config[key])}."
-            )
+            text = f"This run replaced a component: {key} {relative_path(run.config[key])}."
             blocks.append(f'<p class="note">{escape(text)} Load it into the pipeline too.</p>')
     if run.comfyui is not None:
         blocks.append(f"<p>For ComfyUI: <code>{escape(relative_path(run.comfyui))}</code></p>")
@@ -40,7 +37,7 @@ def render_usage(run: RunSnapshot) -> str:
 
 
 def sample_command(run: RunSnapshot) -> str:
-    """The line that makes a picture as the run's validation does."""
+    """The `simpletuner sample` command that generates the run's first validation image."""
     image = _first_image(run)
     options = {
         "--adapter": relative_path(run.adapter or run.path),
@@ -60,7 +57,7 @@ def sample_command(run: RunSnapshot) -> str:
 
 
 def python_snippet(run: RunSnapshot) -> str:
-    """The lines that do the same through diffusers."""
+    """Python code that generates the same image through diffusers."""
     image, config = _first_image(run), run.config
     load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
@@ -94,7 +91,7 @@ def python_snippet(run: RunSnapshot) -> str:
 
 
 def _scheduler(config: Mapping[str, Any]) -> list[str]:
-    """What makes the pipeline sample as the run trained, where that is not what the model says."""
+    """Lines that give the pipeline the run's scheduler settings where they differ from the model's."""
     changes = {key: config[key] for key in ("prediction_type", "rescale_betas_zero_snr") if config.get(key)}
     if _is_flow(config):
         changes = {}
@@ -113,7 +110,7 @@ def _scheduler(config: Mapping[str, Any]) -> list[str]:
 
 
 def _negative(config: Mapping[str, Any]) -> list[str]:
-    """The negative prompt, where the pipeline has a second pass for it."""
+    """The negative prompt, for pipelines with a second guidance pass."""
     negative = config.get("validation_negative_prompt")
     if not _is_flow(config):
         return [f"    negative_prompt={negative!r},"] if negative else []
@@ -127,7 +124,7 @@ def _is_flow(config: Mapping[str, Any]) -> bool:
 
 
 def _first_image(run: RunSnapshot) -> dict[str, Any]:
-    """The first picture of the run's validation, or one as near to the training as can be told."""
+    """Prompt, size and sampling settings of the first validation image, else of one close to training."""
     config = run.config
     prompt: Mapping[str, Any] = next(iter(run.manifest.get("shots", [])), {})
     prompts = [
