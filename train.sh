@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Installs what is missing, checks the configuration and trains: ./train.sh [key=value ...]
+# Installs missing packages, checks the configuration and trains: ./train.sh [key=value ...]
 #
 #   CONFIG_PATH                 configuration file (config/config.json); ".json" may be left out
 #   ENV                         uses config/<ENV>/config.json and config/<ENV>/config.env
-#   VENV_PATH                   environment to use or make (the active one, else .venv)
-#   TRAINING_NUM_PROCESSES      processes over all machines (1)
-#   TRAINING_NUM_MACHINES       machines (1); more need --main_process_ip, --main_process_port and
+#   VENV_PATH                   virtual environment, created if missing (the active one, else .venv)
+#   TRAINING_NUM_PROCESSES      processes on all machines together (1)
+#   TRAINING_NUM_MACHINES       machines (1); several need --main_process_ip, --main_process_port and
 #                               --machine_rank in ACCELERATE_EXTRA_ARGS
 #   MIXED_PRECISION             overrides mixed_precision of the configuration
 #   TRAINING_DYNAMO_BACKEND     torch.compile backend
-#   ACCELERATE_CONFIG_PATH      accelerate's own yaml file; decides processes and machines
+#   ACCELERATE_CONFIG_PATH      accelerate's yaml file; it sets processes and machines
 #   ACCELERATE_EXTRA_ARGS       further arguments of `accelerate launch`
 #
-# The same names may stand in config/config.env and config/<ENV>/config.env (shell assignments); the second
-# file wins over the first, and the environment of this command wins over both.
+# config/config.env and config/<ENV>/config.env may set the same names (shell assignments); the second file
+# overrides the first, and the environment of this command overrides both.
 # Exit codes: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped by a signal and resumable.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
@@ -28,7 +28,7 @@ esac
 settings="ENV CONFIG_BACKEND CONFIG_PATH VENV_PATH TRAINING_NUM_PROCESSES TRAINING_NUM_MACHINES MIXED_PRECISION
     TRAINING_DYNAMO_BACKEND ACCELERATE_EXTRA_ARGS ACCELERATE_CONFIG_PATH"
 
-# read_settings FILE: what the file assigns is exported, except where the caller's environment had it set.
+# read_settings FILE: exports the file's assignments; the caller's environment overrides them.
 read_settings() {
     [ -f "$1" ] || return 0
     set -a +u
@@ -82,7 +82,7 @@ choose_launch() {
     fi
 }
 
-# Sets launcher_args for accelerate.
+# Sets launcher_args, the arguments of accelerate launch.
 choose_launcher_args() {
     launcher_args=()
     if [ -n "${ACCELERATE_CONFIG_PATH:-}" ]; then
@@ -92,7 +92,7 @@ choose_launcher_args() {
         devices=$("$python" -c 'import torch; print(torch.cuda.device_count())') ||
             fail 1 "torch could not be imported from $environment; its message is above."
         if [ "$devices" -eq 0 ]; then
-            # With --cpu accelerate starts one process whatever is asked for; this way it starts them all.
+            # accelerate's --cpu always starts one process; this variable starts all of them on the CPU.
             export ACCELERATE_USE_CPU=true
         elif [ "$devices" -lt "$per_machine" ]; then
             fail 2 "$per_machine processes on this machine, but it has $devices GPUs. Set TRAINING_NUM_PROCESSES to at most $((devices * machines))."
@@ -108,13 +108,13 @@ choose_launcher_args() {
             export OMP_NUM_THREADS=$((cores > per_machine ? cores / per_machine : 1))
         fi
     fi
-    # Split into words as the user wrote them.
+    # Word splitting is intended.
     # shellcheck disable=SC2206
     launcher_args+=(${ACCELERATE_EXTRA_ARGS:-})
 }
 
-# Runs the workers in a process group of their own, hands them the signals and takes the exit code that the
-# first of them left: accelerate's launcher hands on no signal in time and turns every code but 0 into 1.
+# Runs the workers in their own process group, forwards signals to them and exits with the code that the first
+# worker wrote: accelerate's launcher forwards signals too late and turns every code but 0 into 1.
 launch_several() {
     SIMPLETUNER_LAUNCH_DIR=$(mktemp -d "${TMPDIR:-/tmp}/simpletuner.XXXXXX") || fail 1 "No temporary folder could be made."
     export SIMPLETUNER_LAUNCH_DIR
@@ -145,7 +145,7 @@ real_exit_code() { # real_exit_code LAUNCHER_CODE
     if [ "$1" -eq 0 ]; then
         echo "${written:-1}"
     elif [ -z "$written" ] && [ -e "$SIMPLETUNER_LAUNCH_DIR/signalled" ]; then
-        echo 75 # before training began: the same command starts again
+        echo 75 # before training began: the same command starts the run
     elif [ -z "$written" ] || [ "$written" -eq 0 ]; then
         echo 1 # another process failed
     else
@@ -153,7 +153,7 @@ real_exit_code() { # real_exit_code LAUNCHER_CODE
     fi
 }
 
-forward() { # forward SIGNAL: to the workers, which left their process ids; before that there is nothing to save
+forward() { # forward SIGNAL: to the workers, by the process ids they wrote; before that there is nothing to save
     local record workers=0
     interrupted=yes
     : >"$SIMPLETUNER_LAUNCH_DIR/signalled"
@@ -170,14 +170,14 @@ choose_launch
 choose_environment
 install_project
 
-# Until the run has begun, stopping loses nothing and the same command starts again.
+# Before training begins a stop loses nothing, and the same command starts the run.
 trap 'exit 75' TERM INT USR1
 
-# An environment variable is more particular than the file and less than an argument.
+# The environment variable overrides the file, and an argument overrides the variable.
 [ -z "${MIXED_PRECISION:-}" ] || set -- "mixed_precision=$MIXED_PRECISION" "$@"
 "$python" -m simpletuner validate --config "$config" "$@" || exit $?
 
-# GNU's OpenMP threads spin while they wait, which costs many times the work wherever another program runs.
+# GNU's OpenMP threads spin while they wait, which slows every other program on the machine.
 [ -n "${OMP_WAIT_POLICY:-}" ] || export GOMP_SPINCOUNT="${GOMP_SPINCOUNT:-0}"
 
 if [ "$processes" -eq 1 ] && [ -z "${ACCELERATE_CONFIG_PATH:-}${ACCELERATE_EXTRA_ARGS:-}" ]; then

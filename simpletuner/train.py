@@ -1,6 +1,6 @@
-"""One process of a training run: `python -m simpletuner.train`, also below `accelerate launch -m`.
+"""One process of a training run: `python -m simpletuner.train`, alone or under `accelerate launch -m`.
 
-Torch is imported only after the configuration is found to be right.
+It imports torch only after the configuration is valid.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, SIGNALS
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
@@ -33,13 +33,13 @@ OUTCOMES = {
     EXIT_PREEMPTED: "stopped by a signal, the same command goes on",
 }
 LAUNCH_DIR = "SIMPLETUNER_LAUNCH_DIR"
-"""Names the folder in which train.sh finds its workers' process ids and reads the exit code of the first."""
+"""Environment variable with the launch folder, where train.sh reads process ids and the exit code."""
 SIGNALLED = "signalled"
-"""The file in that folder by which train.sh notes that it was asked to stop."""
+"""File in the launch folder: train.sh received a stop signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the configuration file and `key=value` arguments say; argv is sys.argv without the program.
+    """Train with the configuration file and the `key=value` overrides; argv is sys.argv without the program.
 
     Returns:
         The exit code: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped and resumable.
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             configure_logging(main_process=is_main_process())
             config = load_config(config_path, overrides=overrides, families=registry.specs())
             output_dir = config.checkpoint.output_dir
-            # Torch and the model libraries take seconds to import: a bad configuration is told before that.
+            # Torch and the model libraries take seconds to import; a configuration error must not wait.
             from simpletuner.helpers.training.runs import train
 
             code = train(config)
@@ -63,15 +63,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _say(str(error))
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
-        _say("Stopped by a signal before training began. The same command starts again.")
+        _say("Stopped by a signal before training began. The same command starts the run.")
     finally:
         code = _failed_elsewhere(code)
-        _leave_exit_code(code, output_dir=output_dir)
+        _write_exit_code(code, output_dir=output_dir)
     return code
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The configuration file that `--config` names, and every other argument as an override.
+    """The configuration file after `--config`, and all other arguments as overrides.
 
     Raises:
         ConfigError: `--config` names no file.
@@ -92,22 +92,21 @@ def split_arguments(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first of its run; the launcher numbers them."""
+    """Whether this process has rank 0."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def _signals_before_training() -> Iterator[None]:
-    """A request to stop ends the process at once until the trainer, which saves first, watches for it."""
-    # Below a launcher the other processes may wait for this one inside torch, where no Python handler runs.
+    """Until the trainer installs handlers that save first, a stop signal ends the process at once."""
+    # Under a launcher a process may wait for another one inside torch, where no Python handler runs.
     handler = signal.SIG_DFL if LAUNCH_DIR in os.environ else _interrupt
-    requests = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, handler) for number in requests}
+    previous = {number: signal.signal(number, handler) for number in SIGNALS}
     try:
         yield
     finally:
-        for number, former in previous.items():
-            signal.signal(number, former)
+        for number, previous_handler in previous.items():
+            signal.signal(number, previous_handler)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -119,13 +118,13 @@ def _register_with_launcher() -> None:
     if folder is None:
         return
     (Path(folder) / f"{os.getpid()}.pid").touch()
-    # A signal that came before this process could be found by its id was noted in the folder first.
+    # train.sh recorded a signal that came before it knew this process id.
     if (Path(folder) / SIGNALLED).exists():
         raise KeyboardInterrupt
 
 
 def _failed_elsewhere(code: int) -> int:
-    """The code, but 1 for a stop train.sh did not ask for: the launcher ends all when one process fails."""
+    """The code, but 1 without a signal to train.sh: the launcher stopped this process after a failure."""
     folder = os.environ.get(LAUNCH_DIR)
     if code != EXIT_PREEMPTED or folder is None or (Path(folder) / SIGNALLED).exists():
         return code
@@ -133,11 +132,11 @@ def _failed_elsewhere(code: int) -> int:
     return EXIT_FAILED
 
 
-def _leave_exit_code(code: int, *, output_dir: Path | None) -> None:
-    """Write the code where train.sh reads it and, in the main process, into the output folder."""
+def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
+    """Write the code into the launch folder and, in the main process, into the output folder."""
     folder = os.environ.get(LAUNCH_DIR)
     if folder is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):  # train.sh was killed and its folder is gone: nobody reads the code
+        with suppress(OSError):  # the launch folder is gone when train.sh was killed
             (Path(folder) / "exit_code").write_text(f"{code}\n")
     if output_dir is None or not is_main_process():
         return
@@ -147,7 +146,7 @@ def _leave_exit_code(code: int, *, output_dir: Path | None) -> None:
         "pid": os.getpid(),
     }
     try:
-        with run_lock(output_dir):  # while another run holds the folder, the file is that run's
+        with run_lock(output_dir):  # the file belongs to the run that holds the lock
             write_json(output_dir / EXIT_FILE, record)
     except SimpleTunerError as error:
         _say(f"{EXIT_FILE} was not written. {error}")
@@ -159,10 +158,10 @@ def _say(message: str) -> None:
 
 
 def _process_status(code: int) -> int:
-    """What the process itself ends with: a launcher that sees a code other than 0 kills the other processes.
+    """Exit status of the process; a launcher kills the other processes after any status but 0.
 
-    They may still be writing the checkpoint that an agreed stop leaves, so for train.sh, which reads the real
-    code from its folder, that stop is no failure.
+    Other ranks may still be writing the checkpoint, so return 0 under a launcher; train.sh reads the real
+    code from the launch folder.
     """
     return 0 if code == EXIT_PREEMPTED and LAUNCH_DIR in os.environ else code
 

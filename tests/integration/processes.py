@@ -69,7 +69,12 @@ class Running:
         return self.err.read_text()
 
 
-def start(script: Path, *arguments: object, environment: Mapping[str, str] | None = None) -> Running:
+def start(
+    script: Path,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = REPOSITORY,
+) -> Running:
     """Run a script as `python script arguments` would."""
     _start_server()
     folder = Path(tempfile.mkdtemp(prefix="process_"))
@@ -77,7 +82,7 @@ def start(script: Path, *arguments: object, environment: Mapping[str, str] | Non
     own = {**os.environ, "ACCELERATE_USE_CPU": "true", **(environment or {})}
     process = multiprocessing.get_context("forkserver").Process(
         target=_run,
-        args=(str(script), [*map(str, arguments)], own, str(REPOSITORY), [str(out), str(err)]),
+        args=(str(script), [*map(str, arguments)], own, str(cwd), [str(out), str(err)]),
         daemon=True,
     )
     process.start()

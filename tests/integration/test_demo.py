@@ -14,31 +14,27 @@ from PIL import Image
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.sampling.images import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
+from tests.integration.processes import start
 
 pytestmark = [
     pytest.mark.timeout(900),  # two runs, on a machine that may be busy
     pytest.mark.xdist_group("demo"),  # one worker makes what these tests share, once
 ]
-STEPS = 40
+STEPS = 10
 """Instead of the demo's own number, for both runs."""
-
-
-def run_demo(repository: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """The demo in a folder that looks like a clone, where it may leave its output."""
-    if not (folder / "config").exists():
-        (folder / "simpletuner").symlink_to(repository / "simpletuner")
-        shutil.copytree(repository / "config", folder / "config")
-        for file in ("config.json", "examples/demo-lora/config.json"):
-            shorter = json.loads((folder / "config" / file).read_text()) | {"max_train_steps": STEPS}
-            (folder / "config" / file).write_text(json.dumps(shorter))
-    command = [sys.executable, "-m", "simpletuner.train"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=840, check=False)
 
 
 @pytest.fixture(scope="module")
 def finished(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The demo in a folder that looks like a clone, where it may leave its output."""
     folder = tmp_path_factory.mktemp("demo")
-    done = run_demo(repository, folder)
+    (folder / "simpletuner").symlink_to(repository / "simpletuner")
+    shutil.copytree(repository / "config", folder / "config")
+    for file in ("config.json", "examples/demo-lora/config.json"):
+        shorter = json.loads((folder / "config" / file).read_text()) | {"max_train_steps": STEPS}
+        (folder / "config" / file).write_text(json.dumps(shorter))
+    command = [sys.executable, "-m", "simpletuner.train"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=840, check=False)
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
 
@@ -74,10 +70,10 @@ def test_demo_started_again_says_that_it_is_finished_and_how_to_start_another(
     folder, _ = finished
     output = folder / "output" / "demo"
     weights = (output / "pytorch_lora_weights.safetensors").read_bytes()
-    again = run_demo(repository, folder)
-    assert again.returncode == 0
-    assert "finished" in again.stderr
-    assert "max_train_steps" in again.stderr
+    again = start(repository / "simpletuner" / "train.py", cwd=folder)
+    assert again.wait() == 0
+    assert "finished" in again.errors()
+    assert "max_train_steps" in again.errors()
     assert (output / "pytorch_lora_weights.safetensors").read_bytes() == weights
 
 

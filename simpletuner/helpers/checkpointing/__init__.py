@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, how they are written, found and compared."""
+"""Checkpoints: the state of a run, saved, found and compared; and signals that stop a run."""

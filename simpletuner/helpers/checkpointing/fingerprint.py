@@ -1,4 +1,4 @@
-"""What a resumed run must share with the one that was saved, and what an adapter says of its run."""
+"""Settings and weights that a resumed run must share with its checkpoint; metadata of an adapter file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from simpletuner.helpers.io.atomic import JsonValue
 
 UNCHANGED = "no_change"
-# Of the adapter's settings, those that may change in mid-run.
+# Adapter settings that may change on resume.
 SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 
 
 def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
-    """The settings that decide what the training state means; all others may change on resume."""
+    """Settings that must not change on resume, since the training state depends on them."""
     settings: dict[str, JsonValue] = {
         "model_family": config.model.model_family,
         "prediction_type": config.model.prediction_type,
@@ -43,13 +43,13 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
 
 
 def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
-    """Name of each weight -> its identity, whatever its dtype; packed ones are left out."""
+    """Weight name -> hash, independent of its dtype. Quantised weights are left out."""
     weights = sorted(denoiser.named_parameters())
     return {name: weight_hash(weight) for name, weight in weights if not is_quantized(weight)}
 
 
 def base_weights_hash(hashes: Mapping[str, str]) -> str:
-    """Identity of a model, from those of its weights."""
+    """Hash of a model from the hashes of its weights."""
     digest = xxhash.xxh3_64()
     for name, each in sorted(hashes.items()):
         digest.update(f"{name}={each}\n".encode())
@@ -57,16 +57,16 @@ def base_weights_hash(hashes: Mapping[str, str]) -> str:
 
 
 def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
-    """What was set otherwise than by default about noise levels and what the model is told beside them."""
+    """Noise and guidance settings that differ from the defaults."""
     values: dict[str, JsonValue] = noise.model_dump(mode="json", exclude_defaults=True)
     return values
 
 
 def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
-    """What the header of the adapter's file says about its training."""
+    """Metadata about the training, for the header of the adapter file."""
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
-    swapped = {key: value for key, value in config.model if key.startswith("pretrained_")}
-    del swapped["pretrained_model_name_or_path"]
+    replaced = {key: value for key, value in config.model if key.startswith("pretrained_")}
+    del replaced["pretrained_model_name_or_path"]
     metadata = {
         "software": f"simpletuner {__version__}",
         "base_model": config.model.pretrained_model_name_or_path,
@@ -74,7 +74,7 @@ def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "model_flavour": config.model.model_flavour,
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
-        **swapped,
+        **replaced,
         **non_default(config.noise),
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,

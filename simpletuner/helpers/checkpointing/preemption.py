@@ -1,4 +1,4 @@
-"""Ending a run early without losing work: SIGTERM, SIGUSR1 and SIGINT ask for a checkpoint."""
+"""Stop signals: SIGTERM, SIGUSR1 and SIGINT end a run after a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# One Ctrl-C reaches a run twice, from the terminal and from the launcher that passes it on.
+# One Ctrl-C reaches a run twice, from the terminal and from the launcher that forwards it.
 SAME_REQUEST_S = 0.5
 
 
 class Preempted(SimpleTunerError):
-    """The run was asked to stop and can be resumed by starting it again."""
+    """A signal stopped the run; the same command resumes it."""
 
     exit_code = EXIT_PREEMPTED
 
 
 class Preemption:
-    """Notes the first request to stop; a second one ends the process at once.
+    """Records the first stop signal; a second one ends the process at once.
 
-    A context manager: signals are watched inside it, and the previous handlers return after it.
+    A context manager: it installs the signal handlers, and restores the previous ones on exit.
     """
 
     def __init__(self) -> None:
@@ -42,20 +42,20 @@ class Preemption:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal itself returned
+            signal.signal(number, handler)  # type: ignore[arg-type]  # returned by signal.signal
         self._previous.clear()
 
     def check(self, doing: str) -> None:
-        """Stop here if a signal came.
+        """Raise if a stop signal arrived.
 
         Raises:
-            Preempted: A signal came; `doing` says what is left for the next start.
+            Preempted: A stop signal arrived; `doing` names the interrupted work.
         """
         if self.requested:
-            raise Preempted(f"Stopped by a signal while {doing}. The same command goes on from there.")
+            raise Preempted(f"Stopped by a signal while {doing}. The same command resumes the run.")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         now_s = time.monotonic()

@@ -1,1 +1,1 @@
-"""Files: storage, atomic writes, optional imports, logs."""
+"""Atomic writes, the output folder, optional imports, logs."""

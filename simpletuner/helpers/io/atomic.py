@@ -1,6 +1,6 @@
-"""Files and folders that appear complete or not at all.
+"""Atomic writes: a file or folder appears complete or not at all.
 
-Everything is written beside its place under a hidden temporary name, brought to the disk (fsync) and renamed.
+Each is written under a hidden temporary name in the same folder, flushed to disk (fsync) and renamed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ JsonValue = str | int | float | bool | None | Sequence["JsonValue"] | Mapping[st
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Replace a file by these bytes; a reader sees the old content or the new, never a part.
 
-    With durable=False nothing waits for the disk: after a power cut the file may hold garbage, so its
-    reader has to check it.
+    durable=False skips fsync: after a power cut the file may hold garbage, so its reader must check it.
 
     Raises:
-        StorageError: The file cannot be written. What was there before is unchanged.
+        StorageError: The file cannot be written. The old content is unchanged.
     """
     partial = path.parent / _partial_name()
     try:
@@ -56,7 +55,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file by this text as UTF-8; bytes of undecodable names are written as escapes.
+    """Replace a file by this text as UTF-8; undecodable bytes of file names become escapes.
 
     Raises:
         StorageError: The file cannot be written.
@@ -65,7 +64,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Json | Sequence[JsonValue]) -> None:
-    """Replace a file by these values as indented JSON.
+    """Replace a file by this value as indented JSON.
 
     Raises:
         StorageError: The file cannot be written.
@@ -76,9 +75,9 @@ def write_json(path: Path, data: Json | Sequence[JsonValue]) -> None:
 
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on leaving it becomes `path`, complete and with a manifest.
+    """Yield a temporary folder; on exit it becomes `path`, complete and with a manifest.
 
-    A folder that is already at `path` is replaced. When the body raises, `path` is as it was.
+    It replaces an existing folder. When the body raises, `path` is unchanged.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -101,26 +100,27 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def verify_manifest(folder: Path) -> list[str]:
-    """What is wrong with a published folder, one sentence each; empty when every file is as written."""
+    """One sentence for each damage of a published folder; empty when every file is intact."""
     manifest = folder / CHECKPOINT_MANIFEST_FILE
     try:
         listed = json.loads(manifest.read_bytes())["files"]
-        spec = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
     except OSError as error:
         return [f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{CHECKPOINT_MANIFEST_FILE} is damaged"]
     checks = (
-        _file_problem(folder, name, size=size, digest=digest) for name, (size, digest) in sorted(spec.items())
+        _file_problem(folder, name, size=size, digest=digest)
+        for name, (size, digest) in sorted(files.items())
     )
     return [problem for problem in checks if problem is not None]
 
 
 def remove_leftovers(folder: Path, *, of_other_hosts: bool = False) -> list[str]:
-    """Remove what writers that died left in a folder, and put back a folder whose replacement was cut short.
+    """Remove temporary files of dead processes, and restore a folder whose replacement was interrupted.
 
     Temporary files of running processes stay. Those of other hosts stay unless of_other_hosts is set, which
-    is right for the holder of the folder's run lock. Returns the names that were removed or put back.
+    the holder of the folder's run lock may do. Returns the removed or restored names.
     """
     handled = []
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
@@ -150,7 +150,7 @@ def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Bring every file to the disk, then write the manifest over them, last."""
+    """Flush every file to disk, then write the manifest, last."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     entries: dict[str, JsonValue] = {}
     for file in files:
@@ -198,7 +198,7 @@ def _file_problem(folder: Path, name: str, *, size: int, digest: str) -> str | N
         found = file.stat().st_size
         if found != size:
             return f"{shown} has {found} bytes instead of {size}"
-        return None if _sha256(file) == digest else f"{shown} differs from what was written"
+        return None if _sha256(file) == digest else f"{shown} does not match its checksum"
     except OSError as error:
         return f"{shown} cannot be read: {error.strerror}"
 
@@ -237,7 +237,7 @@ def _sync_file(path: Path) -> None:
 def _sync_folder(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        # Some network file systems cannot fsync a folder and say EINVAL; the rename is then all there is.
+        # Some network file systems cannot fsync a folder and return EINVAL; then the rename must do.
         with _suppress_errno(errno.EINVAL):
             os.fsync(descriptor)
     finally:
@@ -246,7 +246,7 @@ def _sync_folder(path: Path) -> None:
 
 @contextmanager
 def _suppress_errno(number: int) -> Iterator[None]:
-    """Pass over the OSError with this number and no other."""
+    """Ignore the OSError with this number and no other."""
     try:
         yield
     except OSError as error:

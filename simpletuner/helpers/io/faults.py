@@ -1,4 +1,4 @@
-"""What a failed read or write becomes, and the named points at which tests stop a process."""
+"""The error of a failed read or write, and the named points at which tests stop a process."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from simpletuner.helpers.io.names import printable
 
 
 class StorageError(SimpleTunerError):
-    """A file or folder cannot be written or read; the message says why and what to do."""
+    """A file or folder cannot be written or read; the message gives the reason and a remedy."""
 
 
 def storage_error(path: Path, error: OSError, *, needed: int | None = None) -> StorageError:
-    """The error for a failed operation on a path; for a full disk it states bytes needed and bytes free."""
+    """The error for a failed operation on a path; for a full disk with bytes needed and bytes free."""
     where = printable(str(path))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        need = "more bytes than that" if needed is None else f"{needed} bytes"
+        need = "more" if needed is None else f"{needed} bytes"
         return StorageError(
             f"{where}: the disk or quota is full: {_free_bytes(path)} bytes free, {need} needed. "
-            "Free some space or choose another folder; what was there before is unchanged."
+            "Free some space or choose another folder; the old content is unchanged."
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return StorageError(f"{where}: no permission to write here. Choose a folder that you may write to.")
-    return StorageError(f"{where}: {error.strerror or error}. Choose another folder or repair this one.")
+        return StorageError(f"{where}: no permission to write. Choose a writable folder.")
+    return StorageError(f"{where}: {error.strerror or error}. Choose another folder, or repair this one.")
 
 
 def _free_bytes(path: Path) -> int:
@@ -41,14 +41,14 @@ _actions: list[Callable[[str], None]] = []
 
 
 def crash_point(name: str) -> None:
-    """A place where a process may be stopped in a test; it does nothing otherwise."""
+    """A point at which a test may stop the process; without a test it does nothing."""
     for action in _actions:
         action(name)
 
 
 @contextmanager
 def at_crash_points(action: Callable[[str], None]) -> Iterator[None]:
-    """Call the action with the name of every crash point that is passed while the context is open."""
+    """Call `action` with the name of each crash point that the process passes inside the context."""
     _actions.append(action)
     try:
         yield

@@ -19,12 +19,12 @@ from simpletuner.helpers.io.run_folder import LOCK_FILE, LOCK_HOLDER_FILE
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold an output folder for one run; the folder is made when it is missing.
+    """Lock an output folder for one run, and create it if it is missing.
 
-    The lock belongs to the process: when it dies, however it dies, the next run takes the folder over.
+    The operating system releases the lock when the process dies, so the next run can take it.
 
     Raises:
-        StorageError: Another run holds the folder (the message names its process and host), or the folder
+        StorageError: Another run holds the lock (the message names its process and host), or the folder
             cannot be written.
     """
     try:
@@ -47,12 +47,12 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a run seems to hold a folder; nothing is locked to find out, so that no run is kept from it."""
+    """Whether a run seems to hold a folder. It takes no lock, which could keep a run out."""
     try:
         holder = json.loads((folder / LOCK_HOLDER_FILE).read_bytes())
         if holder["host"] == socket.gethostname():
             os.kill(int(holder["pid"]), 0)
-    except PermissionError:  # somebody else's process is a process
+    except PermissionError:  # the process exists and belongs to another user
         return True
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -1,4 +1,4 @@
-"""Where log lines go and which libraries may write them."""
+"""Logging to standard error, without the information lines of libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 
 HANDLER_NAME = "simpletuner"
 
-# The logger names of libraries whose information lines would bury ours.
+# Libraries that log more information lines than we do.
 _CHATTY = (
     "LyCORIS",
     "PIL",
@@ -38,16 +38,15 @@ _CHATTY = (
 def configure_logging(
     level: str = "INFO", *, main_process: bool = True, console: Console | None = None
 ) -> None:
-    """Send our log lines to standard error, one line an event; other processes than the main one stay silent.
+    """Log to standard error, one line per event; only the main process logs below level error.
 
-    Must run before diffusers and transformers are imported: they set up their own logging on import, by the
-    environment variables that are given here a quieter default.
+    Call it before diffusers and transformers are imported: they read these environment variables on import.
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     handler: logging.Handler
-    if console is None and not sys.stderr.isatty():  # a path cut in two is of no use in a file
+    if console is None and not sys.stderr.isatty():  # rich would wrap long paths in a log file
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
     else:
@@ -55,7 +54,7 @@ def configure_logging(
         handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
         handler.setFormatter(logging.Formatter("%(message)s"))
     handler.set_name(HANDLER_NAME)
-    handler.addFilter(_from_us_or_serious)
+    handler.addFilter(_is_ours_or_error)
     root = logging.getLogger()
     for previous in [each for each in root.handlers if each.name == HANDLER_NAME]:
         root.removeHandler(previous)
@@ -63,20 +62,20 @@ def configure_logging(
     root.setLevel(level.upper() if main_process else logging.ERROR)
 
 
-def _from_us_or_serious(record: logging.LogRecord) -> bool:
+def _is_ours_or_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR or record.name.partition(".")[0] not in _CHATTY
 
 
-_said: set[str] = set()
+_logged: set[str] = set()
 
 
 def log_once(log: Callable[[str], None], message: str) -> None:
-    """Log a message the first time it is given in this process; `log` is for instance `logger.warning`."""
-    if message not in _said:
-        _said.add(message)
+    """Log a message once per process; `log` is for instance `logger.warning`."""
+    if message not in _logged:
+        _logged.add(message)
         log(message)
 
 
 def reset_log_once() -> None:
-    """Let every message be logged once more."""
-    _said.clear()
+    """Forget which messages `log_once` has logged."""
+    _logged.clear()

@@ -1,4 +1,4 @@
-"""Names that are safe to print and safe to use as a file name."""
+"""Text that is safe to print, and text that is safe as a file name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAX_BYTES = 120
 
 
 def printable(text: str) -> str:
-    """The text on one line: control characters and bytes that are not UTF-8 are written as escapes."""
+    """The text on one line: control characters and bytes that are not UTF-8 become escapes."""
     return "".join(_escaped(character) for character in text)
 
 
@@ -21,9 +21,9 @@ def _escaped(character: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """A file name made of the text: one path component, not hidden, at most 120 bytes.
+    """A file name from the text: one path component, not hidden, at most 120 bytes.
 
-    Two texts may share a name; where that matters, the caller adds a number or a digest.
+    Two texts may give one name; a caller that needs unique names adds a number or a digest.
     """
     plain = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
     name = _NOT_ALLOWED.sub("_", plain).strip("._-")

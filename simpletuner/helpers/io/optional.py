@@ -1,4 +1,4 @@
-"""Optional packages, imported when they are used."""
+"""Optional packages, imported on use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        MissingDependencyError: The package is not installed; the message names the extra that brings it.
+        MissingDependencyError: The package is not installed; the message names the extra that installs it.
     """
     try:
         return import_module(module)
@@ -22,10 +22,10 @@ def require(module: str, *, extra: str) -> ModuleType:
 
 
 def check_installed(module: str, *, extra: str, needed_for: str) -> None:
-    """Refuse to go on without a package that will be needed later; nothing is imported.
+    """Check for a package that is needed later, without importing it.
 
     Raises:
-        MissingDependencyError: The package is not installed; the message names the extra that brings it.
+        MissingDependencyError: The package is not installed; the message names the extra that installs it.
     """
     if find_spec(module) is None:
         raise MissingDependencyError(f"{needed_for} needs {module}, which is not installed. {_remedy(extra)}")

@@ -28,7 +28,10 @@ Reduction = Literal["mean", "last"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMetrics:
-    """One row of the training log. Each field is recorded by its name, see `StepAccumulator.record`."""
+    """One row of the training log.
+
+    To log one more number, add a field here and call `StepAccumulator.record` where it is measured.
+    """
 
     step: int
     epoch: int
@@ -81,7 +84,10 @@ class StepAccumulator:
         self.record("loss", output.loss, reduction="mean")
 
     def record(self, name: str, value: float | Tensor | None, *, reduction: Reduction = "last") -> None:
-        """Record a field of StepMetrics. A tensor is a scalar, and is read from the device by `reduce`."""
+        """Record a field of StepMetrics; `reduce` reads tensors, which are scalars, from the device.
+
+        Every process records the same names.
+        """
         if reduction == "last":
             self._values[name] = value
         elif isinstance(value, torch.Tensor):

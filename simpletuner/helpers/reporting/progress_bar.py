@@ -1,4 +1,4 @@
-"""The progress of a run on the terminal, or as log lines."""
+"""Progress of a run on the terminal, or as log lines."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STEPS_BETWEEN_LINES = 10
 
 
 class ProgressDisplay:
-    """Shows a run on the terminal, or as a log line every few steps when there is none.
+    """Shows a progress bar on a terminal; elsewhere logs a line every few steps.
 
-    A context manager; disabled (on all processes but the main one) it does nothing.
+    A context manager. Disabled, on all processes but the main one, it does nothing.
     """
 
     def __init__(self, *, total_steps: int, step: int, enabled: bool = True) -> None:
@@ -36,11 +36,11 @@ class ProgressDisplay:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("{task.fields[measured]}"),
+                TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task("step", total=total_steps, completed=step, measured="")
+            self._task = self._bar.add_task("step", total=total_steps, completed=step, numbers="")
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -48,20 +48,20 @@ class ProgressDisplay:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
             self._bar.stop()
 
-    def update(self, record: StepMetrics) -> None:
+    def update(self, metrics: StepMetrics) -> None:
         """Show one optimiser step."""
         if not self._enabled:
             return
-        loss, seconds = self._loss.update(record.loss), self._seconds.update(record.seconds)
-        rank = "" if record.mean_active_rank is None else f"  rank {record.mean_active_rank:.1f}"
-        measured = f"loss {loss:.4f}  lr {record.lr:.2e}{rank}"
+        loss, seconds = self._loss.update(metrics.loss), self._seconds.update(metrics.seconds)
+        rank = "" if metrics.mean_active_rank is None else f"  rank {metrics.mean_active_rank:.1f}"
+        numbers = f"loss {loss:.4f}  lr {metrics.lr:.2e}{rank}"
         if self._bar:
-            self._bar.update(self._task, completed=record.step, measured=measured)
-        elif record.step % STEPS_BETWEEN_LINES == 0 or record.step == self.total_steps:
-            left_s = seconds * (self.total_steps - record.step)
-            logger.info("Step %d/%d  %s  %.0f s left", record.step, self.total_steps, measured, left_s)
+            self._bar.update(self._task, completed=metrics.step, numbers=numbers)
+        elif metrics.step % STEPS_BETWEEN_LINES == 0 or metrics.step == self.total_steps:
+            left_s = seconds * (self.total_steps - metrics.step)
+            logger.info("Step %d/%d  %s  %.0f s left", metrics.step, self.total_steps, numbers, left_s)

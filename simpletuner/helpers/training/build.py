@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -213,17 +213,6 @@ def build_components(
         is_main_process=is_main_process,
         saved_step=None if context.resumed is None else context.resumed.step,
     )
-    manifest = partial(
-        build_manifest,
-        config=config,
-        spec=context.family.spec,
-        adapter=adapter,
-        data=data,
-        images=validation.manifest(),
-        max_steps=context.max_steps,
-        device=device,
-        num_processes=accelerator.num_processes,
-    )
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -239,7 +228,7 @@ def build_components(
         validation=validation,
         trackers=trackers,
         display=ProgressDisplay(total_steps=context.max_steps, step=context.step, enabled=is_main_process),
-        page=RunPage(output_dir, is_enabled=is_main_process, manifest=manifest),
+        page=build_page(context, adapter, images=validation.manifest()),
         final_files=FinalFiles(
             output_dir=output_dir,
             state=state,
@@ -397,6 +386,23 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def build_page(context: RunContext, adapter: Adapter, *, images: Mapping[str, Any]) -> RunPage:
+    """The HTML report of the run; `images` is its part on validation images."""
+    manifest = partial(
+        build_manifest,
+        config=context.config,
+        spec=context.family.spec,
+        adapter=adapter,
+        data=context.data,
+        images=images,
+        max_steps=context.max_steps,
+        device=context.accelerator.device,
+        num_processes=context.accelerator.num_processes,
+    )
+    output_dir = context.config.checkpoint.output_dir
+    return RunPage(output_dir, is_enabled=context.accelerator.is_main_process, manifest=manifest)
 
 
 def ddp_ignore_frozen(denoiser: nn.Module) -> None:

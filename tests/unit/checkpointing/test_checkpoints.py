@@ -132,7 +132,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_previous_one(
 def test_folder_without_any_intact_checkpoint_is_an_error_not_a_new_start(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     (tmp_path / "checkpoint-3" / "state").write_text("other")
-    with pytest.raises(CheckpointError, match="1 checkpoints"):
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
         find(tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_named_checkpoint_that_is_missing_is_refused_naming_those_that_are_there
 def test_named_checkpoint_that_is_damaged_is_refused(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     (tmp_path / "checkpoint-3" / "state").unlink()
-    with pytest.raises(CheckpointError, match="state is missing"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3.*state"):
         find(tmp_path, resume_from_checkpoint="checkpoint-3")
 
 
@@ -170,7 +170,7 @@ def test_starting_anew_on_top_of_checkpoints_is_refused(tmp_path: Path) -> None:
 def test_checkpoint_of_other_settings_is_refused_field_by_field(tmp_path: Path) -> None:
     save(make(tmp_path), 3)
     config = CheckpointConfig(output_dir=str(tmp_path))
-    with pytest.raises(CheckpointError, match="linear_dim  8 in the checkpoint, 16 in the config") as info:
+    with pytest.raises(CheckpointError, match=r"linear_dim +8 .*16") as info:
         find_checkpoint(config, settings={"lycoris linear_dim": 16, "optimizer": "adamw"})
     assert "optimizer" not in str(info.value)
 
@@ -181,7 +181,7 @@ def test_checkpoint_of_another_base_model_is_refused(tmp_path: Path) -> None:
     found = find(tmp_path)
     assert found is not None
     check_compatible(found, "weights", {"base weights": "aa"})
-    with pytest.raises(CheckpointError, match="base weights  'aa' in the checkpoint, 'bb' in the config"):
+    with pytest.raises(CheckpointError, match=r"base weights +'aa' .*'bb'"):
         check_compatible(found, "weights", {"base weights": "bb"})
 
 

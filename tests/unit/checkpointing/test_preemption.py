@@ -20,7 +20,7 @@ def test_preemption_notes_the_first_signal_and_restores_the_handler(number: sign
         preemption.check("waiting")
         os.kill(os.getpid(), number)
         assert preemption.requested
-        with pytest.raises(Preempted, match="while waiting"):
+        with pytest.raises(Preempted, match="waiting"):
             preemption.check("waiting")
     assert signal.getsignal(number) == before
 

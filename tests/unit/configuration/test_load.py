@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from pydantic import ValidationError
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.base import Section
 from simpletuner.helpers.errors import ConfigError
+from tests.counted import lines_run
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -331,31 +331,32 @@ def test_mistakes_in_what_stands_in_config_json_name_it(workspace: Workspace) ->
 # Speed
 
 
-def test_loading_imports_no_torch_and_is_fast(workspace: Workspace, repository: Path) -> None:
+def test_loading_imports_no_torch_and_does_little(workspace: Workspace, repository: Path) -> None:
     workspace.write()
     script = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys; calls = 0\n"
+        "def count(frame, event, argument):\n"
+        "    global calls\n"
+        "    calls += event == 'call'\n"
+        "sys.setprofile(count)\n"
         f"sys.path.insert(0, {str(repository)!r})\n"
         "from pathlib import Path\n"
         "from simpletuner.helpers.configuration.load import load_config\n"
         "from simpletuner.helpers.contracts import ModelSpec\n"
         "facts = ModelSpec('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
         "load_config(Path('config.json'), families={'toy': facts})\n"
+        "sys.setprofile(None)\n"
         "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print(time.process_time() - start)\n"
+        "print(calls)\n"
     )
-    command = [sys.executable, "-c", script]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.4
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 400_000
 
 
-def test_loading_alone_takes_under_a_fifth_of_a_second(workspace: Workspace) -> None:
+def test_loading_does_little_whatever_the_number_of_images(workspace: Workspace) -> None:
     path = workspace.write()
     workspace.image_folder("images", [f"{index:04}.png" for index in range(2000)])
-    times = []
-    for _ in range(3):
-        started = time.process_time()
-        load_config(path, families=workspace.families)
-        times.append(time.process_time() - started)
-    assert min(times) < 0.2
+    load_config(path, families=workspace.families)  # imports what it needs
+    lines = lines_run(lambda: load_config(path, families=workspace.families))
+    assert lines < 60_000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from time import process_time
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simpletuner.helpers.data.sampler import Bucket, Sampler, shuffled
+from tests.counted import lines_run
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
 
@@ -107,8 +107,6 @@ def test_shuffled_is_uniform_enough() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 999_999, 10**12])
-def test_a_far_place_among_a_million_samples_is_found_within_a_second(index: int) -> None:
+def test_a_far_place_among_a_million_samples_is_found_without_a_walk_to_it(index: int) -> None:
     order = sampler([10**6], batch_size=1)
-    started = process_time()
-    order.draw(index)
-    assert process_time() - started < 1.0
+    assert lines_run(lambda: order.draw(index)) < 1000

@@ -21,5 +21,5 @@ def test_require_names_the_extra_of_a_missing_package() -> None:
 
 def test_check_installed_names_what_the_package_is_for_and_imports_nothing() -> None:
     check_installed("json", extra="data", needed_for="anything")
-    with pytest.raises(MissingDependencyError, match="optimizer prodigy needs no_such_module"):
+    with pytest.raises(MissingDependencyError, match=r"optimizer prodigy .*no_such_module"):
         check_installed("no_such_module", extra="optim", needed_for="optimizer prodigy")

@@ -37,9 +37,7 @@ def test_what_works_is_let_through(kind: DistributedType, config: RunConfig) -> 
 
 @pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
 def test_other_ways_are_refused_by_name(kind: DistributedType, config: RunConfig) -> None:
-    with pytest.raises(
-        ConfigError, match=f"{kind.value} is not supported. Use plain data parallelism or FSDP 2"
-    ):
+    with pytest.raises(ConfigError, match=kind.value):
         check_distribution(config, accelerator(kind))
 
 

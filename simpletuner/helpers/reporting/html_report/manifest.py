@@ -69,7 +69,7 @@ def build_manifest(
 
 
 def changed_keys(config: RunConfig, spec: ModelSpec) -> list[str]:
-    """The keys of config.json whose value is neither the default nor what the family puts in its place."""
+    """Keys of config.json whose value is neither the default nor the family's default."""
     own = family_defaults({}, spec)
     sections = [section for _, section in config if isinstance(section, Section)]
     changed = {key for section in sections for key in _changed(section, own)}
@@ -77,13 +77,13 @@ def changed_keys(config: RunConfig, spec: ModelSpec) -> list[str]:
 
 
 def rank_curve(schedule: Mapping[str, object]) -> list[tuple[int, int]]:
-    """(timestep, open rank) wherever a schedule, as adapter files state it, changes its rank."""
+    """(timestep, active rank) at each change of a schedule, which is as in adapter files, and at its end."""
     ranks = RankSchedule.from_config(schedule)
-    course = [(timestep, ranks.rank_at(timestep)) for timestep in range(ranks.num_timesteps + 1)]
+    curve = [(timestep, ranks.rank_at(timestep)) for timestep in range(ranks.num_timesteps + 1)]
     return [
-        each
-        for before, each in zip([(0, -1), *course], course, strict=False)
-        if before[1] != each[1] or each is course[-1]
+        point
+        for previous, point in zip([(0, -1), *curve], curve, strict=False)
+        if previous[1] != point[1] or point is curve[-1]
     ]
 
 
@@ -126,7 +126,7 @@ def _dataset(config: DatasetConfig, data: TrainingData) -> dict[str, Any]:
 
 
 def _examples(samples: Sequence[Sample]) -> list[Sample]:
-    """A few samples whose captions differ."""
+    """A few samples with different captions."""
     by_caption = {sample.caption: sample for sample in reversed(samples) if sample.caption}
     return list(reversed(by_caption.values()))[:NUM_CAPTIONS]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
-import time
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -60,13 +60,15 @@ def test_header_that_claims_more_than_is_read_is_refused_before_reading(tmp_path
 
 
 @pytest.mark.reliability_row(23)
-def test_a_million_keys_are_refused_at_once(tmp_path: Path) -> None:
+def test_a_million_keys_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entry = '"lycoris_x{i}.alpha":{{"dtype":"F32","shape":[],"data_offsets":[{a},{b}]}}'
     parts = (entry.format(i=i, a=4 * i, b=4 * i + 4) for i in range(1_000_000))
     file = raw_file(tmp_path / "a.safetensors", ("{" + ",".join(parts) + "}").encode(), bytes(4_000_000))
-    began_s = time.process_time()
+    for module, function in ((json, "loads"), (safetensors, "safe_open")):
+        monkeypatch.setattr(module, function, lambda *_, **__: pytest.fail("the header was read"))
     refused(file, "its header claims")
-    assert time.process_time() - began_s < 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,57 @@
+"""The last files of a run: written by the main process, gathered with the help of the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from simpletuner.helpers.checkpointing.progress import Progress
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, SUMMARY_FILE
+from simpletuner.helpers.reporting.run_summary import load_summary
+from simpletuner.helpers.training.final_files import FinalFiles
+
+
+@dataclass
+class State:
+    """A run's state whose adapter file says its step."""
+
+    progress: Progress = field(default_factory=lambda: Progress(step=6))
+    is_sharded: bool = False
+    saved_to: list[Path] = field(default_factory=list)
+
+    def save_adapter(self, file: Path) -> None:
+        self.saved_to.append(file)
+        file.write_text(f"step {self.progress.step}")
+
+
+def make(folder: Path, state: State, *, is_main_process: bool) -> FinalFiles:
+    return FinalFiles(output_dir=folder, state=state, is_main_process=is_main_process, comfyui=None)
+
+
+def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_path: Path) -> None:
+    files = make(tmp_path, State(), is_main_process=True)
+    files.save_adapter()
+    assert (tmp_path / ADAPTER_FILE).read_text() == "step 6"
+    assert not (tmp_path / SUMMARY_FILE).exists()
+    files.save_summary(grid=tmp_path / "missing.png", page=tmp_path / "report.html")
+    summary = load_summary(tmp_path)
+    assert summary is not None
+    assert (summary.step, summary.adapter) == (6, str(tmp_path / ADAPTER_FILE))
+    assert summary.checkpoint == str(tmp_path / "checkpoint-6")
+    assert summary.page == str(tmp_path / "report.html")
+    assert summary.grid is summary.comfyui is None
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_other_processes_help_to_gather_a_sharded_adapter_and_write_nothing(
+    tmp_path: Path, is_sharded: bool
+) -> None:
+    state = State(is_sharded=is_sharded)
+    files = make(tmp_path, state, is_main_process=False)
+    files.save_adapter()
+    files.save_summary(grid=tmp_path / "grid.png", page=None)
+    assert len(state.saved_to) == is_sharded
+    assert not any(file.exists() for file in state.saved_to)
+    assert not list(tmp_path.iterdir())
