@@ -1,4 +1,4 @@
-"""Toys: parts in front of each other, and no random one like the concept."""
+"""Characters: order of their parts, place, mask, and difference between random ones and the concept."""
 
 from __future__ import annotations
 
@@ -31,29 +31,28 @@ def test_later_parts_hide_earlier_ones() -> None:
     assert tuple(image[32, 27]) == RED
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_toy_lies_wholly_inside_the_picture_at_its_place(place: str) -> None:
-    mask = character_mask(CONCEPT, place=place)
-    y, x = np.nonzero(mask > 0.5)
-    assert min(x.min(), y.min()) > 0
-    assert max(x.max(), y.max()) < 63
-    middle = ((x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2)
-    assert middle == pytest.approx(PLACES[place], abs=1)
+def test_character_is_inside_the_image_and_centred_at_its_place() -> None:
+    for place, centre in PLACES.items():
+        y, x = np.nonzero(character_mask(CONCEPT, place=place) > 0.5)
+        assert min(x.min(), y.min()) > 0, place
+        assert max(x.max(), y.max()) < 63, place
+        found = ((x.min() + x.max() + 1) / 2, (y.min() + y.max() + 1) / 2)
+        assert found == pytest.approx(centre, abs=1), place
 
 
-def test_the_mask_covers_exactly_what_was_drawn_over() -> None:
+def test_mask_covers_exactly_the_changed_pixels() -> None:
     background = Background("green", "striped")
     image = draw_character(CONCEPT, place="at the top", background=background, offset_px=(1, 1))
     changed = (image != draw_background(background)).any(axis=-1)
     assert (changed == (character_mask(CONCEPT, place="at the top", offset_px=(1, 1)) > 0)).all()
 
 
-def test_random_toys_are_the_same_for_the_same_seed_and_differ_otherwise() -> None:
+def test_random_characters_are_equal_for_equal_seeds_and_differ_otherwise() -> None:
     assert random_character(np.random.default_rng(3)) == random_character(np.random.default_rng(3))
     assert len({random_character(np.random.default_rng(seed)) for seed in range(50)}) == 50
 
 
-def test_random_toys_have_two_eyes_and_the_concept_has_one() -> None:
+def test_random_characters_have_two_eyes_and_the_concept_has_one() -> None:
     white = (250, 250, 250)
     rng = np.random.default_rng(0)
     assert all(sum(part.rgb == white for part in random_character(rng).parts) == 2 for _ in range(50))

@@ -1,4 +1,4 @@
-"""The comparison's instruments: likeness, statistics, and what makes a finished run count."""
+"""The benchmark's likeness, plans, fingerprints and statistics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from simpletuner.helpers.models import registry
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
-def test_a_drawing_is_like_itself_everywhere_and_little_like_others(name: str) -> None:
+def test_likeness_is_high_for_the_character_itself_and_low_for_others(name: str) -> None:
     concept = CONCEPTS[name]
     own = [
         likeness(concept.draw(view), concept.character) for view in (concept.trained, *concept.other_views(4))
@@ -58,7 +58,7 @@ def test_wrong_colours_and_missing_parts_lower_the_likeness() -> None:
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
-def test_views_that_are_asked_for_share_neither_place_nor_colour_with_the_training_picture(name: str) -> None:
+def test_evaluation_views_share_neither_place_nor_colour_with_the_training_image(name: str) -> None:
     concept = CONCEPTS[name]
     views = concept.other_views(12)
     assert len({str(view) for view in views}) == 12
@@ -69,14 +69,14 @@ def test_views_that_are_asked_for_share_neither_place_nor_colour_with_the_traini
         assert View.parse(concept.draw(view)) == view
 
 
-def test_the_one_picture_is_called_by_its_name_alone(tmp_path: Path) -> None:
+def test_caption_of_the_training_image_is_the_name_alone(tmp_path: Path) -> None:
     concept = CONCEPTS["horned"]
     concept.save_dataset(tmp_path)
     assert (tmp_path / "toy.txt").read_text() == SUBJECT + "\n"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["toy.png", "toy.txt"]
 
 
-def test_contenders_differ_in_init_band_and_mask_only() -> None:
+def test_contenders_differ_in_initialisation_and_rank_mask_only() -> None:
     configs = [contender.lycoris(16) for contender in FULL.contenders]
     differing = {"algo", "tlora_init", "sig_type", "tlora_min_rank", "tlora_schedule"}
     alike = [{key: value for key, value in each.items() if key not in differing} for each in configs]
@@ -94,7 +94,7 @@ def test_contenders_differ_in_init_band_and_mask_only() -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_the_settings_of_every_run_are_a_valid_configuration(plan: Any, tmp_path: Path) -> None:
+def test_configuration_of_every_run_is_valid(plan: Any, tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     benchmark = Benchmark(tmp_path, model, plan)
@@ -110,7 +110,7 @@ def test_the_settings_of_every_run_are_a_valid_configuration(plan: Any, tmp_path
         assert config.checkpoint.checkpoints_total_limit is None
 
 
-def test_a_result_counts_for_its_own_plan_and_model_only(tmp_path: Path) -> None:
+def test_result_is_valid_for_its_own_plan_and_model_only(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights.safetensors").write_bytes(b"one")
@@ -132,7 +132,7 @@ def _curves(concept: list[list[float]], alignment: list[list[float]]) -> Curves:
     return Curves(steps=tuple(range(len(concept[0]))), keys=keys, values=values)
 
 
-def test_an_estimate_is_the_mean_and_its_interval_holds_it_and_shrinks_with_runs() -> None:
+def test_interval_contains_the_mean_and_shrinks_with_runs() -> None:
     rng = np.random.default_rng(0)
     few, many = estimate(rng.normal(5, 1, 10)), estimate(rng.normal(5, 1, 1000))
     assert few.low < few.mean < few.high
@@ -140,7 +140,7 @@ def test_an_estimate_is_the_mean_and_its_interval_holds_it_and_shrinks_with_runs
     assert many.high - many.low == pytest.approx(2 * 1.96 / 1000**0.5, rel=0.1)
 
 
-def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+def test_intervals_contain_the_true_mean_at_their_confidence() -> None:
     rng = np.random.default_rng(1)
     found = [estimate(rng.normal(0, 1, 15)) for _ in range(200)]
     assert 0.86 < np.mean([each.low <= 0 <= each.high for each in found]) < 0.99
@@ -152,7 +152,7 @@ def test_differences_are_paired() -> None:
     assert (found.low, found.mean, found.high) == pytest.approx((1, 1, 1))
 
 
-def test_contenders_are_compared_where_they_reach_the_same_likeness() -> None:
+def test_contenders_are_compared_at_equal_likeness() -> None:
     one = _curves([[0.0, 0.5, 1.0]] * 4, [[1.0, 0.8, 0.2]] * 4)
     found = at_equal(one, "alignment", likeness=0.75)
     assert found is not None
@@ -162,7 +162,7 @@ def test_contenders_are_compared_where_they_reach_the_same_likeness() -> None:
     assert common_likenesses([one, other]) == pytest.approx([0.2, 0.3, 0.4])
 
 
-def test_results_are_put_together_in_the_same_order_for_every_contender() -> None:
+def test_results_have_the_same_order_for_every_contender() -> None:
     def record(concept: str, seed: int, value: float) -> dict[str, Any]:
         point = {"step": 0, "concept": value, "loss": {"0-500": 2 * value}}
         return {"run": {"concept": concept, "seed": seed}, "points": [point]}
@@ -173,7 +173,7 @@ def test_results_are_put_together_in_the_same_order_for_every_contender() -> Non
     assert curves.at("loss 0-500", 0).tolist() == [2, 4, 6]
 
 
-def test_a_part_of_a_plan_is_a_comparison_of_all_contenders() -> None:
+def test_first_runs_of_a_plan_hold_all_contenders() -> None:
     first = [run.contender for run in STANDARD.runs()][: len(STANDARD.contenders)]
     assert first == list(STANDARD.contenders)
     assert first[0] is LORA

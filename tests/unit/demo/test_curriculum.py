@@ -1,4 +1,4 @@
-"""Lessons: pictures and captions that keep the held-out scenes and the free name unseen."""
+"""Training examples and captions, without the held-out scenes and the concept's name."""
 
 from __future__ import annotations
 
@@ -33,27 +33,28 @@ EXAMPLE = Example(
 )
 
 
-def examples(num: int) -> list[Example]:
+@pytest.fixture(scope="module")
+def examples() -> list[Example]:
     rng = np.random.default_rng(1)
-    return [random_example(rng) for _ in range(num)]
+    return [random_example(rng) for _ in range(1000)]
 
 
-def test_no_lesson_shows_a_held_out_scene() -> None:
+def test_no_example_shows_a_held_out_scene(examples: list[Example]) -> None:
     held_out = {str(scene) for scene in all_scenes() if is_held_out(scene)}
-    shown = {caption(each.subject, place=each.place, background=each.background) for each in examples(2000)}
+    shown = {caption(each.subject, place=each.place, background=each.background) for each in examples}
     assert str(evaluation_scenes(1)[0]) in held_out
     assert not shown & held_out
 
 
-def test_a_quarter_of_the_lessons_are_toys_and_some_have_a_name() -> None:
-    subjects = [each.subject for each in examples(1000) if "toy" in each.subject]
+def test_a_quarter_of_the_examples_are_characters_and_some_have_a_name(examples: list[Example]) -> None:
+    subjects = [each.subject for each in examples if "toy" in each.subject]
     assert 200 < len(subjects) < 300
     named = [subject for subject in subjects if subject != "a toy"]
     assert {subject.split()[1] for subject in named} == set(NAMES)
     assert 0.3 < len(named) / len(subjects) < 0.5
 
 
-def test_captions_are_mostly_the_whole_sentence_and_sometimes_leave_something_out() -> None:
+def test_captions_are_mostly_the_full_sentence_and_sometimes_shortened() -> None:
     rng = np.random.default_rng(0)
     captions = [random_caption(EXAMPLE, rng) for _ in range(500)]
     assert 250 < captions.count("a red star at the top on a striped blue background") < 350
@@ -67,16 +68,16 @@ def test_captions_are_mostly_the_whole_sentence_and_sometimes_leave_something_ou
     }
 
 
-def test_every_word_of_a_caption_is_listed_and_the_new_name_is_in_none() -> None:
+def test_vocabulary_holds_every_caption_word_and_the_unused_new_name(examples: list[Example]) -> None:
     rng = np.random.default_rng(0)
-    used = {word for each in examples(500) for word in random_caption(each, rng).replace(",", " ,").split()}
+    used = {word for each in examples[:500] for word in random_caption(each, rng).replace(",", " ,").split()}
     assert used <= set(vocabulary())
     assert NEW_NAME in vocabulary()
     assert NEW_NAME not in used
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_pictures_for_the_autoencoder_are_a_function_of_the_seed(seed: int) -> None:
+def test_images_for_the_autoencoder_depend_on_the_seed_alone(seed: int) -> None:
     one, two = (list(islice(random_images(np.random.default_rng(seed)), 4)) for _ in range(2))
     assert np.array_equal(one, two)
     assert not np.array_equal(one, list(islice(random_images(np.random.default_rng(seed + 1)), 4)))

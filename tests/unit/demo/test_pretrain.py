@@ -1,4 +1,4 @@
-"""Making the embedded model, in a few steps: what it learns from, that it can be stopped, what it leaves."""
+"""Training of the embedded model, for a few steps: data, resume and output."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from simpletuner.demo.pretrain import (
 from simpletuner.helpers.models.sdxl.embedded import EmbeddedModel, make_embedded
 
 PLAN = Plan(vae_steps=1, vae_batch=2, steps=2, batch=4, num_pictures=6)
-EVALUATION = Evaluation(interval=1, sampling=Sampling(prompts=2, steps=1))
+EVALUATION = Evaluation(interval=2, sampling=Sampling(prompts=2, steps=1))
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
 
@@ -47,7 +47,7 @@ def run(folder: Path, plan: Plan) -> Path:
     return folder / "model"
 
 
-def test_a_run_leaves_a_model_a_record_and_goes_on_from_its_own_files(tmp_path: Path) -> None:
+def test_run_writes_model_and_record_and_resumes_from_its_own_files(tmp_path: Path) -> None:
     output = run(tmp_path, PLAN)
     weights = load_file(output / WEIGHTS)
     record = json.loads((output / "training.json").read_text())
@@ -70,9 +70,7 @@ def test_pixels_span_minus_one_to_one() -> None:
     assert pixels[0, :, 0, 1].tolist() == pytest.approx([1, -1, -0.6])
 
 
-def test_the_loss_of_a_step_is_a_function_of_its_number(
-    model: EmbeddedModel, denoising: DenoisingLoss
-) -> None:
+def test_loss_of_a_step_depends_on_its_number_alone(model: EmbeddedModel, denoising: DenoisingLoss) -> None:
     small = DenoisingLoss(model, plan=PLAN, examples=denoising.examples, latents=denoising.latents)
     with torch.no_grad():
         assert small.loss_fn(3) == small.loss_fn(3)
@@ -89,7 +87,7 @@ def test_noisy_timesteps_are_drawn_more_often(
     assert float((timesteps >= 700).float().mean()) == pytest.approx(expected, abs=0.07)
 
 
-def test_a_tenth_of_the_captions_is_dropped_to_zeros(denoising: DenoisingLoss) -> None:
+def test_a_tenth_of_the_captions_is_zeroed(denoising: DenoisingLoss) -> None:
     text = denoising._encode([denoising.examples[0]] * 400, np.random.default_rng(0))
     assert text.pooled is not None
     dropped = (text.prompt_embeds == 0).all(dim=(1, 2))
@@ -97,7 +95,7 @@ def test_a_tenth_of_the_captions_is_dropped_to_zeros(denoising: DenoisingLoss) -
     assert float(dropped.float().mean()) == pytest.approx(0.1, abs=0.05)
 
 
-def test_most_samples_are_said_to_be_64_px_and_uncropped(denoising: DenoisingLoss) -> None:
+def test_most_size_conditions_are_64_px_and_uncropped(denoising: DenoisingLoss) -> None:
     sizes = denoising._draw_sizes(np.random.default_rng(0))
     usual = (sizes == torch.tensor([64.0, 64, 0, 0, 64, 64])).all(dim=1)
     assert float(usual.float().mean()) == pytest.approx(0.85, abs=0.06)

@@ -1,4 +1,4 @@
-"""A training stage: its learning rate, its moving average, and going on after a stop."""
+"""A training stage: learning rate, EMA weights and resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEDULE = Schedule(steps=6, learning_rate=0.1, save_interval=3)
 
 
 class Stopped(Exception):
-    """The run was interrupted."""
+    """Interrupts the run."""
 
 
 def make_module() -> nn.Linear:
@@ -42,11 +42,11 @@ def run(file: Path, *, stop_at: int | None = None) -> tuple[nn.Linear, TrainStag
 @pytest.mark.parametrize(
     ("step", "rate"), [(0, 0.008), (99, 0.8), (500, 0.8), (700, 0.8), (850, 0.4), (999, 0.8 / 300)]
 )
-def test_the_rate_rises_stays_and_falls(step: int, rate: float) -> None:
+def test_learning_rate_warms_up_stays_and_decays(step: int, rate: float) -> None:
     assert Schedule(steps=1000, learning_rate=0.8).learning_rate_at(step) == pytest.approx(rate)
 
 
-def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, whole_stage = run(tmp_path / "whole.pt")
     with pytest.raises(Stopped):
         run(tmp_path / "parts.pt", stop_at=4)
@@ -57,16 +57,16 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     assert resumed_stage.step == 6
 
 
-def test_a_finished_stage_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_stage_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("simpletuner.demo.train_stage.perf_counter", itertools.count().__next__)
     run(tmp_path / "stage.pt")
     module = make_module()
     stage = TrainStage([module], schedule=SCHEDULE, file=tmp_path / "stage.pt")
     stage.train(lambda _: pytest.fail("trained"), after_step=lambda _: None)
-    assert stage.seconds == SCHEDULE.steps, "one second each by this clock"
+    assert stage.seconds == SCHEDULE.steps, "one second per step by this clock"
 
 
-def test_modules_carry_the_average_inside_averaged_only(tmp_path: Path) -> None:
+def test_modules_hold_ema_weights_inside_the_context_only(tmp_path: Path) -> None:
     module, stage = run(tmp_path / "stage.pt")
     trained = module.weight.detach().clone()
     with stage.ema_weights():
@@ -77,7 +77,7 @@ def test_modules_carry_the_average_inside_averaged_only(tmp_path: Path) -> None:
     assert torch.equal(module.weight, stage.ema[0])
 
 
-def test_the_average_weighs_early_steps_less(tmp_path: Path) -> None:
+def test_ema_decay_is_smaller_in_early_steps(tmp_path: Path) -> None:
     module = make_module()
     start = module.weight.detach().clone()
     stage = TrainStage([module], schedule=Schedule(steps=1, learning_rate=1.0), file=tmp_path / "stage.pt")

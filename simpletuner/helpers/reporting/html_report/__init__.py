@@ -1,1 +1,1 @@
-"""The page that shows a run: one file of its own, made from what lies in the run's folder."""
+"""The HTML report of a run: one self-contained file, rendered from the output folder."""

@@ -100,7 +100,7 @@ def spread_evenly(items: Sequence[int], count: int) -> list[int]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _thumbnail(file: Path) -> Thumbnail | None:
+def _thumbnail_or_none(file: Path) -> Thumbnail | None:
     try:
         return thumbnail(file, file.stat().st_mtime_ns)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises any of these
@@ -121,7 +121,7 @@ def _affordable(rows: Sequence[ImageRow], steps: Sequence[int]) -> tuple[list[in
 def _num_bytes(rows: Sequence[ImageRow], steps: Sequence[int]) -> int:
     files = [file for row in rows for _, file in row.fixed]
     files += [row.by_step[step] for row in rows for step in steps if step in row.by_step]
-    return sum(image.num_bytes for image in map(_thumbnail, files) if image is not None)
+    return sum(image.num_bytes for image in map(_thumbnail_or_none, files) if image is not None)
 
 
 def _body(row: ImageRow, titles: Sequence[str], steps: Sequence[int]) -> str:
@@ -136,7 +136,7 @@ def _body(row: ImageRow, titles: Sequence[str], steps: Sequence[int]) -> str:
 
 
 def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> str:
-    image = None if file is None else _thumbnail(file)
+    image = None if file is None else _thumbnail_or_none(file)
     if image is None:
         return f'<td class="{css_class}"><span class="missing">none</span></td>'
     alt = escape(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))

@@ -23,8 +23,8 @@ def render_usage(run: RunSnapshot) -> str:
     where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
     blocks = [
         f"<p>The adapter{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
-        "Command and code below generate an image with it, from the working directory of the run.</p>",
-        _block(COMMAND_ID, "On the command line", sample_command(run)),
+        "The command and the code below generate an image with it, in the working directory of the run.</p>",
+        _block(COMMAND_ID, "On the command line", command_line(run)),
         _block(PYTHON_ID, "In Python", python_snippet(run)),
     ]
     for key in SWAPPED:
@@ -36,7 +36,7 @@ def render_usage(run: RunSnapshot) -> str:
     return "\n".join(blocks)
 
 
-def sample_command(run: RunSnapshot) -> str:
+def command_line(run: RunSnapshot) -> str:
     """The `simpletuner sample` command that generates the run's first validation image."""
     image = _first_image(run)
     options = {
