@@ -27,7 +27,7 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
 
 
 def noise(size: tuple[int, int] = (48, 32), mode: str = "RGB") -> Image.Image:
-    """A picture whose every part differs, so that a lost part shows."""
+    """An image whose every part differs, so that a lost part shows."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
     return Image.fromarray(values.squeeze(), mode=mode if channels > 1 else None).convert(mode)
@@ -91,7 +91,7 @@ def test_row_13_an_animated_image_is_refused(file_format: str) -> None:
         inspect_image(data)
 
 
-def test_row_13_a_phone_picture_with_a_second_view_is_used() -> None:
+def test_row_13_a_phone_image_with_a_second_view_is_used() -> None:
     data = encoded(noise(), "MPO", save_all=True, append_images=[noise((24, 16))])
     assert inspect_image(data) == Size(height=32, width=48)
 
@@ -121,14 +121,14 @@ def test_row_14_a_bomb_is_refused_from_its_header_without_memory(
         tracemalloc.stop()
 
 
-def test_row_14_a_small_file_that_inflates_to_a_large_picture_is_refused() -> None:
+def test_row_14_a_small_file_that_inflates_to_a_large_image_is_refused() -> None:
     data = encoded(Image.new("1", (30_000, 3_000)))
     assert len(data) < 100_000
     with pytest.raises(DataError, match="over the allowed"):
         inspect_image(data)
 
 
-# A picture of four quarters; where the red one is after each EXIF orientation was applied.
+# An image of four quarters; where the red one is after each EXIF orientation was applied.
 @pytest.mark.parametrize(
     ("orientation", "red_corner"),
     [
@@ -160,7 +160,7 @@ def test_row_13_the_exif_orientation_is_applied(orientation: int, red_corner: st
     assert red == [red_corner]
 
 
-def test_row_13_damaged_exif_does_not_lose_the_picture() -> None:
+def test_row_13_damaged_exif_does_not_lose_the_image() -> None:
     data = encoded(noise(), "JPEG", exif=b"Exif\0\0garbage that is no TIFF header")
     assert inspect_image(data) == Size(height=32, width=48)
 
