@@ -232,6 +232,15 @@ def test_row_13_an_embedded_profile_is_converted_to_srgb() -> None:
     assert unfit.size == plain.size
 
 
+def test_a_profile_other_than_srgb_changes_the_pixels() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
+        profile = profile.replace(old, new, 1)  # red and green change places
+    profile = profile.replace("sRGB".encode("utf-16-be"), "Swap".encode("utf-16-be"))
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    assert decode_image(encoded(image, icc_profile=profile)).getpixel((0, 0)) == (100, 200, 50)
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_row_13_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObject) -> None:
