@@ -1,4 +1,4 @@
-"""Links of the documentation lead somewhere."""
+"""Links of the documentation lead to files and headings, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
+def _pages(repository: Path) -> list[Path]:
+    return [page for pattern in PAGES for page in repository.glob(pattern)]
+
+
 def _anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = _HEADING.findall(_CODE.sub("", page.read_text(encoding="utf-8")))
@@ -20,7 +24,7 @@ def _anchors(page: Path) -> set[str]:
 def test_every_link_leads_to_a_file_and_a_heading(repository: Path) -> None:
     dead: list[str] = []
     num_links = 0
-    for page in (file for pattern in PAGES for file in repository.glob(pattern)):
+    for page in _pages(repository):
         for link in _LINK.findall(_CODE.sub("", page.read_text(encoding="utf-8"))):
             if re.match(r"https?://", link):
                 continue
@@ -33,12 +37,16 @@ def test_every_link_leads_to_a_file_and_a_heading(repository: Path) -> None:
     assert not dead
 
 
-def test_no_page_names_a_test(repository: Path) -> None:
-    """A page links the file of a test instead: names of tests change with what they say."""
-    naming = [
+def test_every_test_that_a_page_names_exists(repository: Path) -> None:
+    files = list((repository / "tests").rglob("test_*.py"))
+    names = {
+        name for file in files for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
+    }
+    names |= {file.name for file in files}
+    unknown = [
         f"{page.relative_to(repository)}: {name}"
-        for pattern in PAGES
-        for page in repository.glob(pattern)
-        for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))
+        for page in _pages(repository)
+        for name in re.findall(r"\btest_\w+(?:\.py)?", page.read_text(encoding="utf-8"))
+        if name not in names
     ]
-    assert not naming
+    assert not unknown

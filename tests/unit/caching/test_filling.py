@@ -91,7 +91,8 @@ def test_progress_counts_the_missing_entries(store: TensorStore) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_12_values_that_are_not_finite_are_refused_by_name(store: TensorStore, value: float) -> None:
+@pytest.mark.reliability_row(12)
+def test_values_that_are_not_finite_are_refused_by_name(store: TensorStore, value: float) -> None:
     def encode(numbers: list[int]) -> list[dict[str, Tensor]]:
         return [{"whole": torch.ones(2), "broken": torch.tensor([1.0, value])} for _ in numbers]
 

@@ -27,7 +27,7 @@ def encoded(image: Image.Image, file_format: str = "PNG", **options: object) -> 
 
 
 def noise(size: tuple[int, int] = (48, 32), mode: str = "RGB") -> Image.Image:
-    """A picture whose every part differs, so that a lost part shows."""
+    """An image whose every part differs, so that a lost part shows."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
     return Image.fromarray(values.squeeze(), mode=mode if channels > 1 else None).convert(mode)
@@ -95,7 +95,7 @@ def test_an_animated_image_is_refused(file_format: str) -> None:
 
 
 @pytest.mark.reliability_row(13)
-def test_a_phone_picture_with_a_second_view_is_used() -> None:
+def test_a_phone_image_with_a_second_view_is_used() -> None:
     data = encoded(noise(), "MPO", save_all=True, append_images=[noise((24, 16))])
     assert inspect_image(data) == Size(height=32, width=48)
 
@@ -125,14 +125,14 @@ def test_a_bomb_is_refused_from_its_header_without_memory(width: int, height: in
 
 
 @pytest.mark.reliability_row(14)
-def test_a_small_file_that_inflates_to_a_large_picture_is_refused() -> None:
+def test_a_small_file_that_inflates_to_a_large_image_is_refused() -> None:
     data = encoded(Image.new("1", (30_000, 3_000)))
     assert len(data) < 100_000
     with pytest.raises(DataError, match="over the allowed"):
         inspect_image(data)
 
 
-# A picture of four quarters; where the red one is after each EXIF orientation was applied.
+# An image of four quarters; where the red one is after each EXIF orientation was applied.
 @pytest.mark.parametrize(
     ("orientation", "red_corner"),
     [
@@ -166,7 +166,7 @@ def test_the_exif_orientation_is_applied(orientation: int, red_corner: str, file
 
 
 @pytest.mark.reliability_row(13)
-def test_damaged_exif_does_not_lose_the_picture() -> None:
+def test_damaged_exif_does_not_lose_the_image() -> None:
     data = encoded(noise(), "JPEG", exif=b"Exif\0\0garbage that is no TIFF header")
     assert inspect_image(data) == Size(height=32, width=48)
 
@@ -241,6 +241,15 @@ def test_an_embedded_profile_is_converted_to_srgb() -> None:
     assert decode_image(encoded(image, icc_profile=srgb)).tobytes() == plain.tobytes()
     assert damaged.tobytes() == plain.tobytes()
     assert unfit.size == plain.size
+
+
+def test_a_profile_other_than_srgb_changes_the_pixels() -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
+        profile = profile.replace(old, new, 1)  # red and green change places
+    profile = profile.replace("sRGB".encode("utf-16-be"), "Swap".encode("utf-16-be"))
+    image = Image.new("RGB", (4, 4), (200, 100, 50))
+    assert decode_image(encoded(image, icc_profile=profile)).getpixel((0, 0)) == (100, 200, 50)
 
 
 @settings(max_examples=300, deadline=None)
