@@ -26,7 +26,7 @@ from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
-from simpletuner.helpers.contracts import PipelineKind, Size
+from simpletuner.helpers.contracts import PipelineType, Size
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.spec import SPEC
@@ -276,7 +276,7 @@ def inputs_of(family: Flux2, *, guidance: float = 4.0) -> Mapping[str, object]:
     ],
 )
 def test_the_pipeline_of_the_family_equals_the_stock_one_at_the_same_noise_levels(
-    kind: str, start: PipelineKind, name: str
+    kind: str, start: PipelineType, name: str
 ) -> None:
     family, stock = make_family(kind, flow_schedule_shift=3.0), load(name, diffusers)
     stock.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -315,7 +315,7 @@ def test_the_noise_levels_of_pictures_are_the_stock_pipelines_at_50_steps(kind: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("start", ["text2image", "inpaint"])
-def test_a_16_bit_pipeline_leaves_the_vae_as_it_was(dtype: torch.dtype, start: PipelineKind) -> None:
+def test_a_16_bit_pipeline_leaves_the_vae_as_it_was(dtype: torch.dtype, start: PipelineType) -> None:
     family = make_family("klein", dtype)
     family.load_vae()
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

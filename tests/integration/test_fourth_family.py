@@ -170,7 +170,7 @@ def test_sample_depends_on_its_position_and_not_on_its_batch(model: Path) -> Non
     def predicted(rows: list[int]) -> torch.Tensor:
         noised = family.add_noise(latents[rows], sample_indices=[5 + row for row in rows], seed=1)
         assert noised.timesteps == tuple(int(np.float32(sigma) * 1000) for sigma in noised.sigmas or ())
-        stacked = family.stack_text([text[row] for row in rows])
+        stacked = TextEmbeds.stack([text[row] for row in rows])
         batch = Batch(latents=latents[rows], text=stacked, samples=(), sample_indices=())
         return family.predict(denoiser, noised, batch)
 
@@ -201,20 +201,6 @@ def test_training_and_pictures_tell_the_transformer_the_same_noise_levels(model:
     assert told == in_pictures
     assert told[0] == 1.0
     assert told[2] == pytest.approx(0.75)  # half way, shifted by 3
-
-
-def test_inherited_stack_text_joins_whatever_every_part_has(model: Path) -> None:
-    family, part = make_family(model), TextEmbeds(torch.rand(1, 3, 2), pooled=torch.rand(1, 5))
-    stacked = family.stack_text([part, part])
-    assert torch.equal(stacked.prompt_embeds, torch.cat([part.prompt_embeds, part.prompt_embeds]))
-    assert stacked.pooled is not None
-    assert stacked.pooled.shape == (2, 5)
-    assert stacked.attention_mask is None
-    masked = TextEmbeds(part.prompt_embeds, attention_mask=torch.ones(1, 3, dtype=torch.bool))
-    joined = family.stack_text([masked, masked, masked])
-    assert joined.pooled is None
-    assert joined.attention_mask is not None
-    assert joined.attention_mask.shape == (3, 3)
 
 
 def test_identities_change_with_what_changes_an_encoding(model: Path) -> None:

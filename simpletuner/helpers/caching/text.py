@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from simpletuner.helpers.caching.latents import batched
 from simpletuner.helpers.caching.store import TensorStore, content_key
@@ -32,9 +31,7 @@ class TextCache:
         entry = self._store.get(self.key(prompt))
         if entry is None or "tokens" not in entry:
             return None
-        return TextEmbeds(
-            prompt_embeds=entry["tokens"], pooled=entry.get("pooled"), attention_mask=entry.get("mask")
-        )
+        return TextEmbeds.from_tensors(entry)
 
     def fill(
         self,
@@ -67,7 +64,7 @@ class TextCache:
         return len(missing)
 
     def _put(self, prompt: str, embeds: TextEmbeds) -> None:
-        tensors = _named(embeds)
+        tensors = embeds.tensors()
         shown = printable(prompt[:_SHOWN_CHARACTERS])
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             raise DataError(
@@ -75,8 +72,3 @@ class TextCache:
                 "The text encoder overflows in this precision: load it in float32 or bfloat16."
             )
         self._store.put(self.key(prompt), tensors, spec={"prompt": shown})
-
-
-def _named(embeds: TextEmbeds) -> dict[str, Tensor]:
-    parts = {"tokens": embeds.prompt_embeds, "pooled": embeds.pooled, "mask": embeds.attention_mask}
-    return {name: tensor for name, tensor in parts.items() if tensor is not None}

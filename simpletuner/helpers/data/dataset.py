@@ -39,17 +39,6 @@ _MIX_RANGE = 1 << 63
 _SHOWN = 5
 
 
-def stack_text(texts: Sequence[TextEmbeds]) -> TextEmbeds:
-    """One batch of embeddings that all have the same number of tokens: [B, L, D], [B, P] and [B, L]."""
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    masks = [text.attention_mask for text in texts if text.attention_mask is not None]
-    return TextEmbeds(
-        prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
-        pooled=torch.cat(pooled) if pooled else None,
-        attention_mask=torch.cat(masks) if masks else None,
-    )
-
-
 @dataclass(eq=False)
 class TrainingData:
     """The images and captions of all datasets, their caches, and the endless sequence of batches.
@@ -73,7 +62,6 @@ class TrainingData:
     """Width and height of what is encoded are multiples of this, unless the configuration says otherwise."""
     caption_dropout: float = 0.0
     """Share of draws that train without a caption."""
-    stack_text: Callable[[Sequence[TextEmbeds]], TextEmbeds] = stack_text
 
     samples: tuple[Sample, ...] = field(init=False)
     """Every image that is trained on, once, with its first caption."""
@@ -205,7 +193,7 @@ class TrainingData:
         samples = tuple(map(self._drawn, images, sample_indices))
         return Batch(
             latents=torch.stack([self._latents(image) for image in images]),
-            text=self.stack_text([self.text_embeds(sample.caption) for sample in samples]),
+            text=TextEmbeds.stack([self.text_embeds(sample.caption) for sample in samples]),
             samples=samples,
             sample_indices=sample_indices,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Size, TextEmbeds
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -112,14 +112,6 @@ class ModelFamily(ABC):
         The empty prompt gives what the model takes for no prompt at all.
         """
 
-    def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Join embeddings, all with as many tokens, along the batch dimension."""
-        return TextEmbeds(
-            prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
-            pooled=_joined([text.pooled for text in texts]),
-            attention_mask=_joined([text.attention_mask for text in texts]),
-        )
-
     @abstractmethod
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
@@ -130,7 +122,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, kind: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> DiffusionPipeline:
         """The bundled pipeline around this very denoiser, without text encoders, on the device.
 
@@ -160,9 +152,3 @@ class ModelFamily(ABC):
         """Give the memory of what was freed back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The parts along their first dimension; None when there are none."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None

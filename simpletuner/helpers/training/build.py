@@ -299,7 +299,6 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         process_index=accelerator.process_index,
         pixel_alignment=config.data.aspect_bucket_alignment or family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
-        stack_text=family.stack_text,
     )
 
 

@@ -18,7 +18,7 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.sharding import full_tensor, is_dtensor
 from simpletuner.helpers.checkpointing.checkpoints import CONFIG_FILE
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.contracts import MicroBatchOutput, TextEmbeds
+from simpletuner.helpers.contracts import MicroBatchOutput
 from simpletuner.helpers.errors import SimpleTunerError, TrainingError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.html_report.writer import RunPage
@@ -330,9 +330,4 @@ class Trainer:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
-    text = TextEmbeds(
-        prompt_embeds=batch.text.prompt_embeds.to(device),
-        pooled=None if batch.text.pooled is None else batch.text.pooled.to(device),
-        attention_mask=None if batch.text.attention_mask is None else batch.text.attention_mask.to(device),
-    )
-    return replace(batch, latents=batch.latents.to(device), text=text)
+    return replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))

@@ -60,3 +60,13 @@ def test_row_12_an_embedding_that_is_not_finite_is_refused_by_prompt(tmp_path: P
 
     with pytest.raises(DataError, match=r"'a cat'.*not finite"):
         TextCache(TensorStore(tmp_path), identity="clip").fill(["a cat"], overflow, batch_size=1)
+
+
+def test_a_familys_own_tensors_come_back_beside_the_known_ones(tmp_path: Path) -> None:
+    written = TextEmbeds(torch.ones(1, 4, 2), others={"glyphs": torch.full((1, 3), 7.0)})
+    cache = TextCache(TensorStore(tmp_path), identity="clip")
+    cache.fill(["cat"], lambda _: [written], batch_size=1)
+    read = cache.get("cat")
+    assert read is not None
+    assert read.tensors().keys() == {"tokens", "glyphs"}
+    assert torch.equal(read.others["glyphs"], written.others["glyphs"])

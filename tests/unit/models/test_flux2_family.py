@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
+from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.flux2.family import Flux2
 
@@ -55,7 +55,7 @@ def random_latents(num: int = 1) -> torch.Tensor:
 
 def batch_of(family: Flux2, prompts: list[str]) -> Batch:
     family.load_text_encoders()
-    text = family.stack_text(family.encode_prompts(prompts))
+    text = TextEmbeds.stack(family.encode_prompts(prompts))
     num = len(prompts)
     return Batch(random_latents(num), text, samples=(SAMPLE,) * num, sample_indices=tuple(range(num)))
 
@@ -234,7 +234,7 @@ def test_predict_of_a_batch_is_each_samples_own(flux2: MakeFlux2, tiny_flux2: Fl
     with torch.no_grad():
         together = family.predict(denoiser, noised, batch)
         for index, position in enumerate((5, 6)):
-            text = family.stack_text(family.encode_prompts([("a cat", "a dog")[index]]))
+            text = TextEmbeds.stack(family.encode_prompts([("a cat", "a dog")[index]]))
             alone = Batch(batch.latents[index : index + 1], text, (SAMPLE,), (position,))
             one = family.add_noise(alone.latents, sample_indices=[position], seed=1)
             torch.testing.assert_close(

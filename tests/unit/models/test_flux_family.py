@@ -16,7 +16,7 @@ import torch
 
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
+from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.flow_matching import timestep_input
 from simpletuner.helpers.models.flux.family import Flux, image_ids, pack, unpack
@@ -82,7 +82,7 @@ def stock(tiny_flux: Path) -> diffusers.FluxPipeline:
 
 def batch_of(family: Flux, prompts: list[str], latents: torch.Tensor) -> Batch:
     family.load_text_encoders()
-    text = family.stack_text(family.encode_prompts(prompts))
+    text = TextEmbeds.stack(family.encode_prompts(prompts))
     return Batch(latents, text, samples=(SAMPLE,) * len(prompts), sample_indices=tuple(range(len(prompts))))
 
 

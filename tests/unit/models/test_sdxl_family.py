@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
-from simpletuner.helpers.contracts import Batch, Sample, Size
+from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.sdxl.family import SDXL, time_ids
@@ -34,7 +34,7 @@ SAMPLE = Sample(
 
 def batch_of(family: SDXL, prompts: list[str]) -> Batch:
     latents = torch.randn(len(prompts), 4, 8, 9, generator=torch.Generator().manual_seed(0))
-    text = family.stack_text(family.encode_prompts(prompts))
+    text = TextEmbeds.stack(family.encode_prompts(prompts))
     return Batch(latents, text, samples=(SAMPLE,) * len(prompts), sample_indices=tuple(range(len(prompts))))
 
 
@@ -177,7 +177,7 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
     denoiser, batch = family.load_denoiser(), batch_of(family, ["a cat"])
     noised = family.add_noise(batch.latents, sample_indices=[0], seed=4)
     moved = Sample("cats", "cat.jpg", "a cat", Size(300, 451), Size(64, 96), (0, 0), Size(64, 72))
-    dog = family.stack_text(family.encode_prompts(["a dog"]))
+    dog = TextEmbeds.stack(family.encode_prompts(["a dog"]))
     with torch.no_grad():
         prediction = family.predict(denoiser, noised, batch)
         others = [

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import (
     Float32Autoencoder,
     encode_scaled,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": FluxPipeline,
     "image2image": FluxImg2ImgPipeline,
     "inpaint": FluxInpaintPipeline,
@@ -218,7 +218,7 @@ class Flux(ModelFamily):
         return unpack(prediction.float(), height=height // PATCH)
 
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, kind: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> diffusers.DiffusionPipeline:
         """The bundled pipeline around this very transformer, without text encoders.
 

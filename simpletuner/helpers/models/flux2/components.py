@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from transformers import Mistral3ForConditionalGeneration, PreTrainedModel, Qwen3ForCausalLM
 
-from simpletuner.helpers.contracts import PipelineKind
+from simpletuner.helpers.contracts import PipelineType
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.component_checks import (
     base_source,
@@ -39,7 +39,7 @@ class Flux2Kind:
     """What dev and Klein each do in their own way."""
 
     name: str
-    pipelines: Mapping[PipelineKind, type[DiffusionPipeline]]
+    pipelines: Mapping[PipelineType, type[DiffusionPipeline]]
     """Reference images are arguments of the first, which therefore starts from images too."""
     text_encoder: type[PreTrainedModel]
     text_states: tuple[int, ...]

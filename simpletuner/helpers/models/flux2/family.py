@@ -18,7 +18,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Size, TextEmbeds
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.autoencoder import load_autoencoder, vae_identity
 from simpletuner.helpers.models.family import ModelFamily
@@ -202,7 +202,7 @@ class Flux2(ModelFamily):
         return from_tokens(prediction.float(), height=noised.latents.shape[-2])
 
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, kind: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> diffusers.DiffusionPipeline:
         """The bundled pipeline around this very transformer, without a text encoder.
 

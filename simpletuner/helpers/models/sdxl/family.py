@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Sample, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Sample, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import (
     Float32Autoencoder,
     encode_scaled,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 CLIP_TOKENS = 77
 """Length that captions are padded and cut to."""
-PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": StableDiffusionXLPipeline,
     "image2image": StableDiffusionXLImg2ImgPipeline,
     "inpaint": StableDiffusionXLInpaintPipeline,
@@ -203,7 +203,7 @@ class SDXL(ModelFamily):
         return prediction.float()
 
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, kind: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> diffusers.DiffusionPipeline:
         """The bundled pipeline around this very UNet, without text encoders and without watermark.
 
