@@ -27,6 +27,7 @@ from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
 from simpletuner.helpers.contracts import PipelineType, Size
+from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.spec import SPEC
@@ -250,11 +251,13 @@ MakeFlux2 = Callable[..., Flux2]
 def make_family(kind: str, dtype: torch.dtype = torch.float32, **noise: Any) -> Flux2:
     config = {"model_family": "flux2", "pretrained_model_name_or_path": str(model(kind))}
     return Flux2(
-        ModelConfig.model_validate(config),
-        noise=NoiseConfig(**noise),
-        precision=PrecisionConfig(),
-        device=torch.device("cpu"),
-        weight_dtype=dtype,
+        FamilyContext(
+            model=ModelConfig.model_validate(config),
+            noise=NoiseConfig(**noise),
+            precision=PrecisionConfig(),
+            device=torch.device("cpu"),
+            weight_dtype=dtype,
+        )
     )
 
 
@@ -263,7 +266,7 @@ def inputs_of(family: Flux2, *, guidance: float = 4.0) -> Mapping[str, object]:
     prompt, negative = (family.encode_prompts([text])[0] for text in ("a photo of a cat", ""))
     family.unload_text_encoders()
     pictures = ValidationConfig(validation_guidance=guidance, validation_num_inference_steps=3)
-    return family.pipeline_inputs(prompt, negative, pictures=pictures, size=Size(64, 80))
+    return family.pipeline_inputs(prompt, negative, validation=pictures, size=Size(64, 80))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +304,7 @@ def test_the_noise_levels_of_pictures_are_the_stock_pipelines_at_50_steps(kind: 
     family.load_text_encoders()
     (text,) = family.encode_prompts(["a cat"])
     pictures = ValidationConfig(validation_num_inference_steps=50)
-    inputs = family.pipeline_inputs(text, text, pictures=pictures, size=Size(64, 80))
+    inputs = family.pipeline_inputs(text, text, validation=pictures, size=Size(64, 80))
     pipeline = family.make_pipeline(family.load_denoiser())
     stock = load("Flux2Pipeline" if kind == "dev" else "Flux2KleinPipeline", diffusers)
     levels = []

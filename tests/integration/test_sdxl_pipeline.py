@@ -16,6 +16,7 @@ from PIL import Image
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import PipelineType, Size, TextEmbeds
+from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.schedulers import SAMPLERS
 from simpletuner.helpers.models.sdxl import pipeline as bundled
 from simpletuner.helpers.models.sdxl.family import SDXL
@@ -46,11 +47,13 @@ def make_family(model: Path) -> MakeSDXL:
     def make(weight_dtype: torch.dtype) -> SDXL:
         config = {"model_family": "sdxl", "pretrained_model_name_or_path": str(model)}
         return SDXL(
-            ModelConfig.model_validate(config),
-            noise=NoiseConfig(),
-            precision=PrecisionConfig(),
-            device=torch.device("cpu"),
-            weight_dtype=weight_dtype,
+            FamilyContext(
+                model=ModelConfig.model_validate(config),
+                noise=NoiseConfig(),
+                precision=PrecisionConfig(),
+                device=torch.device("cpu"),
+                weight_dtype=weight_dtype,
+            )
         )
 
     return make
@@ -88,7 +91,7 @@ def call_of(
 ) -> dict[str, object]:
     """What the family adds to the call."""
     pictures = ValidationConfig(validation_guidance=guidance)
-    return family.pipeline_inputs(prompt, negative, pictures=pictures, size=Size(64, 64))
+    return family.pipeline_inputs(prompt, negative, validation=pictures, size=Size(64, 64))
 
 
 @pytest.mark.parametrize("kind", STOCK)

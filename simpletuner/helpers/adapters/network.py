@@ -29,7 +29,7 @@ from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
 
 NEED_WHOLE_WEIGHTS = ("full", "ia3")
 """LyCORIS's names of algorithms that compute with the layer's own weight."""
@@ -108,7 +108,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
         raise AdapterError(f"{file.path}: {error}") from error
     # LyCORIS checks no shapes, and asks nothing for a layer of no algorithm that it knows.
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line_reason(error)
         raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
     _refuse_unread(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}

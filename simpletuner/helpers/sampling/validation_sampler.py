@@ -88,7 +88,7 @@ class ValidationSampler:
         text = self.family.pipeline_inputs(
             self.text_embeds(shot.prompt),
             self.text_embeds(self.config.validation_negative_prompt),
-            pictures=self.config,
+            validation=self.config,
             size=shot.size,
         )
         picture = pipeline(

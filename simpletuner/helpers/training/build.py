@@ -31,6 +31,7 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -53,7 +54,6 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.schema.sections import RunConfig
-    from simpletuner.helpers.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -280,11 +280,13 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
 def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
     """The model's family, with nothing loaded yet."""
     return load_family(config.model.model_family)(
-        config.model,
-        noise=config.noise,
-        precision=config.precision,
-        device=accelerator.device,
-        weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
+        FamilyContext(
+            model=config.model,
+            noise=config.noise,
+            precision=config.precision,
+            device=accelerator.device,
+            weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
+        )
     )
 
 
