@@ -1,4 +1,4 @@
-"""Finds and checks the components of a model: what all families share."""
+"""Finds and checks the components of a model, for all families."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def check_fit(
 
     Args:
         component: Usually the denoiser.
-        expected: Number in its configuration -> (value, what the value is in the other components).
+        expected: Number in its configuration -> (value in the other components, its meaning for the message).
         advice: Last sentence of the message.
 
     Raises:

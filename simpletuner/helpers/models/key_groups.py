@@ -1,4 +1,4 @@
-"""What the specs of several families share: groups of configuration keys and checks. Imports no torch."""
+"""Groups of configuration keys and checks that several specs share. Imports no torch."""
 
 from __future__ import annotations
 

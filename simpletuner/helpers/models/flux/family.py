@@ -112,7 +112,7 @@ class Flux(ModelFamily):
             DataError: An embedding is not finite.
         """
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            tokens, pooled, _ = self.prompt_encoder.encode_prompt(
+            prompt_embeds, pooled, _ = self.prompt_encoder.encode_prompt(
                 prompt=list(prompts),
                 device=self.device,
                 max_sequence_length=self.components.text_tokens,
@@ -121,10 +121,10 @@ class Flux(ModelFamily):
         embeds = []
         for index, prompt in enumerate(prompts):
             rows = slice(index, index + 1)
-            check_finite_text(prompt, tokens[rows], pooled[rows], dtype=self.weight_dtype)
+            check_finite_text(prompt, prompt_embeds[rows], pooled[rows], dtype=self.weight_dtype)
             embeds.append(
                 TextEmbeds(
-                    prompt_embeds=tokens[rows].cpu().clone(),
+                    prompt_embeds=prompt_embeds[rows].cpu().clone(),
                     pooled=pooled[rows].cpu().clone(),
                     attention_mask=mask[rows].clone(),
                 )

@@ -112,15 +112,15 @@ class Flux2(ModelFamily):
         """
         self._warn_of_long_prompts(prompts)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            tokens, _ = self.prompt_encoder.encode_prompt(
+            prompt_embeds, _ = self.prompt_encoder.encode_prompt(
                 prompt=list(prompts),
                 device=self.device,
                 max_sequence_length=TEXT_TOKENS,
                 text_encoder_out_layers=self.components.variant.hidden_states,
             )
-        for prompt, encoded in zip(prompts, tokens, strict=True):
+        for prompt, encoded in zip(prompts, prompt_embeds, strict=True):
             check_finite_text(prompt, encoded, dtype=self.weight_dtype)
-        return [TextEmbeds(prompt_embeds=each.cpu().clone()) for each in tokens.split(1)]
+        return [TextEmbeds(prompt_embeds=each.cpu().clone()) for each in prompt_embeds.split(1)]
 
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""

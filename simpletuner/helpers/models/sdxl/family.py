@@ -116,12 +116,12 @@ class SDXL(ModelFamily):
             lengths = [len(ids) for ids in encoder.tokenizer(list(prompts)).input_ids]
         self._truncation_warning.check(prompts, lengths)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            tokens, no_tokens, pooled, no_pooled = encoder.encode_prompt(
+            text, no_text, pooled, no_pooled = encoder.encode_prompt(
                 prompt=list(prompts), device=self.device, negative_prompt=None
             )
         embeds = []
         for index, prompt in enumerate(prompts):
-            chosen, chosen_pooled = (tokens, pooled) if prompt else (no_tokens, no_pooled)
+            chosen, chosen_pooled = (text, pooled) if prompt else (no_text, no_pooled)
             rows = slice(index, index + 1)
             embeds.append(
                 TextEmbeds(prompt_embeds=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows]))
