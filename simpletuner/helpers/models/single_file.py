@@ -167,17 +167,18 @@ def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Open a safetensors file; a damaged header length, which would fill the memory, is refused."""
+    """A safetensors file, after refusing one whose header would fill the memory."""
     try:
         with path.open("rb") as stream:
             header_bytes = int.from_bytes(stream.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise ModelError(
-                f"{path} is no safetensors file: header length {header_bytes}, at most {MAX_HEADER_BYTES}."
+                f"{path}: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read. It is "
+                "no safetensors file."
             )
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is not a readable safetensors file: {error}. Copy or download it again."
+            f"{path}: not a readable safetensors file: {error}. Copy or download it again."
         ) from error
