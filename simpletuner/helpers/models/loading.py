@@ -128,9 +128,9 @@ def read_model_index(source: ModelSource) -> Config:
         )
     root, index = _search(source, ["model_index.json"], look=_file("model_index.json"))
     if index is not None:
-        return read_json(index)
+        return read_config(index)
     if (config := root / "config.json").is_file():
-        found = f"holds a single component ({class_of(read_json(config))}), not a model"
+        found = f"holds a single component ({class_of(read_config(config))}), not a model"
     else:
         found = "has no model_index.json"
     raise ModelError(f"{source} {found}. Give the folder or repository that holds model_index.json.")
@@ -257,7 +257,7 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def read_json(path: Path) -> Config:
+def read_config(path: Path) -> Config:
     """Read the object in a JSON file.
 
     Raises:
@@ -327,7 +327,7 @@ class _Wanted:
             name=self.name,
             source=self.source,
             folder=folder,
-            config=read_json(config_file) if has_config else {},
+            config=read_config(config_file) if has_config else {},
             files=(*content, *((config_file,) if has_config else ())),
             variant=variant,
             commit=None if self.source.is_local else root.name,
@@ -348,7 +348,7 @@ class _Wanted:
             return (single,)
         if not (index := folder / f"{stem}.safetensors.index{infix}.json").is_file():
             return None
-        weight_map = cast("Mapping[str, str]", read_json(index).get("weight_map", {}))
+        weight_map = cast("Mapping[str, str]", read_config(index).get("weight_map", {}))
         shards = tuple(folder / name for name in sorted(set(weight_map.values())))
         return (index, *shards) if shards and all(shard.is_file() for shard in shards) else None
 

@@ -19,7 +19,7 @@ from simpletuner.helpers.models.loading import (
     find_component,
     guess_subfolder,
     load_weights,
-    read_json,
+    read_config,
     read_model_index,
 )
 
@@ -77,10 +77,10 @@ def test_read_model_index_refuses_a_path_that_is_neither_folder_nor_repository(t
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "\x00"])
-def test_read_json_refuses_what_is_not_an_object(tmp_path: Path, text: str) -> None:
+def test_read_config_refuses_what_is_not_an_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ModelError, match=r"model_index\.json"):
-        read_json(tmp_path / "model_index.json")
+        read_config(tmp_path / "model_index.json")
 
 
 @pytest.mark.parametrize(
