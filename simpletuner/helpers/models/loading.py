@@ -174,14 +174,7 @@ def find_component(
     raise ModelError(wanted.missing_in(root))
 
 
-def find_in_file(
-    name: str,
-    file: ModelSource,
-    *,
-    prefix: str,
-    configuration: ModelSource,
-    subfolder: str | None = None,
-) -> Component:
+def find_in_file(name: str, file: ModelSource, *, prefix: str, configuration: ModelSource) -> Component:
     """Find one component with its weights in a single file and its configuration in a model.
 
     Args:
@@ -189,12 +182,11 @@ def find_in_file(
         file: The .safetensors file.
         prefix: Prefix of the component's tensors in a file with several components.
         configuration: Model with the component's configuration; its weights are not downloaded.
-        subfolder: Folder of the component in that model, by default its name.
 
     Raises:
         ModelError: The configuration is missing, or the repository is unreachable.
     """
-    found = find_component(name, configuration, component_type="configuration", subfolder=subfolder)
+    found = find_component(name, configuration, component_type="configuration")
     path = Path(file.where)
     weights = SingleFile(path, prefix)
     return replace(found, source=file, files=(path, *found.files), commit=None, single_file=weights)
