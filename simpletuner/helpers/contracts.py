@@ -1,21 +1,22 @@
-"""What crosses folders: frozen values with shapes, and the facts that a model family declares.
+"""Values that cross folders, and the spec of a model family. Imports no torch.
 
-Shapes: B batch, C latent channels, H W latent height and width, L text tokens, D text width, P pooled width.
+Shapes: B batch, ... the axes of one sample's latents, L text tokens, D text width, P pooled width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_matching"]
 FIRST_OWN_MASK_GROUP = 1 << 16
-"""LyCORIS's mask groups from here on are given out by us, one to each network; those below are the user's."""
-PipelineKind = Literal["text2image", "image2image", "inpaint"]
+"""First LyCORIS mask group that we assign, one per network; users may use the groups below."""
+PipelineType = Literal["text2image", "image2image", "inpaint"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -31,29 +32,29 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class TargetAlias:
-    """What a generic adapter target ("Attention", "FeedForward") means in one family."""
+    """Layers that a generic adapter target ("Attention", "FeedForward") selects in one family."""
 
     modules: tuple[str, ...]
-    """Exact class names whose linear layers are wrapped."""
+    """Exact class names of modules; the adapter wraps their linear layers."""
     names: tuple[str, ...] = ()
-    """Regular expressions on module paths, for layers that sit directly in a block."""
+    """Regular expressions on module paths, for layers directly in a block."""
 
 
 @dataclass(frozen=True, slots=True)
 class FusedSlice:
-    """Which rows of a layer of the original checkpoint a layer of the denoiser is; all of them by default."""
+    """Rows of an original checkpoint's layer that make up one layer of the denoiser; all rows by default."""
 
     name: str
-    """Of the original layer, with dots."""
+    """Name of the original layer, with dots."""
     pieces: tuple[int, ...] = (0,)
-    """Where this layer's rows are, in their order, among equal pieces of the original's rows."""
+    """Indices, in the order of this layer's rows, of equal pieces of the original's rows."""
     num_pieces: int = 1
-    """Into how many pieces the original's rows are cut."""
+    """Number of equal pieces of the original's rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Plain data about a family, readable without torch, so that a configuration is checked early."""
+    """Plain data about a family; the configuration is checked with it before torch is imported."""
 
     name: str
     flavours: Mapping[str, str]
@@ -64,72 +65,102 @@ class ModelSpec:
     pixel_alignment: int
     """Training width and height are multiples of this many pixels."""
     minimum_alignment: int
-    """The smallest alignment that the VAE and the denoiser allow, in pixels."""
+    """Smallest alignment that the VAE and the denoiser allow, in pixels."""
     default_resolution: int
-    """Pixels of a square image's edge."""
+    """Edge of a square image, in pixels."""
     lora_targets: tuple[str, ...]
-    """PEFT target module names when the user names none."""
+    """Default PEFT target module names."""
     denoiser_name: str = "unet"
     """Folder of the denoiser in the diffusers layout, and the prefix of its keys in LoRA files."""
     num_train_timesteps: int = 1000
     num_text_encoders: int = 1
     own_keys: frozenset[str] = frozenset()
-    """Keys of config.json that are about models of this kind; to a family that does not list them they mean
-    nothing."""
+    """Keys of config.json that only some families read, this one among them. Other families refuse them."""
     default_guidance: float = 7.5
-    """Guidance scale of pictures when none is given."""
+    """Default guidance scale of validation images."""
     problems: Callable[[Mapping[str, object]], Mapping[str, str]] | None = None
-    """Values of the keys about model, noise and pictures -> key -> what is wrong with it for this family."""
+    """Family-specific checks: maps settings to {key: error message}."""
     lora_presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name of a preset -> PEFT target module names."""
+    """Preset -> PEFT target module names."""
     lora_preset_key: str | None = None
-    """The key of config.json that names a preset; None when the family has none."""
+    """Key of config.json that names a preset; None without presets."""
     target_aliases: Mapping[str, TargetAlias] = field(default_factory=dict)
     original_name: Callable[[str], str | FusedSlice] | None = None
-    """A denoiser layer's path in diffusers -> in the original checkpoint, which other tools go by, with its
-    rows where the original joins several layers; raises ValueError for a path that the model has not."""
+    """Maps a layer's path in diffusers to its name in the original checkpoint, with its rows if the original
+    joins several layers. Raises ValueError for an unknown layer path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image and its caption as they enter a batch."""
+    """One image and its caption in a batch."""
 
     dataset_id: str
     path: str
-    """Relative to the dataset's folder, with forward slashes: the sample's name in messages."""
+    """Relative to the dataset's folder, with forward slashes; messages name the sample by it."""
     caption: str
     original_px: Size
-    """The image as stored, orientation applied."""
+    """Size of the stored image, EXIF orientation applied."""
     resized_px: Size
-    """After resizing, before cropping."""
+    """Size after resizing, before cropping."""
     crop_top_left: tuple[int, int]
     """(top, left) of the crop in the resized image, pixels."""
     target_px: Size
-    """What is encoded; a multiple of the family's alignment."""
+    """Size of the encoded image; a multiple of the alignment."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextEmbeds:
-    """Encoded prompts."""
+    """Encoded prompts: named tensors whose first axis is the batch."""
 
     prompt_embeds: Tensor
     """[B, L, D]."""
     pooled: Tensor | None = None
     """[B, P]."""
     attention_mask: Tensor | None = None
-    """[B, L], true where a token is real."""
+    """[B, L] bool, false for padding."""
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of one family alone, by name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by their names in cache files."""
+        known = {"tokens": self.prompt_embeds, "pooled": self.pooled, "mask": self.attention_mask}
+        return {name: tensor for name, tensor in known.items() if tensor is not None} | dict(self.others)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> TextEmbeds:
+        """Embeddings with these `tensors()`."""
+        others = dict(tensors)
+        return cls(
+            prompt_embeds=others.pop("tokens"),
+            pooled=others.pop("pooled", None),
+            attention_mask=others.pop("mask", None),
+            others=others,
+        )
+
+    def to(self, device: torch.device) -> TextEmbeds:
+        """Embeddings with all tensors on a device."""
+        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    @classmethod
+    def stack(cls, texts: Sequence[TextEmbeds]) -> TextEmbeds:
+        """One batch of embeddings with equal names and numbers of tokens."""
+        from torch import cat
+
+        parts = [text.tensors() for text in texts]
+        assert all(part.keys() == parts[0].keys() for part in parts), "prompts differ in their tensors"
+        return cls.from_tensors({name: cat([part[name] for part in parts]) for name in parts[0]})
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one micro-batch of one process trains on."""
+    """One micro-batch of one process."""
 
     latents: Tensor
-    """[B, C, H, W] float32, scaled as the denoiser expects."""
+    """[B, ...] float32, scaled as the denoiser expects."""
     text: TextEmbeds
     samples: tuple[Sample, ...]
     sample_indices: tuple[int, ...]
-    """Place of each sample in the endless sequence of the run: the key of its noise and timestep."""
+    """Global index of each sample in the run; its noise and timestep derive from it."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,26 +168,26 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class NoisyBatch:
-    """A noised batch and what the model should predict from it."""
+    """A noised batch and its training target."""
 
     latents: Tensor
-    """[B, C, H, W]."""
+    """[B, ...]."""
     target: Tensor
-    """[B, C, H, W] float32."""
+    """[B, ...] float32."""
     timesteps: tuple[int, ...]
-    """B values in [0, T], known on the host; the rank mask and a diffusion denoiser are both given these."""
+    """B timesteps in [0, T], as numbers on the host; rank mask and diffusion denoiser use the same ones."""
     weight: Tensor
-    """[B] float32, the loss weight of each sample."""
+    """[B] float32, loss weight of each sample."""
     sigmas: tuple[float, ...] | None = None
-    """B noise levels in [0, 1], float32 values known on the host, that a flow-matching denoiser is given and
-    that the timesteps were made from; None for diffusion."""
+    """B noise levels in [0, 1], float32 values on the host; the timesteps derive from them. None for
+    diffusion."""
     guidance: tuple[float, ...] | None = None
-    """B guidance scales for a denoiser that is told one; None when it is not."""
+    """B guidance scales for a denoiser with a guidance embedding, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchOutput:
-    """What one micro-batch measured."""
+    """Measurements of one micro-batch."""
 
     loss: Tensor
     """Scalar, detached, on the device."""
@@ -165,4 +196,4 @@ class MicroBatchOutput:
     samples: int
     timesteps: tuple[int, ...]
     active_rank: float | None
-    """Mean number of open ranks, None when the adapter has no schedule."""
+    """Mean active rank; None for an adapter without a rank schedule."""

@@ -1,43 +1,52 @@
-"""Errors that a user can act on, each with the exit code of the run it ends."""
+"""Errors that a user can act on, each with the exit code of the run that it ends."""
+
+from __future__ import annotations
+
+MAX_REASON_CHARACTERS = 300
 
 
 class SimpleTunerError(Exception):
-    """A failure that the message explains: where, what was found, what is allowed, what to do."""
+    """A failure with a message that says where, what was found, what is allowed, what to do."""
 
     exit_code = 1
 
 
 class ConfigError(SimpleTunerError):
-    """The configuration cannot be used; the message lists every problem that could be read."""
+    """The configuration is invalid; the message lists all problems."""
 
     exit_code = 2
 
 
 class DataError(SimpleTunerError):
-    """An image, a caption or a cache entry cannot be used."""
+    """An image, a caption or a cache entry is unusable."""
 
 
 class ModelError(SimpleTunerError):
-    """A model folder, repository or component cannot be loaded."""
+    """A model folder, repository or component cannot be found or loaded."""
 
 
 class AdapterError(SimpleTunerError):
-    """An adapter does not fit the model, or its file cannot be used."""
+    """An adapter does not fit the model, or its file is unusable."""
 
 
 class CheckpointError(SimpleTunerError):
-    """A checkpoint cannot be written, or cannot be resumed from."""
+    """A checkpoint cannot be written or resumed."""
 
 
 class NothingToResumeError(CheckpointError):
-    """A named checkpoint to resume from does not exist."""
+    """The checkpoint that resume_from_checkpoint names does not exist."""
 
     exit_code = 3
 
 
 class MissingDependencyError(SimpleTunerError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra to install."""
 
 
 class TrainingError(SimpleTunerError):
-    """Training cannot go on, for instance because the loss is not finite."""
+    """Training cannot continue, for instance because the loss is not finite."""
+
+
+def one_line_reason(error: Exception) -> str:
+    """Message of a library's error on one line, cut to 300 characters."""
+    return " ".join(str(error).split())[:MAX_REASON_CHARACTERS]

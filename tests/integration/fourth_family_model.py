@@ -119,7 +119,7 @@ class LoomTextEncoder(ModelMixin, ConfigMixin):
 
 
 class LoomPipeline(DiffusionPipeline, CogView4LoraLoaderMixin):
-    """Pictures from encoded text."""
+    """Images from encoded text."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class LoomPipeline(DiffusionPipeline, CogView4LoraLoaderMixin):
         generator: torch.Generator | None = None,
         callback_on_step_end: Callable[..., Any] | None = None,
     ) -> ImagePipelineOutput:
-        """One picture; guidance takes a second call of the transformer."""
+        """One image; guidance takes a second call of the transformer."""
         assert len(sigmas) == num_inference_steps
         shape = (1, self.vae.config.latent_channels, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT)
         latents = torch.randn(shape, generator=generator).to(prompt_embeds)

@@ -26,7 +26,8 @@ from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
-from simpletuner.helpers.contracts import PipelineKind, Size
+from simpletuner.helpers.contracts import PipelineType, Size
+from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.spec import SPEC
@@ -244,11 +245,13 @@ MakeFlux2 = Callable[..., Flux2]
 def make_family(kind: str, dtype: torch.dtype = torch.float32, **noise: Any) -> Flux2:
     config = {"model_family": "flux2", "pretrained_model_name_or_path": str(model(kind))}
     return Flux2(
-        ModelConfig.model_validate(config),
-        noise=NoiseConfig(**noise),
-        precision=PrecisionConfig(),
-        device=torch.device("cpu"),
-        weight_dtype=dtype,
+        FamilyContext(
+            model=ModelConfig.model_validate(config),
+            noise=NoiseConfig(**noise),
+            precision=PrecisionConfig(),
+            device=torch.device("cpu"),
+            weight_dtype=dtype,
+        )
     )
 
 
@@ -257,7 +260,7 @@ def inputs_of(family: Flux2, *, guidance: float = 4.0) -> Mapping[str, object]:
     prompt, negative = (family.encode_prompts([text])[0] for text in ("a photo of a cat", ""))
     family.unload_text_encoders()
     pictures = ValidationConfig(validation_guidance=guidance, validation_num_inference_steps=3)
-    return family.pipeline_inputs(prompt, negative, pictures=pictures, size=Size(64, 80))
+    return family.pipeline_inputs(prompt, negative, validation=pictures, size=Size(64, 80))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def inputs_of(family: Flux2, *, guidance: float = 4.0) -> Mapping[str, object]:
     ],
 )
 def test_the_pipeline_of_the_family_equals_the_stock_one_at_the_same_noise_levels(
-    kind: str, start: PipelineKind, name: str
+    kind: str, start: PipelineType, name: str
 ) -> None:
     family, stock = make_family(kind, flow_schedule_shift=3.0), load(name, diffusers)
     stock.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -295,7 +298,7 @@ def test_the_noise_levels_of_pictures_are_the_stock_pipelines_at_50_steps(kind: 
     family.load_text_encoders()
     (text,) = family.encode_prompts(["a cat"])
     pictures = ValidationConfig(validation_num_inference_steps=50)
-    inputs = family.pipeline_inputs(text, text, pictures=pictures, size=Size(64, 80))
+    inputs = family.pipeline_inputs(text, text, validation=pictures, size=Size(64, 80))
     pipeline = family.make_pipeline(family.load_denoiser())
     stock = load("Flux2Pipeline" if kind == "dev" else "Flux2KleinPipeline", diffusers)
     levels = []
@@ -309,7 +312,7 @@ def test_the_noise_levels_of_pictures_are_the_stock_pipelines_at_50_steps(kind: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("start", ["text2image", "inpaint"])
-def test_a_16_bit_pipeline_leaves_the_vae_as_it_was(dtype: torch.dtype, start: PipelineKind) -> None:
+def test_a_16_bit_pipeline_leaves_the_vae_as_it_was(dtype: torch.dtype, start: PipelineType) -> None:
     family = make_family("klein", dtype)
     family.load_vae()
     pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1

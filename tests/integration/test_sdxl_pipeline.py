@@ -16,18 +16,19 @@ from PIL import Image
 from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-from simpletuner.helpers.contracts import PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import PipelineType, Size, TextEmbeds
+from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.sdxl import pipeline as bundled
 from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
 
 MakeSDXL = Callable[[torch.dtype], SDXL]
-STOCK: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+STOCK: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": diffusers.StableDiffusionXLPipeline,
     "image2image": diffusers.StableDiffusionXLImg2ImgPipeline,
     "inpaint": diffusers.StableDiffusionXLInpaintPipeline,
 }
-BUNDLED: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+BUNDLED: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": bundled.StableDiffusionXLPipeline,
     "image2image": bundled.StableDiffusionXLImg2ImgPipeline,
     "inpaint": bundled.StableDiffusionXLInpaintPipeline,
@@ -46,11 +47,13 @@ def make_family(model: Path) -> MakeSDXL:
     def make(weight_dtype: torch.dtype) -> SDXL:
         config = {"model_family": "sdxl", "pretrained_model_name_or_path": str(model)}
         return SDXL(
-            ModelConfig.model_validate(config),
-            noise=NoiseConfig(),
-            precision=PrecisionConfig(),
-            device=torch.device("cpu"),
-            weight_dtype=weight_dtype,
+            FamilyContext(
+                model=ModelConfig.model_validate(config),
+                noise=NoiseConfig(),
+                precision=PrecisionConfig(),
+                device=torch.device("cpu"),
+                weight_dtype=weight_dtype,
+            )
         )
 
     return make
@@ -62,7 +65,7 @@ def picture(kind: Literal["RGB", "L"]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def inputs(kind: PipelineKind) -> dict[str, object]:
+def inputs(kind: PipelineType) -> dict[str, object]:
     common: dict[str, object] = {"num_inference_steps": 4, "output_type": "np"}
     if kind == "text2image":
         return common | {"height": 64, "width": 72}
@@ -88,7 +91,7 @@ def call_of(
 ) -> dict[str, object]:
     """What the family adds to the call."""
     pictures = ValidationConfig(validation_guidance=guidance)
-    return family.pipeline_inputs(prompt, negative, pictures=pictures, size=Size(64, 64))
+    return family.pipeline_inputs(prompt, negative, validation=pictures, size=Size(64, 64))
 
 
 @pytest.mark.parametrize("kind", STOCK)
@@ -103,7 +106,7 @@ def call_of(
     ids=["plain", "no-guidance", "two-prompts", "two-images-rescaled"],
 )
 def test_bundled_pipeline_loaded_from_a_folder_equals_the_stock_one(
-    model: Path, kind: PipelineKind, call: dict[str, object]
+    model: Path, kind: PipelineType, call: dict[str, object]
 ) -> None:
     if kind != "text2image":
         call = {name: value for name, value in call.items() if name != "guidance_rescale"}
@@ -118,7 +121,7 @@ def test_bundled_pipeline_loaded_from_a_folder_equals_the_stock_one(
 
 @pytest.mark.parametrize("kind", STOCK)
 def test_the_pipeline_of_the_family_equals_the_stock_one(
-    model: Path, make_family: MakeSDXL, kind: PipelineKind
+    model: Path, make_family: MakeSDXL, kind: PipelineType
 ) -> None:
     family = make_family(torch.float32)
     family.load_text_encoders()
@@ -136,7 +139,7 @@ def test_the_pipeline_of_the_family_equals_the_stock_one(
 @pytest.mark.parametrize("kind", STOCK)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_16_bit_pipeline_leaves_the_vae_as_it_was(
-    make_family: MakeSDXL, kind: PipelineKind, dtype: torch.dtype
+    make_family: MakeSDXL, kind: PipelineType, dtype: torch.dtype
 ) -> None:
     family = make_family(dtype)
     family.load_text_encoders()
@@ -186,6 +189,6 @@ def test_the_pipeline_draws_no_progress_bar(make_family: MakeSDXL, capfd: pytest
 
 
 @pytest.mark.parametrize("kind", BUNDLED)
-def test_bundled_pipeline_is_called_with_the_arguments_of_its_diffusers_class(kind: PipelineKind) -> None:
+def test_bundled_pipeline_is_called_with_the_arguments_of_its_diffusers_class(kind: PipelineType) -> None:
     assert inspect.signature(BUNDLED[kind].__call__) == inspect.signature(STOCK[kind].__call__)
     assert len(inspect.signature(BUNDLED[kind].__call__).parameters) > 20

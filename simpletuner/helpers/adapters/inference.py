@@ -12,7 +12,7 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.errors import AdapterError, one_line_reason
 
 DENOISER_NAMES = ("unet", "transformer")
 PEFT_NAME = "default"
@@ -49,7 +49,7 @@ def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float 
     try:  # from the file itself: diffusers reads rank and alpha from its header
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=PEFT_NAME)
     except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line_reason(error)
         raise AdapterError(f"{file}: diffusers cannot load it: {reason}") from error
     found = sum(isinstance(module, LoraLayer) for module in denoiser.modules())
     if found != wanted:

@@ -30,7 +30,7 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
 
 
 def attach_adapter(
@@ -106,7 +106,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
         raise AdapterError(f"{file.path}: {error}") from error
     # LyCORIS checks no shapes, and asks nothing for a layer of no algorithm that it knows.
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line_reason(error)
         raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
     _refuse_unread(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}

@@ -16,15 +16,10 @@ def text_key(prompt: str, *, text_identity: str) -> str:
 
 def text_entry(embeds: TextEmbeds) -> dict[str, Tensor]:
     """The cache entry of a prompt's embeddings."""
-    tensors = {"tokens": embeds.prompt_embeds, "pooled": embeds.pooled, "mask": embeds.attention_mask}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return embeds.tensors()
 
 
 def read_text(store: TensorStore, key: str) -> TextEmbeds | None:
     """The cached embeddings, with a batch axis of 1, on the CPU; None if there are none."""
     entry = store.get(key)
-    if entry is None or "tokens" not in entry:
-        return None
-    return TextEmbeds(
-        prompt_embeds=entry["tokens"], pooled=entry.get("pooled"), attention_mask=entry.get("mask")
-    )
+    return TextEmbeds.from_tensors(entry) if entry is not None and "tokens" in entry else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -40,17 +40,6 @@ _SHOWN = 5
 _SHOWN_CHARACTERS = 80
 
 
-def stack_text(texts: Sequence[TextEmbeds]) -> TextEmbeds:
-    """One batch of embeddings that all have the same number of tokens: [B, L, D], [B, P] and [B, L]."""
-    pooled = [text.pooled for text in texts if text.pooled is not None]
-    masks = [text.attention_mask for text in texts if text.attention_mask is not None]
-    return TextEmbeds(
-        prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
-        pooled=torch.cat(pooled) if pooled else None,
-        attention_mask=torch.cat(masks) if masks else None,
-    )
-
-
 @dataclass(eq=False)
 class TrainingData:
     """The samples of all datasets, their cache entries, and the endless sequence of batches.
@@ -74,8 +63,7 @@ class TrainingData:
     pixel_alignment: int
     """Width and height of buckets are multiples of this, unless aspect_bucket_alignment is set; pixels."""
     caption_dropout: float = 0.0
-    """Share of samples whose caption becomes empty."""
-    stack_text: Callable[[Sequence[TextEmbeds]], TextEmbeds] = stack_text
+    """Share of draws that train without a caption."""
 
     samples: tuple[Sample, ...] = field(init=False)
     """Every usable image once, with its first caption."""
@@ -176,7 +164,7 @@ class TrainingData:
         samples = tuple(map(self._with_caption, images, sample_indices))
         return Batch(
             latents=torch.stack([self._latents(image) for image in images]),
-            text=self.stack_text([self.text_embeds(sample.caption) for sample in samples]),
+            text=TextEmbeds.stack([self.text_embeds(sample.caption) for sample in samples]),
             samples=samples,
             sample_indices=sample_indices,
         )

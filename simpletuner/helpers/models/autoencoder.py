@@ -1,11 +1,11 @@
-"""The image autoencoder, always in float32.
+"""The VAE, always in float32.
 
 Shapes: B batch, C latent channels, H W pixels, h w latent height and width.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -14,19 +14,16 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Generator, Tensor
 
 from simpletuner.helpers.errors import DataError
-from simpletuner.helpers.models.loading import Component, Loadable, load_weights
+from simpletuner.helpers.models.loading import Component, load_weights
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model_sections import PrecisionConfig
 
-Autoencoder = TypeVar("Autoencoder", bound="ComputesInFloat32")
-
 
 class ComputesInFloat32:
-    """Mixin before an autoencoder: it computes in float32, whatever it is given and whatever autocast says.
+    """Mixin for an autoencoder: it computes in float32, whatever the input dtype and autocast.
 
-    A pipeline whose denoiser runs in 16 bits can share it without casting its weights back and forth, which
-    would leave them rounded.
+    A pipeline with a 16-bit denoiser can share it; casting the weights to 16 bits and back would round them.
     """
 
     def encode(self, x: Tensor, *, return_dict: bool = True) -> AutoencoderKLOutput | tuple[object]:
@@ -49,38 +46,37 @@ class ComputesInFloat32:
 
 
 class Float32Autoencoder(ComputesInFloat32, AutoencoderKL):  # type: ignore[misc]
-    """The autoencoder of most models, in float32."""
-
-
-def vae_identity(component: Component, *, precision: PrecisionConfig) -> str:
-    """Changes with an autoencoder's configuration, its weights and how it is run."""
-    return f"{component.identity()} float32 mean{' tiled' if precision.vae_enable_tiling else ''}"
+    """AutoencoderKL in float32."""
 
 
 def load_autoencoder(
-    kind: type[Autoencoder], component: Component, *, precision: PrecisionConfig
-) -> Autoencoder:
-    """An autoencoder, frozen, in float32, with the memory savers that are wanted.
+    vae_class: type[ComputesInFloat32],
+    component: Component,
+    *,
+    precision: PrecisionConfig,
+    device: torch.device,
+) -> Any:
+    """Load a VAE, frozen, in float32, with the memory savers of the configuration.
 
     Raises:
         ModelError: The weights are missing, damaged or of another architecture.
     """
-    vae: Any = load_weights(cast(Loadable, kind), component, dtype=torch.float32)
-    # It is in float32 for good; a pipeline that upcasts it would cast it back to 16 bits afterwards.
+    any_class: type[Any] = vae_class
+    vae = load_weights(any_class, component, dtype=torch.float32)
+    # With force_upcast, a pipeline would cast the VAE to 16 bits after decoding.
     vae.register_to_config(force_upcast=False)
     if precision.vae_enable_tiling:
         vae.enable_tiling()
     if precision.vae_enable_slicing:
         vae.enable_slicing()
-    loaded: Autoencoder = vae.requires_grad_(False)
-    return loaded
+    return vae.requires_grad_(False).to(device)
 
 
 def encode_scaled(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """Encode [B, 3, H, W] pixels in [-1, 1] to [B, C, h, w] float32 latents, scaled as a denoiser expects.
 
-    The mean of the latent distribution is taken, not a sample: it is the same on every run and for every
-    batch, and the spread of a sample lies far below the noise that training adds.
+    The latents are the mean of the distribution, not a sample: equal on every run and in every batch, and the
+    spread of a sample is far below the noise that training adds.
 
     Raises:
         DataError: A latent is not finite.
@@ -96,16 +92,16 @@ def encode_scaled(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 
 
 def check_finite(latents: Tensor) -> None:
-    """Refuse [B, ...] latents that are not all finite.
+    """Refuse [B, ...] latents that are not finite.
 
     Raises:
-        DataError: One is not; the message says which.
+        DataError: A latent is not finite; the message has its index.
     """
     broken = [index for index, latent in enumerate(latents) if not bool(latent.isfinite().all())]
     if broken:
         raise DataError(
-            f"The VAE gave values that are not finite for image {broken[0] + 1} of {len(latents)} in this "
-            "batch. Look at the image, or give another VAE in pretrained_vae_model_name_or_path."
+            f"The latents of image {broken[0] + 1} of {len(latents)} in this batch are not finite. "
+            "Check the image, or set another VAE in pretrained_vae_model_name_or_path."
         )
 
 

@@ -1,4 +1,4 @@
-"""Names in the original checkpoint for denoisers that are a row of alike blocks with a few layers around."""
+"""Names in the original checkpoint for denoisers built of equal blocks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Names = Mapping[str, str | FusedSlice]
 
 @dataclass(frozen=True, slots=True)
 class BlockNames:
-    """Tables from the paths of a denoiser's layers in diffusers to their names in the original checkpoint."""
+    """Maps paths of a denoiser's layers in diffusers to their names in the original checkpoint."""
 
     model: str
-    """Of what, for messages."""
+    """Display name of the denoiser, for messages."""
     blocks: Mapping[str, tuple[str, Names]]
-    """List of blocks in diffusers -> the original's list, and the names within a block."""
+    """Block list in diffusers -> block list in the original, and the names within a block."""
     outside: Names
-    """The layers outside blocks."""
+    """Layers outside blocks."""
 
     def original(self, path: str) -> str | FusedSlice:
-        """The original name of the layer at a diffusers path, with its rows where it is a part of a layer.
+        """Original name of the layer at a diffusers path, with its rows if the original joins several layers.
 
         Raises:
             ValueError: The model has no such layer.
@@ -44,9 +44,9 @@ def joined(name: str, *layers: str, shares: tuple[int, ...] | None = None) -> Na
     """Layers that the original joins to one, first rows first.
 
     Args:
-        name: Of the joined layer.
-        layers: Their paths.
-        shares: How tall they are, in the original's smallest piece; equal if not given.
+        name: Name of the joined layer.
+        layers: Paths of the layers.
+        shares: Height of each layer in equal pieces of the joined one; 1 by default.
     """
     shares = shares or (1,) * len(layers)
     starts = [sum(shares[:index]) for index in range(len(layers))]
@@ -57,5 +57,46 @@ def joined(name: str, *layers: str, shares: tuple[int, ...] | None = None) -> Na
 
 
 def swap_scale_shift(name: str) -> FusedSlice:
-    """A layer of scale and shift, whose original gives the shift first."""
+    """A layer of scale and shift; the original has the shift first."""
     return FusedSlice(name, (1, 0), 2)
+
+
+JOINT_ATTENTION: Names = {
+    **joined("img_attn.qkv", "attn.to_q", "attn.to_k", "attn.to_v"),
+    **joined("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+}
+"""Attention of the double blocks of Flux.1 and Flux.2."""
+
+
+def flux_names(model: str, *, embedder: str, double: Names, single: Names, outside: Names) -> BlockNames:
+    """Names of a transformer of Flux.1 or Flux.2.
+
+    Args:
+        model: Display name, for messages.
+        embedder: Path of the timestep and guidance embedders in diffusers.
+        double: Layers of a double block besides its attention.
+        single: Layers of a single block.
+        outside: Layers outside blocks that only this model has.
+    """
+    embedders = {
+        f"{embedder}.{name}_embedder.linear_{index}": f"{original}.{layer}"
+        for name, original in (("timestep", "time_in"), ("guidance", "guidance_in"))
+        for index, layer in ((1, "in_layer"), (2, "out_layer"))
+    }
+    return BlockNames(
+        model=model,
+        blocks={
+            "transformer_blocks": ("double_blocks", {**JOINT_ATTENTION, **double}),
+            "single_transformer_blocks": ("single_blocks", single),
+        },
+        outside={
+            "x_embedder": "img_in",
+            "context_embedder": "txt_in",
+            **embedders,
+            **outside,
+            "norm_out.linear": swap_scale_shift("final_layer.adaLN_modulation.1"),
+            "proj_out": "final_layer.linear",
+        },
+    )

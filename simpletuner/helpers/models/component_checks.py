@@ -1,8 +1,10 @@
-"""What the families' searches for their components share: swapped components and checks of what was found."""
+"""Finds and checks the components of a model, for all families."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.errors import ModelError
@@ -22,112 +24,116 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model_sections import ModelConfig
 
 PREFIXES = {"unet": DENOISER_PREFIX, "transformer": DENOISER_PREFIX, "vae": VAE_PREFIX}
-"""Component -> prefix of its tensors in a whole checkpoint of the original layout."""
+"""Component -> prefix of its tensors in a single file of the original layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelComponents:
+    """Components that every family has; a family adds its text encoders."""
+
+    denoiser: Component
+    vae: Component
+    scheduler: Component
 
 
 def base_source(model: ModelConfig) -> ModelSource:
-    """Where the model itself comes from."""
+    """Source of the base model."""
     return ModelSource(model.pretrained_model_name_or_path, revision=model.revision, variant=model.variant)
 
 
 def read_index(base: ModelSource, *, pipelines: tuple[str, ...], family: str) -> Config:
-    """The model_index.json of a model whose pipeline is one of these.
+    """Read the model_index.json of a model.
+
+    Args:
+        base: The model.
+        pipelines: Allowed pipeline classes; `*` stands for any ending.
+        family: Display name of the family, for messages.
 
     Raises:
-        ModelError: There is no model, or it is of another family.
+        ModelError: The model is missing or of another family.
     """
     index = read_model_index(base)
-    if class_of(index) not in pipelines:
+    if not any(fnmatchcase(class_of(index), pipeline) for pipeline in pipelines):
         raise ModelError(
-            f"{base}: is a model for {class_of(index)}, and {family} needs one for {' or '.join(pipelines)}. "
+            f"{base} is a model for {class_of(index)}, but {family} needs {' or '.join(pipelines)}. "
             "Set model_family to that model's family, or give another model."
         )
     return index
 
 
-def transformer_of(model: ModelConfig, base: ModelSource) -> Component:
-    """The transformer, from where the user says or from the base model."""
-    return swapped_or_own(
-        "transformer",
-        base,
-        key="pretrained_transformer_model_name_or_path",
-        where=model.pretrained_transformer_model_name_or_path,
-        subfolder=model.pretrained_transformer_subfolder,
-    )
-
-
-def vae_of(model: ModelConfig, base: ModelSource) -> Component:
-    """The VAE, from where the user says or from the base model."""
-    return swapped_or_own(
-        "vae",
-        base,
-        key="pretrained_vae_model_name_or_path",
-        where=model.pretrained_vae_model_name_or_path,
-        subfolder=model.pretrained_vae_subfolder,
-    )
-
-
-def swapped_or_own(
-    name: str, base: ModelSource, *, key: str, where: str | None, subfolder: str | None
+def swappable_component(
+    name: str, model: ModelConfig, base: ModelSource, *, file: ModelSource | None = None
 ) -> Component:
-    """A component from where the user says, else from the base model; revision and variant are the base's.
+    """The denoiser or VAE: from its own configuration keys, else from the single file, else from the base.
 
-    A single file takes its configuration from the base model.
+    A single file has no configuration: the base provides it.
+
+    Raises:
+        ModelError: The component is incomplete, or its repository is unreachable.
     """
-    if where is None:
-        return find_component(name, base, kind="diffusers", strict_variant=name in ("unet", "transformer"))
-    source = ModelSource(where, key=key)
+    key = f"pretrained_{name}_model_name_or_path"
+    source, subfolder = file, getattr(model, f"pretrained_{name}_subfolder")
+    if (own := getattr(model, key)) is not None:
+        source = ModelSource(own, key=key)
+    if source is None:
+        return find_component(name, base, component_type="diffusers", strict_variant=name != "vae")
     if source.is_file:
         return find_in_file(name, source, prefix=PREFIXES[name], configuration=base)
     if subfolder is None:
         subfolder = guess_subfolder(source, usual=name)
-    return find_component(name, source, kind="diffusers", subfolder=subfolder)
+    return find_component(name, source, component_type="diffusers", subfolder=subfolder)
 
 
 def check_classes(expected: Mapping[str, Component], *, family: str) -> None:
-    """Refuse a component whose configuration names another class.
+    """Refuse a component of another class.
 
     Args:
         expected: Class name -> component.
-        family: As it is called in messages.
+        family: Display name of the family, for messages.
 
     Raises:
-        ModelError: One is of another class.
+        ModelError: A component is of another class.
     """
     for class_name, component in expected.items():
         if (found := class_of(component.config)) != class_name:
             raise ModelError(
-                f"{component.source}: component {component.name} in {component.folder} is {found}, and "
+                f"{component.source}: component {component.name} in {component.folder} is {found}, but "
                 f"{family} needs {class_name}. Give a {family} model, or set model_family to this model's."
             )
 
 
-def check_number(component: Component, name: str, *, needed: int, what: str) -> None:
+def check_fit(
+    component: Component,
+    expected: Mapping[str, tuple[int, str]],
+    *,
+    advice: str = "Give the components of one model.",
+) -> None:
     """Refuse a component that does not fit the others.
 
     Args:
-        component: Has the number.
-        name: Of the number in its configuration.
-        needed: What the number must be.
-        what: What is as large as that, for the message.
+        component: Usually the denoiser.
+        expected: Number in its configuration -> (value in the other components, its meaning for the message).
+        advice: Last sentence of the message.
 
     Raises:
-        ModelError: The number is another one.
+        ModelError: A number differs.
     """
-    if (found := number(component, name)) != needed:
-        raise ModelError(
-            f"{component.source}: {name} of {component.name} is {found}, and the {what} is {needed}. "
-            "Give the parts of one model."
-        )
+    for name, (value, meaning) in expected.items():
+        if (found := config_number(component, name)) != value:
+            raise ModelError(
+                f"{component.source}: {name} of {component.name} is {found}, but the {meaning} is {value}. "
+                f"{advice}"
+            )
 
 
-def number(component: Component, name: str) -> int:
-    """A whole number in a component's configuration.
+def config_number(component: Component, name: str, *, section: str | None = None) -> int:
+    """An integer in a component's configuration, or in a section of it if there is one.
 
     Raises:
-        ModelError: It is not there.
+        ModelError: The number is missing.
     """
-    value = component.config.get(name)
+    config = component.config.get(section, component.config) if section else component.config
+    value = config.get(name) if isinstance(config, Mapping) else None
     if not isinstance(value, int):
         raise ModelError(
             f"{component.source}: {component.folder} has no number for {name} (found {value!r}). "

@@ -1,6 +1,6 @@
-"""Diffusion noise: the timestep and noise of a sample, what the model should predict, what it weighs.
+"""Diffusion: timestep, noise, target and loss weight of each sample.
 
-Shapes: B batch, C latent channels, H W latent height and width, T number of training timesteps.
+Shapes: B batch, ... the axes of one sample's latents (of any number), T training timesteps.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ DiffusionPrediction = Literal["epsilon", "v_prediction"]
 
 @dataclass(frozen=True, slots=True)
 class DiffusionSchedule:
-    """What a variance-preserving diffusion model was trained with."""
+    """Noise schedule, prediction type and loss weighting of a variance-preserving diffusion model."""
 
     alpha_bars: Tensor
-    """[T] float32 in [0, 1]: the share of the signal's variance that is left at each timestep."""
+    """[T] float32 in [0, 1]: share of the signal's variance at each timestep."""
     prediction: DiffusionPrediction
     snr_gamma: float | None = None
-    """Signal-to-noise ratio above which a sample's loss is scaled down. None weighs all samples alike."""
+    """Signal-to-noise ratio above which the loss of a sample is scaled down. None: all weights are 1."""
 
 
 def add_noise(
     latents: Tensor, *, schedule: DiffusionSchedule, sample_indices: Sequence[int], seed: int
 ) -> NoisyBatch:
-    """Noise [B, C, H, W] latents, each sample by the timestep and the noise that its position stands for.
+    """Noise [B, ...] latents at a timestep drawn for each sample; float32, on the device of the latents.
 
-    The result is float32 on the device of the latents. A sample's noise depends on the seed and its
-    position only: neither on the other samples of its batch nor on the process that draws it.
+    Timestep and noise depend on the seed and the sample index only, not on the batch or the process.
     """
     assert len(sample_indices) == len(latents), (
         f"{len(sample_indices)} sample indices for {len(latents)} samples"
@@ -45,7 +44,7 @@ def add_noise(
     noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:]).to(clean.device)
     alpha_bar = schedule.alpha_bars[list(timesteps)].float()  # [B]
     weight = loss_weight(alpha_bar, prediction=schedule.prediction, snr_gamma=schedule.snr_gamma)
-    alpha_bar = alpha_bar.to(clean.device)[:, None, None, None]  # [B, 1, 1, 1]
+    alpha_bar = per_sample(alpha_bar.to(clean.device), clean)
     return NoisyBatch(
         latents=q_sample(clean, noise, alpha_bar=alpha_bar),
         target=noise if schedule.prediction == "epsilon" else velocity(clean, noise, alpha_bar=alpha_bar),
@@ -55,25 +54,30 @@ def add_noise(
 
 
 def draw_timesteps(sample_indices: Sequence[int], *, seed: int, num_timesteps: int) -> tuple[int, ...]:
-    """One timestep in [0, num_timesteps) for each position, uniform, known on the host."""
+    """One uniform timestep in [0, num_timesteps) for each sample index."""
     return tuple(
-        int(torch.randint(num_timesteps, (1,), generator=generator_of(seed, "timestep", position)))
-        for position in sample_indices
+        int(torch.randint(num_timesteps, (1,), generator=generator_of(seed, "timestep", sample_index)))
+        for sample_index in sample_indices
     )
 
 
 def draw_noise(sample_indices: Sequence[int], *, seed: int, shape: Sequence[int]) -> Tensor:
-    """[B, *shape] float32 standard normal noise on the CPU, one independent stream for each position."""
+    """[B, *shape] float32 standard normal noise on the CPU, from an independent stream per sample index."""
     return torch.stack(
         [
-            torch.randn(tuple(shape), generator=generator_of(seed, "noise", position))
-            for position in sample_indices
+            torch.randn(tuple(shape), generator=generator_of(seed, "noise", sample_index))
+            for sample_index in sample_indices
         ]
     )
 
 
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """Reshape [B] values to [B, 1, ..., 1] with as many axes as `like`."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
 def q_sample(clean: Tensor, noise: Tensor, *, alpha_bar: Tensor) -> Tensor:
-    """The sample at the timestep whose remaining signal variance is alpha_bar.
+    """Noisy sample at the timestep whose signal variance is alpha_bar.
 
     Source: Ho et al., arXiv:2006.11239, equation 4.
     """
@@ -88,8 +92,7 @@ def velocity(clean: Tensor, noise: Tensor, *, alpha_bar: Tensor) -> Tensor:
 def loss_weight(alpha_bar: Tensor, *, prediction: DiffusionPrediction, snr_gamma: float | None) -> Tensor:
     """[B] weights of the squared error: min(snr, gamma) / snr for epsilon, min(snr, gamma) / (snr + 1) for v.
 
-    Without gamma every weight is 1. At a signal-to-noise ratio of zero epsilon weighs 1, the limit, and v
-    weighs 0.
+    Without gamma every weight is 1. At snr 0 the weight is 1 (the limit) for epsilon and 0 for v.
 
     Source: Hang et al., arXiv:2303.09556, section 3.4.
     """
@@ -101,6 +104,6 @@ def loss_weight(alpha_bar: Tensor, *, prediction: DiffusionPrediction, snr_gamma
     return snr.clamp(max=snr_gamma) / (snr + 1)
 
 
-def generator_of(seed: int, purpose: str, position: int) -> torch.Generator:
-    """The stream of random numbers that one purpose draws from for one position."""
-    return torch.Generator().manual_seed(mix(seed, purpose, position))
+def generator_of(seed: int, purpose: str, sample_index: int) -> torch.Generator:
+    """Random generator for one purpose and sample index."""
+    return torch.Generator().manual_seed(mix(seed, purpose, sample_index))

@@ -1,17 +1,23 @@
-"""The seam: what a model family is to the rest of the trainer.
+"""A model family, as the rest of the trainer sees it.
 
-Shapes: B batch, C latent channels, H W pixels, h w latent height and width.
+Shapes: B batch, H W pixels, ... the axes of one sample's latents ([C, h, w] for images).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
+from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Size, TextEmbeds
+from simpletuner.helpers.models.autoencoder import ComputesInFloat32, Float32Autoencoder, load_autoencoder
+from simpletuner.helpers.models.component_checks import ModelComponents
+from simpletuner.helpers.models.loading import Component, Model, load_weights, quiet
+from simpletuner.helpers.models.quantisation import quantize_and_move_text_encoder, text_precision_identity
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -25,144 +31,180 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyContext:
+    """Settings, device and dtype of a run, as a family needs them."""
+
+    model: ModelConfig
+    noise: NoiseConfig
+    precision: PrecisionConfig
+    device: torch.device
+    weight_dtype: torch.dtype
+    """Dtype of denoiser and text encoders; the VAE computes in float32."""
+
+
 class ModelFamily(ABC):
-    """One model architecture: its facts, then its steps in the order a batch meets them."""
+    """One model architecture: its spec, then its steps in the order a batch meets them.
+
+    The constructor of a family finds and checks `components`; the load methods load their weights.
+    """
 
     spec: ClassVar[ModelSpec]
+    denoiser_class: ClassVar[type[Any]]
+    vae_class: ClassVar[type[ComputesInFloat32]] = Float32Autoencoder
+    components: ModelComponents
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        *,
-        noise: NoiseConfig,
-        precision: PrecisionConfig,
-        device: torch.device,
-        weight_dtype: torch.dtype,
-    ) -> None:
-        """Check that the model is of this family; weights are loaded by the load methods.
+    def __init__(self, context: FamilyContext) -> None:
+        self.noise, self.precision = context.noise, context.precision
+        self.device, self.weight_dtype = context.device, context.weight_dtype
+        self._vae: Any = None
+        self._encoder: Any = None
 
-        Args:
-            model: Which model, and which components of it come from elsewhere.
-            noise: How samples are noised and weighed.
-            precision: Memory savers of the VAE.
-            device: Where models run.
-            weight_dtype: Of the denoiser and the text encoders; the VAE decides for itself.
-
-        Raises:
-            ModelError: The model cannot be found, or is of another family.
-        """
-        self.model = model
-        self.noise = noise
-        self.precision = precision
-        self.device = device
-        self.weight_dtype = weight_dtype
-
-    @property
-    def denoiser_device(self) -> torch.device:
-        """Where `load_denoiser` puts it: on the host if parts stay there or are quantised on the way."""
-        is_whole = self.precision.base_model_precision == "no_change"
-        return self.device if is_whole and not self.precision.enable_group_offload else torch.device("cpu")
-
-    @property
-    @abstractmethod
+    @cached_property
     def vae_identity(self) -> str:
-        """Changes whenever the VAE could encode an image differently; part of a latent's cache key."""
+        """Text that changes with the VAE's files and settings; part of the cache key of latents."""
+        tiling = " tiled" if self.precision.vae_enable_tiling else ""
+        return f"{self.components.vae.identity()} float32 mean{tiling}"
 
     @property
     @abstractmethod
     def text_identity(self) -> str:
-        """Changes whenever a prompt could be encoded differently; part of an embedding's cache key."""
+        """Text that changes with everything that changes prompt embeds; part of their cache key.
 
-    @abstractmethod
+        Make it with `_text_identity`.
+        """
+
+    @property
+    def denoiser_device(self) -> torch.device:
+        """Device of a freshly loaded denoiser: the host if it is quantised or offloaded afterwards."""
+        is_whole = self.precision.base_model_precision == "no_change"
+        return self.device if is_whole and not self.precision.enable_group_offload else torch.device("cpu")
+
+    @property
+    def vae(self) -> Any:
+        """The loaded VAE."""
+        assert self._vae is not None, "load_vae comes first"
+        return self._vae
+
+    @property
+    def prompt_encoder(self) -> Any:
+        """The loaded tokenizers and text encoders, as `make_prompt_encoder` returned them."""
+        assert self._encoder is not None, "load_text_encoders comes first"
+        return self._encoder
+
     def load_vae(self) -> None:
-        """Load the VAE to the device; does nothing when it is there."""
+        """Load the VAE to the device, unless it is loaded."""
+        if self._vae is None:
+            self._vae = load_autoencoder(
+                self.vae_class, self.components.vae, precision=self.precision, device=self.device
+            )
 
-    @abstractmethod
     def unload_vae(self) -> None:
         """Free the VAE."""
+        self._vae = None
+        self._release_memory()
 
-    @abstractmethod
     def load_text_encoders(self) -> None:
-        """Load tokenizers and text encoders to the device; does nothing when they are there."""
+        """Load tokenizers and text encoders to the device, unless they are loaded."""
+        if self._encoder is None:
+            self._encoder = self.make_prompt_encoder()
 
-    @abstractmethod
     def unload_text_encoders(self) -> None:
         """Free the text encoders."""
+        self._encoder = None
+        self._release_memory()
 
-    @abstractmethod
     def load_denoiser(self) -> nn.Module:
-        """The denoiser, frozen, on `denoiser_device` in weight_dtype; the caller keeps it.
+        """Load the denoiser, frozen, in weight_dtype to `denoiser_device`; the caller owns it.
 
         Raises:
-            ModelError: The weights are missing, damaged or of another architecture.
+            ModelError: The weights are damaged, incomplete or of another architecture.
+        """
+        denoiser: nn.Module = load_weights(
+            self.denoiser_class, self.components.denoiser, dtype=self.weight_dtype
+        )
+        return denoiser.requires_grad_(False).to(self.denoiser_device)
+
+    @abstractmethod
+    def make_prompt_encoder(self) -> Any:
+        """Load tokenizers and text encoders, in weight_dtype on the device, usually into a pipeline.
+
+        Raises:
+            ModelError: A file is damaged, incomplete or of another architecture.
         """
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, C, h, w] float32 latents on the device.
+        """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, ...] float32 latents on the device.
 
         Raises:
-            DataError: The VAE produced a value that is not finite.
+            DataError: A latent is not finite.
         """
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextEmbeds]:
-        """Encode each prompt to embeddings with a batch dimension of 1, on the CPU.
+        """Encode each prompt on its own, batch axis 1, on the CPU; all have the same number of tokens.
 
-        The empty prompt gives what the model takes for no prompt at all.
+        The empty prompt stands for no prompt: caption dropout and the negative prompt use it.
+
+        Raises:
+            DataError: An embedding is not finite.
         """
-
-    def stack_text(self, texts: Sequence[TextEmbeds]) -> TextEmbeds:
-        """Join embeddings, all with as many tokens, along the batch dimension."""
-        return TextEmbeds(
-            prompt_embeds=torch.cat([text.prompt_embeds for text in texts]),
-            pooled=_joined([text.pooled for text in texts]),
-            attention_mask=_joined([text.attention_mask for text in texts]),
-        )
 
     @abstractmethod
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
+        """Noise [B, ...] latents; depends on the seed and each sample's index only."""
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
-        """Run the denoiser on a noised batch; [B, C, h, w] float32 in the space of noised.target."""
+        """Run the denoiser on a noised batch; float32, shape and space of noised.target."""
 
     @abstractmethod
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, pipeline_type: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> DiffusionPipeline:
-        """The bundled pipeline around this very denoiser, without text encoders, on the device.
+        """The bundled pipeline with this denoiser and its adapter, without text encoders, on the device.
 
         Args:
-            denoiser: Used as it is, with whatever adapter is attached to it.
-            kind: What the pipeline starts from.
-            scheduler: Name of a sampling scheduler; None takes the model's own.
+            denoiser: Not copied.
+            pipeline_type: Input of the pipeline: text alone, an image too, or an image and a mask.
+            scheduler: Name of a sampler; None: the model's.
 
         Raises:
-            ModelError: The scheduler is not known.
+            ModelError: The sampler is unknown, or the family has no such pipeline.
         """
 
     @abstractmethod
     def pipeline_inputs(
-        self, prompt: TextEmbeds, negative: TextEmbeds, *, pictures: ValidationConfig, size: Size
+        self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size
     ) -> dict[str, object]:
-        """Keyword arguments of the pipeline's call that hand over encoded prompts and steer the sampling.
+        """Keyword arguments of the pipeline's call: prompt embeds, guidance and sampling steps.
 
         Args:
-            prompt: What the picture shows.
-            negative: What guidance leads away from.
-            pictures: Guidance and number of steps.
-            size: Of the picture.
+            prompt: Embeds of the prompt.
+            negative: Embeds of the negative prompt.
+            validation: Guidance and number of steps.
+            size: Size of the image.
         """
 
+    def _text_identity(self, *components: Component, settings: str) -> str:
+        """Identity of the files of these components, other settings and the text encoders' precision."""
+        files = " ".join(component.identity() for component in components)
+        return f"{files} {settings}{text_precision_identity(self.precision)}"
+
+    def _load_text_encoder(self, model_class: type[Model], component: Component, *, number: int) -> Model:
+        """Load text encoder `number`, counted from 1, in the user's precision to the device."""
+        encoder = load_weights(model_class, component, dtype=self.weight_dtype)
+        return quantize_and_move_text_encoder(encoder, number, self.precision, device=self.device)
+
+    def _new_pipeline(self, pipeline_class: type[Any], **components: object) -> DiffusionPipeline:
+        """A pipeline with the VAE and these components, without progress bar."""
+        self.load_vae()
+        with quiet():
+            pipeline = pipeline_class(vae=self.vae, **components)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def _release_memory(self) -> None:
-        """Give the memory of what was freed back to the device."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The parts along their first dimension; None when there are none."""
-    present = [part for part in parts if part is not None]
-    return torch.cat(present) if present else None

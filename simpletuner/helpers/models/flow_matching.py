@@ -1,6 +1,6 @@
-"""Flow matching: the noise level of a sample, its shift, what the model should predict.
+"""Flow matching: noise level (sigma) of each sample, its shift, and the target.
 
-Shapes: B batch, C latent channels, H W latent height and width.
+Shapes: B batch, ... the axes of one sample's latents (of any number).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.contracts import NoisyBatch
-from simpletuner.helpers.models.diffusion import draw_noise, generator_of
+from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_sample
 from simpletuner.helpers.models.loading import Component, quiet
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ NUM_TRAIN_TIMESTEPS = 1000
 
 @dataclass(frozen=True, slots=True)
 class SigmaDistribution:
-    """How noise levels are drawn, before they are shifted."""
+    """Distribution of sigma before the shift."""
 
-    kind: Literal["sigmoid", "uniform", "beta"] = "sigmoid"
+    name: Literal["sigmoid", "uniform", "beta"] = "sigmoid"
     scale: float = 1.0
-    """Of the normal number whose sigmoid is taken."""
+    """sigma = sigmoid(scale * standard normal)."""
     alpha: float = 2.0
     beta: float = 2.0
     """Parameters of the beta distribution."""
@@ -41,9 +41,9 @@ class SigmaDistribution:
 
 @dataclass(frozen=True, slots=True)
 class DynamicShift:
-    """A shift that grows with the number of image tokens; exp(mu), with mu linear in that number.
+    """Shift exp(mu), where mu is linear in the number of image tokens.
 
-    Source: Esser et al., arXiv:2403.03206, section 5.3.2, for the shift; the numbers are a scheduler's.
+    Source: Esser et al., arXiv:2403.03206, section 5.3.2; the defaults are those of diffusers' scheduler.
     """
 
     base_tokens: int = 256
@@ -52,13 +52,13 @@ class DynamicShift:
     max_mu: float = 1.15
 
     def __call__(self, num_tokens: int) -> float:
-        """The shift at a number of image tokens."""
+        """Shift for this number of image tokens."""
         slope = (self.max_mu - self.base_mu) / (self.max_tokens - self.base_tokens)
         return math.exp(self.base_mu + slope * (num_tokens - self.base_tokens))
 
 
 def distribution_of(noise: NoiseConfig) -> SigmaDistribution:
-    """How the configuration draws noise levels."""
+    """Distribution of sigma that the configuration sets."""
     if noise.flow_use_uniform_schedule:
         return SigmaDistribution("uniform")
     if noise.flow_use_beta_schedule:
@@ -69,11 +69,11 @@ def distribution_of(noise: NoiseConfig) -> SigmaDistribution:
 
 
 def static_shift(noise: NoiseConfig, scheduler: Mapping[str, object]) -> float | None:
-    """The shift of every noise level; None when it depends on the number of image tokens.
+    """Shift of sigma; None if it depends on the number of image tokens.
 
     Args:
-        noise: What the user wants.
-        scheduler: The configuration of the model's own scheduler, which decides where the user does not.
+        noise: The user's settings.
+        scheduler: Configuration of the model's scheduler, for what the user leaves open.
     """
     if noise.flow_schedule_auto_shift:
         return None
@@ -86,7 +86,7 @@ def static_shift(noise: NoiseConfig, scheduler: Mapping[str, object]) -> float |
 
 
 def dynamic_shift(scheduler: Mapping[str, object]) -> DynamicShift:
-    """The shift by image tokens with a scheduler's numbers."""
+    """Shift with the parameters of a scheduler's configuration."""
     names = {
         "base_image_seq_len": "base_tokens",
         "max_image_seq_len": "max_tokens",
@@ -94,11 +94,11 @@ def dynamic_shift(scheduler: Mapping[str, object]) -> DynamicShift:
         "max_shift": "max_mu",
     }
     given = {ours: scheduler[theirs] for theirs, ours in names.items() if theirs in scheduler}
-    return DynamicShift(**given)  # type: ignore[arg-type]  # numbers, by the scheduler that wrote them
+    return DynamicShift(**given)  # type: ignore[arg-type]  # diffusers wrote numbers
 
 
 def shift_at(noise: NoiseConfig, scheduler: Mapping[str, object], *, num_tokens: int) -> float:
-    """The shift of noise levels for pictures of this many tokens, the user's or the model's own."""
+    """Shift for images of num_tokens: the user's, else the model's."""
     fixed = static_shift(noise, scheduler)
     return dynamic_shift(scheduler)(num_tokens) if fixed is None else fixed
 
@@ -111,10 +111,10 @@ def add_noise(
     sample_indices: Sequence[int],
     seed: int,
 ) -> NoisyBatch:
-    """Noise [B, C, H, W] latents, each sample by the level and the noise that its position stands for.
+    """Noise [B, ...] latents at a sigma drawn for each sample; float32, on the device of the latents.
 
-    The result is float32 on the device of the latents; the target is the velocity from image to noise.
-    A sample's noise depends on the seed and its position only.
+    The target is the velocity from image to noise. Sigma and noise depend on the seed and the sample index
+    only.
 
     Source: Lipman et al., arXiv:2210.02747; Liu et al., arXiv:2209.03003.
     """
@@ -124,10 +124,10 @@ def add_noise(
     clean = latents.float()
     noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:]).to(clean.device)
     sigmas = tuple(
-        shift_sigma(sample_sigma(distribution, seed=seed, position=position), shift)
-        for position in sample_indices
+        shift_sigma(sample_sigma(distribution, seed=seed, sample_index=sample_index), shift)
+        for sample_index in sample_indices
     )
-    sigma = torch.tensor(sigmas, dtype=torch.float32).to(clean.device)[:, None, None, None]  # [B, 1, 1, 1]
+    sigma = per_sample(torch.tensor(sigmas, dtype=torch.float32).to(clean.device), clean)
     return NoisyBatch(
         latents=(1 - sigma) * clean + sigma * noise,
         target=noise - clean,
@@ -137,20 +137,20 @@ def add_noise(
     )
 
 
-def sample_sigma(distribution: SigmaDistribution, *, seed: int, position: int) -> float:
-    """The noise level in [0, 1] of one position, before the shift, known on the host."""
-    generator = generator_of(seed, "sigma", position)
-    if distribution.kind == "sigmoid":
+def sample_sigma(distribution: SigmaDistribution, *, seed: int, sample_index: int) -> float:
+    """Sigma in [0, 1] of one sample index, before the shift."""
+    generator = generator_of(seed, "sigma", sample_index)
+    if distribution.name == "sigmoid":
         normal = torch.randn((), generator=generator, dtype=torch.float64)
         return float(torch.sigmoid(distribution.scale * normal))
     uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-    if distribution.kind == "uniform":
+    if distribution.name == "uniform":
         return uniform
     return float(betaincinv(distribution.alpha, distribution.beta, uniform))
 
 
 def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: int) -> tuple[float, ...]:
-    """The guidance scale that each position's sample is trained with."""
+    """Guidance scale of each sample in training."""
     if noise.flux_guidance_mode == "constant":
         return (noise.flux_guidance_value,) * len(sample_indices)
     low, high = noise.flux_guidance_min, noise.flux_guidance_max
@@ -161,7 +161,7 @@ def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: in
 
 
 def shift_sigma(sigma: float, shift: float) -> float:
-    """A noise level after the shift, rounded to float32.
+    """Sigma after the shift, rounded to float32.
 
     Source: Esser et al., arXiv:2403.03206, equation 23.
     """
@@ -169,23 +169,23 @@ def shift_sigma(sigma: float, shift: float) -> float:
 
 
 def sigma_to_timestep(sigma: float) -> int:
-    """The timestep of a noise level: float32(sigma) * 1000 as the schedulers form it, floored."""
+    """Timestep of a sigma: float32(sigma) * 1000 as the schedulers compute it, rounded down."""
     return int(np.float32(sigma) * np.float32(NUM_TRAIN_TIMESTEPS))
 
 
 def timestep_input(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
-    """[B] what a transformer is called with at these noise levels, rounded to its dtype as pipelines do."""
+    """[B] timestep input of the transformer, sigma rounded to its dtype as pipelines do."""
     timesteps = torch.tensor(sigmas, dtype=torch.float32) * NUM_TRAIN_TIMESTEPS
     return timesteps.to(dtype) / NUM_TRAIN_TIMESTEPS
 
 
 def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
-    """The noise levels of a picture's denoising steps, from 1 down, after the shift that training had."""
+    """Sigma of each sampling step, from 1 down, with the same shift as in training."""
     return [shift_sigma(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
 
 
 def unshifted_sampler(component: Component, *, name: str | None = None) -> SchedulerMixin:
-    """A sampler with the settings of the model's own scheduler, but without a shift of noise levels."""
+    """The model's scheduler, or the named sampler, without a shift: pipeline calls pass shifted sigmas."""
     sampler_class = SAMPLERS[name or "euler"].load_for("flow_matching")
     with quiet():
         sampler: SchedulerMixin = sampler_class.from_config(

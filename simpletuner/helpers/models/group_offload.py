@@ -1,10 +1,9 @@
-"""Frozen weights on the host, brought to the device a group at a time: for cards that cannot hold the model.
+"""Frozen weights on the host, copied to the device one group at a time: for a model larger than the device.
 
-diffusers' own group offloading is made for inference: it moves the adapter with the layer that carries it, so
-that a step of the optimiser is lost, and it takes weights away that the backward pass still reads. Here a
-group is brought as new parameters, which live as long as anything needs them, and nothing but frozen base
-weights moves. With gradient checkpointing a block's forward is run again in the backward pass, which brings
-its weights again.
+diffusers' group offloading is for inference: it moves the adapter with its layer, which loses a step of the
+optimiser, and it frees weights that the backward pass still needs. Here a group is copied as new parameters,
+which autograd keeps alive, and only frozen base weights move. With gradient checkpointing the backward pass
+repeats a block's forward and so copies its weights again.
 """
 
 from __future__ import annotations
@@ -29,26 +28,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """A frozen weight of a layer, as it lies on the host."""
+    """A frozen weight of a layer, on the host."""
 
     layer: nn.Module
     name: str
     on_host: nn.Parameter
 
     def put(self, weight: nn.Parameter | None) -> None:
-        """Make this the layer's weight."""
+        """Set the layer's weight."""
         self.layer.register_parameter(self.name, weight)
 
 
 class GroupOffload:
-    """Keeps all groups but one on the host; the one whose layers run is on the device."""
+    """Keeps the group in use on the device and all others on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._present: tuple[Weight, ...] = ()
 
     def bring(self, group: tuple[Weight, ...]) -> None:
-        """Put the weights of a group on the device and let go of those of the last one."""
+        """Copy the weights of a group to the device and free those of the last group."""
         if group is self._present:
             return
         for weight in self._present:
@@ -60,12 +59,12 @@ class GroupOffload:
 
 
 def offload_groups(model: nn.Module, config: PrecisionConfig, *, device: torch.device) -> GroupOffload:
-    """Leave a model's blocks on the host and move everything else to the device, an adapter among it.
+    """Keep a model's blocks on the host and move everything else, adapter included, to the device.
 
     Args:
-        model: On the host, with its adapter.
-        config: Says what a group is.
-        device: Where the model runs.
+        model: Model with its adapter, on the host.
+        config: Type and size of a group.
+        device: Device of the computation.
 
     Raises:
         ModelError: The model has no list of blocks.
@@ -85,7 +84,7 @@ def offload_groups(model: nn.Module, config: PrecisionConfig, *, device: torch.d
     model.to(device)
     for weight in chain.from_iterable(groups):
         weight.put(weight.on_host)
-    logger.info("%s: the weights stay on the host in %d groups.", type(model).__name__, len(groups))
+    logger.info("%s: weights stay on the host in %d groups.", type(model).__name__, len(groups))
     return offload
 
 
@@ -96,7 +95,7 @@ def _bring(offload: GroupOffload, group: tuple[Weight, ...], *_: object) -> None
 def _members(
     model: nn.Module, config: PrecisionConfig
 ) -> Iterator[tuple[Sequence[nn.Module], Iterable[nn.Module]]]:
-    """(modules before whose forward a group is brought, layers whose weights it holds)."""
+    """Groups as (modules whose forward needs the group, layers of the group)."""
     if config.group_offload_type == "block_level":
         size = config.group_offload_blocks_per_group
         for blocks in (each for each in model.children() if isinstance(each, nn.ModuleList)):

@@ -1,4 +1,4 @@
-"""Files of a hub repository on this machine: from the cache without any request, else downloaded."""
+"""Files of a hub repository: from the local cache without a request, else downloaded."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.errors import ModelError, one_line_reason
 
 logger = logging.getLogger(__name__)
 
-# The root of the HTTP client's own errors; which client that is changes between versions of the hub library.
+# Base class of the HTTP client's errors; the client differs between versions of huggingface_hub.
 TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 assert issubclass(TRANSPORT_ERROR, Exception)
 
 
 def cached(repository: str, *, revision: str | None, patterns: Sequence[str], key: str) -> Path | None:
-    """The snapshot folder of a repository in the cache, found without any request; None when there is none.
+    """Snapshot folder of a repository in the cache, found without a request; None if there is none.
 
-    Its name is the commit. It may lack files that match the patterns.
+    The folder's name is the commit. Files that match the patterns may be missing.
 
     Raises:
-        ModelError: The name cannot be that of a repository.
+        ModelError: The name is no valid repository name.
     """
     try:
         return _snapshot(repository, revision=revision, patterns=patterns, local=True)
@@ -39,24 +39,24 @@ def cached(repository: str, *, revision: str | None, patterns: Sequence[str], ke
         return None
     except HFValidationError as error:
         raise ModelError(
-            f"{key} {repository}: there is no such folder, and it is not a repository name "
-            "(owner/name) either. Correct the path, or name a repository."
+            f"{key} {repository}: neither an existing folder nor a repository name (owner/name). "
+            "Correct the path, or name a repository."
         ) from error
 
 
 def downloaded(repository: str, *, revision: str | None, patterns: Sequence[str], key: str) -> Path:
-    """The snapshot folder of a repository after downloading the files that match the patterns.
+    """Snapshot folder of a repository after downloading the files that match the patterns.
 
-    Its name is the commit. Files that the repository does not have are simply not there.
+    The folder's name is the commit. Files that the repository lacks are missing.
 
     Args:
-        repository: Its name, owner/name.
-        revision: A branch, tag or commit; None is the default branch.
+        repository: owner/name.
+        revision: Branch, tag or commit; None is the default branch.
         patterns: Shell patterns of paths in the repository.
-        key: The configuration key that named the repository, for messages.
+        key: Configuration key of the repository, for messages.
 
     Raises:
-        ModelError: The repository does not exist, is gated, or cannot be reached.
+        ModelError: The repository does not exist, is gated, or is unreachable.
     """
     if not constants.HF_HUB_OFFLINE:
         logger.info("Looking for %s at %s.", ", ".join(patterns[:2]), f"{constants.ENDPOINT}/{repository}")
@@ -67,7 +67,7 @@ def downloaded(repository: str, *, revision: str | None, patterns: Sequence[str]
 
 
 def _explain(error: Exception, repository: str, revision: str | None) -> str:
-    """What went wrong and what to do, for one failure of a download."""
+    """Reason and remedy of a failed download."""
     match error:
         case GatedRepoError():
             return (
@@ -78,22 +78,21 @@ def _explain(error: Exception, repository: str, revision: str | None) -> str:
             return f"the repository has no revision {revision}. Correct or drop revision."
         case RepositoryNotFoundError():
             return (
-                f"there is no such folder here, and no such repository on {constants.ENDPOINT} that this "
-                "machine may read. Correct the name; for a private repository run: hf auth login"
+                f"no such local folder, and no such repository on {constants.ENDPOINT} that this machine may "
+                "read. Correct the name; for a private repository run: hf auth login"
             )
         case LocalEntryNotFoundError():
             offline = constants.HF_HUB_OFFLINE
             why = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} cannot be reached"
             return (
-                "there is no such folder here, the repository is not (wholly) in the cache "
+                "no such local folder, the repository is not (completely) in the cache "
                 f"({constants.HF_HUB_CACHE}), and {why}. Give a local model folder, or start once with a "
-                "connection, which fetches what is used; if the repository asks for it, accept its licence "
-                f"at {constants.ENDPOINT}/{repository} before that and run: hf auth login"
+                "connection to download the model. For a gated repository first accept the licence at "
+                f"{constants.ENDPOINT}/{repository} and run: hf auth login"
             )
-    reason = " ".join(str(error).split())[:300]
     return (
-        f"the download failed: {type(error).__name__}: {reason}. What has arrived is kept; start again to go "
-        "on."
+        f"the download failed: {type(error).__name__}: {one_line_reason(error)}. Start again to resume the "
+        "download."
     )
 
 

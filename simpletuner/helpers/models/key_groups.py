@@ -1,8 +1,9 @@
-"""Which keys of config.json are about which kind of model, as plain data; read before torch is imported."""
+"""Groups of configuration keys and checks that several specs share. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 DIFFUSION_KEYS = frozenset({"snr_gamma", "rescale_betas_zero_snr", "validation_guidance_rescale"})
 FLOW_KEYS = frozenset(
@@ -19,28 +20,44 @@ FLOW_KEYS = frozenset(
 GUIDANCE_KEYS = frozenset(
     {"flux_guidance_mode", "flux_guidance_value", "flux_guidance_min", "flux_guidance_max"}
 )
-"""About models that are told a guidance scale."""
+"""Keys of models with a guidance embedding."""
 NO_GUIDANCE: Mapping[str, object] = {"flux_guidance_mode": "constant", "flux_guidance_value": 1.0}
-"""What those keys say where no guidance is asked for."""
+"""Values of these keys that mean no guidance."""
 UNET_KEYS = frozenset({"pretrained_unet_model_name_or_path", "pretrained_unet_subfolder"})
 TRANSFORMER_KEYS = frozenset(
     {"pretrained_transformer_model_name_or_path", "pretrained_transformer_subfolder"}
 )
 
 
-def unused_guidance_keys(values: Mapping[str, object], *, instead: str) -> dict[str, str]:
-    """Key -> what is wrong with asking for guidance from a flavour that is told none."""
-    flavour = values["model_flavour"]
-    asked = [key for key, default in NO_GUIDANCE.items() if values.get(key, default) != default]
-    return dict.fromkeys(asked, f"model_flavour {flavour} is told no guidance. Remove it, or take {instead}.")
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """One published model of a family."""
+
+    repository: str
+    has_guidance: bool
+    """Whether the denoiser has a guidance embedding."""
 
 
-def single_file(values: Mapping[str, object], key: str, *, what: str) -> dict[str, str]:
-    """The key -> what is wrong with naming a single file, where the key does."""
+def unused_guidance_keys(
+    values: Mapping[str, object], flavours: Mapping[str, Flavour], *, instead: str
+) -> dict[str, str]:
+    """Error messages for guidance keys set on a flavour without a guidance embedding."""
+    flavour = flavours.get(str(values.get("model_flavour")))
+    if flavour is None or flavour.has_guidance:
+        return {}
+    keys = [key for key, default in NO_GUIDANCE.items() if values.get(key, default) != default]
+    return dict.fromkeys(
+        keys,
+        f"model_flavour {values['model_flavour']} has no guidance embedding. Remove it, or set {instead}.",
+    )
+
+
+def unreadable_single_file(values: Mapping[str, object], key: str, *, component: str) -> dict[str, str]:
+    """Error message for a key that names a single file if its component is read from folders only."""
     value = str(values.get(key))
     if not value.endswith(".safetensors"):
         return {}
     return {
-        key: f"{value}: is a single file, and {what} read from folders and repositories only. "
-        "Give a folder that holds config.json beside the weights."
+        key: f"{value} is a single file, but {component} must be a folder or repository. "
+        "Give a folder with config.json beside the weights."
     }

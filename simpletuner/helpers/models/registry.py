@@ -1,4 +1,4 @@
-"""Which families there are; nothing here imports torch until a family is loaded."""
+"""The model families. Imports no torch until a family is loaded."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ FAMILIES = {
 
 
 def specs() -> dict[str, ModelSpec]:
-    """The spec of every family by its name, without importing torch or diffusers."""
+    """Family name -> spec, without importing torch or diffusers."""
     return {name: _spec_of(target) for name, target in FAMILIES.items()}
 
 
 facts = specs
-"""The name that callers outside the package know `specs` by."""
+"""Name of `specs` for callers outside the package."""
 
 
 def load_family(name: str) -> type[ModelFamily]:
     """Import the class of one family, and with it torch and diffusers.
 
     Raises:
-        ModelError: There is no family of that name.
+        ModelError: The name is unknown.
     """
     if name not in FAMILIES:
         raise ModelError(
-            f"model_family {name!r} is not known. Known families: {', '.join(sorted(FAMILIES))}. "
+            f"model_family {name!r} is unknown. Known: {', '.join(sorted(FAMILIES))}. "
             "Set model_family to one of them."
         )
     module, _, class_name = FAMILIES[name].partition(":")
-    return cast("type[ModelFamily]", vars(import_module(module))[class_name])
+    return cast("type[ModelFamily]", getattr(import_module(module), class_name))
 
 
 def _spec_of(target: str) -> ModelSpec:
     folder = target.partition(":")[0].rpartition(".")[0]
-    return cast(ModelSpec, vars(import_module(f"{folder}.spec"))["SPEC"])
+    return cast(ModelSpec, import_module(f"{folder}.spec").SPEC)

@@ -1,4 +1,4 @@
-"""Weights from one .safetensors file, in diffusers' names or the original ones, which diffusers converts."""
+"""Loads weights from a single .safetensors file, in diffusers' or the original layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import xxhash
@@ -16,34 +16,36 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, create
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.errors import ModelError, one_line_reason
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SUFFIX = ".safetensors"
 DENOISER_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 MAX_HEADER_BYTES = 1 << 24
-"""Thirty times the header of a whole SDXL checkpoint."""
+"""30 times the header of an SDXL checkpoint."""
 PACKED_DTYPES = frozenset({"U8", "I8"})
 SCALE_NAMES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8", "comfy_quant")
-"""Last parts of the names of what quantised weights would have to be multiplied by."""
+"""Last parts of the names of the scales of quantised weights."""
 MAX_SHOWN = 80
-"""Characters of a tensor's name in a message; a name may be as long as the header."""
+"""Characters of a tensor's name in a message; a damaged file can hold a name of megabytes."""
 HASH_CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
 class SingleFile:
-    """The part of a file that holds one model."""
+    """One model in a file."""
 
     path: Path
     prefix: str
-    """Of the model's tensors in a file of the original layout; a file of the model alone may go without."""
+    """Prefix of the model's tensors in the original layout; a file with one model may omit it."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's tensors, without the prefix; all there are when none has it.
+        """The model's tensors, without the prefix; all tensors if none has the prefix.
 
         Raises:
-            ModelError: The file cannot be read, or its weights are quantised.
+            ModelError: The file is unreadable, or its weights are quantised.
         """
         with _opened(self.path) as file:
             names = list(file.keys())
@@ -52,14 +54,14 @@ class SingleFile:
                 packed = file.get_slice(name).get_dtype() in PACKED_DTYPES
                 if packed or name.rpartition(".")[2] in SCALE_NAMES:
                     raise ModelError(
-                        f"{self.path}: its weights are quantised ({name[:MAX_SHOWN]!r}). Give the model in "
-                        "bf16 or fp16; base_model_precision quantises it here."
+                        f"{self.path}: the weights are quantised ({name[:MAX_SHOWN]!r}). Give the model in "
+                        "bf16 or fp16; base_model_precision quantises it."
                     )
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in own}
 
 
 def names_in(path: Path) -> frozenset[str]:
-    """The names of a file's tensors.
+    """Names of a file's tensors.
 
     Raises:
         ModelError: It is no safetensors file.
@@ -68,24 +70,27 @@ def names_in(path: Path) -> frozenset[str]:
         return frozenset(file.keys())
 
 
-def load_single_file(model_class: Any, file: SingleFile, *, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """A diffusers model or CLIP text encoder with the weights of a file, in eval mode.
+def load_single_file(
+    model_class: type[Model], file: SingleFile, *, folder: Path, dtype: torch.dtype
+) -> Model:
+    """Load a diffusers model or a CLIP text encoder with the weights of a file, in eval mode.
 
     Args:
-        model_class: Of diffusers, or a CLIP text encoder of transformers.
-        file: Has the weights.
-        folder: Has the configuration.
-        dtype: Of the model.
+        model_class: Class of diffusers, or CLIP text encoder of transformers.
+        file: The weights.
+        folder: Folder of the configuration.
+        dtype: Dtype of the model.
 
     Raises:
         ModelError: The file is damaged, incomplete, or of another architecture.
     """
     tensors = file.tensors()
+    loader: Any = model_class
     try:
         if issubclass(model_class, FromOriginalModelMixin):
             named = _named_for(model_class, tensors, folder=folder, prefix=file.prefix)
             options = {"config": str(folder), "dtype": dtype, "local_files_only": True}
-            model = model_class.from_single_file(named, **options)
+            model: Any = loader.from_single_file(named, **options)
         else:
             model = create_diffusers_clip_model_from_ldm(
                 model_class,
@@ -94,7 +99,7 @@ def load_single_file(model_class: Any, file: SingleFile, *, folder: Path, dtype:
                 torch_dtype=dtype,
                 local_files_only=True,
             )
-    # The converter reads what it expects without asking whether it is there.
+    # The converter reads tensors without checking that the file has them.
     except (
         OSError,
         ValueError,
@@ -105,40 +110,46 @@ def load_single_file(model_class: Any, file: SingleFile, *, folder: Path, dtype:
         SafetensorError,
         SingleFileComponentError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{file.path}: cannot be loaded as {model_class.__name__} of the shape that {folder} states: "
-            f"{type(error).__name__}: {reason}. Give the configuration of this very model, or another file."
+            f"{file.path} cannot be loaded as {model_class.__name__} with the configuration in {folder}: "
+            f"{type(error).__name__}: {one_line_reason(error)}. Give this model's configuration, or another "
+            "file."
         ) from error
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ModelError(
-            f"{file.path}: lacks {len(missing)} of the weights of {model_class.__name__}, for instance "
+            f"{file.path} lacks {len(missing)} of the weights of {model_class.__name__}, for instance "
             f"{missing[0]}. Give a complete file."
         )
-    # The converter passes over what it has no place for; beside a VAE or a text encoder there may be more.
+    # The converter ignores unknown tensors. A file may hold more than the VAE or the text encoder, so only
+    # the denoiser's size is checked.
     surplus = _num_weights(tensors) - _num_weights(model.state_dict())
     if file.prefix == DENOISER_PREFIX and surplus > 0:
         raise ModelError(
-            f"{file.path}: has {surplus} weights more than {model_class.__name__} of the shape that {folder} "
-            "states. Give the configuration of this very model, or another file."
+            f"{file.path} has {surplus} weights more than {model_class.__name__} with the configuration in "
+            f"{folder}. Give this model's configuration, or another file."
         )
-    return model.eval()  # type: ignore[no-any-return]
+    return cast(Model, model.eval())
 
 
 @cache
-def content_digest(path: Path, size: int, modified_ns: int) -> str:
-    """Hash of a file's bytes, read once for all the components in it while size and time stay the same."""
+def cached_file_digest(path: Path, size: int, modified_ns: int) -> str:
+    """Hash of a file's bytes, computed once for all its components while size and time stay the same."""
     digest = xxhash.xxh3_128()
+    hash_file(path, digest)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path, digest: xxhash.xxh3_128) -> None:
+    """Add a file's bytes to a digest."""
     with path.open("rb") as stream:
         while chunk := stream.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _named_for(
     model_class: Any, tensors: Mapping[str, Tensor], *, folder: Path, prefix: str
 ) -> Mapping[str, Tensor]:
-    """The tensors as diffusers' loader recognises them: its own names alone, or the original ones in full."""
+    """The tensors in the names that diffusers' loader detects: its own, or the original ones with prefix."""
     with torch.device("meta"):
         own = model_class.from_config(model_class.load_config(str(folder))).state_dict().keys()
     if own <= tensors.keys():

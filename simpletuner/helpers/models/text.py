@@ -1,4 +1,4 @@
-"""What the families' encoding of captions shares: refusing what is not finite, saying what is cut off."""
+"""Checks of prompt encoding that all families share: finite values, truncated prompts."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ SHOWN_CHARACTERS = 80
 
 
 def check_finite_text(prompt: str, *encoded: Tensor, dtype: torch.dtype) -> None:
-    """Refuse the encoding of a prompt that holds a value which is not finite.
+    """Refuse prompt embeds that are not finite.
 
     Raises:
-        DataError: There is one; the message names the prompt.
+        DataError: A value is not finite; the message names the prompt.
     """
     if not all(bool(each.isfinite().all()) for each in encoded):
         raise DataError(
-            "The text encoders gave values that are not finite for the prompt "
-            f"{prompt[:SHOWN_CHARACTERS]!r} in {dtype}. Set mixed_precision to bf16 or no."
+            f"The prompt embeds of {prompt[:SHOWN_CHARACTERS]!r} are not finite in {dtype}. "
+            "Set mixed_precision to bf16 or no."
         )
 
 
 class TruncationWarning:
-    """Says once, of the first batch with such a caption, that text encoders see only the beginning of it."""
+    """Warns once when a caption is longer than the text encoder's limit."""
 
-    def __init__(self, *, limit: int, reader: str = "the text encoders see") -> None:
+    def __init__(self, *, limit: int, encoder: str = "the text encoder") -> None:
         self._limit = limit
-        self._reader = reader
+        self._encoder = encoder
         self._has_warned = False
 
     def check(self, prompts: Sequence[str], lengths: Sequence[int]) -> None:
-        """Warn of the longest of these prompts if it has more tokens than are read."""
+        """Warn if the longest of these prompts, with `lengths` tokens, exceeds the limit."""
         longest = max(range(len(prompts)), key=lengths.__getitem__, default=None)
         if self._has_warned or longest is None or lengths[longest] <= self._limit:
             return
         self._has_warned = True
         logger.warning(
-            "A caption has %d tokens; %s the first %d. The rest has no effect, here and in other long "
-            "captions: %r",
+            "A caption has %d tokens, but %s reads only the first %d; the rest of long captions has no "
+            "effect: %r",
             lengths[longest],
-            self._reader,
+            self._encoder,
             self._limit,
             prompts[longest][:SHOWN_CHARACTERS],
         )

@@ -1,8 +1,8 @@
-"""What the tiny models of every family are made of: a word list, byte-pair merges, reproducible weights.
+"""Building blocks of the tiny models of all families: a word list, byte-pair merges, reproducible weights.
 
-The weights are random but exactly reproducible: they come from integers of a seeded generator and from
-arithmetic that IEEE 754 rounds one way only, never from torch's initialisers, whose last bits depend on
-the processor. The vocabularies are made by hand, since trainers of tokenizers vary from run to run.
+The weights are random and exactly reproducible: integers of a seeded generator and exactly rounded IEEE 754
+arithmetic. The last bits of torch's initialisers depend on the processor. The vocabularies are made by hand,
+since trainers of tokenizers vary from run to run.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ CLIP_END_OF_WORD = "</w>"
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MAX_TOKENS = 77
 SPACE = "Ġ"
-"""How a byte-level vocabulary writes the space before a word."""
+"""Space before a word in a byte-level vocabulary."""
 
 NUM_WEIGHT_LEVELS = 1 << 16
-"""How many values a weight can take between its bounds."""
+"""Number of values of a weight between its bounds."""
 
 
 def fill_weights(module: nn.Module, *, seed: int) -> None:
@@ -47,7 +47,7 @@ def fill_weights(module: nn.Module, *, seed: int) -> None:
 
 
 def make_clip_tokenizer(*, pad: str) -> CLIPTokenizer:
-    """A CLIP tokenizer that knows every byte and each word of the word list as one token."""
+    """A CLIP tokenizer; every byte and every word of the word list is one token."""
     merges = learn_merges(WORD_LIST.split(), end_of_word=CLIP_END_OF_WORD)
     alphabet = byte_alphabet()
     symbols = [*alphabet, *(symbol + CLIP_END_OF_WORD for symbol in alphabet)]
@@ -60,7 +60,7 @@ def make_clip_tokenizer(*, pad: str) -> CLIPTokenizer:
 
 
 def clip_text_config(tokenizer: CLIPTokenizer, *, width: int) -> CLIPTextConfig:
-    """A CLIP text encoder of three layers for this very tokenizer: CLIP pools at its end token."""
+    """Configuration of a three-layer CLIP text encoder; CLIP pools at this tokenizer's end token."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -76,20 +76,20 @@ def clip_text_config(tokenizer: CLIPTokenizer, *, width: int) -> CLIPTextConfig:
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 symbols that a byte-level vocabulary writes bytes with."""
+    """The 256 symbols of bytes in a byte-level vocabulary."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def make_vocabulary(
     symbols: Sequence[str], *, merges: Iterable[Pair], special: Sequence[str]
 ) -> dict[str, int]:
-    """Token -> id: the symbols, then what the merges make, then the special tokens."""
+    """Token -> id: symbols, then merges, then special tokens."""
     tokens = dict.fromkeys([*symbols, *("".join(merge) for merge in merges), *special])
     return {token: index for index, token in enumerate(tokens)}
 
 
 def learn_merges(words: Sequence[str], *, end_of_word: str = "") -> dict[Pair, int]:
-    """Byte-pair merges and their ranks, such that each word ends as a single token."""
+    """Byte-pair merges and their ranks that make each word a single token."""
     ranks: dict[Pair, int] = {}
     for word in words:
         while len(parts := _segment(word, ranks, end_of_word)) > 1:
@@ -98,7 +98,7 @@ def learn_merges(words: Sequence[str], *, end_of_word: str = "") -> dict[Pair, i
 
 
 def _segment(word: str, ranks: Mapping[Pair, int], end_of_word: str) -> list[str]:
-    """The tokens of a word: of its neighbours that are a known pair the lowest rank joins, until none are."""
+    """Tokens of a word: join the known pair of lowest rank until there is none."""
     parts = [*word[:-1], word[-1] + end_of_word]
     while known := [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]:
         place = min(known)[1]
@@ -107,7 +107,7 @@ def _segment(word: str, ranks: Mapping[Pair, int], end_of_word: str) -> list[str
 
 
 def _uniform(shape: torch.Size, *, generator: torch.Generator) -> Tensor:
-    """Values on a grid in [-1, 1) divided by the root of the fan in, from exactly rounded operations only."""
+    """Values on a grid in [-1, 1) divided by sqrt(fan in), from exactly rounded operations only."""
     levels = torch.randint(NUM_WEIGHT_LEVELS, tuple(shape), generator=generator, dtype=torch.int64)
     unit = levels.to(torch.float64) * (2 / NUM_WEIGHT_LEVELS) - 1
     return (unit / sqrt(prod(shape[1:]))).to(torch.float32)

@@ -19,7 +19,7 @@ from simpletuner.helpers.configuration.schema.sections import ValidationConfig, 
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models.family import ModelFamily
+from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.sampling.images import save_png
@@ -96,7 +96,7 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     load(pipeline, request.adapter, strength=validation.validation_lycoris_strength)
     for prompt in prompts:
         inputs = family.pipeline_inputs(
-            embeds[prompt.text], embeds[negative], pictures=validation, size=prompt.size
+            embeds[prompt.text], embeds[negative], validation=validation, size=prompt.size
         )
         image = pipeline(**inputs, **call_options(prompt, validation)).images[0]
         file = output / f"{prompt.name}.png"
@@ -162,9 +162,11 @@ def _family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(sections.model.model_family)(
-        sections.model,
-        noise=sections.noise,
-        precision=sections.precision,
-        device=device,
-        weight_dtype=DTYPES[dtype or default],
+        FamilyContext(
+            model=sections.model,
+            noise=sections.noise,
+            precision=sections.precision,
+            device=device,
+            weight_dtype=DTYPES[dtype or default],
+        )
     )

@@ -94,7 +94,7 @@ class ValidationSampler:
         inputs = self.family.pipeline_inputs(
             self.text_embeds(prompt.text),
             self.text_embeds(self.config.validation_negative_prompt),
-            pictures=self.config,
+            validation=self.config,
             size=prompt.size,
         )
         options = call_options(prompt, self.config)

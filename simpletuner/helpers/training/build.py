@@ -39,6 +39,7 @@ from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.run_folder import CONFIG_FILE, VALIDATION_FOLDER
+from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -67,7 +68,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.io.atomic import JsonValue
-    from simpletuner.helpers.models.family import ModelFamily
 
 logger = logging.getLogger(__name__)
 
@@ -321,11 +321,13 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
 def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
     """The model's family, before any weights are loaded."""
     return load_family(config.model.model_family)(
-        config.model,
-        noise=config.noise,
-        precision=config.precision,
-        device=accelerator.device,
-        weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
+        FamilyContext(
+            model=config.model,
+            noise=config.noise,
+            precision=config.precision,
+            device=accelerator.device,
+            weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
+        )
     )
 
 
@@ -340,7 +342,6 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         process_index=accelerator.process_index,
         pixel_alignment=config.data.aspect_bucket_alignment or family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
-        stack_text=family.stack_text,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.contracts import MicroBatchOutput, TextEmbeds
+from simpletuner.helpers.contracts import MicroBatchOutput
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.metrics import (
@@ -240,9 +240,4 @@ class Trainer:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on a device."""
-    text = TextEmbeds(
-        prompt_embeds=batch.text.prompt_embeds.to(device),
-        pooled=None if batch.text.pooled is None else batch.text.pooled.to(device),
-        attention_mask=None if batch.text.attention_mask is None else batch.text.attention_mask.to(device),
-    )
-    return replace(batch, latents=batch.latents.to(device), text=text)
+    return replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))

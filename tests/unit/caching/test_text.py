@@ -48,3 +48,13 @@ def test_key_is_that_of_existing_caches_and_depends_on_prompt_and_encoder() -> N
 
 def test_a_prompt_that_is_not_cached_is_none(tmp_path: Path) -> None:
     assert read_text(TensorStore(tmp_path), KEY) is None
+
+
+def test_a_familys_own_tensors_come_back_beside_the_known_ones(tmp_path: Path) -> None:
+    written = TextEmbeds(torch.ones(1, 4, 2), others={"glyphs": torch.full((1, 3), 7.0)})
+    store = TensorStore(tmp_path)
+    store.put(KEY, text_entry(written), metadata={})
+    read = read_text(store, KEY)
+    assert read is not None
+    assert read.tensors().keys() == {"tokens", "glyphs"}
+    assert torch.equal(read.others["glyphs"], written.others["glyphs"])

@@ -26,7 +26,7 @@ from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
-from simpletuner.helpers.data.dataset import TrainingData, load_pixels, stack_text
+from simpletuner.helpers.data.dataset import TrainingData, load_pixels
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.faults import StorageError, at_crash_points
 
@@ -591,18 +591,3 @@ def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
     pixels = load_pixels(data._images[0])
     assert pixels.shape == (3, 64, 64)
     assert pixels.max() == -1.0
-
-
-def test_stack_text_keeps_what_every_part_has() -> None:
-    one = TextEmbeds(
-        prompt_embeds=torch.zeros(1, 4, 2), pooled=torch.zeros(1, 3), attention_mask=torch.ones(1, 4).bool()
-    )
-    stacked = stack_text([one, one])
-    assert stacked.prompt_embeds.shape == (2, 4, 2)
-    assert stacked.pooled is not None
-    assert stacked.pooled.shape == (2, 3)
-    assert stacked.attention_mask is not None
-    assert stacked.attention_mask.shape == (2, 4)
-    bare = stack_text([TextEmbeds(prompt_embeds=torch.zeros(1, 4, 2))])
-    assert bare.pooled is None
-    assert bare.attention_mask is None

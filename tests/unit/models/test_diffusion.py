@@ -64,6 +64,24 @@ def test_noised_batch_agrees_with_the_scheduler_of_diffusers(prediction: Diffusi
     torch.testing.assert_close(noised.target, expected)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shape", [(4, 8), (4, 3, 8, 8)], ids=["3 axes", "5 axes"])
+def test_latents_of_any_number_of_axes_are_noised_sample_by_sample(
+    prediction: DiffusionPrediction, shape: tuple[int, ...]
+) -> None:
+    latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    noised = add_noise(latents, schedule=schedule(prediction), sample_indices=[5, 6, 7], seed=1)
+    noise = draw_noise([5, 6, 7], seed=1, shape=shape)
+    assert noised.latents.shape == noised.target.shape == latents.shape
+    for index, timestep in enumerate(noised.timesteps):
+        alpha_bar = float(schedule().alpha_bars[timestep])
+        signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+        expected = signal * latents[index] + spread * noise[index]
+        torch.testing.assert_close(noised.latents[index], expected, rtol=1e-5, atol=1e-6)
+        target = noise[index] if prediction == "epsilon" else signal * noise[index] - spread * latents[index]
+        torch.testing.assert_close(noised.target[index], target, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("gamma", [None, 5.0])
 def test_noised_batch_gives_a_sample_the_same_noise_in_every_batch(gamma: float | None) -> None:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import stats
 
 from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.flow_matching import (
     DynamicShift,
     SigmaDistribution,
@@ -105,7 +106,7 @@ def test_noise_levels_follow_the_distribution_that_was_asked_for(
     keys: dict[str, object], cumulative: object
 ) -> None:
     distribution = distribution_of(NoiseConfig.model_validate(keys))
-    drawn = [sample_sigma(distribution, seed=3, position=position) for position in range(2000)]
+    drawn = [sample_sigma(distribution, seed=3, sample_index=index) for index in range(2000)]
     assert stats.kstest(drawn, cumulative).pvalue > 0.01
 
 
@@ -120,6 +121,20 @@ def test_noised_batch_lies_on_the_line_from_image_to_noise() -> None:
     assert noised.timesteps == tuple(int(torch.tensor(each) * 1000) for each in noised.sigmas)
     assert all(float(np.float32(each)) == each for each in noised.sigmas)
     assert noised.weight.tolist() == [1.0] * 5
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 3, 8, 8)], ids=["3 axes", "5 axes"])
+def test_latents_of_any_number_of_axes_are_noised_sample_by_sample(shape: tuple[int, ...]) -> None:
+    clean = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    noised = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=[4, 9, 2], seed=7)
+    assert noised.latents.shape == noised.target.shape == clean.shape
+    assert noised.sigmas is not None
+    noise = draw_noise([4, 9, 2], seed=7, shape=shape)
+    for index, sigma in enumerate(noised.sigmas):
+        torch.testing.assert_close(
+            noised.latents[index], (1 - sigma) * clean[index] + sigma * noise[index], rtol=1e-6, atol=1e-6
+        )
+    torch.testing.assert_close(noised.target, noise - clean)
 
 
 def test_a_sample_is_noised_alike_in_any_batch() -> None:

@@ -17,7 +17,7 @@ from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_b
 
 @pytest.fixture
 def scheduler(tiny_sdxl: Path) -> Component:
-    return find_component("scheduler", ModelSource(str(tiny_sdxl)), kind="scheduler")
+    return find_component("scheduler", ModelSource(str(tiny_sdxl)), component_type="scheduler")
 
 
 def test_training_alpha_bars_are_those_of_the_models_betas(scheduler: Component) -> None:
@@ -65,6 +65,6 @@ def test_make_sampler_refuses_a_model_whose_sampler_is_of_another_kind(tmp_path:
     folder.mkdir()
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
     (folder / "scheduler_config.json").write_text(json.dumps(config))
-    component = find_component("scheduler", ModelSource(str(tmp_path)), kind="scheduler")
+    component = find_component("scheduler", ModelSource(str(tmp_path)), component_type="scheduler")
     with pytest.raises(ModelError, match=r"FlowMatchEulerDiscreteScheduler.*validation_noise_scheduler"):
         make_sampler(component, name=None, prediction="epsilon", zero_snr=False)

@@ -53,13 +53,11 @@ def parts(family: SDXL) -> dict[str, nn.Module]:
     """The models of a family; weights are copied, since a CPU rounds by where a mapped one begins."""
     family.load_vae()
     family.load_text_encoders()
-    assert family._encoder is not None
-    assert family._vae is not None
     models: dict[str, nn.Module] = {
         "unet": family.load_denoiser(),
-        "vae": family._vae,
-        "text_encoder": family._encoder.text_encoder,
-        "text_encoder_2": family._encoder.text_encoder_2,
+        "vae": family.vae,
+        "text_encoder": family.prompt_encoder.text_encoder,
+        "text_encoder_2": family.prompt_encoder.text_encoder_2,
     }
     for model in models.values():
         model.load_state_dict({key: each.clone() for key, each in model.state_dict().items()}, assign=True)
@@ -210,7 +208,7 @@ def test_file_without_a_needed_weight_is_refused(
         file = tmp_path / "broken.safetensors"
         save_whole_checkpoint(tiny_sdxl, file, without=name)
         family = sdxl(file, pretrained_config_name_or_path=str(configuration))
-        with pytest.raises(ModelError, match=rf"{file}: (lacks 1 of|cannot be loaded as)"):
+        with pytest.raises(ModelError, match=rf"{file} (lacks 1 of|cannot be loaded as)"):
             predictions(family)
 
 
@@ -220,7 +218,7 @@ def test_file_of_another_shape_is_refused_with_its_configuration_named(
     config = configuration / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 96}))
     family = sdxl(whole, pretrained_config_name_or_path=str(configuration))
-    with pytest.raises(ModelError, match=r"CLIPTextModel of the shape that .*text_encoder states"):
+    with pytest.raises(ModelError, match=r"CLIPTextModel .*text_encoder:"):
         family.load_text_encoders()
 
 
@@ -233,7 +231,7 @@ def test_file_with_more_weights_than_its_configuration_has_places_for_is_refused
     num_surplus = sum(tensor.numel() for key, tensor in tensors.items() if ".guidance_embedder." in key)
     save_file(with_prefix(prefix, tensors), tmp_path / "t.safetensors")
     file = SingleFile(tmp_path / "t.safetensors", DENOISER_PREFIX)
-    with pytest.raises(ModelError, match=rf"t.safetensors: has {num_surplus} weights more than .*{tmp_path}"):
+    with pytest.raises(ModelError, match=rf"t.safetensors has {num_surplus} weights more than .*{tmp_path}"):
         load_single_file(FluxTransformer2DModel, file, folder=tmp_path, dtype=torch.float32)
 
 
@@ -248,7 +246,7 @@ def test_file_with_more_weights_than_its_configuration_has_places_for_is_refused
 def test_quantised_file_is_refused(sdxl: MakeSDXL, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, tmp_path / "q.safetensors")
     family = sdxl(pretrained_unet_model_name_or_path=str(tmp_path / "q.safetensors"))
-    with pytest.raises(ModelError, match=r"its weights are quantised .* base_model_precision"):
+    with pytest.raises(ModelError, match=r"are quantised .* base_model_precision"):
         family.load_denoiser()
 
 
@@ -257,10 +255,10 @@ def test_header_that_would_fill_the_memory_is_refused_before_it_is_read(
 ) -> None:
     file = tmp_path / "huge.safetensors"
     file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ModelError, match=r"claims 1099511627776 bytes, at most 16777216 are read"):
+    with pytest.raises(ModelError, match=r"1099511627776.*16777216"):
         sdxl(pretrained_unet_model_name_or_path=str(file)).load_denoiser()
     file.write_bytes(b"{}")
-    with pytest.raises(ModelError, match=r"claims|not a readable safetensors file"):
+    with pytest.raises(ModelError, match=r"safetensors file"):
         single_file.names_in(file)
     file.write_bytes((2).to_bytes(8, "little") + b"[]")
     with pytest.raises(ModelError, match="not a readable safetensors file"):

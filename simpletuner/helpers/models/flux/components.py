@@ -1,4 +1,4 @@
-"""The parts of one Flux.1 model: where each lies, and whether they belong together."""
+"""Finds the components of a Flux.1 model and checks that they fit together."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.models.component_checks import (
+    ModelComponents,
     base_source,
     check_classes,
-    check_number,
-    number,
+    check_fit,
+    config_number,
     read_index,
-    transformer_of,
-    vae_of,
+    swappable_component,
 )
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.loading import (
@@ -30,79 +30,76 @@ PATCH = 2
 """Latent positions along the edge of a token."""
 
 
-@dataclass(frozen=True, slots=True)
-class FluxParts:
-    """Every component of a Flux.1 model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FluxComponents(ModelComponents):
+    """Components of a Flux.1 model; the denoiser is a transformer."""
 
-    transformer: Component
-    vae: Component
     text_encoder: Component
     text_encoder_2: Component
     tokenizer: Component
     tokenizer_2: Component
-    scheduler: Component
     text_tokens: int
-    """Length that T5 captions are padded and cut to."""
+    """T5 tokens of a prompt, after padding and truncation."""
 
     @property
     def has_guidance(self) -> bool:
-        """Whether the transformer is told a guidance scale."""
-        return self.transformer.config.get("guidance_embeds") is True
+        """Whether the transformer has a guidance embedding."""
+        return self.denoiser.config.get("guidance_embeds") is True
 
 
-def find_parts(model: ModelConfig) -> FluxParts:
-    """Find every component, downloading what is not here, and check that they are Flux.1's and fit together.
+def find_components(model: ModelConfig) -> FluxComponents:
+    """Find every component, downloading missing files, and check that they are Flux.1's and fit together.
 
     Raises:
-        ModelError: A component is missing or of another architecture, or the repository cannot be reached.
+        ModelError: A component is missing or of another architecture, or the repository is unreachable.
     """
     base = base_source(model)
     read_index(base, pipelines=PIPELINES, family="Flux.1")
-    transformer = transformer_of(model, base)
-    parts = FluxParts(
-        transformer=transformer,
-        vae=vae_of(model, base),
-        text_encoder=find_component("text_encoder", base, kind="transformers"),
+    transformer = swappable_component("transformer", model, base)
+    components = FluxComponents(
+        denoiser=transformer,
+        vae=swappable_component("vae", model, base),
+        text_encoder=find_component("text_encoder", base, component_type="transformers"),
         text_encoder_2=_t5(model, base),
-        tokenizer=find_component("tokenizer", base, kind="tokenizer"),
-        tokenizer_2=find_component("tokenizer_2", base, kind="tokenizer"),
-        scheduler=find_component("scheduler", base, kind="scheduler"),
+        tokenizer=find_component("tokenizer", base, component_type="tokenizer"),
+        tokenizer_2=find_component("tokenizer_2", base, component_type="tokenizer"),
+        scheduler=find_component("scheduler", base, component_type="scheduler"),
         text_tokens=_text_tokens(model, transformer),
     )
     check_classes(
         {
-            "FluxTransformer2DModel": parts.transformer,
-            "AutoencoderKL": parts.vae,
-            "CLIPTextModel": parts.text_encoder,
-            "T5EncoderModel": parts.text_encoder_2,
+            "FluxTransformer2DModel": transformer,
+            "AutoencoderKL": components.vae,
+            "CLIPTextModel": components.text_encoder,
+            "T5EncoderModel": components.text_encoder_2,
         },
         family="Flux.1",
     )
-    packed = number(parts.vae, "latent_channels") * PATCH**2
-    widths = {
-        "in_channels": (packed, "width of a token of 2 x 2 latents"),
-        "joint_attention_dim": (number(parts.text_encoder_2, "d_model"), "width of the T5 text encoder"),
-        "pooled_projection_dim": (
-            number(parts.text_encoder, "hidden_size"),
-            "width of the CLIP text encoder",
-        ),
-    }
-    for name, (needed, what) in widths.items():
-        check_number(parts.transformer, name, needed=needed, what=what)
-    return parts
+    token_width = config_number(components.vae, "latent_channels") * PATCH**2
+    t5_width = config_number(components.text_encoder_2, "d_model")
+    clip_width = config_number(components.text_encoder, "hidden_size")
+    check_fit(
+        transformer,
+        {
+            "in_channels": (token_width, "width of a token of 2 x 2 latents"),
+            "joint_attention_dim": (t5_width, "width of the T5 text encoder"),
+            "pooled_projection_dim": (clip_width, "width of the CLIP text encoder"),
+        },
+    )
+    return components
 
 
 def _t5(model: ModelConfig, base: ModelSource) -> Component:
     where = model.pretrained_t5_model_name_or_path
     if where is None:
-        return find_component("text_encoder_2", base, kind="transformers")
+        return find_component("text_encoder_2", base, component_type="transformers")
     source = ModelSource(where, key="pretrained_t5_model_name_or_path")
     subfolder = guess_subfolder(source, usual="text_encoder_2")
-    return find_component("text_encoder_2", source, kind="transformers", subfolder=subfolder)
+    return find_component("text_encoder_2", source, component_type="transformers", subfolder=subfolder)
 
 
 def _text_tokens(model: ModelConfig, transformer: Component) -> int:
-    """Of the flavour that the user names, else of one like the transformer."""
+    """Tokens of the configured flavour, else of a flavour with the same guidance embedding."""
     flavour = FLAVOURS.get(str(model.model_flavour))
     if flavour is None:
         has_guidance = transformer.config.get("guidance_embeds") is True

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -19,14 +19,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineKind, Size, TextEmbeds
-from simpletuner.helpers.models.autoencoder import (
-    Float32Autoencoder,
-    encode_scaled,
-    load_autoencoder,
-    vae_identity,
-)
-from simpletuner.helpers.models.family import ModelFamily
+from simpletuner.helpers.contracts import Batch, NoisyBatch, PipelineType, Size, TextEmbeds
+from simpletuner.helpers.models.autoencoder import encode_scaled
+from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.flow_matching import (
     add_noise,
     distribution_of,
@@ -36,149 +31,100 @@ from simpletuner.helpers.models.flow_matching import (
     timestep_input,
     unshifted_sampler,
 )
-from simpletuner.helpers.models.flux.components import PATCH, FluxParts, find_parts
+from simpletuner.helpers.models.flux.components import PATCH, FluxComponents, find_components
 from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
-from simpletuner.helpers.models.loading import Loadable, load_weights, quiet
-from simpletuner.helpers.models.quantisation import quantize_and_move_text_encoder, text_precision_identity
+from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import (
-        ModelConfig,
-        NoiseConfig,
-        PrecisionConfig,
-    )
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 logger = logging.getLogger(__name__)
 
-PIPELINES: dict[PipelineKind, type[diffusers.DiffusionPipeline]] = {
+PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": FluxPipeline,
     "image2image": FluxImg2ImgPipeline,
     "inpaint": FluxInpaintPipeline,
 }
 VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
+NO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 class Flux(ModelFamily):
-    """Flux.1 dev, schnell, Krea and models of their shape."""
+    """Flux.1 dev, schnell, Krea and models of their architecture."""
 
-    spec: ClassVar[ModelSpec] = SPEC
+    spec = SPEC
+    components: FluxComponents
+    denoiser_class = FluxTransformer2DModel
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        *,
-        noise: NoiseConfig,
-        precision: PrecisionConfig,
-        device: torch.device,
-        weight_dtype: torch.dtype,
-    ) -> None:
-        """Find every part of the model and check that the parts fit; a repository is downloaded here."""
-        super().__init__(model, noise=noise, precision=precision, device=device, weight_dtype=weight_dtype)
-        self._parts: FluxParts = find_parts(model)
-        self._distribution = distribution_of(noise)
-        self._vae: Float32Autoencoder | None = None
-        self._encoder: diffusers.FluxPipeline | None = None
-        asks_for = {key: value for key, value in noise if key in NO_GUIDANCE}
-        if not self._parts.has_guidance and asks_for != NO_GUIDANCE:
-            logger.warning("This model is told no guidance: what flux_guidance_* asks for has no effect.")
-        self._cut_captions = TruncationWarning(limit=self._parts.text_tokens, reader="T5 sees")
-
-    @cached_property
-    def vae_identity(self) -> str:
-        """Changes with the VAE's configuration, its weights and how it is run."""
-        return vae_identity(self._parts.vae, precision=self.precision)
+    def __init__(self, context: FamilyContext) -> None:
+        super().__init__(context)
+        self.components = find_components(context.model)
+        self._distribution = distribution_of(context.noise)
+        self._truncation_warning = TruncationWarning(limit=self.components.text_tokens, encoder="T5")
+        guidance = {key: value for key, value in context.noise if key in NO_GUIDANCE}
+        if not self.components.has_guidance and guidance != NO_GUIDANCE:
+            logger.warning("This model has no guidance embedding: flux_guidance_* has no effect.")
 
     @cached_property
     def text_identity(self) -> str:
-        """Changes with both tokenizers, both text encoders, their precision and the length of captions."""
-        parts = self._parts
-        components = (parts.tokenizer, parts.text_encoder, parts.tokenizer_2, parts.text_encoder_2)
-        identities = " ".join(component.identity() for component in components)
-        precisions = text_precision_identity(self.precision)
-        return f"{identities} {self.weight_dtype} {parts.text_tokens}{precisions}"
+        """Text that changes with tokenizers, text encoders, precision and the number of tokens."""
+        parts = self.components
+        return self._text_identity(
+            parts.tokenizer,
+            parts.text_encoder,
+            parts.tokenizer_2,
+            parts.text_encoder_2,
+            settings=f"{self.weight_dtype} {parts.text_tokens}",
+        )
 
-    def load_vae(self) -> None:
-        """Load the VAE to the device in float32; does nothing when it is there."""
-        if self._vae is None:
-            vae = load_autoencoder(Float32Autoencoder, self._parts.vae, precision=self.precision)
-            self._vae = vae.to(self.device)
-
-    def unload_vae(self) -> None:
-        """Free the VAE."""
-        self._vae = None
-        self._release_memory()
-
-    def load_text_encoders(self) -> None:
-        """Load CLIP and T5 to the device in weight_dtype; does nothing when they are there."""
-        if self._encoder is not None:
-            return
-        parts, dtype = self._parts, self.weight_dtype
-        text_encoder = load_weights(cast(Loadable, CLIPTextModel), parts.text_encoder, dtype=dtype)
-        text_encoder_2 = load_weights(cast(Loadable, T5EncoderModel), parts.text_encoder_2, dtype=dtype)
+    def make_prompt_encoder(self) -> diffusers.FluxPipeline:
+        """The stock pipeline with nothing but CLIP, T5 and their tokenizers."""
+        parts = self.components
+        text_encoder = self._load_text_encoder(CLIPTextModel, parts.text_encoder, number=1)
+        text_encoder_2 = self._load_text_encoder(T5EncoderModel, parts.text_encoder_2, number=2)
         with quiet():
-            tokenizer = CLIPTokenizer.from_pretrained(str(parts.tokenizer.folder), local_files_only=True)
-            tokenizer_2 = T5Tokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True)
-            self._encoder = diffusers.FluxPipeline(
+            return diffusers.FluxPipeline(
                 vae=None,
-                text_encoder=quantize_and_move_text_encoder(
-                    text_encoder, 1, self.precision, device=self.device
-                ),
-                text_encoder_2=quantize_and_move_text_encoder(
-                    text_encoder_2, 2, self.precision, device=self.device
-                ),
-                tokenizer=tokenizer,
-                tokenizer_2=tokenizer_2,
+                text_encoder=text_encoder,
+                text_encoder_2=text_encoder_2,
+                tokenizer=CLIPTokenizer.from_pretrained(str(parts.tokenizer.folder), local_files_only=True),
+                tokenizer_2=T5Tokenizer.from_pretrained(str(parts.tokenizer_2.folder), local_files_only=True),
                 transformer=None,
                 scheduler=None,
             )
 
-    def unload_text_encoders(self) -> None:
-        """Free the text encoders."""
-        self._encoder = None
-        self._release_memory()
-
-    def load_denoiser(self) -> FluxTransformer2DModel:
-        """The transformer, frozen, on `denoiser_device` in weight_dtype; the caller keeps it."""
-        transformer = load_weights(
-            cast(Loadable, FluxTransformer2DModel), self._parts.transformer, dtype=self.weight_dtype
-        )
-        assert isinstance(transformer, FluxTransformer2DModel)
-        return transformer.requires_grad_(False).to(self.denoiser_device)
-
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, 16, H/8, W/8] float32 latents on the device.
+        """Encode [B, 3, H, W] pixels in [-1, 1] to scaled [B, 16, H/8, W/8] float32 latents.
 
         Raises:
-            DataError: The VAE produced a value that is not finite.
+            DataError: A latent is not finite.
         """
-        assert self._vae is not None, "load_vae comes first"
-        return encode_scaled(self._vae, pixels)
+        return encode_scaled(self.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextEmbeds]:
-        """Encode each prompt to [1, L, D] tokens, their [1, L] mask and [1, P] in weight_dtype on the CPU.
+        """Encode each prompt to [1, L, D] and [1, P] in weight_dtype and a [1, L] mask, on the CPU.
 
         Raises:
-            DataError: A text encoder produced a value that is not finite.
+            DataError: An embedding is not finite.
         """
-        assert self._encoder is not None, "load_text_encoders comes first"
-        length = self._parts.text_tokens
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            tokens, pooled, _ = self._encoder.encode_prompt(
-                prompt=list(prompts), device=self.device, max_sequence_length=length
+            prompt_embeds, pooled, _ = self.prompt_encoder.encode_prompt(
+                prompt=list(prompts),
+                device=self.device,
+                max_sequence_length=self.components.text_tokens,
             )
-        mask = self._token_masks(prompts)
+        mask = self._attention_mask(prompts)
         embeds = []
         for index, prompt in enumerate(prompts):
             rows = slice(index, index + 1)
-            check_finite_text(prompt, tokens[rows], pooled[rows], dtype=self.weight_dtype)
+            check_finite_text(prompt, prompt_embeds[rows], pooled[rows], dtype=self.weight_dtype)
             embeds.append(
                 TextEmbeds(
-                    prompt_embeds=tokens[rows].cpu().clone(),
+                    prompt_embeds=prompt_embeds[rows].cpu().clone(),
                     pooled=pooled[rows].cpu().clone(),
                     attention_mask=mask[rows].clone(),
                 )
@@ -186,7 +132,7 @@ class Flux(ModelFamily):
         return embeds
 
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, C, h, w] latents as a function of the seed and each sample's position alone."""
+        """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""
         height, width = latents.shape[-2:]
         noised = add_noise(
             latents.to(self.device),
@@ -195,12 +141,12 @@ class Flux(ModelFamily):
             sample_indices=sample_indices,
             seed=seed,
         )
-        if not self._parts.has_guidance:
+        if not self.components.has_guidance:
             return noised
         return replace(noised, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
     def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
-        """Run the transformer on a noised batch; [B, C, h, w] float32: the velocity from image to noise."""
+        """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise."""
         assert noised.sigmas is not None, "a flow-matching batch has noise levels"
         height, width = noised.latents.shape[-2:]
         text = batch.text
@@ -218,38 +164,26 @@ class Flux(ModelFamily):
         return unpack(prediction.float(), height=height // PATCH)
 
     def make_pipeline(
-        self, denoiser: nn.Module, kind: PipelineKind = "text2image", *, scheduler: str | None = None
+        self, denoiser: nn.Module, pipeline_type: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> diffusers.DiffusionPipeline:
-        """The bundled pipeline around this very transformer, without text encoders.
+        """The bundled pipeline with this transformer, without text encoders.
 
-        Its scheduler takes noise levels as they are given: `pipeline_inputs` shifts them as training does.
-
-        Args:
-            denoiser: Used as it is, with whatever adapter is attached to it.
-            kind: What the pipeline starts from.
-            scheduler: Name of a sampler for flow matching; None takes Euler's method.
+        Its scheduler does not shift sigmas: `pipeline_inputs` passes them with the shift of training.
         """
-        self.load_vae()
-        with quiet():
-            pipeline = PIPELINES[kind](
-                vae=self._vae,
-                text_encoder=None,
-                text_encoder_2=None,
-                tokenizer=None,
-                tokenizer_2=None,
-                transformer=denoiser,
-                scheduler=unshifted_sampler(self._parts.scheduler, name=scheduler),
-            )
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return self._new_pipeline(
+            PIPELINES[pipeline_type],
+            transformer=denoiser,
+            scheduler=unshifted_sampler(self.components.scheduler, name=scheduler),
+            **NO_TEXT_ENCODERS,
+        )
 
     def pipeline_inputs(
-        self, prompt: TextEmbeds, negative: TextEmbeds, *, pictures: ValidationConfig, size: Size
+        self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size
     ) -> dict[str, object]:
-        """Keyword arguments of the pipeline's call: prompts on the device, guidance, shifted noise levels."""
+        """Keyword arguments of the pipeline's call: prompt embeds, guidance, shifted sigmas."""
         num_tokens = size.height * size.width // (VAE_SCALE * PATCH) ** 2
         tensors = {"prompt_embeds": prompt.prompt_embeds, "pooled_prompt_embeds": _pooled(prompt)}
-        if pictures.validation_guidance_real > 1:
+        if validation.validation_guidance_real > 1:
             tensors |= {
                 "negative_prompt_embeds": negative.prompt_embeds,
                 "negative_pooled_prompt_embeds": _pooled(negative),
@@ -257,44 +191,43 @@ class Flux(ModelFamily):
         shift = self._shift(num_tokens=num_tokens)
         return {
             **{name: tensor.to(self.device, self.weight_dtype) for name, tensor in tensors.items()},
-            "guidance_scale": pictures.validation_guidance,
-            "true_cfg_scale": pictures.validation_guidance_real,
-            "sigmas": sampling_sigmas(pictures.validation_num_inference_steps, shift),
+            "guidance_scale": validation.validation_guidance,
+            "true_cfg_scale": validation.validation_guidance_real,
+            "sigmas": sampling_sigmas(validation.validation_num_inference_steps, shift),
             "joint_attention_kwargs": self._attention_arguments(prompt, num_tokens=num_tokens),
         }
 
     def _shift(self, *, num_tokens: int) -> float:
-        return shift_at(self.noise, self._parts.scheduler.config, num_tokens=num_tokens)
+        return shift_at(self.noise, self.components.scheduler.config, num_tokens=num_tokens)
 
     def _attention_arguments(self, text: TextEmbeds, *, num_tokens: int) -> dict[str, Any]:
-        """The mask that leaves out the padding of captions, where it is wanted."""
+        """Attention mask without padding tokens, if the configuration wants it."""
         if not self.noise.flux_attention_masked_training:
             return {}
-        real = _mask(text).to(self.device)  # [B, L]
-        image = real.new_ones(len(real), num_tokens)  # [B, N]
-        return {"attention_mask": torch.cat([real, image], dim=1)[:, None, None, :]}  # [B, 1, 1, L + N]
+        mask = _mask(text).to(self.device)  # [B, L]
+        image = mask.new_ones(len(mask), num_tokens)  # [B, N]
+        return {"attention_mask": torch.cat([mask, image], dim=1)[:, None, None, :]}  # [B, 1, 1, L + N]
 
-    def _token_masks(self, prompts: Sequence[str]) -> Tensor:
-        """[B, L] true where a T5 token is not padding."""
-        assert self._encoder is not None
-        tokenizer, length = self._encoder.tokenizer_2, self._parts.text_tokens
+    def _attention_mask(self, prompts: Sequence[str]) -> Tensor:
+        """[B, L] bool, false for T5 padding."""
+        tokenizer, length = self.prompt_encoder.tokenizer_2, self.components.text_tokens
         with quiet():
             encoded = tokenizer(
                 list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
             lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
-        self._cut_captions.check(prompts, lengths)
+        self._truncation_warning.check(prompts, lengths)
         mask: Tensor = encoded.attention_mask.bool()
         return mask
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, hw/4, 4C]: each 2 x 2 patch becomes one token."""
+    """[B, C, h, w] -> [B, hw/4, 4C]: one token per 2 x 2 patch."""
     return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
 
 
 def unpack(tokens: Tensor, *, height: int) -> Tensor:
-    """[B, N, 4C] -> [B, C, h, w], where height is the number of rows of tokens."""
+    """[B, N, 4C] -> [B, C, h, w] with `height` rows of tokens."""
     return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=PATCH, q=PATCH)
 
 
@@ -310,5 +243,5 @@ def _pooled(text: TextEmbeds) -> Tensor:
 
 
 def _mask(text: TextEmbeds) -> Tensor:
-    assert text.attention_mask is not None, "Flux.1's embeddings have a mask"
+    assert text.attention_mask is not None, "Flux.1 needs an attention mask"
     return text.attention_mask

@@ -1,4 +1,4 @@
-"""The bundled Flux.1 pipelines: diffusers' own, with the T-LoRA ranks of each step open in that step."""
+"""The bundled Flux.1 pipelines: diffusers' own, with the rank mask of each sampling step."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class FluxInpaintPipeline(MaskedDenoising, diffusers.FluxInpaintPipeline):  # ty
 
 
 class FluxFillPipeline(MaskedDenoising, diffusers.FluxFillPipeline):  # type: ignore[misc]
-    """Flux.1 Fill, which was trained to repaint."""
+    """Flux.1 Fill, trained to repaint."""
 
     denoiser_name = "transformer"
 
 
 class FluxKontextPipeline(MaskedDenoising, diffusers.FluxKontextPipeline):  # type: ignore[misc]
-    """Flux.1 Kontext, which edits an image as it is told."""
+    """Flux.1 Kontext, which edits an image by instruction."""
 
     denoiser_name = "transformer"
 
@@ -44,7 +44,7 @@ class FluxKontextInpaintPipeline(MaskedDenoising, diffusers.FluxKontextInpaintPi
 
 
 class FluxControlPipeline(MaskedDenoising, diffusers.FluxControlPipeline):  # type: ignore[misc]
-    """Flux.1 Canny and Depth, which take a control image as further channels."""
+    """Flux.1 Canny and Depth, with a control image in further channels."""
 
     denoiser_name = "transformer"
 

@@ -1,4 +1,4 @@
-"""What Flux.1 is, as plain data; read before torch is imported."""
+"""Spec of Flux.1. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
     GUIDANCE_KEYS,
     TRANSFORMER_KEYS,
-    single_file,
+    Flavour,
+    unreadable_single_file,
     unused_guidance_keys,
 )
 
 
 @dataclass(frozen=True, slots=True)
-class FluxFlavour:
-    """What sets one Flux.1 apart from another."""
+class FluxFlavour(Flavour):
+    """One published Flux.1."""
 
-    repository: str
-    has_guidance: bool
-    """Whether the transformer is told a guidance scale."""
     text_tokens: int
-    """Length that T5 captions are padded and cut to."""
+    """T5 tokens of a prompt, after padding and truncation."""
 
 
 FLAVOURS: Mapping[str, FluxFlavour] = {
@@ -40,17 +38,14 @@ _FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", *_CONTEXT_FEED_FORWARD, "proj_mlp"
 
 
 def problems(values: Mapping[str, object]) -> Mapping[str, str]:
-    """Key -> what is wrong with its value for Flux.1."""
-    found: dict[str, str] = {}
-    flavour = FLAVOURS.get(str(values.get("model_flavour")))
-    if flavour is not None and not flavour.has_guidance:
-        found |= unused_guidance_keys(values, instead="another flavour")
-    found |= single_file(values, "pretrained_t5_model_name_or_path", what="text encoders are")
+    """Checks of Flux.1's keys: maps settings to {key: error message}."""
+    found = unused_guidance_keys(values, FLAVOURS, instead="another flavour")
+    found |= unreadable_single_file(values, "pretrained_t5_model_name_or_path", component="a text encoder")
     real = values.get("validation_guidance_real", 1.0)
     if values.get("flux_attention_masked_training") and isinstance(real, float) and real > 1:
         found["validation_guidance_real"] = (
-            f"{real:g} cannot be used with flux_attention_masked_training: the pipeline gives the mask of "
-            "the prompt to both passes. Set one of them to its default."
+            f"{real:g} does not work with flux_attention_masked_training: the pipeline uses the mask of the "
+            "prompt for the negative prompt too. Set one of them to its default."
         )
     return found
 

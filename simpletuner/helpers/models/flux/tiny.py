@@ -1,4 +1,4 @@
-"""Flux.1's real classes at toy size, in the diffusers folder layout, made without any download."""
+"""Flux.1's real classes at toy size, in the diffusers folder layout, made without a download."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LATENT_CHANNELS = 4
 
 
 def save_tiny_flux(folder: Path, *, has_guidance: bool = True, seed: int = 0) -> None:
-    """Write a complete Flux.1 model of about 1 MB to folder, byte for byte the same for the same seed.
+    """Write a complete Flux.1 model of about 1 MB; a seed gives the same bytes on every machine.
 
     Two double and two single blocks of width 32; latents of 4 channels at 1/8 of the pixels.
 
     Args:
-        folder: Made if it is not there.
-        has_guidance: Whether it is told a guidance scale, as dev is and schnell is not.
-        seed: Of the weights.
+        folder: Created if missing.
+        has_guidance: With a guidance embedding as dev, else without as schnell.
+        seed: Seed of the weights.
     """
     tokenizer, tokenizer_2 = make_clip_tokenizer(pad=CLIP_END), make_t5_tokenizer()
     transformer, vae = make_transformer(has_guidance=has_guidance), make_vae()
@@ -72,7 +72,7 @@ def make_transformer(*, has_guidance: bool = True) -> FluxTransformer2DModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder with four resolutions whose latents are moved and scaled, as Flux.1's are."""
+    """A VAE with four resolutions, shift and scaling factor, as Flux.1's."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -89,7 +89,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_t5_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer that knows the word list and every printable character."""
+    """A T5 tokenizer with the word list and every printable character."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -6.0) for word in WORD_LIST.split() if len(word) > 1]
     pieces += [(chr(code), -10.0) for code in range(33, 127)]

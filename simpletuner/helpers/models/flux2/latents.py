@@ -1,6 +1,6 @@
-"""Flux.2's latents: a token for each 2 x 2 patch of the autoencoder's, normalised channel by channel.
+"""Flux.2's latents: one token per 2 x 2 patch of the VAE's latents, normalised per channel.
 
-Shapes: B batch, c autoencoder channels, C = 4c latent channels, H W pixels, h w latent height and width.
+Shapes: B batch, c VAE channels, C = 4c latent channels, H W pixels, h w latent height and width.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch import Tensor
 from simpletuner.helpers.models.autoencoder import ComputesInFloat32, check_finite
 
 PATCH = 2
-"""Autoencoder positions along the edge of a token."""
+"""VAE latent positions along the edge of a token."""
 PIXELS_PER_TOKEN = 16**2
 
 
 class Float32Flux2Autoencoder(ComputesInFloat32, AutoencoderKLFlux2):  # type: ignore[misc]
-    """Flux.2's autoencoder in float32."""
+    """Flux.2's VAE in float32."""
 
 
 def encode_normalised(vae: AutoencoderKLFlux2, pixels: Tensor) -> Tensor:
-    """Encode [B, 3, H, W] pixels in [-1, 1] to [B, C, h, w] float32 latents as the transformer expects them.
+    """Encode [B, 3, H, W] pixels in [-1, 1] to [B, C, h, w] float32 latents, as the transformer expects.
 
-    The mean of the latent distribution is taken, not a sample, and each channel is normalised by the running
-    statistics of the autoencoder's batch norm.
+    The latents are the mean of the distribution, not a sample; the running statistics of the VAE's batch norm
+    normalise each channel.
 
     Raises:
         DataError: A latent is not finite.
@@ -46,5 +46,5 @@ def to_tokens(latents: Tensor) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, *, height: int) -> Tensor:
-    """[B, h*w, C] -> [B, C, h, w], where h is the height."""
+    """[B, h*w, C] -> [B, C, h, w] with `height` rows."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=height)

@@ -1,4 +1,4 @@
-"""The bundled Flux.2 pipelines: diffusers' own, with the T-LoRA ranks of each step open in that step."""
+"""The bundled Flux.2 pipelines: diffusers' own, with the rank mask of each sampling step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flux.2's real classes at toy size, in the diffusers folder layout, made without any download."""
+"""Flux.2's real classes at toy size, in the diffusers folder layout, made without a download."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from simpletuner.helpers.models.tiny_parts import (
 
 TEXT_WIDTH = 16
 NUM_QWEN_LAYERS = 28
-"""The pipeline reads hidden state 27, and there is one more state than layers."""
+"""The pipeline uses hidden state 27, and there is one more state than layers."""
 NUM_MISTRAL_LAYERS = 31
-"""The pipeline reads hidden state 30."""
+"""The pipeline uses hidden state 30."""
 NUM_TEXT_STATES = 3
 LATENT_CHANNELS = 4
 PATCH_AREA = 4
-"""2 x 2 latent positions become one token."""
+"""Latent positions per token: 2 x 2."""
 MAX_TOKENS = 4096
 
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -70,22 +70,22 @@ MISTRAL_TEMPLATE = """
 
 
 def save_tiny_flux2(folder: Path, *, klein: bool, is_distilled: bool = False, seed: int = 0) -> None:
-    """Write a complete Flux.2 model of about 1 MB to folder, byte for byte the same for the same seed.
+    """Write a complete Flux.2 model of about 1 MB; a seed gives the same bytes on every machine.
 
     The transformer has two double and two single blocks of width 32. Widths: latents 4 channels at 1/8 of the
     pixels, 16 in a token, text 3 x 16.
 
     Args:
-        folder: Where to.
-        klein: With a Qwen3 text encoder and without a guidance embedding; else dev's Mistral3 and one.
-        is_distilled: Whether a Klein says that it is distilled, so that it is sampled without guidance.
-        seed: Of the weights.
+        folder: Created if missing.
+        klein: Qwen3 text encoder, no guidance embedding; else Mistral3 and a guidance embedding as dev.
+        is_distilled: Whether Klein is distilled, so that the pipeline samples without guidance.
+        seed: Seed of the weights.
     """
     tokenizer, text_encoder = make_qwen() if klein else make_mistral()
     transformer, vae = make_transformer(guidance_embeds=not klein), make_vae()
     for index, module in enumerate((transformer, vae, text_encoder)):
         fill_weights(module, seed=seed * 3 + index)
-    parts = {
+    components = {
         "scheduler": make_scheduler(),
         "vae": vae,
         "text_encoder": text_encoder,
@@ -94,13 +94,15 @@ def save_tiny_flux2(folder: Path, *, klein: bool, is_distilled: bool = False, se
     }
     with quiet():
         pipeline: DiffusionPipeline = (
-            Flux2KleinPipeline(**parts, is_distilled=is_distilled) if klein else Flux2Pipeline(**parts)
+            Flux2KleinPipeline(**components, is_distilled=is_distilled)
+            if klein
+            else Flux2Pipeline(**components)
         )
         pipeline.save_pretrained(folder)
 
 
 def make_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
-    """Two double and two single blocks; no linear layer has an edge below 16."""
+    """Two double and two single blocks; linear layers have edges of at least 16."""
     return Flux2Transformer2DModel(
         in_channels=PATCH_AREA * LATENT_CHANNELS,
         num_layers=2,
@@ -115,7 +117,7 @@ def make_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
 
 
 def make_vae() -> AutoencoderKLFlux2:
-    """An autoencoder whose statistics, by which latents are normalised, differ from channel to channel."""
+    """A VAE whose batch-norm statistics differ from channel to channel."""
     vae = AutoencoderKLFlux2(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -137,7 +139,7 @@ def make_scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def make_qwen_tokenizer() -> Qwen2Tokenizer:
-    """A byte-level tokenizer that knows the word list, with the chat template of a model that can think."""
+    """A byte-level tokenizer with the word list and the chat template of a thinking model."""
     vocabulary, merges = _byte_level(QWEN_SPECIAL)
     return Qwen2Tokenizer(
         vocab=vocabulary,
@@ -151,9 +153,9 @@ def make_qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def make_mistral_tokenizer() -> GPT2Tokenizer:
-    """A byte-level tokenizer that knows the word list and pads on the left, with a chat template.
+    """A byte-level tokenizer with the word list and a chat template; pads on the left.
 
-    dev's own is part of a processor of images and text, which needs torchvision.
+    dev's tokenizer is part of an image processor, which needs torchvision.
     """
     vocabulary, merges = _byte_level(MISTRAL_SPECIAL)
     return GPT2Tokenizer(
@@ -171,7 +173,7 @@ def make_mistral_tokenizer() -> GPT2Tokenizer:
 
 
 def make_qwen() -> tuple[PreTrainedTokenizerFast, nn.Module]:
-    """A Qwen3 of as many layers as the pipeline reads, and its tokenizer."""
+    """A Qwen3 with the layers that the pipeline uses, and its tokenizer."""
     tokenizer = make_qwen_tokenizer()
     return tokenizer, Qwen3ForCausalLM(
         Qwen3Config(
@@ -192,7 +194,7 @@ def make_qwen() -> tuple[PreTrainedTokenizerFast, nn.Module]:
 
 
 def make_mistral() -> tuple[PreTrainedTokenizerFast, nn.Module]:
-    """A Mistral3 of as many layers as the pipeline reads, with a vision tower, and its tokenizer."""
+    """A Mistral3 with the layers that the pipeline uses and a vision tower, and its tokenizer."""
     tokenizer = make_mistral_tokenizer()
     text = MistralConfig(
         vocab_size=len(tokenizer),
@@ -223,7 +225,7 @@ def make_mistral() -> tuple[PreTrainedTokenizerFast, nn.Module]:
 
 
 def _byte_level(special: tuple[str, ...]) -> tuple[dict[str, int], dict[Pair, int]]:
-    """Vocabulary and merges in which a word is one token, after a space or without one."""
+    """Vocabulary and merges; a word is one token, with or without a space before it."""
     words = [form for word in WORD_LIST.split() for form in (word, SPACE + word)]
     merges = learn_merges(words)
     return make_vocabulary(byte_alphabet(), merges=merges, special=special), merges

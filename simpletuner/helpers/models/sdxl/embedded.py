@@ -1,4 +1,4 @@
-"""An SDXL small enough to be shipped: real classes and folder layout, six million weights, 64 px pictures.
+"""The embedded SDXL of the demo: real classes and folder layout, six million weights, 64 px images.
 
 Shapes: B batch, L text tokens, D text width, P pooled width, H W pixels.
 """
@@ -42,7 +42,7 @@ SCALING_FACTOR = 0.13025
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """The parts of the model, as they are trained together and saved."""
+    """Components of the model."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -52,11 +52,11 @@ class EmbeddedModel:
     tokenizer_2: CLIPTokenizer
 
     def denoising_modules(self) -> tuple[nn.Module, ...]:
-        """What learns to turn noise and words into latents: everything but the VAE."""
+        """Modules trained on latents: all but the VAE."""
         return self.unet, self.text_encoder, self.text_encoder_2
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
-        """Encode prompts to [B, L, D] and [B, P] as SDXL's pipeline does; gradients flow."""
+        """Encode prompts to [B, L, D] and [B, P] as SDXL's pipeline does, with gradients."""
         encoded = []
         for tokenizer, encoder in (
             (self.tokenizer, self.text_encoder),
@@ -68,7 +68,7 @@ class EmbeddedModel:
         return TextEmbeds(prompt_embeds=tokens, pooled=encoded[1].text_embeds)
 
     def predict(self, latents: Tensor, *, timesteps: Tensor, text: TextEmbeds, sizes: Tensor) -> Tensor:
-        """Run the UNet on [B, 4, h, w] latents; sizes are SDXL's six size and crop values of each sample."""
+        """Run the UNet on [B, 4, h, w] latents; `sizes` is [B, 6], SDXL's size and crop values."""
         assert text.pooled is not None, "SDXL needs pooled embeddings"
         predicted: Tensor = self.unet(
             latents,
@@ -80,7 +80,7 @@ class EmbeddedModel:
         return predicted
 
     def pipeline(self) -> StableDiffusionXLPipeline:
-        """The stock pipeline around these very parts."""
+        """The stock pipeline with these components."""
         with quiet():
             pipeline = StableDiffusionXLPipeline(
                 vae=self.vae,
@@ -98,7 +98,7 @@ class EmbeddedModel:
 
 
 def save_half(model: EmbeddedModel, folder: Path) -> None:
-    """Write the model to folder in float16, in the layout that from_pretrained reads."""
+    """Write the model to a folder in float16, in the diffusers layout."""
     modules = (*model.denoising_modules(), model.vae)
     weights = [{name: tensor.clone() for name, tensor in each.state_dict().items()} for each in modules]
     try:
@@ -122,7 +122,7 @@ def load_pipeline(folder: Path, *, device: torch.device) -> StableDiffusionXLPip
 
 
 def make_embedded(words: Sequence[str], *, seed: int) -> EmbeddedModel:
-    """The model before any training, its tokenizers knowing each of these words as one token."""
+    """An untrained model; each of these words is one token of its tokenizers."""
     torch.manual_seed(seed)
     tokenizer, tokenizer_2 = (_make_tokenizer(words, pad=pad) for pad in (CLIP_END, "!"))
     text_encoder = CLIPTextModel(_text_config(tokenizer))
@@ -143,10 +143,10 @@ def make_embedded(words: Sequence[str], *, seed: int) -> EmbeddedModel:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own sampling schedule, for a UNet that predicts velocity.
+    """SDXL's sampling schedule with v-prediction.
 
-    A UNet of this size that predicts noise learns very late where things are: at the noise levels that
-    decide it, an error in the picture is a hundredth of that in the noise.
+    With noise prediction a UNet of this size learns positions very late: at the noise levels that decide
+    them, an error in the noise is a hundred times the error in the image.
     """
     return EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -159,12 +159,12 @@ def make_scheduler() -> EulerDiscreteScheduler:
 
 
 def standardise_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Change the VAE so that latents like these, [N, 4, h, w] means as it gives them, come out as SDXL's do.
+    """Change the VAE so that each channel of these [N, 4, h, w] latents, scaled, has mean 0 and std 1.
 
-    Times the scaling factor each channel then has mean 0 and spread 1. What is decoded stays the same.
+    Decoded images stay the same.
 
     Returns:
-        [N, 4, h, w] the latents as the changed VAE gives them, times the scaling factor.
+        [N, 4, h, w] scaled latents of the changed VAE.
     """
     mean, spread = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     scaled = (latents - mean[:, None, None]) / spread[:, None, None]
@@ -202,7 +202,7 @@ def _make_unet() -> UNet2DConditionModel:
 
 
 def _let_words_differ(encoder: nn.Module) -> None:
-    """Start token and position embeddings a hundred times larger than CLIP does, so that they train fast."""
+    """Initialise token and position embeddings a hundred times larger than CLIP, so that they train fast."""
     for name, weight in encoder.named_parameters():
         if name.endswith("token_embedding.weight"):
             nn.init.normal_(weight, std=1.0)
@@ -211,7 +211,7 @@ def _let_words_differ(encoder: nn.Module) -> None:
 
 
 def _let_words_be_heard(unet: UNet2DConditionModel) -> None:
-    """Start cross-attention so that it tells words apart, not with the mean of all of them."""
+    """Initialise cross-attention so large that it attends to single words, not to the mean of all."""
     for name, module in unet.named_modules():
         if name.endswith(("attn2.to_q", "attn2.to_k")):
             nn.init.normal_(module.weight, std=1.4 * module.in_features**-0.5)
@@ -220,7 +220,7 @@ def _let_words_be_heard(unet: UNet2DConditionModel) -> None:
 
 
 def _let_borders_be_felt(unet: UNet2DConditionModel) -> None:
-    """Start biases large: what zero padding cuts off at a border is all that tells a UNet where it is."""
+    """Initialise biases large: a UNet learns positions only from the zero padding at the borders."""
     nn.init.normal_(unet.conv_in.bias, std=1.0)
     for name, module in unet.named_modules():
         if "resnets" in name and isinstance(module, nn.GroupNorm):
@@ -228,7 +228,7 @@ def _let_borders_be_felt(unet: UNet2DConditionModel) -> None:
 
 
 def _make_vae() -> AutoencoderKL:
-    """An autoencoder with three resolutions: 4 x 4 pixels become one latent position."""
+    """A VAE with three resolutions: one latent position per 4 x 4 pixels."""
     return AutoencoderKL(
         block_out_channels=(16, 16, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,

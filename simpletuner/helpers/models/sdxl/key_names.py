@@ -1,4 +1,4 @@
-"""What the original SDXL checkpoint calls the layers of the UNet, for tools outside diffusers."""
+"""Layer names of the original SDXL checkpoint, for tools outside diffusers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IN_RESNETS: Mapping[str, str] = {
     "conv_shortcut": "skip_connection",
 }
 _PLACES: tuple[tuple[str, Callable[[int, int], str]], ...] = (
-    # Each input block is one resnet with its attention; a downsampler is a block of its own.
+    # An input block is a resnet with its attention; a downsampler is an own block.
     (r"down_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"input_blocks.{_first(i) + j + 1}.0"),
     (r"down_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"input_blocks.{_first(i) + j + 1}.1"),
     (r"down_blocks\.(\d+)\.downsamplers\.(\d+)\.conv", lambda i, _: f"input_blocks.{_first(i + 1)}.0.op"),
@@ -30,13 +30,13 @@ _PLACES: tuple[tuple[str, Callable[[int, int], str]], ...] = (
     (r"mid_block\.(attentions)\.(\d+)", lambda _, j: f"middle_block.{j + 1}"),
     (r"up_blocks\.(\d+)\.resnets\.(\d+)", lambda i, j: f"output_blocks.{_first(i) + j}.0"),
     (r"up_blocks\.(\d+)\.attentions\.(\d+)", lambda i, j: f"output_blocks.{_first(i) + j}.1"),
-    # Third after resnet and attention: SDXL's only upsamplers are in blocks that have attention.
+    # Third after resnet and attention: in SDXL only blocks with attention have upsamplers.
     (r"up_blocks\.(\d+)\.upsamplers\.(\d+)", lambda i, _: f"output_blocks.{_first(i + 1) - 1}.2"),
 )
 
 
 def original_name(path: str) -> str:
-    """The original name of the UNet layer at a diffusers path, both with dots.
+    """Original name of the UNet layer at a diffusers path, both with dots.
 
     Raises:
         ValueError: SDXL's UNet has no such layer.

@@ -1,4 +1,4 @@
-"""The bundled SDXL pipelines: diffusers' own, with the T-LoRA ranks of each step open in that step."""
+"""The bundled SDXL pipelines: diffusers' own, with the rank mask of each sampling step."""
 
 from __future__ import annotations
 

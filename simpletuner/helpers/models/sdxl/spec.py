@@ -1,4 +1,4 @@
-"""What SDXL is, as plain data; read before torch is imported."""
+"""Spec of SDXL. Imports no torch."""
 
 from __future__ import annotations
 

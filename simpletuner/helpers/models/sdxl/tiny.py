@@ -1,4 +1,4 @@
-"""SDXL's real classes at toy size, in the diffusers folder layout, made without any download."""
+"""SDXL's real classes at toy size, in the diffusers folder layout, made without a download."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ TIME_WIDTH = 8
 
 
 def save_tiny_sdxl(folder: Path, *, seed: int = 0) -> None:
-    """Write a complete SDXL model of about 2 MB to folder, byte for byte the same for the same seed.
+    """Write a complete SDXL model of about 2 MB; a seed gives the same bytes on every machine.
 
-    The UNet has 16 attention and 8 feed-forward layers, none of their linear layers with an edge below 32.
+    The UNet has 16 attention and 8 feed-forward layers, whose linear layers have edges of at least 32.
     Widths: latents 4 channels at 1/8 of the pixels, text 2 x 32, pooled text 32.
     """
     tokenizer, tokenizer_2 = make_clip_tokenizer(pad=CLIP_END), make_clip_tokenizer(pad="!")
@@ -58,7 +58,7 @@ def save_tiny_sdxl(folder: Path, *, seed: int = 0) -> None:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A UNet of two resolutions with SDXL's size and crop conditioning; width 32 wherever attention is."""
+    """A UNet of two resolutions with SDXL's size and crop conditioning; width 32 at attention layers."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -79,7 +79,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """An autoencoder with four resolutions, so that 8 x 8 pixels become one latent position as in SDXL."""
+    """A VAE with four resolutions: one latent position per 8 x 8 pixels, as in SDXL."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 8, 8),
         down_block_types=("DownEncoderBlock2D",) * 4,
