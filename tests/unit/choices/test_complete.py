@@ -137,11 +137,11 @@ def test_arguments_of_an_optimiser_are_those_of_its_class(name: str) -> None:
     assert bool(record.fused_devices) == ("fused" in parameters)
 
 
-def steps(optimizer: torch.optim.Optimizer, num_steps: int) -> list[float]:
-    """Walk towards a far point; where that led."""
+def steps(optimizer: torch.optim.Optimizer, num_steps: int, *, towards: float) -> list[float]:
+    """Walk towards a point; where that led."""
     (parameter,) = optimizer.param_groups[0]["params"]
     for _ in range(num_steps):
-        parameter.grad = parameter.detach() - 10.0
+        parameter.grad = parameter.detach() - towards
         optimizer.step()
     return parameter.tolist()
 
@@ -154,14 +154,14 @@ def test_group_state_of_an_optimiser_is_all_that_a_checkpoint_needs(name: str) -
         return record.load()([torch.nn.Parameter(torch.tensor(start))], lr=1.0, **record.defaults)
 
     whole, begun = new([0.0, 1.0]), new([0.0, 1.0]).param_groups[0]
-    resumed = new(steps(whole, 20))
+    resumed = new(steps(whole, 20, towards=10.0))
     tensors, numbers = optimizer_state(whole)
     saved = numbers["groups"][0]
     assert saved.keys() == set(record.group_state)
     assert all(value != begun.get(key) for key, value in saved.items())
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
     load_optimizer_state(resumed, copies, numbers=numbers)
-    assert steps(resumed, 5) == steps(whole, 5)
+    assert steps(resumed, 20, towards=-10.0) == steps(whole, 20, towards=-10.0)
 
 
 @pytest.mark.parametrize("name", LR_SCHEDULES)
