@@ -24,8 +24,13 @@ from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import (
+    AdapterConfig,
+    ModelConfig,
+    NoiseConfig,
+    PrecisionConfig,
+    ValidationConfig,
+)
 from simpletuner.helpers.contracts import PipelineKind, Size
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2

@@ -16,7 +16,7 @@ from tiny_runs import TLORA, TinyRun, start, tiny_model
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
-from simpletuner.helpers.configuration.schema.model_sections import Precision
+from simpletuner.helpers.configuration.schema.sections import Precision
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.training.trainer import ADAPTER_FILE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.models.sdxl.family import SDXL

@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.flux2.family import Flux2

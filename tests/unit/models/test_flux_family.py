@@ -14,8 +14,12 @@ import diffusers
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import (
+    ModelConfig,
+    NoiseConfig,
+    PrecisionConfig,
+    ValidationConfig,
+)
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.flow_matching import timestep_input

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.diffusion import draw_noise

@@ -45,12 +45,12 @@ from simpletuner.helpers.models.quantisation import quantize_and_move_text_encod
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import (
+    from simpletuner.helpers.configuration.schema.sections import (
         ModelConfig,
         NoiseConfig,
         PrecisionConfig,
+        ValidationConfig,
     )
-    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.single_file import names_in
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.sections import ModelConfig
 
 PIPELINE_PREFIX = "StableDiffusionXL"
 TEXT_ENCODER_PREFIXES = {

@@ -37,12 +37,12 @@ from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import (
+    from simpletuner.helpers.configuration.schema.sections import (
         ModelConfig,
         NoiseConfig,
         PrecisionConfig,
+        ValidationConfig,
     )
-    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 CLIP_TOKENS = 77
 """Length that captions are padded and cut to."""
