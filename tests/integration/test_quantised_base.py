@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import load_adapter
-from simpletuner.helpers.configuration.schema.model_sections import Precision
+from simpletuner.helpers.configuration.schema.sections import Precision
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.quantisation import quantize_and_move

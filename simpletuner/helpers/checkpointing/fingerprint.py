@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
-    from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import NoiseConfig, RunConfig
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
 

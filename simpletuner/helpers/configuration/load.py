@@ -24,12 +24,14 @@ from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import prompts_of, read_library
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
+    ModelConfig,
+    NoiseConfig,
     OptimizerConfig,
+    PrecisionConfig,
     RunConfig,
     TrackingConfig,
     TrainingConfig,

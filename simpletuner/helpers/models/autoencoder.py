@@ -17,7 +17,7 @@ from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.models.loading import Component, load_weights
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import PrecisionConfig
+    from simpletuner.helpers.configuration.schema.sections import PrecisionConfig
 
 
 class ComputesInFloat32:

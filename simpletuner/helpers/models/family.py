@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
-    from simpletuner.helpers.configuration.schema.model_sections import (
+    from simpletuner.helpers.configuration.schema.sections import (
         ModelConfig,
         NoiseConfig,
         PrecisionConfig,
+        ValidationConfig,
     )
-    from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_s
 from simpletuner.helpers.models.loading import Component, quiet
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+    from simpletuner.helpers.configuration.schema.sections import NoiseConfig
 
 NUM_TRAIN_TIMESTEPS = 1000
 

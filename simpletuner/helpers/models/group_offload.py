@@ -21,7 +21,7 @@ from torch import nn
 from simpletuner.helpers.errors import ModelError
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import PrecisionConfig
+    from simpletuner.helpers.configuration.schema.sections import PrecisionConfig
 
 logger = logging.getLogger(__name__)
 

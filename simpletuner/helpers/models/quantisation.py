@@ -19,7 +19,7 @@ from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.optional import require
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import Precision, PrecisionConfig
+    from simpletuner.helpers.configuration.schema.sections import Precision, PrecisionConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,13 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
+from simpletuner.helpers.configuration.schema.sections import (
+    ModelConfig,
+    NoiseConfig,
+    PrecisionConfig,
+    ValidationConfig,
+    ValidationPrompt,
+)
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, TextEmbeds
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.family import ModelFamily

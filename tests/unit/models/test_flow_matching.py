@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import stats
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig
 from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.flow_matching import (
     DynamicShift,

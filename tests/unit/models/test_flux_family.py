@@ -10,8 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.models.family import ModelFamily
 from simpletuner.helpers.models.flow_matching import timestep_input

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from simpletuner.helpers.adapters.quantised import dequantize
-from simpletuner.helpers.configuration.schema.model_sections import Precision, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import Precision, PrecisionConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.quantisation import (
     quantised_layers,

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from simpletuner.helpers.configuration.schema.model_sections import NoiseConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise

@@ -12,12 +12,13 @@ from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CHANGE_THE_BASE,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
+    ModelConfig,
+    PrecisionConfig,
     RunConfig,
     TrainingConfig,
     ValidationConfig,

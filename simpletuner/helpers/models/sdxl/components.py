@@ -22,7 +22,7 @@ from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.single_file import names_in
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.model_sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.sections import ModelConfig
 
 PIPELINES = ("StableDiffusionXL*",)
 TEXT_ENCODER_PREFIXES = {

@@ -1,0 +1,232 @@
+"""Each registry is complete: every value has a record, and every record is true of its implementation."""
+
+from __future__ import annotations
+
+import inspect
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from simpletuner.helpers.checkpointing.state import load_optimizer_state, optimizer_state
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, STANDARD, argument_aliases
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.losses import LOSSES
+from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
+from simpletuner.helpers.choices.registry import Choice, Registry
+from simpletuner.helpers.choices.samplers import SAMPLERS, samplers_of
+from simpletuner.helpers.choices.trackers import TRACKERS
+from simpletuner.helpers.configuration.load import SECTIONS
+from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.schema.base import Section, registry_of
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.lycoris import LayerArguments, LycorisConfig, TargetPreset
+from simpletuner.helpers.data.captions import CaptionReader
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.reporting.trackers import Tracker
+
+REGISTRIES: dict[str, Registry[Any]] = {
+    "optimizer": OPTIMIZERS,
+    "lr_scheduler": LR_SCHEDULES,
+    "loss_type": LOSSES,
+    "validation_noise_scheduler": SAMPLERS,
+    "base_model_precision": PRECISIONS,
+    **{f"text_encoder_{number}_precision": PRECISIONS for number in range(1, 5)},
+    "caption_strategy": CAPTION_SOURCES,
+    "report_to": TRACKERS,
+    "algo": ALGORITHMS,
+}
+EVERY_RECORD: dict[str, Choice] = {STANDARD.name: STANDARD} | {
+    f"{key} {name}": each for key, records in REGISTRIES.items() for name, each in records.items()
+}
+every_record = pytest.mark.parametrize("record", EVERY_RECORD.values(), ids=EVERY_RECORD)
+
+# Arguments that an optimiser's class has, and that optimizer_config does not offer.
+NOT_OFFERED = {
+    "adamw": {"lr", "fused", "amsgrad", "maximize", "foreach", "capturable", "differentiable"},
+    "prodigy": {"lr", "fsdp_in_use", "slice_p"},
+}
+# Arguments of the whole network, which LyCORIS's wrapper reads.
+OF_THE_NETWORK = {"conv_dim", "conv_alpha", "train_norm"}
+# Arguments that a layer's constructor takes without an effect, or that its record refuses with a reason.
+WITHOUT_EFFECT = {
+    "tlora": {"bypass_mode", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"},
+    "full": {"use_scalar", "use_tucker"},
+    "diag-oft": {"use_scalar", "use_tucker"},
+    "boft": {"use_scalar", "use_tucker"},
+    "ia3": {"rs_lora", "use_scalar", "use_tucker", "weight_decompose"},
+    "glora": {"weight_decompose"},
+    "dylora": {"rs_lora", "train_on_input", "use_scalar", "use_tucker", "weight_decompose"},
+}
+
+
+def choice_keys() -> Iterator[tuple[type[Section], str]]:
+    for section in (*SECTIONS, DatasetConfig, LycorisConfig, LayerArguments, TargetPreset):
+        for key in section.model_fields:
+            if key in REGISTRIES or registry_of(section, key) is not None:
+                yield section, key
+
+
+@pytest.mark.parametrize(("section", "key"), list(choice_keys()), ids=str)
+def test_every_value_of_a_choice_has_a_record(section: type[Section], key: str) -> None:
+    assert registry_of(section, key) is REGISTRIES[key]
+    values = values_in(section.model_json_schema()["properties"][key])
+    assert values == list(REGISTRIES[key])
+
+
+def values_in(schema: Any) -> list[str]:
+    if isinstance(schema, dict):
+        found = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        return [*found, *(each for part in schema.values() for each in values_in(part))]
+    return [each for part in schema for each in values_in(part)] if isinstance(schema, list) else []
+
+
+def test_every_choice_is_a_key() -> None:
+    assert {key for _, key in choice_keys()} == REGISTRIES.keys()
+
+
+@pytest.mark.parametrize("key", REGISTRIES)
+def test_a_record_stands_under_its_name_and_is_not_called_unsupported(key: str) -> None:
+    for name, each in REGISTRIES[key].items():
+        assert name == each.name
+        assert each.summary.endswith(".")
+        assert not {(key, value) for value in (name, *each.aliases)} & UNSUPPORTED_VALUES.keys()
+
+
+@every_record
+def test_implementation_of_a_record_imports(record: Choice) -> None:
+    if record is PRECISIONS[UNCHANGED]:
+        return
+    if record.name in SAMPLERS and record is SAMPLERS[record.name]:
+        sampler = SAMPLERS[record.name]
+        assert sampler.schedulers
+        assert all(hasattr(sampler.load_for(process), "set_timesteps") for process in sampler.schedulers)
+    else:
+        assert callable(record.load())
+
+
+@every_record
+def test_package_of_a_record_is_in_its_extra(record: Choice, repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert bool(record.package) == bool(record.extra)
+    if record.package:
+        requirements = project["optional-dependencies"][record.extra]
+        assert any(each.startswith(record.package) for each in requirements)
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_arguments_of_an_optimiser_are_those_of_its_class(name: str) -> None:
+    record = OPTIMIZERS[name]
+    parameters = parameters_of(record.load())
+    assert parameters.keys() - {"params"} == record.arguments.keys() | NOT_OFFERED[name]
+    assert record.defaults.keys() <= record.arguments.keys()
+    for argument, argument_type in record.arguments.items():
+        default = parameters[argument].default
+        expected = {"boolean": bool, "betas": tuple, "number": float | int | None}[argument_type]
+        assert isinstance(default, expected), argument
+        assert argument_type != "number" or not isinstance(default, bool), argument
+    assert bool(record.fused_devices) == ("fused" in parameters)
+
+
+def steps(optimizer: torch.optim.Optimizer, num_steps: int, *, towards: float) -> list[float]:
+    """Walk towards a point; where that led."""
+    (parameter,) = optimizer.param_groups[0]["params"]
+    for _ in range(num_steps):
+        parameter.grad = parameter.detach() - towards
+        optimizer.step()
+    return parameter.tolist()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_group_state_of_an_optimiser_is_all_that_a_checkpoint_needs(name: str) -> None:
+    record = OPTIMIZERS[name]
+
+    def new(start: list[float]) -> torch.optim.Optimizer:
+        return record.load()([torch.nn.Parameter(torch.tensor(start))], lr=1.0, **record.defaults)
+
+    whole, begun = new([0.0, 1.0]), new([0.0, 1.0]).param_groups[0]
+    resumed = new(steps(whole, 20, towards=10.0))
+    tensors, numbers = optimizer_state(whole)
+    saved = numbers["groups"][0]
+    assert saved.keys() == set(record.group_state)
+    assert all(value != begun.get(key) for key, value in saved.items())
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
+    load_optimizer_state(resumed, copies, numbers=numbers)
+    assert steps(resumed, 20, towards=-10.0) == steps(whole, 20, towards=-10.0)
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_arguments_of_a_schedule_are_those_of_its_function(name: str) -> None:
+    record = LR_SCHEDULES[name]
+    _, *keywords = parameters_of(record.load()).values()
+    assert {each.name for each in keywords} == set(record.arguments)
+    assert all(each.kind is inspect.Parameter.KEYWORD_ONLY for each in keywords)
+    values = {"end": 0.25, "power": 2.0, "num_cycles": 2.0}
+    assert record.load()(0.0, **{key: values[key] for key in record.arguments}) == 1.0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_takes_prediction_target_and_weight(name: str) -> None:
+    prediction, target = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    losses = LOSSES[name].load()(prediction, target, torch.tensor([1.0, 2.0]))
+    assert losses.tolist() == [losses[0].item(), 2 * losses[0].item()]
+    assert LOSSES[name].load()(target, target, torch.ones(2)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if name != UNCHANGED])
+def test_a_precision_quantises_one_layer(name: str) -> None:
+    layer = torch.nn.Linear(128, 64)
+    quantised = PRECISIONS[name].load()(layer, torch.device("cpu"))
+    inputs = torch.randn(2, 128)
+    assert isinstance(quantised, torch.nn.Linear)
+    assert quantised(inputs).shape == (2, 64)
+
+
+@pytest.mark.parametrize("name", CAPTION_SOURCES)
+def test_a_caption_source_is_a_reader(name: str) -> None:
+    reader = CAPTION_SOURCES[name].load()
+    assert issubclass(reader, CaptionReader)
+    assert reader.read is not CaptionReader.read
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_has_every_method_and_takes_the_keywords(name: str) -> None:
+    tracker = TRACKERS[name].load()
+    methods = {method for method in vars(Tracker) if inspect.isfunction(vars(Tracker)[method])}
+    assert {method for method in methods if not method.startswith("_")} <= set(dir(tracker))
+    inspect.signature(tracker).bind(config=None, output_dir=None, settings=None, resumed_step=0)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_arguments_of_an_algorithm_are_those_of_its_layer(name: str) -> None:
+    record = ALGORITHMS[name]
+    taken: set[str] = set()
+    for each in record.load().__mro__:
+        if "__init__" in vars(each):
+            parameters = parameters_of(each.__init__)
+            taken |= parameters.keys()
+            if all(one.kind is not inspect.Parameter.VAR_POSITIONAL for one in parameters.values()):
+                break
+    assert record.arguments - OF_THE_NETWORK == taken & ARGUMENTS.keys() - WITHOUT_EFFECT.get(name, set())
+    assert record.defaults.keys() & ARGUMENTS.keys() <= record.arguments
+
+
+def test_every_argument_belongs_to_an_algorithm_and_aliases_are_unique() -> None:
+    assert frozenset().union(*(each.arguments for each in ALGORITHMS.values())) == ARGUMENTS.keys()
+    assert not argument_aliases().keys() & ARGUMENTS.keys()
+    assert len(argument_aliases()) == sum(len(each.aliases) for each in ARGUMENTS.values())
+
+
+def test_every_family_has_a_sampler_and_every_sampler_a_family() -> None:
+    samplers = {name: samplers_of(spec) for name, spec in registry.specs().items()}
+    assert all(samplers.values())
+    assert {name for names in samplers.values() for name in names} == SAMPLERS.keys()
