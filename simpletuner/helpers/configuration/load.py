@@ -69,26 +69,26 @@ class _Files:
     main: str
     """Config.json as it is named in messages."""
     given: Mapping[str, RawValue]
-    place: Source
+    source: Source
     environment: Environment
     chain: tuple[Path, ...]
     """The config.json whose validation_compared_config led here, one after another, and this one."""
     load_other: Callable[[Path], RunConfig | None]
 
     def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Source] | None:
-        """(value, value as written, place) of the file that a key names, or of the value in its stead."""
+        """(value, value as written, source) of the file that a key names, or of the value in its stead."""
         given = self.given.get(key)
         if given is not None and isinstance(given.value, dict | list):
-            place = replace(self.place, source_of=lambda _: f"{given.source}, {key}")
-            return given.value, given.written, place
+            source = replace(self.source, name_of=lambda _: f"{given.source}, {key}")
+            return given.value, given.written, source
         if path is None:
             return None
-        source = display(path)
-        written = read_json(path, source=source, problems=self.place.problems)
+        name = display(path)
+        written = read_json(path, source=name, problems=self.source.problems)
         if written is None:
             return None
-        value = self.environment.filled(written, source=source, key="")
-        return value, written, replace(self.place, source_of=lambda _: source)
+        value = self.environment.filled(written, source=name, key="")
+        return value, written, replace(self.source, name_of=lambda _: name)
 
 
 def load_config(path: Path, *, overrides: Sequence[str] = (), families: Mapping[str, ModelSpec]) -> RunConfig:
@@ -134,28 +134,28 @@ def _loaded(
         keys=KEYS,
     )
     context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
-    place = Source(problems, lambda key: given[key].source if key in given else main, context)
+    source = Source(problems, lambda key: given[key].source if key in given else main, context)
     chain = (*leading, path)
 
     def load_other(other: Path) -> RunConfig | None:
         return _loaded(other, (), families, leading=chain, problems=problems)
 
-    run = _assembled(path, _Files(main, given, place, environment, chain, load_other), families)
+    run = _assembled(path, _Files(main, given, source, environment, chain, load_other), families)
     if run is not None:
-        rules.check_comparison(run, place)
+        rules.check_comparison(run, source)
     return run
 
 
 def _assembled(path: Path, files: _Files, families: Mapping[str, ModelSpec]) -> RunConfig | None:
-    given, place = files.given, files.place
-    spec = rules.family_of(given, families, place)
+    given, source = files.given, files.source
+    spec = rules.family_of(given, families, source)
     values: dict[str, object] = {key: each.value for key, each in given.items()}
     for key in ("lycoris_config", "data_backend_config"):
         if isinstance(values.get(key), dict | list):
             del values[key]
     values = (_PLACEHOLDERS if spec is None else rules.family_defaults(given, spec)) | values
     names = {"model_family": str(values.get("model_family", ""))}
-    make = _maker(values, replace(place, context=replace(place.context, names=names)))
+    make = _maker(values, replace(source, context=replace(source.context, names=names)))
     checkpoint = make(CheckpointConfig)
     if checkpoint.section is not None:
         names["output_dir"] = str(checkpoint.section.output_dir)
@@ -163,25 +163,25 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, ModelSpec]) -> 
     training, optimizer, noise = make(TrainingConfig), make(OptimizerConfig), make(NoiseConfig)
     precision, tracking, validation = make(PrecisionConfig), make(TrackingConfig), make(ValidationConfig)
 
-    files = replace(files, place=replace(place, context=replace(place.context, names=names)))
+    files = replace(files, source=replace(source, context=replace(source.context, names=names)))
     lycoris = _lycoris(adapter, files)
     dataset_file = _datasets(data, files)
     prompts = _prompts(validation, files)
     if spec is not None:
         if model.section is not None:
-            rules.check_model(model.section, spec, place)
+            rules.check_model(model.section, spec, source)
         about_models = (model, adapter, training, noise, validation)
-        rules.check_family(about_models, spec, families=families, place=place)
-        rules.check_lora_preset(given, adapter, spec=spec, place=place)
-        rules.check_format(adapter, lycoris, spec=spec, place=place)
-        rules.check_precision(precision, adapter, lycoris, spec=spec, place=place)
-        rules.check_offload(precision, training, validation, spec=spec, place=place)
-        rules.check_alignment(data, spec, place)
-        rules.check_pictures(validation, spec, place)
+        rules.check_family(about_models, spec, families=families, source=source)
+        rules.check_lora_preset(given, adapter, spec=spec, source=source)
+        rules.check_format(adapter, lycoris, spec=spec, source=source)
+        rules.check_precision(precision, adapter, lycoris, spec=spec, source=source)
+        rules.check_offload(precision, training, validation, spec=spec, source=source)
+        rules.check_alignment(data, spec, source)
+        rules.check_validation(validation, spec, source)
     folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}
-    rules.check_output(checkpoint, folders, place)
+    rules.check_output(checkpoint, folders, source)
     compared_with = _compared_with(validation, files)
-    if len(place.problems) or spec is None or data.section is None or validation.section is None:
+    if len(source.problems) or spec is None or data.section is None or validation.section is None:
         return None
     sizes = validation.section.validation_resolution or (rules.training_size(data.section, spec),)
     text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
@@ -208,11 +208,11 @@ def _assembled(path: Path, files: _Files, families: Mapping[str, ModelSpec]) -> 
     )
 
 
-def _maker(values: Mapping[str, object], place: Source) -> Callable[[type[S]], Validated[S]]:
+def _maker(values: Mapping[str, object], source: Source) -> Callable[[type[S]], Validated[S]]:
     def make(section: type[S]) -> Validated[S]:
         own = {key: values[key] for key in section.model_fields if key in values and key not in COMPUTED_KEYS}
         placeholders = {key: value for key, value in _PLACEHOLDERS.items() if key in section.model_fields}
-        return build(section, own, place, placeholders=placeholders)
+        return build(section, own, source, placeholders=placeholders)
 
     return make
 
@@ -220,19 +220,19 @@ def _maker(values: Mapping[str, object], place: Source) -> Callable[[type[S]], V
 def _lycoris(adapter: Validated[AdapterConfig], files: _Files) -> LycorisConfig | None:
     """The adapter that the lycoris json describes; its file is checked too when lora_type cannot be read."""
     section = adapter.section
-    if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.wrong):
+    if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.invalid_keys):
         if section is not None and section.lycoris_config is not None and "lora_type" not in files.given:
-            files.place.add("lora_type", "lycoris_config has no effect without it. Set it to lycoris.")
+            files.source.add("lora_type", "lycoris_config has no effect without it. Set it to lycoris.")
         return None
     document = files.document("lycoris_config", section.lycoris_config)
     if document is None:
         if "lycoris_config" not in files.given:
-            files.place.add(
+            files.source.add(
                 "lycoris_config", "required by lora_type lycoris. Give the path of the lycoris json."
             )
         return None
-    value, written, place = document
-    return read_lycoris(value, place, written=written)
+    value, written, source = document
+    return read_lycoris(value, source, raw=written)
 
 
 def _datasets(data: Validated[DataConfig], files: _Files) -> DatasetFile:
@@ -240,12 +240,12 @@ def _datasets(data: Validated[DataConfig], files: _Files) -> DatasetFile:
     document = files.document("data_backend_config", path)
     if document is None:
         if "data_backend_config" not in files.given:
-            files.place.add(
+            files.source.add(
                 "data_backend_config", "required, but missing. Give the path of the dataset json."
             )
         return DatasetFile((), None)
-    value, _, place = document
-    return read_datasets(value, place, data=data)
+    value, _, source = document
+    return read_datasets(value, source, data=data)
 
 
 def _prompts(validation: Validated[ValidationConfig], files: _Files) -> tuple[ValidationPrompt, ...]:
@@ -259,7 +259,7 @@ def _prompts(validation: Validated[ValidationConfig], files: _Files) -> tuple[Va
 
 def _compared_with(validation: Validated[ValidationConfig], files: _Files) -> RunConfig | None:
     """The other run whose adapter is shown beside this one's; its problems are noted with this run's."""
-    section = validation.right("validation_compared_config")
+    section = validation.if_valid("validation_compared_config")
     path = section.validation_compared_config if section is not None else None
     if path is None:
         return None
@@ -268,7 +268,7 @@ def _compared_with(validation: Validated[ValidationConfig], files: _Files) -> Ru
         return files.load_other(path)
     circle = " -> ".join(display(each) for each in (*files.chain[here.index(os.path.realpath(path)) :], path))
     advice = "Name the config.json of another run, or leave the key out."
-    files.place.add("validation_compared_config", f"{circle}: a run is not compared with itself. {advice}")
+    files.source.add("validation_compared_config", f"{circle}: a run is not compared with itself. {advice}")
     return None
 
 

@@ -136,8 +136,8 @@ def _checked(
     formats = {key: header[key] for key in FORMATS if key in header}
     precision = build(PrecisionConfig, formats | dict(request.precision), place)
     pictures = build(ValidationConfig, defaults | dict(request.pictures), place)
-    rules.check_family((model, noise, pictures), spec, families=families, place=place)
-    rules.check_pictures(pictures, spec, place)
+    rules.check_family((model, noise, pictures), spec, families=families, source=place)
+    rules.check_validation(pictures, spec, place)
     problems.raise_if_any()
     assert model.section is not None, "a section that cannot be made has a problem"
     assert noise.section is not None, "a section that cannot be made has a problem"

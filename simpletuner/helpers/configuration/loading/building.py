@@ -24,12 +24,12 @@ class Validated(Generic[S]):
 
     section: S | None
     """With defaults in place of what is wrong; None if not even that."""
-    wrong: frozenset[str]
+    invalid_keys: frozenset[str]
     """Keys whose values are not the user's, because those cannot be used."""
 
-    def right(self, *keys: str) -> S | None:
+    def if_valid(self, *keys: str) -> S | None:
         """The section if these keys in it are as the user gave them."""
-        return self.section if not self.wrong & set(keys) else None
+        return self.section if not self.invalid_keys & set(keys) else None
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Source:
     """Where the values of a section come from, for messages and paths."""
 
     problems: Problems
-    source_of: Callable[[str], str]
+    name_of: Callable[[str], str]
     """Key -> the file or command line that gave it."""
     context: PathContext
     prefix: str = ""
@@ -45,13 +45,13 @@ class Source:
 
     def add(self, key: str, text: str) -> None:
         """Note a problem of a key."""
-        self.problems.add(self.source_of(key), f"{self.prefix}{key}", text)
+        self.problems.add(self.name_of(key), f"{self.prefix}{key}", text)
 
 
 def build(
     section: type[S],
     values: Mapping[str, object],
-    place: Source,
+    source: Source,
     *,
     placeholders: Mapping[str, object] | None = None,
 ) -> Validated[S]:
@@ -60,38 +60,38 @@ def build(
     Args:
         section: The class.
         values: Key -> value.
-        place: Where they come from.
+        source: Where they come from.
         placeholders: Values of required keys that are missing or invalid, so that the rest is checked.
     """
     try:
-        return Validated(section.model_validate(values, context=place.context), frozenset())
+        return Validated(section.model_validate(values, context=source.context), frozenset())
     except ValidationError as error:
         details = error.errors(include_url=False)
-    wrong = _note(details, place, ignoring=frozenset())
+    wrong = _note(details, source, ignoring=frozenset())
     usable = {key: value for key, value in values.items() if key not in wrong}
     missing = {key: value for key, value in (placeholders or {}).items() if key not in usable}
     try:
-        return Validated(section.model_validate({**missing, **usable}, context=place.context), wrong)
+        return Validated(section.model_validate({**missing, **usable}, context=source.context), wrong)
     except ValidationError as error:
         # What was hidden behind the first problems: a contradiction is looked for only among right values.
-        _note(error.errors(include_url=False), place, ignoring=wrong)
+        _note(error.errors(include_url=False), source, ignoring=wrong)
         return Validated(None, wrong)
 
 
-def _note(details: list[ErrorDetails], place: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
+def _note(details: list[ErrorDetails], source: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
     wrong: set[str] = set()
     for error in details:
         about = {str(error["loc"][0])} if error["loc"] else set(error.get("ctx", {}).get("keys", ()))
         wrong |= about
         if about & ignoring or error["type"] == "default_factory_not_called":  # follows from another problem
             continue
-        key, text = described(error, show=place.problems.shown)
+        key, text = described(error, show=source.problems.shown)
         first = key.partition(".")[0].partition("[")[0]
         advice = UNSUPPORTED_VALUES.get((first, str(error["input"])))
         if advice and error["type"] == "literal_error":
-            found = place.problems.shown(error["input"])
+            found = source.problems.shown(error["input"])
             text = f"{found}: known from SimpleTuner, not supported here. {advice}"
-        place.problems.add(place.source_of(first), f"{place.prefix}{key}", text)
+        source.problems.add(source.name_of(first), f"{source.prefix}{key}", text)
     return frozenset(wrong)
 
 

@@ -35,34 +35,34 @@ _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
-def read_lycoris(values: JsonValue, place: Source, *, written: JsonValue) -> LycorisConfig | None:
+def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> LycorisConfig | None:
     """A checked adapter description, or None; every problem is noted.
 
     Args:
         values: The json with environment variables filled in.
-        place: Where it comes from.
-        written: The json as the user wrote it.
+        source: Where it comes from.
+        raw: The json as the user wrote it.
     """
-    if not isinstance(values, dict) or not isinstance(written, dict):
-        place.add("", "must hold an object, {...}.")
+    if not isinstance(values, dict) or not isinstance(raw, dict):
+        source.add("", "must hold an object, {...}.")
         return None
     values = {key.removeprefix("--"): value for key, value in values.items() if value is not None}
     algorithms = _algorithms(values)
-    arguments, fields = _sorted_out(values, place, algorithms)
-    _check_preset(fields.get("apply_preset"), place, algo=values.get("algo"))
+    arguments, fields = _sorted_out(values, source, algorithms)
+    _check_preset(fields.get("apply_preset"), source, algo=values.get("algo"))
     if "tlora" in algorithms:
-        fields = _with_init(fields, place)
+        fields = _with_init(fields, source)
     elif algorithms:
-        fields = _without_tlora(fields, place, algo=values.get("algo"))
-    extra = build(AlgorithmArguments, arguments, place)
-    built = build(LycorisConfig, fields, place, placeholders=_PLACEHOLDERS)
-    if built.section is None or built.wrong or extra.section is None or extra.wrong:
+        fields = _without_tlora(fields, source, algo=values.get("algo"))
+    extra = build(AlgorithmArguments, arguments, source)
+    built = build(LycorisConfig, fields, source, placeholders=_PLACEHOLDERS)
+    if built.section is None or built.invalid_keys or extra.section is None or extra.invalid_keys:
         return None
-    # A written zero dropout is the absence of dropout.
+    # A dropout of zero is the absence of dropout.
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    return built.section.model_copy(update={"extra": given, "raw": written})
+    return built.section.model_copy(update={"extra": given, "raw": raw})
 
 
 def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
@@ -83,7 +83,7 @@ def _takes(algorithms: Iterable[str]) -> frozenset[str]:
 
 
 def _sorted_out(
-    values: Mapping[str, JsonValue], place: Source, algorithms: frozenset[str]
+    values: Mapping[str, JsonValue], source: Source, algorithms: frozenset[str]
 ) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
     """(algorithm arguments, fields of the section); every other key is noted."""
     arguments: dict[str, JsonValue] = {}
@@ -97,11 +97,11 @@ def _sorted_out(
             arguments[key] = value
         elif name in _EVERY_ARGUMENT:
             if not Unsupported("").is_noop(value):
-                place.add(key, _not_taken(name, algorithms))
+                source.add(key, _not_taken(name, algorithms))
         elif name in LYCORIS_KEYS:
-            _note_unsupported(key, value, table=LYCORIS_KEYS, place=place)
+            _note_unsupported(key, value, table=LYCORIS_KEYS, source=source)
         else:
-            place.add(key, unknown_key(key, known))
+            source.add(key, unknown_key(key, known))
     return arguments, fields
 
 
@@ -117,13 +117,13 @@ def _not_taken(name: str, algorithms: frozenset[str]) -> str:
 
 
 def _note_unsupported(
-    key: str, value: object, *, table: Mapping[str, Unsupported], place: Source, prefix: str = ""
+    key: str, value: object, *, table: Mapping[str, Unsupported], source: Source, prefix: str = ""
 ) -> None:
     if not table[key].is_noop(value):
-        place.add(f"{prefix}{key}", unsupported(table[key]))
+        source.add(f"{prefix}{key}", unsupported(table[key]))
 
 
-def _with_init(fields: Mapping[str, JsonValue], place: Source) -> dict[str, JsonValue]:
+def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, JsonValue]:
     """The fields with use_data_init told as tlora_init."""
     rest = dict(fields)
     if "use_data_init" not in rest:
@@ -131,26 +131,26 @@ def _with_init(fields: Mapping[str, JsonValue], place: Source) -> dict[str, Json
     value = rest.pop("use_data_init")
     asked = {"true": True, "false": False}.get(str(value).lower())
     if asked is None:
-        place.add("use_data_init", f"{place.problems.shown(value)}: must be true or false.")
+        source.add("use_data_init", f"{source.problems.shown(value)}: must be true or false.")
         return rest
     init = rest.setdefault("tlora_init", _INIT_OF_DATA[asked])
     if init != _INIT_OF_DATA[asked]:
-        place.add(
+        source.add(
             "use_data_init",
             f"{str(asked).lower()} means tlora_init {_INIT_OF_DATA[asked]}, but tlora_init is "
-            f"{place.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
+            f"{source.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
         )
     return rest
 
 
-def _without_tlora(fields: Mapping[str, JsonValue], place: Source, *, algo: object) -> dict[str, JsonValue]:
+def _without_tlora(fields: Mapping[str, JsonValue], source: Source, *, algo: object) -> dict[str, JsonValue]:
     for key in TLORA_FIELDS:
         if key in fields:
-            place.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
+            source.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
     return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
 
 
-def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
+def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
     """Note the unknown keys of apply_preset and of the entries of its maps, and take them out."""
     if not isinstance(preset, dict):
         return
@@ -160,17 +160,17 @@ def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
             continue
         value = preset.pop(key)
         if key in PRESET_KEYS:
-            _note_unsupported(key, value, table=PRESET_KEYS, place=place, prefix=prefix)
+            _note_unsupported(key, value, table=PRESET_KEYS, source=source, prefix=prefix)
         else:
-            place.add(f"{prefix}{key}", unknown_key(key, TargetPreset.model_fields))
+            source.add(f"{prefix}{key}", unknown_key(key, TargetPreset.model_fields))
     for name in MAPS:
         entries = preset.get(name)
         for target, entry in entries.items() if isinstance(entries, dict) else ():
             if isinstance(entry, dict):
-                _check_entry(entry, place, key=f"{prefix}{name}.{target}", algo=algo)
+                _check_entry(entry, source, key=f"{prefix}{name}.{target}", algo=algo)
 
 
-def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: object) -> None:
+def _check_entry(entry: dict[str, JsonValue], source: Source, *, key: str, algo: object) -> None:
     algo = entry.get("algo", algo)
     taken = ALGORITHM_ARGUMENTS.get(algo) if isinstance(algo, str) else None
     known = (_EVERY_ARGUMENT if taken is None else taken) - NETWORK_ONLY_ARGUMENTS | _LAYER_KEYS
@@ -180,8 +180,8 @@ def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: 
             continue
         value = entry.pop(name)
         if plain in NETWORK_ONLY_ARGUMENTS and not (algo == "tlora" and plain in DROPOUTS):
-            place.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
+            source.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
         elif plain not in _EVERY_ARGUMENT:
-            place.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
+            source.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
         elif not Unsupported("").is_noop(value):
-            place.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))
+            source.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

@@ -35,35 +35,36 @@ def prompts_of(
     return tuple({each.name: each for each in (*every, *user)}.values())
 
 
-def read_library(values: JsonValue, place: Source) -> tuple[ValidationPrompt, ...]:
+def read_library(values: JsonValue, source: Source) -> tuple[ValidationPrompt, ...]:
     """The prompts of a user's json; every problem is noted."""
     if not isinstance(values, dict):
-        place.add("", "must hold an object of name and prompt, {...}.")
+        source.add("", "must hold an object of name and prompt, {...}.")
         return ()
     if not values:
-        place.add("", "holds no prompt. Add one, or remove user_prompt_library.")
-    prompts = [_prompt(name, value, place) for name, value in values.items()]
+        source.add("", "holds no prompt. Add one, or remove user_prompt_library.")
+    prompts = [_prompt(name, value, source) for name, value in values.items()]
     return tuple(prompt for prompt in prompts if prompt is not None)
 
 
-def _prompt(name: str, value: JsonValue, place: Source) -> ValidationPrompt | None:
+def _prompt(name: str, value: JsonValue, source: Source) -> ValidationPrompt | None:
     entry = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(entry, dict):
-        place.add(
-            name, f"{place.problems.shown(value)}: must be a prompt, or an object with {' and '.join(_KEYS)}."
+        source.add(
+            name,
+            f"{source.problems.shown(value)}: must be a prompt, or an object with {' and '.join(_KEYS)}.",
         )
         return None
     for key in entry.keys() - set(_KEYS):
-        place.add(f"{name}.{key}", f"unknown key.{nearest(key, _KEYS)}")
+        source.add(f"{name}.{key}", f"unknown key.{nearest(key, _KEYS)}")
     text, strength = entry.get("prompt"), entry.get("adapter_strength")
     if not isinstance(text, str) or not text.strip():
-        place.add(f"{name}.prompt", f"{place.problems.shown(text)}: must be a text that is not empty.")
+        source.add(f"{name}.prompt", f"{source.problems.shown(text)}: must be a text that is not empty.")
         return None
     try:
         right = None if strength is None or isinstance(strength, bool) else float(str(strength))
     except ValueError:
         right = None
     if strength is not None and (right is None or abs(right) == float("inf") or right != right):
-        place.add(f"{name}.adapter_strength", f"{place.problems.shown(strength)}: must be a number.")
+        source.add(f"{name}.adapter_strength", f"{source.problems.shown(strength)}: must be a number.")
         return None
     return ValidationPrompt(name=name, text=text, strength=right)
