@@ -86,7 +86,7 @@ class TrainingData:
         active = [each for each in self.datasets if each.dataset_type == "image" and not each.disabled]
         settings = PlanSettings(
             seed=self.seed,
-            alignment=self.data.aspect_bucket_alignment or self.pixel_alignment,
+            alignment=self.data.alignment(self.pixel_alignment),
             aspect_decimals=self.data.aspect_bucket_rounding,
         )
         self._text_folder = _outside_the_data(self.data.cache_dir_text, self.datasets)

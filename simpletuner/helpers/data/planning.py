@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import CaptionStrategy, DatasetConfig
+from simpletuner.helpers.configuration.schema.resolution import square_size
 from simpletuner.helpers.contracts import Sample, Size
-from simpletuner.helpers.data.buckets import Placement, bucket_size, is_too_small, place, square_size
+from simpletuner.helpers.data.buckets import Placement, bucket_size, is_too_small, place
 from simpletuner.helpers.data.captions import (
     Captions,
     ambiguous_captions,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.resolution import nearest_multiple, square_edge_px, square_size
 from simpletuner.helpers.configuration.schema.sections import (
     CHANGE_THE_BASE,
     AdapterConfig,
@@ -22,7 +22,6 @@ from simpletuner.helpers.configuration.schema.sections import (
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import ModelSpec, Size
 
-_PIXELS_PER_MEGAPIXEL = 1_000_000
 _PLAIN_ALGORITHMS = frozenset({"tlora", "lora", "locon"})
 _NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
 """Arguments with which even those train more than two factors."""
@@ -58,7 +57,7 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
     }
     in_area = "resolution_type" in raw and raw["resolution_type"].value == "area"
     edge = spec.default_resolution
-    defaults["resolution"] = round(edge**2 / _PIXELS_PER_MEGAPIXEL, 3) if in_area else float(edge)
+    defaults["resolution"] = round(edge**2 / 1_000_000, 3) if in_area else float(edge)
     flavour = raw["model_flavour"].value if "model_flavour" in raw else spec.default_flavour
     if "pretrained_model_name_or_path" not in raw:
         defaults["model_flavour"] = spec.default_flavour
@@ -238,7 +237,7 @@ def check_alignment(data: Validated[DataConfig], spec: ModelSpec, source: Source
             f"{alignment}: must be a multiple of {spec.minimum_alignment}. Use {spec.pixel_alignment}.",
         )
         return
-    edge = training_edge_px(section)
+    edge = square_edge_px(section.resolution, section.resolution_type)
     if data.if_valid("resolution", "resolution_type") is not None and edge < alignment:
         source.add(
             "resolution",
@@ -261,7 +260,7 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
     step = spec.minimum_alignment
     for size in section.validation_resolution if section is not None else ():
         if size.width % step or size.height % step:
-            near = Size(height=_nearest(size.height, step), width=_nearest(size.width, step))
+            near = Size(height=nearest_multiple(size.height, step), width=nearest_multiple(size.width, step))
             source.add(
                 "validation_resolution", f"{size}: width and height must be multiples of {step}. Use {near}."
             )
@@ -303,20 +302,10 @@ def check_comparison(run: RunConfig, source: Source) -> None:
         source.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
 
 
-def training_edge_px(data: DataConfig) -> float:
-    """Edge in pixels of a square image at the training resolution."""
-    return (
-        math.sqrt(data.resolution * _PIXELS_PER_MEGAPIXEL)
-        if data.resolution_type == "area"
-        else data.resolution
-    )
-
-
 def training_size(data: DataConfig, spec: ModelSpec) -> Size:
-    """The square bucket of the training resolution: the size of validation pictures when none is given."""
-    edge = _nearest(training_edge_px(data), data.aspect_bucket_alignment or spec.pixel_alignment)
-    return Size(height=edge, width=edge)
-
-
-def _nearest(edge_px: float, step: int) -> int:
-    return max(1, round(edge_px / step)) * step
+    """Default size of validation images: the bucket of a square image."""
+    return square_size(
+        resolution=data.resolution,
+        resolution_type=data.resolution_type,
+        alignment=data.alignment(spec.pixel_alignment),
+    )

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
         ),
         ({"aspect_bucket_alignment": 12}, "12: must be a multiple of 8. Use 32."),
         ({"resolution": 24}, "24 is 24 px, below aspect_bucket_alignment 32. Raise it."),
-        ({"validation_resolution": "100x64"}, "100x64: width and height must be multiples of 8. Use 96x64."),
-        ({"validation_resolution": "64x100"}, "64x100: width and height must be multiples of 8. Use 64x96."),
+        ({"validation_resolution": "100x64"}, "100x64: width and height must be multiples of 8. Use 104x64."),
+        ({"validation_resolution": "64x100"}, "64x100: width and height must be multiples of 8. Use 64x104."),
     ],
 )
 def test_what_the_family_does_not_have_is_refused(
