@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.names import printable
 
 _LONGEST_SHOWN = 60
 _WIDEST_KEY = 40
@@ -108,13 +109,6 @@ def shown(value: object) -> str:
         text = "..."
     text = printable(text)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
-
-
-def printable(text: str) -> str:
-    """The text on one line, control characters and lone surrogates as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
-    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
