@@ -1,4 +1,4 @@
-"""The dataset json into DatasetConfigs, with what they inherit from config.json."""
+"""Reads the dataset json as DatasetConfigs, which inherit keys of config.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
-from simpletuner.helpers.configuration.loading.known_keys import DATASET_KEYS, unsupported
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
-from simpletuner.helpers.configuration.text.problems import unknown_key
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 INHERITED = ("resolution", "resolution_type", "minimum_image_size", "caption_strategy", "instance_prompt")
@@ -33,27 +32,27 @@ _SWITCHES = {
 
 
 class TextCacheEntry(Section):
-    """An entry with dataset_type text_embeds: it only names the text cache."""
+    """An entry with dataset_type text_embeds; it names the text cache."""
 
     id: str = "text-embeds"
     """Name of the entry."""
     cache_dir: OutputPath | None = None
-    """Folder of cached text embeddings; wins over cache_dir_text of config.json."""
+    """Folder of cached prompt embeddings; overrides cache_dir_text of config.json."""
     default: bool = False
-    """Which entry counts when there are several."""
+    """Whether this entry counts if there are several."""
 
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """What the dataset json says."""
+    """Content of the dataset json."""
 
     datasets: tuple[DatasetConfig, ...]
     cache_dir_text: Path | None
-    """Folder that a text_embeds entry names."""
+    """cache_dir of the text_embeds entry."""
 
 
 def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
-    """The datasets that are not disabled; every problem is noted, and entries with problems are left out."""
+    """Check a dataset json; leaves out disabled and invalid entries and notes every problem."""
     if not isinstance(entries, list):
         source.add("", "must hold an array of objects, [{...}].")
         return DatasetFile((), None)
@@ -63,7 +62,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     num_images = 0
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            source.add(f"[{index}]", f"{source.problems.shown(entry)}: must be an object, {{...}}.")
+            source.reject(f"[{index}]", entry, "must be an object, {...}.")
             continue
         values = {key.removeprefix("--"): value for key, value in entry.items() if value is not None}
         identity = values.get("id")
@@ -72,10 +71,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         if _is_disabled(values, own):
             continue
         if not named and isinstance(identity, str):
-            own.add(
-                "id",
-                f"{source.problems.shown(identity)}: [{first_with[identity]}] has this id too. Change one.",
-            )
+            own.reject("id", identity, f"[{first_with[identity]}] has this id too. Change one.")
         elif isinstance(identity, str):
             first_with[identity] = index
         if values.get("dataset_type") == "text_embeds":
@@ -92,7 +88,7 @@ def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
     value = values.get("disabled", False)
     disabled = _SWITCHES.get(str(value).strip().lower())
     if disabled is None:
-        source.add("disabled", f"{source.problems.shown(value)}: must be true or false.")
+        source.reject("disabled", value, "must be true or false.")
     return bool(disabled)
 
 
@@ -108,9 +104,7 @@ def _image_dataset(
     complete = {key: inherited[key] for key in INHERITED if key in inherited} | known
     identity = known.get("id")
     if isinstance(identity, str):
-        source = replace(
-            source, context=replace(source.context, names={**source.context.names, "id": identity})
-        )
+        source = source.with_names(id=identity)
         if "cache_dir_vae" in inherited:
             complete.setdefault("cache_dir_vae", str(Path(str(inherited["cache_dir_vae"])) / identity))
     placeholders = {"id": "?", "instance_data_dir": os.curdir}
@@ -121,38 +115,28 @@ def _image_dataset(
 
 
 def _known(values: Mapping[str, JsonValue], section: type[Section], source: Source) -> dict[str, JsonValue]:
-    """The values of the section's keys; every other key is noted."""
-    known: dict[str, JsonValue] = {}
+    """The values of the section's keys; notes every unknown key."""
     for key, value in values.items():
-        if key in section.model_fields:
-            known[key] = value
-        elif key in DATASET_KEYS:
-            if not DATASET_KEYS[key].is_noop(value):
-                source.add(key, unsupported(DATASET_KEYS[key]))
-        elif key not in TextCacheEntry.model_fields and key not in DatasetConfig.model_fields:
-            source.add(
-                key,
-                unknown_key(
-                    key, [*section.model_fields, *({"cache_dir"} if section is TextCacheEntry else ())]
-                ),
-            )
-    return known
+        if key in TextCacheEntry.model_fields or key in DatasetConfig.model_fields:
+            continue
+        if problem := key_problem("dataset", key, value, known=section.model_fields):
+            source.add(key, problem)
+    return {key: value for key, value in values.items() if key in section.model_fields}
 
 
 def _text_cache(values: Mapping[str, JsonValue], source: Source) -> TextCacheEntry:
-    kind = values.get("type", "local")
-    if kind != "local":
-        advice = UNSUPPORTED_VALUES.get(("type", str(kind)), "Use local.")
-        source.add("type", f"{source.problems.shown(kind)}: not supported here. {advice}")
-    names = dict(source.context.names)
-    if isinstance(values.get("id"), str):
-        names["id"] = str(values["id"])
+    storage, identity = values.get("type", "local"), values.get("id")
+    if storage != "local":
+        advice = UNSUPPORTED_VALUES.get(("type", str(storage)), "Use local.")
+        source.reject("type", storage, f"not supported here. {advice}")
     known = _known(values, TextCacheEntry, source)
-    for key in values.keys() & (DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()):
-        if key not in ("type", "dataset_type", "disabled"):
+    image_keys = DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()
+    for key in values:
+        if key in image_keys - {"type", "dataset_type", "disabled"}:
             source.add(key, "belongs to an image dataset. Remove it.")
-    built = build(TextCacheEntry, known, replace(source, context=replace(source.context, names=names)))
-    return built.section or TextCacheEntry()
+    if isinstance(identity, str):
+        source = source.with_names(id=identity)
+    return build(TextCacheEntry, known, source).section or TextCacheEntry()
 
 
 def _chosen(entries: list[TextCacheEntry], source: Source) -> Path | None:
@@ -166,24 +150,16 @@ def _chosen(entries: list[TextCacheEntry], source: Source) -> Path | None:
 def _check_folder(dataset: DatasetConfig, source: Source) -> None:
     folder = dataset.instance_data_dir
     if not os.access(folder, os.R_OK | os.X_OK):
-        source.add("instance_data_dir", f"{_path(folder, source)}: may not be read. Change its permissions.")
+        source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
         return
     files = (name for _, _, names in os.walk(folder) for name in names)
     if not any(
         os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") for name in files
     ):
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        source.add(
-            "instance_data_dir",
-            f"{_path(folder, source)}: holds no image ({suffixes}). Put images there or correct the path.",
-        )
+        text = f"holds no image ({suffixes}). Put images there or correct the path."
+        source.reject("instance_data_dir", str(folder), text)
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):
-        source.add(
-            "cache_dir_vae",
-            f"{_path(cache, source)}: lies in instance_data_dir, which is never written to. Choose another.",
-        )
-
-
-def _path(path: Path, source: Source) -> str:
-    return source.problems.shown(str(path))
+        text = "is inside instance_data_dir, which is never written to. Choose another."
+        source.reject("cache_dir_vae", str(cache), text)

@@ -1,4 +1,4 @@
-"""The lycoris json into a LycorisConfig."""
+"""Reads the lycoris json as a LycorisConfig."""
 
 from __future__ import annotations
 
@@ -7,12 +7,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading.building import Source, build
-from simpletuner.helpers.configuration.loading.known_keys import (
-    LYCORIS_KEYS,
-    PRESET_KEYS,
-    Unsupported,
-    unsupported,
-)
+from simpletuner.helpers.configuration.loading.unsupported_keys import is_off, key_problem
 from simpletuner.helpers.configuration.schema.lycoris import (
     ALGORITHM_ARGUMENTS,
     ARGUMENT_ALIASES,
@@ -25,7 +20,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     LycorisConfig,
     TargetPreset,
 )
-from simpletuner.helpers.configuration.text.problems import nearest, unknown_key
+from simpletuner.helpers.configuration.text.problems import nearest
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
@@ -36,19 +31,19 @@ _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
 def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> LycorisConfig | None:
-    """A checked adapter description, or None; every problem is noted.
+    """Check a lycoris json; returns None if errors prevent building the LycorisConfig.
 
     Args:
-        values: The json with environment variables filled in.
-        source: Where it comes from.
-        raw: The json as the user wrote it.
+        values: The json with the values of environment variables.
+        source: Origin of the json.
+        raw: The json as written.
     """
     if not isinstance(values, dict) or not isinstance(raw, dict):
         source.add("", "must hold an object, {...}.")
         return None
     values = {key.removeprefix("--"): value for key, value in values.items() if value is not None}
     algorithms = _algorithms(values)
-    arguments, fields = _sorted_out(values, source, algorithms)
+    arguments, fields = _split(values, source, algorithms)
     _check_preset(fields.get("apply_preset"), source, algo=values.get("algo"))
     if "tlora" in algorithms:
         fields = _with_init(fields, source)
@@ -66,7 +61,7 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
 
 
 def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
-    """Every known algorithm that some layer uses; none if the main one is not known."""
+    """Every known algorithm of the adapter and of single layers; empty if the adapter's is unknown."""
     preset = values.get("apply_preset")
     maps = [preset.get(name) for name in MAPS] if isinstance(preset, dict) else []
     entries = [
@@ -82,10 +77,10 @@ def _takes(algorithms: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*taken) if taken else _EVERY_ARGUMENT
 
 
-def _sorted_out(
+def _split(
     values: Mapping[str, JsonValue], source: Source, algorithms: frozenset[str]
 ) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
-    """(algorithm arguments, fields of the section); every other key is noted."""
+    """(algorithm arguments, fields of LycorisConfig); notes every other key."""
     arguments: dict[str, JsonValue] = {}
     fields: dict[str, JsonValue] = {}
     known = {*FIELDS, "use_data_init", *_takes(algorithms), *ARGUMENT_ALIASES}
@@ -96,42 +91,31 @@ def _sorted_out(
         elif name in _takes(algorithms) and not (name in DROPOUTS and values.get("algo") == "tlora"):
             arguments[key] = value
         elif name in _EVERY_ARGUMENT:
-            if not Unsupported("").is_noop(value):
+            if not is_off(value):
                 source.add(key, _not_taken(name, algorithms))
-        elif name in LYCORIS_KEYS:
-            _note_unsupported(key, value, table=LYCORIS_KEYS, source=source)
-        else:
-            source.add(key, unknown_key(key, known))
+        elif problem := key_problem("lycoris", key, value, known=known):
+            source.add(key, problem)
     return arguments, fields
 
 
 def _not_taken(name: str, algorithms: frozenset[str]) -> str:
     if "tlora" in algorithms and name in DROPOUTS:
-        return (
-            "not supported with algo tlora, whose rank schedule is the regulariser. Remove it or set it to 0."
-        )
+        return "not supported with algo tlora, whose rank schedule regularises. Remove it or set it to 0."
     if "tlora" in algorithms and name == "bypass_mode":
-        return "not taken by algo tlora, which always runs beside the base layer. Remove it."
+        return "not taken by algo tlora, which always bypasses the base layer. Remove it."
     owners = ", ".join(algo for algo, taken in ALGORITHM_ARGUMENTS.items() if name in taken)
     return f"not taken by algo {' or '.join(sorted(algorithms))}. Remove it; it belongs to {owners}."
 
 
-def _note_unsupported(
-    key: str, value: object, *, table: Mapping[str, Unsupported], source: Source, prefix: str = ""
-) -> None:
-    if not table[key].is_noop(value):
-        source.add(f"{prefix}{key}", unsupported(table[key]))
-
-
 def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, JsonValue]:
-    """The fields with use_data_init told as tlora_init."""
+    """The fields with tlora_init in place of LyCORIS's use_data_init."""
     rest = dict(fields)
     if "use_data_init" not in rest:
         return rest
     value = rest.pop("use_data_init")
     asked = {"true": True, "false": False}.get(str(value).lower())
     if asked is None:
-        source.add("use_data_init", f"{source.problems.shown(value)}: must be true or false.")
+        source.reject("use_data_init", value, "must be true or false.")
         return rest
     init = rest.setdefault("tlora_init", _INIT_OF_DATA[asked])
     if init != _INIT_OF_DATA[asked]:
@@ -151,7 +135,7 @@ def _without_tlora(fields: Mapping[str, JsonValue], source: Source, *, algo: obj
 
 
 def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
-    """Note the unknown keys of apply_preset and of the entries of its maps, and take them out."""
+    """Note and remove the unknown keys of apply_preset and of the entries of its maps."""
     if not isinstance(preset, dict):
         return
     prefix = "apply_preset."
@@ -159,10 +143,8 @@ def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
         if key in TargetPreset.model_fields:
             continue
         value = preset.pop(key)
-        if key in PRESET_KEYS:
-            _note_unsupported(key, value, table=PRESET_KEYS, source=source, prefix=prefix)
-        else:
-            source.add(f"{prefix}{key}", unknown_key(key, TargetPreset.model_fields))
+        if problem := key_problem("apply_preset", key, value, known=TargetPreset.model_fields):
+            source.add(f"{prefix}{key}", problem)
     for name in MAPS:
         entries = preset.get(name)
         for target, entry in entries.items() if isinstance(entries, dict) else ():
@@ -180,8 +162,8 @@ def _check_entry(entry: dict[str, JsonValue], source: Source, *, key: str, algo:
             continue
         value = entry.pop(name)
         if plain in NETWORK_ONLY_ARGUMENTS and not (algo == "tlora" and plain in DROPOUTS):
-            source.add(f"{key}.{name}", "is about the whole adapter. Set it at the top of the file.")
+            source.add(f"{key}.{name}", "set this at the top level.")
         elif plain not in _EVERY_ARGUMENT:
             source.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
-        elif not Unsupported("").is_noop(value):
+        elif not is_off(value):
             source.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

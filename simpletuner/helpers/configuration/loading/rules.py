@@ -1,4 +1,4 @@
-"""Rules that hold between keys of different sections, and between them and the model family."""
+"""Rules between keys of different sections, and between keys and the model family."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.layers import RawValue
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, PrecisionConfig
 from simpletuner.helpers.configuration.schema.resolution import nearest_multiple, square_edge_px, square_size
@@ -32,7 +33,7 @@ _READ_THE_WEIGHT = frozenset({"dylora", "full", "ia3"})
 def family_of(
     raw: Mapping[str, RawValue], families: Mapping[str, ModelSpec], source: Source
 ) -> ModelSpec | None:
-    """The facts of the family that the user named, or None with the problem noted."""
+    """The spec of model_family, or None with the problem noted."""
     known = ", ".join(sorted(families))
     if "model_family" not in raw:
         source.add("model_family", f"required, but missing. Known families: {known}.")
@@ -40,16 +41,13 @@ def family_of(
     name = raw["model_family"].value
     if not isinstance(name, str) or name not in families:
         hint = nearest(name, families) if isinstance(name, str) else ""
-        source.add(
-            "model_family",
-            f"{source.problems.shown(name)}: not a model family here. Known families: {known}.{hint}",
-        )
+        source.reject("model_family", name, f"not a model family here. Known families: {known}.{hint}")
         return None
     return families[name]
 
 
 def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, object]:
-    """What the family gives to keys that the user left out."""
+    """The family's values of keys that the user left out."""
     defaults: dict[str, object] = {
         "aspect_bucket_alignment": spec.pixel_alignment,
         "peft_lora_target_modules": _preset_targets(raw, spec) or spec.lora_targets,
@@ -67,33 +65,34 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
     return {key: value for key, value in defaults.items() if key not in raw}
 
 
-def check_model(model: ModelConfig, spec: ModelSpec, source: Source) -> None:
-    """Flavour and prediction type are the family's."""
-    if model.model_flavour is not None and model.model_flavour not in spec.flavours:
-        found, hint = source.problems.shown(model.model_flavour), nearest(model.model_flavour, spec.flavours)
-        source.add("model_flavour", f"{found}: must be one of {', '.join(spec.flavours)}.{hint}")
-    if model.prediction_type not in (None, *spec.prediction_types):
+def check_model(model: Validated[ModelConfig], spec: ModelSpec, source: Source) -> None:
+    """Check that the family has the flavour and the prediction type."""
+    section = model.section
+    if section is None:
+        return
+    flavour, prediction_type = section.model_flavour, section.prediction_type
+    if flavour is not None and flavour not in spec.flavours:
+        allowed, hint = ", ".join(spec.flavours), nearest(flavour, spec.flavours)
+        source.reject("model_flavour", flavour, f"must be one of {allowed}.{hint}")
+    if prediction_type not in (None, *spec.prediction_types):
         allowed = ", ".join(spec.prediction_types)
-        source.add(
-            "prediction_type",
-            f"{source.problems.shown(model.prediction_type)}: {spec.name} predicts {allowed}.",
-        )
+        source.reject("prediction_type", prediction_type, f"{spec.name} predicts {allowed}.")
 
 
 def check_family(
     sections: Sequence[Validated[Any]], spec: ModelSpec, *, families: Mapping[str, ModelSpec], source: Source
 ) -> None:
-    """Keys that are about other kinds of models are not set, and the family agrees with the others."""
+    """Check that no key of other families is set, and run the family's own checks."""
     foreign = frozenset().union(*(each.own_keys for each in families.values())) - spec.own_keys
     values: dict[str, object] = {}
-    for built in sections:
-        if built.section is None:
+    for validated in sections:
+        if validated.section is None:
             continue
-        defaults = {key: field.default for key, field in type(built.section).model_fields.items()}
-        values |= {key: value for key, value in built.section if key not in built.invalid_keys}
-        for key in sorted(foreign & defaults.keys() - built.invalid_keys):
+        defaults = {key: field.default for key, field in type(validated.section).model_fields.items()}
+        values |= {key: value for key, value in validated.section if key not in validated.invalid_keys}
+        for key in sorted(foreign & defaults.keys() - validated.invalid_keys):
             if values[key] != defaults[key]:
-                source.add(key, f"means nothing to model_family {spec.name}. Remove it.")
+                source.add(key, f"has no effect with model_family {spec.name}. Remove it.")
     for key, problem in (spec.problems(values) if spec.problems is not None else {}).items():
         source.add(key, problem)
 
@@ -101,7 +100,7 @@ def check_family(
 def check_lora_preset(
     raw: Mapping[str, RawValue], adapter: Validated[AdapterConfig], *, spec: ModelSpec, source: Source
 ) -> None:
-    """The set of layers that the user named is one of the family's, and the only choice of layers."""
+    """Check that the family has the preset, and that peft_lora_target_modules agrees with it."""
     key = spec.lora_preset_key
     if key is None or key not in raw or raw[key].value is None:
         return
@@ -109,11 +108,11 @@ def check_lora_preset(
     if found not in spec.lora_presets:
         hint = nearest(str(found), spec.lora_presets)
         known = ", ".join(spec.lora_presets)
-        source.add(key, f"{source.problems.shown(found)}: must be one of {known}.{hint}")
+        source.reject(key, found, f"must be one of {known}.{hint}")
     elif adapter.section is not None:
         modules = adapter.section.peft_lora_target_modules
         if modules is not None and set(modules) != set(spec.lora_presets[str(found)]):
-            source.add(key, "names other layers than peft_lora_target_modules. Leave out one.")
+            source.add(key, "names other layers than peft_lora_target_modules. Remove one of the two.")
 
 
 def _preset_targets(raw: Mapping[str, RawValue], spec: ModelSpec) -> tuple[str, ...] | None:
@@ -124,13 +123,13 @@ def _preset_targets(raw: Mapping[str, RawValue], spec: ModelSpec) -> tuple[str, 
 def check_format(
     adapter: Validated[AdapterConfig], lycoris: LycorisConfig | None, *, spec: ModelSpec, source: Source
 ) -> None:
-    """What is trained can be written as a plain LoRA, where one is asked for."""
+    """Check that lora_format comfyui can hold the adapter."""
     section = adapter.if_valid("lora_format", "lora_type", "use_dora", "lora_init_type")
     if section is None or section.lora_format == "diffusers":
         return
     reasons = []
     if spec.original_name is None:
-        reasons.append(f"{spec.name} has no such names here")
+        reasons.append(f"{spec.name} has no such key names here")
     if section.lora_type == "standard":
         if section.use_dora:
             reasons.append("use_dora trains more than a plain LoRA holds")
@@ -143,7 +142,8 @@ def check_format(
             if lycoris.extra.get(name) or any(dict(entry)[name] for entry in entries):
                 reasons.append(f"{name} trains more than a plain LoRA holds")
     if reasons:
-        source.add("lora_format", f"comfyui: {'; '.join(reasons)}. Change that, or set it to diffusers.")
+        text = f"comfyui: {'; '.join(reasons)}. Change that, or set lora_format to diffusers."
+        source.add("lora_format", text)
 
 
 def check_precision(
@@ -154,14 +154,14 @@ def check_precision(
     spec: ModelSpec,
     source: Source,
 ) -> None:
-    """The text encoders that are quantised exist, and the adapter can be trained on a quantised denoiser."""
+    """Check that quantised text encoders exist and that the adapter trains on a quantised denoiser."""
     for number in range(spec.num_text_encoders + 1, 5):
         key = f"text_encoder_{number}_precision"
         section = precision.if_valid(key)
-        if section is not None and dict(section)[key] != "no_change":
+        if section is not None and getattr(section, key) != "no_change":
             count = spec.num_text_encoders
             has = f"{spec.name} has {count} text encoder{'s' if count > 1 else ''}"
-            source.add(key, f"{source.problems.shown(dict(section)[key])}: {has}. Remove it.")
+            source.reject(key, getattr(section, key), f"{has}. Remove it.")
     section, trained = (
         precision.if_valid("base_model_precision"),
         adapter.if_valid("lora_type", "lora_init_type"),
@@ -171,8 +171,8 @@ def check_precision(
     wanted = section.base_model_precision
     if trained.lora_type == "standard":
         if trained.lora_init_type in CHANGE_THE_BASE:
-            found = f"{trained.lora_init_type}: changes the base weights, which base_model_precision {wanted}"
-            source.add("lora_init_type", f"{found} has rounded. Use default or gaussian.")
+            text = f"{trained.lora_init_type}: cannot change base weights in base_model_precision {wanted}."
+            source.add("lora_init_type", f"{text} Use default or gaussian.")
     elif lycoris is not None:
         for reason in dict.fromkeys(_needs_whole_weights(lycoris, wanted)):
             source.add("base_model_precision", f"{wanted}: {reason}, or set it to no_change.")
@@ -203,39 +203,35 @@ def check_offload(
     spec: ModelSpec,
     source: Source,
 ) -> None:
-    """A denoiser whose blocks stay on the host can be trained as the rest of the configuration says."""
+    """Check that the other settings work with group offloading."""
     section = precision.if_valid("enable_group_offload", "group_offload_type", "base_model_precision")
     if section is None or not section.enable_group_offload:
         return
     if section.group_offload_type == "block_level" and spec.denoiser_name == "unet":
-        text = "block_level: a UNet's blocks are run again in parts. Use leaf_level."
+        text = "block_level needs a transformer; use leaf_level for a UNet."
         source.add("group_offload_type", text)
     if section.base_model_precision == "nf4-bnb":
         text = "true: nf4-bnb layers stay on the device. Use int8-torchao or fp8-torchao, or set it to false."
         source.add("enable_group_offload", text)
-    trained, shown = (
-        training.if_valid("gradient_checkpointing"),
-        validation.if_valid("validation_compared_config"),
-    )
+    trained = training.if_valid("gradient_checkpointing")
     if trained is not None and not trained.gradient_checkpointing:
-        text = "true: without gradient_checkpointing every group stays on the device. Set that to true."
+        text = "true: needs gradient_checkpointing. Set gradient_checkpointing to true."
         source.add("enable_group_offload", text)
-    if shown is not None and shown.validation_compared_config is not None:
-        text = "cannot be shown with enable_group_offload. Leave out one of them."
+    compared = validation.if_valid("validation_compared_config")
+    if compared is not None and compared.validation_compared_config is not None:
+        text = "does not work with enable_group_offload. Remove one of the two."
         source.add("validation_compared_config", text)
 
 
 def check_alignment(data: Validated[DataConfig], spec: ModelSpec, source: Source) -> None:
-    """Buckets have sizes that VAE and denoiser can take, and images fit into them."""
+    """Check that the model can take the bucket sizes and that a bucket fits the resolution."""
     section = data.if_valid("aspect_bucket_alignment")
     if section is None or section.aspect_bucket_alignment is None:
         return
     alignment = section.aspect_bucket_alignment
     if alignment % spec.minimum_alignment:
-        source.add(
-            "aspect_bucket_alignment",
-            f"{alignment}: must be a multiple of {spec.minimum_alignment}. Use {spec.pixel_alignment}.",
-        )
+        text = f"must be a multiple of {spec.minimum_alignment}. Use {spec.pixel_alignment}."
+        source.reject("aspect_bucket_alignment", alignment, text)
         return
     edge = square_edge_px(section.resolution, section.resolution_type)
     if data.if_valid("resolution", "resolution_type") is not None and edge < alignment:
@@ -246,16 +242,13 @@ def check_alignment(data: Validated[DataConfig], spec: ModelSpec, source: Source
 
 
 def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, source: Source) -> None:
-    """Validation sizes are multiples of what the family needs."""
+    """Check that the family has the sampler and can take the validation sizes."""
     sampler = validation.if_valid("validation_noise_scheduler")
     name = sampler.validation_noise_scheduler if sampler is not None else None
     if name is not None and name not in spec.samplers:
         known = ", ".join(spec.samplers)
-        source.add(
-            "validation_noise_scheduler",
-            f"{source.problems.shown(name)}: model_family {spec.name} is sampled with {known}. "
-            "Name one of them, or null for the model's own.",
-        )
+        text = f"model_family {spec.name} has {known}. Use one of them, or null for the model's own sampler."
+        source.reject("validation_noise_scheduler", name, text)
     section = validation.if_valid("validation_resolution")
     step = spec.minimum_alignment
     for size in section.validation_resolution if section is not None else ():
@@ -266,40 +259,35 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
             )
 
 
-def check_output(checkpoint: Validated[CheckpointConfig], folders: Mapping[str, str], source: Source) -> None:
-    """The run writes nothing into a dataset.
-
-    Args:
-        checkpoint: Holds output_dir.
-        folders: Dataset id -> its folder.
-        source: Where output_dir was given.
-    """
+def check_output(
+    checkpoint: Validated[CheckpointConfig], datasets: Sequence[DatasetConfig], source: Source
+) -> None:
+    """Check that output_dir is outside every dataset's folder."""
     section = checkpoint.if_valid("output_dir")
     if section is None:
         return
-    for name, folder in folders.items():
-        if section.output_dir.is_relative_to(folder):
-            found = source.problems.shown(str(section.output_dir))
-            source.add(
-                "output_dir", f"{found}: lies inside instance_data_dir of dataset {name}. Choose another."
-            )
+    for dataset in datasets:
+        if section.output_dir.is_relative_to(dataset.instance_data_dir):
+            text = f"is inside instance_data_dir of dataset {dataset.id}. Choose another."
+            source.reject("output_dir", str(section.output_dir), text)
 
 
 def check_comparison(run: RunConfig, source: Source) -> None:
-    """The run that this one is compared with adapts the same model, and writes somewhere else."""
+    """Check that the compared run adapts the same model and has another output_dir."""
     other = run.compared_with
     if other is None:
         return
-    key, theirs = "validation_compared_config", dict(other.model)
-    for each, value in run.model:
-        if theirs[each] != value and each != "model_flavour":  # which only names the default repository
-            found, here = source.problems.shown(theirs[each]), source.problems.shown(value)
-            source.add(key, f"that run's {each} is {found}, here it is {here}. Name a run on the same model.")
+    key = "validation_compared_config"
+    for name, value in run.model:
+        theirs = getattr(other.model, name)
+        if theirs != value and name != "model_flavour":  # which only names the default repository
+            found, here = source.problems.shown(theirs), source.problems.shown(value)
+            source.add(key, f"that run's {name} is {found}, here it is {here}. Name a run on the same model.")
     if other.checkpoint.output_dir == run.checkpoint.output_dir:
-        source.add(key, "that run has the output_dir of this one. Give one of them another.")
-    if other.adapter.lora_type == "standard" and other.adapter.lora_init_type in CHANGE_THE_BASE:
-        found = other.adapter.lora_init_type
-        source.add(key, f"that run's lora_init_type {found} changes the base weights. Name another run.")
+        source.add(key, "that run has the same output_dir. Change one of them.")
+    init = other.adapter.lora_init_type
+    if other.adapter.lora_type == "standard" and init in CHANGE_THE_BASE:
+        source.add(key, f"that run's lora_init_type {init} changes the base weights. Name another run.")
 
 
 def training_size(data: DataConfig, spec: ModelSpec) -> Size:

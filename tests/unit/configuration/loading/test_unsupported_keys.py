@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-
-from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading.known_keys import (
     ALIASES,
     CONFIG_KEYS,
@@ -15,6 +13,8 @@ from simpletuner.helpers.configuration.loading.known_keys import (
     PRESET_KEYS,
     Unsupported,
 )
+
+from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
