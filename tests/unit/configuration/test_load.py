@@ -251,7 +251,7 @@ def test_row_28_malformed_json_in_each_file_is_reported_for_each(workspace: Work
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written()
     message = str(caught.value)
-    assert "lycoris.json: 1 problem\n  line 1, column 1  the { opened here is never closed by }" in message
+    assert "lycoris.json: 1 problem\n  line 1, column 1  {" in message
     assert "data.json: 1 problem\n  line 1, column 3" in message
 
 
@@ -303,7 +303,9 @@ def test_an_unknown_name_in_braces_lists_the_known(workspace: Workspace, key: st
 
 
 def test_output_inside_a_dataset_is_refused(workspace: Workspace) -> None:
-    assert "lies inside instance_data_dir of dataset photos" in workspace.problems(output_dir="images/out")
+    message = workspace.problems(output_dir="images/out")
+    assert "  output_dir  " in message
+    assert "instance_data_dir of dataset photos" in message
 
 
 # The lycoris json and the dataset json may stand in config.json itself

