@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,10 +228,10 @@ def test_row_28_a_missing_config_is_one_problem_with_exit_code_2(workspace: Work
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"text"'])
+@pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
 def test_a_config_that_is_no_object_is_one_problem(workspace: Workspace, text: str) -> None:
     path = workspace.text("config.json", text)
-    with pytest.raises(ConfigError, match="1 problem\n  must hold an object"):
+    with pytest.raises(ConfigError, match=r"^config.json: 1 problem\n  .*object"):
         workspace.load_as_written(path=path)
 
 
@@ -327,34 +327,43 @@ def test_mistakes_in_what_stands_in_config_json_name_it(workspace: Workspace) ->
     assert "config.json, data_backend_config: 2 problems" in message
 
 
-# Speed
+# Speed, as counts that do not depend on the machine's load
 
 
-def test_loading_imports_no_torch_and_is_fast(workspace: Workspace, repository: Path) -> None:
+def test_loading_imports_no_torch_and_few_modules(workspace: Workspace, repository: Path) -> None:
     workspace.write()
     script = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys\n"
         f"sys.path.insert(0, {str(repository)!r})\n"
         "from pathlib import Path\n"
         "from simpletuner.helpers.configuration.load import load_config\n"
         "from simpletuner.helpers.contracts import ModelSpec\n"
-        "facts = ModelSpec('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
-        "load_config(Path('config.json'), families={'toy': facts})\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy'} & set(sys.modules)\n"
+        "spec = ModelSpec('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
+        "load_config(Path('config.json'), families={'toy': spec})\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print(time.process_time() - start)\n"
+        "print(len(sys.modules))\n"
     )
-    command = [sys.executable, "-c", script]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
-    assert min(float(run.stdout) for run in runs) < 0.4
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 400  # 257 with pydantic 2.13
 
 
-def test_loading_alone_takes_under_a_fifth_of_a_second(workspace: Workspace) -> None:
+def test_loading_makes_few_calls_for_each_image(workspace: Workspace) -> None:
     path = workspace.write()
+    few = _num_calls(lambda: load_config(path, families=workspace.families))
     workspace.image_folder("images", [f"{index:04}.png" for index in range(2000)])
-    times = []
-    for _ in range(3):
-        started = time.process_time()
-        load_config(path, families=workspace.families)
-        times.append(time.process_time() - started)
-    assert min(times) < 0.2
+    many = _num_calls(lambda: load_config(path, families=workspace.families))
+    assert few < 6000  # 3,100: about 1,400 in Python and 1,700 in C
+    assert many - few < 5 * 2000  # the folder is listed, no image is opened
+
+
+def _num_calls(function: Callable[[], object]) -> int:
+    """Calls of Python and C functions."""
+    events: list[str] = []
+    before = sys.getprofile()
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return events.count("call") + events.count("c_call")

@@ -199,8 +199,9 @@ def test_required_keys_are_required(workspace: Workspace, key: str) -> None:
     assert f"{key}  required, but missing." in refused(workspace)
 
 
-def test_a_lycoris_json_that_is_no_object_is_refused(workspace: Workspace) -> None:
+@pytest.mark.parametrize("text", ["[]", "null"])
+def test_a_lycoris_json_that_is_no_object_is_refused(workspace: Workspace, text: str) -> None:
     workspace.write()
-    workspace.text("lycoris.json", "[]")
-    with pytest.raises(ConfigError, match="must hold an object"):
+    workspace.text("lycoris.json", text)
+    with pytest.raises(ConfigError, match=r"^lycoris.json: 1 problem\n  .*object"):
         workspace.load_as_written()
