@@ -96,8 +96,7 @@ def test_chain_of_runs_is_loaded_to_its_end(workspace: Workspace) -> None:
     [
         (
             {"pretrained_model_name_or_path": "some/other"},
-            'that run\'s pretrained_model_name_or_path is "some/other", here it is "somebody/toy-small". '
-            "Name a run on the same model.",
+            'that run\'s pretrained_model_name_or_path is "some/other", here it is "somebody/toy-small".',
         ),
         ({"prediction_type": "epsilon"}, 'that run\'s prediction_type is "epsilon", here it is null.'),
         ({"output_dir": "output"}, f"{KEY}  that run has the same output_dir."),
@@ -126,7 +125,7 @@ def test_run_of_another_family_is_refused(workspace: Workspace) -> None:
     workspace.families = {"toy": spec, "game": spec}
     write_other(workspace, model_family="game")
     found = workspace.problems(validation_compared_config="other.json")
-    assert 'that run\'s model_family is "game", here it is "toy". Name a run on the same model.' in found
+    assert 'that run\'s model_family is "game", here it is "toy".' in found
 
 
 def test_resolved_configuration_names_the_other_run_and_does_not_contain_it(workspace: Workspace) -> None:

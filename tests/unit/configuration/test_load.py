@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,49 +137,47 @@ def _items(section: object) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize(
-    ("key", "written", "text"),
+    ("key", "written", "pattern"),
     [
-        ("train_batch_size", True, "true: must be a number."),
-        ("train_batch_size", 1.5, "1.5: must be a whole number."),
-        ("train_batch_size", "1e-1", '"1e-1": must be a whole number.'),
-        ("learning_rate", "fast", '"fast": must be a number.'),
-        ("learning_rate", "inf", '"inf": must be finite.'),
-        ("learning_rate", 0, "0: must be above 0."),
-        ("gradient_checkpointing", "maybe", '"maybe": must be true or false.'),
-        ("gradient_checkpointing", 2, "2: must be true or false."),
-        ("caption_dropout_probability", 1.5, "1.5: must be at most 1."),
-        ("lora_dropout", 1, "1: must be below 1."),
-        ("seed", -1, "-1: must be at least 0."),
-        ("lr_scheduler", "cosin", "Did you mean cosine?"),
-        ("tracker_project_name", [], "[]: must be a text."),
-        ("output_dir", 3, "3: must be a path, written as a text."),
-        ("output_dir", "s3://bucket", "remote storage is not supported here."),
-        ("init_lora", "missing.safetensors", "not found from"),
-        ("init_lora", "images", "is a folder. Give the path of a file."),
-        ("resume_from_checkpoint", "../other", "the name of a checkpoint folder inside output_dir."),
-        ("resume_from_checkpoint", "..", "the name of a checkpoint folder inside output_dir."),
-        ("optimizer_config", "weight_decya=1", "Did you mean weight_decay?"),
-        ("resolution", 1.0, 'For megapixels set resolution_type to "area".'),
-        ("num_train_epochs", -1, "-1: must be at least 0."),
-        ("validation_resolution", "big", "must be an edge in pixels or width x height"),
-        ("pretrained_model_name_or_path", "model.ckpt", "pickles can run code"),
-        ("pretrained_model_name_or_path", "./nowhere", "is no folder or file here."),
-        ("pretrained_model_name_or_path", "", "must be the folder or the repository of a model"),
-        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder or file here."),
+        ("train_batch_size", True, "true: .*number"),
+        ("train_batch_size", 1.5, "1.5: .*whole number"),
+        ("train_batch_size", "1e-1", '"1e-1": .*whole number'),
+        ("learning_rate", "fast", '"fast": .*number'),
+        ("learning_rate", "inf", '"inf": .*finite'),
+        ("learning_rate", 0, "0: .*above 0"),
+        ("gradient_checkpointing", "maybe", '"maybe": .*true or false'),
+        ("gradient_checkpointing", 2, "2: .*true or false"),
+        ("caption_dropout_probability", 1.5, "1.5: .*at most 1"),
+        ("lora_dropout", 1, "1: .*below 1"),
+        ("seed", -1, "-1: .*at least 0"),
+        ("lr_scheduler", "cosin", '"cosin": .*Did you mean cosine'),
+        ("tracker_project_name", [], r"\[\]: .*text"),
+        ("output_dir", 3, "3: .*path"),
+        ("output_dir", "s3://bucket", '"s3://bucket": remote'),
+        ("init_lora", "missing.safetensors", '"missing.safetensors": not found'),
+        ("init_lora", "images", '"images": .*file'),
+        ("resume_from_checkpoint", "../other", '"../other": .*latest.*none'),
+        ("resume_from_checkpoint", "..", '"..": .*latest.*none'),
+        ("optimizer_config", "weight_decya=1", "weight_decya .*adamw.*Did you mean weight_decay"),
+        ("resolution", 1.0, "1: .*16 to 16384.*resolution_type"),
+        ("num_train_epochs", -1, "-1: .*at least 0"),
+        ("validation_resolution", "big", '"big": .*width x height'),
+        ("pretrained_model_name_or_path", "model.ckpt", '"model.ckpt": .*pickle'),
+        ("pretrained_model_name_or_path", "./nowhere", '"./nowhere": .*folder'),
+        ("pretrained_model_name_or_path", "", '"": .*folder.*repository'),
+        ("pretrained_vae_model_name_or_path", "a/b/c", '"a/b/c": .*folder'),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_allowed(
-    workspace: Workspace, key: str, written: object, text: str
+    workspace: Workspace, key: str, written: object, pattern: str
 ) -> None:
     message = workspace.problems(**{key: written})
-    assert message.startswith("config.json: 1 problem\n")
-    assert f"  {key}  " in message
-    assert text in message
+    assert re.fullmatch(f"config.json: 1 problem\n  {key}  {pattern}.*", message), message
 
 
 def test_a_run_without_an_end_is_refused(workspace: Workspace) -> None:
     message = workspace.problems(max_train_steps=0, num_train_epochs=0)
-    assert "the run has no end. Set max_train_steps or num_train_epochs above 0." in message
+    assert re.search("  max_train_steps  .*num_train_epochs", message)
 
 
 def test_prodigy_starts_at_rate_one(workspace: Workspace) -> None:
@@ -197,11 +196,11 @@ def test_null_stands_for_the_default_where_it_is_no_value(workspace: Workspace) 
 @pytest.mark.parametrize("key", ["model_family", "data_backend_config"])
 def test_a_required_key_that_is_missing_is_named(workspace: Workspace, key: str) -> None:
     message = workspace.without(key).problems()
-    assert f"  {key}  required, but missing." in message
+    assert f"  {key}  required" in message
 
 
 def test_lora_type_lycoris_needs_its_file(workspace: Workspace) -> None:
-    assert "required by lora_type lycoris." in workspace.without("lycoris_config").problems()
+    assert "lycoris_config  required by lora_type lycoris" in workspace.without("lycoris_config").problems()
 
 
 def test_lora_type_standard_does_not_read_the_lycoris_json(workspace: Workspace) -> None:
@@ -218,13 +217,13 @@ def test_the_lycoris_json_is_checked_though_lora_type_is_misspelt(workspace: Wor
 
 def test_an_unknown_family_lists_the_known_ones(workspace: Workspace) -> None:
     message = workspace.problems(model_family="toyy")
-    assert '"toyy": not a model family here. Known families: toy. Did you mean toy?' in message
+    assert re.search('model_family  "toyy": .*: toy. Did you mean toy?', message)
 
 
 def test_row_28_a_missing_config_is_one_problem_with_exit_code_2(workspace: Workspace) -> None:
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written(path=workspace.folder / "none.json")
-    assert str(caught.value) == "none.json: 1 problem\n  not found. Check the path."
+    assert str(caught.value).startswith("none.json: 1 problem\n  not found")
     assert caught.value.exit_code == 2
 
 
@@ -241,7 +240,7 @@ def test_the_rest_of_a_file_with_slips_is_checked_too(workspace: Workspace) -> N
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written()
     assert "a comma before the closing }" in str(caught.value)
-    assert '"x": must be a whole number.' in str(caught.value)
+    assert re.search('seed +"x": ', str(caught.value))
 
 
 def test_row_28_malformed_json_in_each_file_is_reported_for_each(workspace: Workspace) -> None:

@@ -37,7 +37,7 @@ class TextCacheEntry(Section):
     id: str = "text-embeds"
     """Name of the entry."""
     cache_dir: OutputPath | None = None
-    """Folder of cached prompt embeddings; overrides cache_dir_text of config.json."""
+    """Folder of cached prompt embeds; overrides cache_dir_text of config.json."""
     default: bool = False
     """Whether this entry counts if there are several."""
 
@@ -80,7 +80,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             datasets.append(dataset)
         num_images += values.get("dataset_type") != "text_embeds"
     if num_images == 0:
-        source.add("", "no image dataset that is not disabled. Add one.")
+        source.add("", "no enabled image dataset. Add one.")
     return DatasetFile(tuple(datasets), _chosen(text_caches, source))
 
 

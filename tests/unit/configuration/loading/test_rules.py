@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,25 +15,21 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"prediction_type": "flow_matching"}, "toy predicts v_prediction, epsilon."),
-        ({"prediction_type": "epsilonn"}, "Did you mean epsilon?"),
-        ({"model_flavour": "lrge"}, '"lrge": must be one of small, large. Did you mean large?'),
-        (
-            {"model_flavour": "lrge", "pretrained_model_name_or_path": "a/b"},
-            '"lrge": must be one of small, large.',
-        ),
-        ({"aspect_bucket_alignment": 12}, "12: must be a multiple of 8. Use 32."),
-        ({"resolution": 24}, "24 is 24 px, below aspect_bucket_alignment 32. Raise it."),
-        ({"validation_resolution": "100x64"}, "100x64: width and height must be multiples of 8. Use 104x64."),
-        ({"validation_resolution": "64x100"}, "64x100: width and height must be multiples of 8. Use 64x104."),
+        ({"prediction_type": "flow_matching"}, '"flow_matching": .*v_prediction, epsilon'),
+        ({"prediction_type": "epsilonn"}, '"epsilonn": .*Did you mean epsilon'),
+        ({"model_flavour": "lrge"}, '"lrge": .*small, large.*Did you mean large'),
+        ({"model_flavour": "lrge", "pretrained_model_name_or_path": "a/b"}, '"lrge": .*small, large'),
+        ({"aspect_bucket_alignment": 12}, "12: .*multiple of 8.* 32"),
+        ({"resolution": 24}, "24 is 24 px, .*aspect_bucket_alignment 32"),
+        ({"validation_resolution": "100x64"}, "100x64: .*multiples of 8.* 104x64"),
+        ({"validation_resolution": "64x100"}, "64x100: .*multiples of 8.* 64x104"),
     ],
 )
 def test_what_the_family_does_not_have_is_refused(
     workspace: Workspace, changes: dict[str, object], text: str
 ) -> None:
-    message = workspace.problems(**changes)
-    assert message.startswith("config.json: 1 problem\n")
-    assert text in message
+    key = next(iter(changes))
+    assert re.fullmatch(f"config.json: 1 problem\n  {key}  {text}.*", workspace.problems(**changes))
 
 
 QUANTISED = ("int8-torchao", "fp8-torchao", "nf4-bnb")
@@ -182,7 +179,7 @@ def test_a_plain_lora_of_what_has_no_such_form_is_refused(
 
 def test_a_lycoris_json_without_its_lora_type_is_no_plain_lora(workspace: Workspace) -> None:
     workspace.without("lora_type")
-    assert "lora_type  lycoris_config has no effect without it. Set it to lycoris." in workspace.problems()
+    assert "lora_type  lycoris_config has no effect" in workspace.problems()
 
 
 def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem(workspace: Workspace) -> None:
