@@ -162,10 +162,8 @@ def check_precision(
             count = spec.num_text_encoders
             has = f"{spec.name} has {count} text encoder{'s' if count > 1 else ''}"
             source.reject(key, getattr(section, key), f"{has}. Remove it.")
-    section, trained = (
-        precision.if_valid("base_model_precision"),
-        adapter.if_valid("lora_type", "lora_init_type"),
-    )
+    section = precision.if_valid("base_model_precision")
+    trained = adapter.if_valid("lora_type", "lora_init_type")
     if section is None or trained is None or section.base_model_precision == "no_change":
         return
     wanted = section.base_model_precision

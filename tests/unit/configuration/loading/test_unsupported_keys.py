@@ -159,7 +159,9 @@ def test_every_harmless_value_is_no_problem_and_others_of_its_key_are(workspace:
     assert not changes.keys() & workspace.load(**changes).resolved().keys()
 
 
-@pytest.mark.parametrize("value", [False, "false", None, "", 0, "0", 0.0, -0.0, "0.0", "none", "None", [], {}])
+@pytest.mark.parametrize(
+    "value", [False, "false", None, "", 0, "0", 0.0, -0.0, "0.0", "none", "None", [], {}]
+)
 def test_a_feature_switched_off_is_no_problem(workspace: Workspace, value: object) -> None:
     assert is_off(value)
     assert "use_ema" not in workspace.load(use_ema=value).resolved()
