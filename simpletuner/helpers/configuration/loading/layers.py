@@ -101,7 +101,6 @@ def _parse_overrides(overrides: Sequence[str], keys: Keys, problems: Problems) -
     """key=value, --key=value, --key value, and --key alone for true; the last of several values counts."""
     values: dict[str, JsonValue] = {}
     for key, text in _pairs(overrides, keys, problems):
-        values.pop(key, None)
         values[key] = True if text is None else _parse_value(key, text)
     return values
 

@@ -103,6 +103,11 @@ def test_json_that_cannot_be_read_names_the_place(text: str, place: str, found: 
     assert is_about(problems[0], place, found), problems
 
 
+def test_many_members_side_by_side_are_not_deep() -> None:
+    text = json.dumps([[{"a": []}]] * 100)
+    assert parsed(text) == (json.loads(text), [])
+
+
 def test_several_slips_are_all_reported() -> None:
     value, problems = parsed('{"a": 1, "a": None, "b": [1,],}')
     assert value == {"a": None, "b": [1]}
