@@ -1,4 +1,4 @@
-"""The `simpletuner` command: parses and dispatches, decides nothing, imports no torch."""
+"""The `simpletuner` command: parses arguments and dispatches, without importing torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
 
-# `--key value` is an override too, so an option that typer does not know is handed to the configuration,
-# whose error names the nearest key.
+# `--key value` is an override too, so the configuration gets every option that typer does not know; its error
+# names the closest key.
 TAKES_OVERRIDES = {"ignore_unknown_options": True}
 ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration file.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that win over the file's.", show_default=False),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the file's.", show_default=False),
 ]
 
 SAMPLES = Path("output/samples")
@@ -44,7 +44,7 @@ SAMPLE_OPTIONS = {
     "validation_noise_scheduler": "--scheduler",
     "base_model_precision": "--precision",
 }
-"""Key of the configuration -> option of `sample` that sets it, for messages."""
+"""Configuration key -> option of `sample`, for messages."""
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +62,7 @@ app.add_typer(examples_app, name="examples")
 
 @app.command("train", context_settings=TAKES_OVERRIDES)
 def train_command(config: ConfigOption = train.DEFAULT_CONFIG, overrides: Overrides = None) -> None:
-    """Train in this process; a run that was interrupted goes on from its last checkpoint."""
+    """Train in this process; resumes an interrupted run from its last checkpoint."""
     raise typer.Exit(train.main(["--config", str(config), *(overrides or ())]))
 
 
@@ -70,11 +70,9 @@ def train_command(config: ConfigOption = train.DEFAULT_CONFIG, overrides: Overri
 def validate(
     config: ConfigOption = train.DEFAULT_CONFIG,
     overrides: Overrides = None,
-    resolved: Annotated[
-        bool, typer.Option("--resolved", help="Print every value the run would use.")
-    ] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print the value of every key.")] = False,
 ) -> None:
-    """Check the configuration, the adapter's json and the dataset json, and list every mistake."""
+    """Check config.json, the lycoris json and the dataset json, and list every mistake."""
     run = load_config(config, overrides=tuple(overrides or ()), families=registry.specs())
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
@@ -85,38 +83,46 @@ def validate(
 @app.command("sample")
 def sample_command(
     *,
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="FILE", help="The adapter's file.")],
+    adapter: Annotated[Path, typer.Option("--adapter", metavar="FILE", help="The adapter file.")],
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Their folder.")] = SAMPLES,
-    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="What to lead away from.")] = "",
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the images.")] = SAMPLES,
+    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="1 or below is no guidance; default: the family's.")
+        float | None,
+        typer.Option("--guidance", help="Guidance scale; 1 or below disables it. Default: the family's."),
     ] = None,
     guidance_real: Annotated[
-        float, typer.Option("--guidance-real", help="By a second pass, where the family has one.")
+        float,
+        typer.Option(
+            "--guidance-real",
+            help="Classifier-free guidance by a second pass, for families with a guidance embedding.",
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first picture; the others count up.")] = 0,
-    count: Annotated[int, typer.Option("--count", help="Pictures per prompt and size.")] = 1,
-    strength: Annotated[float, typer.Option("--strength", help="0 is the base model.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image; the others count up.")] = 0,
+    count: Annotated[int, typer.Option("--count", help="Images per prompt and size.")] = 1,
+    strength: Annotated[
+        float, typer.Option("--strength", help="Strength of the adapter; 0 is the base model.")
+    ] = 1.0,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="As validation_noise_scheduler; default: the model's.")
+        str | None,
+        typer.Option("--scheduler", help="Sampler, as validation_noise_scheduler. Default: the model's."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="MODEL", help="Folder or repository; default: what the file says."),
+        typer.Option("--model", metavar="MODEL", help="Folder or repository. Default: from the file."),
     ] = None,
-    family: Annotated[str | None, typer.Option("--family", help="Default: what the file says.")] = None,
+    family: Annotated[str | None, typer.Option("--family", help="Default: from the file.")] = None,
     precision: Annotated[
         str | None,
-        typer.Option("--precision", help="As base_model_precision; default: what the file says."),
+        typer.Option("--precision", help="As base_model_precision. Default: from the file."),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of the model; default: bf16 on a GPU, else fp32.")
+        Dtype | None, typer.Option("--dtype", help="Dtype of the model. Default: bf16 on a GPU, else fp32.")
     ] = None,
 ) -> None:
-    """Make pictures with an adapter; the base model and the rank schedule are read from its file."""
+    """Generate images with an adapter; its file names the base model and the rank schedule."""
     from simpletuner.helpers.io.logs import configure_logging
     from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 
@@ -150,10 +156,10 @@ def _given(**values: object) -> dict[str, object]:
 
 @app.command("inspect")
 def inspect_command(
-    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter's file.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as json.")] = False,
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what an adapter file is: algorithm, ranks, rank schedule, base model, training."""
+    """Describe an adapter file: algorithm, ranks, rank schedule, base model, training."""
     from simpletuner.helpers.adapters.files.inspection import inspect
 
     found = inspect(adapter)
@@ -163,25 +169,26 @@ def inspect_command(
 @app.command("export")
 def export_command(
     *,
-    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter's file.")],
+    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter file.")],
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write.")],
-    layout: Annotated[Layout, typer.Option("--format", help="Whose names the layers get.")] = "diffusers",
+    layout: Annotated[Layout, typer.Option("--format", help="Naming of the layers.")] = "diffusers",
     form: Annotated[
         Form, typer.Option("--form", help="exact has rank 2R; truncated has rank R and an error.")
     ] = "exact",
-    rank: Annotated[int | None, typer.Option("--rank", help="Open rank; default: all.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Active rank. Default: the full rank.")] = None,
     timestep: Annotated[
-        int | None, typer.Option("--timestep", help="Instead: the rank that the schedule opens there.")
+        int | None, typer.Option("--timestep", help="Instead of --rank: the active rank at this timestep.")
     ] = None,
     bands: Annotated[
-        int | None, typer.Option("--bands", help="Instead: so many files, one for each range of timesteps.")
+        int | None,
+        typer.Option("--bands", help="Instead of --rank: the number of files, one per range of timesteps."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of the tensors written.")] = "fp32",
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the tensors.")] = "fp32",
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Print the error of each layer too.")
     ] = False,
 ) -> None:
-    """Write a T-LoRA file as a plain LoRA for tools that know no rank schedule."""
+    """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
     options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
@@ -195,7 +202,7 @@ def export_command(
 def report_command(
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
 ) -> None:
-    """Make the page that shows a run, finished or not, from what lies in its folder: report.html."""
+    """Write report.html from the files of a run, finished or not."""
     from simpletuner.helpers.reporting.html_report.page import write_page
 
     print(write_page(output_dir))
@@ -206,15 +213,17 @@ def benchmark_tlora(
     *,
     output: Annotated[
         Path,
-        typer.Option("--output", metavar="DIR", help="Folder of the results; a later start goes on there."),
+        typer.Option(
+            "--output", metavar="DIR", help="Folder of the results; an interrupted benchmark resumes there."
+        ),
     ] = COMPARISON,
     size: Annotated[
         PlanName,
         typer.Option("--size", help="quick takes three minutes; full adds initialisations and rank 64."),
     ] = "standard",
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Runs side by side, one thread each.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Parallel runs, one thread each.")] = 1,
 ) -> None:
-    """Compare LoRA, T-LoRA and what lies between on the embedded model, measured in closed form."""
+    """Compare LoRA, T-LoRA and variants on the embedded model by closed-form measures."""
     from simpletuner.demo.comparison.publish import publish
     from simpletuner.demo.comparison.run import benchmark_for, compare
     from simpletuner.helpers.io.logs import configure_logging
@@ -227,9 +236,9 @@ def benchmark_tlora(
 
 @examples_app.command("list")
 def examples_list() -> None:
-    """Print the name of every example and what it is."""
-    for name, what in examples().items():
-        print(f"{name:24}{what}")
+    """List every example with a description."""
+    for name, description in examples().items():
+        print(f"{name:24}{description}")
 
 
 @examples_app.command("copy")
@@ -237,10 +246,10 @@ def examples_copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The example's name.")],
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="Where to; default: config/NAME.", show_default=False),
+        typer.Argument(metavar="DIR", help="Default: config/NAME.", show_default=False),
     ] = None,
 ) -> None:
-    """Copy an example to a folder of your own; nothing that is there is overwritten."""
+    """Copy an example to your own folder, without overwriting files."""
     config = copy_example(name, folder)
     print(f"{config}: set output_dir there, and instance_data_dir in the dataset json beside it.")
     print(f"Then check it: simpletuner validate --config {config}")
@@ -250,10 +259,10 @@ def examples_copy(
 def config_reference(
     output: Annotated[
         Path | None,
-        typer.Option("--output", metavar="FILE", help=f"Write here instead, for instance {REFERENCE}."),
+        typer.Option("--output", metavar="FILE", help=f"Write to a file, for instance {REFERENCE}."),
     ] = None,
 ) -> None:
-    """Print the page that describes every configuration key."""
+    """Print the reference page of the configuration keys."""
     from simpletuner.helpers.configuration.reference import reference
 
     page = reference(registry.specs())
@@ -270,7 +279,7 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; an error that a user can act on ends as one message and its exit code."""
+    """Run the command line; a SimpleTunerError ends it with its message and exit code."""
     try:
         app(prog_name="simpletuner")
     except SimpleTunerError as error:

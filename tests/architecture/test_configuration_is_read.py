@@ -20,6 +20,7 @@ _PRESET = (
 READ_WHILE_LOADING: dict[str, str] = {
     "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.lycoris_config": _OPENED,
+    "DataConfig.aspect_bucket_alignment": "read through DataConfig.alignment",
     "DataConfig.data_backend_config": _OPENED,
     "ModelConfig.model_type": "has one value; the key is accepted because users' files have it",
     "TextCacheEntry.cache_dir": _OPENED,

@@ -97,7 +97,7 @@ def test_json_of_an_algorithm_is_its_default(algo: str) -> None:
 def read(values: dict[str, Any]) -> LycorisConfig:
     problems = Problems()
     place = Source(problems, lambda _: "lycoris.json", PathContext())
-    config = read_lycoris(values, place, written=values)
+    config = read_lycoris(values, place, raw=values)
     problems.raise_if_any()
     assert config is not None
     return config

@@ -1,4 +1,4 @@
-"""The example configurations that come with the program: what there is, and a copy of one to start from."""
+"""Lists and copies the example configurations."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from simpletuner.helpers.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 PLACES = (_PACKAGE / "examples", _PACKAGE.parent / "config" / "examples")
-"""Where they lie: in an installed package, in the repository."""
+"""In an installed package; in the repository."""
 LIST = "README.md"
 _ROW = re.compile(r"^\| `([\w-]+)` \| (.+) \|$", re.MULTILINE)
 
 
 def examples() -> dict[str, str]:
-    """Name -> what it is, of every example."""
+    """Name -> description of every example."""
     return dict(_ROW.findall((_folder() / LIST).read_text(encoding="utf-8")))
 
 
@@ -26,17 +26,19 @@ def copy_example(name: str, folder: Path | None = None) -> Path:
     """Copy the files of an example to a folder, `config/NAME` by default; the config.json among them.
 
     Raises:
-        ConfigError: There is no such example, or its files are there already or cannot be written.
+        ConfigError: The example is unknown, or a file exists already or cannot be written.
     """
     known = examples()
     if name not in known:
-        raise ConfigError(f"{name!r} is no example. There are: {', '.join(known)}.{nearest(name, known)}")
+        raise ConfigError(
+            f"Unknown example {name!r}. Known examples: {', '.join(known)}.{nearest(name, known)}"
+        )
     folder = Path("config", name) if folder is None else folder
     copies = {file: folder / file.name for file in sorted((_folder() / name).iterdir())}
     present = [copy.name for copy in copies.values() if os.path.lexists(copy)]
     if present:
         raise ConfigError(
-            f"{folder}: holds {', '.join(present)} already. Nothing was copied. Name another folder."
+            f"{folder}: {', '.join(present)} exists already. Nothing was copied. Name another folder."
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

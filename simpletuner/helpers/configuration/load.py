@@ -1,10 +1,10 @@
-"""Config.json, the lycoris json, the dataset json and the command line into one checked RunConfig."""
+"""config.json, the lycoris json, the dataset json and the command line into one checked RunConfig."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,15 +13,9 @@ from pydantic import JsonValue
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
-from simpletuner.helpers.configuration.loading.layers import (
-    Keys,
-    RawValue,
-    from_command_line,
-    from_file,
-    merge,
-)
+from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
-from simpletuner.helpers.configuration.loading.prompts import prompts_of, read_library
+from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import (
@@ -64,217 +58,194 @@ _PLACEHOLDERS = {"model_family": "?", "pretrained_model_name_or_path": "unknown/
 S = TypeVar("S", bound=Section)
 
 
-@dataclass(frozen=True)
-class _Files:
-    """Reads the files that config.json names."""
-
-    main: str
-    """Config.json as it is named in messages."""
-    given: Mapping[str, RawValue]
-    place: Source
-    environment: Environment
-    chain: tuple[Path, ...]
-    """The config.json whose validation_compared_config led here, one after another, and this one."""
-    load_other: Callable[[Path], RunConfig | None]
-
-    def document(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Source] | None:
-        """(value, value as written, place) of the file that a key names, or of the value in its stead."""
-        given = self.given.get(key)
-        if given is not None and isinstance(given.value, dict | list):
-            place = replace(self.place, source_of=lambda _: f"{given.source}, {key}")
-            return given.value, given.written, place
-        if path is None:
-            return None
-        source = display(path)
-        written = read_json(path, source=source, problems=self.place.problems)
-        if written is None:
-            return None
-        value = self.environment.filled(written, source=source, key="")
-        return value, written, replace(self.place, source_of=lambda _: source)
-
-
 def load_config(path: Path, *, overrides: Sequence[str] = (), families: Mapping[str, ModelSpec]) -> RunConfig:
-    """Read and check everything that a run is told, without importing torch.
+    """Load a configuration without importing torch.
 
     Args:
         path: The config.json.
-        overrides: Arguments of the command line: key=value, --key=value, --key value, or --key for true.
-        families: Name -> facts of every model family.
+        overrides: Command-line arguments: key=value, --key=value, --key value, or --key for true.
+        families: Name -> spec of every model family.
 
     Raises:
-        ConfigError: Something is wrong; the message lists every problem of every file.
+        ConfigError: Lists every problem of every file.
     """
     problems = Problems()
-    run = _loaded(path, overrides, families, leading=(), problems=problems)
+    run = Loader(path, families=families, problems=problems).load(overrides)
     problems.raise_if_any()
-    assert run is not None, "a run that cannot be assembled has a problem"
+    assert run is not None, "without a RunConfig there is a problem"
     return run
 
 
-def _loaded(
-    path: Path,
-    overrides: Sequence[str],
-    families: Mapping[str, ModelSpec],
-    *,
-    leading: tuple[Path, ...],
-    problems: Problems,
-) -> RunConfig | None:
-    """The run of a config.json, its problems noted; None if they are too many to say what it is.
+class Loader:
+    """Loads one config.json with the files that it names, and notes every problem."""
 
-    `leading` are the config.json that name one another, the last of them this one.
-    """
-    environment = Environment(os.environ, problems)
-    main = display(path)
-    values = read_json(path, source=main, problems=problems)
-    if values is not None and not isinstance(values, dict):
-        problems.add(main, "", "must hold an object, {...}.")
-    if not isinstance(values, dict):
-        return None
-    given = merge(
-        from_file(values, KEYS, source=main, problems=problems, environment=environment),
-        from_command_line(overrides, KEYS, problems=problems, environment=environment),
-        keys=KEYS,
-    )
-    context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
-    place = Source(problems, lambda key: given[key].source if key in given else main, context)
-    chain = (*leading, path)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        families: Mapping[str, ModelSpec],
+        problems: Problems,
+        compared_by: tuple[Path, ...] = (),
+    ) -> None:
+        self.path, self.families, self.problems = path, families, problems
+        self.chain = (*compared_by, path)
+        """Each file names the next as validation_compared_config."""
+        self.file = display(path)
+        self.environment = Environment(os.environ, problems)
+        self.raw: Mapping[str, RawValue] = {}
+        self.values: Mapping[str, object] = {}
+        """Values of the user and the family's defaults, without inline files."""
+        self.source = Source(
+            problems,
+            lambda key: self.raw[key].source if key in self.raw else self.file,
+            PathContext(config_folder=Path(os.path.abspath(path)).parent),
+        )
 
-    def load_other(other: Path) -> RunConfig | None:
-        return _loaded(other, (), families, leading=chain, problems=problems)
-
-    run = _assembled(path, _Files(main, given, place, environment, chain, load_other), families)
-    if run is not None:
-        rules.check_comparison(run, place)
-    return run
-
-
-def _assembled(path: Path, files: _Files, families: Mapping[str, ModelSpec]) -> RunConfig | None:
-    given, place = files.given, files.place
-    spec = rules.family_of(given, families, place)
-    values: dict[str, object] = {key: each.value for key, each in given.items()}
-    for key in ("lycoris_config", "data_backend_config"):
-        if isinstance(values.get(key), dict | list):
-            del values[key]
-    values = (_PLACEHOLDERS if spec is None else rules.family_defaults(given, spec)) | values
-    names = {"model_family": str(values.get("model_family", ""))}
-    make = _maker(values, replace(place, context=replace(place.context, names=names)))
-    checkpoint = make(CheckpointConfig)
-    if checkpoint.section is not None:
-        names["output_dir"] = str(checkpoint.section.output_dir)
-    model, adapter, data = make(ModelConfig), make(AdapterConfig), make(DataConfig)
-    training, optimizer, noise = make(TrainingConfig), make(OptimizerConfig), make(NoiseConfig)
-    precision, tracking, validation = make(PrecisionConfig), make(TrackingConfig), make(ValidationConfig)
-
-    files = replace(files, place=replace(place, context=replace(place.context, names=names)))
-    lycoris = _lycoris(adapter, files)
-    dataset_file = _datasets(data, files)
-    prompts = _prompts(validation, files)
-    if spec is not None:
-        if model.section is not None:
-            rules.check_model(model.section, spec, place)
-        about_models = (model, adapter, training, noise, validation)
-        rules.check_family(about_models, spec, families=families, place=place)
-        rules.check_lora_preset(given, adapter, spec=spec, place=place)
-        rules.check_format(adapter, lycoris, spec=spec, place=place)
-        rules.check_precision(precision, adapter, lycoris, spec=spec, place=place)
-        rules.check_offload(precision, training, validation, spec=spec, place=place)
-        rules.check_alignment(data, spec, place)
-        rules.check_pictures(validation, spec, place)
-    folders = {dataset.id: str(dataset.instance_data_dir) for dataset in dataset_file.datasets}
-    rules.check_output(checkpoint, folders, place)
-    compared_with = _compared_with(validation, files)
-    if len(place.problems) or spec is None or data.section is None or validation.section is None:
-        return None
-    sizes = validation.section.validation_resolution or (rules.training_size(data.section, spec),)
-    text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
-    return RunConfig.model_validate(
-        {
-            "source": Path(os.path.abspath(path)),
-            "model": model.section,
-            "adapter": adapter.section,
-            "lycoris": lycoris,
-            "training": training.section,
-            "optimizer": optimizer.section,
-            "noise": noise.section,
-            "precision": precision.section,
-            "data": data.section.model_copy(update=text_cache),
-            "datasets": dataset_file.datasets,
-            "checkpoint": checkpoint.section,
-            "tracking": tracking.section,
-            "validation": validation.section.model_copy(
-                update={"validation_resolution": sizes, "prompts": prompts}
-            ),
-            "compared_with": compared_with,
-            "hidden": files.environment.used,
+    def load(self, overrides: Sequence[str] = ()) -> RunConfig | None:
+        """Load one config.json; returns None if errors prevent building the RunConfig."""
+        content = read_json(self.path, source=self.file, problems=self.problems)
+        if content is None:
+            return None
+        if not isinstance(content, dict):
+            self.source.add("", "must hold an object, {...}.")
+            return None
+        self.raw = merge_layers(content, overrides, KEYS, file=self.file, environment=self.environment)
+        spec = rules.family_of(self.raw, self.families, self.source)
+        defaults = _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
+        self.values = defaults | {
+            key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)
         }
-    )
+        self.source = self.source.with_names(model_family=str(self.values.get("model_family", "")))
+        checkpoint = self._section(CheckpointConfig)
+        if checkpoint.section is not None:
+            self.source = self.source.with_names(output_dir=str(checkpoint.section.output_dir))
+        model = self._section(ModelConfig, placeholders=_PLACEHOLDERS)
+        adapter, data = self._section(AdapterConfig), self._section(DataConfig)
+        training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
+        noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
+        tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
+        lycoris, dataset_file = self._lycoris(adapter), self._datasets(data)
+        prompts = self._prompts(validation)
+        if spec is not None:
+            rules.check_model(model, spec, self.source)
+            family_sections = (model, adapter, training, noise, validation)
+            rules.check_family(family_sections, spec, families=self.families, source=self.source)
+            rules.check_lora_preset(self.raw, adapter, spec=spec, source=self.source)
+            rules.check_format(adapter, lycoris, spec=spec, source=self.source)
+            rules.check_precision(precision, adapter, lycoris, spec=spec, source=self.source)
+            rules.check_offload(precision, training, validation, spec=spec, source=self.source)
+            rules.check_alignment(data, spec, self.source)
+            rules.check_validation(validation, spec, self.source)
+        rules.check_output(checkpoint, dataset_file.datasets, self.source)
+        compared_with = self._compared_with(validation)
+        if len(self.problems) or spec is None or data.section is None or validation.section is None:
+            return None
+        text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
+        sizes = validation.section.validation_resolution or (rules.training_size(data.section, spec),)
+        run = RunConfig.model_validate(
+            {
+                "source": Path(os.path.abspath(self.path)),
+                "model": model.section,
+                "adapter": adapter.section,
+                "lycoris": lycoris,
+                "training": training.section,
+                "optimizer": optimizer.section,
+                "noise": noise.section,
+                "precision": precision.section,
+                "data": data.section.model_copy(update=text_cache),
+                "datasets": dataset_file.datasets,
+                "checkpoint": checkpoint.section,
+                "tracking": tracking.section,
+                "validation": validation.section.model_copy(
+                    update={"validation_resolution": sizes, "prompts": prompts}
+                ),
+                "compared_with": compared_with,
+                "hidden": self.environment.secrets,
+            }
+        )
+        rules.check_comparison(run, self.source)
+        return run
 
+    def _section(self, section: type[S], *, placeholders: Mapping[str, object] | None = None) -> Validated[S]:
+        own = {key: self.values[key] for key in section.model_fields if key in self.values}
+        return build(section, own, self.source, placeholders=placeholders)
 
-def _maker(values: Mapping[str, object], place: Source) -> Callable[[type[S]], Validated[S]]:
-    def make(section: type[S]) -> Validated[S]:
-        own = {key: values[key] for key in section.model_fields if key in values and key not in COMPUTED_KEYS}
-        placeholders = {key: value for key, value in _PLACEHOLDERS.items() if key in section.model_fields}
-        return build(section, own, place, placeholders=placeholders)
-
-    return make
-
-
-def _lycoris(adapter: Validated[AdapterConfig], files: _Files) -> LycorisConfig | None:
-    """The adapter that the lycoris json describes; its file is checked too when lora_type cannot be read."""
-    section = adapter.section
-    if section is None or (section.lora_type == "standard" and "lora_type" not in adapter.wrong):
-        if section is not None and section.lycoris_config is not None and "lora_type" not in files.given:
-            files.place.add("lora_type", "lycoris_config has no effect without it. Set it to lycoris.")
+    def _lycoris(self, adapter: Validated[AdapterConfig]) -> LycorisConfig | None:
+        section = adapter.section
+        if section is None:
+            return None
+        # An invalid lora_type has become standard here; its lycoris json is checked nevertheless.
+        if section.lora_type == "standard" and "lora_type" not in adapter.invalid_keys:
+            if section.lycoris_config is not None and "lora_type" not in self.raw:
+                self.source.add("lora_type", "lycoris_config has no effect without it. Set it to lycoris.")
+            return None
+        content = self._content("lycoris_config", section.lycoris_config)
+        if content is not None:
+            value, raw, source = content
+            return read_lycoris(value, source, raw=raw)
+        if "lycoris_config" not in self.raw:
+            text = "required by lora_type lycoris. Give the path of the lycoris json."
+            self.source.add("lycoris_config", text)
         return None
-    document = files.document("lycoris_config", section.lycoris_config)
-    if document is None:
-        if "lycoris_config" not in files.given:
-            files.place.add(
-                "lycoris_config", "required by lora_type lycoris. Give the path of the lycoris json."
-            )
-        return None
-    value, written, place = document
-    return read_lycoris(value, place, written=written)
 
-
-def _datasets(data: Validated[DataConfig], files: _Files) -> DatasetFile:
-    path = data.section.data_backend_config if data.section is not None else None
-    document = files.document("data_backend_config", path)
-    if document is None:
-        if "data_backend_config" not in files.given:
-            files.place.add(
-                "data_backend_config", "required, but missing. Give the path of the dataset json."
-            )
+    def _datasets(self, data: Validated[DataConfig]) -> DatasetFile:
+        path = data.section.data_backend_config if data.section is not None else None
+        content = self._content("data_backend_config", path)
+        if content is not None:
+            value, _, source = content
+            return read_datasets(value, source, data=data)
+        if "data_backend_config" not in self.raw:
+            text = "required, but missing. Give the path of the dataset json."
+            self.source.add("data_backend_config", text)
         return DatasetFile((), None)
-    value, _, place = document
-    return read_datasets(value, place, data=data)
 
+    def _prompts(self, validation: Validated[ValidationConfig]) -> tuple[ValidationPrompt, ...]:
+        section = validation.section
+        if section is None:
+            return ()
+        content = self._content("user_prompt_library", section.user_prompt_library)
+        user = read_library(content[0], content[2]) if content is not None else ()
+        with_library = section.validation_prompt_library
+        return merge_prompts(section.validation_prompt, with_library=with_library, user=user)
 
-def _prompts(validation: Validated[ValidationConfig], files: _Files) -> tuple[ValidationPrompt, ...]:
-    section = validation.section
-    if section is None:
-        return ()
-    document = files.document("user_prompt_library", section.user_prompt_library)
-    user = read_library(document[0], document[2]) if document is not None else ()
-    return prompts_of(section.validation_prompt, with_library=section.validation_prompt_library, user=user)
+    def _is_inline_file(self, key: str) -> bool:
+        is_file = key in ("lycoris_config", "data_backend_config")
+        return is_file and isinstance(self.raw[key].value, dict | list)
 
+    def _content(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Source] | None:
+        """The inline value of a key, or the content of the file it names: (value, raw value, source)."""
+        inline = self.raw.get(key)
+        if inline is not None and isinstance(inline.value, dict | list):
+            source = replace(self.source, name_of=lambda _: f"{inline.source}, {key}")
+            return inline.value, inline.raw, source
+        if path is None:
+            return None
+        file = display(path)
+        raw = read_json(path, source=file, problems=self.problems)
+        if raw is None:
+            return None
+        value = self.environment.fill(raw, source=file, key="")
+        return value, raw, replace(self.source, name_of=lambda _: file)
 
-def _compared_with(validation: Validated[ValidationConfig], files: _Files) -> RunConfig | None:
-    """The other run whose adapter is shown beside this one's; its problems are noted with this run's."""
-    section = validation.right("validation_compared_config")
-    path = section.validation_compared_config if section is not None else None
-    if path is None:
+    def _compared_with(self, validation: Validated[ValidationConfig]) -> RunConfig | None:
+        """Load the run of validation_compared_config."""
+        key = "validation_compared_config"
+        section = validation.if_valid(key)
+        path = section.validation_compared_config if section is not None else None
+        if path is None:
+            return None
+        chain = [os.path.realpath(each) for each in self.chain]
+        if os.path.realpath(path) not in chain:
+            other = Loader(path, families=self.families, problems=self.problems, compared_by=self.chain)
+            return other.load()
+        circle = (*self.chain[chain.index(os.path.realpath(path)) :], path)
+        found = " -> ".join(map(display, circle))
+        advice = "Name the config.json of another run, or remove the key."
+        self.source.add(key, f"{found}: a run cannot be compared with itself. {advice}")
         return None
-    here = [os.path.realpath(each) for each in files.chain]
-    if os.path.realpath(path) not in here:
-        return files.load_other(path)
-    circle = " -> ".join(display(each) for each in (*files.chain[here.index(os.path.realpath(path)) :], path))
-    advice = "Name the config.json of another run, or leave the key out."
-    files.place.add("validation_compared_config", f"{circle}: a run is not compared with itself. {advice}")
-    return None
 
 
 def display(path: Path) -> str:
-    """A path as messages name it: from the working directory where it lies below it."""
+    """A path for messages: relative if it is below the working directory."""
     absolute, here = Path(os.path.abspath(path)), Path.cwd()
     return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(path)

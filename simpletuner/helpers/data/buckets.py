@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import CropStyle, ResolutionType
+from simpletuner.helpers.configuration.schema.resolution import nearest_multiple, target_area_px
 from simpletuner.helpers.contracts import Size
-
-_PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +45,6 @@ def bucket_size(
     if image_px.height > image_px.width:
         return Size(height=long_px, width=short_px)
     return Size(height=short_px, width=long_px)
-
-
-def square_size(*, resolution: float, resolution_type: ResolutionType, alignment: int) -> Size:
-    """The square bucket of a resolution."""
-    edge = (
-        resolution if resolution_type == "pixel" else math.sqrt(target_area_px(resolution, resolution_type))
-    )
-    edge_px = nearest_multiple(edge, alignment)
-    return Size(height=edge_px, width=edge_px)
-
-
-def target_area_px(resolution: float, resolution_type: ResolutionType) -> float:
-    """The area in pixels that a resolution means; for "pixel" that of the square with that edge."""
-    return resolution * _PIXELS_PER_MEGAPIXEL if resolution_type == "area" else resolution**2
-
-
-def nearest_multiple(edge_px: float, alignment: int) -> int:
-    """The multiple of `alignment` nearest to an edge, at least one; a tie goes up."""
-    return max(1, math.floor(edge_px / alignment + 0.5)) * alignment
 
 
 def is_too_small(image_px: Size, minimum: float, resolution_type: ResolutionType) -> bool:

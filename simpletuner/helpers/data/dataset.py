@@ -211,7 +211,7 @@ class TrainingData:
             config,
             index=index,
             seed=self.seed,
-            alignment=self.data.aspect_bucket_alignment or self.pixel_alignment,
+            alignment=self.data.alignment(self.pixel_alignment),
             aspect_decimals=self.data.aspect_bucket_rounding,
         )
         index.save()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.resolution import square_size
 from simpletuner.helpers.contracts import Sample, Size
-from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place, square_size
+from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, with_instance_prompt
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled

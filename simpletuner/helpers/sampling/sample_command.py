@@ -129,8 +129,8 @@ def _sections(
     stored = {key: header[key] for key in PRECISION_KEYS if key in header}
     precision = build(PrecisionConfig, stored | dict(request.precision), source)
     validation = build(ValidationConfig, defaults | dict(request.validation), source)
-    rules.check_family((model, noise, validation), spec, families=families, place=source)
-    rules.check_pictures(validation, spec, source)
+    rules.check_family((model, noise, validation), spec, families=families, source=source)
+    rules.check_validation(validation, spec, source)
     problems.raise_if_any()
     prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
     return _Sections(

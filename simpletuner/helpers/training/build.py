@@ -340,7 +340,7 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         batch_size=config.training.train_batch_size,
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
-        pixel_alignment=config.data.aspect_bucket_alignment or family.spec.pixel_alignment,
+        pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
     )
 

@@ -561,7 +561,7 @@ def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
     (tmp_path / "lycoris.json").write_text(json.dumps(written))
     problems = Problems()
     place = Source(problems, lambda _: "lycoris.json", PathContext())
-    config = read_lycoris(json.loads((tmp_path / "lycoris.json").read_text()), place, written=written)
+    config = read_lycoris(json.loads((tmp_path / "lycoris.json").read_text()), place, raw=written)
     problems.raise_if_any()
     assert config is not None
     adapter = attach_adapter(unet(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0)

@@ -47,7 +47,7 @@ def test_a_copy_overwrites_nothing_and_names_what_is_there(home: Path) -> None:
     (home / "mine").mkdir()
     (home / "mine" / "config.json").write_text("my own")
     (home / "mine" / "lycoris_tlora.json").symlink_to("absent.json")
-    with pytest.raises(ConfigError, match=r"^mine: holds config\.json, lycoris_tlora\.json already\."):
+    with pytest.raises(ConfigError, match=r"^mine: .*config\.json, lycoris_tlora\.json"):
         copy_example(NAME, Path("mine"))
     assert (home / "mine" / "config.json").read_text() == "my own"
     assert sorted(os.listdir(home / "mine")) == ["config.json", "lycoris_tlora.json"]
@@ -69,7 +69,7 @@ def test_a_folder_that_cannot_be_made_is_named(home: Path, folder: str) -> None:
 
 @pytest.mark.parametrize("name", ["sdxl-tlora-quik", "../examples/sdxl-tlora-quick", "demo-photo", ""])
 def test_an_unknown_name_lists_the_examples(home: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"There are: {', '.join(examples())}"):
+    with pytest.raises(ConfigError, match=f"{name!r}.*{', '.join(examples())}"):
         copy_example(name)
     assert not (home / "config").exists()
 

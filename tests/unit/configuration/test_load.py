@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,6 @@ from pydantic import ValidationError
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.base import Section
 from simpletuner.helpers.errors import ConfigError
-from tests.counted import lines_run
 
 if TYPE_CHECKING:
     from conftest import Workspace
@@ -137,49 +138,47 @@ def _items(section: object) -> list[tuple[str, object]]:
 
 
 @pytest.mark.parametrize(
-    ("key", "written", "text"),
+    ("key", "written", "pattern"),
     [
-        ("train_batch_size", True, "true: must be a number."),
-        ("train_batch_size", 1.5, "1.5: must be a whole number."),
-        ("train_batch_size", "1e-1", '"1e-1": must be a whole number.'),
-        ("learning_rate", "fast", '"fast": must be a number.'),
-        ("learning_rate", "inf", '"inf": must be finite.'),
-        ("learning_rate", 0, "0: must be above 0."),
-        ("gradient_checkpointing", "maybe", '"maybe": must be true or false.'),
-        ("gradient_checkpointing", 2, "2: must be true or false."),
-        ("caption_dropout_probability", 1.5, "1.5: must be at most 1."),
-        ("lora_dropout", 1, "1: must be below 1."),
-        ("seed", -1, "-1: must be at least 0."),
-        ("lr_scheduler", "cosin", "Did you mean cosine?"),
-        ("tracker_project_name", [], "[]: must be a text."),
-        ("output_dir", 3, "3: must be a path, written as a text."),
-        ("output_dir", "s3://bucket", "remote storage is not supported here."),
-        ("init_lora", "missing.safetensors", "not found from"),
-        ("init_lora", "images", "is a folder. Give the path of a file."),
-        ("resume_from_checkpoint", "../other", "the name of a checkpoint folder inside output_dir."),
-        ("resume_from_checkpoint", "..", "the name of a checkpoint folder inside output_dir."),
-        ("optimizer_config", "weight_decya=1", "Did you mean weight_decay?"),
-        ("resolution", 1.0, 'For megapixels set resolution_type to "area".'),
-        ("num_train_epochs", -1, "-1: must be at least 0."),
-        ("validation_resolution", "big", "must be an edge in pixels or width x height"),
-        ("pretrained_model_name_or_path", "model.ckpt", "pickles can run code"),
-        ("pretrained_model_name_or_path", "./nowhere", "is no folder or file here."),
-        ("pretrained_model_name_or_path", "", "must be the folder or the repository of a model"),
-        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder or file here."),
+        ("train_batch_size", True, "true: .*number"),
+        ("train_batch_size", 1.5, "1.5: .*whole number"),
+        ("train_batch_size", "1e-1", '"1e-1": .*whole number'),
+        ("learning_rate", "fast", '"fast": .*number'),
+        ("learning_rate", "inf", '"inf": .*finite'),
+        ("learning_rate", 0, "0: .*above 0"),
+        ("gradient_checkpointing", "maybe", '"maybe": .*true or false'),
+        ("gradient_checkpointing", 2, "2: .*true or false"),
+        ("caption_dropout_probability", 1.5, "1.5: .*at most 1"),
+        ("lora_dropout", 1, "1: .*below 1"),
+        ("seed", -1, "-1: .*at least 0"),
+        ("lr_scheduler", "cosin", '"cosin": .*Did you mean cosine'),
+        ("tracker_project_name", [], r"\[\]: .*text"),
+        ("output_dir", 3, "3: .*path"),
+        ("output_dir", "s3://bucket", '"s3://bucket": remote'),
+        ("init_lora", "missing.safetensors", '"missing.safetensors": not found'),
+        ("init_lora", "images", '"images": .*file'),
+        ("resume_from_checkpoint", "../other", '"../other": .*latest.*none'),
+        ("resume_from_checkpoint", "..", '"..": .*latest.*none'),
+        ("optimizer_config", "weight_decya=1", "weight_decya .*adamw.*Did you mean weight_decay"),
+        ("resolution", 1.0, "1: .*16 to 16384.*resolution_type"),
+        ("num_train_epochs", -1, "-1: .*at least 0"),
+        ("validation_resolution", "big", '"big": .*width x height'),
+        ("pretrained_model_name_or_path", "model.ckpt", '"model.ckpt": .*pickle'),
+        ("pretrained_model_name_or_path", "./nowhere", '"./nowhere": .*folder'),
+        ("pretrained_model_name_or_path", "", '"": .*folder.*repository'),
+        ("pretrained_vae_model_name_or_path", "a/b/c", '"a/b/c": .*folder'),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_allowed(
-    workspace: Workspace, key: str, written: object, text: str
+    workspace: Workspace, key: str, written: object, pattern: str
 ) -> None:
     message = workspace.problems(**{key: written})
-    assert message.startswith("config.json: 1 problem\n")
-    assert f"  {key}  " in message
-    assert text in message
+    assert re.fullmatch(f"config.json: 1 problem\n  {key}  {pattern}.*", message), message
 
 
 def test_a_run_without_an_end_is_refused(workspace: Workspace) -> None:
     message = workspace.problems(max_train_steps=0, num_train_epochs=0)
-    assert "the run has no end. Set max_train_steps or num_train_epochs above 0." in message
+    assert re.search("  max_train_steps  .*num_train_epochs", message)
 
 
 def test_prodigy_starts_at_rate_one(workspace: Workspace) -> None:
@@ -198,11 +197,11 @@ def test_null_stands_for_the_default_where_it_is_no_value(workspace: Workspace) 
 @pytest.mark.parametrize("key", ["model_family", "data_backend_config"])
 def test_a_required_key_that_is_missing_is_named(workspace: Workspace, key: str) -> None:
     message = workspace.without(key).problems()
-    assert f"  {key}  required, but missing." in message
+    assert f"  {key}  required" in message
 
 
 def test_lora_type_lycoris_needs_its_file(workspace: Workspace) -> None:
-    assert "required by lora_type lycoris." in workspace.without("lycoris_config").problems()
+    assert "lycoris_config  required by lora_type lycoris" in workspace.without("lycoris_config").problems()
 
 
 def test_lora_type_standard_does_not_read_the_lycoris_json(workspace: Workspace) -> None:
@@ -219,21 +218,21 @@ def test_the_lycoris_json_is_checked_though_lora_type_is_misspelt(workspace: Wor
 
 def test_an_unknown_family_lists_the_known_ones(workspace: Workspace) -> None:
     message = workspace.problems(model_family="toyy")
-    assert '"toyy": not a model family here. Known families: toy. Did you mean toy?' in message
+    assert re.search('model_family  "toyy": .*: toy. Did you mean toy?', message)
 
 
 @pytest.mark.reliability_row(28)
 def test_a_missing_config_is_one_problem_with_exit_code_2(workspace: Workspace) -> None:
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written(path=workspace.folder / "none.json")
-    assert str(caught.value) == "none.json: 1 problem\n  not found. Check the path."
+    assert str(caught.value).startswith("none.json: 1 problem\n  not found")
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '"text"'])
+@pytest.mark.parametrize("text", ["[]", "3", '"text"', "null"])
 def test_a_config_that_is_no_object_is_one_problem(workspace: Workspace, text: str) -> None:
     path = workspace.text("config.json", text)
-    with pytest.raises(ConfigError, match="1 problem\n  must hold an object"):
+    with pytest.raises(ConfigError, match=r"^config.json: 1 problem\n  .*object"):
         workspace.load_as_written(path=path)
 
 
@@ -243,7 +242,7 @@ def test_the_rest_of_a_file_with_slips_is_checked_too(workspace: Workspace) -> N
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written()
     assert "a comma before the closing }" in str(caught.value)
-    assert '"x": must be a whole number.' in str(caught.value)
+    assert re.search('seed +"x": ', str(caught.value))
 
 
 @pytest.mark.reliability_row(28)
@@ -254,7 +253,7 @@ def test_malformed_json_in_each_file_is_reported_for_each(workspace: Workspace) 
     with pytest.raises(ConfigError) as caught:
         workspace.load_as_written()
     message = str(caught.value)
-    assert "lycoris.json: 1 problem\n  line 1, column 1  the { opened here is never closed by }" in message
+    assert "lycoris.json: 1 problem\n  line 1, column 1  {" in message
     assert "data.json: 1 problem\n  line 1, column 3" in message
 
 
@@ -306,7 +305,9 @@ def test_an_unknown_name_in_braces_lists_the_known(workspace: Workspace, key: st
 
 
 def test_output_inside_a_dataset_is_refused(workspace: Workspace) -> None:
-    assert "lies inside instance_data_dir of dataset photos" in workspace.problems(output_dir="images/out")
+    message = workspace.problems(output_dir="images/out")
+    assert "  output_dir  " in message
+    assert "instance_data_dir of dataset photos" in message
 
 
 # The lycoris json and the dataset json may stand in config.json itself
@@ -328,35 +329,43 @@ def test_mistakes_in_what_stands_in_config_json_name_it(workspace: Workspace) ->
     assert "config.json, data_backend_config: 2 problems" in message
 
 
-# Speed
+# Speed, as counts that do not depend on the machine's load
 
 
-def test_loading_imports_no_torch_and_does_little(workspace: Workspace, repository: Path) -> None:
+def test_loading_imports_no_torch_and_few_modules(workspace: Workspace, repository: Path) -> None:
     workspace.write()
     script = (
-        "import sys; calls = 0\n"
-        "def count(frame, event, argument):\n"
-        "    global calls\n"
-        "    calls += event == 'call'\n"
-        "sys.setprofile(count)\n"
+        "import sys\n"
         f"sys.path.insert(0, {str(repository)!r})\n"
         "from pathlib import Path\n"
         "from simpletuner.helpers.configuration.load import load_config\n"
         "from simpletuner.helpers.contracts import ModelSpec\n"
-        "facts = ModelSpec('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
-        "load_config(Path('config.json'), families={'toy': facts})\n"
-        "sys.setprofile(None)\n"
-        "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy'} & set(sys.modules)\n"
+        "spec = ModelSpec('toy', {'a': 'b/c'}, 'a', ('epsilon',), 64, 8, 512, ('to_q',))\n"
+        "load_config(Path('config.json'), families={'toy': spec})\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'lycoris', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
-        "print(calls)\n"
+        "print(len(sys.modules))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 400_000
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 400  # 257 with pydantic 2.14
 
 
-def test_loading_does_little_whatever_the_number_of_images(workspace: Workspace) -> None:
+def test_loading_makes_few_calls_for_each_image(workspace: Workspace) -> None:
     path = workspace.write()
+    few = _num_calls(lambda: load_config(path, families=workspace.families))
     workspace.image_folder("images", [f"{index:04}.png" for index in range(2000)])
-    load_config(path, families=workspace.families)  # imports what it needs
-    lines = lines_run(lambda: load_config(path, families=workspace.families))
-    assert lines < 60_000
+    many = _num_calls(lambda: load_config(path, families=workspace.families))
+    assert few < 6000  # 3,100: about 1,400 in Python and 1,700 in C
+    assert many - few < 5 * 2000  # the folder is listed, no image is opened
+
+
+def _num_calls(function: Callable[[], object]) -> int:
+    """Calls of Python and C functions."""
+    events: list[str] = []
+    before = sys.getprofile()
+    sys.setprofile(lambda _frame, event, _argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(before)
+    return events.count("call") + events.count("c_call")

@@ -8,7 +8,8 @@ import pytest
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS
 from simpletuner.helpers.configuration.load import KEYS
-from simpletuner.helpers.configuration.loading.known_keys import ALIASES, CONFIG_KEYS, DATASET_KEYS
+from simpletuner.helpers.configuration.loading.layers import ALIASES
+from simpletuner.helpers.configuration.loading.unsupported_keys import unsupported_keys
 from simpletuner.helpers.configuration.reference import reference
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -36,7 +37,8 @@ def test_every_key_has_a_row(page: str, table: dict[str, object]) -> None:
 
 
 def test_every_algorithm_alias_and_unsupported_key_is_named(page: str) -> None:
-    for name in [*ALGORITHMS, *ALIASES, *CONFIG_KEYS, *DATASET_KEYS]:
+    unsupported = [*unsupported_keys("config.json"), *unsupported_keys("dataset")]
+    for name in [*ALGORITHMS, *ALIASES, *unsupported]:
         assert f"`{name}`" in page
     assert "`extra`" not in page
     assert "`raw`" not in page

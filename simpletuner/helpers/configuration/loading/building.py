@@ -1,93 +1,102 @@
-"""Values into a section: every problem noted, and what can be made of the section for further checks."""
+"""Builds a section from values and notes each problem at its key."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import JsonValue, ValidationError
 from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
-from simpletuner.helpers.configuration.text.problems import Problems, described
+from simpletuner.helpers.configuration.text.problems import Problems, describe
 
 S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
 class Validated(Generic[S]):
-    """A section, or what could be made of it."""
+    """The result of validating a section."""
 
     section: S | None
-    """With defaults in place of what is wrong; None if not even that."""
-    wrong: frozenset[str]
-    """Keys whose values are not the user's, because those cannot be used."""
+    """With defaults in place of invalid values; None if a section cannot be built from the rest."""
+    invalid_keys: frozenset[str]
 
-    def right(self, *keys: str) -> S | None:
-        """The section if these keys in it are as the user gave them."""
-        return self.section if not self.wrong & set(keys) else None
+    def if_valid(self, *keys: str) -> S | None:
+        """The section, or None if any of these keys is invalid."""
+        return self.section if not self.invalid_keys & set(keys) else None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the values of a section come from, for messages and paths."""
+    """Origin of a section's values, for messages and paths."""
 
     problems: Problems
-    source_of: Callable[[str], str]
-    """Key -> the file or command line that gave it."""
+    name_of: Callable[[str], str]
+    """Key -> name of the file, or the command line."""
     context: PathContext
     prefix: str = ""
-    """Stands before the keys in messages."""
+    """Precedes each key in messages."""
 
     def add(self, key: str, text: str) -> None:
         """Note a problem of a key."""
-        self.problems.add(self.source_of(key), f"{self.prefix}{key}", text)
+        self.problems.add(self.name_of(key), f"{self.prefix}{key}", text)
+
+    def reject(self, key: str, value: JsonValue, text: str) -> None:
+        """Note a problem of a key and show its value."""
+        self.add(key, f"{self.problems.shown(value)}: {text}")
+
+    def with_names(self, **names: str) -> Source:
+        """The same source with more {name} placeholders for paths."""
+        return replace(self, context=replace(self.context, names={**self.context.names, **names}))
 
 
 def build(
     section: type[S],
     values: Mapping[str, object],
-    place: Source,
+    source: Source,
     *,
     placeholders: Mapping[str, object] | None = None,
 ) -> Validated[S]:
-    """Validate values into a section, noting each problem at its key.
+    """Validate values as a section and note each problem at its key.
 
     Args:
         section: The class.
         values: Key -> value.
-        place: Where they come from.
-        placeholders: Values of required keys that are missing or invalid, so that the rest is checked.
+        source: Origin of the values.
+        placeholders: Stand in for required keys that are missing or invalid, so that the rest is checked.
     """
     try:
-        return Validated(section.model_validate(values, context=place.context), frozenset())
+        return Validated(section.model_validate(values, context=source.context), frozenset())
     except ValidationError as error:
         details = error.errors(include_url=False)
-    wrong = _note(details, place, ignoring=frozenset())
-    usable = {key: value for key, value in values.items() if key not in wrong}
+    invalid = _note(details, source, ignoring=frozenset())
+    usable = {key: value for key, value in values.items() if key not in invalid}
     missing = {key: value for key, value in (placeholders or {}).items() if key not in usable}
     try:
-        return Validated(section.model_validate({**missing, **usable}, context=place.context), wrong)
+        return Validated(section.model_validate({**missing, **usable}, context=source.context), invalid)
     except ValidationError as error:
-        # What was hidden behind the first problems: a contradiction is looked for only among right values.
-        _note(error.errors(include_url=False), place, ignoring=wrong)
-        return Validated(None, wrong)
+        # pydantic looks for contradictions only once every single value is valid.
+        _note(error.errors(include_url=False), source, ignoring=invalid)
+        return Validated(None, invalid)
 
 
-def _note(details: list[ErrorDetails], place: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
-    wrong: set[str] = set()
+def _note(details: list[ErrorDetails], source: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
+    """Note each error, except at ignored keys; returns the invalid keys."""
+    invalid: set[str] = set()
     for error in details:
-        about = {str(error["loc"][0])} if error["loc"] else set(error.get("ctx", {}).get("keys", ()))
-        wrong |= about
-        if about & ignoring or error["type"] == "default_factory_not_called":  # follows from another problem
+        keys = {str(error["loc"][0])} if error["loc"] else set(error.get("ctx", {}).get("keys", ()))
+        invalid |= keys
+        # A default_factory that was not called follows from another error.
+        if keys & ignoring or error["type"] == "default_factory_not_called":
             continue
-        key, text = described(error, show=place.problems.shown)
+        key, text = describe(error, show=source.problems.shown)
         first = key.partition(".")[0].partition("[")[0]
         advice = UNSUPPORTED_VALUES.get((first, str(error["input"])))
         if advice and error["type"] == "literal_error":
-            found = place.problems.shown(error["input"])
+            found = source.problems.shown(error["input"])
             text = f"{found}: known from SimpleTuner, not supported here. {advice}"
-        place.problems.add(place.source_of(first), f"{place.prefix}{key}", text)
-    return frozenset(wrong)
+        source.problems.add(source.name_of(first), f"{source.prefix}{key}", text)
+    return frozenset(invalid)

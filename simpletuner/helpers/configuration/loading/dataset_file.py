@@ -1,4 +1,4 @@
-"""The dataset json into DatasetConfigs, with what they inherit from config.json."""
+"""Reads the dataset json as DatasetConfigs, which inherit keys of config.json."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
-from simpletuner.helpers.configuration.loading.known_keys import DATASET_KEYS, unsupported
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section
 from simpletuner.helpers.configuration.schema.datasets import IMAGE_SUFFIXES, DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
-from simpletuner.helpers.configuration.text.problems import unknown_key
 
 INHERITED = ("resolution", "resolution_type", "minimum_image_size", "caption_strategy", "instance_prompt")
 _SWITCHES = {
@@ -32,29 +31,29 @@ _SWITCHES = {
 
 
 class TextCacheEntry(Section):
-    """An entry with dataset_type text_embeds: it only names the text cache."""
+    """An entry with dataset_type text_embeds; it names the text cache."""
 
     id: str = "text-embeds"
     """Name of the entry."""
     cache_dir: OutputPath | None = None
-    """Folder of cached text embeddings; wins over cache_dir_text of config.json."""
+    """Folder of cached prompt embeds; overrides cache_dir_text of config.json."""
     default: bool = False
-    """Which entry counts when there are several."""
+    """Whether this entry counts if there are several."""
 
 
 @dataclass(frozen=True)
 class DatasetFile:
-    """What the dataset json says."""
+    """Content of the dataset json."""
 
     datasets: tuple[DatasetConfig, ...]
     cache_dir_text: Path | None
-    """Folder that a text_embeds entry names."""
+    """cache_dir of the text_embeds entry."""
 
 
-def read_datasets(entries: JsonValue, place: Source, *, data: Validated[DataConfig]) -> DatasetFile:
-    """The datasets that are not disabled; every problem is noted, and entries with problems are left out."""
+def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
+    """Check a dataset json; leaves out disabled and invalid entries and notes every problem."""
     if not isinstance(entries, list):
-        place.add("", "must hold an array of objects, [{...}].")
+        source.add("", "must hold an array of objects, [{...}].")
         return DatasetFile((), None)
     datasets: list[DatasetConfig] = []
     text_caches: list[TextCacheEntry] = []
@@ -62,19 +61,16 @@ def read_datasets(entries: JsonValue, place: Source, *, data: Validated[DataConf
     num_images = 0
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
-            place.add(f"[{index}]", f"{place.problems.shown(entry)}: must be an object, {{...}}.")
+            source.reject(f"[{index}]", entry, "must be an object, {...}.")
             continue
         values = {key.removeprefix("--"): value for key, value in entry.items() if value is not None}
         identity = values.get("id")
         named = isinstance(identity, str) and identity not in first_with
-        own = replace(place, prefix=f"{identity}." if named else f"[{index}].")
+        own = replace(source, prefix=f"{identity}." if named else f"[{index}].")
         if _is_disabled(values, own):
             continue
         if not named and isinstance(identity, str):
-            own.add(
-                "id",
-                f"{place.problems.shown(identity)}: [{first_with[identity]}] has this id too. Change one.",
-            )
+            own.reject("id", identity, f"[{first_with[identity]}] has this id too. Change one.")
         elif isinstance(identity, str):
             first_with[identity] = index
         if values.get("dataset_type") == "text_embeds":
@@ -83,104 +79,86 @@ def read_datasets(entries: JsonValue, place: Source, *, data: Validated[DataConf
             datasets.append(dataset)
         num_images += values.get("dataset_type") != "text_embeds"
     if num_images == 0:
-        place.add("", "no image dataset that is not disabled. Add one.")
-    return DatasetFile(tuple(datasets), _chosen(text_caches, place))
+        source.add("", "no enabled image dataset. Add one.")
+    return DatasetFile(tuple(datasets), _chosen(text_caches, source))
 
 
-def _is_disabled(values: Mapping[str, JsonValue], place: Source) -> bool:
+def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
     value = values.get("disabled", False)
     disabled = _SWITCHES.get(str(value).strip().lower())
     if disabled is None:
-        place.add("disabled", f"{place.problems.shown(value)}: must be true or false.")
+        source.reject("disabled", value, "must be true or false.")
     return bool(disabled)
 
 
 def _image_dataset(
-    values: Mapping[str, JsonValue], place: Source, *, data: Validated[DataConfig]
+    values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig]
 ) -> DatasetConfig | None:
-    known = _known(values, DatasetConfig, place)
+    known = _known(values, DatasetConfig, source)
     for key in ("cache_dir", "default"):
         if key in values and _SWITCHES.get(str(values[key]).lower()) is not False:
             advice = "Use cache_dir_vae." if key == "cache_dir" else "Remove it."
-            place.add(key, f"belongs to an entry with dataset_type text_embeds. {advice}")
+            source.add(key, f"belongs to an entry with dataset_type text_embeds. {advice}")
     inherited: dict[str, object] = dict(data.section) if data.section is not None else {}
     complete = {key: inherited[key] for key in INHERITED if key in inherited} | known
     identity = known.get("id")
     if isinstance(identity, str):
-        place = replace(place, context=replace(place.context, names={**place.context.names, "id": identity}))
+        source = source.with_names(id=identity)
         if "cache_dir_vae" in inherited:
             complete.setdefault("cache_dir_vae", str(Path(str(inherited["cache_dir_vae"])) / identity))
     placeholders = {"id": "?", "instance_data_dir": os.curdir}
-    built = build(DatasetConfig, complete, place, placeholders=placeholders)
-    if dataset := built.right("instance_data_dir"):
-        _check_folder(dataset, place)
-    return built.section if not built.wrong else None
+    built = build(DatasetConfig, complete, source, placeholders=placeholders)
+    if dataset := built.if_valid("instance_data_dir"):
+        _check_folder(dataset, source)
+    return built.section if not built.invalid_keys else None
 
 
-def _known(values: Mapping[str, JsonValue], section: type[Section], place: Source) -> dict[str, JsonValue]:
-    """The values of the section's keys; every other key is noted."""
-    known: dict[str, JsonValue] = {}
+def _known(values: Mapping[str, JsonValue], section: type[Section], source: Source) -> dict[str, JsonValue]:
+    """The values of the section's keys; notes every unknown key."""
     for key, value in values.items():
-        if key in section.model_fields:
-            known[key] = value
-        elif key in DATASET_KEYS:
-            if not DATASET_KEYS[key].is_noop(value):
-                place.add(key, unsupported(DATASET_KEYS[key]))
-        elif key not in TextCacheEntry.model_fields and key not in DatasetConfig.model_fields:
-            place.add(
-                key,
-                unknown_key(
-                    key, [*section.model_fields, *({"cache_dir"} if section is TextCacheEntry else ())]
-                ),
-            )
-    return known
+        if key in TextCacheEntry.model_fields or key in DatasetConfig.model_fields:
+            continue
+        if problem := key_problem("dataset", key, value, known=section.model_fields):
+            source.add(key, problem)
+    return {key: value for key, value in values.items() if key in section.model_fields}
 
 
-def _text_cache(values: Mapping[str, JsonValue], place: Source) -> TextCacheEntry:
-    kind = values.get("type", "local")
-    if kind != "local":
-        advice = UNSUPPORTED_VALUES.get(("type", str(kind)), "Use local.")
-        place.add("type", f"{place.problems.shown(kind)}: not supported here. {advice}")
-    names = dict(place.context.names)
-    if isinstance(values.get("id"), str):
-        names["id"] = str(values["id"])
-    known = _known(values, TextCacheEntry, place)
-    for key in values.keys() & (DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()):
-        if key not in ("type", "dataset_type", "disabled"):
-            place.add(key, "belongs to an image dataset. Remove it.")
-    built = build(TextCacheEntry, known, replace(place, context=replace(place.context, names=names)))
-    return built.section or TextCacheEntry()
+def _text_cache(values: Mapping[str, JsonValue], source: Source) -> TextCacheEntry:
+    storage, identity = values.get("type", "local"), values.get("id")
+    if storage != "local":
+        advice = UNSUPPORTED_VALUES.get(("type", str(storage)), "Use local.")
+        source.reject("type", storage, f"not supported here. {advice}")
+    known = _known(values, TextCacheEntry, source)
+    image_keys = DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()
+    for key in values:
+        if key in image_keys - {"type", "dataset_type", "disabled"}:
+            source.add(key, "belongs to an image dataset. Remove it.")
+    if isinstance(identity, str):
+        source = source.with_names(id=identity)
+    return build(TextCacheEntry, known, source).section or TextCacheEntry()
 
 
-def _chosen(entries: list[TextCacheEntry], place: Source) -> Path | None:
+def _chosen(entries: list[TextCacheEntry], source: Source) -> Path | None:
     default = [entry for entry in entries if entry.default] or entries
     if len(default) > 1:
         names = ", ".join(entry.id for entry in default)
-        place.add("", f'several text_embeds entries: {names}. Set "default": true in one of them alone.')
+        source.add("", f'several text_embeds entries: {names}. Set "default": true in one of them alone.')
     return default[0].cache_dir if default else None
 
 
-def _check_folder(dataset: DatasetConfig, place: Source) -> None:
+def _check_folder(dataset: DatasetConfig, source: Source) -> None:
     folder = dataset.instance_data_dir
     if not os.access(folder, os.R_OK | os.X_OK):
-        place.add("instance_data_dir", f"{_path(folder, place)}: may not be read. Change its permissions.")
+        source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
         return
     files = (name for _, _, names in os.walk(folder) for name in names)
     if not any(
         os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") for name in files
     ):
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        place.add(
-            "instance_data_dir",
-            f"{_path(folder, place)}: holds no image ({suffixes}). Put images there or correct the path.",
-        )
+        text = f"holds no image ({suffixes}). Put images there or correct the path."
+        source.reject("instance_data_dir", str(folder), text)
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):
-        place.add(
-            "cache_dir_vae",
-            f"{_path(cache, place)}: lies in instance_data_dir, which is never written to. Choose another.",
-        )
-
-
-def _path(path: Path, place: Source) -> str:
-    return place.problems.shown(str(path))
+        text = "is inside instance_data_dir, which is never written to. Choose another."
+        source.reject("cache_dir_vae", str(cache), text)

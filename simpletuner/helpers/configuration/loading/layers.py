@@ -1,19 +1,29 @@
-"""Config.json and the command line as one flat set of keys, each with where it was given."""
+"""config.json and the command line as one mapping of keys to raw values."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.known_keys import ALIASES, CONFIG_KEYS, unsupported
+from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem, unsupported_keys
 from simpletuner.helpers.configuration.schema.base import Section, admits_none, holds_text
 from simpletuner.helpers.configuration.text.placeholders import Environment
-from simpletuner.helpers.configuration.text.problems import Problems, unknown_key
+from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.configuration.text.reading import parse_json
 
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "validation_steps": "validation_step_interval",
+        "checkpointing_steps": "checkpoint_step_interval",
+        "save_total_limit": "checkpoints_total_limit",
+        "model_flavor": "model_flavour",
+    }
+)
+"""Older name of a key -> its name."""
 COMMAND_LINE = "command line"
 _NUMBER = re.compile(r"-\.?\d")
 _SWITCH_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
@@ -21,14 +31,14 @@ _SWITCH_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
 
 @dataclass(frozen=True, slots=True)
 class RawValue:
-    """A value that the user gave."""
+    """A value of config.json or the command line."""
 
     value: JsonValue
-    """With environment variables filled in."""
-    written: JsonValue
-    """As it was written."""
+    """With the values of environment variables."""
+    raw: JsonValue
+    """With their placeholders, as written."""
     source: str
-    """The file, or the command line."""
+    """The file, or COMMAND_LINE."""
 
 
 @dataclass(frozen=True)
@@ -42,77 +52,66 @@ class Keys:
         return key in self.owners and self.owners[key].model_fields[key].annotation is bool
 
 
-def plain_key(key: str) -> str:
-    """A key without leading dashes, under its present name."""
-    plain = key.removeprefix("--")
-    return ALIASES.get(plain, plain)
-
-
-def from_file(
-    values: Mapping[str, JsonValue], keys: Keys, *, source: str, problems: Problems, environment: Environment
+def merge_layers(
+    values: Mapping[str, JsonValue],
+    overrides: Sequence[str],
+    keys: Keys,
+    *,
+    file: str,
+    environment: Environment,
 ) -> dict[str, RawValue]:
-    """The accepted keys of a config.json; every other key is noted."""
-    return _accepted(values.items(), keys, source=source, problems=problems, environment=environment)
+    """The supported keys of config.json and the command line, which wins; notes every other key.
 
-
-def from_command_line(
-    overrides: Sequence[str], keys: Keys, *, problems: Problems, environment: Environment
-) -> dict[str, RawValue]:
-    """The accepted overrides: key=value, --key=value, --key value, --key alone for true; later ones win."""
-    pairs = list(_pairs(overrides, keys, problems))
-    values: dict[str, JsonValue] = {}
-    for key, text in pairs:
-        values.pop(key, None)
-        values[key] = _typed(key, text, problems)
-    return _accepted(values.items(), keys, source=COMMAND_LINE, problems=problems, environment=environment)
-
-
-def merge(*layers: Mapping[str, RawValue], keys: Keys) -> dict[str, RawValue]:
-    """The layers as one, later ones on top; null stands for the default where it is no value of its own."""
-    merged: dict[str, RawValue] = {}
-    for layer in layers:
-        merged |= layer
+    A null removes the key, so that it takes its default, unless null is among its values.
+    """
+    given = _parse_overrides(overrides, keys, environment.problems)
+    layers = _supported(values.items(), keys, source=file, environment=environment)
+    layers |= _supported(given.items(), keys, source=COMMAND_LINE, environment=environment)
     return {
-        key: given
-        for key, given in merged.items()
-        if given.value is not None or admits_none(keys.owners[key], key)
+        key: raw for key, raw in layers.items() if raw.value is not None or admits_none(keys.owners[key], key)
     }
 
 
-def _accepted(
-    items: Iterable[tuple[str, JsonValue]],
-    keys: Keys,
-    *,
-    source: str,
-    problems: Problems,
-    environment: Environment,
+def _supported(
+    items: Iterable[tuple[str, JsonValue]], keys: Keys, *, source: str, environment: Environment
 ) -> dict[str, RawValue]:
-    accepted: dict[str, RawValue] = {}
-    written: dict[str, str] = {}
-    for original, value in items:
-        key = plain_key(original)
-        if key in written and source != COMMAND_LINE:
-            problems.add(source, original, f"given twice, as {written[key]} and as {original}. Keep one.")
-        written[key] = original
+    problems = environment.problems
+    supported: dict[str, RawValue] = {}
+    spellings: dict[str, str] = {}
+    for spelling, value in items:
+        key = _canonical(spelling)
+        if key in spellings:
+            problems.add(source, spelling, f"given twice, as {spellings[key]} and as {spelling}. Keep one.")
+        spellings[key] = spelling
         if key in keys.owners:
             is_text = holds_text(keys.owners[key], key)
-            filled = environment.filled(value, source=source, key=key, is_text=is_text)
-            accepted[key] = RawValue(filled, value, source)
-        elif key in CONFIG_KEYS:
-            if not CONFIG_KEYS[key].is_noop(value):
-                problems.add(source, key, unsupported(CONFIG_KEYS[key]))
-        else:
-            problems.add(source, key, unknown_key(key, [*keys.owners, *ALIASES]))
-    return accepted
+            filled = environment.fill(value, source=source, key=key, is_text=is_text)
+            supported[key] = RawValue(filled, value, source)
+        elif problem := key_problem("config.json", key, value, known=[*keys.owners, *ALIASES]):
+            problems.add(source, key, problem)
+    return supported
 
 
-def _pairs(overrides: Sequence[str], keys: Keys, problems: Problems) -> Iterable[tuple[str, str | None]]:
+def _canonical(spelling: str) -> str:
+    key = spelling.removeprefix("--")
+    return ALIASES.get(key, key)
+
+
+def _parse_overrides(overrides: Sequence[str], keys: Keys, problems: Problems) -> dict[str, JsonValue]:
+    """key=value, --key=value, --key value, and --key alone for true; the last of several values counts."""
+    values: dict[str, JsonValue] = {}
+    for key, text in _pairs(overrides, keys, problems):
+        values[key] = True if text is None else _parse_value(key, text)
+    return values
+
+
+def _pairs(overrides: Sequence[str], keys: Keys, problems: Problems) -> Iterator[tuple[str, str | None]]:
     """Key and text of each override; None for a key alone."""
     rest = list(overrides)
     while rest:
         token = rest.pop(0)
         name, equals, text = token.partition("=")
-        key = plain_key(name)
+        key = _canonical(name)
         if equals and key:
             yield key, text
         elif not token.startswith("--") or not key:
@@ -128,18 +127,21 @@ def _pairs(overrides: Sequence[str], keys: Keys, problems: Problems) -> Iterable
 def _is_value_of(key: str, token: str, keys: Keys) -> bool:
     if keys.is_switch(key):
         return token.lower() in _SWITCH_WORDS
-    name = plain_key(token.partition("=")[0])
-    starts_another = token.startswith("--") or ("=" in token and (name in keys.owners or name in CONFIG_KEYS))
-    return _NUMBER.match(token) is not None or not starts_another
+    return _NUMBER.match(token) is not None or not _starts_another(token, keys)
 
 
-def _typed(key: str, text: str | None, problems: Problems) -> JsonValue:
-    if text is None:
+def _starts_another(token: str, keys: Keys) -> bool:
+    if token.startswith("--"):
         return True
+    name = _canonical(token.partition("=")[0])
+    return "=" in token and (name in keys.owners or name in unsupported_keys("config.json"))
+
+
+def _parse_value(key: str, text: str) -> JsonValue:
     if text.strip().lower() in ("null", "none"):
         return None
     if text.lstrip()[:1] in ("{", "[") and not text.lstrip().startswith("{env:"):
-        own = Problems()
-        value = parse_json(text, source=key, problems=own)
-        return text if len(own) else value
+        problems = Problems()
+        value = parse_json(text, source=key, problems=problems)
+        return text if len(problems) else value
     return text

@@ -1,4 +1,4 @@
-"""The lycoris json into a LycorisConfig."""
+"""Reads the lycoris json as a LycorisConfig."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from pydantic import JsonValue
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, DROPOUTS, argument_aliases
 from simpletuner.helpers.configuration.loading.building import Source, build
-from simpletuner.helpers.configuration.loading.known_keys import (
-    LYCORIS_KEYS,
-    PRESET_KEYS,
-    Unsupported,
-    unsupported,
-)
+from simpletuner.helpers.configuration.loading.unsupported_keys import is_off, key_problem
 from simpletuner.helpers.configuration.schema.lycoris import (
     COMPUTED_FIELDS,
     TLORA_FIELDS,
@@ -22,7 +17,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
-from simpletuner.helpers.configuration.text.problems import nearest, unknown_key
+from simpletuner.helpers.configuration.text.problems import nearest
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
@@ -31,38 +26,38 @@ _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
-def read_lycoris(values: JsonValue, place: Source, *, written: JsonValue) -> LycorisConfig | None:
-    """A checked adapter description, or None; every problem is noted.
+def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> LycorisConfig | None:
+    """Check a lycoris json; returns None if errors prevent building the LycorisConfig.
 
     Args:
-        values: The json with environment variables filled in.
-        place: Where it comes from.
-        written: The json as the user wrote it.
+        values: The json with the values of environment variables.
+        source: Origin of the json.
+        raw: The json as written.
     """
-    if not isinstance(values, dict) or not isinstance(written, dict):
-        place.add("", "must hold an object, {...}.")
+    if not isinstance(values, dict) or not isinstance(raw, dict):
+        source.add("", "must hold an object, {...}.")
         return None
     values = {key.removeprefix("--"): value for key, value in values.items() if value is not None}
     algorithms = _algorithms(values)
-    arguments, fields = _sorted_out(values, place, algorithms)
-    _check_preset(fields.get("apply_preset"), place, algo=values.get("algo"))
+    arguments, fields = _split(values, source, algorithms)
+    _check_preset(fields.get("apply_preset"), source, algo=values.get("algo"))
     if "tlora" in algorithms:
-        fields = _with_init(fields, place)
+        fields = _with_init(fields, source)
     elif algorithms:
-        fields = _without_tlora(fields, place, algo=values.get("algo"))
-    extra = build(algorithm_arguments(), arguments, place)
-    built = build(LycorisConfig, fields, place, placeholders=_PLACEHOLDERS)
-    if built.section is None or built.wrong or extra.section is None or extra.wrong:
+        fields = _without_tlora(fields, source, algo=values.get("algo"))
+    extra = build(algorithm_arguments(), arguments, source)
+    built = build(LycorisConfig, fields, source, placeholders=_PLACEHOLDERS)
+    if built.section is None or built.invalid_keys or extra.section is None or extra.invalid_keys:
         return None
-    # A written zero dropout is the absence of dropout.
+    # A dropout of zero is the absence of dropout.
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    return built.section.model_copy(update={"extra": given, "raw": written})
+    return built.section.model_copy(update={"extra": given, "raw": raw})
 
 
 def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
-    """Every known algorithm that some layer uses; none if the main one is not known."""
+    """Every known algorithm of the adapter and of single layers; empty if the adapter's is unknown."""
     preset = values.get("apply_preset")
     maps = [preset.get(name) for name in MAPS] if isinstance(preset, dict) else []
     entries = [
@@ -78,10 +73,10 @@ def _takes(algorithms: Iterable[str]) -> frozenset[str]:
     return frozenset().union(*taken) if taken else frozenset(ARGUMENTS)
 
 
-def _sorted_out(
-    values: Mapping[str, JsonValue], place: Source, algorithms: frozenset[str]
+def _split(
+    values: Mapping[str, JsonValue], source: Source, algorithms: frozenset[str]
 ) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
-    """(algorithm arguments, fields of the section); every other key is noted."""
+    """(algorithm arguments, fields of LycorisConfig); notes every other key."""
     arguments: dict[str, JsonValue] = {}
     fields: dict[str, JsonValue] = {}
     aliases = argument_aliases()
@@ -93,62 +88,51 @@ def _sorted_out(
         elif name in _takes(algorithms) and not (name in DROPOUTS and values.get("algo") == "tlora"):
             arguments[key] = value
         elif name in ARGUMENTS:
-            if not Unsupported("").is_noop(value):
-                place.add(key, _not_taken(name, algorithms))
-        elif name in LYCORIS_KEYS:
-            _note_unsupported(key, value, table=LYCORIS_KEYS, place=place)
-        else:
-            place.add(key, unknown_key(key, known))
+            if not is_off(value):
+                source.add(key, _not_taken(name, algorithms))
+        elif problem := key_problem("lycoris", key, value, known=known):
+            source.add(key, problem)
     return arguments, fields
 
 
 def _not_taken(name: str, algorithms: frozenset[str]) -> str:
     if "tlora" in algorithms and name in DROPOUTS:
-        return (
-            "not supported with algo tlora, whose rank schedule is the regulariser. Remove it or set it to 0."
-        )
+        return "not supported with algo tlora, whose rank schedule regularises. Remove it or set it to 0."
     if "tlora" in algorithms and name == "bypass_mode":
-        return "not taken by algo tlora, which always runs beside the base layer. Remove it."
+        return "not taken by algo tlora, which always bypasses the base layer. Remove it."
     owners = ", ".join(algo for algo, record in ALGORITHMS.items() if name in record.arguments)
     return f"not taken by algo {' or '.join(sorted(algorithms))}. Remove it; it belongs to {owners}."
 
 
-def _note_unsupported(
-    key: str, value: object, *, table: Mapping[str, Unsupported], place: Source, prefix: str = ""
-) -> None:
-    if not table[key].is_noop(value):
-        place.add(f"{prefix}{key}", unsupported(table[key]))
-
-
-def _with_init(fields: Mapping[str, JsonValue], place: Source) -> dict[str, JsonValue]:
-    """The fields with use_data_init told as tlora_init."""
+def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, JsonValue]:
+    """The fields with tlora_init in place of LyCORIS's use_data_init."""
     rest = dict(fields)
     if "use_data_init" not in rest:
         return rest
     value = rest.pop("use_data_init")
     asked = {"true": True, "false": False}.get(str(value).lower())
     if asked is None:
-        place.add("use_data_init", f"{place.problems.shown(value)}: must be true or false.")
+        source.reject("use_data_init", value, "must be true or false.")
         return rest
     init = rest.setdefault("tlora_init", _INIT_OF_DATA[asked])
     if init != _INIT_OF_DATA[asked]:
-        place.add(
+        source.add(
             "use_data_init",
             f"{str(asked).lower()} means tlora_init {_INIT_OF_DATA[asked]}, but tlora_init is "
-            f"{place.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
+            f"{source.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
         )
     return rest
 
 
-def _without_tlora(fields: Mapping[str, JsonValue], place: Source, *, algo: object) -> dict[str, JsonValue]:
+def _without_tlora(fields: Mapping[str, JsonValue], source: Source, *, algo: object) -> dict[str, JsonValue]:
     for key in TLORA_FIELDS:
         if key in fields:
-            place.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
+            source.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
     return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
 
 
-def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
-    """Note the unknown keys of apply_preset and of the entries of its maps, and take them out."""
+def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
+    """Note and remove the unknown keys of apply_preset and of the entries of its maps."""
     if not isinstance(preset, dict):
         return
     prefix = "apply_preset."
@@ -156,18 +140,16 @@ def _check_preset(preset: JsonValue, place: Source, *, algo: object) -> None:
         if key in TargetPreset.model_fields:
             continue
         value = preset.pop(key)
-        if key in PRESET_KEYS:
-            _note_unsupported(key, value, table=PRESET_KEYS, place=place, prefix=prefix)
-        else:
-            place.add(f"{prefix}{key}", unknown_key(key, TargetPreset.model_fields))
+        if problem := key_problem("apply_preset", key, value, known=TargetPreset.model_fields):
+            source.add(f"{prefix}{key}", problem)
     for name in MAPS:
         entries = preset.get(name)
         for target, entry in entries.items() if isinstance(entries, dict) else ():
             if isinstance(entry, dict):
-                _check_entry(entry, place, key=f"{prefix}{name}.{target}", algo=algo)
+                _check_entry(entry, source, key=f"{prefix}{name}.{target}", algo=algo)
 
 
-def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: object) -> None:
+def _check_entry(entry: dict[str, JsonValue], source: Source, *, key: str, algo: object) -> None:
     algo = entry.get("algo", algo)
     record, aliases = ALGORITHMS.named(algo), layer_aliases()
     taken = frozenset(ARGUMENTS) if record is None else record.arguments
@@ -178,8 +160,8 @@ def _check_entry(entry: dict[str, JsonValue], place: Source, *, key: str, algo: 
             continue
         value = entry.pop(name)
         if plain not in ARGUMENTS:
-            place.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
+            source.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
         elif not ARGUMENTS[plain].is_per_layer and not (algo == "tlora" and plain in DROPOUTS):
-            place.add(f"{key}.{name}", "set this at the top level.")
-        elif not Unsupported("").is_noop(value):
-            place.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))
+            source.add(f"{key}.{name}", "set this at the top level.")
+        elif not is_off(value):
+            source.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

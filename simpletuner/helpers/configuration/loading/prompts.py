@@ -1,14 +1,15 @@
-"""The prompts of validations: one from config.json, those of the trainer, those of a user's json."""
+"""Validation prompts: the one in config.json, the built-in library and the user's library."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.schema.sections import ValidationPrompt
-from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.text.problems import unknown_key
 
 LIBRARY: Mapping[str, str] = {
     "portrait": "a close portrait of an old fisherman with a grey beard, soft window light, 85 mm photograph",
@@ -20,50 +21,49 @@ LIBRARY: Mapping[str, str] = {
     "illustration": "a small house on a hill under a giant moon, flat colours, children's book illustration",
     "text": 'a wooden sign on a garden gate that says "welcome home"',
 }
-"""Prompts that come with the trainer: people, places, animals, things, styles, lettering."""
+"""Built-in prompts: people, places, animals, things, styles, lettering."""
 
 _KEYS = ("prompt", "adapter_strength")
 
 
-def prompts_of(
+def merge_prompts(
     prompt: str | None, *, with_library: bool, user: Iterable[ValidationPrompt]
 ) -> tuple[ValidationPrompt, ...]:
-    """Every prompt of a validation; of two with one name, the user's own counts."""
+    """Every validation prompt; the user's replaces one of the same name."""
     every = [ValidationPrompt(name="validation", text=prompt)] if prompt is not None else []
     if with_library:
         every += [ValidationPrompt(name=name, text=text) for name, text in LIBRARY.items()]
     return tuple({each.name: each for each in (*every, *user)}.values())
 
 
-def read_library(values: JsonValue, place: Source) -> tuple[ValidationPrompt, ...]:
-    """The prompts of a user's json; every problem is noted."""
+def read_library(values: JsonValue, source: Source) -> tuple[ValidationPrompt, ...]:
+    """Check user_prompt_library; leaves out invalid entries and notes every problem."""
     if not isinstance(values, dict):
-        place.add("", "must hold an object of name and prompt, {...}.")
+        source.add("", "must hold an object of name and prompt, {...}.")
         return ()
     if not values:
-        place.add("", "holds no prompt. Add one, or remove user_prompt_library.")
-    prompts = [_prompt(name, value, place) for name, value in values.items()]
+        source.add("", "is empty. Add a prompt, or remove user_prompt_library.")
+    prompts = [_prompt(name, value, source) for name, value in values.items()]
     return tuple(prompt for prompt in prompts if prompt is not None)
 
 
-def _prompt(name: str, value: JsonValue, place: Source) -> ValidationPrompt | None:
+def _prompt(name: str, value: JsonValue, source: Source) -> ValidationPrompt | None:
     entry = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(entry, dict):
-        place.add(
-            name, f"{place.problems.shown(value)}: must be a prompt, or an object with {' and '.join(_KEYS)}."
-        )
+        source.reject(name, value, f"must be a prompt, or an object with {' and '.join(_KEYS)}.")
         return None
-    for key in entry.keys() - set(_KEYS):
-        place.add(f"{name}.{key}", f"unknown key.{nearest(key, _KEYS)}")
+    for key in entry:
+        if key not in _KEYS:
+            source.add(f"{name}.{key}", unknown_key(key, _KEYS))
     text, strength = entry.get("prompt"), entry.get("adapter_strength")
     if not isinstance(text, str) or not text.strip():
-        place.add(f"{name}.prompt", f"{place.problems.shown(text)}: must be a text that is not empty.")
+        source.reject(f"{name}.prompt", text, "must be a text, not empty.")
         return None
     try:
-        right = None if strength is None or isinstance(strength, bool) else float(str(strength))
+        number = None if strength is None or isinstance(strength, bool) else float(str(strength))
     except ValueError:
-        right = None
-    if strength is not None and (right is None or abs(right) == float("inf") or right != right):
-        place.add(f"{name}.adapter_strength", f"{place.problems.shown(strength)}: must be a number.")
+        number = None
+    if strength is not None and (number is None or not math.isfinite(number)):
+        source.reject(f"{name}.adapter_strength", strength, "must be a number.")
         return None
-    return ValidationPrompt(name=name, text=text, strength=right)
+    return ValidationPrompt(name=name, text=text, strength=number)

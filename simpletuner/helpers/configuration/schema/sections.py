@@ -370,6 +370,10 @@ class DataConfig(Section):
     """Captions encoded at a time; above 1, an embedding's last bits depend on what it was encoded with, so
     that a run whose caching was interrupted may end a rounding error apart."""
 
+    def alignment(self, family_alignment: int) -> int:
+        """Pixels of which training width and height are multiples; the family's by default."""
+        return self.aspect_bucket_alignment or family_alignment
+
     @model_validator(mode="after")
     def _resolution_fits_its_type(self) -> Self:
         if problem := resolution_problem(self.resolution, self.resolution_type):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.registry import ArgumentType
+from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import Size
 
 OptimizerArgument = bool | int | float | str | tuple[float, ...]
@@ -88,9 +88,7 @@ def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]
         if name in ("lr", "learning_rate"):
             return f"{name} is not set here. Use the key learning_rate."
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            return f"{name} is no argument of {optimizer}.{hint} It takes {', '.join(known)}."
+            return f"{name} is no argument of {optimizer}.{nearest(name, known)} It takes {', '.join(known)}."
         if reason := _argument_problem(value, known[name]):
             return f"{name} {reason}"
     return None

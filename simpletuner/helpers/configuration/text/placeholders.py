@@ -1,4 +1,4 @@
-"""{env:VAR} placeholders: replaced by the variable's value, remembered so that the value is shown nowhere."""
+"""{env:VAR} placeholders: replaced for the run, kept in messages and in files that the run writes."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ _ENVIRONMENT = re.compile(r"\{env:([^{}]*)\}")
 
 @dataclass
 class Environment:
-    """The environment variables that placeholders name, and those that were used."""
+    """Replaces placeholders by environment variables and remembers which values may be secrets."""
 
     variables: Mapping[str, str]
     problems: Problems
-    used: dict[str, str] = field(default_factory=dict)
-    """Value of every variable that was put into free text -> its placeholder."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Value of each variable inside free text -> its placeholder."""
 
-    def filled(self, value: JsonValue, *, source: str, key: str, is_text: bool = True) -> JsonValue:
-        """The value with every placeholder replaced, at any depth; a variable that is not set is noted.
+    def fill(self, value: JsonValue, *, source: str, key: str, is_text: bool = True) -> JsonValue:
+        """Replace every placeholder at any depth; notes each variable that is not set.
 
         Args:
-            value: As the user wrote it.
+            value: The value as written.
             source: The file, for messages.
-            key: Where in the file.
-            is_text: Whether the variable may be a secret; a number or one of several choices is not.
+            key: The key in the file, for messages.
+            is_text: Free text may hold a secret; a number or a choice cannot.
         """
         if isinstance(value, str):
             return _ENVIRONMENT.sub(lambda match: self._value(match[1], source, key, is_text=is_text), value)
         if isinstance(value, list):
             return [
-                self.filled(each, source=source, key=f"{key}[{index}]", is_text=is_text)
+                self.fill(each, source=source, key=f"{key}[{index}]", is_text=is_text)
                 for index, each in enumerate(value)
             ]
         if isinstance(value, dict):
             return {
-                name: self.filled(each, source=source, key=f"{key}.{name}".strip("."), is_text=is_text)
+                name: self.fill(each, source=source, key=f"{key}.{name}".strip("."), is_text=is_text)
                 for name, each in value.items()
             }
         return value
@@ -54,6 +54,6 @@ class Environment:
             return placeholder
         value = self.variables[name]
         if is_text and len(value) >= SHORTEST_SECRET:
-            self.used[value] = placeholder
+            self.secrets[value] = placeholder
             self.problems.hide(value, placeholder)
         return value

@@ -1,4 +1,4 @@
-"""Everything that is wrong with a configuration, collected, worded for people and listed by file."""
+"""Problems of a configuration: their wording, and the message that lists them by file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic import JsonValue
 from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.names import printable
 
 _LONGEST_SHOWN = 60
 _WIDEST_KEY = 40
@@ -23,7 +24,7 @@ _LIMITS = {
     "less_than_equal": ("le", "must be at most"),
     "less_than": ("lt", "must be below"),
 }
-_KINDS = (
+_TYPE_MESSAGES = (
     (("int_",), "must be a whole number."),
     (("float_",), "must be a number."),
     (("finite_",), "must be finite."),
@@ -35,7 +36,7 @@ _KINDS = (
 
 
 class Problems:
-    """Collects problems by file and words them without the values of environment variables."""
+    """Collects problems by file and keeps secrets out of their message."""
 
     def __init__(self) -> None:
         self._by_source: dict[str, dict[tuple[str, str], None]] = {}
@@ -45,24 +46,19 @@ class Problems:
         return sum(map(len, self._by_source.values()))
 
     def add(self, source: str, key: str, text: str) -> None:
-        """Note what is wrong with a key of a file; the same problem counts once."""
+        """Note a problem of a key; a repeated problem counts once."""
         self._by_source.setdefault(source, {})[key, text] = None
 
     def hide(self, value: str, placeholder: str) -> None:
-        """Show the placeholder wherever the value of an environment variable would appear."""
+        """Show a placeholder in place of a secret."""
         self._secrets[value] = placeholder
 
     def shown(self, value: JsonValue) -> str:
-        """A value as it stands in a message: json, shortened, on one line, no variable's value."""
+        """The value as shortened JSON on one line, without secrets."""
         return shown(without(value, self._secrets))
 
-    def order(self, sources: Iterable[str]) -> None:
-        """List these files first, in this order."""
-        first = {source: self._by_source[source] for source in sources if source in self._by_source}
-        self._by_source = first | self._by_source
-
     def message(self) -> str:
-        """All problems, one per line, below a heading per file."""
+        """One line per problem, below a heading per file."""
         lines: list[str] = []
         for source, problems in self._by_source.items():
             width = min(max(len(key) for key, _ in problems), _WIDEST_KEY)
@@ -73,24 +69,24 @@ class Problems:
         return hide_all("\n".join(lines), self._secrets)
 
     def raise_if_any(self) -> None:
-        """Raise a ConfigError that lists every problem, if there is one.
+        """Raise if there is any problem.
 
         Raises:
-            ConfigError: A problem was added.
+            ConfigError: Lists every problem.
         """
         if self._by_source:
             raise ConfigError(self.message())
 
 
 def hide_all(text: str, secrets: Mapping[str, str]) -> str:
-    """The text with each secret replaced by its placeholder, and without credentials in URLs."""
+    """Replace each secret by its placeholder, and credentials in URLs by ***."""
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, secrets[value])
     return _CREDENTIALS.sub("***@", text)
 
 
 def without(value: JsonValue, secrets: Mapping[str, str]) -> JsonValue:
-    """The value with each secret in its texts replaced by its placeholder."""
+    """Replace each secret in the texts of a value by its placeholder."""
     if isinstance(value, str):
         return hide_all(value, secrets)
     if isinstance(value, list | tuple):
@@ -101,7 +97,7 @@ def without(value: JsonValue, secrets: Mapping[str, str]) -> JsonValue:
 
 
 def shown(value: object) -> str:
-    """A value as it stands in a message: as json, shortened, on one line."""
+    """The value as shortened JSON on one line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):
@@ -110,56 +106,45 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN - 4]} ..."
 
 
-def printable(text: str) -> str:
-    """The text on one line, control characters and lone surrogates as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
-    )
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The question whether the closest known name was meant, or nothing when none is close."""
+    """Hint at the closest known name, after a space; empty if no name is close."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     match = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f" Did you mean {by_lower[match[0]]}?" if match else ""
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:
-    """What to say about a key that nobody knows."""
+    """The message for an unknown key, with a hint at the closest known one."""
     return f"unknown key.{nearest(printable(name).lstrip('-'), known)}"
 
 
-def described(error: ErrorDetails, *, show: Callable[[JsonValue], str]) -> tuple[str, str]:
-    """Key and wording of one pydantic error.
-
-    Args:
-        error: The error.
-        show: Gives the text for the value that was found.
-    """
+def describe(error: ErrorDetails, *, show: Callable[[JsonValue], str]) -> tuple[str, str]:
+    """(key, message) of a pydantic error; `show` turns the invalid value into text."""
     key = _dotted(error["loc"])
     context = error.get("ctx", {})
-    kind = error["type"]
-    if kind == "contradiction":
+    error_type = error["type"]
+    if error_type == "contradiction":
         return ".".join(filter(None, (key, str(context["key"])))), str(context["text"])
-    if kind == "missing":
+    if error_type == "missing":
         return key, "required, but missing."
-    return key, f"{show(error['input'])}: {_reason(kind, context, error)}"
+    return key, f"{show(error['input'])}: {_reason(error_type, context, error)}"
 
 
-def _reason(kind: str, context: Mapping[str, object], error: ErrorDetails) -> str:
-    if kind in _LIMITS:
-        name, wording = _LIMITS[kind]
+def _reason(error_type: str, context: Mapping[str, object], error: ErrorDetails) -> str:
+    if error_type in _LIMITS:
+        name, wording = _LIMITS[error_type]
         return f"{wording} {context[name]:g}."
-    if kind == "literal_error":
+    if error_type == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(context["expected"]))
         found = error["input"]
         hint = nearest(found, allowed) if isinstance(found, str) else ""
         return f"must be {'' if len(allowed) == 1 else 'one of '}{', '.join(allowed)}.{hint}"
-    if kind == "value_error":
+    if error_type == "value_error":
         return str(context["error"])
-    if kind == "none_required":
+    if error_type == "none_required":
         return "must be null."
-    return next((text for starts, text in _KINDS if kind.startswith(starts)), f"{error['msg']}.")
+    texts = (text for starts, text in _TYPE_MESSAGES if error_type.startswith(starts))
+    return next(texts, f"{error['msg']}.")
 
 
 def _dotted(location: tuple[int | str, ...]) -> str:

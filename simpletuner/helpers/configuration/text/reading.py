@@ -1,10 +1,10 @@
-"""JSON as people write it: every slip that can be read past is reported with its line and column."""
+"""A JSON reader that reports slips with line and column and reads on after those it can repair."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue
@@ -39,16 +39,14 @@ class _MalformedError(Exception):
 
 
 def read_json(path: Path, *, source: str, problems: Problems) -> JsonValue | None:
-    """The value of a json file, or None if it cannot be read; each problem is noted under `source`.
+    """The value of a JSON file; None once a problem is noted under `source` that leaves no value.
 
-    A value comes back despite comments, trailing or missing commas, duplicate keys (the last one counts) and
-    Python's True, False and None, so that everything else in the file can be checked too.
+    Comments, trailing and missing commas, duplicate keys (the last one counts) and Python's True, False and
+    None are problems too, but the value is returned, so that the rest of the file can be checked.
     """
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
-            problems.add(
-                source, "", f"larger than {LARGEST_FILE_BYTES >> 20} MiB, which is no configuration."
-            )
+            problems.add(source, "", f"larger than {LARGEST_FILE_BYTES >> 20} MiB. Check the path.")
             return None
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -58,17 +56,17 @@ def read_json(path: Path, *, source: str, problems: Problems) -> JsonValue | Non
         problems.add(source, "", f"cannot be read: {error.strerror}.")
         return None
     except UnicodeDecodeError as error:
-        problems.add(
-            source,
-            "",
-            f"not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Save it as UTF-8.",
-        )
+        found = f"0x{error.object[error.start]:02x}"
+        problems.add(source, "", f"not UTF-8: byte {error.start} is {found}. Save it as UTF-8.")
+        return None
+    if text.strip() == "null":
+        problems.add(source, "", "null: must hold an object, {...}, or an array, [...].")
         return None
     return parse_json(text, source=source, problems=problems)
 
 
 def parse_json(text: str, *, source: str, problems: Problems) -> JsonValue | None:
-    """The value of a json text, or None if it cannot be read; each problem is noted under `source`."""
+    """The value of a JSON text, like `read_json`."""
 
     def report(position: int, message: str) -> None:
         line = text.count("\n", 0, position) + 1
@@ -88,30 +86,26 @@ class _Parser:
         self.position, self.depth = 0, 0
 
     def document(self) -> JsonValue:
-        self.space()
+        self.skip_space()
         if not self.peek():
             raise _MalformedError(self.position, "the file is empty.")
         value = self.value()
-        self.space()
+        self.skip_space()
         if self.peek():
-            raise _MalformedError(self.position, f"{shown(self.peek())} after the end of the json.")
+            raise _MalformedError(self.position, f"{shown(self.peek())} after the end of the JSON.")
         return value
 
     def peek(self) -> str:
         return self.text[self.position : self.position + 1]
 
-    def space(self) -> None:
-        while True:
-            self.position = self.matched(_SPACE, self.position)
+    def skip_space(self) -> None:
+        while match := _SPACE.match(self.text, self.position):
+            self.position = match.end()
             comment = _COMMENT.match(self.text, self.position)
             if comment is None:
                 return
-            self.report(self.position, "a comment, which json does not have. Remove it.")
+            self.report(self.position, "JSON has no comments. Remove it.")
             self.position = comment.end()
-
-    def matched(self, pattern: re.Pattern[str], position: int) -> int:
-        match = pattern.match(self.text, position)
-        return match.end() if match else position
 
     def value(self) -> JsonValue:
         opening = self.peek()
@@ -119,7 +113,7 @@ class _Parser:
             self.depth += 1
             if self.depth > _DEEPEST:
                 raise _MalformedError(self.position, f"nested more than {_DEEPEST} deep.")
-            nested: JsonValue = self.object() if opening == "{" else self.array()
+            nested: JsonValue = self.object() if opening == "{" else [self.value() for _ in self.items("]")]
             self.depth -= 1
             return nested
         if opening == '"':
@@ -135,98 +129,77 @@ class _Parser:
         match = _WORD.match(self.text, start)
         word = match[0] if match else ""
         if word in _SPELLINGS:
-            self.report(start, f"{word} is not json. Write {_SPELLINGS[word]}.")
+            self.report(start, f"{word} is not JSON. Write {_SPELLINGS[word]}.")
             word = _SPELLINGS[word]
         elif word not in _WORDS:
-            raise _MalformedError(start, f"a value was expected, not {self.found()}. {self.advice()}")
+            raise _MalformedError(start, f"expected a value, found {self.found()}. {self.advice()}")
         self.position = match.end() if match else start
         return _WORDS[word]
 
     def found(self) -> str:
-        # Only the first character: what stands unquoted may be a password.
+        # Only the first character: an unquoted text may be a password.
         return shown(self.peek()) if self.peek() else "the end of the file"
 
     def advice(self) -> str:
         if self.peek().isalpha() or self.peek() == "'":
-            return 'Texts stand in double quotes, "like this"; numbers are finite.'
+            return 'Write a text in double quotes, "like this"; numbers are finite.'
         return "Write a text in double quotes, a number, true, false, null, [...] or {...}."
 
     def object(self) -> dict[str, JsonValue]:
         members: dict[str, JsonValue] = {}
         for start in self.items("}"):
             if self.peek() != '"':
-                raise _MalformedError(start, f"a key in double quotes was expected, not {self.found()}.")
+                raise _MalformedError(start, f"expected a key in double quotes, found {self.found()}.")
             key = self.string()
-            self.space()
+            self.skip_space()
             if self.peek() != ":":
-                raise _MalformedError(self.position, f"a colon was expected after the key {shown(key)}.")
+                raise _MalformedError(self.position, f"expected a colon after the key {shown(key)}.")
             self.position += 1
-            self.space()
+            self.skip_space()
             if key in members:
-                self.report(start, f"{shown(key)} stands here a second time. Keep one.")
+                self.report(start, f"duplicate key {shown(key)}. Keep one.")
             members[key] = self.value()
         return members
 
-    def array(self) -> list[JsonValue]:
-        return [self.value() for _ in self.items("]")]
-
-    def items(self, closing: str) -> _Items:
-        return _Items(self, closing)
+    def items(self, closing: str) -> Iterator[int]:
+        """Start of each member of an object or array; stops after the closing bracket."""
+        opened_at = self.position
+        self.position += 1
+        is_first = True
+        while True:
+            self.skip_space()
+            comma_at = self.position if self.peek() == "," else None
+            if comma_at is not None and not is_first:
+                self.position += 1
+                self.skip_space()
+            if not self.peek():
+                raise _MalformedError(opened_at, f"{self.text[opened_at]} has no closing {closing}")
+            if self.peek() == closing:
+                if comma_at is not None:
+                    self.report(comma_at, f"a comma before the closing {closing}. Remove it.")
+                self.position += 1
+                return
+            if not is_first and comma_at is None:
+                if self.peek() not in '"{[-0123456789':
+                    text = f"expected a comma or {closing}, found {self.found()}."
+                    raise _MalformedError(self.position, text)
+                self.report(self.position, "expected a comma before this.")
+            is_first = False
+            yield self.position
 
     def string(self) -> str:
         start = self.position
         match = _STRING.match(self.text, start)
         if match is None:
-            raise _MalformedError(start, "this text is not closed by a double quote on its line.")
+            raise _MalformedError(start, "this text has no closing double quote on its line.")
         self.position = match.end()
         try:
             value = json.loads(match[0], strict=False)
             value.encode()
         except json.JSONDecodeError as error:
-            self.report(
-                start + error.pos, "a backslash that escapes nothing. Write a backslash as \\\\, or use /."
-            )
+            self.report(start + error.pos, "an invalid escape. Write a backslash as \\\\, or use /.")
             return match[0][1:-1]
         except UnicodeEncodeError:
-            self.report(start, "holds half a surrogate pair, which is no character.")
+            self.report(start, "holds half a surrogate pair. Write the whole character.")
             return ""
         return str(value)
-
-
-class _Items:
-    """Walks over the members of an object or array, up to and including its closing bracket."""
-
-    def __init__(self, parser: _Parser, closing: str) -> None:
-        self.parser, self.closing = parser, closing
-        self.opened_at = parser.position
-        parser.position += 1
-        self.first = True
-
-    def __iter__(self) -> _Items:
-        return self
-
-    def __next__(self) -> int:
-        parser = self.parser
-        parser.space()
-        comma_at = parser.position if parser.peek() == "," else None
-        if comma_at is not None and not self.first:
-            parser.position += 1
-            parser.space()
-        if not parser.peek():
-            bracket = "{" if self.closing == "}" else "["
-            raise _MalformedError(
-                self.opened_at, f"the {bracket} opened here is never closed by {self.closing}"
-            )
-        if parser.peek() == self.closing:
-            if comma_at is not None:
-                parser.report(comma_at, f"a comma before the closing {self.closing}. Remove it.")
-            parser.position += 1
-            raise StopIteration
-        if not self.first and comma_at is None:
-            if parser.peek() not in '"{[' + "-0123456789":
-                raise _MalformedError(
-                    parser.position, f"a comma or {self.closing} was expected, not {shown(parser.peek())}."
-                )
-            parser.report(parser.position, "a comma is missing before this.")
-        self.first = False
-        return parser.position

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,38 +77,44 @@ def test_spellings_of_one_value_are_the_same(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "pattern"),
     [
-        ({"instance_data_dir": "nowhere"}, 'photos.instance_data_dir  "nowhere": not found from'),
-        ({"instance_data_dir": "config.json"}, "is a file. Give the path of a folder."),
-        ({"instance_data_dir": "s3://bucket/x"}, "remote storage is not supported here."),
-        ({"instance_data_dir": None}, "photos.instance_data_dir  required, but missing."),
-        ({"id": None}, "[0].id  required, but missing."),
-        ({"repeats": -1}, "photos.repeats  -1: must be at least 0."),
-        ({"probability": 0}, "photos.probability  0: must be above 0."),
-        ({"crop": "perhaps"}, 'photos.crop  "perhaps": must be true or false.'),
-        ({"crop_aspect": "closest"}, "known from SimpleTuner, not supported here. Use square, or preserve"),
-        ({"crop_aspect": "squarr"}, "Did you mean square?"),
-        ({"type": "huggingface"}, 'photos.type  "huggingface": known from SimpleTuner, not supported here.'),
-        ({"dataset_type": "conditioning"}, 'known from SimpleTuner, not supported here. Remove the entry'),
-        ({"caption_strategy": "parquet"}, "Write each caption into a text file beside its image"),
-        ({"caption_strategy": "instanceprompt"}, 'instance_prompt  required by caption_strategy "instancep'),
-        ({"only_instance_prompt": True}, "photos.instance_prompt  required by only_instance_prompt."),
-        ({"prepend_instance_prompt": True}, "photos.instance_prompt  required by prepend_instance_prompt."),
-        ({"resolution": 1.0}, 'photos.resolution  1: must be from 16 to 16384 pixels. For megapixels set'),
-        ({"resolution": 1024, "resolution_type": "area"}, "1024 megapixels is above 256."),
+        ({"instance_data_dir": "nowhere"}, 'photos.instance_data_dir  "nowhere": not found'),
+        ({"instance_data_dir": "config.json"}, 'photos.instance_data_dir  "config.json": .*folder'),
+        ({"instance_data_dir": "s3://bucket/x"}, 'photos.instance_data_dir  "s3://bucket/x": remote'),
+        ({"instance_data_dir": None}, "photos.instance_data_dir  required"),
+        ({"id": None}, r"\[0\].id  required"),
+        ({"repeats": -1}, "photos.repeats  -1: .* 0"),
+        ({"probability": 0}, "photos.probability  0: .* 0"),
+        ({"crop": "perhaps"}, 'photos.crop  "perhaps": .*true or false'),
+        (
+            {"crop_aspect": "closest"},
+            'photos.crop_aspect  "closest": known from .*square.*preserve',
+        ),
+        ({"crop_aspect": "squarr"}, 'photos.crop_aspect  "squarr": .*Did you mean square'),
+        ({"type": "huggingface"}, 'photos.type  "huggingface": known from SimpleTuner.*local'),
+        ({"dataset_type": "conditioning"}, 'photos.dataset_type  "conditioning": known from SimpleTuner'),
+        ({"caption_strategy": "parquet"}, 'photos.caption_strategy  "parquet": known from .*textfile'),
+        (
+            {"caption_strategy": "instanceprompt"},
+            'instance_prompt  required by .* "instanceprompt"',
+        ),
+        ({"only_instance_prompt": True}, "photos.instance_prompt  required by only_instance_prompt"),
+        ({"prepend_instance_prompt": True}, "photos.instance_prompt  required by prepend_instance_prompt"),
+        ({"resolution": 1.0}, "photos.resolution  1: .*16 to 16384.*resolution_type"),
+        ({"resolution": 1024, "resolution_type": "area"}, "photos.resolution  1024 megapixels .*256"),
         ({"caption_shuffle": {"enable": True}}, "photos.caption_shuffle  known from SimpleTuner"),
-        ({"caption_stratgy": "x"}, "photos.caption_stratgy  unknown key. Did you mean caption_strategy?"),
-        ({"cache_dir": "x"}, "belongs to an entry with dataset_type text_embeds. Use cache_dir_vae."),
-        ({"cache_dir_vae": "images/cache"}, "lies in instance_data_dir, which is never written to."),
-        ({"disabled": "perhaps"}, 'photos.disabled  "perhaps": must be true or false.'),
+        ({"caption_stratgy": "x"}, "photos.caption_stratgy  unknown key.*caption_strategy"),
+        ({"cache_dir": "x"}, "photos.cache_dir  .*text_embeds.*cache_dir_vae"),
+        ({"cache_dir_vae": "images/cache"}, "photos.cache_dir_vae  .*instance_data_dir"),
+        ({"disabled": "perhaps"}, 'photos.disabled  "perhaps": .*true or false'),
     ],
-)  # fmt: skip
-def test_what_does_not_fit_says_what_to_do(
-    workspace: Workspace, changes: dict[str, object], text: str
+)
+def test_an_invalid_value_of_a_dataset_is_named(
+    workspace: Workspace, changes: dict[str, object], pattern: str
 ) -> None:
     workspace.write()
-    assert text in refused(workspace, **changes)
+    assert re.search(pattern, refused(workspace, **changes))
 
 
 @pytest.mark.parametrize(
@@ -129,13 +136,15 @@ def test_an_id_may_be_any_folder_name(workspace: Workspace, name: str) -> None:
 def test_two_datasets_of_one_id_are_refused(workspace: Workspace) -> None:
     workspace.image_folder("more")
     workspace.datasets.append({"id": "photos", "instance_data_dir": "more"})
-    assert '[1].id  "photos": [0] has this id too.' in workspace.problems()
+    assert '[1].id  "photos": [0] ' in workspace.problems()
 
 
 @pytest.mark.parametrize("files", [[], ["note.txt"], [".hidden.png"], ["png"]])
 def test_a_folder_without_images_is_refused(workspace: Workspace, files: list[str]) -> None:
     workspace.image_folder("empty", files)
-    assert "holds no image (.avif, .bmp" in refused(workspace, instance_data_dir="empty")
+    message = refused(workspace, instance_data_dir="empty")
+    assert "photos.instance_data_dir  " in message
+    assert ".avif, .bmp, .gif" in message
 
 
 @pytest.mark.parametrize("name", ["a.JPG", "b.webp", "c.jpeg"])
@@ -149,7 +158,7 @@ def test_a_folder_that_may_not_be_read_is_refused(workspace: Workspace) -> None:
     folder = workspace.image_folder("closed")
     folder.chmod(0)
     try:
-        assert "may not be read. Change its permissions." in refused(workspace, instance_data_dir="closed")
+        assert "permissions" in refused(workspace, instance_data_dir="closed")
     finally:
         folder.chmod(0o700)
 
@@ -172,12 +181,10 @@ def test_without_an_image_dataset_there_is_nothing_to_train_on(
     workspace: Workspace, entries: list[object]
 ) -> None:
     workspace.datasets = entries
-    assert "no image dataset that is not disabled. Add one." in workspace.problems()
+    assert "image dataset" in workspace.problems()
 
 
-@pytest.mark.parametrize(
-    ("entries", "text"), [([3], "[0]  3: must be an object"), ({}, "must hold an array of objects")]
-)
+@pytest.mark.parametrize(("entries", "text"), [([3], "[0]  3: "), ({}, "array")])
 def test_an_entry_that_is_no_object_is_refused(workspace: Workspace, entries: object, text: str) -> None:
     workspace.datasets = entries  # type: ignore[assignment]
     assert text in workspace.problems()
@@ -209,17 +216,15 @@ def test_of_several_text_embeds_entries_the_default_counts(workspace: Workspace)
     ]
     assert workspace.load().data.cache_dir_text == workspace.folder / "b"
     workspace.datasets[2] = entry | {"id": "b", "cache_dir": "b"}
-    assert (
-        'several text_embeds entries: a, b. Set "default": true in one of them alone.' in workspace.problems()
-    )
+    assert "text_embeds entries: a, b." in workspace.problems()
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"instance_data_dir": "images"}, "t.instance_data_dir  belongs to an image dataset. Remove it."),
+        ({"instance_data_dir": "images"}, "t.instance_data_dir  "),
         ({"cache_dri": "x"}, "t.cache_dri  unknown key. Did you mean cache_dir?"),
-        ({"type": "aws"}, 't.type  "aws": not supported here.'),
+        ({"type": "aws"}, 't.type  "aws": '),
         ({"write_batch_size": 128}, "t.write_batch_size  known from SimpleTuner"),
     ],
 )

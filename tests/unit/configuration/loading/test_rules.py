@@ -15,25 +15,21 @@ if TYPE_CHECKING:
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"prediction_type": "flow_matching"}, "toy predicts v_prediction, epsilon."),
-        ({"prediction_type": "epsilonn"}, "Did you mean epsilon?"),
-        ({"model_flavour": "lrge"}, '"lrge": must be one of small, large. Did you mean large?'),
-        (
-            {"model_flavour": "lrge", "pretrained_model_name_or_path": "a/b"},
-            '"lrge": must be one of small, large.',
-        ),
-        ({"aspect_bucket_alignment": 12}, "12: must be a multiple of 8. Use 32."),
-        ({"resolution": 24}, "24 is 24 px, below aspect_bucket_alignment 32. Raise it."),
-        ({"validation_resolution": "100x64"}, "100x64: width and height must be multiples of 8. Use 96x64."),
-        ({"validation_resolution": "64x100"}, "64x100: width and height must be multiples of 8. Use 64x96."),
+        ({"prediction_type": "flow_matching"}, '"flow_matching": .*v_prediction, epsilon'),
+        ({"prediction_type": "epsilonn"}, '"epsilonn": .*Did you mean epsilon'),
+        ({"model_flavour": "lrge"}, '"lrge": .*small, large.*Did you mean large'),
+        ({"model_flavour": "lrge", "pretrained_model_name_or_path": "a/b"}, '"lrge": .*small, large'),
+        ({"aspect_bucket_alignment": 12}, "12: .*multiple of 8.* 32"),
+        ({"resolution": 24}, "24 is 24 px, .*aspect_bucket_alignment 32"),
+        ({"validation_resolution": "100x64"}, "100x64: .*multiples of 8.* 104x64"),
+        ({"validation_resolution": "64x100"}, "64x100: .*multiples of 8.* 64x104"),
     ],
 )
 def test_what_the_family_does_not_have_is_refused(
     workspace: Workspace, changes: dict[str, object], text: str
 ) -> None:
-    message = workspace.problems(**changes)
-    assert message.startswith("config.json: 1 problem\n")
-    assert text in message
+    key = next(iter(changes))
+    assert re.fullmatch(f"config.json: 1 problem\n  {key}  {text}.*", workspace.problems(**changes))
 
 
 QUANTISED = ("int8-torchao", "fp8-torchao", "nf4-bnb")
@@ -101,17 +97,18 @@ def test_a_lora_that_begins_by_changing_the_base_is_refused_on_a_quantised_one(
 ) -> None:
     workspace.config |= {"lora_type": "standard", "lora_init_type": start}
     message = workspace.problems(base_model_precision=precision)
-    assert f"lora_init_type  {start}: changes the base weights, which base_model_precision" in message
+    assert f"lora_init_type  {start}: " in message
+    assert f"base_model_precision {precision}" in message
     workspace.load(base_model_precision=precision, lora_init_type="gaussian")
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"group_offload_type": "block_level"}, "a UNet's blocks are run again in parts. Use leaf_level."),
-        ({"gradient_checkpointing": False}, "without gradient_checkpointing every group stays"),
+        ({"group_offload_type": "block_level"}, "group_offload_type  block_level"),
+        ({"gradient_checkpointing": False}, "enable_group_offload  true: needs gradient_checkpointing"),
         ({"base_model_precision": "nf4-bnb"}, "nf4-bnb layers stay on the device."),
-        ({"group_offload_use_stream": True}, "no group is brought ahead of its turn"),
+        ({"group_offload_use_stream": True}, "group_offload_use_stream  known from"),
     ],
 )
 def test_offload_that_cannot_train_is_refused(
@@ -178,12 +175,12 @@ def test_a_plain_lora_of_what_has_no_such_form_is_refused(
     workspace.lycoris |= changes
     message = has_original_names(workspace).problems(lora_format="comfyui")
     assert f"lora_format  comfyui: {reason}" in message
-    assert "set it to diffusers" in message
+    assert "lora_format to diffusers" in message
 
 
 def test_a_lycoris_json_without_its_lora_type_is_no_plain_lora(workspace: Workspace) -> None:
     workspace.without("lora_type")
-    assert "lora_type  lycoris_config has no effect without it. Set it to lycoris." in workspace.problems()
+    assert "lora_type  lycoris_config has no effect" in workspace.problems()
 
 
 def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem(workspace: Workspace) -> None:
@@ -207,7 +204,7 @@ def test_a_start_from_the_base_weights_is_the_only_one(
 
 
 def test_a_plain_lora_is_refused_by_a_family_without_original_names(workspace: Workspace) -> None:
-    assert "comfyui: toy has no such names here" in workspace.problems(lora_format="comfyui")
+    assert "lora_format  comfyui: toy has no such" in workspace.problems(lora_format="comfyui")
 
 
 @pytest.mark.parametrize("lora_type", ["standard", "lycoris"])

@@ -1,0 +1,206 @@
+"""SimpleTuner's keys: each has a field here or advice; the tests list all offenders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import pytest
+
+from simpletuner.helpers.configuration.load import KEYS
+from simpletuner.helpers.configuration.loading import unsupported_keys as module
+from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.loading.layers import ALIASES
+from simpletuner.helpers.configuration.loading.unsupported_keys import Table, is_off, unsupported_keys
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+CONFIG_NAMES = """
+model_family model_flavour model_flavor model_type pretrained_model_name_or_path
+pretrained_transformer_model_name_or_path pretrained_transformer_subfolder
+pretrained_unet_model_name_or_path pretrained_unet_subfolder pretrained_vae_model_name_or_path
+pretrained_vae_subfolder pretrained_t5_model_name_or_path revision variant prediction_type
+rescale_betas_zero_snr controlnet tread_config fuse_qkv_projections lora_type lora_rank lora_alpha
+lora_dropout lora_init_type use_dora peft_lora_target_modules flux_lora_target lora_format lycoris_config
+init_lora init_lokr_norm validation_lycoris_strength max_train_steps num_train_epochs train_batch_size
+gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps lr_end lr_power lr_num_cycles
+lr_scale optimizer optimizer_config max_grad_norm grad_clip_method gradient_checkpointing
+gradient_checkpointing_interval seed caption_dropout_probability train_text_encoder use_ema ema_decay
+ema_update_interval ema_device ema_validation loss_type huber_schedule huber_c snr_gamma offset_noise
+noise_offset noise_offset_probability input_perturbation timestep_bias_strategy timestep_bias_begin
+timestep_bias_end timestep_bias_multiplier timestep_bias_portion flow_sigmoid_scale
+flow_use_uniform_schedule flow_use_beta_schedule flow_beta_schedule_alpha flow_beta_schedule_beta
+flow_schedule_shift flow_schedule_auto_shift flux_guidance_mode flux_guidance_value flux_guidance_min
+flux_guidance_max flux_attention_masked_training masked_loss_probability mixed_precision
+base_model_precision text_encoder_1_precision text_encoder_2_precision text_encoder_3_precision
+text_encoder_4_precision attention_mechanism vae_dtype vae_batch_size vae_enable_tiling
+vae_enable_slicing keep_vae_loaded offload_during_startup enable_group_offload group_offload_type
+group_offload_blocks_per_group group_offload_use_stream group_offload_to_disk_path dynamo_backend
+dynamo_mode dynamo_use_regional_compilation fsdp_enable fsdp_version fsdp_reshard_after_forward
+fsdp_state_dict_type fsdp_auto_wrap_policy fsdp_transformer_layer_cls_to_wrap fsdp_cpu_offload
+deepspeed_config data_backend_config resolution resolution_type minimum_image_size maximum_image_size
+target_downsample_size aspect_bucket_rounding aspect_bucket_alignment disable_bucket_pruning
+caption_strategy instance_prompt cache_dir_text cache_dir_vae compress_disk_cache vae_cache_ondemand
+text_cache_ondemand text_encoder_batch_size delete_problematic_images output_dir checkpoint_step_interval
+checkpoint_epoch_interval checkpoints_total_limit resume_from_checkpoint push_to_hub
+push_checkpoints_to_hub hub_model_id model_card_private report_to tracker_project_name tracker_run_name
+webhook_config validation_prompt validation_prompt_library user_prompt_library validation_negative_prompt
+validation_resolution validation_guidance validation_guidance_real validation_guidance_rescale
+validation_no_cfg_until_timestep validation_num_inference_steps validation_seed
+validation_noise_scheduler num_validation_images validation_step_interval validation_epoch_interval
+validation_on_startup validation_disable disable_benchmark validation_torch_compile eval_steps_interval
+eval_dataset_id evaluation_type validation_steps checkpointing_steps save_total_limit
+"""
+
+DATASET_NAMES = """
+id type dataset_type disabled instance_data_dir cache_dir_vae text_embeds resolution resolution_type
+minimum_image_size maximum_image_size target_downsample_size minimum_aspect_ratio maximum_aspect_ratio
+max_num_samples crop crop_style crop_aspect crop_aspect_buckets caption_strategy instance_prompt
+prepend_instance_prompt only_instance_prompt caption_shuffle repeats probability train_batch_size
+start_epoch end_epoch start_step end_step timestep_sampling_offset is_regularisation_data
+is_regularization_data conditioning_data conditioning_type source_dataset_id metadata_backend parquet
+aws_bucket_name aws_region_name aws_endpoint_url aws_access_key_id aws_secret_access_key aws_data_prefix
+dataset_name split image_column caption_column caption_filter_list vae_cache_clear_each_epoch
+skip_file_discovery preserve_data_backend_cache
+"""
+
+
+SUPPORTED: Mapping[Table, Mapping[str, object]] = {
+    "config.json": KEYS.owners,
+    "dataset": DatasetConfig.model_fields,
+    "lycoris": LycorisConfig.model_fields,
+    "apply_preset": TargetPreset.model_fields,
+}
+UNSUPPORTED = "known from SimpleTuner, not supported here. "
+
+
+def rows(message: str) -> dict[str, str]:
+    """Key -> text of the one file that has problems."""
+    heading, *lines = message.splitlines()
+    assert heading.split(": ")[1] == f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def test_every_name_of_config_json_is_known() -> None:
+    unsupported = unsupported_keys("config.json")
+    names, tables = CONFIG_NAMES.split(), (KEYS.owners, ALIASES, unsupported)
+    assert len(names) > 160
+    assert not [name for name in names if sum(name in table for table in tables) != 1]
+
+
+def test_every_name_of_the_dataset_json_is_known() -> None:
+    unsupported = unsupported_keys("dataset")
+    names = DATASET_NAMES.split()
+    assert len(names) > 50
+    assert not [name for name in names if (name in DatasetConfig.model_fields) + (name in unsupported) != 1]
+
+
+def test_no_supported_key_is_called_unsupported() -> None:
+    assert SUPPORTED.keys() == set(get_args(Table))
+    in_both = {table: keys & unsupported_keys(table).keys() for table, keys in SUPPORTED.items()}
+    assert not any(in_both.values()), in_both
+    assert set(ALIASES.values()) <= KEYS.owners.keys()
+
+
+def test_every_key_stands_in_one_group_with_advice_and_harmless_values_in_lower_case() -> None:
+    path = Path(module.__file__).with_name("unsupported_keys.json")
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    assert tables.keys() == set(get_args(Table))
+    offenders = []
+    for table, groups in tables.items():
+        keys = [key for group in groups for key in group["keys"]]
+        offenders += [(table, key) for key in set(keys) if keys.count(key) > 1]
+        offenders += [(table, group["advice"]) for group in groups if not group["advice"].endswith(".")]
+        values = [value for group in groups for value in group.get("harmless_values", ())]
+        offenders += [(table, value) for value in values if value != value.lower().strip()]
+        names = {name for group in groups for name in group}
+        offenders += [(table, name) for name in names - {"advice", "keys", "harmless_values"}]
+    assert not offenders
+
+
+def test_every_unsupported_key_is_named_with_its_advice(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("config.json")
+    found = rows(workspace.problems(**dict.fromkeys(unsupported, "something")))
+    assert found == {key: UNSUPPORTED + entry.advice for key, entry in unsupported.items()}
+
+
+def test_every_unsupported_key_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("dataset")
+    dataset = {"id": "photos", "instance_data_dir": "images"}
+    workspace.datasets = [dataset | dict.fromkeys(unsupported, "something")]
+    found = rows(workspace.problems())
+    assert found == {f"photos.{key}": UNSUPPORTED + entry.advice for key, entry in unsupported.items()}
+
+
+def test_every_unsupported_key_of_the_lycoris_json_is_named_with_its_advice(workspace: Workspace) -> None:
+    tables = {"": unsupported_keys("lycoris"), "apply_preset.": unsupported_keys("apply_preset")}
+    workspace.lycoris |= dict.fromkeys(tables[""], "something")
+    workspace.lycoris["apply_preset"] = dict.fromkeys(tables["apply_preset."], "something")
+    found = rows(workspace.problems())
+    assert found == {
+        f"{prefix}{key}": UNSUPPORTED + entry.advice
+        for prefix, table in tables.items()
+        for key, entry in table.items()
+    }
+
+
+def test_every_harmless_value_is_no_problem_and_others_of_its_key_are(workspace: Workspace) -> None:
+    unsupported = unsupported_keys("config.json")
+    harmless = [(key, value) for key, entry in unsupported.items() for value in entry.harmless_values]
+    assert len(harmless) > 40
+    assert not [(key, value) for key, value in harmless if unsupported[key].problem(value.upper())]
+    assert not [key for key, _ in harmless if unsupported[key].problem("something else") is None]
+    changes = {"quantize_via": "cpu", "attention_mechanism": "diffusers", "offload_during_startup": True}
+    assert not changes.keys() & workspace.load(**changes).resolved().keys()
+
+
+@pytest.mark.parametrize(
+    "value", [False, "false", None, "", 0, "0", 0.0, -0.0, "0.0", "none", "None", [], {}]
+)
+def test_a_feature_switched_off_is_no_problem(workspace: Workspace, value: object) -> None:
+    assert is_off(value)
+    assert "use_ema" not in workspace.load(use_ema=value).resolved()
+
+
+@pytest.mark.parametrize("value", [True, "true", 1, "yes", ["a"], {"a": 1}])
+def test_a_feature_switched_on_is_a_problem(workspace: Workspace, value: object) -> None:
+    assert rows(workspace.problems(use_ema=value)).keys() == {"use_ema"}
+
+
+def test_the_table_is_read_only_for_an_unknown_key(workspace: Workspace) -> None:
+    unsupported_keys.cache_clear()
+    workspace.load("seed=3", validation_prompt="x")
+    assert unsupported_keys.cache_info().misses == 0
+    workspace.load(use_ema=False)
+    assert unsupported_keys.cache_info().misses == 1
+
+
+def test_every_unsupported_value_is_named_with_its_advice(workspace: Workspace) -> None:
+    values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in KEYS.owners}
+    assert len(values) > 90
+    wrong, config = [], workspace.config
+    for (key, value), advice in values.items():
+        workspace.config = config | {key: value}
+        name = "report_to[0]" if key == "report_to" else key  # the one list among them
+        found = rows(workspace.problems())
+        if found != {name: f'"{value}": {UNSUPPORTED}{advice}'}:
+            wrong.append((key, value, found))
+    assert not wrong
+
+
+def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
+    fields = DatasetConfig.model_fields
+    values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in fields}
+    assert len(values) > 15
+    wrong = []
+    for (key, value), advice in values.items():
+        workspace.datasets = [{"id": "photos", "instance_data_dir": "images", key: value}]
+        found = rows(workspace.problems())
+        if found != {f"photos.{key}": f'"{value}": {UNSUPPORTED}{advice}'}:
+            wrong.append((key, value, found))
+    assert not wrong
