@@ -61,20 +61,43 @@ def read_index(base: ModelSource, *, pipelines: tuple[str, ...], family: str) ->
     return index
 
 
-def swappable_component(
-    name: str, model: ModelConfig, base: ModelSource, *, file: ModelSource | None = None
-) -> Component:
-    """The denoiser or VAE: from its own configuration keys, else from the single file, else from the base.
+def transformer_of(model: ModelConfig, base: ModelSource) -> Component:
+    """The transformer, from its own configuration keys or from the base."""
+    return swappable_component(
+        "transformer",
+        base,
+        own=model.pretrained_transformer_model_name_or_path,
+        subfolder=model.pretrained_transformer_subfolder,
+    )
 
-    A single file has no configuration: the base provides it.
+
+def vae_of(model: ModelConfig, base: ModelSource, *, file: ModelSource | None = None) -> Component:
+    """The VAE, from its own configuration keys, a single file or the base."""
+    return swappable_component(
+        "vae",
+        base,
+        own=model.pretrained_vae_model_name_or_path,
+        subfolder=model.pretrained_vae_subfolder,
+        file=file,
+    )
+
+
+def swappable_component(
+    name: str, base: ModelSource, *, own: str | None, subfolder: str | None, file: ModelSource | None = None
+) -> Component:
+    """A component that the user can take from elsewhere.
+
+    Args:
+        name: The component's name.
+        base: The base model; it provides the configuration for a single file.
+        own: Value of pretrained_<name>_model_name_or_path.
+        subfolder: Value of pretrained_<name>_subfolder.
+        file: Single file of the whole model.
 
     Raises:
         ModelError: The component is incomplete, or its repository is unreachable.
     """
-    key = f"pretrained_{name}_model_name_or_path"
-    source, subfolder = file, getattr(model, f"pretrained_{name}_subfolder")
-    if (own := getattr(model, key)) is not None:
-        source = ModelSource(own, key=key)
+    source = file if own is None else ModelSource(own, key=f"pretrained_{name}_model_name_or_path")
     if source is None:
         return find_component(name, base, component_type="diffusers", strict_variant=name != "vae")
     if source.is_file:

@@ -12,7 +12,8 @@ from simpletuner.helpers.models.component_checks import (
     check_fit,
     config_number,
     read_index,
-    swappable_component,
+    transformer_of,
+    vae_of,
 )
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.loading import (
@@ -55,10 +56,10 @@ def find_components(model: ModelConfig) -> FluxComponents:
     """
     base = base_source(model)
     read_index(base, pipelines=PIPELINES, family="Flux.1")
-    transformer = swappable_component("transformer", model, base)
+    transformer = transformer_of(model, base)
     components = FluxComponents(
         denoiser=transformer,
-        vae=swappable_component("vae", model, base),
+        vae=vae_of(model, base),
         text_encoder=find_component("text_encoder", base, component_type="transformers"),
         text_encoder_2=_t5(model, base),
         tokenizer=find_component("tokenizer", base, component_type="tokenizer"),

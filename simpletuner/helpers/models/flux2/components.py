@@ -19,7 +19,8 @@ from simpletuner.helpers.models.component_checks import (
     check_fit,
     config_number,
     read_index,
-    swappable_component,
+    transformer_of,
+    vae_of,
 )
 from simpletuner.helpers.models.flux2.latents import PATCH
 from simpletuner.helpers.models.flux2.pipeline import (
@@ -106,8 +107,8 @@ def find_components(model: ModelConfig) -> Flux2Components:
         )
     components = Flux2Components(
         variant=variant,
-        denoiser=swappable_component("transformer", model, base),
-        vae=swappable_component("vae", model, base),
+        denoiser=transformer_of(model, base),
+        vae=vae_of(model, base),
         text_encoder=find_component("text_encoder", base, component_type="transformers"),
         tokenizer=find_component("tokenizer", base, component_type="tokenizer"),
         scheduler=find_component("scheduler", base, component_type="scheduler"),

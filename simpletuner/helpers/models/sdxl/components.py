@@ -15,6 +15,7 @@ from simpletuner.helpers.models.component_checks import (
     config_number,
     read_index,
     swappable_component,
+    vae_of,
 )
 from simpletuner.helpers.models.diffusion import DiffusionPrediction
 from simpletuner.helpers.models.loading import Component, ModelSource, find_component, find_in_file
@@ -78,8 +79,14 @@ def find_components(model: ModelConfig) -> SDXLComponents:
         base, file = _configuration_of(model), base
     index = read_index(base, pipelines=PIPELINES, family="SDXL")
     components = SDXLComponents(
-        denoiser=swappable_component("unet", model, base, file=file),
-        vae=swappable_component("vae", model, base, file=file),
+        denoiser=swappable_component(
+            "unet",
+            base,
+            own=model.pretrained_unet_model_name_or_path,
+            subfolder=model.pretrained_unet_subfolder,
+            file=file,
+        ),
+        vae=vae_of(model, base, file=file),
         text_encoder=_text_encoder("text_encoder", base, file),
         text_encoder_2=_text_encoder("text_encoder_2", base, file),
         tokenizer=find_component("tokenizer", base, component_type="tokenizer"),
