@@ -36,6 +36,7 @@ TARGETS = {
 def main() -> None:
     """Print one row for each model."""
     options = arguments(__doc__)
+    rank = 4 if options.quick else 64
     print(
         f"{machine()}; CPU time\n\n| model | layers | ours, s | LyCORIS, s | ratio |\n|---|---|---|---|---|"
     )
@@ -44,8 +45,8 @@ def main() -> None:
             {
                 "algo": "tlora",
                 "multiplier": 1.0,
-                "linear_dim": 64,
-                "linear_alpha": 64.0,
+                "linear_dim": rank,
+                "linear_alpha": float(rank),
                 "apply_preset": preset,
             }
         )

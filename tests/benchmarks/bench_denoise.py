@@ -33,7 +33,7 @@ def main() -> None:
     options = arguments(__doc__)
     options.turns = STEPS if not options.quick else 2
     edge = 8 if options.quick else 32
-    base = sdxl_stack()
+    base = sdxl_stack(widths=(64, 128)) if options.quick else sdxl_stack()
     inputs = (torch.randn(2, 4, edge, edge), torch.tensor(500), torch.randn(2, 77, 2048))
     conditions = {"text_embeds": torch.randn(2, 1280), "time_ids": torch.ones(2, 6)}
 

@@ -32,14 +32,14 @@ def flux() -> nn.Module:
         return without_memory(FluxTransformer2DModel(guidance_embeds=True))
 
 
-def sdxl_stack() -> nn.Module:
+def sdxl_stack(*, widths: tuple[int, int] = (320, 640)) -> nn.Module:
     """The outer two thirds of SDXL with one transformer layer a block: real widths, 230 M parameters."""
     shallow = {
-        "block_out_channels": (320, 640),
+        "block_out_channels": widths,
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
         "transformer_layers_per_block": (1, 2),
-        "attention_head_dim": (5, 10),
+        "attention_head_dim": tuple(width // 64 for width in widths),
         "layers_per_block": 1,
     }
     torch.manual_seed(0)

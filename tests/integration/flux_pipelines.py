@@ -15,13 +15,12 @@ import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from PIL import Image
 
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.models.flux import pipeline as bundled
 from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.flux.tiny import make_transformer, save_tiny_flux
 from simpletuner.helpers.models.tiny_parts import fill_weights
+from tests.integration.attached import attach_tlora
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 SIZE = {"height": 64, "width": 64}
@@ -146,24 +145,7 @@ def stock(name: str) -> type[diffusers.DiffusionPipeline]:
 
 def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
     """A T-LoRA of rank 8 whose factors are off their start."""
-    values: dict[str, Any] = {
-        "algo": "tlora",
-        "multiplier": 1.0,
-        "linear_dim": 8,
-        "linear_alpha": 8.0,
-        "tlora_min_rank": 2,
-        **options,
-    }
-    config = LycorisConfig.model_validate({**values, "raw": values})
-    adapter = attach_adapter(
-        pipeline.transformer.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0
-    )
-    assert isinstance(adapter, LycorisAdapter)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return adapter
+    return attach_tlora(pipeline.transformer, SPEC, off_start=0.1, **options)
 
 
 def sample(pipeline: Any, case: Case = TEXT_TO_IMAGE, **options: Any) -> np.ndarray:

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter, export_live
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
@@ -25,6 +24,7 @@ from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.spec import SPEC
+from tests.integration.attached import command
 from tests.integration.tiny_pipelines import attach, load
 from tests.integration.tiny_runs import TinyRun, tiny_model
 
@@ -248,13 +248,6 @@ def test_attached_adapter_and_its_file_give_the_same_export(multiplier: float, t
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["simpletuner", "export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
-
-
 def test_command_writes_the_file_and_says_how_far_it_is_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,7 +264,7 @@ def test_command_writes_the_file_and_says_how_far_it_is_off(
         "bf16",
         "--per-layer",
     )
-    assert run(monkeypatch, file, *arguments) == 0
+    assert command(monkeypatch, "export", file, *arguments) == 0
     out = capsys.readouterr().out
     assert str(output) in out
     assert "rank 8" in out

@@ -21,10 +21,10 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
+from tests.integration.attached import attach_tlora
 
 FAMILIES = {"flux": flux.SPEC, "flux2": flux2.SPEC}
 WIDTH = 32
@@ -112,14 +112,8 @@ KINDS = pytest.mark.parametrize("kind", [FLUX, FLUX2, KLEIN], ids=["flux", "flux
 
 
 def attach(model: Any, spec: ModelSpec, **options: Any) -> LycorisAdapter:
-    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0, "tlora_min_rank": 1}
-    config = LycorisConfig.model_validate(values | options | {"raw": values | options})
-    adapter = LycorisAdapter.create(model, config, spec=spec, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return adapter
+    small = {"linear_dim": 4, "linear_alpha": 4.0, "tlora_min_rank": 1}
+    return attach_tlora(model, spec, off_start=0.3, **(small | options))
 
 
 def exported(adapter: LycorisAdapter, spec: ModelSpec, folder: Path, **options: Any) -> Path:

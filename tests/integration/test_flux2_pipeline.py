@@ -20,21 +20,20 @@ from torch import nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.adapters.inference import remove_from_pipeline
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
+from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_sections import ModelConfig, NoiseConfig, PrecisionConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import PipelineKind, Size
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.spec import SPEC
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
+from tests.integration.attached import attach_tlora
 
 NAMES = ["Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"]
 SCHEDULE = RankSchedule(8, min_rank=2)
-TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
 
 
 @functools.cache
@@ -71,18 +70,7 @@ def sample(pipeline: Any, **arguments: Any) -> np.ndarray:
 
 def attach(pipeline: Any) -> LycorisAdapter:
     """An adapter of rank 8 on all attention and feed-forward layers, as if trained; its schedule is set."""
-    adapter = attach_adapter(
-        pipeline.transformer.eval(),
-        AdapterConfig(lora_type="lycoris"),
-        lycoris=LycorisConfig.model_validate(TLORA | {"raw": TLORA}),
-        spec=SPEC,
-        seed=0,
-    )
-    assert isinstance(adapter, LycorisAdapter)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    adapter = attach_tlora(pipeline.transformer, SPEC, off_start=0.1)
     pipeline._tlora_config = adapter.tlora_config
     return adapter
 

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from simpletuner import cli
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.adapters.tlora import mask
@@ -26,6 +25,7 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.training.trainer import Trainer, to_device
+from tests.integration.attached import command
 from tests.integration.tiny_runs import TLORA, TinyRun
 
 THREE_CLASSES = ["Flux2Attention", "Flux2FeedForward", "Flux2ParallelSelfAttention"]
@@ -90,13 +90,6 @@ def picture_of(folder: Path) -> np.ndarray:
     (file,) = (each for each in folder.glob("*.png") if each.name != "grid.png")
     with Image.open(file) as picture:
         return np.asarray(picture.convert("RGB")).astype(int)
-
-
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["simpletuner", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 @pytest.mark.parametrize(

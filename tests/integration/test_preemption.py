@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +26,14 @@ def run(tmp_path: Path) -> TinyRun:
     return TinyRun(tmp_path / "stopped")
 
 
-@pytest.fixture
-def expected(tmp_path: Path) -> Callable[..., str]:
+def expected(**keys: object) -> str:
     """The digest of the same run when nothing stops it."""
+    return _digest(tuple(keys.items()))
 
-    def digest(**keys: object) -> str:
-        with TinyRun(tmp_path / "whole").trainer(**keys) as trainer:
-            trainer.run()
-            return trainer.state_digest()
 
-    return digest
+@functools.cache
+def _digest(keys: tuple[tuple[str, object], ...]) -> str:
+    return finish(TinyRun(Path(tempfile.mkdtemp(prefix="whole_"))), **dict(keys))
 
 
 def signal_at(call: int, *, number: signal.Signals, then: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +59,7 @@ def finish(run: TinyRun, **keys: object) -> str:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.reliability_row(3)
 def test_signal_in_mid_step_saves_and_ends_resumable(
-    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     keys = {"checkpoint_step_interval": 0}
     with run.trainer(**keys) as trainer:
@@ -75,7 +75,7 @@ def test_signal_in_mid_step_saves_and_ends_resumable(
 
 @pytest.mark.reliability_row(3)
 def test_signal_while_accumulating_waits_for_the_optimiser_step(
-    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"gradient_accumulation_steps": 3, "checkpoint_step_interval": 0}
     with run.trainer(**keys) as trainer:
@@ -87,7 +87,7 @@ def test_signal_while_accumulating_waits_for_the_optimiser_step(
 
 
 @pytest.mark.reliability_row(3)
-def test_signal_while_saving_finishes_the_checkpoint(run: TinyRun, expected: Callable[..., str]) -> None:
+def test_signal_while_saving_finishes_the_checkpoint(run: TinyRun) -> None:
     def send(name: str) -> None:
         if name == "folder.before_manifest":
             os.kill(os.getpid(), signal.SIGTERM)
@@ -100,7 +100,7 @@ def test_signal_while_saving_finishes_the_checkpoint(run: TinyRun, expected: Cal
 
 @pytest.mark.reliability_row(3)
 def test_signal_while_validating_ends_at_once_and_the_pictures_are_made_later(
-    run: TinyRun, expected: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {**PICTURES, "disable_benchmark": True}
     with run.trainer(**keys) as trainer:

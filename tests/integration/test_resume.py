@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,6 +38,17 @@ def digest_after(run: TinyRun, steps: int, **keys: object) -> str:
         return trainer.state_digest()
 
 
+@functools.cache
+def _whole(keys: tuple[tuple[str, object], ...]) -> tuple[TinyRun, str]:
+    run = TinyRun(Path(tempfile.mkdtemp(prefix="whole_")))
+    return run, digest_after(run, 6, **dict(keys))
+
+
+def whole_run(**keys: object) -> tuple[TinyRun, str]:
+    """Six steps that nothing interrupts, trained once per process, and the digest of their end."""
+    return _whole(tuple(keys.items()))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> TinyRun:
     return TinyRun(tmp_path / "interrupted")
@@ -54,10 +67,9 @@ def run(tmp_path: Path) -> TinyRun:
 )
 @pytest.mark.reliability_row(4)
 def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
-    tmp_path: Path, run: TinyRun, stops: list[int], keys: dict[str, object]
+    run: TinyRun, stops: list[int], keys: dict[str, object]
 ) -> None:
-    whole = TinyRun(tmp_path / "whole")
-    expected = digest_after(whole, 6, **keys)
+    whole, expected = whole_run(**keys)
     for stop in stops:
         digest_after(run, stop, **keys)
     assert digest_after(run, 6, **keys) == expected
@@ -68,9 +80,9 @@ def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
 
 @pytest.mark.reliability_row(6)
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    tmp_path: Path, run: TinyRun, caplog: pytest.LogCaptureFixture
+    run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = digest_after(TinyRun(tmp_path / "whole"), 6)
+    _, expected = whole_run()
     digest_after(run, 4)
     file = run.output_dir / "checkpoint-4" / "optimizer.safetensors"
     data = bytearray(file.read_bytes())
@@ -82,8 +94,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 
 @pytest.mark.reliability_row(2)
-def test_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path, run: TinyRun) -> None:
-    expected = digest_after(TinyRun(tmp_path / "whole"), 6)
+def test_run_that_dies_while_it_saves_resumes_exactly(tmp_path: Path) -> None:
+    _, expected = whole_run()
     for stage in ("folder.filled", "folder.before_rename", "folder.after_rename"):
         saves = 0
 

@@ -10,20 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from simpletuner import cli
 from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from tests.integration.attached import command
 from tests.integration.tiny_pipelines import load, trained_adapter_file
 from tests.integration.tiny_runs import TinyRun, tiny_model
 
 PROMPT = "a photo of sks cat"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["simpletuner", "sample", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    return int(end.value.code or 0)
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -39,7 +32,12 @@ def test_pictures_are_those_of_the_pipeline_that_loads_the_file(
 ) -> None:
     file = trained_adapter_file()
     prompts = ("--prompt", PROMPT, "--prompt", "a dog")
-    assert run(monkeypatch, "--adapter", file, *prompts, "--count", 2, "--seed", 5, *small(tmp_path)) == 0
+    assert (
+        command(
+            monkeypatch, "sample", "--adapter", file, *prompts, "--count", 2, "--seed", 5, *small(tmp_path)
+        )
+        == 0
+    )
     written = [Path(line) for line in capsys.readouterr().out.splitlines()]
     assert len(written) == len(set(written)) == 4
     assert sorted(tmp_path.iterdir()) == sorted(written)
@@ -55,7 +53,7 @@ def test_a_second_guidance_is_refused_for_a_family_that_has_one_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--guidance-real", 2)
-    assert run(monkeypatch, *arguments, *small(tmp_path / "out")) == 2
+    assert command(monkeypatch, "sample", *arguments, *small(tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert "--guidance-real" in message
     assert "means nothing to model_family sdxl" in message
@@ -68,7 +66,7 @@ def test_strength_zero_is_the_base_model_and_the_default_is_not(
     for strength in (0, 1):
         folder = tmp_path / str(strength)
         arguments = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--strength", strength)
-        assert run(monkeypatch, *arguments, *small(folder)) == 0
+        assert command(monkeypatch, "sample", *arguments, *small(folder)) == 0
         pictures.append(pixels(next(folder.iterdir())).astype(int))
     base = load(tiny_model())(
         PROMPT, num_inference_steps=3, guidance_scale=5.0, height=64, width=64,
@@ -85,7 +83,9 @@ def test_standard_lora_of_a_run_is_sampled_at_its_own_alpha(
     keys = {"lora_type": "standard", "lora_rank": 4, "lora_alpha": 8, "learning_rate": 0.05}
     assert training.run(**keys) == 0
     file = training.output_dir / ADAPTER_FILE
-    assert run(monkeypatch, "--adapter", file, "--prompt", PROMPT, *small(tmp_path / "out")) == 0
+    assert (
+        command(monkeypatch, "sample", "--adapter", file, "--prompt", PROMPT, *small(tmp_path / "out")) == 0
+    )
     pipeline = load(tiny_model())
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     options = {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 64, "width": 64}
@@ -100,9 +100,9 @@ def test_file_without_a_header_needs_the_model_and_says_how(
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(trained_adapter_file()), bare)
     arguments = ("--adapter", bare, "--prompt", PROMPT, *small(tmp_path / "out"))
-    assert run(monkeypatch, *arguments) == 2
+    assert command(monkeypatch, "sample", *arguments) == 2
     assert "Name it with --family and --model" in capsys.readouterr().err
-    assert run(monkeypatch, *arguments, "--family", "sdxl", "--model", tiny_model()) == 0
+    assert command(monkeypatch, "sample", *arguments, "--family", "sdxl", "--model", tiny_model()) == 0
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_value_that_cannot_be_used_is_named_by_its_option(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, "--output", tmp_path / "out")
-    assert run(monkeypatch, *given, *arguments) == 2
+    assert command(monkeypatch, "sample", *given, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -132,5 +132,5 @@ def test_value_that_cannot_be_used_is_named_by_its_option(
 def test_missing_file_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "--adapter", tmp_path / "none.safetensors", "--prompt", PROMPT) == 1
+    assert command(monkeypatch, "sample", "--adapter", tmp_path / "none.safetensors", "--prompt", PROMPT) == 1
     assert "no such file" in capsys.readouterr().err

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.models.sdxl.spec import SPEC
+from tests.integration.attached import attach_tlora, move_off_start
 from tests.integration.tiny_runs import tiny_model
 
 
@@ -25,13 +24,7 @@ def load(model: Path, kind: Any = StableDiffusionXLPipeline) -> Any:
 
 
 def attach(pipeline: Any, **options: Any) -> LycorisAdapter:
-    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 2}
-    config = LycorisConfig.model_validate(values | options | {"raw": values | options})
-    adapter = attach_adapter(
-        pipeline.unet.eval(), AdapterConfig(lora_type="lycoris"), lycoris=config, spec=SPEC, seed=0
-    )
-    assert isinstance(adapter, LycorisAdapter)
-    return adapter
+    return attach_tlora(pipeline.unet, SPEC, **options)
 
 
 def sample(pipeline: Any, **options: Any) -> np.ndarray:
@@ -47,10 +40,7 @@ def sample(pipeline: Any, **options: Any) -> np.ndarray:
 def trained_adapter_file(**options: Any) -> Path:
     """An adapter file of rank 8 (options are keys of the lycoris json) whose factors are off their start."""
     adapter = attach(load(tiny_model()), **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    move_off_start(adapter, by=0.1)
     file = Path(tempfile.mkdtemp(prefix="tiny_adapter_")) / "pytorch_lora_weights.safetensors"
     adapter.save(file, metadata={"base_model": str(tiny_model()), "model_family": "sdxl"})
     return file
