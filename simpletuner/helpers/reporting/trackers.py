@@ -1,4 +1,4 @@
-"""Where the numbers and pictures of a run go: always a local JSONL file, others when asked for."""
+"""Trackers record the numbers and images of a run: the local JSONL file always, others by report_to."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Tracker(Protocol):
     def log(self, record: StepMetrics) -> None:
         """Record one optimiser step."""
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Record validation pictures by their label."""
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Record validation images by their label."""
 
     def finish(self) -> None:
         """Close it."""
@@ -59,8 +59,8 @@ class JsonLines:
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Nothing: the pictures are files already."""
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Nothing: the images are files already."""
 
     def finish(self) -> None:
         """Nothing: no file stays open."""
@@ -74,7 +74,7 @@ def _step_of(line: str) -> int:
 
 
 class TensorBoard:
-    """Scalars and pictures for TensorBoard under `<output_dir>/tensorboard`."""
+    """Scalars and images for TensorBoard under `<output_dir>/tensorboard`."""
 
     def __init__(self, *, output_dir: Path, resumed_step: int, **_: object) -> None:
         self._folder = output_dir / TENSORBOARD_FOLDER
@@ -91,11 +91,11 @@ class TensorBoard:
         for name, value in record.curves.items():
             self._writer.add_scalar(f"train/{name}", value, record.step)
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Add the pictures at this step."""
-        for label, path in pictures.items():
-            with Image.open(path) as picture:
-                pixels = np.asarray(picture.convert("RGB"))
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Add the images at this step."""
+        for label, path in images.items():
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
             self._writer.add_image(f"validation/{label}", pixels, step, dataformats="HWC")
         self._writer.flush()
 
@@ -136,10 +136,10 @@ class Wandb:
         curves = {f"train/{name}": value for name, value in record.curves.items()}
         self._run.log(curves, step=record.step)
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Upload the pictures at this step."""
-        images = [self._wandb.Image(str(path), caption=label) for label, path in pictures.items()]
-        self._run.log({"validation": images}, step=step)
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Upload the images at this step."""
+        shown = [self._wandb.Image(str(path), caption=label) for label, path in images.items()]
+        self._run.log({"validation": shown}, step=step)
 
     def finish(self) -> None:
         """Close the run."""
@@ -160,9 +160,9 @@ class Trackers:
         """Record one optimiser step everywhere."""
         self._each("log", lambda tracker: tracker.log(record))
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Record validation pictures everywhere."""
-        self._each("log pictures", lambda tracker: tracker.log_pictures(step, pictures))
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Record validation images everywhere."""
+        self._each("log images", lambda tracker: tracker.log_images(step, images))
 
     def __enter__(self) -> Self:
         self.start()

@@ -163,19 +163,19 @@ class Trainer:
         seed = self.config.training.seed
         # Dropout takes no generator, so the global one is seeded: a resumed run draws the same.
         torch.manual_seed(mix(seed, "dropout", batch.sample_indices[0]))
-        noised = self.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=seed)
+        noisy = self.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=seed)
         # Until backward ends: gradient checkpointing runs the forward again.
-        with self.adapter.rank_mask_for(noised.timesteps):
-            prediction = self.family.predict(self.denoiser, noised, batch)
-            sample_losses = self.loss(prediction, noised.target, noised.weight)  # [B]
+        with self.adapter.rank_mask_for(noisy.timesteps):
+            prediction = self.family.predict(self.denoiser, noisy, batch)
+            sample_losses = self.loss(prediction, noisy.target, noisy.weight)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
         output = MicroBatchOutput(
             loss=loss.detach(),
             sample_losses=sample_losses.detach(),
             samples=len(batch),
-            timesteps=noised.timesteps,
-            active_rank=self.adapter.mean_active_rank(noised.timesteps),
+            timesteps=noisy.timesteps,
+            active_rank=self.adapter.mean_active_rank(noisy.timesteps),
         )
         self.metrics.add(batch, output)
         self.metrics.record("mean_active_rank", output.active_rank, reduction="mean")

@@ -133,9 +133,8 @@ class Validation:
                 self._generate(prompt, strength=prompt.strength, file=file)
         save_png(self._grid(step, files), grid_file)
         logger.info("Validation of step %d: %s", step, grid_file)
-        self.trackers.log_pictures(
-            step, {"grid": grid_file, **{prompt.name: file for prompt, file in files.items()}}
-        )
+        images = {prompt.name: file for prompt, file in files.items()}
+        self.trackers.log_images(step, {"grid": grid_file, **images})
 
     @contextmanager
     def _pipeline(self, validation_type: ValidationType) -> Iterator[None]:
