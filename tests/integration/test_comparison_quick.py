@@ -79,7 +79,7 @@ def test_a_second_start_does_only_what_is_missing(finished: tuple[Path, str]) ->
     removed.unlink()
     again = benchmark(output)
     assert again.returncode == 0, again.stderr
-    assert "1 of 4 runs" in again.stderr
+    assert "1 of 4 runs are to be done" in again.stderr
     assert kept.read_bytes() == before
     assert json.loads(removed.read_bytes())["points"] == taken["points"], (
         "a repeated run gives the same numbers"
