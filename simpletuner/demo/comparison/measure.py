@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,7 @@ from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, Em
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting import noise_bands
 
-BANDS = dict(
-    zip(noise_bands.BANDS, map(range, (0, *noise_bands.EDGES), (*noise_bands.EDGES, 1000)), strict=True)
-)
+BANDS = dict(zip(noise_bands.BANDS, starmap(range, pairwise((0, *noise_bands.EDGES, 1000))), strict=True))
 """Noise band -> its timesteps."""
 LOSS_VIEWS = 8
 NOISES_PER_VIEW = 4
