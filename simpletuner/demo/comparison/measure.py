@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,9 +24,10 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_fr
 from simpletuner.helpers.models.diffusion import q_sample, velocity
 from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, EmbeddedModel
 from simpletuner.helpers.randomness import mix
+from simpletuner.helpers.reporting import noise_bands
 
-BANDS = {"0-500": range(500), "500-800": range(500, 800), "800-1000": range(800, 1000)}
-"""Name -> timesteps of a noise band."""
+BANDS = dict(zip(noise_bands.BANDS, starmap(range, pairwise((0, *noise_bands.EDGES, 1000))), strict=True))
+"""Noise band -> its timesteps."""
 LOSS_VIEWS = 8
 NOISES_PER_VIEW = 4
 

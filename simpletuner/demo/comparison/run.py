@@ -81,7 +81,7 @@ def compare(benchmark: Benchmark, *, workers: int) -> None:
     """
     missing = [run for run in benchmark.plan.runs() if benchmark.load(run) is None]
     num_all = sum(1 for _ in benchmark.plan.runs())
-    logger.info("%d of %d runs are missing; %d run in parallel.", len(missing), num_all, workers)
+    logger.info("%d of %d runs are to be done, %d in parallel.", len(missing), num_all, workers)
     started = time.perf_counter()
     for done, (run, seconds) in enumerate(_run_all(benchmark, missing, workers=workers), start=1):
         left = _format_duration((time.perf_counter() - started) / done * (len(missing) - done))

@@ -12,6 +12,7 @@ from simpletuner.demo.comparison.likeness import parse_place
 from simpletuner.demo.parser import (
     ATTRIBUTES,
     ParsedScene,
+    _correlate,
     accuracy,
     foreground,
     nearest_place,
@@ -21,6 +22,7 @@ from simpletuner.demo.parser import (
 )
 from simpletuner.demo.scenes import (
     PLACES,
+    SIZE_PX,
     Background,
     Scene,
     all_backgrounds,
@@ -105,6 +107,14 @@ def test_pixel_distance_grows_with_the_colour_difference_up_to_one() -> None:
     zero = np.zeros((1, 3, 3), dtype=np.uint8)
     other = np.array([[[0, 0, 0], [30, 40, 0], [255, 255, 255]]], dtype=np.uint8)
     assert pixel_distance(other, zero)[0] == pytest.approx([0, 0.5, 1])
+
+
+def test_template_at_one_edge_gains_nothing_from_the_opposite_edge() -> None:
+    gains = np.zeros((1, SIZE_PX, SIZE_PX), dtype=np.float32)
+    gains[..., -1] = 1
+    explained = _correlate(gains)
+    assert explained[..., -1].max() > 5
+    assert explained[..., 0] == pytest.approx(0, abs=1e-4)
 
 
 @pytest.mark.parametrize(("point", "place"), [((23, 9), "at the top left"), ((25, 9), "at the top")])

@@ -101,6 +101,10 @@ def test_polygon_covers_the_share_of_a_pixel_inside_it() -> None:
     assert mask.sum() == pytest.approx(4.5 * 4, rel=0.15)
 
 
+def test_places_are_a_regular_grid() -> None:
+    assert set(PLACES.values()) == set(product((16, 32, 48), repeat=2))
+
+
 def test_every_shape_is_centred_at_its_place() -> None:
     for shape, place in product(SHAPES, PLACES):
         image = draw_scene(Scene(shape, "red", place, BLUE))

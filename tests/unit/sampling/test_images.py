@@ -1,4 +1,4 @@
-"""The labelled grid: where pictures stand, and what happens to unusual ones."""
+"""The labelled grid: places of images and labels, unusual sizes and scripts."""
 
 from __future__ import annotations
 
@@ -37,17 +37,26 @@ def test_grid_shortens_a_title_that_is_wider_than_its_column() -> None:
     assert (titles[:, left + 128 :] == 255).all()
 
 
-def test_grid_leaves_room_for_a_missing_picture() -> None:
+def test_grid_leaves_the_cell_of_a_missing_image_empty() -> None:
     grid = labelled_grid([Row("a", (None, plain("blue")))], columns=["base model", "step 3"])
     left, top = LABEL_WIDTH_PX + MARGIN_PX, LINE_PX + 2 * MARGIN_PX
     assert grid.getpixel((left + 5, top + 5)) == (255, 255, 255)
     assert grid.getpixel((left + 128 + MARGIN_PX + 5, top + 5)) == (0, 0, 255)
 
 
-def test_grid_takes_pictures_of_any_size_and_labels_of_any_script() -> None:
+def test_grid_takes_images_of_any_size_and_labels_of_any_script() -> None:
     rows = [
         Row("猫 \U0001f408 عربي " * 40, (plain("red", size=(2048, 512)),)),
         Row("", (plain("blue", size=(16, 64)),)),
     ]
     grid = labelled_grid(rows, columns=["step 1"])
     assert grid.width < 1024
+
+
+def test_grid_enlarges_a_small_image_without_blur() -> None:
+    image = Image.new("RGB", (16, 16), "red")
+    image.paste("blue", (8, 0, 16, 16))
+    grid = labelled_grid([Row("a", (image,))], columns=["step 1"])
+    left, top = LABEL_WIDTH_PX + MARGIN_PX, LINE_PX + 2 * MARGIN_PX
+    colours = grid.crop((left, top, left + 128, top + 128)).getcolors()
+    assert sorted(colours or []) == [(64 * 128, (0, 0, 255)), (64 * 128, (255, 0, 0))]

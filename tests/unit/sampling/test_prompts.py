@@ -1,4 +1,4 @@
-"""Which validation pictures are planned."""
+"""Expansion of validation prompts by size and seed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def test_name_of_a_prompt_cannot_leave_the_folder() -> None:
     assert all("/" not in prompt.name for prompt in expand_prompts(config(), seed=7))
 
 
-def test_seed_and_strength_of_the_validation_win_over_those_of_the_run() -> None:
+def test_seed_and_strength_of_the_validation_override_those_of_the_run() -> None:
     prompts = expand_prompts(config(validation_seed=1, validation_lycoris_strength=0.8), seed=7)
     assert {prompt.seed for prompt in prompts} == {1}
     assert [prompt.strength for prompt in prompts] == [0.8, 0.8, 0.5, 0.5]
 
 
-def test_disabled_validation_plans_nothing() -> None:
+def test_disabled_validation_has_no_prompts() -> None:
     assert expand_prompts(config(validation_disable=True), seed=7) == ()
