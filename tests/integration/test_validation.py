@@ -208,7 +208,7 @@ def test_tracker_is_given_the_pictures(run: TinyRun, monkeypatch: pytest.MonkeyP
     given: list[list[str]] = []
     with run.trainer(max_train_steps=1) as trainer:
         keep: Callable[..., None] = lambda _, pictures: given.append(sorted(pictures))  # noqa: E731
-        monkeypatch.setattr(trainer.trackers, "log_pictures", keep)
+        monkeypatch.setattr(trainer.trackers, "log_images", keep)
         trainer.run()
     assert len(given) == 1
     assert "grid" in given[0]

@@ -110,7 +110,7 @@ class Validation:
         grid = self._grid(step, files)
         save_png(grid, self.grid_file(step))
         logger.info("Validation of step %d: %s", step, self.grid_file(step))
-        self.trackers.log_pictures(
+        self.trackers.log_images(
             step, {"grid": self.grid_file(step), **{shot.name: file for shot, file in files.items()}}
         )
 

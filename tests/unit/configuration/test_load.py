@@ -151,8 +151,8 @@ def _items(section: object) -> list[tuple[str, object]]:
         ("seed", -1, "-1: must be at least 0."),
         ("lr_scheduler", "cosin", "Did you mean cosine?"),
         ("tracker_project_name", [], "[]: must be a text."),
-        ("output_dir", 3, "3: must be a path, written as a text."),
-        ("output_dir", "s3://bucket", "remote storage is not supported here."),
+        ("output_dir", 3, "output_dir  3: "),
+        ("output_dir", "s3://bucket", 'output_dir  "s3://bucket": remote storage'),
         ("init_lora", "missing.safetensors", "not found from"),
         ("init_lora", "images", "is a folder. Give the path of a file."),
         ("resume_from_checkpoint", "../other", "the name of a checkpoint folder inside output_dir."),
@@ -162,9 +162,9 @@ def _items(section: object) -> list[tuple[str, object]]:
         ("num_train_epochs", -1, "-1: must be at least 0."),
         ("validation_resolution", "big", "must be an edge in pixels or width x height"),
         ("pretrained_model_name_or_path", "model.ckpt", "pickles can run code"),
-        ("pretrained_model_name_or_path", "./nowhere", "is no folder or file here."),
-        ("pretrained_model_name_or_path", "", "must be the folder or the repository of a model"),
-        ("pretrained_vae_model_name_or_path", "a/b/c", "is no folder or file here."),
+        ("pretrained_model_name_or_path", "./nowhere", '"./nowhere": not found.'),
+        ("pretrained_model_name_or_path", "", 'pretrained_model_name_or_path  "": must be'),
+        ("pretrained_vae_model_name_or_path", "a/b/c", '"a/b/c": not found.'),
     ],
 )
 def test_a_wrong_value_says_what_was_found_and_what_is_allowed(
@@ -178,7 +178,7 @@ def test_a_wrong_value_says_what_was_found_and_what_is_allowed(
 
 def test_a_run_without_an_end_is_refused(workspace: Workspace) -> None:
     message = workspace.problems(max_train_steps=0, num_train_epochs=0)
-    assert "the run has no end. Set max_train_steps or num_train_epochs above 0." in message
+    assert "max_train_steps or num_train_epochs above 0" in message
 
 
 def test_prodigy_starts_at_rate_one(workspace: Workspace) -> None:
@@ -298,7 +298,7 @@ def test_names_in_braces_are_replaced_in_paths(workspace: Workspace) -> None:
 )
 def test_an_unknown_name_in_braces_lists_the_known(workspace: Workspace, key: str, known: str) -> None:
     message = workspace.problems(**{key: "a/{familie}"})
-    assert "{familie} is not known here. Known placeholders: {model_family}" in message
+    assert "{familie} is unknown here. Known placeholders: {model_family}" in message
     assert known in message
 
 

@@ -90,7 +90,7 @@ class Raising:
         self.calls += 1
         raise ConnectionError("no route to host")
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+    def log_images(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Fail."""
         raise ConnectionError("no route to host")
 
@@ -127,7 +127,7 @@ def test_tensorboard_can_be_read_back(tmp_path: Path) -> None:
     trackers = build_trackers(config, output_dir=tmp_path, settings={}, resumed_step=0)
     trackers.start()
     trackers.log(RECORD)
-    trackers.log_pictures(1, {"grid": picture(tmp_path)})
+    trackers.log_images(1, {"grid": picture(tmp_path)})
     trackers.finish()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.value for event in events.Scalars("train/loss")] == [0.5]
@@ -144,7 +144,7 @@ def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path: Path) -> None:
         trackers = build_trackers(config, output_dir=tmp_path, settings={"a": 1}, resumed_step=step - 1)
         trackers.start()
         trackers.log(replace(RECORD, step=step))
-        trackers.log_pictures(step, {"grid": picture(tmp_path)})
+        trackers.log_images(step, {"grid": picture(tmp_path)})
         trackers.finish()
         ids.append(json.loads((tmp_path / "wandb_run.json").read_bytes())["id"])
     assert ids[0] == ids[1]

@@ -80,7 +80,7 @@ def test_spellings_of_one_value_are_the_same(workspace: Workspace) -> None:
     [
         ({"instance_data_dir": "nowhere"}, 'photos.instance_data_dir  "nowhere": not found from'),
         ({"instance_data_dir": "config.json"}, "is a file. Give the path of a folder."),
-        ({"instance_data_dir": "s3://bucket/x"}, "remote storage is not supported here."),
+        ({"instance_data_dir": "s3://bucket/x"}, 'instance_data_dir  "s3://bucket/x": remote storage'),
         ({"instance_data_dir": None}, "photos.instance_data_dir  required, but missing."),
         ({"id": None}, "[0].id  required, but missing."),
         ({"repeats": -1}, "photos.repeats  -1: must be at least 0."),
