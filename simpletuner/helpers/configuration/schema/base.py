@@ -114,17 +114,15 @@ class OneOf:
 def registry_of(section: type[Section], key: str) -> Registry[Any] | None:
     """The registry of a key's values, for a single value, an optional value or a list."""
     field = section.model_fields[key]
-    return next(
-        (found for each in (field.annotation, *field.metadata) if (found := _registry_in(each)) is not None),
-        None,
-    )
+    return _registry_in((field.annotation, *field.metadata))
 
 
-def _registry_in(annotation: object) -> Registry[Any] | None:
-    if isinstance(annotation, OneOf):
-        return annotation.registry
-    found = (_registry_in(each) for each in get_args(annotation))
-    return next((registry for registry in found if registry is not None), None)
+def _registry_in(annotations: tuple[object, ...]) -> Registry[Any] | None:
+    for each in annotations:
+        registry = each.registry if isinstance(each, OneOf) else _registry_in(get_args(each))
+        if registry is not None:
+            return registry
+    return None
 
 
 def choices_in(section: Section) -> Iterator[tuple[str, Choice]]:

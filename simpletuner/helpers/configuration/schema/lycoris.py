@@ -111,12 +111,17 @@ def algorithm_arguments() -> type[ArgumentSection]:
 @cache
 def _arguments_section(arguments: tuple[tuple[str, Argument], ...]) -> type[ArgumentSection]:
     fields: dict[str, Any] = {
-        key: (_TYPES[argument.type] | None, Field(default=None, description=argument.description))
+        key: (_TYPES[argument.type] | None, Field(default=None, description=_described(argument)))
         for key, argument in arguments
     }
     return create_model(
         "AlgorithmArguments", __base__=ArgumentSection, __doc__=ArgumentSection.__doc__, **fields
     )
+
+
+def _described(argument: Argument) -> str:
+    others = f" Also written {', '.join(argument.aliases)}." if argument.aliases else ""
+    return argument.description + others
 
 
 @cache
