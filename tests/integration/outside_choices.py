@@ -98,7 +98,7 @@ class Losses:
         with self.file.open("a") as file:
             file.write(f"{record.step} {record.loss}\n")
 
-    def log_pictures(self, step: int, pictures: Mapping[str, Path]) -> None:
+    def log_images(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Nothing."""
 
     def finish(self) -> None:

@@ -185,7 +185,10 @@ def test_peft_lora_trains_the_named_layers_and_diffusers_loads_all_of_them(
         ({"text_encoder_3_precision": "int8-torchao"}, "flux has 2 text encoders"),
         ({"flux_lora_target": "everything"}, '"everything": must be one of all, all+ffs'),
         ({"flux_lora_target": "all", "peft_lora_target_modules": "to_q"}, "names other layers than"),
-        ({"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True}, "drawn one way only"),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_beta_schedule  ",
+        ),
         ({"flow_schedule_shift": 3, "flow_schedule_auto_shift": True}, "3 has no effect with"),
         ({"flux_guidance_min": 5}, "5 is above flux_guidance_max 4. Lower it."),
         ({"prediction_type": "epsilon"}, "flux predicts flow_matching."),

@@ -77,12 +77,12 @@ ARGUMENTS: dict[str, Argument] = {
     "rs_lora": Argument(type="boolean", description="Scale by the square root of the rank."),
     "weight_decompose": Argument(
         type="boolean",
-        description="DoRA: train direction and magnitude apart. Also written dora_wd.",
+        description="DoRA: train direction and magnitude apart.",
         aliases=("dora_wd",),
     ),
     "wd_on_out": Argument(
         type="boolean",
-        description="Magnitude per output channel, not per input channel. Also written wd_on_output.",
+        description="Magnitude per output channel, not per input channel.",
         aliases=("wd_on_output",),
     ),
     "factor": Argument(

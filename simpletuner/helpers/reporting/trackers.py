@@ -1,4 +1,4 @@
-"""Trackers record the numbers and images of a run: the local JSONL file always, others by report_to."""
+"""Trackers: the local JSONL log, which every run has, and those of report_to."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ logger = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """One place that records a run."""
+    """Records a run."""
 
     def start(self) -> None:
-        """Open it; called once, before anything is logged."""
+        """Open the tracker, once, before the first log."""
 
     def log(self, record: StepMetrics) -> None:
         """Record one optimiser step."""
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Record validation images by their label."""
+        """Record validation images: label -> file."""
 
     def finish(self) -> None:
-        """Close it."""
+        """Close the tracker."""
 
 
 class JsonLines:
-    """One JSON object per optimiser step; lines after the step that a run resumes from are cut."""
+    """One JSON object per optimiser step."""
 
     def __init__(self, file: Path, *, resumed_step: int) -> None:
         self._file = file
         self._resumed_step = resumed_step
 
     def start(self) -> None:
-        """Cut what an interrupted run logged beyond its last checkpoint."""
+        """Remove the lines after the step that the run resumes from."""
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
         kept = [line for line in lines if 0 < _step_of(line) <= self._resumed_step]
         write_text(self._file, "".join(f"{line}\n" for line in kept))
 
     def log(self, record: StepMetrics) -> None:
-        """Append one line; it is in the operating system's hands when this returns."""
+        """Append one line and hand it to the operating system."""
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
 
@@ -63,7 +63,7 @@ class JsonLines:
         """Nothing: the images are files already."""
 
     def finish(self) -> None:
-        """Nothing: no file stays open."""
+        """Nothing: the file is closed after each line."""
 
 
 def _step_of(line: str) -> int:
@@ -74,7 +74,7 @@ def _step_of(line: str) -> int:
 
 
 class TensorBoard:
-    """Scalars and images for TensorBoard under `<output_dir>/tensorboard`."""
+    """TensorBoard event files in `<output_dir>/tensorboard`."""
 
     def __init__(self, *, output_dir: Path, resumed_step: int, **_: object) -> None:
         self._folder = output_dir / TENSORBOARD_FOLDER
@@ -82,7 +82,7 @@ class TensorBoard:
         self._writer: Any = None
 
     def start(self) -> None:
-        """Open the event file; earlier events after the resumed step are hidden."""
+        """Open the event file and hide earlier events after the resumed step."""
         module = require("torch.utils.tensorboard", extra="track")
         self._writer = module.SummaryWriter(str(self._folder), purge_step=self._resumed_step + 1)
 
@@ -92,7 +92,7 @@ class TensorBoard:
             self._writer.add_scalar(f"train/{name}", value, record.step)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Add the images at this step."""
+        """Add images at a step."""
         for label, path in images.items():
             with Image.open(path) as image:
                 pixels = np.asarray(image.convert("RGB"))
@@ -105,7 +105,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; the run's id is kept in the output folder, so that a resumed run goes on in it."""
+    """Weights & Biases; the output folder keeps the run's id, so a resumed run continues it."""
 
     def __init__(
         self, *, config: TrackingConfig, output_dir: Path, settings: Mapping[str, object], **_: object
@@ -117,7 +117,7 @@ class Wandb:
         self._run: Any = None
 
     def start(self) -> None:
-        """Open the run, online or offline as WANDB_MODE says."""
+        """Open the run, online or offline by WANDB_MODE."""
         id_file = self._output_dir / WANDB_FILE
         run_id = json.loads(id_file.read_bytes())["id"] if id_file.exists() else None
         self._run = self._wandb.init(
@@ -137,9 +137,9 @@ class Wandb:
         self._run.log(curves, step=record.step)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Upload the images at this step."""
-        shown = [self._wandb.Image(str(path), caption=label) for label, path in images.items()]
-        self._run.log({"validation": shown}, step=step)
+        """Upload images at a step."""
+        uploads = [self._wandb.Image(str(path), caption=label) for label, path in images.items()]
+        self._run.log({"validation": uploads}, step=step)
 
     def finish(self) -> None:
         """Close the run."""
@@ -147,7 +147,7 @@ class Wandb:
 
 
 class Trackers:
-    """All trackers of a run; one that fails is dropped with a warning and never ends the run."""
+    """All trackers of a run; one that fails is removed with a warning and never ends the run."""
 
     def __init__(self, trackers: Sequence[Tracker]) -> None:
         self._trackers = list(trackers)
@@ -184,7 +184,7 @@ class Trackers:
             except Exception as error:  # noqa: BLE001 - named boundary: a tracker must never end a run
                 self._trackers.remove(tracker)
                 logger.warning(
-                    "%s failed to %s (%s: %s); nothing more is sent to it in this run.",
+                    "%s failed to %s (%s: %s) and is removed from this run.",
                     type(tracker).__name__,
                     doing,
                     type(error).__name__,

@@ -300,7 +300,7 @@ def test_names_in_braces_are_replaced_in_paths(workspace: Workspace) -> None:
 )
 def test_an_unknown_name_in_braces_lists_the_known(workspace: Workspace, key: str, known: str) -> None:
     message = workspace.problems(**{key: "a/{familie}"})
-    assert "{familie} is not known here. Known placeholders: {model_family}" in message
+    assert "{familie} is unknown here. Known placeholders: {model_family}" in message
     assert known in message
 
 

@@ -1,4 +1,4 @@
-"""The frozen base of every section, and the field types that also read what users write as text."""
+"""The frozen base of every section, and field types that also read text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, no unknown keys, the text under a field describes it."""
+    """A part of the configuration: frozen, without unknown keys; the text below a field describes it."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -43,65 +43,65 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class PathContext:
-    """Where relative paths start and what the names in braces stand for."""
+    """Start of relative paths, and values of the names in braces."""
 
     working_directory: Path = field(default_factory=Path.cwd)
     config_folder: Path | None = None
     names: Mapping[str, str] = field(default_factory=dict)
-    """Name -> text that replaces {name} in a path."""
+    """Name -> text that replaces {name}."""
 
     def expand(self, text: str) -> str:
         """The text with every {name} replaced.
 
         Raises:
-            ValueError: A name is not known here.
+            ValueError: A name is unknown.
         """
 
         def replace(match: re.Match[str]) -> str:
             name = match.group(1)
             if name not in self.names:
                 known = ", ".join(f"{{{known}}}" for known in sorted(self.names)) or "none"
-                raise ValueError(f"{{{name}}} is not known here. Known placeholders: {known}.")
+                raise ValueError(f"{{{name}}} is unknown here. Known placeholders: {known}.")
             return self.names[name]
 
         return _PLACEHOLDER.sub(replace, text)
 
     def input_path(self, text: str) -> Path | None:
-        """The absolute path of what exists under that name, working directory first; None if nothing does."""
+        """Absolute path of an existing file or folder, from the working directory first; None if missing."""
         relative = Path(text).expanduser()
         folders = [self.working_directory, *([self.config_folder] if self.config_folder else [])]
         candidates = (folder / relative for folder in folders)
         return next((Path(os.path.abspath(path)) for path in candidates if path.exists()), None)
 
     def output_path(self, text: str) -> Path:
-        """The absolute path of that name in the working directory."""
+        """Absolute path in the working directory."""
         return Path(os.path.abspath(self.working_directory / Path(text).expanduser()))
 
 
 def contradiction(key: str, text: str, *others: str) -> PydanticCustomError:
-    """An error of a whole section, shown at one of its keys; `others` are further keys that it is about."""
+    """An error of a section, shown at `key`; it is also about the keys in `others`."""
     return PydanticCustomError("contradiction", "{text}", {"key": key, "text": text, "keys": (key, *others)})
 
 
 def admits_none(section: type[Section], key: str) -> bool:
-    """Whether null is a value of its own for a key; elsewhere it means: not given."""
+    """Whether null is a value of the key; otherwise null means that the key is missing."""
     return type(None) in get_args(section.model_fields[key].annotation)
 
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """Annotation of a text that names a record of a registry, or one that is registered later."""
+    """Annotation of a text: a name in a registry, including names registered later."""
 
     registry: Registry[Any]
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """A text, and before that one of the names."""
+        """Check the name, then validate as text."""
         return core_schema.no_info_before_validator_function(self._name, handler(source))
 
     def __get_pydantic_json_schema__(
         self, schema: CoreSchema, handler: GetJsonSchemaHandler
     ) -> dict[str, Any]:
-        """The names that are registered now."""
+        """The names registered now."""
         return {"type": "string", "enum": list(self.registry)}
 
     def _name(self, value: object) -> str:
@@ -112,23 +112,21 @@ class OneOf:
 
 
 def registry_of(section: type[Section], key: str) -> Registry[Any] | None:
-    """The registry whose names a key takes, alone, optional or in a list."""
+    """The registry of a key's values, for a single value, an optional value or a list."""
     field = section.model_fields[key]
-    return next(
-        (found for each in (field.annotation, *field.metadata) if (found := _registry_in(each)) is not None),
-        None,
-    )
+    return _registry_in((field.annotation, *field.metadata))
 
 
-def _registry_in(annotation: object) -> Registry[Any] | None:
-    if isinstance(annotation, OneOf):
-        return annotation.registry
-    found = (_registry_in(each) for each in get_args(annotation))
-    return next((registry for registry in found if registry is not None), None)
+def _registry_in(annotations: tuple[object, ...]) -> Registry[Any] | None:
+    for each in annotations:
+        registry = each.registry if isinstance(each, OneOf) else _registry_in(get_args(each))
+        if registry is not None:
+            return registry
+    return None
 
 
 def choices_in(section: Section) -> Iterator[tuple[str, Choice]]:
-    """(key, record) of every choice that a section makes."""
+    """(key, record) of every choice in a section."""
     for key, value in section:
         registry = registry_of(type(section), key)
         if registry is not None:
@@ -137,7 +135,7 @@ def choices_in(section: Section) -> Iterator[tuple[str, Choice]]:
 
 
 def holds_text(section: type[Section], key: str) -> bool:
-    """Whether a key takes free text, in which an environment variable may be a secret; choices are not."""
+    """Whether a key takes free text, in which an environment variable may be a secret."""
     return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, (str, Path))
 
 
@@ -146,7 +144,7 @@ def _mentions(annotation: object, types: tuple[type, ...]) -> bool:
 
 
 def as_json(section: Section) -> dict[str, JsonValue]:
-    """The values of a section as json that validates into an equal one."""
+    """The values of a section as json; validating it gives an equal section."""
     return {key: _plain(value) for key, value in section}
 
 
@@ -164,7 +162,7 @@ def _plain(value: object) -> JsonValue:
 
 
 def path_context(info: ValidationInfo) -> PathContext:
-    """The context given to the validation, or one that starts at the working directory."""
+    """The context of the validation; default: the working directory."""
     return info.context if isinstance(info.context, PathContext) else PathContext()
 
 
@@ -199,7 +197,7 @@ def _empty_to_none(value: object) -> object:
 
 def _text(value: object) -> str:
     if not isinstance(value, (str, Path)):
-        raise ValueError("must be a path, written as a text.")
+        raise ValueError("must be a path, as text.")
     if not str(value).strip() or "\x00" in str(value):
         raise ValueError("must be a path.")
     return str(value)
@@ -222,7 +220,7 @@ def _folder(value: object, info: ValidationInfo) -> Path:
 def _existing(value: object, info: ValidationInfo) -> Path:
     text = _text(value)
     if "://" in text:
-        raise ValueError("remote storage is not supported here. Copy it to this machine and give its path.")
+        raise ValueError("remote storage is not supported. Copy it to this machine and give its path.")
     context = path_context(info)
     try:
         path = context.input_path(context.expand(text))
@@ -239,7 +237,7 @@ def _existing(value: object, info: ValidationInfo) -> Path:
 def _output(value: object, info: ValidationInfo) -> Path:
     text, context = _text(value), path_context(info)
     if "://" in text:
-        raise ValueError("remote storage is not supported here. Give a folder on this machine.")
+        raise ValueError("remote storage is not supported. Give a folder on this machine.")
     return context.output_path(context.expand(text))
 
 

@@ -1,4 +1,4 @@
-"""One image dataset of the dataset json, with what it inherits from config.json filled in."""
+"""One image dataset of the dataset json, with the values inherited from config.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _american(value: object) -> object:
 
 
 def resolution_problem(resolution: float, resolution_type: ResolutionType) -> str | None:
-    """Why a number is no resolution of that type; None if it is one."""
+    """Reason why a number is not a resolution of that type, or None."""
     if resolution_type == "area":
         if resolution > LARGEST_AREA_MEGAPIXELS:
             return (
@@ -62,8 +62,8 @@ def _folder_name(value: object) -> object:
         or set(value) & set('/\\:*?"<>|')
     ):
         raise ValueError(
-            'names a cache folder: at most 100 bytes, none of / \\ : * ? " < > |, no control characters, and '
-            "neither dot, hyphen nor space at the start."
+            'must fit a folder name: at most 100 bytes, without / \\ : * ? " < > | and control characters, '
+            "without a dot, hyphen or space at the start."
         )
     return value
 
@@ -72,49 +72,49 @@ CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
 
 
 class DatasetConfig(Section):
-    """A folder of images and how they are captioned, resized and repeated."""
+    """A folder of images, with captions, size and repeats."""
 
     id: Annotated[str, BeforeValidator(_folder_name)]
-    """Name of the dataset, unique in the file; it names the dataset's cache folder."""
+    """Name of the dataset and of its cache folder, unique in the file."""
     type: Literal["local"] = "local"
-    """Where the images are: local, a folder on this machine."""
+    """Place of the images: local, a folder on this machine."""
     dataset_type: Literal["image"] = "image"
-    """What the entry is: image, or text_embeds for an entry that only names the text cache (`cache_dir`)."""
+    """image, or text_embeds for an entry that only names the text cache (`cache_dir`)."""
     disabled: bool = False
-    """Leaves the entry out, unchecked."""
+    """Skip the entry without checks."""
     instance_data_dir: InputFolder
-    """Folder of the images, searched with its subfolders; never written to."""
+    """Folder of the images, with its subfolders; only read."""
     cache_dir_vae: OptionalOutputPath = None
-    """Folder of the cached latents. Default: the dataset's id below `cache_dir_vae` of config.json."""
+    """Folder of cached latents. Default: the dataset's id below `cache_dir_vae` of config.json."""
     resolution: PositiveNumber = 1024.0
-    """Size that images are resized to, in the unit of resolution_type. Default: config.json's."""
+    """Training size of images, in the unit of resolution_type. Default: config.json's."""
     resolution_type: ResolutionType = "pixel_area"
-    """Meaning of resolution: pixel, the shorter edge; pixel_area, the edge of a square of the same area;
-    area, megapixels. Default: config.json's."""
+    """Unit of resolution: pixel, the shorter edge; pixel_area, the edge of a square of equal area; area,
+    megapixels. Default: config.json's."""
     minimum_image_size: NonNegativeNumber = 0.0
-    """Smaller images are left out; in the unit of resolution_type, 0 keeps all. Default: config.json's."""
+    """Smaller images are skipped; in the unit of resolution_type, 0 keeps all. Default: config.json's."""
     crop: bool = False
-    """Crop to the shape that crop_aspect names; false keeps each image's aspect, in buckets."""
+    """Crop by crop_aspect; false keeps each image's aspect ratio, in buckets."""
     crop_style: Annotated[CropStyle, BeforeValidator(_american)] = "random"
-    """Which part stays when an image is cropped."""
+    """Position of the crop."""
     crop_aspect: Literal["square", "preserve"] = "square"
-    """Shape of a crop: square, or preserve for the nearest bucket to the image's own aspect."""
+    """Shape of the crop: square, or preserve for the bucket nearest to the image's aspect ratio."""
     caption_strategy: CaptionStrategy | None = None
-    """Source of captions. null takes textfile when the folder holds text files, else filename. Default:
+    """Source of captions. null takes textfile if the folder has text files, else filename. Default:
     config.json's."""
     instance_prompt: OptionalText = None
-    """Caption of every image with instanceprompt, and what prepend_instance_prompt prepends. Default:
+    """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt. Default:
     config.json's."""
     prepend_instance_prompt: bool = False
-    """Put instance_prompt before each caption."""
+    """Prepend instance_prompt to each caption."""
     only_instance_prompt: bool = False
-    """Use instance_prompt as every caption, whatever caption_strategy says."""
+    """Use instance_prompt as every caption, instead of caption_strategy."""
     repeats: CountOrZero = 0
-    """How often each image is seen again within an epoch; 0 means once."""
+    """Additional passes over each image in an epoch; 0 is one pass."""
     probability: PositiveNumber = 1.0
-    """Factor on how often images are drawn in an epoch: 0.5 draws half as many, 2 twice as many."""
+    """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
     max_num_samples: OptionalCount = None
-    """Uses only so many images, chosen by the seed; null or 0 uses all."""
+    """Number of images to use, chosen by the seed; null or 0 uses all."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

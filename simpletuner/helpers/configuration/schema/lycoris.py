@@ -45,7 +45,7 @@ def _patterns(value: object) -> object:
 
 def _factor(value: int) -> int:
     if value != -1 and value < 1:
-        raise ValueError("must be at least 1, or -1 to let LyCORIS choose.")
+        raise ValueError("must be at least 1, or -1 for LyCORIS's choice.")
     return value
 
 
@@ -111,12 +111,17 @@ def algorithm_arguments() -> type[ArgumentSection]:
 @cache
 def _arguments_section(arguments: tuple[tuple[str, Argument], ...]) -> type[ArgumentSection]:
     fields: dict[str, Any] = {
-        key: (_TYPES[argument.type] | None, Field(default=None, description=argument.description))
+        key: (_TYPES[argument.type] | None, Field(default=None, description=_described(argument)))
         for key, argument in arguments
     }
     return create_model(
         "AlgorithmArguments", __base__=ArgumentSection, __doc__=ArgumentSection.__doc__, **fields
     )
+
+
+def _described(argument: Argument) -> str:
+    others = f" Also written {', '.join(argument.aliases)}." if argument.aliases else ""
+    return argument.description + others
 
 
 @cache
@@ -136,23 +141,23 @@ LayerEntry = Annotated[SerializeAsAny[LayerArguments], BeforeValidator(_layer)]
 
 
 class TargetPreset(Section):
-    """Which layers of the denoiser the adapter is for."""
+    """Target layers of the adapter."""
 
     target_module: Names = ()
-    """Class names whose layers are adapted; Attention and FeedForward mean the model family's own classes.
-    Without any target these two are taken."""
+    """Class names of target layers; Attention and FeedForward stand for the model family's own classes, and
+    are the default."""
     target_name: Patterns = ()
-    """Regular expressions (or patterns, with use_fnmatch) on module paths."""
+    """Module paths of target layers, as regular expressions, or as patterns with use_fnmatch."""
     exclude_name: Patterns = ()
-    """Module paths that stay as they are, written like target_name."""
+    """Module paths without an adapter, written like target_name."""
     module_algo_map: Mapping[str, LayerEntry] = {}
     """Class name -> algo, dim, alpha and arguments of its layers."""
     name_algo_map: Mapping[str, LayerEntry] = {}
     """Pattern of module paths -> the same for these layers."""
     use_fnmatch: bool = False
-    """Read names as file-name patterns (*, ?) rather than regular expressions."""
+    """Read names as file-name patterns (*, ?), not as regular expressions."""
     enable_conv: bool = True
-    """Adapt convolutions with a kernel above 1x1 in the targets too."""
+    """Also adapt convolutions with a kernel above 1x1 in the targets."""
 
     @property
     def entries(self) -> tuple[LayerArguments, ...]:
@@ -171,7 +176,7 @@ class TargetPreset(Section):
                 try:
                     re.compile(pattern)
                 except re.error as error:
-                    text = f"{pattern!r} is no regular expression: {error}. Set use_fnmatch for * and ?."
+                    text = f"{pattern!r} is not a regular expression: {error}. Set use_fnmatch for * and ?."
                     raise contradiction(key, text, "use_fnmatch") from None
         return self
 
@@ -182,32 +187,32 @@ class LycorisConfig(Section):
     algo: Algorithm
     """The algorithm."""
     multiplier: Annotated[Number, AfterValidator(_not_zero)]
-    """Strength of the adapter while training and after it; usually 1."""
+    """Strength of the adapter in training and afterwards; usually 1."""
     linear_dim: Count
-    """Rank: the most ranks that a layer opens."""
+    """Rank; with tlora the highest active rank."""
     linear_alpha: PositiveNumber
     """Scale of the adapter, applied as linear_alpha / linear_dim."""
     apply_preset: TargetPreset = TargetPreset()
-    """Which layers are adapted."""
+    """Target layers."""
     tlora_min_rank: Count = 1
-    """Ranks left open at the highest noise; at most linear_dim."""
+    """Active rank at the highest noise; at most linear_dim."""
     tlora_alpha: PositiveNumber = 1.0
-    """Exponent of the schedule; above 1 ranks close sooner as noise grows."""
+    """Exponent of the rank schedule; above 1 the active rank falls sooner as noise grows."""
     tlora_schedule: Literal["floor", "inclusive"] = "floor"
-    """Rounding: floor as in the paper, where the full rank is open at timestep 0 alone; inclusive reaches
-    every rank equally often."""
+    """Rounding of the active rank: floor as in the paper, with the full rank at timestep 0 only; inclusive
+    reaches every rank equally often."""
     tlora_init: TLoraInit = "random"
-    """Start of the factors: random, singular vectors of a random matrix; weight, of the layer's weight;
-    vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
+    """Initialisation: random, singular vectors of a random matrix; weight, singular vectors of the layer's
+    weight; vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
     sig_type: Literal["last", "middle", "principal"] = "last"
-    """Which singular vectors: the smallest, the middle or the largest."""
+    """Singular vectors of the initialisation: the smallest, the middle or the largest."""
     mask_group_id: Annotated[int, Field(ge=0, lt=FIRST_OWN_MASK_GROUP)] | None = None
     """LyCORIS's mask group of the network, for a training loop that sets masks itself: networks of one group
-    share theirs, and 0 is what the public functions set. null gives each network a group of its own."""
+    share a rank mask, and the public functions set group 0. null gives each network its own group."""
     extra: Mapping[str, Scalar] = {}
-    """The algorithm's other arguments, under the names of LyCORIS's constructors."""
+    """Other arguments of the algorithm, under the names of LyCORIS's constructors."""
     raw: Mapping[str, JsonValue] = {}
-    """The json as the user wrote it."""
+    """The user's json."""
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> Self:

@@ -1,4 +1,4 @@
-"""The sections of config.json; the text under a field is its line in the reference page."""
+"""The sections of config.json; the text below a field is its line in the reference page."""
 
 from __future__ import annotations
 
@@ -66,14 +66,13 @@ Precision = Annotated[str, OneOf(PRECISIONS)]
 
 
 def _model_source(value: object, info: ValidationInfo) -> object:
-    """A folder or file as its absolute path, a repository's name as it is."""
     if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError("must be the folder or the repository of a model, as a text.")
+        raise ValueError("must be the folder or repository of a model, as text.")
     text = path_context(info).expand(str(value))
     if text.lower().endswith((".ckpt", ".pt", ".pth", ".bin", ".gguf")):
         raise ValueError(
-            "is neither a folder in diffusers' layout nor a .safetensors file, which are all that is opened: "
-            "pickles can run code, and GGUF is for inference. Give the model as one of those."
+            "must be a folder in diffusers' layout or a .safetensors file: pickles can run code, and GGUF is "
+            "for inference."
         )
     path = path_context(info).input_path(text)
     if path is not None and path.is_file() and path.suffix != FILE_SUFFIX:
@@ -81,9 +80,7 @@ def _model_source(value: object, info: ValidationInfo) -> object:
     if path is not None:
         return str(path)
     if text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise ValueError(
-            "is no folder or file here. Give an existing one, or a repository written owner/name."
-        )
+        raise ValueError("not found. Give an existing folder or file, or a repository written owner/name.")
     return text
 
 
@@ -92,19 +89,19 @@ OptionalModelSource = Annotated[ModelSource | None, BeforeValidator(lambda value
 
 
 class ModelConfig(Section):
-    """The model that is adapted."""
+    """The base model."""
 
     model_family: str
     """Family of the model."""
     model_flavour: OptionalText = None
-    """Variant within the family, which names the repository when no model is given. Default: the family's."""
+    """Variant within the family; it names the repository if no model is given. Default: the family's."""
     model_type: Literal["lora"] = "lora"
-    """What is trained: lora, an adapter of the kind that lora_type names."""
+    """lora trains an adapter, by lora_type."""
     pretrained_model_name_or_path: ModelSource
-    """Folder in diffusers' layout, repository written owner/name, or a whole checkpoint in one .safetensors
-    file where the family reads one. Default: the flavour's repository."""
+    """Folder in diffusers' layout, repository written owner/name, or checkpoint in one .safetensors file if
+    the family reads one. Default: the flavour's repository."""
     pretrained_config_name_or_path: OptionalModelSource = None
-    """Folder or repository that gives such a file its configuration, tokenizers and scheduler. Default: the
+    """Folder or repository with the configuration, tokenizers and scheduler for such a file. Default: the
     flavour's repository."""
     pretrained_unet_model_name_or_path: OptionalModelSource = None
     """Folder, repository or .safetensors file of another UNet than the model's."""
@@ -123,9 +120,9 @@ class ModelConfig(Section):
     revision: OptionalText = None
     """Branch, tag or commit of the repository; null is its main branch."""
     variant: OptionalText = None
-    """Variant of the weight files, for instance fp16; null is the plain one."""
+    """Variant of the weight files, for instance fp16; null for files without a variant."""
     prediction_type: PredictionType | None = None
-    """What the denoiser predicts. Default: what the model's own scheduler says."""
+    """Prediction type of the denoiser. Default: that of the model's own scheduler."""
     rescale_betas_zero_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise."""
 
@@ -135,7 +132,7 @@ class ModelConfig(Section):
         if self.pretrained_config_name_or_path is None:
             return self
         if not self.pretrained_model_name_or_path.endswith(FILE_SUFFIX):
-            text = "has an effect only where pretrained_model_name_or_path is a single file. Remove it."
+            text = "has an effect only if pretrained_model_name_or_path is a single file. Remove it."
             raise contradiction(key, text, "pretrained_model_name_or_path")
         if self.pretrained_config_name_or_path.endswith(FILE_SUFFIX):
             raise contradiction(key, "is a file. Give a folder in diffusers' layout, or a repository.")
@@ -143,50 +140,50 @@ class ModelConfig(Section):
 
 
 class NoiseConfig(Section):
-    """Which noise levels are trained, how the loss weighs them, and what the model is told beside them."""
+    """Noise levels in training, their loss weights, and the guidance embedding."""
 
     snr_gamma: OptionalPositiveNumber = None
-    """Gamma of min-SNR loss weights, usually 5; null or 0 weighs all timesteps alike."""
+    """Gamma of min-SNR loss weights, usually 5; null or 0 for equal weights."""
     flow_sigmoid_scale: PositiveNumber = 1.0
-    """Noise levels are the sigmoid of a normal number times this; larger is wider. Flow matching only, as
-    the other keys that begin with flow."""
+    """Noise levels are the sigmoid of a normal number times this; larger is wider. All keys that begin with
+    flow are for flow matching."""
     flow_use_uniform_schedule: bool = False
     """Draw noise levels uniformly instead."""
     flow_use_beta_schedule: bool = False
     """Draw noise levels from a beta distribution instead."""
     flow_beta_schedule_alpha: PositiveNumber = 2.0
-    """First parameter of that beta distribution; above the second it prefers high noise."""
+    """First parameter of the beta distribution; above the second it prefers high noise."""
     flow_beta_schedule_beta: PositiveNumber = 2.0
-    """Second parameter of that beta distribution."""
+    """Second parameter of the beta distribution."""
     flow_schedule_shift: OptionalNonNegativeNumber = None
-    """Shift of the noise levels that are drawn and of those that pictures are made at; above 1 is more noise,
-    0 and 1 do not shift. null takes what the model's own scheduler says."""
+    """Shift of noise levels in training and sampling; above 1 is more noise, 0 and 1 do not shift. null takes
+    the shift of the model's own scheduler."""
     flow_schedule_auto_shift: bool = False
-    """Shift by the number of image tokens, whatever the model's own scheduler says."""
+    """Shift by the number of image tokens, not by the model's own scheduler."""
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
-    """What guidance a model with a guidance embedding is told in training: constant, flux_guidance_value;
-    random-range, uniform between flux_guidance_min and flux_guidance_max."""
+    """Guidance embedding in training: constant, flux_guidance_value; random-range, uniform between
+    flux_guidance_min and flux_guidance_max."""
     flux_guidance_value: NonNegativeNumber = 1.0
-    """That guidance with constant."""
+    """Guidance with constant."""
     flux_guidance_min: NonNegativeNumber = 0.0
     """Lowest guidance with random-range."""
     flux_guidance_max: NonNegativeNumber = 4.0
     """Highest guidance with random-range."""
     flux_attention_masked_training: bool = False
-    """Attention passes over the padding of captions, in training and in pictures made while training."""
+    """Mask padding tokens in attention during training and validation."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
             raise contradiction(
                 "flow_use_beta_schedule",
-                "noise levels are drawn one way only. Leave out this or flow_use_uniform_schedule.",
+                "cannot be set with flow_use_uniform_schedule. Remove one of them.",
                 "flow_use_uniform_schedule",
             )
         if self.flow_schedule_auto_shift and self.flow_schedule_shift is not None:
             raise contradiction(
                 "flow_schedule_shift",
-                f"{self.flow_schedule_shift:g} has no effect with flow_schedule_auto_shift. Leave out one.",
+                f"{self.flow_schedule_shift:g} has no effect with flow_schedule_auto_shift. Remove one.",
                 "flow_schedule_auto_shift",
             )
         low, high = self.flux_guidance_min, self.flux_guidance_max
@@ -203,11 +200,11 @@ class PrecisionConfig(Section):
     """Number formats and memory."""
 
     mixed_precision: Literal["bf16", "fp16", "no"] = "bf16"
-    """Format of the frozen model and of the computation; no is float32. The adapter itself is float32."""
+    """Format of the frozen model and of the computation; no is float32. The adapter is float32."""
     base_model_precision: Precision = UNCHANGED
     """Format of the frozen denoiser's linear layers; fewer bits are a little less exact."""
     text_encoder_1_precision: Precision = UNCHANGED
-    """The same for the first text encoder; its prompt embeds are cached apart."""
+    """The same for the first text encoder; each has its own cache entries."""
     text_encoder_2_precision: Precision = UNCHANGED
     """The same for the second."""
     text_encoder_3_precision: Precision = UNCHANGED
@@ -215,14 +212,14 @@ class PrecisionConfig(Section):
     text_encoder_4_precision: Precision = UNCHANGED
     """The same for the fourth."""
     enable_group_offload: bool = False
-    """Keep the denoiser's blocks on the host and bring them to the device a group at a time, forwards and
-    backwards: much less memory, much slower."""
+    """Keep the denoiser's blocks on the host and move one group at a time to the device, in forward and
+    backward: much less memory, much slower."""
     group_offload_type: Literal["block_level", "leaf_level"] = "block_level"
-    """What a group is: block_level, neighbouring blocks; leaf_level, a single layer."""
+    """block_level: a group is some neighbouring blocks; leaf_level: a group is one layer."""
     group_offload_blocks_per_group: Count = 1
-    """Blocks that are brought together with block_level."""
+    """Blocks per group with block_level."""
     vae_batch_size: Count = 1
-    """Images encoded at a time; above 1, last bits depend on it as with text_encoder_batch_size."""
+    """Images encoded at a time; above 1, the last bits of latents depend on it."""
     vae_enable_tiling: bool = False
     """Encode and decode in tiles: less memory, slightly different values."""
     vae_enable_slicing: bool = False
@@ -233,52 +230,51 @@ class AdapterConfig(Section):
     """The adapter; the keys from lora_rank to peft_lora_target_modules are for lora_type standard."""
 
     lora_type: Literal["standard", "lycoris"] = "standard"
-    """Kind of adapter: standard, LoRA by PEFT; lycoris, T-LoRA or another algorithm, by lycoris_config."""
+    """standard: LoRA by PEFT; lycoris: T-LoRA or another algorithm, by lycoris_config."""
     lora_rank: Count = 16
     """Rank of the LoRA."""
     lora_alpha: PositiveNumber = Field(default_factory=lambda values: float(values.get("lora_rank", 16)))
     """Scale of the LoRA, applied as lora_alpha / lora_rank. Default: lora_rank, a scale of 1."""
     lora_dropout: ShareBelowOne = 0.0
-    """Share of inputs dropped while training."""
+    """Fraction of inputs dropped in training."""
     lora_init_type: Literal["default", "gaussian", "olora", "pissa"] = "default"
-    """Start of the LoRA's factors. olora and pissa take it from the base weights; the file then has twice the
-    rank, so that it fits the base model as it is published."""
+    """Initialisation of the LoRA. olora and pissa start from the base weights; the file then has twice the
+    rank, so that it fits the published base model."""
     use_dora: bool = False
     """Train direction and magnitude apart (DoRA)."""
     peft_lora_target_modules: Names | None = None
-    """Names of the layers that get a LoRA, a list or comma-separated. Default: the family's."""
+    """Names of the target layers, a list or comma-separated. Default: the family's."""
     flux_lora_target: OptionalText = None
-    """A set of layers by its name, in place of peft_lora_target_modules."""
+    """Name of a set of target layers, instead of peft_lora_target_modules."""
     lycoris_config: OptionalInputFile = None
     """The lycoris json: its path, or the object itself. Required by lora_type lycoris."""
     lora_format: Literal["diffusers", "comfyui"] = "diffusers"
-    """comfyui leaves, beside the adapter's own file, a plain LoRA with every rank open, under the names that
-    ComfyUI and kohya's tools read."""
+    """comfyui also writes a LoRA with all ranks active, with the key names of ComfyUI and kohya's tools."""
     init_lora: OptionalInputFile = None
-    """Adapter file of the same kind and rank to start from."""
+    """Adapter file to start from, of the same algorithm and rank."""
 
     @model_validator(mode="after")
-    def _start_is_one(self) -> Self:
+    def _has_one_start(self) -> Self:
         if self.lora_type == "standard" and self.lora_init_type in CHANGE_THE_BASE:
-            taken = f"{self.lora_init_type} takes the start from the base weights"
+            taken = f"{self.lora_init_type} starts from the base weights"
             if self.init_lora is not None:
                 raise contradiction(
-                    "lora_init_type", f"{taken}, and init_lora from a file. Leave out one.", "init_lora"
+                    "lora_init_type", f"{taken}, init_lora from a file. Remove one of them.", "init_lora"
                 )
             if self.use_dora:
                 raise contradiction(
-                    "lora_init_type", f"{taken}, which use_dora rescales. Leave out one.", "use_dora"
+                    "lora_init_type", f"{taken}, which use_dora rescales. Remove one of them.", "use_dora"
                 )
         return self
 
 
 class TrainingConfig(Section):
-    """How long and in which batches is trained."""
+    """Length of the run, batches, gradients and loss."""
 
     max_train_steps: OptionalCount = None
-    """Optimiser steps of the run; null or 0 trains num_train_epochs."""
+    """Optimiser steps of the run; null or 0 uses num_train_epochs."""
     num_train_epochs: CountOrZero = 1
-    """Passes over the data; used when max_train_steps is null or 0."""
+    """Passes over the data, if max_train_steps is null or 0."""
     train_batch_size: Count = 1
     """Images per forward pass and process."""
     gradient_accumulation_steps: Count = 1
@@ -286,22 +282,22 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
     seed: Seed = 42
-    """Everything random follows from it."""
+    """Seed of every random choice."""
     caption_dropout_probability: Share = 0.0
-    """Share of images trained without their caption."""
+    """Fraction of samples trained without their caption."""
     max_grad_norm: NonNegativeNumber = 1.0
-    """Bound on the gradient, in the sense of grad_clip_method; 0 does not clip."""
+    """Bound on the gradient, by grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
     """norm: clip by global norm; value: clip each element."""
     loss_type: Annotated[str, OneOf(LOSSES)] = "l2"
     """Loss of the prediction."""
 
     @model_validator(mode="after")
-    def _ends(self) -> Self:
+    def _has_an_end(self) -> Self:
         if self.max_train_steps is None and self.num_train_epochs == 0:
             raise contradiction(
                 "max_train_steps",
-                "the run has no end. Set max_train_steps or num_train_epochs above 0.",
+                "the run would have no end. Set max_train_steps or num_train_epochs above 0.",
                 "num_train_epochs",
             )
         return self
@@ -343,32 +339,32 @@ class OptimizerConfig(Section):
 
 
 class DataConfig(Section):
-    """What all datasets share; most keys can be overridden by a dataset."""
+    """Defaults for all datasets; a dataset can override most of them."""
 
     data_backend_config: InputFile | None = None
     """The dataset json: its path, or the array itself. Required."""
     resolution: PositiveNumber = 1024.0
-    """Size that images are resized to, in the unit of resolution_type. Default: the family's."""
+    """Training size of images, in the unit of resolution_type. Default: the family's."""
     resolution_type: ResolutionType = "pixel_area"
-    """Meaning of resolution: pixel, the shorter edge; pixel_area, the edge of a square of the same area;
-    area, megapixels."""
+    """Unit of resolution: pixel, the shorter edge; pixel_area, the edge of a square of equal area; area,
+    megapixels."""
     minimum_image_size: NonNegativeNumber = 0.0
-    """Smaller images are left out; in the unit of resolution_type, 0 keeps all."""
+    """Smaller images are skipped; in the unit of resolution_type, 0 keeps all."""
     aspect_bucket_alignment: OptionalCount = None
     """Training width and height are multiples of this many pixels. Default: the family's."""
     aspect_bucket_rounding: Decimals = 2
-    """Decimals to which aspect ratios are rounded before images are put into buckets."""
+    """Decimals of aspect ratios before images go into buckets."""
     caption_strategy: CaptionStrategy | None = None
-    """Source of captions. null takes textfile in folders that hold text files, else filename."""
+    """Source of captions. null takes textfile in folders with text files, else filename."""
     instance_prompt: OptionalText = None
-    """Caption of every image with instanceprompt, and what prepend_instance_prompt of a dataset prepends."""
+    """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
     cache_dir_vae: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/vae"))
     """Folder of cached latents, one subfolder per dataset. Default: cache/vae."""
     cache_dir_text: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/text"))
-    """Folder of cached text embeddings. Default: cache/text."""
+    """Folder of cached prompt embeds. Default: cache/text."""
     text_encoder_batch_size: Count = 1
-    """Captions encoded at a time; above 1, an embedding's last bits depend on what it was encoded with, so
-    that a run whose caching was interrupted may end a rounding error apart."""
+    """Captions encoded at a time; above 1, the last bits of prompt embeds depend on the batch, so a run whose
+    caching was interrupted may end a rounding error apart."""
 
     def alignment(self, family_alignment: int) -> int:
         """Pixels of which training width and height are multiples; the family's by default."""
@@ -392,37 +388,37 @@ def _checkpoint_name(value: object) -> object:
 
 
 class CheckpointConfig(Section):
-    """What is written to disk, and what a run goes on from."""
+    """The output folder, checkpoints and resuming."""
 
     output_dir: OutputPath = Field(default_factory=lambda: PathContext().output_path("output"))
-    """Folder of everything the run writes but caches. Default: output."""
+    """Folder of all files of the run except caches. Default: output."""
     checkpoint_step_interval: CountOrZero = 500
     """Optimiser steps between checkpoints; 0 saves only at the end."""
     checkpoints_total_limit: OptionalCount = 5
-    """How many of the newest checkpoints stay on disk; null or 0 keeps every one."""
+    """Number of checkpoints to keep, the newest; null or 0 keeps all."""
     resume_from_checkpoint: Annotated[
         Annotated[str, AfterValidator(_folder_in_output)] | None, BeforeValidator(_checkpoint_name)
     ] = "latest"
-    """What the run goes on from: latest, the newest intact checkpoint if there is one; the name of a
-    checkpoint's folder; null or none starts anew."""
+    """latest resumes from the newest intact checkpoint, if there is one; the name of a checkpoint folder
+    resumes from that; null or none starts anew."""
 
 
 class TrackingConfig(Section):
-    """Where the course of the run is reported, beside the log in output_dir."""
+    """Trackers, besides the log in output_dir."""
 
     report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], BeforeValidator(trackers)] = ()
     """Trackers, a list or comma-separated; none for no tracker."""
     tracker_project_name: str = "simpletuner"
-    """Project that the run belongs to in the tracker."""
+    """Project of the run in the tracker."""
     tracker_run_name: OptionalText = None
     """Name of the run in the tracker; null lets the tracker choose."""
 
 
 class ValidationPrompt(Section):
-    """A prompt that validations make pictures of."""
+    """A prompt of validation images."""
 
     name: str
-    """Names its pictures."""
+    """Name of its images."""
     text: str
     """The prompt."""
     strength: float | None = None
@@ -430,53 +426,53 @@ class ValidationPrompt(Section):
 
 
 class ValidationConfig(Section):
-    """The pictures made while training; none without a prompt."""
+    """Validation images; none without a prompt."""
 
     validation_prompt: OptionalText = None
-    """Prompt of the validation pictures."""
+    """Prompt of the validation images."""
     validation_prompt_library: bool = False
-    """Adds a small set of prompts that come with the trainer."""
+    """Add the prompts of the package."""
     user_prompt_library: OptionalInputFile = None
-    """A json that adds prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength"}."""
+    """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength"}."""
     validation_negative_prompt: str = ""
-    """Prompt that guidance leads away from."""
+    """Negative prompt of guidance."""
     validation_resolution: Annotated[tuple[Size, ...], BeforeValidator(sizes)] = ()
-    """Sizes of the pictures in pixels: an edge of a square, or width x height, comma-separated
+    """Sizes of the images in pixels: an edge of a square, or width x height, comma-separated
     ("1024x1024,768x1344"). Default: the training resolution."""
     validation_guidance: NonNegativeNumber = 7.5
-    """Guidance scale; 1 or below is no guidance. Default: the family's."""
+    """Guidance scale; 1 or below for no guidance. Default: the family's."""
     validation_guidance_real: NonNegativeNumber = 1.0
-    """Guidance by a second pass with the negative prompt, for models that are told a guidance scale and
-    follow it in one pass; 1 or below is none."""
+    """Guidance by a second pass with the negative prompt, for models with a guidance embedding; 1 or below
+    for none."""
     validation_guidance_rescale: Share = 0.0
-    """How far guided predictions are rescaled to the spread of unguided ones, against overexposure."""
+    """Fraction of rescaling guided predictions to the spread of unguided ones, against overexposure."""
     validation_num_inference_steps: Count = 30
-    """Denoising steps per picture."""
+    """Denoising steps per image."""
     validation_seed: OptionalWhole = None
-    """Seed of the first picture of each prompt; the others count up. Default: seed."""
+    """Seed of the first image of each prompt; the others count up. Default: seed."""
     validation_noise_scheduler: Annotated[str, OneOf(SAMPLERS)] | None = None
     """The sampler; null takes the model's own."""
     num_validation_images: Count = 1
-    """Pictures per prompt and size."""
+    """Images per prompt and size."""
     validation_step_interval: CountOrZero = 100
     """Optimiser steps between validations; 0 validates only at the end."""
     validation_on_startup: bool = False
-    """Validate before the first step too."""
+    """Also validate before the first step."""
     validation_disable: bool = False
-    """Makes no pictures at all."""
+    """Make no images."""
     disable_benchmark: bool = False
-    """Leaves out the pictures of the base model that stand beside the trained ones."""
+    """Make no images of the base model for comparison."""
     validation_lycoris_strength: Number = 1.0
-    """Strength of the adapter in validation pictures; 1 as trained, 0 the base model."""
+    """Strength of the adapter in validation images; 1 as trained, 0 for the base model."""
     validation_compared_config: OptionalInputFile = None
-    """Config.json of another run on the same model, whose adapter is shown beside this run's; that run is
-    trained first where it is not finished. Arguments of the command line are not for it."""
+    """Config.json of another run on the same model; its adapter makes images for comparison. That run trains
+    first if it is not finished, without the arguments of the command line."""
     prompts: tuple[ValidationPrompt, ...] = ()
-    """Every prompt of the above."""
+    """All prompts."""
 
 
 class RunConfig(Section):
-    """Everything a run is told, checked and complete."""
+    """The whole configuration of a run, validated."""
 
     source: Path
     """The config.json."""
@@ -489,14 +485,14 @@ class RunConfig(Section):
     precision: PrecisionConfig
     data: DataConfig
     datasets: tuple[DatasetConfig, ...]
-    """The image datasets that are not disabled."""
+    """Image datasets, without disabled ones."""
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     validation: ValidationConfig
     compared_with: RunConfig | None = None
-    """The run that validation_compared_config names."""
+    """The run of validation_compared_config."""
     hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
-    """Value of an environment variable in a text -> the placeholder that stands for it in `resolved`."""
+    """Value of an environment variable -> its placeholder in `resolved`."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -504,10 +500,10 @@ class RunConfig(Section):
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
 
     def resolved(self) -> dict[str, JsonValue]:
-        """Every key and its value as json, flat, in one object that load_config reads again.
+        """Every key and its value in one flat json object, which load_config can read.
 
-        The lycoris json and the dataset json stand in it whole. Where an environment variable was put into a
-        text, its placeholder stands, so that no secret is written to disk.
+        It contains the lycoris json and the dataset json. Placeholders replace environment variables, so no
+        secret is written to disk.
         """
         sections = (
             self.model,

@@ -19,7 +19,7 @@ _DEFAULT_BETAS = (0.9, 0.999)
 
 
 def sizes(value: object) -> tuple[Size, ...]:
-    """Sizes from 1024, "1024", "1024x768" (width x height), several separated by commas, or a list of those.
+    """Sizes from 1024, "1024", "1024x768" (width x height), a comma-separated text or a list of these.
 
     Raises:
         ValueError: A part is not a size.
@@ -70,7 +70,7 @@ def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
         return {}
     pairs = _pairs(value) if isinstance(value, str) else value
     if not isinstance(pairs, Mapping):
-        raise ValueError('must be an object, or a text such as "weight_decay=0.01,eps=1e-8".')
+        raise ValueError('must be an object or a text such as "weight_decay=0.01,eps=1e-8".')
     arguments = {str(name): _argument(each) for name, each in pairs.items()}
     single = {name: arguments.pop(name) for name in _BETAS if name in arguments}
     if single:
@@ -107,7 +107,7 @@ def _argument_problem(value: OptimizerArgument, argument_type: ArgumentType) -> 
 
 def _pairs(text: str) -> dict[str, str]:
     pairs: dict[str, str] = {}
-    # A comma inside brackets or before a bare value belongs to a list: betas=0.9,0.99
+    # A comma before a bare value or inside brackets belongs to a list: betas=0.9,0.99
     for part in re.split(r",(?=\s*[A-Za-z_]\w*\s*=)", text.strip().strip(",")):
         name, equals, value = part.partition("=")
         name = name.strip().lstrip("-")
@@ -125,7 +125,7 @@ def _argument(value: object) -> OptimizerArgument:
     if isinstance(value, bool | int | float):
         return value
     if not isinstance(value, str):
-        raise ValueError("values must be numbers, true, false, texts or lists of numbers.")
+        raise ValueError("values must be numbers, true, false, text or lists of numbers.")
     lowered = value.lower()
     if lowered in ("true", "false"):
         return lowered == "true"

@@ -200,7 +200,9 @@ def test_a_start_from_the_base_weights_is_the_only_one(
 ) -> None:
     workspace.text("start.safetensors", "")
     changes = {"lora_type": "standard", "lora_init_type": start} | other
-    assert f"{start} takes the start from the base weights" in workspace.problems(**changes)
+    message = workspace.problems(**changes)
+    assert f"lora_init_type  {start} " in message
+    assert next(iter(other)) in message
 
 
 def test_a_plain_lora_is_refused_by_a_family_without_original_names(workspace: Workspace) -> None:
