@@ -92,7 +92,7 @@ def check_family(
         values |= {key: value for key, value in validated.section if key not in validated.invalid_keys}
         for key in sorted(foreign & defaults.keys() - validated.invalid_keys):
             if values[key] != defaults[key]:
-                source.add(key, f"has no effect with model_family {spec.name}. Remove it.")
+                source.add(key, f"means nothing to model_family {spec.name}. Remove it.")
     for key, problem in (spec.problems(values) if spec.problems is not None else {}).items():
         source.add(key, problem)
 
@@ -245,7 +245,7 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
     name = sampler.validation_noise_scheduler if sampler is not None else None
     if name is not None and name not in spec.samplers:
         known = ", ".join(spec.samplers)
-        text = f"model_family {spec.name} has {known}. Use one of them, or null for the model's own sampler."
+        text = f"model_family {spec.name} is sampled with {known}. Use one of them, or null for its default."
         source.reject("validation_noise_scheduler", name, text)
     section = validation.if_valid("validation_resolution")
     step = spec.minimum_alignment
