@@ -60,7 +60,7 @@ def _prompt(name: str, value: JsonValue, source: Source) -> ValidationPrompt | N
         source.reject(f"{name}.prompt", text, "must be a text, not empty.")
         return None
     try:
-        number = None if strength is None or isinstance(strength, bool) else float(str(strength))
+        number = None if strength is None else float(str(strength))
     except ValueError:
         number = None
     if strength is not None and (number is None or not math.isfinite(number)):

@@ -93,7 +93,7 @@ def check_family(
         values |= {key: value for key, value in validated.section if key not in validated.invalid_keys}
         for key in sorted(foreign & defaults.keys() - validated.invalid_keys):
             if values[key] != defaults[key]:
-                source.add(key, f"has no effect with model_family {spec.name}. Remove it.")
+                source.add(key, f"means nothing to model_family {spec.name}. Remove it.")
     for key, problem in (spec.problems(values) if spec.problems is not None else {}).items():
         source.add(key, problem)
 
@@ -249,7 +249,7 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
     samplers = samplers_of(spec)
     if name is not None and name not in samplers:
         known = ", ".join(samplers)
-        text = f"model_family {spec.name} has {known}. Use one of them, or null for the model's own sampler."
+        text = f"model_family {spec.name} is sampled with {known}. Use one of them, or null for its default."
         source.reject("validation_noise_scheduler", name, text)
     section = validation.if_valid("validation_resolution")
     step = spec.minimum_alignment

@@ -111,6 +111,7 @@ def test_what_does_not_fit_says_what_to_do(
 @pytest.mark.parametrize("dropout", ["dropout", "rank_dropout", "module_dropout"])
 def test_zero_dropout_is_no_dropout(workspace: Workspace, dropout: str) -> None:
     assert loaded(workspace, **{dropout: 0.0}).extra == {}
+    assert loaded(workspace, algo="lora").extra == {}
 
 
 def test_dropout_with_tlora_is_refused_though_a_layer_of_another_kind_could_take_it(
