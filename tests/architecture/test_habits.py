@@ -25,7 +25,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 
 # "module function", below simpletuner/helpers -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
-    "reporting/html_report/writer.py RunPage._guarded": "a page must never end a run",
+    "reporting/html_report/writer.py RunPage._best_effort": "a page must never end a run",
     "reporting/trackers.py Trackers._each": "a tracker must never end a run",
     "sampling/validation_sampler.py ValidationSampler.best_effort": "a validation must never end a run",
 }
@@ -41,8 +41,6 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 FAMILY_NAMES = re.compile(r"sdxl|flux|stable.?diffusion.?xl", re.IGNORECASE)
 # "module" -> why a family is named outside models/.
 NAMES_FAMILIES: dict[str, str] = {
-    "simpletuner/helpers/configuration/loading/known_keys.py": "SimpleTuner's own key names",
-    "simpletuner/helpers/configuration/schema/model_sections.py": "SimpleTuner's own key names",
     "simpletuner/helpers/configuration/schema/sections.py": "SimpleTuner's own key names",
 }
 
