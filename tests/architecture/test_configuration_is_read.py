@@ -63,22 +63,19 @@ def test_every_configuration_field_is_read_outside_configuration() -> None:
         for node in ast.walk(module.tree)
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
-    by_name = [
-        pattern for module in modules() if module.folder != "configuration" for pattern in _made(module)
+    patterns = [
+        each for module in modules() if module.folder != "configuration" for each in _looked_up(module)
     ]
+    looked_up = re.compile("|".join(patterns))
     fields = _fields()
     assert len(fields) > 50, "the sections were not found"
-    unread = {
-        field
-        for field in fields
-        if (name := field.partition(".")[2]) not in read
-        and not any(re.fullmatch(each, name) for each in by_name)
-    }
+    names = {field: field.partition(".")[2] for field in fields}
+    unread = {field for field, name in names.items() if name not in read and not looked_up.fullmatch(name)}
     assert_only(unread, allowed=READ_WHILE_LOADING)
 
 
-def _made(module: Module) -> Iterator[str]:
-    """Patterns of the attribute names that a module makes from parts, where it looks attributes up by name."""
+def _looked_up(module: Module) -> Iterator[str]:
+    """Patterns of the texts that a module makes from parts, where it looks attributes up by name."""
     nodes = list(ast.walk(module.tree))
     if not any(isinstance(node, ast.Name) and node.id == "getattr" for node in nodes):
         return
