@@ -54,7 +54,7 @@ class Running:
     def is_alive(self) -> bool:
         return self.process.is_alive()
 
-    def wait(self, timeout_s: float = 200) -> int:
+    def wait(self, timeout_s: float = 280) -> int:
         """Its exit code once it has ended; that of a signal is negative."""
         self.process.join(timeout_s)
         if self.process.exitcode is None:

@@ -24,7 +24,7 @@ STARTS_S = 20
 """CPU seconds until the command and its two workers have imported everything."""
 SHORTER = {"steps": (4, 8), "unequal": (4, 8)}
 TWO_STARTS = f"""
-import multiprocessing, shutil, sys
+import multiprocessing.forkserver, shutil, sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +48,7 @@ if __name__ == "__main__":  # the workers import this file
     sorted((output / "results").glob("*rank*.json"))[-1].unlink()
     print("second start", file=sys.stderr)
     start(output)
+    multiprocessing.forkserver._forkserver._stop()  # waits for it, so its CPU time is counted
 """
 
 

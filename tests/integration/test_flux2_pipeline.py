@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import accelerate.hooks
@@ -34,23 +31,15 @@ from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.flux2 import pipeline as bundled
 from simpletuner.helpers.models.flux2.family import Flux2
 from simpletuner.helpers.models.flux2.spec import SPEC
-from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from tests.integration.attached import attach_tlora
+from tests.integration.family_runs import tiny_flux2
 
 NAMES = ["Flux2Pipeline", "Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"]
 SCHEDULE = RankSchedule(8, min_rank=2)
 
 
-@functools.cache
-def model(kind: str) -> Path:
-    """A tiny model of the kind dev, klein or distilled, made once."""
-    folder = Path(tempfile.mkdtemp(prefix=f"tiny_flux2_{kind}_"))
-    save_tiny_flux2(folder, klein=kind != "dev", is_distilled=kind == "distilled")
-    return folder
-
-
 def load(name: str, module: Any = bundled) -> Any:
-    folder = model("dev" if name == "Flux2Pipeline" else "klein")
+    folder = tiny_flux2("dev" if name == "Flux2Pipeline" else "klein")
     pipeline = vars(module)[name] if module is bundled else module.__getattr__(name)
     loaded = pipeline.from_pretrained(folder, use_safetensors=True)
     loaded.set_progress_bar_config(disable=True)
@@ -235,7 +224,7 @@ MakeFlux2 = Callable[..., Flux2]
 
 
 def make_family(kind: str, dtype: torch.dtype = torch.float32, **noise: Any) -> Flux2:
-    config = {"model_family": "flux2", "pretrained_model_name_or_path": str(model(kind))}
+    config = {"model_family": "flux2", "pretrained_model_name_or_path": str(tiny_flux2(kind))}
     return Flux2(
         FamilyContext(
             model=ModelConfig.model_validate(config),

@@ -1,4 +1,4 @@
-"""Runs on the tiny Flux.1 model: cache, train, validate, checkpoint, resume, sample."""
+"""Runs on the tiny Flux.1 model: what only this family does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,49 +19,17 @@ from simpletuner.helpers.adapters.inference import load_into_pipeline
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
-from simpletuner.helpers.training.trainer import to_device
+from tests.integration.family_runs import FLUX, IMAGES, image_in
 from tests.integration.flux_pipelines import TEXT_TO_IMAGE, sample, stock, tiny_flux
-from tests.integration.tiny_runs import TLORA, TinyRun, gradients
+from tests.integration.tiny_runs import TLORA, TinyRun
 
-GENERIC = {"apply_preset": {"target_module": ["Attention", "FeedForward"]}}
-NUM_LAYERS = 2 * (8 + 4) + 2 * (3 + 2)
-"""A double block has 8 projections of attention and 4 feed-forward layers, a single one 3 and 2."""
-PICTURES = {
-    "validation_disable": False,
-    "validation_prompt": "a photo of a cat",
-    "validation_resolution": "64x80",
-    "validation_num_inference_steps": 3,
-    "validation_step_interval": 2,
-    "validation_seed": 5,
-}
-
-
-def make_run(folder: Path, lycoris: dict[str, object] | None = None) -> TinyRun:
-    keys = {"model_family": "flux", "pretrained_model_name_or_path": str(tiny_flux())}
-    return TinyRun(folder, lycoris={**TLORA, **GENERIC} if lycoris is None else lycoris, keys=keys)
-
-
-def pixels(folder: Path) -> np.ndarray:
-    (file,) = (file for file in folder.glob("00-*.png"))
-    return np.asarray(Image.open(file), dtype=np.float32)
-
-
-def test_a_run_ends_with_everything_it_promises(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    assert run.run(learning_rate=0.05, lr_scheduler="constant", train_batch_size=2, **PICTURES) == 0
-    file = run.output_dir / ADAPTER_FILE
-    assert len({key.split(".")[0] for key in load_file(file)}) == NUM_LAYERS
-    log = run.log()
-    assert [line["step"] for line in log] == [1, 2, 3, 4]
-    assert all(2 <= line["mean_active_rank"] <= 8 for line in log)
-    base, trained = (pixels(run.output_dir / "validation" / each) for each in ("base", "step-4"))
-    assert np.abs(base - trained).max() > 2
+TARGETS = {"apply_preset": {"target_module": list(FLUX.targets)}}
 
 
 def test_pictures_of_the_sample_command_are_those_of_the_validation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = make_run(tmp_path)
+    run = FLUX.run(tmp_path)
     save_tiny_flux(tmp_path / "other", seed=9)
     keys = {
         "learning_rate": 0.05,
@@ -72,7 +39,7 @@ def test_pictures_of_the_sample_command_are_those_of_the_validation(
         "base_model_precision": "int8-torchao",
         "text_encoder_2_precision": "int8-torchao",
     }
-    assert run.run(**keys, **PICTURES) == 0
+    assert run.run(**keys, **IMAGES) == 0
     arguments = ["--prompt", "a photo of a cat", "--size", "64x80", "--steps", "3", "--seed", "5"]
     adapter = str(run.output_dir / ADAPTER_FILE)
     caplog.set_level(logging.INFO, logger="simpletuner")
@@ -82,14 +49,13 @@ def test_pictures_of_the_sample_command_are_those_of_the_validation(
     )
     assert result.exit_code == 0, result.output
     assert caplog.text.count("linear layers in int8-torchao") == 2, "transformer and T5"
-    (sampled,) = (tmp_path / "samples").glob("*.png")
-    validated = pixels(run.output_dir / "validation" / "step-4")
-    difference = np.abs(np.asarray(Image.open(sampled), dtype=np.float32) - validated)
+    validated = image_in(run.output_dir / "validation" / "step-4")
+    difference = np.abs(image_in(tmp_path / "samples") - validated)
     assert difference.max() <= 1, "shift, formats, components and ranks come from the adapter's file"
 
 
 def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = FLUX.run(tmp_path)
     assert run.run(max_train_steps=1, flux_attention_masked_training=True) == 0
     adapter = str(run.output_dir / ADAPTER_FILE)
     arguments = ["--prompt", "a cat", "--size", "64", "--steps", "2", "--guidance-real", "2"]
@@ -102,59 +68,30 @@ def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) ->
     assert not (tmp_path / "samples").exists()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.reliability_row(10)
-def test_gradients_with_checkpointing_equal_those_without(tmp_path: Path, batch_size: int) -> None:
-    found = []
-    for checkpointing in (False, True):
-        run = make_run(tmp_path / str(checkpointing))
-        with run.trainer(gradient_checkpointing=checkpointing, train_batch_size=batch_size) as trainer:
-            batch = next(iter(trainer.data.batches(start=0)))
-            trainer.train_step(to_device(batch, trainer.accelerator.device))
-            found.append(gradients(trainer))
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
-    assert any(gradient.abs().max() > 0 for gradient in found[0])
-
-
-@pytest.mark.reliability_row(4)
-def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path) -> None:
-    keys = {"flux_guidance_mode": "random-range", "flow_use_beta_schedule": True}
-    whole, parts = make_run(tmp_path / "whole"), make_run(tmp_path / "parts")
-    assert whole.run(max_train_steps=4, **keys) == 0
-    assert parts.run(max_train_steps=2, lr_scheduler="constant", **keys) == 0
-    other = make_run(tmp_path / "other")
-    assert other.run(max_train_steps=4, lr_scheduler="constant", **keys) == 0
-    assert parts.run(max_train_steps=4, lr_scheduler="constant", **keys) == 0
-    states = [load_file(run.output_dir / ADAPTER_FILE) for run in (parts, other)]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-    assert parts.log() == other.log()
-
-
 @pytest.mark.parametrize(
     "lycoris",
     [
-        {"algo": "lokr", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4, "factor": 4, **GENERIC},
-        {"algo": "lora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4, **GENERIC},
-        {**TLORA, **GENERIC, "tlora_init": "vanilla"},
+        {"algo": "lokr", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4, "factor": 4, **TARGETS},
+        {"algo": "lora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4, **TARGETS},
+        {**TLORA, **TARGETS, "tlora_init": "vanilla"},
     ],
     ids=["lokr", "lora", "vanilla"],
 )
 def test_other_adapters_train_on_the_same_layers(tmp_path: Path, lycoris: dict[str, Any]) -> None:
-    run = make_run(tmp_path, lycoris)
+    run = FLUX.run(tmp_path, lycoris)
     assert run.run(max_train_steps=2, mixed_precision="bf16") == 0
-    assert len({key.split(".")[0] for key in load_file(run.output_dir / ADAPTER_FILE)}) == NUM_LAYERS
+    assert len({key.split(".")[0] for key in load_file(run.output_dir / ADAPTER_FILE)}) == FLUX.num_layers
 
 
 @pytest.mark.parametrize(
-    ("target", "num_layers"), [("all+ffs", NUM_LAYERS + 1), ("context", 2 * 4), (None, 2 * 8 + 2 * 3)]
+    ("target", "num_layers"), [("all+ffs", FLUX.num_layers + 1), ("context", 2 * 4), (None, 2 * 8 + 2 * 3)]
 )
 def test_peft_lora_trains_the_named_layers_and_diffusers_loads_all_of_them(
     tmp_path: Path, target: str | None, num_layers: int
 ) -> None:
-    run = make_run(tmp_path)
+    run = FLUX.run(tmp_path)
     keys = {"lora_type": "standard", "lora_rank": 4, "lora_alpha": 2, "learning_rate": 0.05}
-    assert run.run(**keys, flux_lora_target=target, **PICTURES) == 0
+    assert run.run(**keys, flux_lora_target=target, **IMAGES) == 0
     file = run.output_dir / ADAPTER_FILE
     tensors = load_file(file)
     assert all(key.startswith("transformer.") for key in tensors)
@@ -204,7 +141,7 @@ def test_what_flux_has_not_is_refused_while_the_configuration_is_read(
 ) -> None:
     (tmp_path / "t5.safetensors").touch()
     with pytest.raises(ConfigError) as caught:
-        make_run(tmp_path).config(**keys)
+        FLUX.run(tmp_path).config(**keys)
     assert message in str(caught.value)
     assert "1 problem" in str(caught.value)
 
@@ -217,21 +154,21 @@ def test_keys_of_flow_matching_are_refused_for_a_diffusion_model(tmp_path: Path)
 
 
 def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = FLUX.run(tmp_path)
     keys: dict[str, object] = {
         "lora_type": "standard",
         "flux_lora_target": "context",
         "flow_schedule_shift": 3,
     }
     resolved = run.config(**keys).resolved()
-    again = make_run(tmp_path / "again").config(**json.loads(json.dumps(resolved)))
+    again = FLUX.run(tmp_path / "again").config(**json.loads(json.dumps(resolved)))
     assert again.resolved() == resolved
     assert again.adapter.peft_lora_target_modules == ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 
 
 def test_masked_attention_trains_and_makes_pictures(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    assert run.run(max_train_steps=2, flux_attention_masked_training=True, **PICTURES) == 0
+    run = FLUX.run(tmp_path)
+    assert run.run(max_train_steps=2, flux_attention_masked_training=True, **IMAGES) == 0
     assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
 
 
@@ -246,12 +183,12 @@ def test_masked_attention_trains_and_makes_pictures(tmp_path: Path) -> None:
 def test_memory_savers_train_and_leave_an_adapter_for_the_whole_model(
     tmp_path: Path, keys: dict[str, object]
 ) -> None:
-    run = make_run(tmp_path)
-    assert run.run(max_train_steps=2, mixed_precision="bf16", **keys, **PICTURES) == 0
+    run = FLUX.run(tmp_path)
+    assert run.run(max_train_steps=2, mixed_precision="bf16", **keys, **IMAGES) == 0
     assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
     pipeline = TEXT_TO_IMAGE.make(stock)
     adapter = load_into_pipeline(pipeline, run.output_dir / ADAPTER_FILE)
-    assert adapter.num_layers == NUM_LAYERS
+    assert adapter.num_layers == FLUX.num_layers
     assert np.isfinite(sample(pipeline)).all()
 
 
@@ -259,7 +196,7 @@ def test_a_single_file_gives_the_transformer(tmp_path: Path) -> None:
     file = tmp_path / "transformer.safetensors"
     weights = load_file(tiny_flux() / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file({f"model.diffusion_model.{key}": weight for key, weight in weights.items()}, file)
-    run, whole = make_run(tmp_path / "file"), make_run(tmp_path / "folder")
+    run, whole = FLUX.run(tmp_path / "file"), FLUX.run(tmp_path / "folder")
     assert run.run(max_train_steps=1, pretrained_transformer_model_name_or_path=str(file)) == 0
     assert whole.run(max_train_steps=1) == 0
     found, expected = (load_file(each.output_dir / ADAPTER_FILE) for each in (run, whole))

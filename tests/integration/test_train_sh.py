@@ -106,7 +106,7 @@ class Checkout:
         self, *arguments: str, trainer: str = "end", **variables: str
     ) -> subprocess.CompletedProcess[str]:
         process = self.start(*arguments, trainer=trainer, **variables)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     @property
@@ -155,9 +155,7 @@ def checkout(tmp_path: Path, repository: Path) -> Checkout:
 
 
 def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
+    while not condition():  # pytest's own limit ends a wait in vain
         time.sleep(0.02)
 
 
@@ -274,7 +272,7 @@ def test_a_signal_to_one_process_ends_with_code_75(checkout: Checkout, number: s
     process = checkout.start(trainer="wait")
     _wait_until(checkout.started)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == 75
     assert checkout.saved()
     assert checkout.recorded_code() == 75
@@ -299,7 +297,7 @@ def test_a_signal_to_two_processes_lets_both_save_and_ends_with_code_75(
     process = checkout.start(trainer="wait", TRAINING_NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
     _wait_until(lambda: checkout.started(0) and checkout.started(1))
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 75, err
     assert checkout.saved(0)
     assert checkout.saved(1)
@@ -313,7 +311,7 @@ def test_a_signal_before_the_processes_start_ends_with_code_75_and_leaves_none_b
     _wait_until(lambda: any(checkout.temporary.glob("simpletuner.*")))
     time.sleep(0.2)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate()
     assert process.returncode == 75
     assert not checkout.saved()
     _wait_until(lambda: not _session_of(process.pid))
@@ -325,7 +323,7 @@ def test_a_killed_process_of_two_ends_the_run_with_code_1_and_leaves_none_behind
     process = checkout.start(trainer="wait", TRAINING_NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
     _wait_until(lambda: checkout.started(0) and checkout.started(1))
     os.kill(int(checkout.facts(1)["pid"]), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate()
     assert process.returncode == 1, err
     assert not _session_of(process.pid)
     assert checkout.recorded_code() == 1
