@@ -256,7 +256,7 @@ def test_stock_diffusers_loads_the_original_names_of_flux_at_its_real_width(tmp_
         assert isinstance(layer, TLoraLayer)
         with torch.no_grad():
             x = torch.randn(3, lora.in_features, generator=torch.Generator().manual_seed(5))
-            a, b = layer.branch()
+            a, b = layer.lora_factors()
             expected = x @ a.T @ b.T * layer.scale
             result = lora.lora_B["default_0"](lora.lora_A["default_0"](x)) * lora.scaling["default_0"]
         assert (result - expected).norm() < 1e-5 * expected.norm(), path

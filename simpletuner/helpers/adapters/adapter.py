@@ -15,7 +15,7 @@ from simpletuner.helpers.errors import AdapterError
 class Adapter(ABC):
     """One adapter attached to one denoiser, reachable from that denoiser."""
 
-    kind: str
+    algorithm: str
     """Algorithm, in LyCORIS's names; "standard" for PEFT LoRA."""
     num_layers: int
     """Layers adapted."""

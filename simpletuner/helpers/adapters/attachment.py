@@ -56,7 +56,7 @@ class Attachment:
         layer.add_module(self.name, adapter)
         self._handles: list[RemovableHandle] = [
             layer.register_state_dict_post_hook(_hide_keys),  # type: ignore[no-untyped-call]
-            layer.register_load_state_dict_post_hook(_ask_for_none),  # type: ignore[no-untyped-call]
+            layer.register_load_state_dict_post_hook(_drop_missing_keys),  # type: ignore[no-untyped-call]
         ]
 
     def remove(self) -> None:
@@ -86,6 +86,6 @@ def _hide_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_
                 state_dict.update((key, tensor.detach()) for key, tensor in tensors)
 
 
-def _ask_for_none(layer: nn.Module, incompatible_keys: Any) -> None:
+def _drop_missing_keys(layer: nn.Module, incompatible_keys: Any) -> None:
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if CHILD_PREFIX not in key]

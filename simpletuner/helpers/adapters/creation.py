@@ -56,11 +56,11 @@ class NetworkBuilder:
                 a layer's size.
         """
         try:
-            return self._made(layers)
+            return self._create(layers)
         except REFUSALS as error:
-            raise ConfigError(self._refusal(layers, error)) from error
+            raise ConfigError(self._refusal_message(layers, error)) from error
 
-    def _made(self, layers: Mapping[str, Options]) -> LycorisNetwork:
+    def _create(self, layers: Mapping[str, Options]) -> LycorisNetwork:
         config, extra = self.config, dict(self.config.extra)
         in_force = targets.preset_in_force(layers, enable_conv=config.apply_preset.enable_conv)
         with in_force, quiet_lycoris(), torch.random.fork_rng():
@@ -81,17 +81,17 @@ class NetworkBuilder:
                 **extra,
             )
 
-    def _refusal(self, layers: Mapping[str, Options], error: Exception) -> str:
+    def _refusal_message(self, layers: Mapping[str, Options], error: Exception) -> str:
         """What to tell the user, once one layer of each kind was tried alone to find those that fail."""
         modules = dict(self.denoiser.named_modules())
-        kinds: dict[tuple[Size, str], str] = {}
+        examples: dict[tuple[Size, str], str] = {}
         for path, options in layers.items():
             if size := _size_of(modules[path]):
-                kinds.setdefault((size, str(options)), path)
+                examples.setdefault((size, str(options)), path)
         failed: dict[Size, tuple[str, Exception]] = {}
-        for (size, _), path in kinds.items():
+        for (size, _), path in examples.items():
             try:
-                self._made({path: layers[path]})
+                self._create({path: layers[path]})
             except REFUSALS as own:
                 failed.setdefault(size, (path, own))
         path, error = next(iter(failed.values()), (next(iter(layers)), error))

@@ -81,12 +81,12 @@ def masked(pipeline: Any) -> Any:
         AdapterError: The pipeline has no denoiser that is known.
     """
     if not isinstance(pipeline, MaskedDenoising):
-        kind, names = type(pipeline), {"denoiser_name": _denoiser_name(pipeline)}
+        pipeline_class, names = type(pipeline), {"denoiser_name": _denoiser_name(pipeline)}
         # Under the same name, which diffusers writes to model_index.json and looks up when loading.
         pipeline.__class__ = type(
-            kind.__name__,
-            (MaskedDenoising, kind),
-            names | {"__doc__": kind.__doc__, "__module__": kind.__module__},
+            pipeline_class.__name__,
+            (MaskedDenoising, pipeline_class),
+            names | {"__doc__": pipeline_class.__doc__, "__module__": pipeline_class.__module__},
         )
     return pipeline
 

@@ -86,7 +86,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
             "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
         )
     network = _network_on(denoiser, stored)
-    _leave_packed_weights(file, network)
+    _bypass_quantised_layers(file, network)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
@@ -100,7 +100,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
     tensors = file.tensors
     try:
         if import_formats.is_released(tensors):
-            tensors = import_formats.converted(tensors)
+            tensors = import_formats.convert_released(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
@@ -110,7 +110,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
-    _refuse_unread(file.path, network, tensors)
+    _refuse_unknown_keys(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}
     if found != names:
         family = file.metadata.get("model_family")
@@ -123,7 +123,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
     return network
 
 
-def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
+def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
     """Have layers on a quantised base add to its output, since nothing can be added to packed weights."""
     for module in network.loras:
         if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
@@ -136,7 +136,7 @@ def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
         module.bypass_mode = True
 
 
-def _refuse_unread(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
     """Refuse what a T-LoRA layer of the file would have and ours would pass over."""
     own = {module.lora_name for module in network.loras if isinstance(module, TLoraLayer)}
     known = {*KEYS, "dtype_tensor"}
@@ -159,7 +159,7 @@ class LycorisAdapter(Adapter):
         group: int | None = None,
     ) -> None:
         self.network = network
-        self.kind = str(raw.get("algo", "lycoris"))
+        self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
         tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
@@ -191,10 +191,10 @@ class LycorisAdapter(Adapter):
             min_rank=config.tlora_min_rank,
             alpha=config.tlora_alpha,
             num_timesteps=spec.num_train_timesteps,
-            kind=config.tlora_schedule,
+            variant=config.tlora_schedule,
         )
-        recipe = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
-        network = recipe.network(targets.resolve(wanted, denoiser))
+        builder = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
+        network = builder.network(targets.resolve(wanted, denoiser))
         targets.check_matches(wanted, denoiser, adapted=[module.org_module[0] for module in network.loras])
         return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
 

@@ -31,7 +31,7 @@ class PeftAdapter(Adapter):
         ConfigError: The target names match no layer.
     """
 
-    kind = "standard"
+    algorithm = "standard"
 
     def __init__(self, denoiser: Any, config: AdapterConfig, *, spec: ModelSpec, seed: int) -> None:
         self.denoiser, self.prefix = denoiser, spec.denoiser_name
@@ -125,10 +125,10 @@ class PeftAdapter(Adapter):
         config: LoraConfig = self.denoiser.peft_config[ADAPTER_NAME]
         state = self.state_dict()
         if self._start:
-            state = {key: _less_start(key, factor, self._start[key]) for key, factor in state.items()}
+            state = {key: _subtract_start(key, factor, self._start[key]) for key, factor in state.items()}
             rank, alpha = 2 * config.r, 2 * config.lora_alpha
             config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
-        metadata = dict(metadata) | {METADATA_KEY: described(config, prefix=self.prefix)}
+        metadata = dict(metadata) | {METADATA_KEY: lora_metadata(config, prefix=self.prefix)}
         tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
         adapter_file.write(file, tensors, metadata=metadata)
 
@@ -137,13 +137,13 @@ class PeftAdapter(Adapter):
         self.denoiser.delete_adapters(ADAPTER_NAME)
 
 
-def _less_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
+def _subtract_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
     """A factor of B A - B0 A0, of twice the rank: A over A0, or B beside -B0."""
     start = start.to(factor.device)
     return torch.cat([factor, start]) if ".lora_A." in key else torch.cat([factor, -start], dim=1)
 
 
-def described(config: LoraConfig, *, prefix: str) -> str:
+def lora_metadata(config: LoraConfig, *, prefix: str) -> str:
     """A LoRA's configuration as json, as diffusers looks for it in a file's header."""
     values = {
         f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value

@@ -56,21 +56,21 @@ class MaskedDenoising:
             yield
             return
         schedules = schedules_of(denoiser, config=self._tlora_config, scheduler=self.scheduler)
-        opened: set[int] = set()
+        groups: set[int] = set()
 
-        def open_ranks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def set_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
             sample = args[0] if args else next(iter(kwargs.values()))
             timestep = scheduler_timestep(self.scheduler, given=given)
             for group, schedule in schedules.items():
                 mask.set_mask(schedule, [timestep], group=group, device=sample.device)
-                opened.add(group)
+                groups.add(group)
 
-        def close_ranks(*_: object) -> None:
-            while opened:  # a mask that somebody else holds is not ours to clear
-                mask.clear_mask(opened.pop())
+        def clear_masks(*_: object) -> None:
+            while groups:  # a mask that somebody else holds is not ours to clear
+                mask.clear_mask(groups.pop())
 
-        with _around_calls(denoiser, before=open_ranks, after=close_ranks):
+        with _around_calls(denoiser, before=set_masks, after=clear_masks):
             yield
 
 
@@ -139,7 +139,7 @@ def schedules_of(
 
     The config is for the network of its `max_rank`; what it leaves out is as that network states it. A
     network of another rank keeps its own schedule, and so does one beside a network that the config describes
-    exactly. Stock LyCORIS layers read the public group, which is opened only where there are any.
+    exactly. Stock LyCORIS layers read the public group, which is set only where there are any.
 
     Raises:
         AdapterError: The config is malformed, or no network has its `max_rank`.

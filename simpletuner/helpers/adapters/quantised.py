@@ -44,16 +44,16 @@ def dequantize(layer: nn.Module, shape: tuple[int, int], *, name: str) -> Tensor
 
 
 def _unpacked(layer: Any, weight: Tensor) -> Tensor:
-    kind = type(layer.weight).__name__
-    if kind == "Params4bit":
+    class_name = type(layer.weight).__name__
+    if class_name == "Params4bit":
         functional = require("bitsandbytes", extra="quant").functional
         return cast(Tensor, functional.dequantize_4bit(weight.data, layer.weight.quant_state))
-    if kind == "Int8Params" and weight.dtype == torch.int8:
+    if class_name == "Int8Params" and weight.dtype == torch.int8:
         # bitsandbytes moves the scales from the weight to the layer at its first forward.
         scales = layer.weight.SCB
         scales = layer.state.SCB if scales is None else scales
         return cast(Tensor, weight.float() * (scales.float()[:, None] / 127))
-    return weight.dequantize() if kind not in ("Tensor", "Parameter") else weight
+    return weight.dequantize() if class_name not in ("Tensor", "Parameter") else weight
 
 
 def _unknown(weight: Tensor, name: str) -> AdapterError:

@@ -41,7 +41,7 @@ class Targets:
     uses_fnmatch: bool
     enable_conv: bool
 
-    def first(self, path: str, patterns: Collection[str]) -> str | None:
+    def first_match(self, path: str, patterns: Collection[str]) -> str | None:
         """The pattern that decides for a path: the path itself, else the first that matches."""
         if path in patterns:
             return path
@@ -92,7 +92,7 @@ def as_glob(pattern: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Scope:
     """What a module and those around it say of the layers in it."""
 
     is_excluded: bool = False
@@ -102,35 +102,35 @@ class _Place:
 
 def resolve(targets: Targets, model: nn.Module) -> dict[str, Options]:
     """Path of every module that is adapted if it is a layer -> what differs for it, in the model's order."""
-    places: dict[str, _Place] = {}
+    scopes: dict[str, _Scope] = {}
     found: dict[str, Options] = {}
     for path, module in model.named_modules():
-        around = places[path.rpartition(".")[0]] if path else _Place()
-        place = places[path] = _place_in(around, path, type(module).__name__, targets=targets)
-        options = _options_of(path, place, targets)
-        if path and options is not None and not place.is_excluded:
+        around = scopes[path.rpartition(".")[0]] if path else _Scope()
+        scope = scopes[path] = _scope_of(around, path, type(module).__name__, targets=targets)
+        options = _options_of(path, scope, targets)
+        if path and options is not None and not scope.is_excluded:
             found[path] = options
     return found
 
 
-def _place_in(around: _Place, path: str, kind: str, *, targets: Targets) -> _Place:
+def _scope_of(around: _Scope, path: str, class_name: str, *, targets: Targets) -> _Scope:
     options = around.options
-    if kind in targets.module_options:
-        options = targets.module_options[kind]
-    elif options is None and kind in targets.modules:
+    if class_name in targets.module_options:
+        options = targets.module_options[class_name]
+    elif options is None and class_name in targets.modules:
         options = {}
-    is_excluded = bool(path) and targets.first(path, targets.excluded) is not None
-    return _Place(around.is_excluded or is_excluded, options)
+    is_excluded = bool(path) and targets.first_match(path, targets.excluded) is not None
+    return _Scope(around.is_excluded or is_excluded, options)
 
 
-def _options_of(path: str, place: _Place, targets: Targets) -> Options | None:
+def _options_of(path: str, scope: _Scope, targets: Targets) -> Options | None:
     """What differs for a layer; None if nothing makes it a target."""
     for patterns in (targets.name_options, targets.alias_options):
-        pattern = targets.first(path, patterns)
+        pattern = targets.first_match(path, patterns)
         if pattern is not None:
             return patterns[pattern]
-    is_named = place.options is None and targets.first(path, targets.names) is not None
-    return {} if is_named else place.options
+    is_named = scope.options is None and targets.first_match(path, targets.names) is not None
+    return {} if is_named else scope.options
 
 
 @contextmanager
@@ -194,11 +194,11 @@ def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Mo
     wanted_names = {*targets.names, *targets.alias_options, *targets.name_options}
     idle = sorted(wanted_classes - classes)
     idle += sorted(
-        name for name in wanted_names if all(targets.first(path, [name]) is None for path in paths)
+        name for name in wanted_names if all(targets.first_match(path, [name]) is None for path in paths)
     )
     if idle or not adapted:
         raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model))
-    deciding = {targets.first(path, targets.name_options) for path in paths}
+    deciding = {targets.first_match(path, targets.name_options) for path in paths}
     late = [name for name in targets.name_options if name not in deciding]
     if late:
         raise ConfigError(

@@ -566,7 +566,7 @@ def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
     assert isinstance(adapter, LycorisAdapter)
     init = "weight" if use_data_init else "random"
     for layer in adapter.network.loras:
-        assert (layer.description.init, layer.description.sig_type, layer.mask_group_id) == (
+        assert (layer.spec.init, layer.spec.sig_type, layer.mask_group_id) == (
             init,
             sig_type,
             3,

@@ -28,8 +28,8 @@ HASH_KEY = "base_weights_hash"
 PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
 MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WHOLE = (torch.int64, torch.int32)
-NUMBERS = (".alpha", ".on_input")  # single ones, which may be whole
+INTEGERS = (torch.int64, torch.int32)
+SCALARS = (".alpha", ".on_input")  # single ones, which may be whole
 MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # evenly spaced values of a layer
@@ -95,7 +95,7 @@ def read(path: Path) -> AdapterFile:
         ) from error
     if not tensors:
         raise AdapterError(f"{path}: holds no tensors, so there is no adapter in it.")
-    _refuse_strange(path, tensors)
+    _refuse_malformed(path, tensors)
     _refuse_non_finite(path, tensors)
     file = AdapterFile(path=path, tensors=tensors, metadata=metadata)
     for key in (SCHEDULE_KEY, LYCORIS_KEY, HASH_KEY, PATHS_KEY):
@@ -103,15 +103,15 @@ def read(path: Path) -> AdapterFile:
     return file
 
 
-def _refuse_strange(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_malformed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if not key.isprintable() or "/" in key or "\\" in key:
             raise AdapterError(f"{path}: {key[:80]!a} is no name of an adapter's tensor.")
-        is_number = key.endswith(NUMBERS)
-        if is_number and tensor.numel() != 1:
+        is_scalar = key.endswith(SCALARS)
+        if is_scalar and tensor.numel() != 1:
             raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
-        if tensor.dtype not in (*DTYPES, *(WHOLE if is_number else ())):
+        if tensor.dtype not in (*DTYPES, *(INTEGERS if is_scalar else ())):
             found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
             raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
         if tensor.numel() == 0 or (tensor.ndim < 2 and key.endswith(MATRICES)):

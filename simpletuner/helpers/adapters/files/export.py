@@ -1,4 +1,4 @@
-"""T-LoRA files as plain LoRAs, for tools that know nothing of a rank schedule."""
+"""T-LoRA files as standard LoRAs, for tools that know nothing of a rank schedule."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ from simpletuner.helpers.adapters.files.layouts import (
     Layout,
     common_scales,
     header_of,
-    places_of,
+    make_key_map,
     tensors_of,
 )
-from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer, errors_by_rank, exact, truncated
+from simpletuner.helpers.adapters.files.lora_conversion import (
+    LoraLayer,
+    errors_by_rank,
+    exact_lora,
+    truncated_lora,
+)
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -37,9 +42,9 @@ from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
 Form = Literal["exact", "truncated"]
-FORMS = {"exact": exact, "truncated": truncated}
+FORMS = {"exact": exact_lora, "truncated": truncated_lora}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of the source's header, what would say something untrue about a plain LoRA.
+# Of the source's header, what would say something untrue about a standard LoRA.
 NOT_KEPT = {
     "format",
     adapter_file.SCHEDULE_KEY,
@@ -74,7 +79,7 @@ class Exported:
     file: Path
     timesteps: tuple[int, int] | None
     """First and last timestep that it is for; None for all."""
-    open_rank: int
+    active_rank: int
     """Rank that it fixes, of the network; layers of another rank follow with theirs."""
     ranks: Sequence[int]
     """Of each written layer; a layout may join several of the adapter's to one."""
@@ -94,7 +99,7 @@ class Exported:
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         joined = f", joined from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
         parts = [
-            f"{self.file}: {len(self.ranks)} layers of {ranks}, {self.open_rank} open{joined}",
+            f"{self.file}: {len(self.ranks)} layers of {ranks}, {self.active_rank} open{joined}",
             f"error {fmean(self.errors.values()):.1e} on average, "
             f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
         ]
@@ -120,17 +125,17 @@ class Source:
 
 
 def has_schedule(layer: StoredLayer) -> bool:
-    """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no plain LoRA."""
+    """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no standard LoRA."""
     return "tlora_schedule" in layer.tensors or TRAINED_KEYS[0] in layer.tensors
 
 
 def export_adapter(
     file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, ModelSpec]
 ) -> list[Exported]:
-    """Write an adapter file as one plain LoRA, or one for each band of timesteps.
+    """Write an adapter file as one standard LoRA, or one for each band of timesteps.
 
     Args:
-        file: A T-LoRA or plain LoRA file written by this program.
+        file: A T-LoRA or standard LoRA file written by this program.
         output: The file to write; for bands, the timesteps are added to its name.
         options: What to write.
         families: Name -> facts of every model family; the file's header names its own.
@@ -145,23 +150,23 @@ def export_adapter(
     if name not in families:
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
-    places, written = places_of(source.layers, options.layout, families[name]), []
-    for cut in _cuts(source, options):
-        layers, band_error = _fixed(source, cut, options, places=places)
-        tensors = tensors_of(layers, options.layout, places)
+    key_map, written = make_key_map(source.layers, options.layout, families[name]), []
+    for fixed in _fixed_ranks(source, options):
+        layers, band_error = _converted_layers(source, fixed, options, key_map=key_map)
+        tensors = tensors_of(layers, options.layout, key_map)
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
-            "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
+            "exported_form": f"{options.form}, rank {fixed.rank} of {source.schedule.max_rank} open",
         }
-        if cut.band is not None:
-            metadata["timesteps"] = json.dumps(cut.band)
+        if fixed.band is not None:
+            metadata["timesteps"] = json.dumps(fixed.band)
         metadata |= header_of(layers, options.layout, families[name])
-        target = _file_name(output, cut.band)
+        target = _file_name(output, fixed.band)
         adapter_file.write(target, tensors, metadata=metadata)
         exported = Exported(
             file=target,
-            timesteps=cut.band,
-            open_rank=cut.rank,
+            timesteps=fixed.band,
+            active_rank=fixed.rank,
             ranks=[tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN_KEYS)],
             errors={layer.path: layer.error for layer in layers},
             band_error=band_error,
@@ -181,7 +186,7 @@ def export_live(
     """Write an attached adapter as `export_adapter` writes its file, at the strength it was trained with.
 
     Args:
-        adapter: T-LoRA or plain LoRA; also one whose file lacks what an export needs.
+        adapter: T-LoRA or standard LoRA; also one whose file lacks what an export needs.
         output: As for `export_adapter`.
         options: What to write.
         family: Of the denoiser that it is attached to.
@@ -196,7 +201,7 @@ def export_live(
     grouped = [each.lora_name for each in layers if each.num_groups > 1]
     if grouped:
         raise AdapterError(
-            f"{grouped[0]}: a plain LoRA has no form of a grouped convolution's T-LoRA. Exclude the layer."
+            f"{grouped[0]}: a standard LoRA has no form of a grouped convolution's T-LoRA. Exclude the layer."
         )
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "live_adapter.safetensors"
@@ -239,11 +244,11 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
         if key.endswith(".lora_B.weight"):
             continue
         if not key.endswith(".lora_A.weight"):
-            raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
+            raise AdapterError(f"{stored.path}: {key} belongs to no standard LoRA (DoRA cannot be exported).")
         if (init := config.get(f"{prefix}.init_lora_weights")) in CHANGE_THE_BASE:
             raise AdapterError(
-                f"{stored.path}: lora_init_type {init} changed the base weights, and tools that add a plain "
-                "LoRA to them would add its start too. Train with another lora_init_type."
+                f"{stored.path}: lora_init_type {init} changed the base weights: a tool that adds the LoRA "
+                "to the original weights would add its start too. Train with another lora_init_type."
             )
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
         own = config.get(f"{prefix}.alpha_pattern") or {}
@@ -255,15 +260,15 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
 
 
 def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
-    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's plain LoRA
+    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's standard LoRA
         return StoredLayer(name, parts, TLoraSpec("vanilla", "last", None))
     if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
         raise AdapterError(
-            f"{file}: {name} is neither T-LoRA nor plain LoRA: it holds {', '.join(sorted(parts))}. "
+            f"{file}: {name} is neither T-LoRA nor standard LoRA: it holds {', '.join(sorted(parts))}. "
             "Tools read LyCORIS's other algorithms as they are."
         )
     layer = StoredLayer.read(name, parts)
-    if layer.description.init != "vanilla" and BASE_KEYS[0] not in parts:
+    if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
         raise AdapterError(f"{file}: {name} has no base factors. Give load_adapter's adapter to export_live.")
     return layer
 
@@ -280,22 +285,22 @@ class _FixedRank:
     """First and last timestep that the file is for."""
 
     def rank_of(self, layer: StoredLayer, source: Source) -> int:
-        """The rank of one layer; a plain one is never cut."""
+        """The rank of one layer; a standard one is never reduced."""
         if self.timestep is not None:
             return source.rank_at(self.timestep, layer)
         return min(self.rank, layer.rank) if has_schedule(layer) else layer.rank
 
-    def worst_within(self, layer: StoredLayer, plain: LoraLayer, source: Source) -> float | None:
+    def band_error_of(self, layer: StoredLayer, lora: LoraLayer, source: Source) -> float | None:
         """The largest error of what was written for a layer at any timestep of the band; None without one."""
         if self.band is None:
             return None
         first, last = self.band
-        errors = errors_by_rank(layer, plain)
+        errors = errors_by_rank(layer, lora)
         ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
         return max(errors[rank - 1] for rank in ranks)
 
 
-def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
+def _fixed_ranks(source: Source, options: ExportOptions) -> list[_FixedRank]:
     """One for every file to write."""
     schedule = source.schedule
     chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
@@ -303,7 +308,7 @@ def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
         raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
     if chosen and not any(map(has_schedule, source.layers.values())):
         raise AdapterError(
-            f"{chosen[0]}: the file is a plain LoRA, whose ranks are always all open. Omit it."
+            f"{chosen[0]}: the file is a standard LoRA, whose ranks are always all open. Omit it."
         )
     end = schedule.num_timesteps
     if options.timestep is not None:
@@ -322,17 +327,17 @@ def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
     return [_FixedRank(rank)]
 
 
-def _fixed(
-    source: Source, cut: _FixedRank, options: ExportOptions, *, places: KeyMap
+def _converted_layers(
+    source: Source, fixed: _FixedRank, options: ExportOptions, *, key_map: KeyMap
 ) -> tuple[list[LoraLayer], float | None]:
     """The layers of one file, and the largest error within its band."""
     make, dtype = FORMS[options.form], DTYPES[options.dtype]
-    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, places)
+    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, key_map)
     layers, band_errors = [], []
     for path, stored in source.layers.items():
-        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype, scale=scales[path])
+        layer = make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scales[path])
         layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
-        band_errors.append(cut.worst_within(stored, layer, source))
+        band_errors.append(fixed.band_error_of(stored, layer, source))
     return layers, max((error for error in band_errors if error is not None), default=None)
 
 

@@ -37,7 +37,7 @@ def is_released(tensors: Mapping[str, Tensor]) -> bool:
     return any(_RELEASED.fullmatch(key) for key in tensors)
 
 
-def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors under LyCORIS's keys, marked as T-LoRA, with the alpha that their scale of 1 means.
 
     Raises:

@@ -128,7 +128,7 @@ def inspect(file: Path) -> Inspection:
     stored = adapter_file.read(file)
     released = import_formats.is_released(stored.tensors)
     try:
-        tensors = import_formats.converted(stored.tensors) if released else stored.tensors
+        tensors = import_formats.convert_released(stored.tensors) if released else stored.tensors
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
     suffix = next((each for each in KINDS if any(key.endswith(each) for key in tensors)), None)
@@ -138,8 +138,8 @@ def inspect(file: Path) -> Inspection:
         )
     algorithm, rank_axis = KINDS[suffix]
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
-    descriptions = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
-    if descriptions:
+    specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
+    if specs:
         algorithm = "T-LoRA" + (" of the authors' release" if released else "")
     ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
     alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
@@ -150,7 +150,7 @@ def inspect(file: Path) -> Inspection:
         file=str(file),
         bytes=file.stat().st_size,
         algorithm=algorithm,
-        init=_init(descriptions) if not released else None,
+        init=_init(specs) if not released else None,
         num_layers=len(names),
         ranks=_counts(ranks.values()),
         scales=_counts(round(alphas[name] / ranks[name], 6) for name in alphas if name in ranks),
@@ -159,22 +159,22 @@ def inspect(file: Path) -> Inspection:
         dtypes=tuple(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
         ),
-        schedule=_schedule(stored, descriptions),
+        schedule=_schedule(stored, specs),
         base_model=header.get("base_model"),
         model_family=header.get("model_family"),
         trigger_words=header.get("trigger_words"),
         targets=lycoris.get("apply_preset"),
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
         training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
-        missing=tuple(_missing(stored, algorithm=algorithm, descriptions=descriptions)),
+        missing=tuple(_missing(stored, algorithm=algorithm, specs=specs)),
     )
 
 
 def _schedule(
-    stored: adapter_file.AdapterFile, descriptions: Sequence[TLoraSpec]
+    stored: adapter_file.AdapterFile, specs: Sequence[TLoraSpec]
 ) -> dict[str, int | float | str] | None:
     config = stored.entry(adapter_file.SCHEDULE_KEY)
-    stated = next((each.schedule for each in descriptions if each.schedule is not None), None)
+    stated = next((each.schedule for each in specs if each.schedule is not None), None)
     try:
         schedule = stated if config is None else RankSchedule.from_config(config)
     except (ValueError, TypeError) as error:
@@ -182,26 +182,20 @@ def _schedule(
     return None if schedule is None else schedule.config()
 
 
-def _missing(
-    stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[TLoraSpec]
-) -> list[str]:
+def _missing(stored: adapter_file.AdapterFile, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
     if not algorithm.startswith("T-LoRA"):
         return []
     has_base = any(".base_" in key for key in stored.tensors)
-    vanilla = any(each.init == "vanilla" for each in descriptions)
+    vanilla = any(each.init == "vanilla" for each in specs)
     return [
         *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
-        *(
-            ["rank schedule: set min_rank and alpha in _tlora_config"]
-            if not _schedule(stored, descriptions)
-            else []
-        ),
+        *(["rank schedule: set min_rank and alpha in _tlora_config"] if not _schedule(stored, specs) else []),
         *(["base model"] if "base_model" not in stored.metadata else []),
     ]
 
 
-def _init(descriptions: Sequence[TLoraSpec]) -> str | None:
-    found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in descriptions}
+def _init(specs: Sequence[TLoraSpec]) -> str | None:
+    found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in specs}
     return ", ".join(sorted(found)) or None
 
 

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, described
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, lora_metadata
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
@@ -23,7 +23,7 @@ KeyMap = Mapping[str, FusedSlice]
 DOWN_KEYS = (".lora_A.weight", ".lora_down.weight")
 
 
-def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
+def make_key_map(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
     """Path of a layer of the denoiser -> the rows of the layer, under the layout's name, that it becomes.
 
     Raises:
@@ -35,7 +35,7 @@ def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
         return {path: FusedSlice(f"lycoris_{path}".replace(".", "_")) for path in paths}
     if spec.original_name is None:
         raise AdapterError(f"The family {spec.name} has no layout {layout}. Use diffusers or lycoris.")
-    places = {}
+    key_map = {}
     for path in paths:
         try:
             rows = spec.original_name(path)
@@ -45,19 +45,19 @@ def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
             ) from error
         rows = FusedSlice(rows) if isinstance(rows, str) else rows
         name = f"lora_unet_{rows.name}".replace(".", "_")
-        places[path] = FusedSlice(name, rows.pieces, rows.num_pieces)
-    return places
+        key_map[path] = FusedSlice(name, rows.pieces, rows.num_pieces)
+    return key_map
 
 
-def common_scales(scales: Mapping[str, float], places: KeyMap) -> dict[str, float]:
+def common_scales(scales: Mapping[str, float], key_map: KeyMap) -> dict[str, float]:
     """Path of a layer -> the scale that it shares with those it is joined with, the largest of theirs."""
     largest: dict[str, float] = defaultdict(float)
     for path, scale in scales.items():
-        largest[places[path].name] = max(largest[places[path].name], scale)
-    return {path: largest[places[path].name] for path in scales}
+        largest[key_map[path].name] = max(largest[key_map[path].name], scale)
+    return {path: largest[key_map[path].name] for path in scales}
 
 
-def tensors_of(layers: Sequence[LoraLayer], layout: Layout, places: KeyMap) -> dict[str, Tensor]:
+def tensors_of(layers: Sequence[LoraLayer], layout: Layout, key_map: KeyMap) -> dict[str, Tensor]:
     """The layers' tensors under the names of a layout.
 
     Raises:
@@ -65,10 +65,10 @@ def tensors_of(layers: Sequence[LoraLayer], layout: Layout, places: KeyMap) -> d
     """
     parts: dict[str, list[LoraLayer]] = defaultdict(list)
     for layer in layers:
-        parts[places[layer.path].name].append(layer)
+        parts[key_map[layer.path].name].append(layer)
     tensors: dict[str, Tensor] = {}
     for name, group in parts.items():
-        down, up, alpha = _joined(group, places)
+        down, up, alpha = _joined(group, key_map)
         if layout == "diffusers":
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         else:
@@ -90,10 +90,10 @@ def header_of(layers: Sequence[LoraLayer], layout: Layout, spec: ModelSpec) -> d
         alpha_pattern={f"^{layer.path}": layer.alpha for layer in layers if layer.alpha != alpha},
         target_modules=[layer.path for layer in layers],
     )
-    return {METADATA_KEY: described(config, prefix=spec.denoiser_name)}
+    return {METADATA_KEY: lora_metadata(config, prefix=spec.denoiser_name)}
 
 
-def _joined(layers: Sequence[LoraLayer], places: KeyMap) -> tuple[Tensor, Tensor, float]:
+def _joined(layers: Sequence[LoraLayer], key_map: KeyMap) -> tuple[Tensor, Tensor, float]:
     """One layer's factors and alpha from its parts: their ranks in a row, each writing its own rows alone.
 
     Rows of parts that are not adapted stay zero; their height is that of the others' pieces.
@@ -101,11 +101,11 @@ def _joined(layers: Sequence[LoraLayer], places: KeyMap) -> tuple[Tensor, Tensor
     Returns:
         down [sum R, I], up [O, sum R] and alpha; those of the layer itself where nothing is joined.
     """
-    first = places[layers[0].path]
+    first = key_map[layers[0].path]
     if first.num_pieces == 1:
         assert len(layers) == 1, f"{first.name} stands for {len(layers)} layers"
         return layers[0].down, layers[0].up, layers[0].alpha
-    sizes = {(layer.up.shape[0] / len(places[layer.path].pieces), layer.down.shape[1]) for layer in layers}
+    sizes = {(layer.up.shape[0] / len(key_map[layer.path].pieces), layer.down.shape[1]) for layer in layers}
     height = layers[0].up.shape[0] // len(first.pieces)
     if sizes != {(height, layers[0].down.shape[1])}:
         found = ", ".join(f"{layer.path} is {layer.up.shape[0]}x{layer.down.shape[1]}" for layer in layers)
@@ -114,7 +114,7 @@ def _joined(layers: Sequence[LoraLayer], places: KeyMap) -> tuple[Tensor, Tensor
     up = down.new_zeros(first.num_pieces, height, down.shape[0])
     start = 0
     for layer in layers:
-        pieces = places[layer.path].pieces
+        pieces = key_map[layer.path].pieces
         up[list(pieces), :, start : start + layer.rank] = layer.up.view(len(pieces), height, layer.rank)
         start += layer.rank
     return down, up.flatten(0, 1), sum(layer.alpha for layer in layers)

@@ -36,7 +36,7 @@ class LoraLayer:
         return self.down.shape[0]
 
 
-def exact(
+def exact_lora(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
 ) -> LoraLayer:
     """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
@@ -51,27 +51,27 @@ def exact(
         dtype: Of the factors.
         scale: What alpha / rank is to be; None for the layer's own.
     """
-    a, b = layer.branch(rank)
-    return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    a, b = layer.factors_at(rank)
+    return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
-def truncated(
+def truncated_lora(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
 ) -> LoraLayer:
     """The best approximation of rank r to the layer with its first r ranks open, else like `exact`.
 
     Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
     """
-    a, b = layer.branch(rank)
+    a, b = layer.factors_at(rank)
     if a.shape[0] <= rank:
-        return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+        return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
     left, left_core = torch.linalg.qr(b.double())
     right, right_core = torch.linalg.qr(a.double().flatten(1).T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T)
     root = values[:rank].sqrt()
     down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
     up = left @ u[:, :rank] * root
-    return _plain(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return _lora_layer(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
@@ -97,7 +97,7 @@ def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
 
     Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
     """
-    a, b = (factor.double().flatten(1) for factor in layer.branch(layer.rank))
+    a, b = (factor.double().flatten(1) for factor in layer.factors_at(layer.rank))
     a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1) / written.folded
     terms = a.shape[0] // layer.rank  # of a rank: its own and its base's
     table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
@@ -107,7 +107,7 @@ def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
     return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
 
 
-def _plain(
+def _lora_layer(
     path: str,
     factors: tuple[Tensor, Tensor],
     *,

@@ -16,7 +16,7 @@ HALVINGS = 24
 Triplet = tuple[Tensor, Tensor, Tensor]
 
 
-def branch(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
+def difference_factors(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
     """Two factors whose product is P diag(lam) Q - P0 diag(lam0) Q0 over the first `rank` ranks, all if None.
 
     Exactly zero where the differences are zero, in every dtype.
@@ -55,9 +55,9 @@ def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
     if groups == 1:
         return a
     rows = torch.arange(a.shape[0], device=a.device)
-    spread = a.new_zeros(a.shape[0], groups, *a.shape[1:])
-    spread[rows, rows % rank // (rank // groups)] = a
-    return spread.flatten(1, 2)
+    dense = a.new_zeros(a.shape[0], groups, *a.shape[1:])
+    dense[rows, rows % rank // (rank // groups)] = a
+    return dense.flatten(1, 2)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class Factors:
 
 
 def initial_factors(
-    weight: Tensor, shape: tuple[int, int], *, rank: int, description: TLoraSpec, seed: int, name: str
+    weight: Tensor, shape: tuple[int, int], *, rank: int, spec: TLoraSpec, seed: int, name: str
 ) -> Factors:
     """Where the factors of one layer start.
 
@@ -41,7 +41,7 @@ def initial_factors(
         weight: The layer's weight, read only where the description says so; on meta nothing is computed.
         shape: (N, M) of the layer, which a packed weight does not show.
         rank: R, at most the smaller of N and M.
-        description: Init and sig_type.
+        spec: Init and sig_type.
         seed: Of the run.
         name: Of the layer; with the seed it decides every random number.
     """
@@ -51,12 +51,10 @@ def initial_factors(
             return Factors(
                 q=torch.empty(rank, num_columns), p=torch.empty(num_rows, rank), values=torch.empty(rank)
             )
-    if description.init == "weight":
-        return weight_factors(weight.reshape(shape), rank, sig_type=description.sig_type)
-    if description.init == "random":
-        return random_factors(
-            num_rows, num_columns, rank, sig_type=description.sig_type, seed=seed, name=name
-        )
+    if spec.init == "weight":
+        return weight_factors(weight.reshape(shape), rank, sig_type=spec.sig_type)
+    if spec.init == "random":
+        return random_factors(num_rows, num_columns, rank, sig_type=spec.sig_type, seed=seed, name=name)
     generator = torch.Generator().manual_seed(mix(seed, "tlora-vanilla", name))
     q = torch.randn(rank, num_columns, generator=generator) / rank
     return Factors(q=q, p=torch.zeros(num_rows, rank), values=torch.ones(rank))

@@ -33,7 +33,7 @@ from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
 from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.adapters.tlora import initialisation, mask
-from simpletuner.helpers.adapters.tlora.delta import branch, product_norm, shrink, ungrouped
+from simpletuner.helpers.adapters.tlora.delta import difference_factors, product_norm, shrink, ungrouped
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import SigType, TLoraInit, TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS, StoredLayer, difference
@@ -76,7 +76,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             kind = type(org_module).__name__
             raise ConfigError(f"{lora_name}: a {kind} has no T-LoRA form. Exclude it by name.")
         self.lora_dim = lora_dim
-        self.description = TLoraSpec(tlora_init, sig_type, schedule)
+        self.spec = TLoraSpec(tlora_init, sig_type, schedule)
         self.scale = (alpha or lora_dim) / lora_dim
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
         self.set_group(mask_group_id)
@@ -88,7 +88,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
     @property
     def is_vanilla(self) -> bool:
         """Whether the layer has no base branch and no singular values."""
-        return self.description.init == "vanilla"
+        return self.spec.init == "vanilla"
 
     @property
     def num_groups(self) -> int:
@@ -98,11 +98,11 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
     @property
     def schedule(self) -> RankSchedule | None:
         """The network's rank schedule, where anything states one."""
-        return self.description.schedule
+        return self.spec.schedule
 
     def join(self, group: int, *, schedule: RankSchedule | None) -> None:
         """Become part of a network: its schedule, and its mask group from now on."""
-        self.description = replace(self.description, schedule=schedule)
+        self.spec = replace(self.spec, schedule=schedule)
         self.set_group(group)
 
     def set_group(self, group: int) -> None:
@@ -123,10 +123,8 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 f"{self.num_groups} groups. Change linear_dim or exclude the layer."
             )
         layer, rank, name = self.org_module[0], self.lora_dim, self.lora_name
-        weight = dequantize(layer, shape, name=name) if self.description.init == "weight" else layer.weight
-        return initialisation.initial_factors(
-            weight, shape, rank=rank, description=self.description, seed=seed, name=name
-        )
+        weight = dequantize(layer, shape, name=name) if self.spec.init == "weight" else layer.weight
+        return initialisation.initial_factors(weight, shape, rank=rank, spec=self.spec, seed=seed, name=name)
 
     def _create_factors(self, factors: initialisation.Factors) -> None:
         q = factors.q.float().reshape(self.lora_dim, *self.shape[1:])
@@ -140,7 +138,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         self.delta_q, self.delta_p = nn.Parameter(torch.zeros_like(q)), nn.Parameter(torch.zeros_like(p))
         self.delta_lambda = nn.Parameter(torch.zeros_like(values))
 
-    def branch(self, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    def lora_factors(self, rank: int | None = None) -> tuple[Tensor, Tensor]:
         """The two factors of the delta without its scale, over the first `rank` ranks, float32.
 
         Returns:
@@ -149,7 +147,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         if self.is_vanilla:
             return self.down[:rank], self.up[:, :rank]
         base = self.base_q, self.base_p, self.base_lambda
-        return branch(base, (self.delta_q, self.delta_p, self.delta_lambda), rank=rank)
+        return difference_factors(base, (self.delta_q, self.delta_p, self.delta_lambda), rank=rank)
 
     # What it computes
 
@@ -166,7 +164,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         if self.multiplier == 0:
             return output
         gate, rank = self._gate(x)
-        a, b = self.branch(rank)
+        a, b = self.lora_factors(rank)
         b = b * (self.scale * self.multiplier)
         if gate is not None:
             gate = gate if self.is_vanilla else torch.cat([gate, gate], dim=1)
@@ -283,7 +281,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         if self.num_groups > 1:
             raise AdapterError(f"{self.lora_name}: the delta of a grouped convolution is not of its shape.")
         gate = mask.current_mask(self.mask_group_id, self.lora_dim)
-        a, b = self.branch()
+        a, b = self.lora_factors()
         if gate is not None:
             b = b * (gate[0] if self.is_vanilla else torch.cat([gate[0], gate[0]])).to(b.device)
         delta = (b @ a.flatten(1)).view(self.shape) * (self.scale * multiplier)
@@ -301,7 +299,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
     def delta_norm(self) -> Tensor:
         """Frobenius norm of the full-rank delta at multiplier 1, without forming it."""
-        a, b = self.branch()
+        a, b = self.lora_factors()
         return product_norm(ungrouped(a, groups=self.num_groups, rank=self.lora_dim), b) * self.scale
 
     # What it stores
@@ -309,7 +307,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
     def custom_state_dict(self) -> dict[str, Tensor]:
         """The layer under the keys of adapter files: sums of base and difference, and the base."""
         p_shape = (self.shape[0], self.lora_dim) + (1,) * (len(self.shape) - 2)
-        state = {"alpha": self.alpha, "tlora_schedule": self.description.tensor(self.lora_dim)}
+        state = {"alpha": self.alpha, "tlora_schedule": self.spec.tensor(self.lora_dim)}
         if self.is_vanilla:
             down, up = full_tensor(self.down), full_tensor(self.up)
             return state | {"lora_down.weight": down, "lora_up.weight": up.view(p_shape)}
@@ -336,19 +334,19 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
     @torch.no_grad()
     def _take_over(self, stored: StoredLayer) -> None:
         stored.check_fits(self.custom_state_dict())
-        if (stored.description.init == "vanilla") != self.is_vanilla:
-            found, own = stored.description.init, self.description.init
+        if (stored.spec.init == "vanilla") != self.is_vanilla:
+            found, own = stored.spec.init, self.spec.init
             raise AdapterError(f"{self.lora_name}: the file's init is {found}, the adapter's {own}.")
         if self.is_vanilla:
             self.down.copy_(stored.tensors["lora_down.weight"])
             self.up.copy_(stored.tensors["lora_up.weight"].view(self.up.shape))
             return
         base = stored.base
-        began = replace(stored.description, schedule=self.schedule)
-        if base is None and began != self.description:  # a stock file: its base is the weight's own
-            self.description = began
+        began = replace(stored.spec, schedule=self.schedule)
+        if base is None and began != self.spec:  # a stock file: its base is the weight's own
+            self.spec = began
             base = self._initial_factors(seed=0)
-        self.description = began
+        self.spec = began
         if base is not None:
             self.base_q.copy_(base.q.view(self.base_q.shape))
             self.base_p.copy_(base.p)
@@ -368,7 +366,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         """
         given = {key: tensor for key, tensor in zip(KEYS, weights, strict=True) if tensor is not None}
         stored = StoredLayer.read(lora_name, given)
-        began = stored.description
+        began = stored.spec
         try:
             layer = cls(
                 lora_name,

@@ -13,8 +13,8 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-ScheduleKind = Literal["floor", "inclusive"]
-KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+ScheduleVariant = Literal["floor", "inclusive"]
+VARIANTS: tuple[ScheduleVariant, ...] = get_args(ScheduleVariant)
 
 
 def active_rank(
@@ -50,7 +50,7 @@ class RankSchedule:
     min_rank: int = 1
     alpha: float = 1.0
     num_timesteps: int = 1000
-    kind: ScheduleKind = "floor"
+    variant: ScheduleVariant = "floor"
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, int) for value in (self.max_rank, self.min_rank, self.num_timesteps)):
@@ -66,8 +66,8 @@ class RankSchedule:
             raise ValueError(f"alpha {self.alpha} must be a positive number")
         if self.num_timesteps < 1:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 1")
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"schedule {self.variant!r} is not one of {', '.join(VARIANTS)}")
 
     def rank_at(self, timestep: int) -> int:
         """Rank open at a timestep in [0, num_timesteps].
@@ -83,7 +83,7 @@ class RankSchedule:
             min_rank=self.min_rank,
             alpha=self.alpha,
             num_timesteps=self.num_timesteps,
-            inclusive=self.kind == "inclusive",
+            inclusive=self.variant == "inclusive",
         )
 
     def for_rank(self, rank: int) -> RankSchedule:
@@ -100,7 +100,7 @@ class RankSchedule:
             "max_rank": self.max_rank,
             "min_rank": self.min_rank,
             "alpha": self.alpha,
-            "schedule": self.kind,
+            "schedule": self.variant,
             "num_timesteps": self.num_timesteps,
         }
 
@@ -119,7 +119,7 @@ class RankSchedule:
                 f"a T-LoRA config has max_rank and optionally {', '.join(sorted(known))}; found {found}"
             )
         values = {key: config[key] for key in config if key != "schedule"} | {
-            "kind": config.get("schedule", "floor")
+            "variant": config.get("schedule", "floor")
         }
         return cls(**({"num_timesteps": num_timesteps} | values))  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import KINDS, RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import VARIANTS, RankSchedule
 from simpletuner.helpers.errors import AdapterError
 
 SigType = Literal["principal", "middle", "last"]
@@ -32,7 +32,7 @@ class TLoraSpec:
         """[9] float64: version, whether a schedule is stated, its values, init and sig_type by number."""
         schedule = self.schedule or RankSchedule(max_rank=rank)
         numbers = schedule.max_rank, schedule.min_rank, schedule.alpha, schedule.num_timesteps
-        names = KINDS.index(schedule.kind), INITS.index(self.init), SIG_TYPES.index(self.sig_type)
+        names = VARIANTS.index(schedule.variant), INITS.index(self.init), SIG_TYPES.index(self.sig_type)
         stated = float(self.schedule is not None)
         return torch.tensor([VERSION, stated, *numbers, *names], dtype=torch.float64)
 
@@ -56,7 +56,7 @@ class TLoraSpec:
                 min_rank=int(values[3]),
                 alpha=values[4],
                 num_timesteps=int(values[5]),
-                kind=KINDS[int(values[6])],
+                variant=VARIANTS[int(values[6])],
             )
             return cls(
                 init=INITS[int(values[7])],

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.delta import branch
+from simpletuner.helpers.adapters.tlora.delta import difference_factors
 from simpletuner.helpers.adapters.tlora.initialisation import Factors
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
@@ -30,7 +30,7 @@ class StoredLayer:
 
     name: str
     tensors: Mapping[str, Tensor]
-    description: TLoraSpec
+    spec: TLoraSpec
 
     @classmethod
     def read(cls, name: str, tensors: Mapping[str, Tensor]) -> Self:
@@ -41,15 +41,15 @@ class StoredLayer:
         """
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             raise AdapterError(f"{name}: alpha holds {tensors['alpha'].numel()} values, not one.")
-        description = TLoraSpec.read(tensors.get("tlora_schedule"))
+        spec = TLoraSpec.read(tensors.get("tlora_schedule"))
         has_base = any(key in tensors for key in BASE_KEYS)
-        if description.init == "vanilla":
+        if spec.init == "vanilla":
             needed: tuple[str, ...] = VANILLA_KEYS
         elif has_base:
             needed = TRAINED_KEYS + BASE_KEYS
         else:
             needed = TRAINED_KEYS
-            description = TLoraSpec("weight", "principal", description.schedule)
+            spec = TLoraSpec("weight", "principal", spec.schedule)
             log_once(
                 logger.warning,
                 "This T-LoRA file holds no base factors (stock LyCORIS and SimpleTuner write none). They "
@@ -59,12 +59,12 @@ class StoredLayer:
         missing = [key for key in needed if key not in tensors]
         if missing:
             raise AdapterError(f"{name}: the file has no {missing[0]}; it is incomplete.")
-        return cls(name, tensors, description)
+        return cls(name, tensors, spec)
 
     @property
     def rank(self) -> int:
         """R of the layer."""
-        key = VANILLA_KEYS[0] if self.description.init == "vanilla" else TRAINED_KEYS[0]
+        key = VANILLA_KEYS[0] if self.spec.init == "vanilla" else TRAINED_KEYS[0]
         return self.tensors[key].shape[0]
 
     @property
@@ -85,20 +85,20 @@ class StoredLayer:
         """What the product of the layer's factors is multiplied by."""
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
-    def branch(self, rank: int) -> tuple[Tensor, Tensor]:
+    def factors_at(self, rank: int) -> tuple[Tensor, Tensor]:
         """The two factors of the delta without its scale, over the first `rank` ranks, float32.
 
         Returns:
             A [2r, I, ...] and B [O, 2r]; [r, I, ...] and [O, r] for a vanilla layer.
         """
-        if self.description.init == "vanilla":
+        if self.spec.init == "vanilla":
             down, up = (self.tensors[key].float() for key in VANILLA_KEYS)
             return down[:rank], up.flatten(1)[:, :rank]
         q, p, values = (self.tensors[key].float() for key in BASE_KEYS)
         base = q, p.flatten(1), values.flatten()
         totals = (self.tensors[key] for key in TRAINED_KEYS)
         differences = [difference(total, start) for total, start in zip(totals, base, strict=True)]
-        return branch(base, (differences[0], differences[1], differences[2]), rank=rank)
+        return difference_factors(base, (differences[0], differences[1], differences[2]), rank=rank)
 
     def check_fits(self, own: Mapping[str, Tensor]) -> None:
         """Compare with a layer that is to take these values over.

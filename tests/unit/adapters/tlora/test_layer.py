@@ -283,7 +283,7 @@ def test_row_11_saved_layer_reloads_to_equal_output_and_an_identical_second_file
     kind_of_file, weights = get_module(file, "lycoris_layer")
     assert kind_of_file is TLoraLayer
     loaded = TLoraLayer.make_module_from_state_dict("lycoris_layer", twin, *weights)
-    assert (loaded.description, loaded.scale) == (TLoraSpec(init, "last", SCHEDULE), 0.5)
+    assert (loaded.spec, loaded.scale) == (TLoraSpec(init, "last", SCHEDULE), 0.5)
     loaded.set_group(adapter.mask_group_id)
     loaded.apply_to()
     for timestep in (0, 500, 1000):
