@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_matching"]
-FIRST_OWN_MASK_GROUP = 1 << 16
-"""LyCORIS's mask groups from here on are given out by us, one to each network; those below are the user's."""
 PipelineKind = Literal["text2image", "image2image", "inpaint"]
 
 

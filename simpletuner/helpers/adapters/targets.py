@@ -1,4 +1,4 @@
-"""Which layers an adapter is for: the user's names, as the family means them, checked against the model.
+"""Resolve the user's targets to layers of the model, with the family's meaning of generic names.
 
 A layer's path decides before the classes around it, and an inner class before an outer one.
 """
@@ -24,19 +24,19 @@ from simpletuner.helpers.errors import ConfigError
 GENERIC_TARGETS = ("Attention", "FeedForward")
 
 Options = Mapping[str, Any]
-"""What differs for some layers: algo, dim, alpha and arguments of the algorithm, under LyCORIS's names."""
+"""Options of some layers: algo, dim, alpha and arguments of the algorithm, under LyCORIS's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """The user's `apply_preset` in the class names of a family."""
+    """The user's `apply_preset` with the class names of a family."""
 
     modules: Sequence[str]
     names: Sequence[str]
     excluded: Sequence[str]
     module_options: Mapping[str, Options]
     alias_options: Mapping[str, Options]
-    """Of the classes that stand for generic names, what a family says as patterns of paths."""
+    """Options of generic names, for the path patterns that a family gives beside class names."""
     name_options: Mapping[str, Options]
     uses_fnmatch: bool
     enable_conv: bool
@@ -52,7 +52,7 @@ class Targets:
 
 
 def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) -> Targets:
-    """The user's `apply_preset`, generic names replaced by the family's own."""
+    """Replace the generic names of the user's `apply_preset` by the family's."""
     modules = list(preset.get("target_module") or [])
     names = list(preset.get("target_name") or [])
     module_options: dict[str, Options] = dict(preset.get("module_algo_map") or {})
@@ -73,7 +73,7 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
     return Targets(
         modules=modules,
         names=names,
-        # The layers of an adapter that is attached already are not the model's.
+        # Layers of an adapter that is already attached are no targets.
         excluded=[
             *(preset.get("exclude_name") or []),
             f"*{CHILD_PREFIX}*" if uses_fnmatch else f".*{CHILD_PREFIX}",
@@ -87,13 +87,13 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
 
 
 def as_glob(pattern: str) -> str:
-    """A family's regular expression as the file-name pattern that `use_fnmatch` asks for."""
+    """Convert a family's regular expression to a file-name pattern, for `use_fnmatch`."""
     return pattern.replace(r"\d+", "*").replace(r"\.", ".").removesuffix("$")
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What a module and those around it say of the layers in it."""
+    """Exclusion and options of the layers in a module, from its own class and those around it."""
 
     is_excluded: bool = False
     options: Options | None = None
@@ -101,7 +101,7 @@ class _Scope:
 
 
 def resolve(targets: Targets, model: nn.Module) -> dict[str, Options]:
-    """Path of every module that is adapted if it is a layer -> what differs for it, in the model's order."""
+    """Path of every targeted module -> its options, in the model's order; LyCORIS adapts the layers."""
     scopes: dict[str, _Scope] = {}
     found: dict[str, Options] = {}
     for path, module in model.named_modules():
@@ -124,7 +124,7 @@ def _scope_of(around: _Scope, path: str, class_name: str, *, targets: Targets) -
 
 
 def _options_of(path: str, scope: _Scope, targets: Targets) -> Options | None:
-    """What differs for a layer; None if nothing makes it a target."""
+    """Options of a layer; None if it is no target."""
     for patterns in (targets.name_options, targets.alias_options):
         pattern = targets.first_match(path, patterns)
         if pattern is not None:
@@ -135,10 +135,10 @@ def _options_of(path: str, scope: _Scope, targets: Targets) -> Options | None:
 
 @contextmanager
 def preset_in_force(layers: Mapping[str, Options], *, enable_conv: bool) -> Iterator[None]:
-    """Make LyCORIS adapt these layers by their paths while a network is created, each with its options.
+    """Set LyCORIS's preset to these layers' paths and options while a network is created.
 
-    LyCORIS keeps its preset on a class, where every key has to be set each time; what was there is put back.
-    Paths whose options are the same share one pattern, since LyCORIS tries every pattern on every module.
+    LyCORIS keeps its preset on a class, so every key is set each time and the previous preset restored. Paths
+    of equal options share one pattern, since LyCORIS tries every pattern on every module.
     """
     before = {
         "enable_conv": LycorisNetwork.ENABLE_CONV,
@@ -176,11 +176,11 @@ def _pattern_of(paths: Iterable[str]) -> str:
 
 
 def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:
-    """Refuse a target that adapts nothing.
+    """Refuse a target that matches no layer.
 
     Raises:
-        ConfigError: A named class or pattern matches no layer, and the message lists the model's own class
-            names; or others decide for every layer of a pattern of `name_algo_map`.
+        ConfigError: A class or pattern matches no layer (the message lists the model's class names), or
+            earlier patterns decide for every layer of a pattern of `name_algo_map`.
     """
     adapted_ids = {id(layer) for layer in adapted}
     classes: set[str] = set()
@@ -202,13 +202,13 @@ def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Mo
     late = [name for name in targets.name_options if name not in deciding]
     if late:
         raise ConfigError(
-            f"apply_preset.name_algo_map: {', '.join(late)} decides for no layer, because earlier patterns "
-            "match all of its layers and the first one counts. Write it before them."
+            f"apply_preset.name_algo_map: {', '.join(late)} has no effect: the first match counts, and "
+            "earlier patterns match all of its layers. Write it before them."
         )
 
 
 def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply_preset") -> str:
-    """What to tell a user whose targets, under this key, match no layer."""
+    """Error message for targets of a key that match no layer."""
     counts = Counter(
         type(module).__name__
         for module in model.modules()

@@ -257,7 +257,7 @@ def test_header_that_would_fill_the_memory_is_refused_before_it_is_read(
 ) -> None:
     file = tmp_path / "huge.safetensors"
     file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ModelError, match=r"claims 1099511627776 bytes, at most 16777216 are read"):
+    with pytest.raises(ModelError, match=r"\b1099511627776 bytes.*\b16777216\b"):
         sdxl(pretrained_unet_model_name_or_path=str(file)).load_denoiser()
     file.write_bytes(b"{}")
     with pytest.raises(ModelError, match=r"claims|not a readable safetensors file"):

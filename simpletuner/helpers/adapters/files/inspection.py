@@ -1,4 +1,4 @@
-"""What an adapter file is, in a few lines: kind, layers, ranks, schedule, base, training."""
+"""Summarise an adapter file: algorithm, layers, ranks, schedule, base model, training."""
 
 from __future__ import annotations
 
@@ -45,45 +45,45 @@ SHOWN_ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """The facts of one adapter file."""
+    """Summary of one adapter file."""
 
     file: str
     bytes: int
     algorithm: str
     init: str | None
-    """Where a T-LoRA began, with the band of singular triplets; None when nothing says so."""
+    """T-LoRA's init and sig_type; None in a file without them."""
     num_layers: int
     ranks: dict[int, int]
-    """Rank -> layers of it; empty where the algorithm has none."""
+    """Rank -> number of layers; empty for an algorithm without ranks."""
     scales: dict[float, int]
-    """alpha / rank -> layers of it."""
+    """alpha / rank -> number of layers."""
     num_values: int
-    """Numbers stored, frozen base factors included."""
+    """Number of stored values, including frozen base factors."""
     num_frozen: int
-    """Of those, base factors."""
+    """Number of values in base factors."""
     dtypes: tuple[str, ...]
     schedule: dict[str, int | float | str] | None
     base_model: str | None
     model_family: str | None
     trigger_words: str | None
     targets: Any
-    """`apply_preset` of the lycoris json that it was trained with."""
+    """`apply_preset` of the header's lycoris json."""
     num_base_hashes: int
     training: dict[str, str]
-    """What else the header says."""
+    """The other entries of the header."""
     missing: tuple[str, ...]
-    """What a complete T-LoRA file would have."""
+    """Parts of a complete T-LoRA file that are missing."""
 
     def as_json(self) -> str:
-        """Every fact, as a json object."""
+        """The summary as a json object."""
         return json.dumps(vars(self), indent=2, ensure_ascii=False)
 
     def text(self) -> str:
-        """Every fact, for people."""
+        """The summary as text."""
         ranks = _counted(self.ranks, "rank")
         lines = [
             ("File", f"{self.file}, {self.bytes / 1e6:.1f} MB, {', '.join(self.dtypes)}"),
-            ("Kind", self.algorithm + (f", started at {self.init}" if self.init else "")),
+            ("Algorithm", self.algorithm + (f", init {self.init}" if self.init else "")),
             ("Layers", f"{self.num_layers}{f': {ranks}' if ranks else ''}"),
             ("Scale", _counted(self.scales, "alpha / rank")),
             ("Values", f"{self.num_values:,}" + (f", {self.num_frozen:,} frozen" if self.num_frozen else "")),
@@ -106,7 +106,7 @@ class Inspection:
             return []
         schedule = RankSchedule.from_config(self.schedule)
         stated = ", ".join(f"{key} {value}" for key, value in self.schedule.items())
-        lines = ["", f"Open ranks by timestep ({stated}):"]
+        lines = ["", f"Active rank by timestep ({stated}):"]
         for share in CHART_TIMESTEPS:
             timestep = share * schedule.num_timesteps // CHART_TIMESTEPS[-1]
             rank = schedule.rank_at(timestep)
@@ -116,14 +116,14 @@ class Inspection:
 
     def _use(self) -> str:
         model = "" if self.base_model else " --family FAMILY --model MODEL"
-        return f'\nPictures: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
+        return f'\nImages: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
 
 
 def inspect(file: Path) -> Inspection:
-    """Read an adapter file and say what it is.
+    """Read and summarise an adapter file.
 
     Raises:
-        AdapterError: It cannot be read, or is no adapter of a kind that is known.
+        AdapterError: The file cannot be read, or its algorithm is unknown.
     """
     stored = adapter_file.read(file)
     released = import_formats.is_released(stored.tensors)
@@ -133,9 +133,7 @@ def inspect(file: Path) -> Inspection:
         raise AdapterError(f"{file}: {error}") from error
     suffix = next((each for each in KINDS if any(key.endswith(each) for key in tensors)), None)
     if suffix is None:
-        raise AdapterError(
-            f"{file}: holds no layer of an adapter that is known; its first key is {min(tensors)}."
-        )
+        raise AdapterError(f"{file}: no layer of a known algorithm; the first key is {min(tensors)}.")
     algorithm, rank_axis = KINDS[suffix]
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
     specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
@@ -178,7 +176,7 @@ def _schedule(
     try:
         schedule = stated if config is None else RankSchedule.from_config(config)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{stored.path}: its rank schedule cannot be used: {error}.") from error
+        raise AdapterError(f"{stored.path}: its rank schedule is invalid: {error}.") from error
     return None if schedule is None else schedule.config()
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on a delta that is given by its two factors.
+"""Arithmetic on the two factors of a delta.
 
 Shapes: R rank of the factors, I in, O out features.
 """
@@ -17,14 +17,14 @@ Triplet = tuple[Tensor, Tensor, Tensor]
 
 
 def difference_factors(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is P diag(lam) Q - P0 diag(lam0) Q0 over the first `rank` ranks, all if None.
+    """Two factors whose product is P diag(lambda) Q - P0 diag(lambda0) Q0 over the first `rank` ranks.
 
-    Exactly zero where the differences are zero, in every dtype.
+    The product is exactly zero where the differences are zero, in every dtype.
 
     Args:
-        base: Q0 [R, I, ...], P0 [O, R], lam0 [R].
-        difference: dQ, dP, dlam of the same shapes; Q is Q0 + dQ and so on.
-        rank: r.
+        base: Q0 [R, I, ...], P0 [O, R], lambda0 [R].
+        difference: dQ, dP, dlambda of the same shapes; Q is Q0 + dQ and so on.
+        rank: r; None for every rank.
 
     Returns:
         A [2r, I, ...] and B [O, 2r].
@@ -45,7 +45,7 @@ def product_norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
-    """A grouped convolution's first factor, [R', I/g, ...], as one that reads every input, [R', I, ...].
+    """Expand a grouped convolution's first factor, [R', I/g, ...], to an ungrouped one, [R', I, ...].
 
     Args:
         a: Stacked parts of `rank` rows each; row j of a part reads input group j // (rank / groups).
@@ -62,12 +62,12 @@ def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
 
 @torch.no_grad()
 def shrink(parameters: Sequence[Tensor], *, norm: Callable[[], Tensor], limit: float) -> tuple[bool, Tensor]:
-    """Scale the parameters in place by the largest common share that brings `norm()` to the limit.
+    """Scale the parameters in place by the largest common share that keeps `norm()` within the limit.
 
     The norm must be continuous in that share, and 0 where the parameters are 0.
 
     Returns:
-        Whether anything was scaled, and the norm afterwards.
+        Whether the parameters were scaled, and the norm afterwards.
     """
     before = norm()
     if before <= limit:

@@ -19,12 +19,15 @@ from simpletuner.helpers.configuration.schema.base import (
     Whole,
     contradiction,
 )
-from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
 
 Algorithm = Literal[
     "tlora", "lora", "locon", "loha", "lokr", "full", "diag-oft", "boft", "ia3", "glora", "dylora"
 ]
 TLoraInit = Literal["random", "weight", "vanilla"]
+SigType = Literal["last", "middle", "principal"]
+ScheduleVariant = Literal["floor", "inclusive"]
+FIRST_OWN_MASK_GROUP = 1 << 16
+"""First of LyCORIS's mask groups that networks get by default; the user's own are below."""
 Scalar = bool | int | float
 
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
@@ -206,13 +209,13 @@ class LycorisConfig(Section):
     """Ranks left open at the highest noise; at most linear_dim."""
     tlora_alpha: PositiveNumber = 1.0
     """Exponent of the schedule; above 1 ranks close sooner as noise grows."""
-    tlora_schedule: Literal["floor", "inclusive"] = "floor"
+    tlora_schedule: ScheduleVariant = "floor"
     """Rounding: floor as in the paper, where the full rank is open at timestep 0 alone; inclusive reaches
     every rank equally often."""
     tlora_init: TLoraInit = "random"
     """Start of the factors: random, singular vectors of a random matrix; weight, of the layer's weight;
     vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
-    sig_type: Literal["last", "middle", "principal"] = "last"
+    sig_type: SigType = "last"
     """Which singular vectors: the smallest, the middle or the largest."""
     mask_group_id: Annotated[int, Field(ge=0, lt=FIRST_OWN_MASK_GROUP)] | None = None
     """LyCORIS's mask group of the network, for a training loop that sets masks itself: networks of one group

@@ -181,11 +181,11 @@ def test_band_states_the_largest_error_within_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 5}, r"rank 5 must be in 1\.\.4"),
-        ({"timestep": 1001}, r"timestep 1001 is outside 0\.\.1000"),
-        ({"bands": 0}, r"bands 0 must be in 1\.\.1000"),
-        ({"rank": 2, "bands": 2}, "rank and bands exclude each other"),
-        ({"layout": "kohya"}, "family toy has no layout kohya"),
+        ({"rank": 5}, r"rank 5\b.*1\.\.4"),
+        ({"timestep": 1001}, r"timestep 1001\b.*0\.\.1000"),
+        ({"bands": 0}, r"bands 0\b.*1\.\.1000"),
+        ({"rank": 2, "bands": 2}, "rank and bands"),
+        ({"layout": "kohya"}, "toy.*kohya"),
     ],
 )
 def test_option_that_does_not_fit_is_refused_and_nothing_is_written(
@@ -200,15 +200,15 @@ def test_option_that_does_not_fit_is_refused_and_nothing_is_written(
 def test_file_of_others_says_how_it_can_be_exported(tmp_path: Path) -> None:
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(make_adapter_file(tmp_path)), bare)
-    with pytest.raises(AdapterError, match="Attach it to its base model with load_adapter"):
+    with pytest.raises(AdapterError, match="load_adapter"):
         export_adapter(bare, tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES)
 
 
 @pytest.mark.parametrize(
     ("drop", "header", "message"),
     [
-        (("base_q", "base_p", "base_lambda"), {}, "no base factors"),
-        ((), {"model_family": "elsewhere"}, "its model family is elsewhere. Known families: toy"),
+        (("base_q", "base_p", "base_lambda"), {}, "lycoris_proj.*export_live"),
+        ((), {"model_family": "elsewhere"}, "elsewhere.*toy"),
         (("tlora_schedule", "q_layer.weight"), {}, "lycoris_proj.*q_layer|lycoris_proj.*lambda_layer"),
     ],
 )
@@ -325,6 +325,6 @@ def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
         apply_preset=TargetPreset(target_name=(".*",)),
     )
     adapter = LycorisAdapter.create(model, config, spec=SPEC, seed=0)
-    with pytest.raises(AdapterError, match="no form of a grouped convolution"):
+    with pytest.raises(AdapterError, match="lycoris_0"):
         export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=SPEC)
     assert not list(tmp_path.iterdir())

@@ -87,7 +87,7 @@ def test_a_layer_of_its_own_is_written_as_it_is() -> None:
 )
 def test_parts_that_do_not_fit_together_are_refused(up: list[list[float]], down: list[list[float]]) -> None:
     q = layer("q", [[1.0]], [[1.0, 0.0]])
-    with pytest.raises(AdapterError, match=r"joined cannot be put together: q is 1x2, k is \dx\d\. Use the"):
+    with pytest.raises(AdapterError, match=r"joined.*q is 1x2, k is \dx\d"):
         written(q, layer("k", up, down))
 
 
@@ -119,7 +119,7 @@ def test_layouts_that_join_nothing_name_every_layer() -> None:
 
 
 def test_a_layer_without_a_name_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"kohya has no name for a layer: lost is not .* Use diffusers"):
+    with pytest.raises(AdapterError, match=r"kohya.*\blost\b"):
         make_key_map(["lost"], "kohya", SPEC)
 
 

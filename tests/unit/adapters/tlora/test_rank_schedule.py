@@ -85,13 +85,13 @@ def test_for_rank_lowers_the_minimum_with_the_maximum() -> None:
     ],
 )
 def test_schedule_outside_its_range_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"must be|is not one of"):
+    with pytest.raises(ValueError, match=r"_rank|alpha|num_timesteps|schedule"):
         RankSchedule(**values)
 
 
 @pytest.mark.parametrize("timestep", [-1, 1001])
 def test_rank_at_a_timestep_outside_the_schedule_is_refused(timestep: int) -> None:
-    with pytest.raises(ValueError, match=r"outside 0\.\.1000"):
+    with pytest.raises(ValueError, match=r"0\.\.1000"):
         RankSchedule(4).rank_at(timestep)
 
 
@@ -102,5 +102,5 @@ def test_config_round_trip_keeps_every_field() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"min_rank": 1}, {"max_rank": 4, "rank": 3}])
 def test_malformed_config_names_what_it_should_hold(config: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="max_rank and optionally"):
+    with pytest.raises(ValueError, match="max_rank"):
         RankSchedule.from_config(config)
