@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_matching"]
-FIRST_OWN_MASK_GROUP = 1 << 16
-"""First LyCORIS mask group that we assign, one per network; users may use the groups below."""
 PipelineType = Literal["text2image", "image2image", "inpaint"]
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from torch import nn
 
-from simpletuner.helpers.adapters.files.layouts import Layout, places_of, tensors_of
+from simpletuner.helpers.adapters.files.layouts import Layout, make_key_map, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
@@ -103,6 +103,6 @@ def test_keys_of_one_block_of_each_kind(
         "lycoris": ["lycoris_" + path.replace(".", "_") for path in paths],
     }.get(layout, original)
     expected = {f"{name}.{part}" for name in names for part in FACTORS.get(layout, THREE)}
-    places = places_of([layer.path for layer in layers], layout, spec)
+    key_map = make_key_map([layer.path for layer in layers], layout, spec)
     with torch.device("meta"):
-        assert tensors_of(layers, layout, places).keys() == expected
+        assert tensors_of(layers, layout, key_map).keys() == expected

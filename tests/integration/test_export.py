@@ -163,7 +163,7 @@ def test_bands_are_files_that_each_hold_the_rank_of_their_middle(tmp_path: Path)
     names = ["out-t0000-0332.safetensors", "out-t0333-0666.safetensors", "out-t0667-1000.safetensors"]
     assert [each.file.name for each in written] == names
     assert adapter.schedule is not None
-    assert [each.open_rank for each in written] == [adapter.schedule.rank_at(t) for t in (166, 499, 833)]
+    assert [each.active_rank for each in written] == [adapter.schedule.rank_at(t) for t in (166, 499, 833)]
     for each in written:
         with safe_open(each.file, "pt") as content:
             assert content.metadata()["timesteps"] == str(list(each.timesteps or ()))

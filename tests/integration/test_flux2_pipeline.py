@@ -125,7 +125,7 @@ def test_every_call_of_the_transformer_has_the_ranks_of_its_step_and_leaves_none
         return {}
 
     # Registered before the pipeline's own hooks, so it runs before them: between two calls.
-    pipeline.transformer.register_forward_pre_hook(lambda *_: between.append(len(mask._masks)))
+    pipeline.transformer.register_forward_pre_hook(lambda *_: between.append(len(mask.groups_with_mask())))
     pipeline.transformer.x_embedder.register_forward_hook(look)
     levels = [1.0, 0.3, 0.05, 0.005]
     sample(pipeline, callback_on_step_end=note, num_inference_steps=4, sigmas=levels, **call)
@@ -148,7 +148,7 @@ def test_the_mask_is_cleared_when_the_transformer_fails(name: str) -> None:
     handle = pipeline.transformer.x_embedder.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(pipeline)
-    assert not mask._masks
+    assert not mask.groups_with_mask()
     handle.remove()
     again = sample(pipeline)
     fresh = load(name)

@@ -111,7 +111,7 @@ def step(model: nn.Module, adapter: Any) -> list[Tensor]:
             "img_ids": torch.zeros(4, 3),
             "txt_ids": torch.zeros(6, 3),
         }
-    ranks = adapter.rank_mask_for([300, 700]) if adapter.kind == "tlora" else nullcontext()
+    ranks = adapter.rank_mask_for([300, 700]) if adapter.algorithm == "tlora" else nullcontext()
     with ranks:
         loss = model(**inputs).sample.square().mean()
         loss.backward()

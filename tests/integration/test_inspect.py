@@ -33,7 +33,7 @@ def test_tlora_file_of_a_run_tells_everything_about_it(
     assert not end.value.code
     lines = capsys.readouterr().out.splitlines()
     facts = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines if "  " in line}
-    assert facts["Kind"] == "T-LoRA, started at random/last"
+    assert facts["Algorithm"] == "T-LoRA, init random/last"
     assert facts["Layers"] == "64: rank 8 (64)"
     assert facts["Base model"] == str(tiny_model())
     assert facts["Family"] == "sdxl"
@@ -43,7 +43,7 @@ def test_tlora_file_of_a_run_tells_everything_about_it(
     assert "Missing" not in facts
     chart = [line.split() for line in lines if line.endswith("#")]
     assert [(int(t), int(rank)) for t, rank, _ in chart][:: len(chart) - 1] == [(0, 8), (1000, 2)]
-    assert lines[-1].startswith(f"Pictures: simpletuner sample --adapter {file} --prompt")
+    assert lines[-1].startswith(f"Images: simpletuner sample --adapter {file} --prompt")
 
 
 def test_json_holds_the_same_facts(

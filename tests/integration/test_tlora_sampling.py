@@ -204,7 +204,7 @@ def test_config_for_one_network_leaves_what_another_states(model: Path, adapter_
     assert found == {first.group: first.schedule, second.group: second.schedule}
     first.detach()
     found = schedules_of(pipeline.unet, config={"max_rank": 8, "alpha": 1.5}, scheduler=pipeline.scheduler)
-    assert found == {second.group: RankSchedule(8, min_rank=2, alpha=1.5, kind="inclusive")}
+    assert found == {second.group: RankSchedule(8, min_rank=2, alpha=1.5, variant="inclusive")}
 
 
 def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(

@@ -1,4 +1,4 @@
-"""What the trainer asks of an adapter, whatever its algorithm."""
+"""The interface between the trainer and an adapter of any algorithm."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from simpletuner.helpers.errors import AdapterError
 
 
 class Adapter(ABC):
-    """One adapter attached to one denoiser, reachable from that denoiser."""
+    """One adapter attached to one denoiser, which contains the adapter's modules."""
 
-    kind: str
-    """Algorithm, in LyCORIS's names; "standard" for PEFT LoRA."""
+    algorithm: str
+    """LyCORIS's name of the algorithm; "standard" for PEFT LoRA."""
     num_layers: int
-    """Layers adapted."""
+    """Number of adapted layers."""
 
     @property
     def tlora_config(self) -> dict[str, int | float | str] | None:
-        """What a pipeline needs as `_tlora_config`; None when the adapter has no rank schedule."""
+        """Value of a pipeline's `_tlora_config`; None for an adapter without a rank schedule."""
         return None
 
     @property
@@ -31,20 +31,20 @@ class Adapter(ABC):
         return None
 
     def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
-        """Open the ranks of these timesteps, one per sample, for a forward and its backward.
+        """Set the rank mask of these timesteps, one per sample, for a forward and its backward.
 
         Raises:
-            RuntimeError: Ranks are still held for a backward that has not finished.
+            RuntimeError: A mask is still held for a backward that has not finished.
         """
         return nullcontext()
 
     def mean_active_rank(self, timesteps: Sequence[int]) -> float | None:
-        """Mean number of open ranks over these timesteps; None when the adapter has no rank schedule."""
+        """Mean active rank over these timesteps; None for an adapter without a rank schedule."""
         return None
 
     @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a fixed order, float32."""
+        """The trained parameters, float32, in a fixed order."""
 
     @abstractmethod
     def set_strength(self, strength: float) -> None:
@@ -56,7 +56,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the output of `state_dict`.
 
         Raises:
             AdapterError: A tensor is missing, unknown or of another shape.
@@ -64,15 +64,15 @@ class Adapter(ABC):
 
     @abstractmethod
     def init_from(self, file: Path) -> None:
-        """Begin training at the adapter of a file instead of at zero.
+        """Initialise the adapter from a file instead of at zero.
 
         Raises:
-            AdapterError: The file is not of this kind, or its layers are others.
+            AdapterError: The file's algorithm or layers differ.
         """
 
     @abstractmethod
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the adapter for others to use, with these facts about its training in the header.
+        """Write the adapter file, with this metadata in its header.
 
         Raises:
             AdapterError: A weight is not finite; nothing is written.
@@ -81,11 +81,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def detach(self) -> None:
-        """Take the adapter off; the denoiser is bit-identical to what it was."""
+        """Remove the adapter; the denoiser becomes bit-identical to its original."""
 
 
 def refuse_other_state(state: Mapping[str, Tensor], *, own: Mapping[str, Tensor]) -> None:
-    """Check that a training state has an adapter's own tensors and no others.
+    """Check that a training state has exactly an adapter's tensors.
 
     Raises:
         AdapterError: A tensor is missing, unknown or of another shape.
@@ -93,5 +93,5 @@ def refuse_other_state(state: Mapping[str, Tensor], *, own: Mapping[str, Tensor]
     wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
     if wrong:
         raise AdapterError(
-            f"The adapter state does not fit this adapter: {len(wrong)} tensors, first {wrong[0]}."
+            f"The training state does not fit this adapter: {len(wrong)} tensors differ, first {wrong[0]}."
         )

@@ -1,7 +1,7 @@
-"""An adapter's module as a child of the layer that it adapts.
+"""Mount an adapter's module as a child of the layer that it adapts.
 
-So the adapter is reached from the trained model: it moves with it, is prepared, reduced and sharded with it.
-Its keys stay out of the base model's `state_dict()`, and are not asked for when a base is loaded.
+So the denoiser contains the adapter: both move, are prepared, reduced and sharded together. The adapter's
+keys stay out of the base model's `state_dict()`, and `load_state_dict()` does not require them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _visible = False
 
 @contextmanager
 def adapter_keys_visible() -> Iterator[None]:
-    """Let `state_dict()` of an adapted model list its adapters' tensors too, for sequential offload."""
+    """Include the adapters' tensors in `state_dict()` of an adapted model, for sequential offload."""
     global _visible
     previous, _visible = _visible, True
     try:
@@ -35,19 +35,18 @@ def adapter_keys_visible() -> Iterator[None]:
 class UnlistedChild:
     """Mixin before a LyCORIS module: mounted in a layer, it adds nothing to the model's `state_dict()`.
 
-    What it would list are sums made for a file, which are not made in vain here, and cannot be made while
-    sequential offload keeps its parameters elsewhere.
+    LyCORIS would build the merged tensors of a file: wasted here, and impossible under sequential offload.
     """
 
     def state_dict(self, *args: Any, prefix: str = "", **options: Any) -> Any:
-        """As LyCORIS's, but as it was given when called for a layer that it is mounted in."""
+        """Return the given dict unchanged when mounted in a layer, else LyCORIS's."""
         if IS_MOUNTED.search(prefix):
             return options["destination"]
         return super().state_dict(*args, prefix=prefix, **options)  # type: ignore[misc]
 
 
 class Attachment:
-    """One adapter module mounted in one layer; `remove()` leaves the layer as it was."""
+    """One adapter module mounted in one layer; `remove()` restores the layer."""
 
     def __init__(self, layer: nn.Module, adapter: nn.Module) -> None:
         taken = dict(layer.named_children())
@@ -56,11 +55,11 @@ class Attachment:
         layer.add_module(self.name, adapter)
         self._handles: list[RemovableHandle] = [
             layer.register_state_dict_post_hook(_hide_keys),  # type: ignore[no-untyped-call]
-            layer.register_load_state_dict_post_hook(_ask_for_none),  # type: ignore[no-untyped-call]
+            layer.register_load_state_dict_post_hook(_drop_missing_keys),  # type: ignore[no-untyped-call]
         ]
 
     def remove(self) -> None:
-        """Take the adapter out of the layer."""
+        """Remove the adapter from the layer."""
         for handle in self._handles:
             handle.remove()
         delattr(self.layer, self.name)
@@ -77,7 +76,7 @@ def adapters_of(model: nn.Module) -> Iterator[nn.Module]:
 def _hide_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: object) -> None:
     for key in [key for key in state_dict if key.startswith(f"{prefix}{CHILD_PREFIX}")]:
         del state_dict[key]
-    if _visible:  # by their own names: LyCORIS modules list what their files hold instead
+    if _visible:  # under the names of the parameters; a LyCORIS module's state_dict has those of its file
         for name, child in layer.named_children():
             if name.startswith(CHILD_PREFIX):
                 tensors = chain(
@@ -86,6 +85,6 @@ def _hide_keys(layer: nn.Module, state_dict: dict[str, Any], prefix: str, local_
                 state_dict.update((key, tensor.detach()) for key, tensor in tensors)
 
 
-def _ask_for_none(layer: nn.Module, incompatible_keys: Any) -> None:
+def _drop_missing_keys(layer: nn.Module, incompatible_keys: Any) -> None:
     missing = incompatible_keys.missing_keys
     missing[:] = [key for key in missing if CHILD_PREFIX not in key]

@@ -1,4 +1,4 @@
-"""Make a new LyCORIS network for chosen layers, or say which of them it cannot be made for."""
+"""Build a new LyCORIS network, or name the layers that its algorithm does not support."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ lycoris_layers.register()
 
 Size = tuple[int, ...]
 
-# What LyCORIS's constructors raise for a layer or an argument that an algorithm cannot have.
+# LyCORIS's constructors raise these for a layer or an argument that an algorithm does not support.
 REFUSALS = (ValueError, NotImplementedError, AssertionError)
 
 
 @contextmanager
 def quiet_lycoris() -> Iterator[None]:
-    """Keep LyCORIS from printing a line per setting; what matters is checked and said here."""
+    """Silence LyCORIS, which logs a line per setting."""
     level = lycoris_logger.level
     lycoris_logger.setLevel("ERROR")
     try:
@@ -38,7 +38,7 @@ def quiet_lycoris() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkBuilder:
-    """What a new network on a denoiser is made from."""
+    """Builds a new network for layers of a denoiser."""
 
     denoiser: nn.Module
     config: LycorisConfig
@@ -46,27 +46,26 @@ class NetworkBuilder:
     seed: int
 
     def network(self, layers: Mapping[str, Options]) -> LycorisNetwork:
-        """The network for the layers among these modules, not attached yet.
+        """Build the network for the layers among these modules, without attaching it.
 
         Args:
-            layers: Path -> what differs for it, as `targets.resolve` gives it.
+            layers: Path -> its own options, from `targets.resolve`.
 
         Raises:
-            ConfigError: LyCORIS cannot make the algorithm for some of them, or the rank of a T-LoRA is above
-                a layer's size.
+            ConfigError: The algorithm does not support a layer, or the rank of a T-LoRA is above its size.
         """
         own = {str(options["algo"]) for options in layers.values() if "algo" in options}
         lycoris_layers.register_algorithms({self.config.algo, *own})
         try:
-            return self._made(layers)
+            return self._create(layers)
         except REFUSALS as error:
-            raise ConfigError(self._refusal(layers, error)) from error
+            raise ConfigError(self._refusal_message(layers, error)) from error
 
-    def _made(self, layers: Mapping[str, Options]) -> LycorisNetwork:
+    def _create(self, layers: Mapping[str, Options]) -> LycorisNetwork:
         config, extra = self.config, dict(self.config.extra)
         in_force = targets.preset_in_force(layers, enable_conv=config.apply_preset.enable_conv)
         with in_force, quiet_lycoris(), torch.random.fork_rng():
-            torch.manual_seed(self.seed)  # stock algorithms draw their start from the global generator
+            torch.manual_seed(self.seed)  # stock algorithms initialise from the global generator
             return LycorisNetwork(
                 self.denoiser,
                 multiplier=config.multiplier,
@@ -83,17 +82,17 @@ class NetworkBuilder:
                 **extra,
             )
 
-    def _refusal(self, layers: Mapping[str, Options], error: Exception) -> str:
-        """What to tell the user, once one layer of each kind was tried alone to find those that fail."""
+    def _refusal_message(self, layers: Mapping[str, Options], error: Exception) -> str:
+        """Name the sizes that fail, by building one layer of each size and options alone."""
         modules = dict(self.denoiser.named_modules())
-        kinds: dict[tuple[Size, str], str] = {}
+        examples: dict[tuple[Size, str], str] = {}
         for path, options in layers.items():
             if size := _size_of(modules[path]):
-                kinds.setdefault((size, str(options)), path)
+                examples.setdefault((size, str(options)), path)
         failed: dict[Size, tuple[str, Exception]] = {}
-        for (size, _), path in kinds.items():
+        for (size, _), path in examples.items():
             try:
-                self._made({path: layers[path]})
+                self._create({path: layers[path]})
             except REFUSALS as own:
                 failed.setdefault(size, (path, own))
         path, error = next(iter(failed.values()), (next(iter(layers)), error))
@@ -103,14 +102,14 @@ class NetworkBuilder:
         reason = str(error).rstrip(".") or type(error).__name__
         remedy = _remedy(algo, [size[0] for size in failed])
         return (
-            f"algo {algo} with linear_dim {dim} cannot be made for layers of {sizes}, the first of them "
-            f"{path}. LyCORIS says: {reason}. {remedy}, give these layers another algo in name_algo_map, or "
-            "leave them out with exclude_name."
+            f"algo {algo} with linear_dim {dim} does not support layers of {sizes}, first {path}. LyCORIS's "
+            f"reason: {reason}. {remedy}, give these layers another algo in name_algo_map, or exclude them "
+            "with exclude_name."
         )
 
 
 def _size_of(module: nn.Module) -> Size:
-    """Outputs, inputs and kernel of a layer; empty for what is none."""
+    """(out, in, kernel...) of a linear layer or convolution; () for other modules."""
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -120,6 +119,6 @@ def _size_of(module: nn.Module) -> Size:
 
 def _remedy(algo: str, outputs: Sequence[int]) -> str:
     if algo == "boft" and outputs and not any(num % 2 for num in outputs):
-        # Its blocks are even, and their number is a power of two, so a block holds every odd divisor.
+        # Block size is even and the number of blocks a power of two, so every odd divisor is in the block.
         return f"Raise linear_dim to {max(2 * (num // (num & -num)) for num in outputs)}"
     return "Change linear_dim or the algorithm's arguments"

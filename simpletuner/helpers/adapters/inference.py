@@ -1,4 +1,4 @@
-"""An adapter file in any diffusers pipeline, by one call."""
+"""Load an adapter file into a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from simpletuner.helpers.errors import AdapterError, one_line_reason
 
 DENOISER_NAMES = ("unet", "transformer")
 PEFT_NAME = "default"
-COMPILED_CHILD = "_orig_mod"  # where torch.compile(denoiser) keeps the denoiser
+COMPILED_CHILD = "_orig_mod"  # torch.compile(denoiser) keeps the denoiser under this name
 
 
 def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> LycorisAdapter:
-    """Attach the adapter of a file to a pipeline, with the rank schedule that the file states.
+    """Attach the adapter of a file to a pipeline, with the file's rank schedule.
 
-    A pipeline that is not one of the bundled ones becomes one that opens the ranks of each step, as `masked`
-    makes it. `set_strength` of what is returned scales the adapter, `remove_from_pipeline` takes it off.
+    `masked` adds the rank mask to a pipeline that is not bundled. The returned adapter's `set_strength`
+    scales it, `remove_from_pipeline` removes it.
 
     Raises:
-        AdapterError: The pipeline has no denoiser that is known, or the file cannot be read or does not fit;
-            nothing is attached.
+        AdapterError: The pipeline has no known denoiser, or the file cannot be read or does not fit; nothing
+            is attached.
     """
-    denoiser: nn.Module = vars(pipeline)[_denoiser_name(pipeline)]
+    denoiser: nn.Module = getattr(pipeline, _denoiser_name(pipeline))
     denoiser = dict(denoiser.named_children()).get(COMPILED_CHILD, denoiser)
     adapter = load_adapter(denoiser, Path(file), strength=strength)
     if adapter.tlora_config is not None:
@@ -38,14 +38,15 @@ def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0
 
 
 def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> None:
-    """Attach a LoRA in diffusers' format through diffusers' own loader, and see that all of it arrived.
+    """Attach a LoRA in diffusers' format with diffusers' loader, and check that every layer was loaded.
 
     Raises:
-        AdapterError: The file cannot be loaded, or has layers that the pipeline has not; nothing is attached.
+        AdapterError: The file cannot be loaded, or has layers that are not in the pipeline; nothing is
+            attached.
     """
     file = Path(file)
     wanted = sum(key.endswith(".lora_A.weight") for key in adapter_file.read(file).tensors)
-    denoiser: nn.Module = vars(pipeline)[_denoiser_name(pipeline)]
+    denoiser: nn.Module = getattr(pipeline, _denoiser_name(pipeline))
     try:  # from the file itself: diffusers reads rank and alpha from its header
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=PEFT_NAME)
     except (ValueError, RuntimeError, KeyError) as error:
@@ -55,38 +56,38 @@ def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float 
     if found != wanted:
         pipeline.unload_lora_weights()
         raise AdapterError(
-            f"{file}: {found} of its {wanted} layers are in this {type(denoiser).__name__}. It is for "
+            f"{file}: only {found} of {wanted} layers are in this {type(denoiser).__name__}. The file is for "
             "another model family, or adapts text encoders too."
         )
     pipeline.set_adapters(PEFT_NAME, strength)
 
 
 def remove_from_pipeline(pipeline: Any, adapter: LycorisAdapter) -> None:
-    """Take an adapter off: the denoiser is bit-identical to what it was before, other adapters stay."""
+    """Remove an adapter: the denoiser becomes bit-identical to before, other adapters stay."""
     adapter.detach()
     if isinstance(pipeline, MaskedDenoising):
-        denoiser: nn.Module = vars(pipeline)[pipeline.denoiser_name]
+        denoiser: nn.Module = getattr(pipeline, pipeline.denoiser_name)
         layers = (module for module in denoiser.modules() if isinstance(module, TLoraLayer))
         schedule = next((layer.schedule for layer in layers if layer.schedule is not None), None)
         pipeline._tlora_config = None if schedule is None else schedule.config()
 
 
 def masked(pipeline: Any) -> Any:
-    """The same pipeline, opening from now on the ranks of each step once `_tlora_config` is set on it.
+    """Add the rank mask to a pipeline in place; `_tlora_config` switches it on.
 
-    It stays an instance of its own class, under the same name. Pipelines made from it (`from_pipe`) are stock
-    ones again and share its denoiser; give each of them to this function too.
+    The pipeline stays an instance of its class, under the same name. Pipelines made from it by `from_pipe`
+    are stock ones and share its denoiser; pass each of them to this function too.
 
     Raises:
-        AdapterError: The pipeline has no denoiser that is known.
+        AdapterError: The pipeline has no known denoiser.
     """
     if not isinstance(pipeline, MaskedDenoising):
-        kind, names = type(pipeline), {"denoiser_name": _denoiser_name(pipeline)}
-        # Under the same name, which diffusers writes to model_index.json and looks up when loading.
+        pipeline_class, names = type(pipeline), {"denoiser_name": _denoiser_name(pipeline)}
+        # diffusers writes the class name to model_index.json and looks it up when loading.
         pipeline.__class__ = type(
-            kind.__name__,
-            (MaskedDenoising, kind),
-            names | {"__doc__": kind.__doc__, "__module__": kind.__module__},
+            pipeline_class.__name__,
+            (MaskedDenoising, pipeline_class),
+            names | {"__doc__": pipeline_class.__doc__, "__module__": pipeline_class.__module__},
         )
     return pipeline
 
@@ -95,7 +96,7 @@ def _denoiser_name(pipeline: Any) -> str:
     found = [name for name in DENOISER_NAMES if isinstance(vars(pipeline).get(name), nn.Module)]
     if not found:
         raise AdapterError(
-            f"{type(pipeline).__name__} has no {' or '.join(DENOISER_NAMES)} to attach an adapter to. Give a "
-            "diffusers pipeline that is loaded, or attach the file to a model with load_adapter."
+            f"{type(pipeline).__name__} has no {' or '.join(DENOISER_NAMES)} to attach an adapter to. Pass a "
+            "loaded diffusers pipeline, or attach the file to a model with load_adapter."
         )
     return found[0]

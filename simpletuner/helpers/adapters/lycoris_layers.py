@@ -1,6 +1,6 @@
-"""LyCORIS's layers of some algorithms, where its own do not train or read what their files hold.
+"""Replacements for LyCORIS layers that fail to train or to load their own files.
 
-The keys of their files are the same.
+The keys of their files stay the same.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS
 
 
 class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type information
-    """A layer's own weight and bias, trained as float32 differences beside the frozen layer.
+    """Float32 differences of a layer's weight and bias, trained beside the frozen layer.
 
-    LyCORIS's own takes weight and bias off the layer, gives them back on the CPU and trainable, and computes
-    in float32 whatever its input is.
+    LyCORIS's layer removes weight and bias, restores them on the CPU and trainable, and always computes in
+    float32.
     """
 
     def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(lora_name, org_module, *args, **options)
-        # In place of LyCORIS's copies, which would hold the whole model once more.
+        # LyCORIS copies them, which doubles the model's memory.
         self._org_weight = [org_module.weight]
         self.org_bias = None if org_module.bias is None else [org_module.bias]
 
@@ -39,11 +39,11 @@ class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type inform
         LycorisBaseModule.apply_to(self, **options)
 
     def restore(self) -> None:
-        """Take the difference off; the layer is what it was."""
+        """Remove the difference from the layer's output."""
         LycorisBaseModule.restore(self)
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """The layer's output, and what the differences add to it; both in the dtype of the layer."""
+        """The layer's output plus that of the differences, in the layer's dtype."""
         output: Tensor = self.org_forward(x, *args, **options)
         if self.training and self.module_dropout and torch.rand(1) < self.module_dropout:
             return output
@@ -64,38 +64,37 @@ class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type inform
         return {"diff": self.weight.data, **bias}
 
     def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        """Take the differences from the keys of a file."""
+        """Rename a file's keys to those of the parameters."""
         for key, name in (("diff", "weight"), ("diff_b", "bias")):
             if f"{prefix}{key}" in state_dict:
                 state_dict[f"{prefix}{name}"] = state_dict.pop(f"{prefix}{key}")
 
 
 class DyLoraLayer(DyLoraModule):  # type: ignore[misc]
-    """A LoRA whose blocks of ranks are trained one at a time, and which opens all of them otherwise.
+    """A LoRA that trains one block of ranks at a time and uses all of them otherwise.
 
-    LyCORIS's own draws a rank in every forward, from Python's generator, which gradient checkpointing does
-    not rewind; and scales by alpha over the blocks where the reader of its files scales by alpha over the
-    ranks.
+    LyCORIS's layer draws a rank in every forward, from Python's generator, which gradient checkpointing does
+    not rewind; and scales by alpha / blocks, while its reader of files scales by alpha / ranks.
     """
 
     def get_random_rank_weight(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors of the blocks up to a random one, the last of them trained; of all when not training."""
+        """Factors of the blocks up to a random one, which is trained; of all blocks in eval mode."""
         last = int(torch.randint(self.block_count, ())) if self.training else self.block_count - 1
         return self.get_weight(last * self.block_size)
 
     def get_weight(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Factors of the first ranks and of the block after them, and what their product is scaled by."""
+        """Factors of the first ranks and of the block after them, and the scale of their product."""
         down, up, scale = super().get_weight(rank)
         return down, up, scale / self.block_size
 
     def custom_state_dict(self) -> dict[str, Tensor]:
-        """All blocks as the factors of one LoRA, in a convolution's shape for a convolution."""
+        """All blocks as the factors of one LoRA, a convolution's in its kernel's shape."""
         state: dict[str, Tensor] = super().custom_state_dict()
         up = state["lora_up.weight"]
         return state | {"lora_up.weight": up.view(*up.shape, *[1] * (len(self.shape) - 2))}
 
     def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-        """Cut the factors of a file into blocks."""
+        """Split a file's factors into blocks."""
         for key, name, dim in (("lora_up.weight", "up_list", 1), ("lora_down.weight", "down_list", 0)):
             if f"{prefix}{key}" in state_dict:
                 factor = state_dict.pop(f"{prefix}{key}").flatten(1)
@@ -104,11 +103,11 @@ class DyLoraLayer(DyLoraModule):  # type: ignore[misc]
 
 
 class GLoraLayer(GLoRAModule):  # type: ignore[misc]
-    """LyCORIS's layer, whose factors are multiplied with the weight, in their own dtype."""
+    """LyCORIS's layer with the weight cast to the factors' dtype before their product."""
 
     @property
     def org_weight(self) -> Tensor:
-        """The layer's weight as the factors need it."""
+        """The layer's weight in the factors' dtype."""
         weight: Tensor = self.org_module[0].weight
         return weight.to(self.a1.weight.dtype)
 
@@ -118,11 +117,11 @@ class GLoraLayer(GLoRAModule):  # type: ignore[misc]
 
 
 class IA3Layer(IA3Module):  # type: ignore[misc]
-    """LyCORIS's layer, which is not made from what LyCORIS finds in its files."""
+    """LyCORIS's layer, made from the two tensors of its files."""
 
     @classmethod
     def make_module_from_state_dict(cls, lora_name: str, orig_module: nn.Module, *weights: Tensor) -> Self:
-        """The layer that a file describes."""
+        """Make a layer from a file's tensors."""
         weight, on_input = weights
         layer = cls(lora_name, orig_module, train_on_input=bool(on_input))
         layer.weight.data.copy_(weight)
@@ -135,14 +134,14 @@ REPLACED: Mapping[type[nn.Module], type[nn.Module]] = {
     GLoRAModule: GLoraLayer,
     IA3Module: IA3Layer,
 }
-"""LyCORIS's layer -> the layer in its place when a file is read."""
+"""LyCORIS's layer -> its replacement when a file is read."""
 
 
 def register() -> None:
-    """Have LyCORIS read files into these layers instead of its own."""
+    """Replace LyCORIS's layers in the list by which it reads files."""
     lycoris_modules.MODULE_LIST[:] = [REPLACED.get(each, each) for each in lycoris_modules.MODULE_LIST]
 
 
 def register_algorithms(names: Iterable[str]) -> None:
-    """Have LyCORIS make the layers that the records of these algorithms name."""
+    """Enter the layers of these algorithms' records into the table of LyCORIS's wrapper."""
     lycoris_wrapper.network_module_dict.update({name: ALGORITHMS[name].load() for name in names})

@@ -45,16 +45,16 @@ def attach_adapter(
     """Attach a new adapter to a frozen denoiser, at zero effect unless `init_lora` names a file.
 
     Args:
-        denoiser: What is adapted.
-        config: Kind of adapter, and the file to start from.
+        denoiser: The model to adapt.
+        config: Adapter settings, with `init_lora`.
         lycoris: The LyCORIS network; None for PEFT LoRA.
-        spec: What the layers are called in this family.
-        seed: Of the factors' start.
-        weight_hashes: Name of a weight -> its identity before it was quantised.
+        spec: The family's names of layers.
+        seed: Seed of the initial factors.
+        weight_hashes: Name of a weight -> its hash before quantisation.
 
     Raises:
-        ConfigError: A target matches nothing, or the algorithm cannot be made for a layer.
-        AdapterError: The file to start from does not fit.
+        ConfigError: A target matches no layer, or the algorithm does not support one.
+        AdapterError: The file of `init_lora` does not fit.
     """
     adapter: Adapter
     if lycoris is None:
@@ -68,7 +68,7 @@ def attach_adapter(
 
 
 def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> LycorisAdapter:
-    """Attach the adapter of a LyCORIS-layout file, with the rank schedule that the file states.
+    """Attach the adapter of a file in LyCORIS's layout, with the file's rank schedule.
 
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
@@ -76,15 +76,15 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
     stored = adapter_file.read(file)
     if stored.is_peft:
         raise AdapterError(
-            f"{file}: a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...) instead."
+            f"{file}: this is a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...)."
         )
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise AdapterError(
-            f"{file}: this {type(denoiser).__name__} holds no weights now; sequential offload keeps them "
-            "elsewhere. Load the adapter first, or take the offload off with pipeline.remove_all_hooks()."
+            f"{file}: this {type(denoiser).__name__} has weights on meta, as under sequential offload. "
+            "Load the adapter before enabling offload, or disable it with pipeline.remove_all_hooks()."
         )
     network = _network_on(denoiser, stored)
-    _leave_packed_weights(file, network)
+    _bypass_quantised_layers(file, network)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
@@ -94,59 +94,59 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
 
 
 def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisNetwork:
-    """The network that a file describes, not attached yet, with every layer of the file."""
+    """Build the network of a file, with every layer of the file, without attaching it."""
     tensors = file.tensors
     try:
         if import_formats.is_released(tensors):
-            tensors = import_formats.converted(tensors)
+            tensors = import_formats.convert_released(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
     except (AdapterError, ConfigError) as error:
         raise AdapterError(f"{file.path}: {error}") from error
-    # LyCORIS checks no shapes, and asks nothing for a layer of no algorithm that it knows.
+    # LyCORIS checks neither shapes nor whether it knows a layer's algorithm.
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         reason = one_line_reason(error)
-        raise AdapterError(f"{file.path}: its factors fit no layer here: {reason}.") from error
-    _refuse_unread(file.path, network, tensors)
+        raise AdapterError(f"{file.path}: its factors do not fit this model: {reason}.") from error
+    _refuse_unknown_keys(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}
     if found != names:
         family = file.metadata.get("model_family")
-        trained_on = f" It was trained on the family {family}." if family else ""
-        lost = sorted(names - found)
+        trained_on = f" Its model family is {family}." if family else ""
+        missing = sorted(names - found)
         raise AdapterError(
-            f"{file.path}: {len(lost)} of its {len(names)} layers are not in this {type(denoiser).__name__}, "
-            f"first {lost[0]}.{trained_on} Give it a model of its family, or a file in LyCORIS's key layout."
+            f"{file.path}: {len(missing)} of {len(names)} layers are not in this {type(denoiser).__name__}, "
+            f"first {missing[0]}.{trained_on} Use a model of its family, or a file in LyCORIS's key layout."
         )
     return network
 
 
-def _leave_packed_weights(path: Path, network: LycorisNetwork) -> None:
-    """Have layers on a quantised base add to its output, since nothing can be added to packed weights."""
+def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
+    """Bypass quantised layers: add to their output, since packed weights cannot be added to."""
     for module in network.loras:
         if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
             continue
         algorithm = ALGORITHMS.named(module.name)
         if algorithm is not None and algorithm.needs_dense_weight:
             raise AdapterError(
-                f"{path}: {module.name} computes with whole weights, and those of this model are quantised. "
-                "Load the model unquantised (base_model_precision no_change)."
+                f"{path}: {module.name} needs unquantised weights. Load the model with "
+                "base_model_precision no_change."
             )
         module.bypass_mode = True
 
 
-def _refuse_unread(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse what a T-LoRA layer of the file would have and ours would pass over."""
+def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse keys that LyCORIS's loader would ignore in a T-LoRA layer."""
     own = {module.lora_name for module in network.loras if isinstance(module, TLoraLayer)}
     known = {*KEYS, "dtype_tensor"}
     for key in tensors:
         name, _, part = key.partition(".")
         if name in own and part not in known:
-            raise AdapterError(f"{path}: {key} is no part of a T-LoRA layer; it would have no effect.")
+            raise AdapterError(f"{path}: {key} is no tensor of a T-LoRA layer; it would have no effect.")
 
 
 class LycorisAdapter(Adapter):
-    """A LyCORIS network whose modules are children of the layers that they adapt."""
+    """A LyCORIS network; its modules are children of the layers that they adapt."""
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class LycorisAdapter(Adapter):
         group: int | None = None,
     ) -> None:
         self.network = network
-        self.kind = str(raw.get("algo", "lycoris"))
+        self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
         tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
@@ -177,10 +177,10 @@ class LycorisAdapter(Adapter):
     def create(
         cls, denoiser: nn.Module, config: LycorisConfig, *, spec: ModelSpec, seed: int
     ) -> LycorisAdapter:
-        """A new network on a denoiser, as the user's lycoris json describes it.
+        """Attach a new network to a denoiser, from the user's lycoris json.
 
         Raises:
-            ConfigError: A target matches nothing, or the algorithm cannot be made for a layer.
+            ConfigError: A target matches no layer, or the algorithm does not support one.
         """
         wanted = targets.translate(
             config.apply_preset.model_dump(exclude_none=True), aliases=spec.target_aliases
@@ -190,15 +190,15 @@ class LycorisAdapter(Adapter):
             min_rank=config.tlora_min_rank,
             alpha=config.tlora_alpha,
             num_timesteps=spec.num_train_timesteps,
-            kind=config.tlora_schedule,
+            variant=config.tlora_schedule,
         )
-        recipe = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
-        network = recipe.network(targets.resolve(wanted, denoiser))
+        builder = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
+        network = builder.network(targets.resolve(wanted, denoiser))
         targets.check_matches(wanted, denoiser, adapted=[module.org_module[0] for module in network.loras])
         return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
 
     def set_base_hashes(self, weight_hashes: Mapping[str, str]) -> None:
-        """Say in the adapter's file that the base weights are these, whatever has become of them since."""
+        """Set the hashes of the base weights in the adapter's file, taken before quantisation."""
         for name, path in self._paths.items():
             if (key := f"{path}.weight") in weight_hashes:
                 self.base_hashes[name] = weight_hashes[key]
@@ -213,7 +213,7 @@ class LycorisAdapter(Adapter):
 
     @property
     def tlora_config(self) -> dict[str, int | float | str] | None:
-        """What a pipeline needs as `_tlora_config`; None when no layer is a T-LoRA layer."""
+        """Value of a pipeline's `_tlora_config`; None without T-LoRA layers."""
         return self.schedule.config() if self.schedule is not None else None
 
     @property
@@ -222,18 +222,18 @@ class LycorisAdapter(Adapter):
         return self.network
 
     def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
-        """Open the ranks of these timesteps, one per sample, for a forward and its backward."""
+        """Set the rank mask of these timesteps, one per sample, for a forward and its backward."""
         if self.schedule is None:
             return nullcontext()
         device = self.network.loras[0].alpha.device
         return mask.rank_mask(self.schedule, timesteps, group=self.group, device=device)
 
     def mean_active_rank(self, timesteps: Sequence[int]) -> float | None:
-        """Mean number of open ranks over these timesteps; None when no layer is a T-LoRA layer."""
+        """Mean active rank over these timesteps; None without T-LoRA layers."""
         return fmean(self.schedule.rank_at(t) for t in timesteps) if self.schedule is not None else None
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, layer by layer."""
+        """The trained parameters, layer by layer."""
         return [p for module in self.network.loras for p in module.parameters() if p.requires_grad]
 
     def set_strength(self, strength: float) -> None:
@@ -241,11 +241,11 @@ class LycorisAdapter(Adapter):
         self.network.set_multiplier(self._multiplier * strength)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer as it stands: differences, not sums."""
+        """Every parameter and persistent buffer: of T-LoRA the differences, not the sums."""
         return {name: full_tensor(tensor) for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the output of `state_dict`.
 
         Raises:
             AdapterError: A tensor is missing, unknown or of another shape.
@@ -263,10 +263,10 @@ class LycorisAdapter(Adapter):
         }
 
     def init_from(self, file: Path) -> None:
-        """Begin training at the adapter of a file.
+        """Initialise the adapter from a file.
 
         Raises:
-            AdapterError: The file is of another algorithm or rank, or its layers are others.
+            AdapterError: The file's algorithm, rank or layers differ.
         """
         stored = adapter_file.read(file)
         for module in self.network.loras:
@@ -274,7 +274,7 @@ class LycorisAdapter(Adapter):
             if alpha is not None and float(alpha) != float(module.alpha):
                 raise AdapterError(
                     f"init_lora {file}: alpha is {float(alpha):g} in the file, {float(module.alpha):g} here. "
-                    "Set linear_alpha to the file's."
+                    f"Set linear_alpha to {float(alpha):g}."
                 )
         try:
             self.network.load_state_dict(stored.tensors, strict=True)
@@ -282,7 +282,7 @@ class LycorisAdapter(Adapter):
             raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the network in LyCORIS's key layout, T-LoRA with its base factors and schedule.
+        """Write the network in LyCORIS's key layout; T-LoRA with base factors and schedule.
 
         Raises:
             AdapterError: A weight is not finite; nothing is written.
@@ -298,7 +298,7 @@ class LycorisAdapter(Adapter):
         adapter_file.write(file, self.network.state_dict(), metadata=metadata)
 
     def detach(self) -> None:
-        """Take every module off its layer."""
+        """Remove every module from its layer."""
         self.network.restore()
         for attachment in self._attachments:
             attachment.remove()
@@ -311,31 +311,31 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _schedule_of(stored: adapter_file.AdapterFile, layers: Sequence[TLoraLayer]) -> RankSchedule | None:
-    """The schedule that a file's header states, else its layers, else the plain one of their rank.
+    """The schedule of a file's header, else of its layers, else the default one of their rank.
 
     Raises:
-        AdapterError: Header and layers contradict each other, or one of them cannot be used.
+        AdapterError: Header and layers contradict each other, or one of them is invalid.
     """
     config = stored.entry(adapter_file.SCHEDULE_KEY)
     try:
         header = RankSchedule.from_config(config) if config is not None else None
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{stored.path}: its header's rank schedule cannot be used: {error}.") from error
+        raise AdapterError(f"{stored.path}: the rank schedule in its header is invalid: {error}.") from error
     stated = {layer.schedule for layer in layers if layer.schedule is not None}
     if len(stated) > 1:
-        raise AdapterError(f"{stored.path}: its layers state {len(stated)} different rank schedules.")
+        raise AdapterError(f"{stored.path}: its layers have {len(stated)} different rank schedules.")
     own = stated.pop() if stated else None
     if header is not None and own is not None and own != header:
-        raise AdapterError(f"{stored.path}: the header states {header.config()}, its layers {own.config()}.")
+        raise AdapterError(f"{stored.path}: the header has {header.config()}, the layers {own.config()}.")
     largest = max((layer.lora_dim for layer in layers), default=0)
     schedule = header or own or (RankSchedule(max_rank=largest) if layers else None)
     if schedule is not None and schedule.max_rank != largest and not _has_other_ranks(stored):
-        has = f"layers of rank {largest}" if layers else "no T-LoRA layers"
-        raise AdapterError(f"{stored.path}: it states max_rank {schedule.max_rank}, and has {has}.")
+        found = f"its layers have rank {largest}" if layers else "it has no T-LoRA layers"
+        raise AdapterError(f"{stored.path}: its schedule has max_rank {schedule.max_rank}, but {found}.")
     return schedule
 
 
 def _has_other_ranks(stored: adapter_file.AdapterFile) -> bool:
-    """Whether the json that the adapter was trained with gives some layers a rank of their own."""
+    """Whether the header's lycoris json may give some layers another rank."""
     preset = (stored.entry(adapter_file.LYCORIS_KEY) or {}).get("apply_preset")
     return isinstance(preset, dict) and bool(preset.get("module_algo_map") or preset.get("name_algo_map"))

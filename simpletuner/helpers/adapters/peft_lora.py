@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, A
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+METADATA_KEY = "lora_adapter_metadata"  # diffusers reads rank and alpha from this header entry
 ADAPTER_NAME = "default"
 
 
@@ -28,10 +28,10 @@ class PeftAdapter(Adapter):
     """PEFT LoRA layers in a diffusers model, float32 whatever the base layer's dtype.
 
     Raises:
-        ConfigError: The target names match no layer.
+        ConfigError: A target name matches no layer.
     """
 
-    kind = "standard"
+    algorithm = "standard"
 
     def __init__(self, denoiser: Any, config: AdapterConfig, *, spec: ModelSpec, seed: int) -> None:
         self.denoiser, self.prefix = denoiser, spec.denoiser_name
@@ -48,14 +48,14 @@ class PeftAdapter(Adapter):
             torch.manual_seed(seed)
             try:
                 denoiser.add_adapter(lora, adapter_name=ADAPTER_NAME)
-            except ValueError as error:  # PEFT found no layer, or one of a kind that it cannot adapt
+            except ValueError as error:  # PEFT found no layer, or does not support its class
                 message = no_match_message(wanted, denoiser, key="peft_lora_target_modules")
-                raise ConfigError(f"{message} PEFT says: {error}") from error
+                raise ConfigError(f"{message} PEFT's reason: {error}") from error
         layers = (module for module in denoiser.modules() if isinstance(module, LoraLayer))
-        # An adapter that was taken off leaves its wrappers behind, empty.
+        # A removed adapter leaves empty wrappers behind.
         self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
-        if tuple(wanted) != spec.lora_targets:  # the family's own are for models of several sizes
+        if tuple(wanted) != spec.lora_targets:  # a family's default targets cover several models
             self._refuse_idle(wanted)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -71,7 +71,7 @@ class PeftAdapter(Adapter):
             raise ConfigError(no_match_message(idle, self.denoiser, key="peft_lora_target_modules"))
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, layer by layer."""
+        """The trained parameters, layer by layer."""
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
 
     def set_strength(self, strength: float) -> None:
@@ -80,12 +80,12 @@ class PeftAdapter(Adapter):
             layer.set_scale(ADAPTER_NAME, strength)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The LoRA weights under PEFT's names."""
+        """The LoRA weights under PEFT's keys."""
         state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER_NAME)
         return {key: tensor.detach() for key, tensor in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave.
+        """Restore the output of `state_dict`.
 
         Raises:
             AdapterError: A tensor is missing, unknown or of another shape.
@@ -94,18 +94,18 @@ class PeftAdapter(Adapter):
         set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER_NAME)
 
     def init_from(self, file: Path) -> None:
-        """Begin training at a LoRA in diffusers' format.
+        """Initialise the adapter from a LoRA in diffusers' format.
 
         Raises:
-            AdapterError: The file's layers or ranks are others.
+            AdapterError: The file's layers or ranks differ.
         """
         stored = adapter_file.read(file)
         prefix = f"{self.prefix}."
-        described = stored.entry(METADATA_KEY) or {}
-        alpha, own = described.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
+        metadata = stored.entry(METADATA_KEY) or {}
+        alpha, own = metadata.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
         if alpha not in (None, own):
             raise AdapterError(
-                f"init_lora {file}: lora_alpha is {alpha} in the file, {own} here. Set it alike."
+                f"init_lora {file}: lora_alpha is {alpha} in the file, {own} here. Set lora_alpha to {alpha}."
             )
         try:
             self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items()})
@@ -113,10 +113,10 @@ class PeftAdapter(Adapter):
             raise AdapterError(f"init_lora {file}: {error}") from error
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the LoRA for diffusers' `load_lora_weights`, rank and alpha in the header.
+        """Write the LoRA for diffusers' `load_lora_weights`, with rank and alpha in the header.
 
-        A start that was subtracted from the base weights is in the file too, as ranks of their own, so that
-        it fits the base model as it is published.
+        An initialisation that was subtracted from the base weights is subtracted from the LoRA too, by ranks
+        of its own, so that the file fits the published base model.
 
         Raises:
             AdapterError: A weight is not finite; nothing is written.
@@ -125,26 +125,26 @@ class PeftAdapter(Adapter):
         config: LoraConfig = self.denoiser.peft_config[ADAPTER_NAME]
         state = self.state_dict()
         if self._start:
-            state = {key: _less_start(key, factor, self._start[key]) for key, factor in state.items()}
+            state = {key: _subtract_start(key, factor, self._start[key]) for key, factor in state.items()}
             rank, alpha = 2 * config.r, 2 * config.lora_alpha
             config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
-        metadata = dict(metadata) | {METADATA_KEY: described(config, prefix=self.prefix)}
+        metadata = dict(metadata) | {METADATA_KEY: lora_metadata(config, prefix=self.prefix)}
         tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
         adapter_file.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
-        """Take the LoRA layers out of the denoiser."""
+        """Remove the LoRA layers from the denoiser."""
         self.denoiser.delete_adapters(ADAPTER_NAME)
 
 
-def _less_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
-    """A factor of B A - B0 A0, of twice the rank: A over A0, or B beside -B0."""
+def _subtract_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
+    """A factor of B A - B0 A0, with twice the rank: A above A0, or B beside -B0."""
     start = start.to(factor.device)
     return torch.cat([factor, start]) if ".lora_A." in key else torch.cat([factor, -start], dim=1)
 
 
-def described(config: LoraConfig, *, prefix: str) -> str:
-    """A LoRA's configuration as json, as diffusers looks for it in a file's header."""
+def lora_metadata(config: LoraConfig, *, prefix: str) -> str:
+    """A LoRA's configuration as the json that diffusers reads from a file's header."""
     values = {
         f"{prefix}.{key}": sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The rank mask around each denoiser call of any diffusers pipeline."""
+"""Set the rank mask around each denoiser call of a diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _in_use_lock = threading.Lock()
 
 
 class MaskedDenoising:
-    """Mixin before a diffusers pipeline class: at each denoising step, the ranks of that step are open.
+    """Mixin before a diffusers pipeline class: each denoising step runs with the rank mask of its timestep.
 
     `_tlora_config` (`max_rank`, optionally `min_rank`, `alpha`, `schedule`, `num_timesteps`) switches it on.
-    The timestep is the scheduler's own; what a transformer is given is rounded to its dtype and divided.
-    A call raises AdapterError when `_tlora_config` is malformed or names another rank than the network's, and
+    The timestep is the scheduler's; a transformer's input is divided and rounded to its dtype.
+    A call raises AdapterError when `_tlora_config` is malformed or its rank differs from the network's, and
     RuntimeError when another thread is sampling from the same denoiser.
     """
 
@@ -40,7 +40,7 @@ class MaskedDenoising:
     scheduler: Any
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Put the mask around diffusers' call, keeping its signature and documentation."""
+        """Wrap diffusers' call with the mask, keeping its signature and documentation."""
         super().__init_subclass__(**kwargs)
         if "__call__" not in vars(cls):
             cls.__call__ = _masked_call(super().__call__)  # type: ignore[method-assign, misc]
@@ -56,21 +56,21 @@ class MaskedDenoising:
             yield
             return
         schedules = schedules_of(denoiser, config=self._tlora_config, scheduler=self.scheduler)
-        opened: set[int] = set()
+        groups: set[int] = set()
 
-        def open_ranks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def set_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = kwargs.get("timestep", args[1] if len(args) > 1 else None)
             sample = args[0] if args else next(iter(kwargs.values()))
             timestep = scheduler_timestep(self.scheduler, given=given)
             for group, schedule in schedules.items():
                 mask.set_mask(schedule, [timestep], group=group, device=sample.device)
-                opened.add(group)
+                groups.add(group)
 
-        def close_ranks(*_: object) -> None:
-            while opened:  # a mask that somebody else holds is not ours to clear
-                mask.clear_mask(opened.pop())
+        def clear_masks(*_: object) -> None:
+            while groups:  # a mask that another caller holds stays
+                mask.clear_mask(groups.pop())
 
-        with _around_calls(denoiser, before=open_ranks, after=close_ranks):
+        with _around_calls(denoiser, before=set_masks, after=clear_masks):
             yield
 
 
@@ -78,14 +78,14 @@ class MaskedDenoising:
 def _around_calls(
     denoiser: nn.Module, *, before: Callable[..., None], after: Callable[..., None]
 ) -> Iterator[None]:
-    """Call `before` with what the denoiser is called with, and `after` whatever comes of the call."""
+    """Call `before` ahead of every forward and `after` once it returns or raises."""
     compiled = denoiser._compiled_call_impl
     if compiled is None:
         handles = [
             denoiser.register_forward_pre_hook(before, with_kwargs=True),
             denoiser.register_forward_hook(after, always_call=True),
         ]
-    else:  # `denoiser.compile()` compiles hooks too, and a rank that is read from a tensor cannot be compiled
+    else:  # `denoiser.compile()` compiles hooks too, and reading a timestep from a tensor cannot be compiled
 
         def call(*args: Any, **kwargs: Any) -> Any:
             before(denoiser, args, kwargs)
@@ -108,7 +108,7 @@ def _around_calls(
 def _masked_call(call: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(call)
     def masked(pipeline: MaskedDenoising, *args: Any, **kwargs: Any) -> Any:
-        denoiser: nn.Module = vars(pipeline)[pipeline.denoiser_name]
+        denoiser: nn.Module = getattr(pipeline, pipeline.denoiser_name)
         with _one_thread(denoiser), pipeline._masked(denoiser):
             return call(pipeline, *args, **kwargs)
 
@@ -116,12 +116,12 @@ def _masked_call(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scheduler_timestep(scheduler: Any, *, given: Any) -> int:
-    """The timestep of the step that a scheduler is about to take, floored to an integer.
+    """The timestep of a scheduler's next step, floored to an integer.
 
     Args:
         scheduler: A diffusers scheduler whose timesteps are set.
-        given: What the denoiser is called with; used for schedulers that keep no step index (DDIM and its
-            like), which hand the denoiser their own timestep.
+        given: The denoiser's timestep input; used for schedulers without a step index (DDIM and similar),
+            which call the denoiser with their own timestep.
     """
     attributes = vars(scheduler)
     if "_step_index" not in attributes:
@@ -137,9 +137,9 @@ def schedules_of(
 ) -> dict[int, RankSchedule]:
     """Mask group -> schedule, for every group that a denoiser's T-LoRA layers read.
 
-    The config is for the network of its `max_rank`; what it leaves out is as that network states it. A
-    network of another rank keeps its own schedule, and so does one beside a network that the config describes
-    exactly. Stock LyCORIS layers read the public group, which is opened only where there are any.
+    The config is for the networks of its `max_rank`; keys that it omits have the network's own values. A
+    network of another rank keeps its own schedule, and so does one beside a network whose schedule equals the
+    config. Stock LyCORIS layers read group 0, which is included only if the denoiser has any.
 
     Raises:
         AdapterError: The config is malformed, or no network has its `max_rank`.
@@ -148,7 +148,7 @@ def schedules_of(
     try:
         wanted = RankSchedule.from_config(config, num_timesteps=num_timesteps)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"_tlora_config cannot be used: {error}.") from error
+        raise AdapterError(f"_tlora_config is invalid: {error}.") from error
     layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
     own = {layer.mask_group_id: layer.schedule for layer in layers}
     stock = {mask.PUBLIC_GROUP: wanted} if not own or _has_stock_layers(denoiser) else {}
@@ -156,7 +156,7 @@ def schedules_of(
     if not fitting and not stock:
         found = ", ".join(str(stated.max_rank) for stated in own.values() if stated is not None)
         raise AdapterError(
-            f"_tlora_config says max_rank {wanted.max_rank}, the network in the denoiser has {found}. "
+            f"_tlora_config has max_rank {wanted.max_rank}, the network in the denoiser {found}. "
             "Set max_rank to the network's."
         )
     completed = {group: _completed(config, wanted, stated=own[group]) for group in fitting}
@@ -166,7 +166,7 @@ def schedules_of(
 
 
 def _has_stock_layers(denoiser: nn.Module) -> bool:
-    """Whether LyCORIS's own T-LoRA layers, which replace `forward` and are no children, are in a model."""
+    """Whether a model has LyCORIS's own T-LoRA layers, which replace `forward` and are no children."""
     forwards = (vars(module).get("forward") for module in denoiser.modules())
     return any(ismethod(forward) and isinstance(forward.__self__, TLoraModule) for forward in forwards)
 
@@ -184,12 +184,12 @@ def _one_thread(denoiser: nn.Module) -> Iterator[None]:
         is_first = id(denoiser) not in _in_use
         if _in_use.setdefault(id(denoiser), thread) != thread:
             raise RuntimeError(
-                "This denoiser is in use by another thread. The rank mask belongs to the denoiser, so each "
-                "thread needs a denoiser of its own; load the pipeline once per thread, or take turns."
+                "Another thread is sampling from this denoiser. A denoiser has one rank mask, so load the "
+                "pipeline once per thread, or take turns."
             )
     try:
         yield
     finally:
         with _in_use_lock:
-            if is_first:  # a call inside a call leaves the guard to the outer one
+            if is_first:  # in a nested call the outer one releases the denoiser
                 del _in_use[id(denoiser)]

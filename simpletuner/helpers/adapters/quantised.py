@@ -1,4 +1,4 @@
-"""What a quantised layer's weight is in plain numbers, which some starts of an adapter need to read.
+"""Dequantise a layer's weight, which some initialisations of an adapter read.
 
 Shapes: N rows (out), M columns (in, times the kernel for convolutions).
 """
@@ -15,21 +15,21 @@ from simpletuner.helpers.io.optional import require
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is stored as codes, or rounded to fewer bits than bf16 has."""
+    """Whether a weight is stored as codes or in fewer bits than bf16."""
     plain = type(weight) in (Tensor, nn.Parameter)  # a torchao tensor claims the dtype that it had before
     return not plain or not weight.is_floating_point() or weight.element_size() < 2
 
 
 def dequantize(layer: nn.Module, shape: tuple[int, int], *, name: str) -> Tensor:
-    """The [N, M] weight of a layer, unpacked if it is quantised; a weight on meta as it is.
+    """The [N, M] weight of a layer, dequantised if necessary; a weight on meta is returned unchanged.
 
     Args:
-        layer: The layer that holds the weight.
-        shape: (N, M), which a packed weight does not show.
-        name: Of the layer, for the message.
+        layer: The layer.
+        shape: (N, M); a packed weight has another shape.
+        name: Name of the layer, for the message.
 
     Raises:
-        AdapterError: The weight is packed in a way that is not known here.
+        AdapterError: The weight's format is unknown.
     """
     weight = cast(Tensor, layer.weight).detach()
     if weight.is_meta:
@@ -44,21 +44,21 @@ def dequantize(layer: nn.Module, shape: tuple[int, int], *, name: str) -> Tensor
 
 
 def _unpacked(layer: Any, weight: Tensor) -> Tensor:
-    kind = type(layer.weight).__name__
-    if kind == "Params4bit":
+    class_name = type(layer.weight).__name__
+    if class_name == "Params4bit":
         functional = require("bitsandbytes", extra="quant").functional
         return cast(Tensor, functional.dequantize_4bit(weight.data, layer.weight.quant_state))
-    if kind == "Int8Params" and weight.dtype == torch.int8:
+    if class_name == "Int8Params" and weight.dtype == torch.int8:
         # bitsandbytes moves the scales from the weight to the layer at its first forward.
         scales = layer.weight.SCB
         scales = layer.state.SCB if scales is None else scales
         return cast(Tensor, weight.float() * (scales.float()[:, None] / 127))
-    return weight.dequantize() if kind not in ("Tensor", "Parameter") else weight
+    return weight.dequantize() if class_name not in ("Tensor", "Parameter") else weight
 
 
 def _unknown(weight: Tensor, name: str) -> AdapterError:
     return AdapterError(
-        f"{name}: its weight is packed ({type(weight).__name__}, {weight.dtype}, {tuple(weight.shape)}) and "
-        "cannot be read, but this start of the adapter is made from it. Use tlora_init random or vanilla, or "
-        "attach the adapter before the model is quantised."
+        f"{name}: the format of its weight is unknown ({type(weight).__name__}, {weight.dtype}, "
+        f"{tuple(weight.shape)}), and this initialisation reads the weight. Use tlora_init random or "
+        "vanilla, or attach the adapter before quantising the model."
     )

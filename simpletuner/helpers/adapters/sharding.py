@@ -1,4 +1,4 @@
-"""Adapters under FSDP2: each process holds a part of every factor."""
+"""Adapters under FSDP2: each process has a shard of every factor."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from simpletuner.helpers.adapters.attachment import adapters_of
 
 
 def shard_adapters(denoiser: nn.Module) -> None:
-    """Share the adapters of a denoiser out over the processes, each module a unit of its own.
+    """Shard the adapters of a denoiser, each module as its own FSDP unit.
 
-    As part of a block's unit, the factors would be cast with the block to the dtype that it computes in.
+    As part of a block's unit, the factors would be cast to the block's compute dtype.
     """
     for module in list(adapters_of(denoiser)):
         fully_shard(module)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether this process holds a part of the tensor only."""
+    """Whether this process has only a shard of the tensor."""
     return isinstance(tensor, DTensor)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor, put together if it is shared out; every process must ask for it then."""
+    """The whole tensor, gathered if it is sharded; then every process must call this."""
     if not isinstance(tensor, DTensor):
         return tensor
     gathered: Tensor = tensor.full_tensor()
@@ -32,7 +32,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def distribute_like(value: Tensor, *, like: Tensor) -> Tensor:
-    """A whole tensor shared out as another one is; the same tensor if that is whole."""
+    """Shard a whole tensor like another one; unchanged if that one is not sharded."""
     if not isinstance(like, DTensor):
         return value
     own = value.to(device=like.device, dtype=like.dtype)

@@ -1,4 +1,4 @@
-"""Which layers an adapter is for: the user's names, as the family means them, checked against the model.
+"""Resolve the user's targets to layers of the model, with the family's meaning of generic names.
 
 A layer's path decides before the classes around it, and an inner class before an outer one.
 """
@@ -24,24 +24,24 @@ from simpletuner.helpers.errors import ConfigError
 GENERIC_TARGETS = ("Attention", "FeedForward")
 
 Options = Mapping[str, Any]
-"""What differs for some layers: algo, dim, alpha and arguments of the algorithm, under LyCORIS's names."""
+"""Options of some layers: algo, dim, alpha and arguments of the algorithm, under LyCORIS's names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Targets:
-    """The user's `apply_preset` in the class names of a family."""
+    """The user's `apply_preset` with the class names of a family."""
 
     modules: Sequence[str]
     names: Sequence[str]
     excluded: Sequence[str]
     module_options: Mapping[str, Options]
     alias_options: Mapping[str, Options]
-    """Of the classes that stand for generic names, what a family says as patterns of paths."""
+    """Options of generic names, for the path patterns that a family gives beside class names."""
     name_options: Mapping[str, Options]
     uses_fnmatch: bool
     enable_conv: bool
 
-    def first(self, path: str, patterns: Collection[str]) -> str | None:
+    def first_match(self, path: str, patterns: Collection[str]) -> str | None:
         """The pattern that decides for a path: the path itself, else the first that matches."""
         if path in patterns:
             return path
@@ -52,7 +52,7 @@ class Targets:
 
 
 def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) -> Targets:
-    """The user's `apply_preset`, generic names replaced by the family's own."""
+    """Replace the generic names of the user's `apply_preset` by the family's."""
     modules = list(preset.get("target_module") or [])
     names = list(preset.get("target_name") or [])
     module_options: dict[str, Options] = dict(preset.get("module_algo_map") or {})
@@ -73,7 +73,7 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
     return Targets(
         modules=modules,
         names=names,
-        # The layers of an adapter that is attached already are not the model's.
+        # Layers of an adapter that is already attached are no targets.
         excluded=[
             *(preset.get("exclude_name") or []),
             f"*{CHILD_PREFIX}*" if uses_fnmatch else f".*{CHILD_PREFIX}",
@@ -87,13 +87,13 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
 
 
 def as_glob(pattern: str) -> str:
-    """A family's regular expression as the file-name pattern that `use_fnmatch` asks for."""
+    """Convert a family's regular expression to a file-name pattern, for `use_fnmatch`."""
     return pattern.replace(r"\d+", "*").replace(r"\.", ".").removesuffix("$")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """What a module and those around it say of the layers in it."""
+class _Scope:
+    """Exclusion and options of the layers in a module, from its own class and those around it."""
 
     is_excluded: bool = False
     options: Options | None = None
@@ -101,44 +101,44 @@ class _Place:
 
 
 def resolve(targets: Targets, model: nn.Module) -> dict[str, Options]:
-    """Path of every module that is adapted if it is a layer -> what differs for it, in the model's order."""
-    places: dict[str, _Place] = {}
+    """Path of every targeted module -> its options, in the model's order; LyCORIS adapts the layers."""
+    scopes: dict[str, _Scope] = {}
     found: dict[str, Options] = {}
     for path, module in model.named_modules():
-        around = places[path.rpartition(".")[0]] if path else _Place()
-        place = places[path] = _place_in(around, path, type(module).__name__, targets=targets)
-        options = _options_of(path, place, targets)
-        if path and options is not None and not place.is_excluded:
+        around = scopes[path.rpartition(".")[0]] if path else _Scope()
+        scope = scopes[path] = _scope_of(around, path, type(module).__name__, targets=targets)
+        options = _options_of(path, scope, targets)
+        if path and options is not None and not scope.is_excluded:
             found[path] = options
     return found
 
 
-def _place_in(around: _Place, path: str, kind: str, *, targets: Targets) -> _Place:
+def _scope_of(around: _Scope, path: str, class_name: str, *, targets: Targets) -> _Scope:
     options = around.options
-    if kind in targets.module_options:
-        options = targets.module_options[kind]
-    elif options is None and kind in targets.modules:
+    if class_name in targets.module_options:
+        options = targets.module_options[class_name]
+    elif options is None and class_name in targets.modules:
         options = {}
-    is_excluded = bool(path) and targets.first(path, targets.excluded) is not None
-    return _Place(around.is_excluded or is_excluded, options)
+    is_excluded = bool(path) and targets.first_match(path, targets.excluded) is not None
+    return _Scope(around.is_excluded or is_excluded, options)
 
 
-def _options_of(path: str, place: _Place, targets: Targets) -> Options | None:
-    """What differs for a layer; None if nothing makes it a target."""
+def _options_of(path: str, scope: _Scope, targets: Targets) -> Options | None:
+    """Options of a layer; None if it is no target."""
     for patterns in (targets.name_options, targets.alias_options):
-        pattern = targets.first(path, patterns)
+        pattern = targets.first_match(path, patterns)
         if pattern is not None:
             return patterns[pattern]
-    is_named = place.options is None and targets.first(path, targets.names) is not None
-    return {} if is_named else place.options
+    is_named = scope.options is None and targets.first_match(path, targets.names) is not None
+    return {} if is_named else scope.options
 
 
 @contextmanager
 def preset_in_force(layers: Mapping[str, Options], *, enable_conv: bool) -> Iterator[None]:
-    """Make LyCORIS adapt these layers by their paths while a network is created, each with its options.
+    """Set LyCORIS's preset to these layers' paths and options while a network is created.
 
-    LyCORIS keeps its preset on a class, where every key has to be set each time; what was there is put back.
-    Paths whose options are the same share one pattern, since LyCORIS tries every pattern on every module.
+    LyCORIS keeps its preset on a class, so every key is set each time and the previous preset restored. Paths
+    of equal options share one pattern, since LyCORIS tries every pattern on every module.
     """
     before = {
         "enable_conv": LycorisNetwork.ENABLE_CONV,
@@ -176,11 +176,11 @@ def _pattern_of(paths: Iterable[str]) -> str:
 
 
 def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:
-    """Refuse a target that adapts nothing.
+    """Refuse a target that matches no layer.
 
     Raises:
-        ConfigError: A named class or pattern matches no layer, and the message lists the model's own class
-            names; or others decide for every layer of a pattern of `name_algo_map`.
+        ConfigError: A class or pattern matches no layer (the message lists the model's class names), or
+            earlier patterns decide for every layer of a pattern of `name_algo_map`.
     """
     adapted_ids = {id(layer) for layer in adapted}
     classes: set[str] = set()
@@ -194,21 +194,21 @@ def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Mo
     wanted_names = {*targets.names, *targets.alias_options, *targets.name_options}
     idle = sorted(wanted_classes - classes)
     idle += sorted(
-        name for name in wanted_names if all(targets.first(path, [name]) is None for path in paths)
+        name for name in wanted_names if all(targets.first_match(path, [name]) is None for path in paths)
     )
     if idle or not adapted:
         raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model))
-    deciding = {targets.first(path, targets.name_options) for path in paths}
+    deciding = {targets.first_match(path, targets.name_options) for path in paths}
     late = [name for name in targets.name_options if name not in deciding]
     if late:
         raise ConfigError(
-            f"apply_preset.name_algo_map: {', '.join(late)} decides for no layer, because earlier patterns "
-            "match all of its layers and the first one counts. Write it before them."
+            f"apply_preset.name_algo_map: {', '.join(late)} has no effect: the first match counts, and "
+            "earlier patterns match all of its layers. Write it before them."
         )
 
 
 def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply_preset") -> str:
-    """What to tell a user whose targets, under this key, match no layer."""
+    """Error message for targets of a key that match no layer."""
     counts = Counter(
         type(module).__name__
         for module in model.modules()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,18 +12,17 @@ import torch
 import xxhash
 from diffusers.loaders import FromOriginalModelMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.io.safetensors_file import open_safetensors
 
 Model = TypeVar("Model", bound=nn.Module)
 
 SUFFIX = ".safetensors"
 DENOISER_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-MAX_HEADER_BYTES = 1 << 24
-"""30 times the header of an SDXL checkpoint."""
 PACKED_DTYPES = frozenset({"U8", "I8"})
 SCALE_NAMES = ("scale_weight", "scale_input", "weight_scale", "input_scale", "scaled_fp8", "comfy_quant")
 """Last parts of the names of the scales of quantised weights."""
@@ -47,7 +45,7 @@ class SingleFile:
         Raises:
             ModelError: The file is unreadable, or its weights are quantised.
         """
-        with _opened(self.path) as file:
+        with open_safetensors(self.path, error=ModelError) as file:
             names = list(file.keys())
             own = [name for name in names if name.startswith(self.prefix)] or names
             for name in own:
@@ -66,7 +64,7 @@ def names_in(path: Path) -> frozenset[str]:
     Raises:
         ModelError: It is no safetensors file.
     """
-    with _opened(path) as file:
+    with open_safetensors(path, error=ModelError) as file:
         return frozenset(file.keys())
 
 
@@ -163,22 +161,3 @@ def _num_weights(tensors: Mapping[str, Tensor]) -> int:
 
 def _prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, after refusing one whose header would fill the memory."""
-    try:
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise ModelError(
-                f"{path}: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read. It is "
-                "no safetensors file."
-            )
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path}: not a readable safetensors file: {error}. Copy or download it again."
-        ) from error

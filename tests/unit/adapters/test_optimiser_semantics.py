@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.adapters.tlora.spec import TLoraInit
+from simpletuner.helpers.configuration.schema.lycoris import TLoraInit
 
 DECAY = 0.1
 STEPS = 1000

@@ -11,7 +11,7 @@ from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.files.layouts import places_of, tensors_of
+from simpletuner.helpers.adapters.files.layouts import make_key_map, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.models.flux import spec as flux
 from simpletuner.helpers.models.flux2 import spec as flux2
@@ -60,7 +60,7 @@ def test_diffusers_converter_gives_every_layer_its_rows_back(kind: Any, spec: An
         for name in (_original_name(spec, path) for path in columns)
     }
     original = Original()
-    for key, tensor in tensors_of(plain, "kohya", places_of(columns, "kohya", spec)).items():
+    for key, tensor in tensors_of(plain, "kohya", make_key_map(columns, "kohya", spec)).items():
         layer, _, part = key.partition(".")
         if part == "lora_up.weight":
             original[f"{names[layer]}.weight"] = tensor.sum(1, keepdim=True)

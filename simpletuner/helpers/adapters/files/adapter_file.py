@@ -1,4 +1,4 @@
-"""Adapter files: safetensors with what is needed to use them again in the header."""
+"""Adapter files: safetensors with the schedule and the training's metadata in the header."""
 
 from __future__ import annotations
 
@@ -12,32 +12,31 @@ from typing import Any, cast
 
 import torch
 import xxhash
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_bytes
+from simpletuner.helpers.io.safetensors_file import open_safetensors
 
 logger = logging.getLogger(__name__)
 
 SCHEDULE_KEY = "tlora_config"
 LYCORIS_KEY = "lycoris_config"
 HASH_KEY = "base_weights_hash"
-PATHS_KEY = "module_paths"  # layer name -> path with dots, which underscores cannot be turned back into
-MAX_HEADER_BYTES = 1 << 24  # twenty times what every layer of the largest model here needs
+PATHS_KEY = "module_paths"  # layer name -> path with dots; the name has underscores for both
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WHOLE = (torch.int64, torch.int32)
-NUMBERS = (".alpha", ".on_input")  # single ones, which may be whole
+INTEGERS = (torch.int64, torch.int32)
+SCALARS = (".alpha", ".on_input")  # one value each, also of an integer dtype
 MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-NUM_HASHED = 4096  # evenly spaced values of a layer
+NUM_HASHED = 4096  # values of a layer
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """The tensors of an adapter file, and the text in its header."""
+    """The tensors of an adapter file, and the entries of its header."""
 
     path: Path
     tensors: dict[str, Tensor]
@@ -50,18 +49,18 @@ class AdapterFile:
 
     @property
     def multiplier(self) -> float:
-        """Strength that the json it was trained with gives the adapter; 1 in a file without that json.
+        """`multiplier` of the header's lycoris json; 1 in a file without one.
 
         Raises:
             AdapterError: It is no finite number.
         """
         value = (self.entry(LYCORIS_KEY) or {}).get("multiplier", 1.0)
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(f"{self.path}: the header's multiplier is {value!r}, no finite number.")
+            raise AdapterError(f"{self.path}: multiplier in its header is {value!r}, no finite number.")
         return float(value)
 
     def entry(self, key: str) -> dict[str, Any] | None:
-        """A header entry that holds JSON; None in a file without it.
+        """A JSON object in the header; None in a file without it.
 
         Raises:
             AdapterError: The entry is not JSON, or no object.
@@ -71,77 +70,66 @@ class AdapterFile:
         try:
             value = json.loads(self.metadata[key])
         except (ValueError, RecursionError) as error:
-            raise AdapterError(f"{self.path}: the header's {key} is not JSON: {error}.") from error
+            raise AdapterError(f"{self.path}: {key} in its header is not JSON: {error}.") from error
         if not isinstance(value, dict):
-            raise AdapterError(f"{self.path}: the header's {key} is {type(value).__name__}, not an object.")
+            raise AdapterError(
+                f"{self.path}: {key} in its header is a {type(value).__name__}, not an object."
+            )
         return value
 
 
 def read(path: Path) -> AdapterFile:
-    """Read an adapter file whole.
+    """Read an adapter file into memory.
 
     Raises:
-        AdapterError: The file is missing, empty, no safetensors file, or holds a value that is not finite or
-            no floating-point number.
+        AdapterError: The file is missing, empty or no safetensors file, or a tensor is not finite or of no
+            floating-point dtype.
     """
-    _refuse_unreadable(path)
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{path}: not a readable safetensors file: {error}. Copy or download it again."
-        ) from error
+    _refuse_other_files(path)
+    with open_safetensors(path, error=AdapterError) as opened:
+        metadata = opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
     if not tensors:
-        raise AdapterError(f"{path}: holds no tensors, so there is no adapter in it.")
-    _refuse_strange(path, tensors)
+        raise AdapterError(f"{path}: the file has no tensors.")
+    _refuse_malformed(path, tensors)
     _refuse_non_finite(path, tensors)
     file = AdapterFile(path=path, tensors=tensors, metadata=metadata)
     for key in (SCHEDULE_KEY, LYCORIS_KEY, HASH_KEY, PATHS_KEY):
-        file.entry(key)  # whatever cannot be read is told before anything is attached
+        file.entry(key)  # an invalid entry is refused before anything is attached
     return file
 
 
-def _refuse_strange(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_malformed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         shape = tuple(tensor.shape)
         if not key.isprintable() or "/" in key or "\\" in key:
-            raise AdapterError(f"{path}: {key[:80]!a} is no name of an adapter's tensor.")
-        is_number = key.endswith(NUMBERS)
-        if is_number and tensor.numel() != 1:
-            raise AdapterError(f"{path}: {key} holds {tensor.numel()} values, not one.")
-        if tensor.dtype not in (*DTYPES, *(WHOLE if is_number else ())):
+            raise AdapterError(f"{path}: {key[:80]!a} is no valid name of a tensor.")
+        is_scalar = key.endswith(SCALARS)
+        if is_scalar and tensor.numel() != 1:
+            raise AdapterError(f"{path}: {key} has {tensor.numel()} values instead of one.")
+        if tensor.dtype not in (*DTYPES, *(INTEGERS if is_scalar else ())):
             found, allowed = str(tensor.dtype), ", ".join(map(str, DTYPES))
-            raise AdapterError(f"{path}: {key} is {found}; the factors of an adapter are {allowed}.")
+            raise AdapterError(f"{path}: {key} has dtype {found}. Allowed: {allowed}.")
         if tensor.numel() == 0 or (tensor.ndim < 2 and key.endswith(MATRICES)):
-            raise AdapterError(f"{path}: {key} has the shape {shape}, which no factor of an adapter has.")
+            raise AdapterError(f"{path}: {key} has shape {shape}, which is invalid for a factor.")
 
 
-def _refuse_unreadable(path: Path) -> None:
-    """Refuse, before it is read, what is no safetensors file or has a header that would fill the memory."""
+def _refuse_other_files(path: Path) -> None:
     if not path.is_file():
         what = "a folder" if path.is_dir() else "no such file"
-        raise AdapterError(f"{path}: {what}. Give the path of an adapter's .safetensors file.")
+        raise AdapterError(f"{path}: {what}. Give the path of a .safetensors file.")
     if path.suffix in PICKLED:
         raise AdapterError(
-            f"{path}: {path.suffix} files are pickles, which can run code, and are never opened. Convert it "
-            "to safetensors with a tool that you trust."
-        )
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise AdapterError(
-            f"{path}: its header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read. It is no "
-            "safetensors file, or not one of an adapter."
+            f"{path}: {path.suffix} files are pickles, which can run code, so they are never opened. Convert "
+            "it to safetensors with a tool that you trust."
         )
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Write an adapter file, whole or not at all; equal content gives equal bytes.
+    """Write an adapter file atomically; equal content gives equal bytes.
 
     Raises:
-        AdapterError: A tensor holds a value that is not finite.
+        AdapterError: A tensor has a value that is not finite.
         StorageError: The file cannot be written.
     """
     _refuse_non_finite(path, tensors)
@@ -150,7 +138,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, s
 
 
 def weight_hash(weight: Tensor) -> str:
-    """Identity of a layer's base weight: 4,096 evenly spaced values, rounded to bf16."""
+    """Hash of a layer's base weight: 4,096 evenly spaced values, rounded to bf16."""
     flat = weight.detach().flatten()
     index = torch.linspace(0, flat.numel() - 1, min(NUM_HASHED, flat.numel()), dtype=torch.float64).long()
     values = flat[index.to(flat.device)].to(torch.bfloat16).cpu().contiguous()
@@ -158,7 +146,7 @@ def weight_hash(weight: Tensor) -> str:
 
 
 def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layer name -> identity of its base weight; layers without data (meta) or packed ones are left out."""
+    """Layer name -> hash of its base weight, without layers on meta and quantised ones."""
     weights = {name: cast(Tensor, layer.weight) for name, layer in layers.items()}
     return {
         name: weight_hash(weight)
@@ -168,22 +156,22 @@ def base_hashes(layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def warn_about_other_base(file: AdapterFile, here: Mapping[str, str]) -> None:
-    """Say so when the model's `base_hashes` are not those of the weights that the adapter was trained on."""
+    """Warn if the model's `base_hashes` differ from those in the file."""
     stored = file.entry(HASH_KEY) or {}
     shared = [name for name in here if name in stored]
     differing = [name for name in shared if stored[name] != here[name]]
     if differing:
         logger.warning(
-            "%s was trained on other base weights (%s): %d of %d layers differ here. The result may be off.",
+            "%s was trained on other base weights (%s): %d of %d layers differ. Load it into its base model.",
             file.path.name,
-            file.metadata.get("base_model", "not stated"),
+            file.metadata.get("base_model", "unknown"),
             len(differing),
             len(shared),
         )
 
 
 def _with_sorted_header(data: bytes) -> bytes:
-    """The same safetensors file with its header's keys in order, which the library writes in any order."""
+    """Sort the keys of a safetensors header; the library writes them in any order."""
     start = 8 + int.from_bytes(data[:8], "little")
     text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
@@ -193,4 +181,4 @@ def _with_sorted_header(data: bytes) -> bytes:
 def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-            raise AdapterError(f"{path}: {key} holds a value that is not finite. The adapter is not usable.")
+            raise AdapterError(f"{path}: {key} has a value that is not finite. The adapter is unusable.")

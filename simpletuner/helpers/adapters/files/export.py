@@ -1,4 +1,4 @@
-"""T-LoRA files as plain LoRAs, for tools that know nothing of a rank schedule."""
+"""T-LoRA files as standard LoRAs, for tools that know nothing of a rank schedule."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ from simpletuner.helpers.adapters.files.layouts import (
     Layout,
     common_scales,
     header_of,
-    places_of,
+    make_key_map,
     tensors_of,
 )
-from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer, errors_by_rank, exact, truncated
+from simpletuner.helpers.adapters.files.lora_conversion import (
+    LoraLayer,
+    errors_by_rank,
+    exact_lora,
+    truncated_lora,
+)
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -37,9 +42,9 @@ from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
 Form = Literal["exact", "truncated"]
-FORMS = {"exact": exact, "truncated": truncated}
+FORMS = {"exact": exact_lora, "truncated": truncated_lora}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of the source's header, what would say something untrue about a plain LoRA.
+# Header entries of the source that are untrue of a standard LoRA.
 NOT_KEPT = {
     "format",
     adapter_file.SCHEDULE_KEY,
@@ -51,37 +56,36 @@ NOT_KEPT = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What a file is exported as. Of rank, timestep and bands at most one is given; none opens every rank."""
+    """Options of an export, at most one of rank, timestep and bands; without one every rank is active."""
 
     layout: Layout = "diffusers"
     form: Form = "exact"
-    """exact: rank 2R, no error but rounding; truncated: the best approximation of rank R."""
+    """exact: rank 2R, rounding is the only error; truncated: the best approximation of rank R."""
     rank: int | None = None
-    """The rank to fix."""
+    """Fix this active rank."""
     timestep: int | None = None
-    """Fix the rank that the schedule opens at this timestep."""
+    """Fix the active rank of this timestep."""
     bands: int | None = None
-    """Write so many files instead of one, each for an equal share of the timesteps, with the rank of its
-    middle."""
+    """Write this number of files, each for an equal share of the timesteps, with its middle's active rank."""
     dtype: str = "fp32"
     """Key of DTYPES."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """One file written."""
+    """One exported file."""
 
     file: Path
     timesteps: tuple[int, int] | None
-    """First and last timestep that it is for; None for all."""
-    open_rank: int
-    """Rank that it fixes, of the network; layers of another rank follow with theirs."""
+    """First and last timestep of its band; None for all timesteps."""
+    active_rank: int
+    """Fixed rank of the network; layers of another rank have their own."""
     ranks: Sequence[int]
-    """Of each written layer; a layout may join several of the adapter's to one."""
+    """Rank of each layer in the file; a layout may fuse several of the adapter's layers."""
     errors: Mapping[str, float]
-    """Path of a layer -> its error, relative to the live layer at that rank, rounding included."""
+    """Path of a layer -> its error relative to the live layer at that rank, including rounding."""
     band_error: float | None
-    """Largest error of a layer at any timestep of the band, where the live adapter opens other ranks."""
+    """Largest error of a layer at any timestep of the band, where the live adapter's active rank differs."""
 
     @property
     def worst_layer(self) -> str:
@@ -89,18 +93,18 @@ class Exported:
         return max(self.errors, key=lambda path: self.errors[path])
 
     def summary(self) -> str:
-        """What was written, on one line."""
+        """File, layers, ranks and errors on one line."""
         low, high = min(self.ranks), max(self.ranks)
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        joined = f", joined from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
+        fused = f", fused from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
         parts = [
-            f"{self.file}: {len(self.ranks)} layers of {ranks}, {self.open_rank} open{joined}",
+            f"{self.file}: {len(self.ranks)} layers of {ranks}, active rank {self.active_rank}{fused}",
             f"error {fmean(self.errors.values()):.1e} on average, "
             f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
         ]
         if self.timesteps is not None and self.band_error is not None:
             first, last = self.timesteps
-            parts.append(f"for timesteps {first} to {last}, within which it reaches {self.band_error:.1e}")
+            parts.append(f"timesteps {first} to {last}, where the error is at most {self.band_error:.1e}")
         return "; ".join(parts) + "."
 
 
@@ -110,33 +114,33 @@ class Source:
 
     layers: Mapping[str, StoredLayer]
     schedule: RankSchedule
-    """Of the network; without effect if none of its layers follows one."""
+    """Schedule of the network; without effect if none of its layers has one."""
     multiplier: float
     metadata: Mapping[str, str]
 
     def rank_at(self, timestep: int, layer: StoredLayer) -> int:
-        """The rank that one layer, which may have another maximum than the network, opens at a timestep."""
+        """Active rank of one layer, whose maximum may differ from the network's, at a timestep."""
         return self.schedule.for_rank(layer.rank).rank_at(timestep) if has_schedule(layer) else layer.rank
 
 
 def has_schedule(layer: StoredLayer) -> bool:
-    """Whether a layer follows a rank schedule: a T-LoRA layer, vanilla or not, and no plain LoRA."""
+    """Whether a layer has a rank schedule: true for T-LoRA, vanilla included, false for standard LoRA."""
     return "tlora_schedule" in layer.tensors or TRAINED_KEYS[0] in layer.tensors
 
 
 def export_adapter(
     file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, ModelSpec]
 ) -> list[Exported]:
-    """Write an adapter file as one plain LoRA, or one for each band of timesteps.
+    """Write an adapter file as one standard LoRA, or one for each band of timesteps.
 
     Args:
-        file: A T-LoRA or plain LoRA file written by this program.
-        output: The file to write; for bands, the timesteps are added to its name.
-        options: What to write.
-        families: Name -> facts of every model family; the file's header names its own.
+        file: A T-LoRA or standard LoRA file written by this program.
+        output: The file to write; the name of a band's file ends in its timesteps.
+        options: Layout, form, rank and dtype.
+        families: Name -> spec of every model family; the file's header names its own.
 
     Raises:
-        AdapterError: The file cannot be read or exported, or an option does not fit it; nothing is written.
+        AdapterError: The file cannot be read or exported, or an option is invalid; nothing is written.
         StorageError: A file cannot be written.
     """
     stored = adapter_file.read(file)
@@ -145,23 +149,23 @@ def export_adapter(
     if name not in families:
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
-    places, written = places_of(source.layers, options.layout, families[name]), []
-    for cut in _cuts(source, options):
-        layers, band_error = _fixed(source, cut, options, places=places)
-        tensors = tensors_of(layers, options.layout, places)
+    key_map, written = make_key_map(source.layers, options.layout, families[name]), []
+    for fixed in _fixed_ranks(source, options):
+        layers, band_error = _converted_layers(source, fixed, options, key_map=key_map)
+        tensors = tensors_of(layers, options.layout, key_map)
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
-            "exported_form": f"{options.form}, rank {cut.rank} of {source.schedule.max_rank} open",
+            "exported_form": f"{options.form}, rank {fixed.rank} of {source.schedule.max_rank} open",
         }
-        if cut.band is not None:
-            metadata["timesteps"] = json.dumps(cut.band)
+        if fixed.band is not None:
+            metadata["timesteps"] = json.dumps(fixed.band)
         metadata |= header_of(layers, options.layout, families[name])
-        target = _file_name(output, cut.band)
+        target = _file_name(output, fixed.band)
         adapter_file.write(target, tensors, metadata=metadata)
         exported = Exported(
             file=target,
-            timesteps=cut.band,
-            open_rank=cut.rank,
+            timesteps=fixed.band,
+            active_rank=fixed.rank,
             ranks=[tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN_KEYS)],
             errors={layer.path: layer.error for layer in layers},
             band_error=band_error,
@@ -178,17 +182,17 @@ def export_live(
     family: ModelSpec,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Exported]:
-    """Write an attached adapter as `export_adapter` writes its file, at the strength it was trained with.
+    """Export an attached adapter, at the strength of its training.
 
     Args:
-        adapter: T-LoRA or plain LoRA; also one whose file lacks what an export needs.
+        adapter: T-LoRA or standard LoRA, also from a file that `export_adapter` refuses as incomplete.
         output: As for `export_adapter`.
-        options: What to write.
-        family: Of the denoiser that it is attached to.
-        metadata: What else the header says.
+        options: Layout, form, rank and dtype.
+        family: The denoiser's family.
+        metadata: Further header entries.
 
     Raises:
-        AdapterError: The adapter cannot be exported, or an option does not fit it; nothing is written.
+        AdapterError: The adapter cannot be exported, or an option is invalid; nothing is written.
         StorageError: A file cannot be written.
     """
     network = adapter.lycoris_network
@@ -196,7 +200,7 @@ def export_live(
     grouped = [each.lora_name for each in layers if each.num_groups > 1]
     if grouped:
         raise AdapterError(
-            f"{grouped[0]}: a plain LoRA has no form of a grouped convolution's T-LoRA. Exclude the layer."
+            f"{grouped[0]}: T-LoRA of a grouped convolution cannot be exported. Exclude the layer."
         )
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "live_adapter.safetensors"
@@ -205,10 +209,10 @@ def export_live(
 
 
 def read_source(stored: adapter_file.AdapterFile) -> Source:
-    """The layers of an adapter file, ready to be exported.
+    """Read the layers of an adapter file for an export.
 
     Raises:
-        AdapterError: It has layers of another algorithm, or lacks what an export needs.
+        AdapterError: A layer has another algorithm, or the file is incomplete.
     """
     layers = _peft_layers(stored) if stored.is_peft else _lycoris_layers(stored)
     config = stored.entry(adapter_file.SCHEDULE_KEY)
@@ -221,8 +225,8 @@ def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
     paths = stored.entry(adapter_file.PATHS_KEY)
     if paths is None:
         raise AdapterError(
-            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}: it was not written by this program. "
-            "Attach it to its base model with load_adapter, and give that adapter to export_live."
+            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Attach "
+            "it to its base model with load_adapter and pass the adapter to export_live."
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
@@ -239,11 +243,13 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
         if key.endswith(".lora_B.weight"):
             continue
         if not key.endswith(".lora_A.weight"):
-            raise AdapterError(f"{stored.path}: {key} belongs to no plain LoRA (DoRA cannot be exported).")
+            raise AdapterError(
+                f"{stored.path}: {key} is no tensor of a standard LoRA (DoRA cannot be exported)."
+            )
         if (init := config.get(f"{prefix}.init_lora_weights")) in CHANGE_THE_BASE:
             raise AdapterError(
-                f"{stored.path}: lora_init_type {init} changed the base weights, and tools that add a plain "
-                "LoRA to them would add its start too. Train with another lora_init_type."
+                f"{stored.path}: lora_init_type {init} changed the base weights: a tool that adds the LoRA "
+                "to the original weights would add its start too. Train with another lora_init_type."
             )
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
         own = config.get(f"{prefix}.alpha_pattern") or {}
@@ -255,60 +261,60 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
 
 
 def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
-    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's plain LoRA
+    if set(parts) - {"alpha", "dtype_tensor"} == set(VANILLA_KEYS):  # LyCORIS's algo lora
         return StoredLayer(name, parts, TLoraSpec("vanilla", "last", None))
     if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
         raise AdapterError(
-            f"{file}: {name} is neither T-LoRA nor plain LoRA: it holds {', '.join(sorted(parts))}. "
-            "Tools read LyCORIS's other algorithms as they are."
+            f"{file}: {name} is neither T-LoRA nor standard LoRA; it has {', '.join(sorted(parts))}. Files "
+            "of other LyCORIS algorithms need no export."
         )
     layer = StoredLayer.read(name, parts)
-    if layer.description.init != "vanilla" and BASE_KEYS[0] not in parts:
-        raise AdapterError(f"{file}: {name} has no base factors. Give load_adapter's adapter to export_live.")
+    if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
+        raise AdapterError(
+            f"{file}: {name} has no base factors. Attach the file with load_adapter, use export_live."
+        )
     return layer
 
 
 @dataclass(frozen=True, slots=True)
 class _FixedRank:
-    """Where one file fixes the ranks."""
+    """The fixed rank of one file."""
 
     rank: int
-    """Of the network."""
+    """Rank of the network."""
     timestep: int | None = None
-    """At which the schedule opens that rank; None when the rank itself was asked for."""
+    """Timestep of that active rank; None where the options give the rank."""
     band: tuple[int, int] | None = None
-    """First and last timestep that the file is for."""
+    """First and last timestep of the file."""
 
     def rank_of(self, layer: StoredLayer, source: Source) -> int:
-        """The rank of one layer; a plain one is never cut."""
+        """Rank of one layer; a layer without schedule keeps every rank."""
         if self.timestep is not None:
             return source.rank_at(self.timestep, layer)
         return min(self.rank, layer.rank) if has_schedule(layer) else layer.rank
 
-    def worst_within(self, layer: StoredLayer, plain: LoraLayer, source: Source) -> float | None:
-        """The largest error of what was written for a layer at any timestep of the band; None without one."""
+    def band_error_of(self, layer: StoredLayer, lora: LoraLayer, source: Source) -> float | None:
+        """Largest error of a layer's LoRA at any timestep of the band; None without a band."""
         if self.band is None:
             return None
         first, last = self.band
-        errors = errors_by_rank(layer, plain)
+        errors = errors_by_rank(layer, lora)
         ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
         return max(errors[rank - 1] for rank in ranks)
 
 
-def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
-    """One for every file to write."""
+def _fixed_ranks(source: Source, options: ExportOptions) -> list[_FixedRank]:
+    """The fixed rank of every file to write."""
     schedule = source.schedule
-    chosen = [key for key in ("rank", "timestep", "bands") if vars(options)[key] is not None]
+    chosen = [key for key in ("rank", "timestep", "bands") if getattr(options, key) is not None]
     if len(chosen) > 1:
-        raise AdapterError(f"{' and '.join(chosen)} exclude each other. Give one of them.")
+        raise AdapterError(f"{' and '.join(chosen)} exclude each other. Use one of them.")
     if chosen and not any(map(has_schedule, source.layers.values())):
-        raise AdapterError(
-            f"{chosen[0]}: the file is a plain LoRA, whose ranks are always all open. Omit it."
-        )
+        raise AdapterError(f"{chosen[0]}: the file is a standard LoRA without a rank schedule. Omit it.")
     end = schedule.num_timesteps
     if options.timestep is not None:
         if not 0 <= options.timestep <= end:
-            raise AdapterError(f"timestep {options.timestep} is outside 0..{end}, the schedule of the file.")
+            raise AdapterError(f"timestep {options.timestep} is outside 0..{end} of the file's schedule.")
         return [_FixedRank(schedule.rank_at(options.timestep), options.timestep)]
     if options.bands is not None:
         if not 1 <= options.bands <= end:
@@ -322,17 +328,17 @@ def _cuts(source: Source, options: ExportOptions) -> list[_FixedRank]:
     return [_FixedRank(rank)]
 
 
-def _fixed(
-    source: Source, cut: _FixedRank, options: ExportOptions, *, places: KeyMap
+def _converted_layers(
+    source: Source, fixed: _FixedRank, options: ExportOptions, *, key_map: KeyMap
 ) -> tuple[list[LoraLayer], float | None]:
-    """The layers of one file, and the largest error within its band."""
+    """The LoRA layers of one file, and the largest error within its band."""
     make, dtype = FORMS[options.form], DTYPES[options.dtype]
-    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, places)
+    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, key_map)
     layers, band_errors = [], []
     for path, stored in source.layers.items():
-        layer = make(path, stored, rank=cut.rank_of(stored, source), dtype=dtype, scale=scales[path])
+        layer = make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scales[path])
         layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
-        band_errors.append(cut.worst_within(stored, layer, source))
+        band_errors.append(fixed.band_error_of(stored, layer, source))
     return layers, max((error for error in band_errors if error is not None), default=None)
 
 

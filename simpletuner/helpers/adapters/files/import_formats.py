@@ -1,4 +1,4 @@
-"""Adapter files in the layout of the T-LoRA authors' release, brought under LyCORIS's names."""
+"""Convert adapter files of the T-LoRA authors' release to LyCORIS's keys."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.spec import TLoraInit, TLoraSpec
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS
+from simpletuner.helpers.configuration.schema.lycoris import TLoraInit
 from simpletuner.helpers.errors import AdapterError
 
 logger = logging.getLogger(__name__)
@@ -33,15 +34,15 @@ _IN_A_LIST = {"to_out": "to_out.0"}
 
 
 def is_released(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are tensors in the layout of the authors' release, or of diffusers' former LoRA."""
+    """Whether the keys are those of the authors' release, or of diffusers' former LoRA."""
     return any(_RELEASED.fullmatch(key) for key in tensors)
 
 
-def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under LyCORIS's keys, marked as T-LoRA, with the alpha that their scale of 1 means.
+def convert_released(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under LyCORIS's keys, marked as T-LoRA, with alpha R, since their scale is 1.
 
     Raises:
-        AdapterError: A tensor is of no kind that the layout has, two are for one place, or a layer lacks one.
+        AdapterError: A key is unknown, two keys mean the same tensor, or a layer is incomplete.
 
     Source: https://github.com/ControlGenAI/T-LoRA, the names of its attention processors' parameters.
     """
@@ -49,20 +50,20 @@ def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         match = _RELEASED.fullmatch(key)
         if match is None or match["factor"] not in _FACTORS:
-            raise AdapterError(f"{key}: the layout of the authors' release has no such tensor.")
+            raise AdapterError(f"{key}: the layout of the authors' release has no such key.")
         name = _IN_A_LIST.get(match["layer"], match["layer"])
         layer = layers.setdefault(f"lycoris_{match['attention']}.{name}".replace(".", "_"), {})
         factor = _FACTORS[match["factor"]]
         if factor in layer:
-            raise AdapterError(f"{key}: the file holds this tensor twice, under two names.")
+            raise AdapterError(f"{key}: the file has this tensor twice, under two keys.")
         layer[factor] = tensor[None] if "lambda" in factor and tensor.ndim == 1 else tensor
     result: dict[str, Tensor] = {}
     for name, layer in layers.items():
         init: TLoraInit = "vanilla" if VANILLA_KEYS[0] in layer else "random"
         needed = VANILLA_KEYS if init == "vanilla" else TRAINED_KEYS + BASE_KEYS
         if set(layer) != set(needed):
-            odd = ", ".join(sorted(set(layer) ^ set(needed)))
-            raise AdapterError(f"{name}: needs just {', '.join(needed)}; missing or too much: {odd}.")
+            different = ", ".join(sorted(set(layer) ^ set(needed)))
+            raise AdapterError(f"{name}: needs {', '.join(needed)}; missing or unexpected: {different}.")
         rank = layer[needed[0]].shape[0]
         layer |= {
             "alpha": torch.tensor(float(rank)),
@@ -70,8 +71,8 @@ def converted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         }
         result |= {f"{name}.{part}": tensor for part, tensor in layer.items()}
     logger.warning(
-        "The file is in the layout of the T-LoRA authors' release, which states no schedule: min_rank 1 and "
-        "alpha 1.0 are taken. If it was trained otherwise, set min_rank and alpha in `_tlora_config`; if it "
-        "is a plain LoRA in diffusers' former layout, load it with pipeline.load_lora_weights(...)."
+        "The file has the layout of the T-LoRA authors' release, without a rank schedule, so the defaults "
+        "apply: min_rank 1, alpha 1.0; set others in `_tlora_config`. If it is a LoRA in diffusers' former "
+        "layout, load it with pipeline.load_lora_weights(...)."
     )
     return result

@@ -1,4 +1,4 @@
-"""What an adapter file is, in a few lines: kind, layers, ranks, schedule, base, training."""
+"""Summarise an adapter file: algorithm, layers, ranks, schedule, base model, training."""
 
 from __future__ import annotations
 
@@ -42,45 +42,45 @@ SHOWN_ELSEWHERE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """The facts of one adapter file."""
+    """Summary of one adapter file."""
 
     file: str
     bytes: int
     algorithm: str
     init: str | None
-    """Where a T-LoRA began, with the band of singular triplets; None when nothing says so."""
+    """T-LoRA's init and sig_type; None in a file without them."""
     num_layers: int
     ranks: dict[int, int]
-    """Rank -> layers of it; empty where the algorithm has none."""
+    """Rank -> number of layers; empty for an algorithm without ranks."""
     scales: dict[float, int]
-    """alpha / rank -> layers of it."""
+    """alpha / rank -> number of layers."""
     num_values: int
-    """Numbers stored, frozen base factors included."""
+    """Number of stored values, including frozen base factors."""
     num_frozen: int
-    """Of those, base factors."""
+    """Number of values in base factors."""
     dtypes: tuple[str, ...]
     schedule: dict[str, int | float | str] | None
     base_model: str | None
     model_family: str | None
     trigger_words: str | None
     targets: Any
-    """`apply_preset` of the lycoris json that it was trained with."""
+    """`apply_preset` of the header's lycoris json."""
     num_base_hashes: int
     training: dict[str, str]
-    """What else the header says."""
+    """The other entries of the header."""
     missing: tuple[str, ...]
-    """What a complete T-LoRA file would have."""
+    """Parts of a complete T-LoRA file that are missing."""
 
     def as_json(self) -> str:
-        """Every fact, as a json object."""
+        """The summary as a json object."""
         return json.dumps(vars(self), indent=2, ensure_ascii=False)
 
     def text(self) -> str:
-        """Every fact, for people."""
+        """The summary as text."""
         ranks = _counted(self.ranks, "rank")
         lines = [
             ("File", f"{self.file}, {self.bytes / 1e6:.1f} MB, {', '.join(self.dtypes)}"),
-            ("Kind", self.algorithm + (f", started at {self.init}" if self.init else "")),
+            ("Algorithm", self.algorithm + (f", init {self.init}" if self.init else "")),
             ("Layers", f"{self.num_layers}{f': {ranks}' if ranks else ''}"),
             ("Scale", _counted(self.scales, "alpha / rank")),
             ("Values", f"{self.num_values:,}" + (f", {self.num_frozen:,} frozen" if self.num_frozen else "")),
@@ -103,7 +103,7 @@ class Inspection:
             return []
         schedule = RankSchedule.from_config(self.schedule)
         stated = ", ".join(f"{key} {value}" for key, value in self.schedule.items())
-        lines = ["", f"Open ranks by timestep ({stated}):"]
+        lines = ["", f"Active rank by timestep ({stated}):"]
         for share in CHART_TIMESTEPS:
             timestep = share * schedule.num_timesteps // CHART_TIMESTEPS[-1]
             rank = schedule.rank_at(timestep)
@@ -113,31 +113,29 @@ class Inspection:
 
     def _use(self) -> str:
         model = "" if self.base_model else " --family FAMILY --model MODEL"
-        return f'\nPictures: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
+        return f'\nImages: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
 
 
 def inspect(file: Path) -> Inspection:
-    """Read an adapter file and say what it is.
+    """Read and summarise an adapter file.
 
     Raises:
-        AdapterError: It cannot be read, or is no adapter of a kind that is known.
+        AdapterError: The file cannot be read, or its algorithm is unknown.
     """
     stored = adapter_file.read(file)
     released = import_formats.is_released(stored.tensors)
     try:
-        tensors = import_formats.converted(stored.tensors) if released else stored.tensors
+        tensors = import_formats.convert_released(stored.tensors) if released else stored.tensors
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
     layouts = _layouts()
     suffix = next((each for each in layouts if any(key.endswith(each) for key in tensors)), None)
     if suffix is None:
-        raise AdapterError(
-            f"{file}: holds no layer of an adapter that is known; its first key is {min(tensors)}."
-        )
+        raise AdapterError(f"{file}: no layer of a known algorithm; the first key is {min(tensors)}.")
     algorithm, rank_axis = layouts[suffix]
     names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
-    descriptions = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
-    if descriptions:
+    specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
+    if specs:
         algorithm = ALGORITHMS["tlora"].title + (" of the authors' release" if released else "")
     ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
     alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
@@ -148,7 +146,7 @@ def inspect(file: Path) -> Inspection:
         file=str(file),
         bytes=file.stat().st_size,
         algorithm=algorithm,
-        init=_init(descriptions) if not released else None,
+        init=_init(specs) if not released else None,
         num_layers=len(names),
         ranks=_counts(ranks.values()),
         scales=_counts(round(alphas[name] / ranks[name], 6) for name in alphas if name in ranks),
@@ -157,14 +155,14 @@ def inspect(file: Path) -> Inspection:
         dtypes=tuple(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
         ),
-        schedule=_schedule(stored, descriptions),
+        schedule=_schedule(stored, specs),
         base_model=header.get("base_model"),
         model_family=header.get("model_family"),
         trigger_words=header.get("trigger_words"),
         targets=lycoris.get("apply_preset"),
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
         training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
-        missing=tuple(_missing(stored, algorithm=algorithm, descriptions=descriptions)),
+        missing=tuple(_missing(stored, algorithm=algorithm, specs=specs)),
     )
 
 
@@ -179,37 +177,31 @@ def _layouts() -> dict[str, tuple[str, int | None]]:
 
 
 def _schedule(
-    stored: adapter_file.AdapterFile, descriptions: Sequence[TLoraSpec]
+    stored: adapter_file.AdapterFile, specs: Sequence[TLoraSpec]
 ) -> dict[str, int | float | str] | None:
     config = stored.entry(adapter_file.SCHEDULE_KEY)
-    stated = next((each.schedule for each in descriptions if each.schedule is not None), None)
+    stated = next((each.schedule for each in specs if each.schedule is not None), None)
     try:
         schedule = stated if config is None else RankSchedule.from_config(config)
     except (ValueError, TypeError) as error:
-        raise AdapterError(f"{stored.path}: its rank schedule cannot be used: {error}.") from error
+        raise AdapterError(f"{stored.path}: its rank schedule is invalid: {error}.") from error
     return None if schedule is None else schedule.config()
 
 
-def _missing(
-    stored: adapter_file.AdapterFile, *, algorithm: str, descriptions: Sequence[TLoraSpec]
-) -> list[str]:
+def _missing(stored: adapter_file.AdapterFile, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
     if not algorithm.startswith(ALGORITHMS["tlora"].title):
         return []
     has_base = any(".base_" in key for key in stored.tensors)
-    vanilla = any(each.init == "vanilla" for each in descriptions)
+    vanilla = any(each.init == "vanilla" for each in specs)
     return [
         *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
-        *(
-            ["rank schedule: set min_rank and alpha in _tlora_config"]
-            if not _schedule(stored, descriptions)
-            else []
-        ),
+        *(["rank schedule: set min_rank and alpha in _tlora_config"] if not _schedule(stored, specs) else []),
         *(["base model"] if "base_model" not in stored.metadata else []),
     ]
 
 
-def _init(descriptions: Sequence[TLoraSpec]) -> str | None:
-    found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in descriptions}
+def _init(specs: Sequence[TLoraSpec]) -> str | None:
+    found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in specs}
     return ", ".join(sorted(found)) or None
 
 

@@ -1,4 +1,4 @@
-"""How tools name the layers and tensors of a plain LoRA, and which layers they join to one.
+"""Key layouts of LoRA files: names of layers and tensors, and layers that a layout fuses.
 
 Shapes: R rank of a layer, I in, O out features.
 """
@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, described
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, lora_metadata
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
@@ -23,8 +23,8 @@ KeyMap = Mapping[str, FusedSlice]
 DOWN_KEYS = (".lora_A.weight", ".lora_down.weight")
 
 
-def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
-    """Path of a layer of the denoiser -> the rows of the layer, under the layout's name, that it becomes.
+def make_key_map(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
+    """Path of a denoiser's layer -> its name in the layout, with its rows of a fused layer.
 
     Raises:
         AdapterError: The family has no such layout, or no name for a layer.
@@ -35,40 +35,40 @@ def places_of(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMap:
         return {path: FusedSlice(f"lycoris_{path}".replace(".", "_")) for path in paths}
     if spec.original_name is None:
         raise AdapterError(f"The family {spec.name} has no layout {layout}. Use diffusers or lycoris.")
-    places = {}
+    key_map = {}
     for path in paths:
         try:
             rows = spec.original_name(path)
         except ValueError as error:
             raise AdapterError(
-                f"The layout {layout} has no name for a layer: {error}. Use diffusers."
+                f"The layout {layout} has no name for a layer: {error}. Use layout diffusers."
             ) from error
         rows = FusedSlice(rows) if isinstance(rows, str) else rows
         name = f"lora_unet_{rows.name}".replace(".", "_")
-        places[path] = FusedSlice(name, rows.pieces, rows.num_pieces)
-    return places
+        key_map[path] = FusedSlice(name, rows.pieces, rows.num_pieces)
+    return key_map
 
 
-def common_scales(scales: Mapping[str, float], places: KeyMap) -> dict[str, float]:
-    """Path of a layer -> the scale that it shares with those it is joined with, the largest of theirs."""
+def common_scales(scales: Mapping[str, float], key_map: KeyMap) -> dict[str, float]:
+    """Path of a layer -> the largest scale of the layers that the layout fuses with it."""
     largest: dict[str, float] = defaultdict(float)
     for path, scale in scales.items():
-        largest[places[path].name] = max(largest[places[path].name], scale)
-    return {path: largest[places[path].name] for path in scales}
+        largest[key_map[path].name] = max(largest[key_map[path].name], scale)
+    return {path: largest[key_map[path].name] for path in scales}
 
 
-def tensors_of(layers: Sequence[LoraLayer], layout: Layout, places: KeyMap) -> dict[str, Tensor]:
-    """The layers' tensors under the names of a layout.
+def tensors_of(layers: Sequence[LoraLayer], layout: Layout, key_map: KeyMap) -> dict[str, Tensor]:
+    """The layers' tensors under the keys of a layout.
 
     Raises:
-        AdapterError: Layers that the layout joins do not fit together.
+        AdapterError: The shapes of layers that the layout fuses differ.
     """
     parts: dict[str, list[LoraLayer]] = defaultdict(list)
     for layer in layers:
-        parts[places[layer.path].name].append(layer)
+        parts[key_map[layer.path].name].append(layer)
     tensors: dict[str, Tensor] = {}
     for name, group in parts.items():
-        down, up, alpha = _joined(group, places)
+        down, up, alpha = _joined(group, key_map)
         if layout == "diffusers":
             tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
         else:
@@ -78,11 +78,11 @@ def tensors_of(layers: Sequence[LoraLayer], layout: Layout, places: KeyMap) -> d
 
 
 def header_of(layers: Sequence[LoraLayer], layout: Layout, spec: ModelSpec) -> dict[str, str]:
-    """What a layout needs in the header: for diffusers, the rank and alpha of each layer."""
+    """Header entries of a layout: for diffusers, the rank and alpha of each layer."""
     if layout != "diffusers":
         return {}
     (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0]
-    # Without the ^ a pattern is also that of every layer whose path ends in it.
+    # Without the ^ a pattern also matches every layer whose path ends in it.
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a float is right at run time
@@ -90,31 +90,31 @@ def header_of(layers: Sequence[LoraLayer], layout: Layout, spec: ModelSpec) -> d
         alpha_pattern={f"^{layer.path}": layer.alpha for layer in layers if layer.alpha != alpha},
         target_modules=[layer.path for layer in layers],
     )
-    return {METADATA_KEY: described(config, prefix=spec.denoiser_name)}
+    return {METADATA_KEY: lora_metadata(config, prefix=spec.denoiser_name)}
 
 
-def _joined(layers: Sequence[LoraLayer], places: KeyMap) -> tuple[Tensor, Tensor, float]:
-    """One layer's factors and alpha from its parts: their ranks in a row, each writing its own rows alone.
+def _joined(layers: Sequence[LoraLayer], key_map: KeyMap) -> tuple[Tensor, Tensor, float]:
+    """Fuse layers to one: their ranks concatenated, each rank writing its own layer's rows.
 
-    Rows of parts that are not adapted stay zero; their height is that of the others' pieces.
+    Rows of layers that are not adapted stay zero; their number is that of the other layers' pieces.
 
     Returns:
-        down [sum R, I], up [O, sum R] and alpha; those of the layer itself where nothing is joined.
+        down [sum R, I], up [O, sum R] and alpha; unchanged for a layer that is not fused.
     """
-    first = places[layers[0].path]
+    first = key_map[layers[0].path]
     if first.num_pieces == 1:
         assert len(layers) == 1, f"{first.name} stands for {len(layers)} layers"
         return layers[0].down, layers[0].up, layers[0].alpha
-    sizes = {(layer.up.shape[0] / len(places[layer.path].pieces), layer.down.shape[1]) for layer in layers}
+    sizes = {(layer.up.shape[0] / len(key_map[layer.path].pieces), layer.down.shape[1]) for layer in layers}
     height = layers[0].up.shape[0] // len(first.pieces)
     if sizes != {(height, layers[0].down.shape[1])}:
         found = ", ".join(f"{layer.path} is {layer.up.shape[0]}x{layer.down.shape[1]}" for layer in layers)
-        raise AdapterError(f"{first.name} cannot be put together: {found}. Use the layout diffusers.")
+        raise AdapterError(f"{first.name} cannot be fused: {found}. Use layout diffusers.")
     down = torch.cat([layer.down for layer in layers])
     up = down.new_zeros(first.num_pieces, height, down.shape[0])
     start = 0
     for layer in layers:
-        pieces = places[layer.path].pieces
+        pieces = key_map[layer.path].pieces
         up[list(pieces), :, start : start + layer.rank] = layer.up.view(len(pieces), height, layer.rank)
         start += layer.rank
     return down, up.flatten(0, 1), sum(layer.alpha for layer in layers)

@@ -1,6 +1,6 @@
-"""A T-LoRA layer with its ranks fixed, as the two factors of a plain LoRA, and how far those are off.
+"""Convert a T-LoRA layer at a fixed rank to the two factors of a LoRA, and measure the error.
 
-Shapes: R rank of a layer, r open rank, I in (times the kernel of a convolution), O out features.
+Shapes: R rank of a layer, r active rank, I in (times the kernel of a convolution), O out features.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
 
 @dataclass(frozen=True, slots=True)
 class LoraLayer:
-    """What a plain LoRA loader adds: alpha / rank * up @ down."""
+    """One layer of a LoRA, whose delta is alpha / rank * up @ down."""
 
     path: str
-    """Of the adapted layer in the denoiser, with dots."""
+    """Path of the adapted layer in the denoiser, with dots."""
     down: Tensor
     """[rank, I] or [rank, I, k, k]."""
     up: Tensor
     """[O, rank] or [O, rank, 1, 1]."""
     alpha: float
     error: float
-    """Frobenius norm of what is missing, relative to that of the live layer's delta."""
+    """Frobenius norm of the difference from the live layer's delta, relative to the latter's."""
     folded: float = 1.0
-    """What `up` was multiplied by so that alpha / rank is the scale that was asked for."""
+    """Factor in `up` that makes alpha / rank the requested scale."""
 
     @property
     def rank(self) -> int:
@@ -36,42 +36,42 @@ class LoraLayer:
         return self.down.shape[0]
 
 
-def exact(
+def exact_lora(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
 ) -> LoraLayer:
-    """The layer with its first `rank` ranks open: rank 2r, r for a vanilla one; rounding is the only error.
+    """The layer with r active ranks as a LoRA of rank 2r, r for a vanilla one; rounding is the only error.
 
-    The factors are those of the differences. Written as [P lam, -P0 lam0] and [Q; Q0], two large products
-    would be left to cancel, which bf16 cannot.
+    The factors are those of the differences: [P lambda, -P0 lambda0] and [Q; Q0] would leave two large
+    products to cancel, which bf16 cannot.
 
     Args:
-        path: Of the layer.
-        layer: As it is in the file.
+        path: Path of the layer.
+        layer: The layer in the file.
         rank: r.
-        dtype: Of the factors.
-        scale: What alpha / rank is to be; None for the layer's own.
+        dtype: Dtype of the factors.
+        scale: Requested alpha / rank; None for the layer's own.
     """
-    a, b = layer.branch(rank)
-    return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    a, b = layer.factors_at(rank)
+    return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
-def truncated(
+def truncated_lora(
     path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
 ) -> LoraLayer:
-    """The best approximation of rank r to the layer with its first r ranks open, else like `exact`.
+    """The best approximation of rank r to the layer with r active ranks; arguments as for `exact_lora`.
 
     Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
     """
-    a, b = layer.branch(rank)
+    a, b = layer.factors_at(rank)
     if a.shape[0] <= rank:
-        return _plain(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+        return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
     left, left_core = torch.linalg.qr(b.double())
     right, right_core = torch.linalg.qr(a.double().flatten(1).T)
     u, values, vh = torch.linalg.svd(left_core @ right_core.T)
     root = values[:rank].sqrt()
     down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
     up = left @ u[:, :rank] * root
-    return _plain(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return _lora_layer(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
@@ -84,7 +84,7 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
     (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
     if torch.equal(a, a2) and torch.equal(b, b2):
         return 0.0
-    if a.shape == a2.shape:  # one term for each factor's rounding: nothing large is left to cancel
+    if a.shape == a2.shape:  # one term for each factor's rounding, so no large terms cancel
         missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
     else:
         missing = product_norm(torch.cat([a, a2]), torch.cat([b, -b2], dim=1))
@@ -93,13 +93,13 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
 
 
 def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
-    """The error of what was written against the live layer with 1, 2, ... R ranks open.
+    """The `relative_error` of a LoRA against the live layer with 1, 2, ... R active ranks.
 
-    Each is `relative_error`, from one table of inner products: opening a rank adds its terms to the delta.
+    One table of inner products gives them all: activating a rank adds its terms to the delta.
     """
-    a, b = (factor.double().flatten(1) for factor in layer.branch(layer.rank))
+    a, b = (factor.double().flatten(1) for factor in layer.factors_at(layer.rank))
     a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1) / written.folded
-    terms = a.shape[0] // layer.rank  # of a rank: its own and its base's
+    terms = a.shape[0] // layer.rank  # a rank's own and its base's
     table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
     shared = ((b.T @ b2) * (a @ a2.T)).sum(1).view(terms, layer.rank).sum(0)
     whole = table.cumsum(0).cumsum(1).diagonal()
@@ -107,7 +107,7 @@ def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
     return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
 
 
-def _plain(
+def _lora_layer(
     path: str,
     factors: tuple[Tensor, Tensor],
     *,

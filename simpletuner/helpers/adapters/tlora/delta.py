@@ -1,4 +1,4 @@
-"""Arithmetic on a delta that is given by its two factors.
+"""Arithmetic on the two factors of a delta.
 
 Shapes: R rank of the factors, I in, O out features.
 """
@@ -16,15 +16,15 @@ HALVINGS = 24
 Triplet = tuple[Tensor, Tensor, Tensor]
 
 
-def branch(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Two factors whose product is P diag(lam) Q - P0 diag(lam0) Q0 over the first `rank` ranks, all if None.
+def difference_factors(base: Triplet, difference: Triplet, *, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Two factors whose product is P diag(lambda) Q - P0 diag(lambda0) Q0 over the first `rank` ranks.
 
-    Exactly zero where the differences are zero, in every dtype.
+    The product is exactly zero where the differences are zero, in every dtype.
 
     Args:
-        base: Q0 [R, I, ...], P0 [O, R], lam0 [R].
-        difference: dQ, dP, dlam of the same shapes; Q is Q0 + dQ and so on.
-        rank: r.
+        base: Q0 [R, I, ...], P0 [O, R], lambda0 [R].
+        difference: dQ, dP, dlambda of the same shapes; Q is Q0 + dQ and so on.
+        rank: r; None for every rank.
 
     Returns:
         A [2r, I, ...] and B [O, 2r].
@@ -45,7 +45,7 @@ def product_norm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
-    """A grouped convolution's first factor, [R', I/g, ...], as one that reads every input, [R', I, ...].
+    """Expand a grouped convolution's first factor, [R', I/g, ...], to an ungrouped one, [R', I, ...].
 
     Args:
         a: Stacked parts of `rank` rows each; row j of a part reads input group j // (rank / groups).
@@ -55,19 +55,19 @@ def ungrouped(a: Tensor, *, groups: int, rank: int) -> Tensor:
     if groups == 1:
         return a
     rows = torch.arange(a.shape[0], device=a.device)
-    spread = a.new_zeros(a.shape[0], groups, *a.shape[1:])
-    spread[rows, rows % rank // (rank // groups)] = a
-    return spread.flatten(1, 2)
+    dense = a.new_zeros(a.shape[0], groups, *a.shape[1:])
+    dense[rows, rows % rank // (rank // groups)] = a
+    return dense.flatten(1, 2)
 
 
 @torch.no_grad()
 def shrink(parameters: Sequence[Tensor], *, norm: Callable[[], Tensor], limit: float) -> tuple[bool, Tensor]:
-    """Scale the parameters in place by the largest common share that brings `norm()` to the limit.
+    """Scale the parameters in place by the largest common share that keeps `norm()` within the limit.
 
     The norm must be continuous in that share, and 0 where the parameters are 0.
 
     Returns:
-        Whether anything was scaled, and the norm afterwards.
+        Whether the parameters were scaled, and the norm afterwards.
     """
     before = norm()
     if before <= limit:

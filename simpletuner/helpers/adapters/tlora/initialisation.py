@@ -1,4 +1,4 @@
-"""Where the factors of a T-LoRA layer start: frames, singular values by their law, triplets of a weight.
+"""Initial factors of a T-LoRA layer: random frames and singular values, or triplets of a weight.
 
 Shapes: N rows (out), M columns (in, times the kernel for convolutions), R rank.
 """
@@ -13,11 +13,12 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.spec import SigType, TLoraSpec
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
+from simpletuner.helpers.configuration.schema.lycoris import SigType
 from simpletuner.helpers.randomness import mix
 
-MAX_VALUE_ERROR = 1e-3  # relative, of a singular value found by the randomised method
-MAX_ANGLE = 1e-2  # radians between the subspace found and the true one
+MAX_VALUE_ERROR = 1e-3  # relative error of a singular value of the randomised method
+MAX_ANGLE = 1e-2  # radians between its subspace and the true one
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +34,17 @@ class Factors:
 
 
 def initial_factors(
-    weight: Tensor, shape: tuple[int, int], *, rank: int, description: TLoraSpec, seed: int, name: str
+    weight: Tensor, shape: tuple[int, int], *, rank: int, spec: TLoraSpec, seed: int, name: str
 ) -> Factors:
-    """Where the factors of one layer start.
+    """The initial factors of one layer.
 
     Args:
-        weight: The layer's weight, read only where the description says so; on meta nothing is computed.
-        shape: (N, M) of the layer, which a packed weight does not show.
+        weight: The layer's weight, read for init weight only; on meta nothing is computed.
+        shape: (N, M) of the layer; a packed weight has another shape.
         rank: R, at most the smaller of N and M.
-        description: Init and sig_type.
-        seed: Of the run.
-        name: Of the layer; with the seed it decides every random number.
+        spec: Init and sig_type.
+        seed: Seed of the run.
+        name: Name of the layer; with the seed it determines every random number.
     """
     num_rows, num_columns = shape
     if weight.is_meta:
@@ -51,19 +52,17 @@ def initial_factors(
             return Factors(
                 q=torch.empty(rank, num_columns), p=torch.empty(num_rows, rank), values=torch.empty(rank)
             )
-    if description.init == "weight":
-        return weight_factors(weight.reshape(shape), rank, sig_type=description.sig_type)
-    if description.init == "random":
-        return random_factors(
-            num_rows, num_columns, rank, sig_type=description.sig_type, seed=seed, name=name
-        )
+    if spec.init == "weight":
+        return weight_factors(weight.reshape(shape), rank, sig_type=spec.sig_type)
+    if spec.init == "random":
+        return random_factors(num_rows, num_columns, rank, sig_type=spec.sig_type, seed=seed, name=name)
     generator = torch.Generator().manual_seed(mix(seed, "tlora-vanilla", name))
     q = torch.randn(rank, num_columns, generator=generator) / rank
     return Factors(q=q, p=torch.zeros(num_rows, rank), values=torch.ones(rank))
 
 
 def band(size: int, rank: int, sig_type: SigType) -> tuple[int, int]:
-    """First and past-the-last index, in descending order, of the triplets that a name stands for."""
+    """First and past-the-last index of a sig_type's triplets, in descending order of singular values."""
     first = {"principal": 0, "middle": (size - rank) // 2, "last": size - rank}[sig_type]
     return first, first + rank
 
@@ -71,10 +70,10 @@ def band(size: int, rank: int, sig_type: SigType) -> tuple[int, int]:
 def random_factors(
     num_rows: int, num_columns: int, rank: int, *, sig_type: SigType, seed: int, name: str
 ) -> Factors:
-    """Singular triplets of an [N, M] Gaussian matrix of std 1/R, drawn without making the matrix.
+    """Singular triplets of an [N, M] Gaussian matrix of std 1/R, drawn without the matrix itself.
 
-    Its singular vectors are uniform orthonormal frames, independent of its singular values; the values are
-    drawn once per shape and seed. The frames depend on (seed, name) alone.
+    Its singular vectors are uniform orthonormal frames, independent of its singular values. The values depend
+    on the shape and the seed, the frames on the seed and the name.
 
     Source: T-LoRA, arXiv:2507.05964, Ortho-LoRA initialisation; the law as in `singular_values`.
     """
@@ -90,8 +89,8 @@ def random_factors(
 def singular_values(num_rows: int, num_columns: int, *, first: int, end: int, seed: int) -> np.ndarray:
     """Singular values first..end-1, descending, of one [N, M] matrix of standard normal entries.
 
-    The matrix is orthogonally equivalent to a bidiagonal one with independent chi-distributed entries, so the
-    eigenvalues of a tridiagonal matrix of its smaller size are all that is computed.
+    The matrix is orthogonally equivalent to a bidiagonal one with independent chi-distributed entries;
+    only the eigenvalues of a tridiagonal matrix of its smaller size are computed.
 
     Source: Dumitriu & Edelman 2002, "Matrix models for beta ensembles", Laguerre ensemble, beta = 1.
     """
@@ -148,10 +147,10 @@ def weight_factors(weight: Tensor, rank: int, *, sig_type: SigType) -> Factors:
 
 
 def principal_factors(weight: Tensor, rank: int) -> Factors | None:
-    """The R largest triplets by the randomised method, or None where it has not provably converged.
+    """The R largest triplets by the randomised method, or None without proof that it converged.
 
     The angle to the true subspace is at most the residual over the gap behind the R-th singular value; a flat
-    spectrum has no gap and is left to the full decomposition.
+    spectrum has no gap and needs the full decomposition.
 
     Source: Halko et al. 2011 for the method; Davis & Kahan 1970 for the bound.
     """

@@ -1,34 +1,75 @@
-"""The rank mask that is in force: set, hold, clear.
+"""The current rank masks: set, hold, clear.
 
-Plain module attributes and never a thread-local: on CUDA, autograd re-runs checkpointed blocks on threads of
-its own, and the mask must be seen there. A mask belongs to a group (one per network that we build; 0 is what
-the public functions and stock LyCORIS layers use), and is made once per step for every rank of the group.
+A mask group is what the layers of one network read; group 0 is what the public functions and stock LyCORIS
+layers use, and what a layer reads while its own group has no mask. Groups are plain objects that their layers
+hold, never thread-local: on CUDA, autograd re-runs checkpointed blocks on threads of its own.
 
 Shapes: B batch, R rank.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_timestep_mask
 from torch import Tensor
 
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, rank_rows
-from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
-from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.configuration.schema.lycoris import FIRST_OWN_MASK_GROUP
 
 PUBLIC_GROUP = 0
 
-_masks: dict[tuple[int, int], Tensor] = {}  # (group, R) -> [1, R] or [B, R]
-_shared_ranks: dict[tuple[int, int], int] = {}  # (group, R) -> the rank that the whole batch shares
-_schedules: dict[int, RankSchedule] = {}  # group -> what its mask was made from
-_held: set[int] = set()  # groups whose mask a pending backward may still need
-_layer_ranks: defaultdict[int, set[int]] = defaultdict(set)  # group -> ranks of its layers
+
+@dataclass(eq=False)
+class RankMask:
+    """The mask that every layer of one rank shares during a step."""
+
+    values: Tensor
+    """[1, R] or [B, R]: 1 for an active rank, 0 for the others."""
+    shared_rank: int | None
+    """Active rank where all samples have the same, else None."""
+    max_rank: int | None
+    """Rank of the network that the mask was made for; None for a mask set through LyCORIS."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """The values, moved to a device once for all layers that share them."""
+        if self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values
+
+
+@dataclass(eq=False)
+class MaskGroup:
+    """The rank masks of the layers that share a group."""
+
+    number: int
+    """LyCORIS's number of the group."""
+    masks: dict[int, RankMask] = field(default_factory=dict)
+    """Rank of a layer -> its mask; empty when no mask is set."""
+    layer_ranks: set[int] = field(default_factory=set)
+    is_held: bool = False
+    """Whether a pending backward may still need the masks."""
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer reads the masks of the original's group
+        return mask_group, (self.number,)
+
+    def current(self, rank: int) -> RankMask | None:
+        """The mask of a layer of this rank: the group's own, else the public one, else None."""
+        found = self.masks.get(rank)
+        if found is None:
+            found = _public.masks.get(rank)
+        if found is None and (foreign := get_timestep_mask(PUBLIC_GROUP)) is not None:
+            return RankMask(foreign, shared_rank=None, max_rank=None)
+        return found
+
+
+_public = MaskGroup(PUBLIC_GROUP)
+_groups = {PUBLIC_GROUP: _public}
 _new_group = count(FIRST_OWN_MASK_GROUP)
 
 
@@ -37,10 +78,22 @@ def new_group() -> int:
     return next(_new_group)
 
 
-def register_rank(group: int, rank: int) -> None:
-    """Make every mask set from now on cover layers of this rank, in the group and in the public one."""
-    _layer_ranks[group].add(rank)
-    _layer_ranks[PUBLIC_GROUP].add(rank)
+def mask_group(number: int) -> MaskGroup:
+    """The group of this number."""
+    return _groups.setdefault(number, MaskGroup(number))
+
+
+def join_group(number: int, *, rank: int) -> MaskGroup:
+    """The group of this number; every mask set from now on covers layers of this rank, in group 0 too."""
+    group = mask_group(number)
+    group.layer_ranks.add(rank)
+    _public.layer_ranks.add(rank)
+    return group
+
+
+def groups_with_mask() -> list[int]:
+    """Numbers of the groups whose mask is set."""
+    return [number for number, group in _groups.items() if group.masks]
 
 
 def set_mask(
@@ -51,7 +104,7 @@ def set_mask(
     device: torch.device | None = None,
     hold: bool = False,
 ) -> None:
-    """Open the ranks of these timesteps for every layer of a group, until `clear_mask`.
+    """Set the rank masks of these timesteps for every layer of a group, until `clear_mask`.
 
     One timestep gives one mask for the whole batch; B timesteps give one per sample.
 
@@ -59,41 +112,42 @@ def set_mask(
         schedule: Its `max_rank` is the network's; layers of another rank follow it with their own maximum.
         timesteps: Host integers in [0, T].
         group: Mask group.
-        device: Where the layers are; the mask is moved there once.
-        hold: A backward will need this mask: setting another before it is cleared is then an error.
+        device: Device of the layers; the masks are moved there once.
+        hold: A backward needs these masks: setting others before they are cleared raises.
 
     Raises:
         RuntimeError: The group's mask is held for a backward that has not finished.
         ValueError: A timestep is outside the schedule, or there is none.
     """
-    if group in _held:
+    target = mask_group(group)
+    if target.is_held:
         raise RuntimeError(
-            "A rank mask is still held for a backward that has not finished. Under gradient checkpointing "
-            "the forward runs again during backward, and would see the new mask. Clear the mask after "
-            "backward, then set the next one."
+            f"The rank mask of group {group} is still held for a backward. Gradient checkpointing runs the "
+            "forward again during backward and would read the new mask. Clear the mask after backward, then "
+            "set the next one."
         )
     if not timesteps:
         raise ValueError("a rank mask needs at least one timestep")
     clear_mask(group)
-    for rank in {schedule.max_rank, *tuple(_layer_ranks[group])}:
+    masks: dict[int, RankMask] = {}
+    for rank in {schedule.max_rank, *tuple(target.layer_ranks)}:  # other threads add theirs meanwhile
         layer_schedule = schedule.for_rank(rank)
         ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
-        _masks[group, rank] = rank_rows(ranks, max_rank=rank).to(device)
-        if len(set(ranks)) == 1:
-            _shared_ranks[group, rank] = ranks[0]
-    _schedules[group] = schedule
-    set_timestep_mask(_masks[group, schedule.max_rank], group)
-    if hold:
-        _held.add(group)
+        masks[rank] = RankMask(
+            rank_rows(ranks, max_rank=rank).to(device),
+            shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
+            max_rank=schedule.max_rank,
+        )
+    target.masks = masks
+    target.is_held = hold
+    set_timestep_mask(masks[schedule.max_rank].values, group)
 
 
 def clear_mask(group: int = PUBLIC_GROUP) -> None:
-    """Close the group's mask; nothing happens when none is set."""
-    _held.discard(group)
-    _schedules.pop(group, None)
-    for key in [key for key in list(_masks) if key[0] == group]:  # other threads set their own meanwhile
-        del _masks[key]
-        _shared_ranks.pop(key, None)
+    """Clear the group's masks; nothing happens when none is set."""
+    target = mask_group(group)
+    target.is_held = False
+    target.masks = {}
     clear_timestep_mask(group)
 
 
@@ -101,7 +155,7 @@ def clear_mask(group: int = PUBLIC_GROUP) -> None:
 def rank_mask(
     schedule: RankSchedule, timesteps: Sequence[int], *, group: int, device: torch.device | None = None
 ) -> Iterator[None]:
-    """Hold the mask of these timesteps for a forward and its backward, and clear it whatever happens."""
+    """Hold the masks of these timesteps for a forward and its backward, and clear them whatever happens."""
     set_mask(schedule, timesteps, group=group, device=device, hold=True)
     try:
         yield
@@ -110,50 +164,6 @@ def rank_mask(
 
 
 def current_mask(group: int, rank: int) -> Tensor | None:
-    """The [1, R] or [B, R] mask for a layer: its own group's, else the public one, else None."""
-    for candidate in (group, PUBLIC_GROUP):
-        mask = _masks.get((candidate, rank))
-        if mask is not None:
-            return mask
-    foreign: Tensor | None = get_timestep_mask(PUBLIC_GROUP)  # set through LyCORIS itself, for one rank
-    return foreign
-
-
-def check_fits(gate: Tensor, *, group: int, rank: int, nominal: int | None) -> None:
-    """Refuse a mask that was made for a network of another rank, or is of another width than the layer.
-
-    Args:
-        gate: What `current_mask` gave.
-        group: The layer's mask group.
-        rank: The layer's own rank.
-        nominal: The network's rank, None where nothing states it.
-
-    Raises:
-        AdapterError: The message names both ranks.
-    """
-    schedule = _schedules.get(group) or _schedules.get(PUBLIC_GROUP)
-    if nominal is not None and schedule is not None and schedule.max_rank != nominal:
-        raise AdapterError(
-            f"The mask was made for max_rank {schedule.max_rank}, the network has {nominal}. "
-            "Pass the network's own max_rank."
-        )
-    if gate.shape[1] != rank:
-        raise AdapterError(f"The mask is {gate.shape[1]} ranks wide, a layer has {rank}. Pass its max_rank.")
-
-
-def shared_rank(group: int, rank: int) -> int | None:
-    """The open rank when the whole batch shares it; None when samples differ or no mask is set."""
-    if (group, rank) in _masks:
-        return _shared_ranks.get((group, rank))
-    return _shared_ranks.get((PUBLIC_GROUP, rank))
-
-
-def move_mask(group: int, rank: int, device: torch.device) -> Tensor:
-    """The mask of a layer, moved to its device once for all layers of that rank."""
-    mask = current_mask(group, rank)
-    assert mask is not None, "only a mask that is set can be moved"
-    moved = mask.to(device)
-    owner = group if (group, rank) in _masks else PUBLIC_GROUP
-    if (owner, rank) in _masks:  # one that was set through LyCORIS is not ours to keep
-        _masks[owner, rank] = moved
-    return moved
+    """The [1, R] or [B, R] mask that a layer of this group and rank reads; None when none is set."""
+    found = mask_group(group).current(rank)
+    return None if found is None else found.values

@@ -1,4 +1,4 @@
-"""How many ranks are open at a noise level: integers and masks, no state.
+"""The active rank of a timestep, and masks of active ranks.
 
 Shapes: B batch, R rank.
 Source: T-LoRA, arXiv:2507.05964, rank schedule.
@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self, get_args
+from typing import Self
 
 import torch
 from torch import Tensor
 
-ScheduleKind = Literal["floor", "inclusive"]
-KINDS: tuple[ScheduleKind, ...] = get_args(ScheduleKind)
+from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+
+VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive")  # files hold the position
 
 
 def active_rank(
     timestep: int, *, max_rank: int, min_rank: int, alpha: float, num_timesteps: int, inclusive: bool = False
 ) -> int:
-    """Rank left open at one noise level.
+    """Number of active ranks at a timestep.
 
     All arithmetic is in Python floats: in float32 six of 70,070 values of a usual grid come out one off.
 
@@ -28,9 +29,9 @@ def active_rank(
         timestep: In [0, num_timesteps]; 0 is the clean image.
         max_rank: Rank at timestep 0.
         min_rank: Rank at the highest noise.
-        alpha: Exponent; above 1 closes ranks earlier.
+        alpha: Exponent; above 1 masks ranks at lower noise.
         num_timesteps: The timestep of pure noise.
-        inclusive: Share the timesteps over max_rank too, which the paper's floor reaches only at timestep 0.
+        inclusive: Give max_rank a share of the timesteps; the paper's floor reaches it only at timestep 0.
 
     Source: T-LoRA, arXiv:2507.05964, rank schedule; `inclusive` is ours.
     """
@@ -40,7 +41,7 @@ def active_rank(
 
 @dataclass(frozen=True, slots=True)
 class RankSchedule:
-    """The rank at every timestep.
+    """The active rank at every timestep.
 
     Raises:
         ValueError: A value is outside its range.
@@ -50,7 +51,7 @@ class RankSchedule:
     min_rank: int = 1
     alpha: float = 1.0
     num_timesteps: int = 1000
-    kind: ScheduleKind = "floor"
+    variant: ScheduleVariant = "floor"
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, int) for value in (self.max_rank, self.min_rank, self.num_timesteps)):
@@ -66,11 +67,11 @@ class RankSchedule:
             raise ValueError(f"alpha {self.alpha} must be a positive number")
         if self.num_timesteps < 1:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 1")
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"schedule {self.variant!r} is not one of {', '.join(VARIANTS)}")
 
     def rank_at(self, timestep: int) -> int:
-        """Rank open at a timestep in [0, num_timesteps].
+        """Active rank at a timestep in [0, num_timesteps].
 
         Raises:
             ValueError: The timestep is outside the schedule.
@@ -83,11 +84,11 @@ class RankSchedule:
             min_rank=self.min_rank,
             alpha=self.alpha,
             num_timesteps=self.num_timesteps,
-            inclusive=self.kind == "inclusive",
+            inclusive=self.variant == "inclusive",
         )
 
     def for_rank(self, rank: int) -> RankSchedule:
-        """The same schedule for a layer of another rank, its minimum no larger than that rank."""
+        """The schedule of a layer of another rank; the minimum is at most that rank."""
         return replace(self, max_rank=rank, min_rank=min(self.min_rank, rank))
 
     def mask(self, timesteps: Sequence[int]) -> Tensor:
@@ -95,18 +96,18 @@ class RankSchedule:
         return rank_rows([self.rank_at(timestep) for timestep in timesteps], max_rank=self.max_rank)
 
     def config(self) -> dict[str, int | float | str]:
-        """The schedule under the names that `_tlora_config` and adapter files use."""
+        """The schedule under the keys of `_tlora_config` and adapter files."""
         return {
             "max_rank": self.max_rank,
             "min_rank": self.min_rank,
             "alpha": self.alpha,
-            "schedule": self.kind,
+            "schedule": self.variant,
             "num_timesteps": self.num_timesteps,
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, num_timesteps: int = 1000) -> Self:
-        """Read what `config()` wrote, or a plain `{"max_rank": ..., "min_rank": ..., "alpha": ...}`.
+        """Read the output of `config()`, or `{"max_rank": ..., "min_rank": ..., "alpha": ...}`.
 
         Raises:
             ValueError: `max_rank` is missing, a key is unknown, or a value is outside its range.
@@ -116,10 +117,10 @@ class RankSchedule:
         if unknown or "max_rank" not in config:
             found = ", ".join(sorted(config)) or "nothing"
             raise ValueError(
-                f"a T-LoRA config has max_rank and optionally {', '.join(sorted(known))}; found {found}"
+                f"a T-LoRA config needs max_rank and allows {', '.join(sorted(known))}; found {found}"
             )
         values = {key: config[key] for key in config if key != "schedule"} | {
-            "kind": config.get("schedule", "floor")
+            "variant": config.get("schedule", "floor")
         }
         return cls(**({"num_timesteps": num_timesteps} | values))  # type: ignore[arg-type]
 

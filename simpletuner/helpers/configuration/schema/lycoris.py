@@ -32,10 +32,13 @@ from simpletuner.helpers.configuration.schema.base import (
     Whole,
     contradiction,
 )
-from simpletuner.helpers.contracts import FIRST_OWN_MASK_GROUP
 
 Algorithm = Annotated[str, OneOf(ALGORITHMS)]
 TLoraInit = Literal["random", "weight", "vanilla"]
+SigType = Literal["last", "middle", "principal"]
+ScheduleVariant = Literal["floor", "inclusive"]
+FIRST_OWN_MASK_GROUP = 1 << 16
+"""First of LyCORIS's mask groups that networks get by default; the user's own are below."""
 Scalar = bool | int | float
 
 
@@ -198,13 +201,13 @@ class LycorisConfig(Section):
     """Active rank at the highest noise; at most linear_dim."""
     tlora_alpha: PositiveNumber = 1.0
     """Exponent of the rank schedule; above 1 the active rank falls sooner as noise grows."""
-    tlora_schedule: Literal["floor", "inclusive"] = "floor"
+    tlora_schedule: ScheduleVariant = "floor"
     """Rounding of the active rank: floor as in the paper, with the full rank at timestep 0 only; inclusive
     reaches every rank equally often."""
     tlora_init: TLoraInit = "random"
     """Initialisation: random, singular vectors of a random matrix; weight, singular vectors of the layer's
     weight; vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
-    sig_type: Literal["last", "middle", "principal"] = "last"
+    sig_type: SigType = "last"
     """Singular vectors of the initialisation: the smallest, the middle or the largest."""
     mask_group_id: Annotated[int, Field(ge=0, lt=FIRST_OWN_MASK_GROUP)] | None = None
     """LyCORIS's mask group of the network, for a training loop that sets masks itself: networks of one group

@@ -98,7 +98,7 @@ def _changed(section: Section, own: Mapping[str, object]) -> Iterable[str]:
 def _adapter(adapter: Adapter) -> dict[str, Any]:
     schedule = adapter.tlora_config
     return {
-        "kind": adapter.kind,
+        "kind": adapter.algorithm,
         "layers": adapter.num_layers,
         "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
         "schedule": schedule,

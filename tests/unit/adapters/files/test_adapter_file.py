@@ -93,7 +93,7 @@ def test_a_million_keys_are_refused_before_they_are_read(
 )
 @pytest.mark.reliability_row(23)
 def test_header_that_makes_no_sense_is_refused(header: object, tmp_path: Path) -> None:
-    refused(raw_file(tmp_path / "a.safetensors", header, bytes(12)), "not a readable safetensors file")
+    refused(raw_file(tmp_path / "a.safetensors", header, bytes(12)), "safetensors")
 
 
 @pytest.mark.reliability_row(22)
@@ -102,14 +102,14 @@ def test_pickle_is_never_opened_whatever_its_name(tmp_path: Path) -> None:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
 
-    for name, message in (("a.bin", "pickles, which can run code"), ("a.safetensors", "claims|readable")):
+    for name, message in (("a.bin", r"\.bin"), ("a.safetensors", "claims|readable")):
         (tmp_path / name).write_bytes(pickle.dumps({"x.alpha": Evil()}))
         refused(tmp_path / name, message)
     assert not (tmp_path / "ran").exists()
 
 
 def test_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
-    refused(tmp_path, "a folder. Give the path of an adapter's .safetensors file")
+    refused(tmp_path, "folder")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -119,7 +119,7 @@ def test_value_that_is_not_finite_is_refused_naming_its_key(value: float, key: s
     tensors = {name: tensor.clone() for name, tensor in layer_tensors().items()}
     tensors[f"lycoris_proj.{key}"].view(-1)[0] = value
     save_file(tensors, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", f"lycoris_proj.{key} holds a value that is not finite")
+    refused(tmp_path / "a.safetensors", f"lycoris_proj.{key}")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
@@ -134,14 +134,14 @@ def test_factors_of_a_dtype_that_no_adapter_has_are_refused(dtype: torch.dtype, 
 @pytest.mark.parametrize(
     ("key", "tensor", "message"),
     [
-        ("alpha", torch.ones(3), "alpha holds 3 values"),
-        ("q_layer.weight", torch.ones(4, 11), "fit|the layer needs"),
-        ("base_q", torch.ones(3, 12), "fit|the layer needs"),
-        ("lambda_layer", torch.ones(1, 5), "fit|the layer needs"),
-        ("p_layer.weight", torch.ones(9, 4), "fit|the layer needs"),
-        ("tlora_schedule", torch.ones(4), "not version 1"),
-        ("q_layer.weight", torch.ones(0, 12), "which no factor of an adapter has"),
-        ("q_layer.weight", torch.ones(()), "which no factor of an adapter has"),
+        ("alpha", torch.ones(3), r"alpha\b.*\b3\b"),
+        ("q_layer.weight", torch.ones(4, 11), r"fit|q_layer\.weight"),
+        ("base_q", torch.ones(3, 12), "fit|base_q"),
+        ("lambda_layer", torch.ones(1, 5), "fit|lambda_layer"),
+        ("p_layer.weight", torch.ones(9, 4), r"fit|p_layer\.weight"),
+        ("tlora_schedule", torch.ones(4), "tlora_schedule.*version 1"),
+        ("q_layer.weight", torch.ones(0, 12), r"\(0, 12\)"),
+        ("q_layer.weight", torch.ones(()), r"\(\)"),
     ],
 )
 @pytest.mark.reliability_row(23)
@@ -157,25 +157,25 @@ def test_incomplete_layer_names_what_is_missing(missing: str, tmp_path: Path) ->
     tensors = layer_tensors()
     del tensors[f"lycoris_proj.{missing}"]
     save_file(tensors, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", f"has no {missing}")
+    refused(tmp_path / "a.safetensors", missing)
 
 
 def test_schedule_of_another_rank_than_the_layers_have_is_refused_naming_both(tmp_path: Path) -> None:
     save_file(layer_tensors(RankSchedule(1 << 40)), tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", "states max_rank 1099511627776, and has layers of rank 4")
+    refused(tmp_path / "a.safetensors", r"max_rank 1099511627776\b.*\b4\b")
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"max_rank": 4, "min_rank": 9}, "min_rank 9 must be in"),
-        ({"max_rank": 4, "alpha": -1}, "alpha -1 must be a positive number"),
-        ({"max_rank": 4, "schedule": "steep"}, "schedule 'steep' is not one of"),
-        ({"max_rank": "four"}, "must be whole numbers"),
-        ({"max_rank": 4.0}, "must be whole numbers"),
-        ({"max_rank": 4, "num_timesteps": 1e400}, "must be whole numbers"),
-        ({"max_rank": 4, "min_rank": 1}, "the header states .*'min_rank': 1.* its layers .*'min_rank': 2"),
-        ([4], "is list, not an object"),
+        ({"max_rank": 4, "min_rank": 9}, "min_rank 9"),
+        ({"max_rank": 4, "alpha": -1}, "alpha -1"),
+        ({"max_rank": 4, "schedule": "steep"}, "steep"),
+        ({"max_rank": "four"}, "max_rank 'four'"),
+        ({"max_rank": 4.0}, r"max_rank 4\.0"),
+        ({"max_rank": 4, "num_timesteps": 1e400}, "num_timesteps inf"),
+        ({"max_rank": 4, "min_rank": 1}, "'min_rank': 1.*'min_rank': 2"),
+        ([4], "tlora_config.*list"),
     ],
 )
 def test_header_schedule_outside_its_range_or_against_its_layers_is_refused(
@@ -189,27 +189,35 @@ def test_header_schedule_outside_its_range_or_against_its_layers_is_refused(
 @pytest.mark.parametrize("key", [adapter_file.LYCORIS_KEY, adapter_file.HASH_KEY, adapter_file.PATHS_KEY])
 def test_header_entry_that_cannot_be_read_leaves_nothing_attached(key: str, tmp_path: Path) -> None:
     save_file(layer_tensors(), tmp_path / "a.safetensors", metadata={key: "[1]"})
-    refused(tmp_path / "a.safetensors", f"the header's {key} is list")
+    refused(tmp_path / "a.safetensors", f"{key}.*list")
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", '"strong"', "null"])
 def test_multiplier_that_is_no_finite_number_is_refused(value: str, tmp_path: Path) -> None:
     header = {adapter_file.LYCORIS_KEY: f'{{"multiplier": {value}}}'}
     save_file(layer_tensors(), tmp_path / "a.safetensors", metadata=header)
-    refused(tmp_path / "a.safetensors", "multiplier is .*, no finite number")
+    refused(tmp_path / "a.safetensors", "multiplier")
 
 
 @pytest.mark.parametrize(
     ("key", "tensor", "message"),
     [
-        ("lycoris_proj.base_q", torch.full((4, 12), 1e300, dtype=torch.float64), "not finite"),
-        ("lycoris_proj.dora_scale", torch.ones(8, 1), "no part of a T-LoRA layer"),
-        ("lycoris_proj.alpha", torch.tensor(True), r"alpha is torch\.bool"),
-        ("lycoris_\x1b[31m.alpha", torch.tensor(1.0), "no name of an adapter's tensor"),
-        ("../lycoris.alpha", torch.tensor(1.0), "no name of an adapter's tensor"),
-        ("lycoris_lone.alpha", torch.tensor(1.0), "fit no layer|are not in this"),
-        ("lycoris_proj.tlora_schedule", torch.tensor([1.0, 1, 4, 2, 1, 1000, -1, 0, 0]), "whole numbers"),
-        ("lycoris_proj.tlora_schedule", torch.tensor([1.0, 1, 4, 2, 1, 1000, 0, 0.9, 0]), "whole numbers"),
+        ("lycoris_proj.base_q", torch.full((4, 12), 1e300, dtype=torch.float64), r"lycoris_proj\.base_q"),
+        ("lycoris_proj.dora_scale", torch.ones(8, 1), "dora_scale"),
+        ("lycoris_proj.alpha", torch.tensor(True), r"alpha.*torch\.bool"),
+        ("lycoris_\x1b[31m.alpha", torch.tensor(1.0), r"x1b\[31m"),
+        ("../lycoris.alpha", torch.tensor(1.0), r"\.\./lycoris"),
+        ("lycoris_lone.alpha", torch.tensor(1.0), "fit|lycoris_lone"),
+        (
+            "lycoris_proj.tlora_schedule",
+            torch.tensor([1.0, 1, 4, 2, 1, 1000, -1, 0, 0]),
+            r"tlora_schedule.*-1\.0",
+        ),
+        (
+            "lycoris_proj.tlora_schedule",
+            torch.tensor([1.0, 1, 4, 2, 1, 1000, 0, 0.9, 0]),
+            r"tlora_schedule.*0\.9",
+        ),
     ],
 )
 @pytest.mark.reliability_row(23)
@@ -223,7 +231,7 @@ def test_tensor_that_no_adapter_has_is_refused(
 def test_header_that_is_nested_too_deep_is_refused(tmp_path: Path) -> None:
     header = {adapter_file.SCHEDULE_KEY: "[" * 100_000}
     save_file(layer_tensors(), tmp_path / "a.safetensors", metadata=header)
-    refused(tmp_path / "a.safetensors", "is not JSON")
+    refused(tmp_path / "a.safetensors", "tlora_config.*JSON")
 
 
 def test_file_of_another_family_names_both_and_what_to_do(tmp_path: Path) -> None:
@@ -231,7 +239,7 @@ def test_file_of_another_family_names_both_and_what_to_do(tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "a.safetensors", metadata={"model_family": "elsewhere"})
     refused(
         tmp_path / "a.safetensors",
-        "1 of its 1 layers are not in this Model.*trained on the family elsewhere. Give it a model of its",
+        "1 of .*1 layers.*Model.*elsewhere",
     )
 
 

@@ -15,9 +15,9 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter, export_live
 from simpletuner.helpers.adapters.files.lora_conversion import (
     errors_by_rank,
-    exact,
+    exact_lora,
     relative_error,
-    truncated,
+    truncated_lora,
 )
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
@@ -79,8 +79,8 @@ def dense(down: Tensor, up: Tensor, alpha: float) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_exact_factors_give_the_layers_own_delta(init: Any, rank: int) -> None:
     layer = trained_layer(tlora_init=init)
-    plain = exact("proj", stored(layer), rank=rank, dtype=torch.float32)
-    a, b = (factor.detach().double() for factor in layer.branch(rank))
+    plain = exact_lora("proj", stored(layer), rank=rank, dtype=torch.float32)
+    a, b = (factor.detach().double() for factor in layer.lora_factors(rank))
     torch.testing.assert_close(
         dense(plain.down, plain.up, plain.alpha), b @ a * layer.scale, rtol=1e-5, atol=1e-7
     )
@@ -91,8 +91,8 @@ def test_exact_factors_give_the_layers_own_delta(init: Any, rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_truncation_is_the_best_approximation_of_its_rank_and_states_its_error(rank: int) -> None:
     layer = trained_layer()
-    plain = truncated("proj", stored(layer), rank=rank, dtype=torch.float32)
-    a, b = (factor.detach().double() for factor in layer.branch(rank))
+    plain = truncated_lora("proj", stored(layer), rank=rank, dtype=torch.float32)
+    a, b = (factor.detach().double() for factor in layer.lora_factors(rank))
     values = torch.linalg.svdvals(b @ a)
     best = float(values[rank:].norm() / values.norm())
     assert plain.rank == rank
@@ -102,14 +102,14 @@ def test_truncation_is_the_best_approximation_of_its_rank_and_states_its_error(r
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", [exact, truncated])
+@pytest.mark.parametrize("form", [exact_lora, truncated_lora])
 def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
     form: Any, dtype: torch.dtype
 ) -> None:
     layer = trained_layer()
     own, other = (form("proj", stored(layer), rank=3, dtype=dtype, scale=scale) for scale in (None, 1.7))
     assert (own.alpha, other.alpha) == pytest.approx((own.rank * 2 / 4, own.rank * 1.7))
-    a, b = (factor.detach().double() for factor in layer.branch(3))
+    a, b = (factor.detach().double() for factor in layer.lora_factors(3))
     whole = b @ a * layer.scale
     off = dense(other.down, other.up, other.alpha) - whole
     assert other.error == pytest.approx(float(off.norm() / whole.norm()), rel=1e-2, abs=2e-7)
@@ -118,8 +118,8 @@ def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
 
 
 def test_stated_error_holds_the_rounding_of_the_dtype() -> None:
-    plain = exact("proj", stored(trained_layer()), rank=4, dtype=torch.bfloat16)
-    a, b = (factor.detach().double() for factor in trained_layer().branch(4))
+    plain = exact_lora("proj", stored(trained_layer()), rank=4, dtype=torch.bfloat16)
+    a, b = (factor.detach().double() for factor in trained_layer().lora_factors(4))
     off = dense(plain.down, plain.up, 8.0) - b @ a
     assert plain.error == pytest.approx(float(off.norm() / (b @ a).norm()), rel=1e-4)
     assert 1e-4 < plain.error < 1e-2
@@ -127,19 +127,19 @@ def test_stated_error_holds_the_rounding_of_the_dtype() -> None:
 
 def test_bf16_keeps_a_small_delta_that_two_large_products_would_lose() -> None:
     layer = trained_layer(size=1e-3)
-    plain = exact("proj", stored(layer), rank=4, dtype=torch.bfloat16)
+    plain = exact_lora("proj", stored(layer), rank=4, dtype=torch.bfloat16)
     state = {key: tensor.bfloat16().double() for key, tensor in layer.custom_state_dict().items()}
     down = torch.cat(
         [state["lambda_layer"].T * state["q_layer.weight"], state["base_lambda"].T * state["base_q"]]
     )
     up = torch.cat([state["p_layer.weight"], -state["base_p"]], dim=1)
-    a, b = (factor.detach() for factor in layer.branch())
+    a, b = (factor.detach() for factor in layer.lora_factors())
     assert plain.error < 5e-3
     assert relative_error((a, b), (down, up)) > 0.3
 
 
 def test_error_of_an_adapter_without_effect_is_zero() -> None:
-    plain = truncated("proj", stored(trained_layer(size=0.0)), rank=2, dtype=torch.float32)
+    plain = truncated_lora("proj", stored(trained_layer(size=0.0)), rank=2, dtype=torch.float32)
     assert plain.error == 0
     assert not dense(plain.down, plain.up, plain.alpha).any()
 
@@ -152,7 +152,7 @@ def test_alpha_makes_a_plain_loaders_scale_that_of_the_adapter(tmp_path: Path) -
     assert float(tensors["lycoris_proj.alpha"]) == 8 * (2.0 / 4) * 0.5
 
 
-@pytest.mark.parametrize("form", [exact, truncated])
+@pytest.mark.parametrize("form", [exact_lora, truncated_lora])
 @pytest.mark.parametrize("init", ["random", "vanilla"])
 def test_error_at_every_rank_is_that_of_the_dense_deltas(init: Any, form: Any) -> None:
     layer = trained_layer(tlora_init=init)
@@ -160,7 +160,7 @@ def test_error_at_every_rank_is_that_of_the_dense_deltas(init: Any, form: Any) -
     written = dense(plain.down, plain.up, plain.alpha / layer.scale)
     expected = []
     for rank in range(1, 5):
-        a, b = (factor.detach().double() for factor in layer.branch(rank))
+        a, b = (factor.detach().double() for factor in layer.lora_factors(rank))
         expected.append(float((b @ a - written).norm() / (b @ a).norm()))
     assert errors_by_rank(stored(layer), plain) == pytest.approx(expected, rel=1e-5)
 
@@ -171,8 +171,8 @@ def test_band_states_the_largest_error_within_it(tmp_path: Path) -> None:
     layer = trained_layer()
     expected = []
     for timestep in (0, 300, 700, 1000):
-        a, b = (factor.detach().double() for factor in layer.branch(SCHEDULE.rank_at(timestep)))
-        a2, b2 = (factor.detach().double() for factor in layer.branch(SCHEDULE.rank_at(500)))
+        a, b = (factor.detach().double() for factor in layer.lora_factors(SCHEDULE.rank_at(timestep)))
+        a2, b2 = (factor.detach().double() for factor in layer.lora_factors(SCHEDULE.rank_at(500)))
         expected.append(float((b @ a - b2 @ a2).norm() / (b @ a).norm()))
     assert one.band_error == pytest.approx(max(expected), rel=1e-5)
     assert "timesteps 0 to 1000" in one.summary()
@@ -181,11 +181,11 @@ def test_band_states_the_largest_error_within_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 5}, r"rank 5 must be in 1\.\.4"),
-        ({"timestep": 1001}, r"timestep 1001 is outside 0\.\.1000"),
-        ({"bands": 0}, r"bands 0 must be in 1\.\.1000"),
-        ({"rank": 2, "bands": 2}, "rank and bands exclude each other"),
-        ({"layout": "kohya"}, "family toy has no layout kohya"),
+        ({"rank": 5}, r"rank 5\b.*1\.\.4"),
+        ({"timestep": 1001}, r"timestep 1001\b.*0\.\.1000"),
+        ({"bands": 0}, r"bands 0\b.*1\.\.1000"),
+        ({"rank": 2, "bands": 2}, "rank and bands"),
+        ({"layout": "kohya"}, "toy.*kohya"),
     ],
 )
 def test_option_that_does_not_fit_is_refused_and_nothing_is_written(
@@ -200,16 +200,16 @@ def test_option_that_does_not_fit_is_refused_and_nothing_is_written(
 def test_file_of_others_says_how_it_can_be_exported(tmp_path: Path) -> None:
     bare = tmp_path / "bare.safetensors"
     save_file(load_file(make_adapter_file(tmp_path)), bare)
-    with pytest.raises(AdapterError, match="Attach it to its base model with load_adapter"):
+    with pytest.raises(AdapterError, match="load_adapter"):
         export_adapter(bare, tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES)
 
 
 @pytest.mark.parametrize(
     ("drop", "header", "message"),
     [
-        (("base_q", "base_p", "base_lambda"), {}, "no base factors"),
-        ((), {"model_family": "elsewhere"}, "its model family is elsewhere. Known families: toy"),
-        (("tlora_schedule", "q_layer.weight"), {}, "neither T-LoRA nor plain LoRA"),
+        (("base_q", "base_p", "base_lambda"), {}, "lycoris_proj.*export_live"),
+        ((), {"model_family": "elsewhere"}, "elsewhere.*toy"),
+        (("tlora_schedule", "q_layer.weight"), {}, "lycoris_proj.*q_layer|lycoris_proj.*lambda_layer"),
     ],
 )
 def test_file_that_lacks_something_names_it(
@@ -226,7 +226,7 @@ def test_description_of_a_plain_lora_opens_every_rank() -> None:
         "lora_up.weight": torch.ones(4, 2),
         "alpha": torch.tensor(1.0),
     }
-    plain = exact(
+    plain = exact_lora(
         "x", StoredLayer("x", parts, TLoraSpec("vanilla", "last", None)), rank=2, dtype=torch.float32
     )
     assert plain.alpha == 1.0
@@ -294,7 +294,7 @@ def test_peft_lora_that_began_by_changing_the_base_is_refused(tmp_path: Path, in
     described = {**(content.entry(METADATA_KEY) or {}), "unet.init_lora_weights": init}
     header = {**content.metadata, METADATA_KEY: json.dumps(described)}
     adapter_file.write(tmp_path / "b.safetensors", content.tensors, metadata=header)
-    with pytest.raises(AdapterError, match=f"lora_init_type {init} changed the base weights"):
+    with pytest.raises(AdapterError, match=f"lora_init_type {init}"):
         export_adapter(
             tmp_path / "b.safetensors", tmp_path / "out.safetensors", ExportOptions(), families=FAMILIES
         )
@@ -302,7 +302,7 @@ def test_peft_lora_that_began_by_changing_the_base_is_refused(tmp_path: Path, in
 
 
 def test_rank_of_a_plain_lora_cannot_be_chosen(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="timestep: the file is a plain LoRA"):
+    with pytest.raises(AdapterError, match="timestep"):
         export_adapter(
             plain_file(tmp_path),
             tmp_path / "out.safetensors",
@@ -325,6 +325,6 @@ def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
         apply_preset=TargetPreset(target_name=(".*",)),
     )
     adapter = LycorisAdapter.create(model, config, spec=SPEC, seed=0)
-    with pytest.raises(AdapterError, match="no form of a grouped convolution"):
+    with pytest.raises(AdapterError, match="lycoris_0"):
         export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=SPEC)
     assert not list(tmp_path.iterdir())

@@ -102,7 +102,8 @@ def test_authors_file_adds_what_its_factors_say_at_every_rank(
     model, x = Model().eval(), torch.randn(2, 5, 12)
     with caplog.at_level(logging.WARNING):
         adapter = load_adapter(model, tmp_path / "a.safetensors")
-    assert "states no schedule: min_rank 1 and alpha 1.0 are taken" in caplog.text
+    assert "min_rank 1" in caplog.text
+    assert "alpha 1.0" in caplog.text
     assert adapter.tlora_config == RankSchedule(RANK).config()
     place, ranks = f"{prefix}mid_block.attn1.processor", RankSchedule(RANK).rank_at(timestep)
     attention = Model().mid_block["attn1"]
@@ -138,11 +139,11 @@ PLACE = "mid_block.attn1.processor.to_q_lora"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({f"{PLACE}.base_q.weight": None}, "needs just .* missing or too much: base_q"),
-        ({f"{PLACE}.gate.weight": torch.ones(2, 2)}, "has no such tensor"),
-        ({"lycoris_other.alpha": torch.ones(())}, r"lycoris_other\.alpha: the layout .* has no such tensor"),
-        ({f"unet.{PLACE}.base_q.weight": torch.ones(RANK, 12)}, "holds this tensor twice"),
-        ({f"{PLACE}.down.weight": torch.ones(RANK, 12)}, "missing or too much"),
+        ({f"{PLACE}.base_q.weight": None}, "base_q"),
+        ({f"{PLACE}.gate.weight": torch.ones(2, 2)}, r"gate\.weight"),
+        ({"lycoris_other.alpha": torch.ones(())}, r"lycoris_other\.alpha"),
+        ({f"unet.{PLACE}.base_q.weight": torch.ones(RANK, 12)}, r"base_q\.weight"),
+        ({f"{PLACE}.down.weight": torch.ones(RANK, 12)}, "lora_down"),
     ],
 )
 def test_authors_file_that_lacks_or_adds_something_is_refused(

@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.files.layouts import common_scales, header_of, places_of, tensors_of
+from simpletuner.helpers.adapters.files.layouts import common_scales, header_of, make_key_map, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
@@ -50,7 +50,7 @@ def layer(path: str, up: list[list[float]], down: list[list[float]], *, scale: f
 
 
 def written(*layers: LoraLayer) -> dict[str, Tensor]:
-    return tensors_of(layers, "kohya", places_of([each.path for each in layers], "kohya", SPEC))
+    return tensors_of(layers, "kohya", make_key_map([each.path for each in layers], "kohya", SPEC))
 
 
 def test_parts_lie_in_their_rows_whatever_their_order_and_ranks() -> None:
@@ -87,7 +87,7 @@ def test_a_layer_of_its_own_is_written_as_it_is() -> None:
 )
 def test_parts_that_do_not_fit_together_are_refused(up: list[list[float]], down: list[list[float]]) -> None:
     q = layer("q", [[1.0]], [[1.0, 0.0]])
-    with pytest.raises(AdapterError, match=r"joined cannot be put together: q is 1x2, k is \dx\d\. Use the"):
+    with pytest.raises(AdapterError, match=r"joined.*q is 1x2, k is \dx\d"):
         written(q, layer("k", up, down))
 
 
@@ -98,19 +98,19 @@ def test_rows_that_cannot_be_cut_into_pieces_are_refused() -> None:
 
 def test_joined_layers_share_the_largest_of_their_scales_and_others_keep_theirs() -> None:
     scales = {"q": 0.5, "k": 0.25, "turned": 2.0, "one": 3.0}
-    places = places_of(scales, "comfyui", SPEC)
-    assert common_scales(scales, places) == {"q": 0.5, "k": 0.5, "turned": 2.0, "one": 3.0}
-    assert common_scales(scales, places_of(scales, "diffusers", SPEC)) == scales
+    key_map = make_key_map(scales, "comfyui", SPEC)
+    assert common_scales(scales, key_map) == {"q": 0.5, "k": 0.5, "turned": 2.0, "one": 3.0}
+    assert common_scales(scales, make_key_map(scales, "diffusers", SPEC)) == scales
 
 
 def test_layouts_that_join_nothing_name_every_layer() -> None:
     layers = [layer("q", [[1.0]], [[1.0, 0.0]]), layer("k", [[1.0]], [[1.0, 0.0]])]
     paths = [each.path for each in layers]
-    assert list(tensors_of(layers, "diffusers", places_of(paths, "diffusers", SPEC))) == [
+    assert list(tensors_of(layers, "diffusers", make_key_map(paths, "diffusers", SPEC))) == [
         f"transformer.{path}.lora_{factor}.weight" for path in paths for factor in "AB"
     ]
     assert {
-        key.split(".")[0] for key in tensors_of(layers, "lycoris", places_of(paths, "lycoris", SPEC))
+        key.split(".")[0] for key in tensors_of(layers, "lycoris", make_key_map(paths, "lycoris", SPEC))
     } == {
         "lycoris_q",
         "lycoris_k",
@@ -119,8 +119,8 @@ def test_layouts_that_join_nothing_name_every_layer() -> None:
 
 
 def test_a_layer_without_a_name_is_refused() -> None:
-    with pytest.raises(AdapterError, match=r"kohya has no name for a layer: lost is not .* Use diffusers"):
-        places_of(["lost"], "kohya", SPEC)
+    with pytest.raises(AdapterError, match=r"kohya.*\blost\b"):
+        make_key_map(["lost"], "kohya", SPEC)
 
 
 def test_header_of_the_diffusers_layout_gives_a_layer_the_rank_of_no_other_one() -> None:

@@ -47,7 +47,7 @@ def _seeded():
     torch.manual_seed(0)
     logs.reset_log_once()
     yield
-    assert not mask._masks, "a test left a mask behind"
+    assert not mask.groups_with_mask(), "a test left a mask behind"
 
 
 def adapt(layer: nn.Module, *, init: str = "random", trained: float = 0.0, **options: object) -> TLoraLayer:
@@ -127,7 +127,7 @@ def test_one_timestep_masks_a_guidance_doubled_batch() -> None:
 def test_mask_of_another_batch_size_is_refused() -> None:
     layer = nn.Linear(24, 40)
     adapter = adapt(layer)
-    with pytest.raises(RuntimeError, match="for 2 samples, the input holds 3"):
+    with pytest.raises(RuntimeError, match=r"\b2 samples.*\b3\b"):
         run(adapter, layer, torch.randn(3, 5, 24), 0, 1000)
 
 
@@ -204,20 +204,20 @@ def test_training_without_a_mask_raises_and_sampling_without_one_warns_once(
 ) -> None:
     layer = nn.Linear(24, 40)
     adapt(layer)
-    with pytest.raises(RuntimeError, match="training mode with no rank mask"):
+    with pytest.raises(RuntimeError, match=r"lycoris_layer.*apply_tlora_timestep_mask"):
         layer(torch.randn(2, 24))
     layer.eval()
     with caplog.at_level(logging.WARNING):
         layer(torch.randn(2, 24))
         layer(torch.randn(2, 24))
-    assert caplog.text.count("no rank mask") == 1
+    assert caplog.text.count("_tlora_config") == 1
 
 
 def test_mask_of_another_nominal_rank_is_refused_naming_both() -> None:
     layer = nn.Linear(24, 40)
     adapter = adapt(layer)
     with (
-        pytest.raises(AdapterError, match="max_rank 16, the network has 8"),
+        pytest.raises(AdapterError, match=r"max_rank 16\b.*\b8\b"),
         mask.rank_mask(RankSchedule(16), [5], group=adapter.mask_group_id),
     ):
         layer(torch.randn(2, 24))
@@ -282,7 +282,7 @@ def test_saved_layer_reloads_to_equal_output_and_an_identical_second_file(kind: 
     kind_of_file, weights = get_module(file, "lycoris_layer")
     assert kind_of_file is TLoraLayer
     loaded = TLoraLayer.make_module_from_state_dict("lycoris_layer", twin, *weights)
-    assert (loaded.description, loaded.scale) == (TLoraSpec(init, "last", SCHEDULE), 0.5)
+    assert (loaded.spec, loaded.scale) == (TLoraSpec(init, "last", SCHEDULE), 0.5)
     loaded.set_group(adapter.mask_group_id)
     loaded.apply_to()
     for timestep in (0, 500, 1000):
@@ -313,7 +313,7 @@ def test_stock_file_without_base_factors_loads_as_weight_principal_with_a_warnin
     ]
     with caplog.at_level(logging.WARNING):
         loaded = TLoraLayer.make_module_from_state_dict("lycoris_layer", twin, *stock)
-    assert "recomputed from this model" in caplog.text
+    assert "weight/principal" in caplog.text
     loaded.apply_to()
     loaded.set_group(adapter.mask_group_id)
     x = torch.randn(2, 24)
@@ -362,12 +362,12 @@ def test_weight_decay_without_gradients_leaves_the_delta_at_zero(init: str) -> N
 
 
 def test_rank_above_the_layer_is_refused_naming_both() -> None:
-    with pytest.raises(ConfigError, match="rank 32 is above 24"):
+    with pytest.raises(ConfigError, match=r"rank 32\b.*\b24\b"):
         TLoraLayer("lycoris_layer", nn.Linear(24, 40), 1.0, 32)
 
 
 def test_layer_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match="LayerNorm has no T-LoRA form"):
+    with pytest.raises(ConfigError, match="LayerNorm"):
         TLoraLayer("lycoris_layer", nn.LayerNorm(4))
 
 
@@ -377,7 +377,7 @@ def test_file_of_a_newer_version_or_with_a_bad_schedule_is_refused() -> None:
     for index, value in ((0, 99.0), (3, 500.0), (6, 7.0)):
         stored = state["tlora_schedule"].clone()
         stored[index] = value
-        with pytest.raises(AdapterError, match="tlora_schedule holds"):
+        with pytest.raises(AdapterError, match="tlora_schedule"):
             TLoraSpec.read(stored)
 
 
@@ -391,9 +391,9 @@ def test_layer_takes_the_place_of_lycoris_own() -> None:
 def test_grouped_convolution_has_no_dense_delta_and_needs_a_rank_that_its_groups_divide() -> None:
     layer = LAYERS["conv2d grouped"]().eval()
     adapter = adapt(layer, trained=0.1)
-    with pytest.raises(AdapterError, match="grouped convolution"):
+    with pytest.raises(AdapterError, match="lycoris_layer"):
         adapter.get_diff_weight()
-    with pytest.raises(ConfigError, match="rank 6 is not a multiple of this convolution's 4 groups"):
+    with pytest.raises(ConfigError, match=r"rank 6\b.*\b4 groups"):
         TLoraLayer("lycoris_layer", layer, 1.0, 6)
 
 

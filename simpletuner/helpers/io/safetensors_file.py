@@ -1,0 +1,38 @@
+"""Open safetensors files of unknown origin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from simpletuner.helpers.errors import SimpleTunerError
+
+MAX_HEADER_BYTES = 1 << 24
+"""Thirty times the header of a whole SDXL checkpoint."""
+
+
+@contextmanager
+def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[Any]:
+    """Open a safetensors file, after refusing a header that would fill the memory.
+
+    Raises:
+        SimpleTunerError: Of the type `error`, also while the file is open: it is damaged or cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise error(
+                f"{path}: its header claims {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}. It is no "
+                "safetensors file."
+            )
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as failure:
+        raise error(
+            f"{path}: not a readable safetensors file: {failure}. Copy or download it again."
+        ) from failure
