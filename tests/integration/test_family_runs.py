@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from simpletuner.helpers.training.trainer import ADAPTER_FILE, to_device
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from simpletuner.helpers.training.trainer import to_device
 from tests.integration.attached import command
 from tests.integration.family_runs import DEV, FLUX, IMAGES, KLEIN, MODELS, FamilyModel, image_in
 from tests.integration.tiny_runs import gradients

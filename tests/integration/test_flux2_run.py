@@ -50,7 +50,7 @@ def test_a_training_step_opens_the_ranks_of_the_noise_level_that_the_transformer
     keys = {"gradient_checkpointing": True, "mixed_precision": precision, "train_batch_size": 3}
     with run.trainer(**keys) as trainer:
         batch = to_device(next(trainer.data.batches()), trainer.accelerator.device)
-        noised = trainer.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=7)
+        noisy = trainer.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=7)
         transformer = trainer.accelerator.unwrap_model(trainer.denoiser)
 
         def note(_: object, __: object, called: dict[str, Any]) -> None:
@@ -62,11 +62,11 @@ def test_a_training_step_opens_the_ranks_of_the_noise_level_that_the_transformer
         transformer.register_forward_pre_hook(note, with_kwargs=True)
         stats = trainer.train_step(batch)
         assert all(parameter.grad is not None for parameter in trainer.adapter.parameters())
-    assert stats.timesteps == noised.timesteps
-    assert opened == [int((1000 - timestep) / 1000 * 6) + 2 for timestep in noised.timesteps]
+    assert stats.timesteps == noisy.timesteps
+    assert opened == [int((1000 - timestep) / 1000 * 6) + 2 for timestep in noisy.timesteps]
     assert len(set(opened)) > 1
-    assert noised.sigmas is not None
-    torch.testing.assert_close(given[0].float(), torch.tensor(noised.sigmas), rtol=0.01, atol=0)
+    assert noisy.sigmas is not None
+    torch.testing.assert_close(given[0].float(), torch.tensor(noisy.sigmas), rtol=0.01, atol=0)
 
 
 def test_lokr_trains_and_its_file_is_taken_up_again(tmp_path: Path) -> None:

@@ -178,11 +178,11 @@ def test_sample_depends_on_its_position_and_not_on_its_batch(model: Path) -> Non
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predicted(rows: list[int]) -> torch.Tensor:
-        noised = family.add_noise(latents[rows], sample_indices=[5 + row for row in rows], seed=1)
-        assert noised.timesteps == tuple(int(np.float32(sigma) * 1000) for sigma in noised.sigmas or ())
+        noisy = family.add_noise(latents[rows], sample_indices=[5 + row for row in rows], seed=1)
+        assert noisy.timesteps == tuple(int(np.float32(sigma) * 1000) for sigma in noisy.sigmas or ())
         stacked = TextEmbeds.stack([text[row] for row in rows])
         batch = Batch(latents=latents[rows], text=stacked, samples=(), sample_indices=())
-        return family.predict(denoiser, noised, batch)
+        return family.predict(denoiser, noisy, batch)
 
     together = predicted([0, 1])
     assert together.shape == latents.shape
@@ -206,8 +206,8 @@ def test_training_and_pictures_tell_the_transformer_the_same_noise_levels(model:
     told.clear()
     for sigma in inputs["sigmas"]:
         zeros = torch.zeros(1, 4, 8, 8)
-        noised = NoisyBatch(zeros, target=zeros, timesteps=(0,), weight=torch.ones(1), sigmas=(sigma,))
-        family.predict(denoiser, noised, Batch(latents=zeros, text=text, samples=(), sample_indices=()))
+        noisy = NoisyBatch(zeros, target=zeros, timesteps=(0,), weight=torch.ones(1), sigmas=(sigma,))
+        family.predict(denoiser, noisy, Batch(latents=zeros, text=text, samples=(), sample_indices=()))
     assert told == in_pictures
     assert told[0] == 1.0
     assert told[2] == pytest.approx(0.75)  # half way, shifted by 3

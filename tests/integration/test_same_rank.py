@@ -173,13 +173,13 @@ def trained_levels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[i
     batch = next(iter(trainer.data.batches(start=0)))
     trainer.train_step(to_device(batch, trainer.accelerator.device))
     hook.remove()
-    (noised,), (time,) = noised_batches, times
-    if noised.sigmas is None:
-        assert time.tolist() == list(noised.timesteps)
+    (noisy,), (time,) = noised_batches, times
+    if noisy.sigmas is None:
+        assert time.tolist() == list(noisy.timesteps)
     else:
-        torch.testing.assert_close(time, torch.tensor(noised.sigmas))
-        assert noised.timesteps == tuple(int(torch.tensor(sigma) * 1000) for sigma in noised.sigmas)
-    return noised.timesteps
+        torch.testing.assert_close(time, torch.tensor(noisy.sigmas))
+        assert noisy.timesteps == tuple(int(torch.tensor(sigma) * 1000) for sigma in noisy.sigmas)
+    return noisy.timesteps
 
 
 def validated_levels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -156,8 +156,8 @@ class ModelFamily(ABC):
         """Noise [B, ...] latents; depends on the seed and each sample's index only."""
 
     @abstractmethod
-    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
-        """Run the denoiser on a noised batch; float32, shape and space of noised.target."""
+    def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
+        """Run the denoiser on a noised batch; float32, shape and space of noisy.target."""
 
     @abstractmethod
     def make_pipeline(

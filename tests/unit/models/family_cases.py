@@ -63,7 +63,7 @@ class FamilyCase:
     """Tokens around those of the prompt itself."""
     stock_options: Mapping[str, Any]
     """Arguments of the stock pipeline's call that reproduce SAMPLE, SIGMA and GUIDANCE."""
-    noised: Callable[[Call], NoisyBatch]
+    noisy: Callable[[Call], NoisyBatch]
     """Call of the denoiser by the stock pipeline -> the noised batch that it stands for."""
     unpacked: Callable[[Tensor], Tensor]
     """Output of the denoiser -> [1, C, h, w]."""
@@ -119,7 +119,7 @@ SDXL = FamilyCase(
         "crops_coords_top_left": (3, 17),
         "target_size": (64, 80),
     },
-    noised=_sdxl_batch,
+    noisy=_sdxl_batch,
     unpacked=lambda output: output,
     is_flow=False,
     pipeline_inputs=frozenset(
@@ -169,7 +169,7 @@ FLUX = FamilyCase(
     max_tokens=512,
     extra_tokens=1,
     stock_options={"guidance_scale": GUIDANCE, "sigmas": [SIGMA, 0.25]},
-    noised=lambda call: _flow_batch(unpack(call[1]["hidden_states"].float(), height=4), has_guidance=True),
+    noisy=lambda call: _flow_batch(unpack(call[1]["hidden_states"].float(), height=4), has_guidance=True),
     unpacked=lambda output: unpack(output, height=4),
     has_guidance=True,
     pipeline_inputs=frozenset(
@@ -222,7 +222,7 @@ def _flux2(*, klein: bool) -> FamilyCase:
         max_tokens=512,
         extra_tokens=34 if klein else 129,
         stock_options={"guidance_scale": GUIDANCE, "sigmas": [SIGMA, 0.25]},
-        noised=lambda call: _flow_batch(
+        noisy=lambda call: _flow_batch(
             from_tokens(call[1]["hidden_states"].float(), height=4), has_guidance=not klein
         ),
         unpacked=lambda output: from_tokens(output, height=4),

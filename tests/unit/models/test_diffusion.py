@@ -56,12 +56,12 @@ def test_q_sample_and_velocity_match_hand_computed_values() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noised_batch_agrees_with_the_scheduler_of_diffusers(prediction: DiffusionPrediction) -> None:
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(latents, schedule=schedule(prediction), sample_indices=[0, 1, 2, 3], seed=7)
+    noisy = add_noise(latents, schedule=schedule(prediction), sample_indices=[0, 1, 2, 3], seed=7)
     stock = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    noise, timesteps = draw_noise([0, 1, 2, 3], seed=7, shape=(4, 8, 8)), torch.tensor(noised.timesteps)
-    torch.testing.assert_close(noised.latents, stock.add_noise(latents, noise, timesteps))
+    noise, timesteps = draw_noise([0, 1, 2, 3], seed=7, shape=(4, 8, 8)), torch.tensor(noisy.timesteps)
+    torch.testing.assert_close(noisy.latents, stock.add_noise(latents, noise, timesteps))
     expected = noise if prediction == "epsilon" else stock.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(noised.target, expected)
+    torch.testing.assert_close(noisy.target, expected)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -70,16 +70,16 @@ def test_latents_of_any_number_of_axes_are_noised_sample_by_sample(
     prediction: DiffusionPrediction, shape: tuple[int, ...]
 ) -> None:
     latents = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(latents, schedule=schedule(prediction), sample_indices=[5, 6, 7], seed=1)
+    noisy = add_noise(latents, schedule=schedule(prediction), sample_indices=[5, 6, 7], seed=1)
     noise = draw_noise([5, 6, 7], seed=1, shape=shape)
-    assert noised.latents.shape == noised.target.shape == latents.shape
-    for index, timestep in enumerate(noised.timesteps):
+    assert noisy.latents.shape == noisy.target.shape == latents.shape
+    for index, timestep in enumerate(noisy.timesteps):
         alpha_bar = float(schedule().alpha_bars[timestep])
         signal, spread = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
         expected = signal * latents[index] + spread * noise[index]
-        torch.testing.assert_close(noised.latents[index], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(noisy.latents[index], expected, rtol=1e-5, atol=1e-6)
         target = noise[index] if prediction == "epsilon" else signal * noise[index] - spread * latents[index]
-        torch.testing.assert_close(noised.target[index], target, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(noisy.target[index], target, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [None, 5.0])
@@ -105,10 +105,10 @@ def test_noised_batch_does_not_touch_the_global_generator() -> None:
 
 
 def test_noised_batch_computes_in_float32_for_16_bit_latents() -> None:
-    noised = add_noise(
+    noisy = add_noise(
         torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16), schedule=schedule(), sample_indices=[0], seed=1
     )
-    assert noised.latents.dtype == noised.target.dtype == noised.weight.dtype == torch.float32
+    assert noisy.latents.dtype == noisy.target.dtype == noisy.weight.dtype == torch.float32
 
 
 def test_timesteps_are_uniform_over_the_whole_range() -> None:

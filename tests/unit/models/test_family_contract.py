@@ -390,17 +390,17 @@ def test_a_sample_is_noised_and_predicted_alike_in_any_batch(make: Make, case: F
     family = make(case.name, noise=NoiseConfig(flux_guidance_mode="random-range"))
     prompts = ["a cat", "", "a red dog"]
     denoiser, latents = family.load_denoiser(), latents_of(case, 3)
-    noised = family.add_noise(latents, sample_indices=[5, 6, 7], seed=3)
+    noisy = family.add_noise(latents, sample_indices=[5, 6, 7], seed=3)
     with torch.no_grad():
-        together = family.predict(denoiser, noised, batch_of(family, latents, prompts))
+        together = family.predict(denoiser, noisy, batch_of(family, latents, prompts))
         for index, prompt in enumerate(prompts):
             own = latents[index : index + 1]
             alone = family.add_noise(own, sample_indices=[5 + index], seed=3)
-            assert torch.equal(alone.latents[0], noised.latents[index])
-            assert alone.timesteps == (noised.timesteps[index],)
+            assert torch.equal(alone.latents[0], noisy.latents[index])
+            assert alone.timesteps == (noisy.timesteps[index],)
             prediction = family.predict(denoiser, alone, batch_of(family, own, [prompt]))
             torch.testing.assert_close(prediction[0], together[index], rtol=1e-4, atol=1e-5)
-    assert together.shape == noised.target.shape == latents.shape
+    assert together.shape == noisy.target.shape == latents.shape
     assert together.dtype == torch.float32
 
 
@@ -409,11 +409,11 @@ def test_flow_matching_moves_from_the_image_to_the_noise(
     ready: Callable[[FamilyCase], ModelFamily], case: FamilyCase
 ) -> None:
     latents = latents_of(case, 3)
-    noised = ready(case).add_noise(latents, sample_indices=[4, 5, 6], seed=2)
-    assert noised.sigmas is not None
-    assert noised.timesteps == tuple(int(torch.tensor(sigma) * 1000) for sigma in noised.sigmas)
-    sigma = torch.tensor(noised.sigmas)[:, None, None, None]
-    torch.testing.assert_close(noised.latents - sigma * noised.target, latents)
+    noisy = ready(case).add_noise(latents, sample_indices=[4, 5, 6], seed=2)
+    assert noisy.sigmas is not None
+    assert noisy.timesteps == tuple(int(torch.tensor(sigma) * 1000) for sigma in noisy.sigmas)
+    sigma = torch.tensor(noisy.sigmas)[:, None, None, None]
+    torch.testing.assert_close(noisy.latents - sigma * noisy.target, latents)
 
 
 @EVERY_FLOW_CASE
@@ -421,8 +421,8 @@ def test_training_has_the_guidance_of_the_configuration_if_the_model_takes_one(
     make: Make, case: FamilyCase
 ) -> None:
     family = make(case.name, noise=NoiseConfig(flux_guidance_value=3.0))
-    noised = family.add_noise(latents_of(case, 2), sample_indices=[0, 1], seed=0)
-    assert noised.guidance == ((3.0, 3.0) if case.has_guidance else None)
+    noisy = family.add_noise(latents_of(case, 2), sample_indices=[0, 1], seed=0)
+    assert noisy.guidance == ((3.0, 3.0) if case.has_guidance else None)
 
 
 def shifted(sigma: float, shift: float) -> float:
@@ -485,10 +485,10 @@ def test_predict_calls_the_denoiser_as_the_stock_pipeline_does(
     denoiser = pipeline.components[family.spec.denoiser_name]
     options = {"height": SIZE.height, "width": SIZE.width, **case.stock_options}
     given, expected = first_call(pipeline, denoiser, prompt="a cat", **options)
-    noised, calls = case.noised(given), []
+    noisy, calls = case.noisy(given), []
     denoiser.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     with torch.no_grad():
-        found = family.predict(denoiser, noised, batch_of(family, noised.latents, ["a cat"]))
+        found = family.predict(denoiser, noisy, batch_of(family, noisy.latents, ["a cat"]))
     ours, theirs = dict(tensors_in(calls[0])), dict(tensors_in(given))
     assert ours.keys() == theirs.keys()
     # A scalar timestep, and positions in another dtype, are the same to the denoiser.
@@ -501,7 +501,7 @@ def test_predict_calls_the_denoiser_as_the_stock_pipeline_does(
 @EVERY_CASE
 def test_gradients_reach_the_latents(ready: Callable[[FamilyCase], ModelFamily], case: FamilyCase) -> None:
     family, latents = ready(case), latents_of(case).requires_grad_()
-    noised = NoisyBatch(
+    noisy = NoisyBatch(
         latents,
         latents,
         (500,),
@@ -509,7 +509,7 @@ def test_gradients_reach_the_latents(ready: Callable[[FamilyCase], ModelFamily],
         (0.5,) if case.is_flow else None,
         (1.0,) if case.has_guidance else None,
     )
-    prediction = family.predict(family.load_denoiser(), noised, batch_of(family, latents.detach(), ["a cat"]))
+    prediction = family.predict(family.load_denoiser(), noisy, batch_of(family, latents.detach(), ["a cat"]))
     prediction.square().sum().backward()
     assert latents.grad is not None
     assert latents.grad.abs().min() > 0

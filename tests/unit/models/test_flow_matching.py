@@ -112,29 +112,29 @@ def test_noise_levels_follow_the_distribution_that_was_asked_for(
 
 def test_noised_batch_lies_on_the_line_from_image_to_noise() -> None:
     clean = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=range(5), seed=7)
-    assert noised.sigmas is not None
-    sigma = torch.tensor(noised.sigmas)[:, None, None, None]
-    noise = clean + noised.target
-    torch.testing.assert_close(noised.latents, (1 - sigma) * clean + sigma * noise)
+    noisy = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=range(5), seed=7)
+    assert noisy.sigmas is not None
+    sigma = torch.tensor(noisy.sigmas)[:, None, None, None]
+    noise = clean + noisy.target
+    torch.testing.assert_close(noisy.latents, (1 - sigma) * clean + sigma * noise)
     assert noise.std().item() == pytest.approx(1, abs=0.05)
-    assert noised.timesteps == tuple(int(torch.tensor(each) * 1000) for each in noised.sigmas)
-    assert all(float(np.float32(each)) == each for each in noised.sigmas)
-    assert noised.weight.tolist() == [1.0] * 5
+    assert noisy.timesteps == tuple(int(torch.tensor(each) * 1000) for each in noisy.sigmas)
+    assert all(float(np.float32(each)) == each for each in noisy.sigmas)
+    assert noisy.weight.tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("shape", [(4, 8), (4, 3, 8, 8)], ids=["3 axes", "5 axes"])
 def test_latents_of_any_number_of_axes_are_noised_sample_by_sample(shape: tuple[int, ...]) -> None:
     clean = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    noised = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=[4, 9, 2], seed=7)
-    assert noised.latents.shape == noised.target.shape == clean.shape
-    assert noised.sigmas is not None
+    noisy = add_noise(clean, distribution=SIGMOID, shift=3.0, sample_indices=[4, 9, 2], seed=7)
+    assert noisy.latents.shape == noisy.target.shape == clean.shape
+    assert noisy.sigmas is not None
     noise = draw_noise([4, 9, 2], seed=7, shape=shape)
-    for index, sigma in enumerate(noised.sigmas):
+    for index, sigma in enumerate(noisy.sigmas):
         torch.testing.assert_close(
-            noised.latents[index], (1 - sigma) * clean[index] + sigma * noise[index], rtol=1e-6, atol=1e-6
+            noisy.latents[index], (1 - sigma) * clean[index] + sigma * noise[index], rtol=1e-6, atol=1e-6
         )
-    torch.testing.assert_close(noised.target, noise - clean)
+    torch.testing.assert_close(noisy.target, noise - clean)
 
 
 def test_a_sample_is_noised_alike_in_any_batch() -> None:

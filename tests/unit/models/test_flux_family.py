@@ -77,8 +77,8 @@ def test_captions_have_the_length_of_the_flavour(
     assert (family.text_identity == of_dev.text_identity) is (length == 512), "cached apart"
     family.load_text_encoders()
     assert family.encode_prompts(["a cat"])[0].prompt_embeds.shape == (1, length, 32)
-    noised = family.add_noise(torch.zeros(1, 4, 8, 8), sample_indices=[0], seed=1)
-    assert (noised.guidance is not None) is has_guidance
+    noisy = family.add_noise(torch.zeros(1, 4, 8, 8), sample_indices=[0], seed=1)
+    assert (noisy.guidance is not None) is has_guidance
 
 
 def test_masked_attention_makes_the_prediction_independent_of_the_padding(flux: MakeFlux) -> None:
@@ -95,10 +95,10 @@ def test_masked_attention_makes_the_prediction_independent_of_the_padding(flux: 
         samples=batch.samples,
         sample_indices=batch.sample_indices,
     )
-    noised = plain.add_noise(latents, sample_indices=[0], seed=1)
-    same = [masked.predict(denoiser, noised, each) for each in (batch, other)]
+    noisy = plain.add_noise(latents, sample_indices=[0], seed=1)
+    same = [masked.predict(denoiser, noisy, each) for each in (batch, other)]
     torch.testing.assert_close(*same, rtol=1e-5, atol=1e-6)
-    different = [plain.predict(denoiser, noised, each) for each in (batch, other)]
+    different = [plain.predict(denoiser, noisy, each) for each in (batch, other)]
     assert (different[0] - different[1]).abs().max() > 1e-3
 
 

@@ -79,13 +79,13 @@ def test_predict_calls_the_unet_with_its_conditioning(sdxl: MakeSDXL, dtype: tor
     family = sdxl(weight_dtype=dtype)
     family.load_text_encoders()
     denoiser, batch = family.load_denoiser(), batch_of(family, ["a cat", "a dog"])
-    noised = family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=4)
+    noisy = family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=4)
     with torch.no_grad():
-        prediction = family.predict(denoiser, noised, batch)
+        prediction = family.predict(denoiser, noisy, batch)
         assert batch.text.pooled is not None
         expected = denoiser(
-            noised.latents.to(dtype),
-            torch.tensor(noised.timesteps),
+            noisy.latents.to(dtype),
+            torch.tensor(noisy.timesteps),
             encoder_hidden_states=batch.text.prompt_embeds.to(dtype),
             added_cond_kwargs={
                 "text_embeds": batch.text.pooled.to(dtype),
@@ -100,14 +100,14 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
     family = sdxl()
     family.load_text_encoders()
     denoiser, batch = family.load_denoiser(), batch_of(family, ["a cat"])
-    noised = family.add_noise(batch.latents, sample_indices=[0], seed=4)
+    noisy = family.add_noise(batch.latents, sample_indices=[0], seed=4)
     moved = Sample("cats", "cat.jpg", "a cat", Size(300, 451), Size(64, 96), (0, 0), Size(64, 72))
     dog = TextEmbeds.stack(family.encode_prompts(["a dog"]))
     with torch.no_grad():
-        prediction = family.predict(denoiser, noised, batch)
+        prediction = family.predict(denoiser, noisy, batch)
         others = [
-            family.predict(denoiser, noised, Batch(batch.latents, batch.text, (moved,), (0,))),
-            family.predict(denoiser, noised, Batch(batch.latents, dog, (SAMPLE,), (0,))),
+            family.predict(denoiser, noisy, Batch(batch.latents, batch.text, (moved,), (0,))),
+            family.predict(denoiser, noisy, Batch(batch.latents, dog, (SAMPLE,), (0,))),
             family.predict(denoiser, family.add_noise(batch.latents, sample_indices=[1], seed=4), batch),
         ]
     assert all(not torch.equal(prediction, other) for other in others)
@@ -117,10 +117,10 @@ def test_predict_depends_on_caption_size_crop_and_timestep(sdxl: MakeSDXL) -> No
 def test_add_noise_honours_prediction_type_and_gamma(sdxl: MakeSDXL, prediction_type: str) -> None:
     family = sdxl(prediction_type=prediction_type, noise=NoiseConfig(snr_gamma=5.0))
     latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    noised = family.add_noise(latents, sample_indices=range(8), seed=0)
+    noisy = family.add_noise(latents, sample_indices=range(8), seed=0)
     noise = draw_noise(range(8), seed=0, shape=(4, 8, 8))
-    assert torch.equal(noised.target, noise) is (prediction_type == "epsilon")
-    assert noised.weight.min() < 1
+    assert torch.equal(noisy.target, noise) is (prediction_type == "epsilon")
+    assert noisy.weight.min() < 1
 
 
 def test_add_noise_leaves_no_signal_at_the_end_of_a_rescaled_schedule(sdxl: MakeSDXL) -> None:
@@ -132,9 +132,9 @@ def test_add_noise_leaves_no_signal_at_the_end_of_a_rescaled_schedule(sdxl: Make
         for each in range(20000)
         if family.add_noise(latents, sample_indices=[each], seed=0).timesteps == (999,)
     )
-    noised = family.add_noise(latents, sample_indices=[position], seed=0)
-    assert torch.equal(noised.latents, draw_noise([position], seed=0, shape=(4, 1, 1)))
-    assert torch.equal(noised.target, -latents)
+    noisy = family.add_noise(latents, sample_indices=[position], seed=0)
+    assert torch.equal(noisy.latents, draw_noise([position], seed=0, shape=(4, 1, 1)))
+    assert torch.equal(noisy.target, -latents)
 
 
 def test_make_pipeline_refuses_an_unknown_scheduler(sdxl: MakeSDXL) -> None:

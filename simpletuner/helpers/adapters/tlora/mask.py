@@ -67,6 +67,10 @@ class MaskGroup:
             return RankMask(foreign, shared_rank=None, max_rank=None)
         return found
 
+    def put(self, masks: dict[int, RankMask], *, is_held: bool) -> None:
+        """Replace the masks; no masks clear the group."""
+        self.masks, self.is_held = masks, is_held
+
 
 _public = MaskGroup(PUBLIC_GROUP)
 _groups = {PUBLIC_GROUP: _public}
@@ -138,16 +142,13 @@ def set_mask(
             shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
             max_rank=schedule.max_rank,
         )
-    target.masks = masks
-    target.is_held = hold
+    target.put(masks, is_held=hold)
     set_timestep_mask(masks[schedule.max_rank].values, group)
 
 
 def clear_mask(group: int = PUBLIC_GROUP) -> None:
     """Clear the group's masks; nothing happens when none is set."""
-    target = mask_group(group)
-    target.is_held = False
-    target.masks = {}
+    mask_group(group).put({}, is_held=False)
     clear_timestep_mask(group)
 
 

@@ -134,7 +134,7 @@ class Flux(ModelFamily):
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""
         height, width = latents.shape[-2:]
-        noised = add_noise(
+        noisy = add_noise(
             latents.to(self.device),
             distribution=self._distribution,
             shift=self._shift(num_tokens=height * width // PATCH**2),
@@ -142,18 +142,18 @@ class Flux(ModelFamily):
             seed=seed,
         )
         if not self.components.has_guidance:
-            return noised
-        return replace(noised, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
+            return noisy
+        return replace(noisy, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
-    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
         """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise."""
-        assert noised.sigmas is not None, "a flow-matching batch has noise levels"
-        height, width = noised.latents.shape[-2:]
+        assert noisy.sigmas is not None, "a flow-matching batch has noise levels"
+        height, width = noisy.latents.shape[-2:]
         text = batch.text
         prediction: Tensor = denoiser(
-            hidden_states=pack(noised.latents).to(self.device, self.weight_dtype),
-            timestep=timestep_input(noised.sigmas, dtype=self.weight_dtype).to(self.device),
-            guidance=None if noised.guidance is None else torch.tensor(noised.guidance, device=self.device),
+            hidden_states=pack(noisy.latents).to(self.device, self.weight_dtype),
+            timestep=timestep_input(noisy.sigmas, dtype=self.weight_dtype).to(self.device),
+            guidance=None if noisy.guidance is None else torch.tensor(noisy.guidance, device=self.device),
             pooled_projections=_pooled(text).to(self.device, self.weight_dtype),
             encoder_hidden_states=text.prompt_embeds.to(self.device, self.weight_dtype),
             txt_ids=torch.zeros(text.prompt_embeds.shape[1], 3, device=self.device),

@@ -125,7 +125,7 @@ class Flux2(ModelFamily):
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""
         height, width = latents.shape[-2:]
-        noised = add_noise(
+        noisy = add_noise(
             latents.to(self.device),
             distribution=self._distribution,
             shift=self._shift(num_tokens=height * width),
@@ -133,24 +133,24 @@ class Flux2(ModelFamily):
             seed=seed,
         )
         if not self.components.has_guidance:
-            return noised
-        return replace(noised, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
+            return noisy
+        return replace(noisy, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
-    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
         """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise."""
-        assert noised.sigmas is not None, "a flow-matching batch has noise levels"
+        assert noisy.sigmas is not None, "a flow-matching batch has noise levels"
         device, dtype = self.device, self.weight_dtype
         pipeline, prompt_embeds = self.components.variant.pipelines["text2image"], batch.text.prompt_embeds
         prediction: Tensor = denoiser(
-            hidden_states=to_tokens(noised.latents).to(device, dtype),
-            timestep=timestep_input(noised.sigmas, dtype=dtype).to(device),
-            guidance=None if noised.guidance is None else torch.tensor(noised.guidance, device=device),
+            hidden_states=to_tokens(noisy.latents).to(device, dtype),
+            timestep=timestep_input(noisy.sigmas, dtype=dtype).to(device),
+            guidance=None if noisy.guidance is None else torch.tensor(noisy.guidance, device=device),
             encoder_hidden_states=prompt_embeds.to(device, dtype),
             txt_ids=pipeline._prepare_text_ids(prompt_embeds).to(device),
-            img_ids=pipeline._prepare_latent_ids(noised.latents).to(device),
+            img_ids=pipeline._prepare_latent_ids(noisy.latents).to(device),
             return_dict=False,
         )[0]
-        return from_tokens(prediction.float(), height=noised.latents.shape[-2])
+        return from_tokens(prediction.float(), height=noisy.latents.shape[-2])
 
     def make_pipeline(
         self, denoiser: nn.Module, pipeline_type: PipelineType = "text2image", *, scheduler: str | None = None

@@ -135,11 +135,11 @@ class SDXL(ModelFamily):
             latents.to(self.device), schedule=self._schedule, sample_indices=sample_indices, seed=seed
         )
 
-    def predict(self, denoiser: nn.Module, noised: NoisyBatch, batch: Batch) -> Tensor:
+    def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
         """Run the UNet on a noised batch; [B, 4, h, w] float32 noise or velocity."""
         prediction: Tensor = denoiser(
-            noised.latents.to(self.device, self.weight_dtype),
-            torch.tensor(noised.timesteps, dtype=torch.int64, device=self.device),
+            noisy.latents.to(self.device, self.weight_dtype),
+            torch.tensor(noisy.timesteps, dtype=torch.int64, device=self.device),
             encoder_hidden_states=batch.text.prompt_embeds.to(self.device, self.weight_dtype),
             added_cond_kwargs={
                 "text_embeds": _pooled(batch.text).to(self.device, self.weight_dtype),
