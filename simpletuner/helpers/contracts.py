@@ -6,7 +6,7 @@ Shapes: B batch, ... the axes of one sample's latents, L text tokens, D text wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -162,6 +162,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device."""
+        return replace(self, latents=self.latents.to(device), text=self.text.to(device))
 
 
 @dataclass(frozen=True, slots=True)

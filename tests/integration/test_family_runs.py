@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
-from simpletuner.helpers.training.trainer import to_device
 from tests.integration.attached import command
 from tests.integration.family_runs import DEV, FLUX, IMAGES, KLEIN, MODELS, FamilyModel, image_in
 from tests.integration.tiny_runs import gradients
@@ -76,7 +75,7 @@ def test_gradients_with_checkpointing_equal_those_without(
         run = model.run(tmp_path / str(checkpointing))
         with run.trainer(gradient_checkpointing=checkpointing, train_batch_size=batch_size) as trainer:
             batch = next(iter(trainer.data.batches(start=0)))
-            trainer.train_step(to_device(batch, trainer.accelerator.device))
+            trainer.train_step(batch.to(trainer.accelerator.device))
             found.append(gradients(trainer))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)

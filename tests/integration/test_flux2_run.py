@@ -17,7 +17,7 @@ from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
-from simpletuner.helpers.training.trainer import Trainer, to_device
+from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.family_runs import DEV, KLEIN, FamilyModel
 from tests.integration.tiny_runs import TLORA
 
@@ -49,7 +49,7 @@ def test_a_training_step_opens_the_ranks_of_the_noise_level_that_the_transformer
     run, opened, given = model.run(tmp_path), [], []
     keys = {"gradient_checkpointing": True, "mixed_precision": precision, "train_batch_size": 3}
     with run.trainer(**keys) as trainer:
-        batch = to_device(next(trainer.data.batches()), trainer.accelerator.device)
+        batch = next(trainer.data.batches()).to(trainer.accelerator.device)
         noisy = trainer.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=7)
         transformer = trainer.accelerator.unwrap_model(trainer.denoiser)
 

@@ -20,7 +20,7 @@ from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
-from simpletuner.helpers.training.trainer import Trainer, to_device
+from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.flux_pipelines import tiny_flux
 from tests.integration.tiny_runs import TLORA, TinyRun, tiny_model
 
@@ -171,7 +171,7 @@ def trained_levels(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> tuple[i
     monkeypatch.setattr(trainer.family, "add_noise", watched)
     hook = trainer.denoiser.register_forward_pre_hook(look, with_kwargs=True)
     batch = next(iter(trainer.data.batches(start=0)))
-    trainer.train_step(to_device(batch, trainer.accelerator.device))
+    trainer.train_step(batch.to(trainer.accelerator.device))
     hook.remove()
     (noisy,), (time,) = noised_batches, times
     if noisy.sigmas is None:

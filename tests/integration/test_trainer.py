@@ -19,7 +19,7 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
 from simpletuner.helpers.contracts import Batch
 from simpletuner.helpers.errors import ConfigError, TrainingError
 from simpletuner.helpers.io.faults import StorageError
-from simpletuner.helpers.training.trainer import MAX_SKIPPED_STEPS, Trainer, to_device
+from simpletuner.helpers.training.trainer import MAX_SKIPPED_STEPS, Trainer
 from simpletuner.lycoris_defaults import default_lycoris_config
 from tests.integration.flux_pipelines import tiny_flux
 from tests.integration.tiny_runs import TinyRun, gradients, tiny_model
@@ -34,7 +34,7 @@ def run(tmp_path: Path) -> TinyRun:
 
 
 def first_batch(trainer: Trainer) -> Batch:
-    return to_device(next(trainer.data.batches()), trainer.accelerator.device)
+    return next(trainer.data.batches()).to(trainer.accelerator.device)
 
 
 def move_away_from_zero(trainer: Trainer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -147,7 +147,7 @@ class Trainer:
         for batch in batches:
             # The denoiser as prepared: accelerate looks for no_sync on it.
             with self.accelerator.accumulate(self.denoiser):
-                self.train_step(to_device(batch, self.accelerator.device))
+                self.train_step(batch.to(self.accelerator.device))
                 if self.accelerator.sync_gradients:
                     self.apply_gradients()
                     break
@@ -236,8 +236,3 @@ class Trainer:
                 f"Step {metrics.step}: fp16 gradients overflowed {self.skipped_steps} times in a row. "
                 "Use mixed_precision bf16, or lower learning_rate."
             )
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on a device."""
-    return replace(batch, latents=batch.latents.to(device), text=batch.text.to(device))
