@@ -18,7 +18,7 @@ from tests.integration.processes import start
 
 pytestmark = [
     pytest.mark.timeout(900),  # two runs, on a machine that may be busy
-    pytest.mark.xdist_group("demo"),  # one worker makes what these tests share, once
+    pytest.mark.xdist_group("processes"),  # one worker makes what these tests share, once
 ]
 STEPS = 10
 """Instead of the demo's own number, for both runs."""
