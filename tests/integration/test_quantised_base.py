@@ -156,7 +156,7 @@ def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised
     del run.lycoris["tlora_min_rank"]
     assert run.run(max_train_steps=1) == 0
     unet = quantize_and_move(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
-    with pytest.raises(AdapterError, match=r"computes with whole weights|layers are not in this"):
+    with pytest.raises(AdapterError, match=rf"{algorithm}|layers"):
         load_adapter(unet, run.output_dir / ADAPTER_FILE)
 
 
