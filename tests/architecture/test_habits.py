@@ -89,12 +89,17 @@ def _foreign_attributes(module: Module) -> Iterator[str]:
 
 def _objects_of(module: Module, classes: set[str]) -> Iterator[str]:
     """Names in a module that hold an object of one of its own classes, by how they are made or annotated."""
+    makers = {
+        name
+        for name, function in functions(module)
+        if function.returns is not None and _mentions(function.returns, classes)
+    }
     for node in ast.walk(module.tree):
         if isinstance(node, ast.arg) and node.annotation is not None and _mentions(node.annotation, classes):
             yield node.arg
         elif isinstance(node, ast.AnnAssign) and _mentions(node.annotation, classes):
             yield from _target_names([node.target])
-        elif isinstance(node, ast.Assign) and _makes_one_of(node.value, classes | {"cls"}):
+        elif isinstance(node, ast.Assign) and _makes_one_of(node.value, classes | makers | {"cls"}):
             yield from _target_names(node.targets)
 
 

@@ -1,7 +1,8 @@
 """Python processes that begin with the trainer imported, each forked from one that imported it and waits.
 
 A process started anew spends seconds importing torch; apart from that these are processes like any other,
-with their own signals, memory, environment and exit code.
+with their own signals, memory, environment and exit code. Tests that start one are in the group "processes",
+so that one test process imports the trainer for all.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def test_file_of_stock_lycoris_is_exported_from_the_adapter_on_its_base(tmp_path
         if not key.endswith(("schedule",)) and "base_" not in key
     }
     save_file(bare, tmp_path / "bare.safetensors")
-    with pytest.raises(AdapterError, match="give that adapter to export_live"):
+    with pytest.raises(AdapterError, match="export_live"):
         export_adapter(
             tmp_path / "bare.safetensors", tmp_path / "x.safetensors", ExportOptions(), families=FAMILIES
         )

@@ -156,7 +156,7 @@ def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised
     del run.lycoris["tlora_min_rank"]
     assert run.run(max_train_steps=1) == 0
     unet = quantize_and_move(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
-    with pytest.raises(AdapterError, match=r"computes with whole weights|layers are not in this"):
+    with pytest.raises(AdapterError, match=rf"{algorithm}|layers"):
         load_adapter(unet, run.output_dir / ADAPTER_FILE)
 
 
@@ -183,6 +183,7 @@ def test_quantised_text_encoder_fills_the_cache_anew(tmp_path: Path) -> None:
     assert entries[1] == 2 * entries[0] == entries[2]
 
 
+@pytest.mark.xdist_group("processes")
 def test_two_processes_train_on_a_quantised_base_as_one_does_on_twice_the_batch(tmp_path: Path) -> None:
     one, two = (TinyRun(tmp_path / name, num_images=4) for name in ("one", "two"))
     keys: dict[str, Any] = {"base_model_precision": "int8-torchao", "max_train_steps": 2}
