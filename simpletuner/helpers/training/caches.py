@@ -33,7 +33,7 @@ Input = TypeVar("Input")
 
 def fill_caches(
     data: TrainingData,
-    shots: Sequence[PromptSpec],
+    prompts: Sequence[PromptSpec],
     *,
     config: RunConfig,
     family: ModelFamily,
@@ -53,13 +53,13 @@ def fill_caches(
         family.load_vae()  # does nothing when it is loaded
         return latents_entries(family.encode_images(torch.stack(pixels)))
 
-    def encode_prompts(prompts: list[str]) -> list[dict[str, Tensor]]:
+    def encode_prompts(texts: list[str]) -> list[dict[str, Tensor]]:
         family.load_text_encoders()
-        return [text_entry(embeds) for embeds in family.encode_prompts(prompts)]
+        return [text_entry(embeds) for embeds in family.encode_prompts(texts)]
 
-    prompts = {shot.prompt for shot in shots}
-    if shots:
-        prompts.add(config.validation.validation_negative_prompt)
+    validation_texts = {prompt.prompt for prompt in prompts}
+    if prompts:
+        validation_texts.add(config.validation.validation_negative_prompt)
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     shard = accelerator.process_index, accelerator.num_processes
     fill = partial(_fill, shard=shard, preemption=preemption)
@@ -67,7 +67,7 @@ def fill_caches(
     family.unload_vae()
     fill(
         "captions and prompts",
-        data.text_requests(sorted(prompts)),
+        data.text_requests(sorted(validation_texts)),
         encode_prompts,
         batch_size=config.data.text_encoder_batch_size,
     )
