@@ -53,9 +53,9 @@ def fill_caches(
         family.load_vae()  # does nothing when it is loaded
         return latents_entries(family.encode_images(torch.stack(pixels)))
 
-    def encode_prompts(prompts: list[str]) -> list[dict[str, Tensor]]:
+    def encode_prompts(texts: list[str]) -> list[dict[str, Tensor]]:
         family.load_text_encoders()
-        return [text_entry(embeds) for embeds in family.encode_prompts(prompts)]
+        return [text_entry(embeds) for embeds in family.encode_prompts(texts)]
 
     texts = {prompt.text for prompt in validation_prompts}
     if validation_prompts:
