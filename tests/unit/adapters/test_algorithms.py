@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.lycoris_layers import DyLoraLayer, FullLayer
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux
@@ -27,6 +25,7 @@ from simpletuner.helpers.models.flux2 import tiny as tiny_flux2
 from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
 from simpletuner.lycoris_defaults import default_lycoris_config
+from tests.unit.adapters.attaching import attach
 
 ALGORITHMS = tuple(RECORDS)
 SMALLER = {"tlora": {"linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 4}}
@@ -92,18 +91,8 @@ every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 every_algorithm = pytest.mark.parametrize("algo", ALGORITHMS)
 
 
-def lycoris(algo: str, **values: Any) -> LycorisConfig:
-    raw = default_lycoris_config(algo) | SMALLER.get(algo, {}) | values
-    own = {key: value for key, value in raw.items() if key in LycorisConfig.model_fields}
-    extra = {key: value for key, value in raw.items() if key not in own}
-    return LycorisConfig.model_validate(own | {"raw": raw, "extra": extra})
-
-
-def attach(model: Any, spec: ModelSpec, config: LycorisConfig, **options: Any) -> LycorisAdapter:
-    settings = AdapterConfig.model_construct(**(dict(AdapterConfig(lora_type="lycoris")) | options))
-    adapter = attach_adapter(model, settings, lycoris=config, spec=spec, seed=0)
-    assert isinstance(adapter, LycorisAdapter)
-    return adapter
+def lycoris(algo: str, **values: Any) -> dict[str, Any]:
+    return default_lycoris_config(algo) | SMALLER.get(algo, {}) | values
 
 
 def train(kind: Model, model: Any, adapter: Adapter) -> None:
@@ -130,7 +119,7 @@ def test_default_of_an_algorithm_trains_and_reads_its_file_again(
 ) -> None:
     denoiser, config = model.new(), lycoris(algo)
     before, base = snapshot(denoiser), model.predict(denoiser)
-    adapter = attach(denoiser, model.spec, config)
+    adapter = attach(denoiser, config, spec=model.spec)
     torch.testing.assert_close(model.predict(denoiser, adapter), base, rtol=0, atol=1e-5)
     train(model, denoiser, adapter)
     expected = model.predict(denoiser, adapter)
@@ -151,14 +140,14 @@ def test_default_of_an_algorithm_trains_and_reads_its_file_again(
     loaded = load_adapter(fresh, tmp_path / "a.safetensors")
     torch.testing.assert_close(model.predict(fresh, loaded), expected, rtol=0, atol=1e-5)
     again = model.new()
-    started = attach(again, model.spec, config, init_lora=tmp_path / "a.safetensors")
+    started = attach(again, config, spec=model.spec, init_lora=tmp_path / "a.safetensors")
     torch.testing.assert_close(model.predict(again, started), expected, rtol=0, atol=1e-5)
 
 
 @every_algorithm
 def test_adapter_of_a_file_works_on_a_bf16_model_without_autocast(algo: str, tmp_path: Path) -> None:
     model = MODELS["sdxl"]
-    adapter = attach(model.new(), model.spec, lycoris(algo))
+    adapter = attach(model.new(), lycoris(algo), spec=model.spec)
     adapter.save(tmp_path / "a.safetensors", metadata={})
     denoiser = model.new(torch.bfloat16)
     base = model.predict(denoiser)
@@ -172,7 +161,7 @@ def test_full_keeps_the_models_own_weights_where_they_are_and_sees_bf16_differen
     model = MODELS["sdxl"]
     denoiser = model.new(torch.bfloat16)
     keys = set(denoiser.state_dict())
-    adapter = attach(denoiser, model.spec, lycoris("full"))
+    adapter = attach(denoiser, lycoris("full"), spec=model.spec)
     assert set(denoiser.state_dict()) == keys
     layer = adapter.network.loras[0]
     assert layer.weight.dtype == torch.float32
@@ -225,7 +214,7 @@ def test_dylora_computes_the_same_again_under_gradient_checkpointing() -> None:
     for checkpointing in (False, True):
         model = MODELS["sdxl"]
         denoiser = model.new()
-        adapter = attach(denoiser, model.spec, lycoris("dylora"))
+        adapter = attach(denoiser, lycoris("dylora"), spec=model.spec)
         denoiser.train()
         if checkpointing:
             denoiser.enable_gradient_checkpointing()
@@ -240,7 +229,7 @@ def test_dylora_computes_the_same_again_under_gradient_checkpointing() -> None:
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
-BOFT_REMEDY = r"Raise linear_dim to 18, give these layers another algo in name_algo_map, or leave them out"
+BOFT_REMEDY = r"linear_dim to 18\b"
 PATTERN = {"name_algo_map": {".*to_qkv_mlp_proj": {"algo": "boft", "dim": 16}}}
 BOTH = {"target_module": ["Attention", "FeedForward"]}
 
@@ -251,15 +240,14 @@ BOTH = {"target_module": ["Attention", "FeedForward"]}
         (
             "boft",
             {},
-            "algo boft with linear_dim 10 cannot be made for layers of 288x32, the first of them "
-            r"single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj\. LyCORIS says: It is impossible to "
-            rf"decompose 288 with factor 10 under BOFT constraints\. {BOFT_REMEDY}",
+            r"algo boft\b.*linear_dim 10\b.*\b288x32\b.*single_transformer_blocks\.0\.attn\.to_qkv_mlp_proj\b"
+            rf".*\b288\b.*{BOFT_REMEDY}",
         ),
         ("boft", {"linear_dim": 17}, BOFT_REMEDY),
         (
             "lora",
             {"apply_preset": BOTH | PATTERN},
-            "algo boft with linear_dim 16 cannot be made .*" + BOFT_REMEDY,
+            r"algo boft\b.*linear_dim 16\b.*" + BOFT_REMEDY,
         ),
         (
             "dylora",
@@ -279,11 +267,11 @@ def test_what_cannot_be_made_for_a_layer_is_refused_with_the_reason_and_a_remedy
 ) -> None:
     model = tiny_flux2.make_transformer(guidance_embeds=True).requires_grad_(False)
     with pytest.raises(ConfigError, match=message):
-        attach(model, flux2.SPEC, lycoris(algo, **values))
+        attach(model, lycoris(algo, **values), spec=flux2.SPEC)
     assert not any("lycoris" in name for name, _ in model.named_modules())
 
 
 def test_boft_that_no_rank_fits_promises_none() -> None:
     model = nn.ModuleDict({"odd": nn.Linear(8, 7), "even": nn.Linear(8, 8)})
     with pytest.raises(ConfigError, match=r"7x8.*\bodd\b(?!.*linear_dim to)"):
-        attach(model, sdxl.SPEC, lycoris("boft", apply_preset={"target_module": ["Linear"]}))
+        attach(model, lycoris("boft", apply_preset={"target_module": ["Linear"]}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,15 @@ from simpletuner.helpers.adapters.tlora.spec import INITS
 from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.schema.base import PathContext
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.sdxl.tiny import make_unet
+from tests.unit.adapters.attaching import TLORA, attach, lycoris_config
 
 LYCORIS = AdapterConfig(lora_type="lycoris")
-TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 4.0, "tlora_min_rank": 2}
-
-
-@pytest.fixture(autouse=True)
-def _no_mask_left_behind() -> Iterator[None]:
-    yield
-    assert not mask.groups_with_mask()
 
 
 def unet(seed: int = 0) -> UNet2DConditionModel:
@@ -64,18 +56,6 @@ def inputs(model: UNet2DConditionModel, batch: int = 2) -> dict[str, Any]:
             "time_ids": torch.full((batch, 6), 64.0),
         },
     }
-
-
-def attach(model: UNet2DConditionModel, lycoris: dict[str, Any] | None = None, **standard: Any) -> Adapter:
-    if lycoris is None:
-        return attach_adapter(model, AdapterConfig(**standard), lycoris=None, spec=SPEC, seed=3)
-    return attach_adapter(model, LYCORIS, lycoris=lycoris_config(lycoris), spec=SPEC, seed=3)
-
-
-def lycoris_config(values: dict[str, Any]) -> LycorisConfig:
-    known = {key: value for key, value in values.items() if key in LycorisConfig.model_fields}
-    extra = {key: value for key, value in values.items() if key not in known}
-    return LycorisConfig.model_validate(known | {"extra": extra, "raw": values})
 
 
 def predict(model: UNet2DConditionModel, adapter: Adapter | None, *timesteps: int) -> Tensor:

@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
+from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.models.sdxl.spec import SPEC
+from tests.unit.adapters.attaching import attach
 
 
 class Block(nn.Module):
@@ -67,18 +65,9 @@ Quantise = Callable[[nn.Sequential], None]
 TORCHAO, BITSANDBYTES = [int8, fp8], [nf4, llm_int8]
 
 
-def attach(model: nn.Module, **options: Any) -> LycorisAdapter:
-    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0} | options
-    values["apply_preset"] = {"target_module": ["Block"]}
-    adapter = attach_adapter(
-        model,
-        AdapterConfig(lora_type="lycoris"),
-        lycoris=LycorisConfig.model_validate(values | {"raw": values}),
-        spec=SPEC,
-        seed=0,
-    )
-    assert isinstance(adapter, LycorisAdapter)
-    return adapter
+def adapt_block(model: nn.Module, **values: Any) -> LycorisAdapter:
+    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8.0} | values
+    return attach(model, values | {"apply_preset": {"target_module": ["Block"]}})
 
 
 def run(model: nn.Module, adapter: LycorisAdapter, timestep: int = 400) -> Tensor:
@@ -104,7 +93,7 @@ def test_packed_base_trains_from_zero_and_the_file_reloads_exactly_on_the_bf16_b
     quantise(model)
     with torch.no_grad():
         base = model(torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16))
-    adapter = attach(model, tlora_init=init)
+    adapter = adapt_block(model, tlora_init=init)
     assert {parameter.dtype for parameter in adapter.parameters()} == {torch.float32}
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
     assert torch.equal(run(model, adapter), base), "the delta is not zero at the start"
@@ -130,7 +119,7 @@ def test_packed_base_trains_from_zero_and_the_file_reloads_exactly_on_the_bf16_b
 def test_init_from_the_weight_takes_the_numbers_that_the_packed_weight_stands_for(quantise: Quantise) -> None:
     model = bf16_base()
     quantise(model)
-    (layer,) = attach(model, tlora_init="weight", sig_type="principal").network.loras
+    (layer,) = adapt_block(model, tlora_init="weight", sig_type="principal").network.loras
     true_values = torch.linalg.svdvals(bf16_base()[0].proj.weight.float())[:8]
     torch.testing.assert_close(layer.base_lambda, true_values, rtol=0.1, atol=0)
     inverse = dequantize(model[0].proj, (48, 64), name="proj")
@@ -141,14 +130,14 @@ def test_weight_that_is_packed_in_an_unknown_way_is_refused_naming_the_layer() -
     model = bf16_base()
     model[0].proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(AdapterError, match=r"lycoris_0_proj.*uint8.*tlora_init"):
-        attach(model, tlora_init="weight")
+        adapt_block(model, tlora_init="weight")
     assert not [module for module in model.modules() if isinstance(module, TLoraLayer)]
 
 
 @pytest.mark.parametrize("quantise", TORCHAO)
 def test_quantising_an_adapted_model_leaves_the_factors_alone(quantise: Quantise) -> None:
     model = bf16_base()
-    adapter = attach(model)
+    adapter = adapt_block(model)
     before = {key: tensor.clone() for key, tensor in adapter.state_dict().items()}
     quantise(model)
     assert type(model[0].proj.weight.detach()) is not Tensor, "the base was not quantised"

@@ -12,7 +12,6 @@ from torch import nn
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux
@@ -21,6 +20,7 @@ from simpletuner.helpers.models.flux2 import spec as flux2
 from simpletuner.helpers.models.flux2 import tiny as tiny_flux2
 from simpletuner.helpers.models.sdxl import spec as sdxl
 from simpletuner.helpers.models.sdxl import tiny as tiny_sdxl
+from tests.unit.adapters.attaching import attach
 
 Chosen = tuple[str, int]
 """Algorithm of a layer and its rank."""
@@ -40,14 +40,11 @@ def make(family: str) -> Any:
     return MODELS[family][1]().requires_grad_(False).eval()
 
 
-def attach(family: str, preset: Mapping[str, Any], model: Any = None, **values: Any) -> LycorisAdapter:
+def adapted(family: str, preset: Mapping[str, Any], model: Any = None, **values: Any) -> LycorisAdapter:
     """A T-LoRA of rank 4 on a family's tiny model."""
-    raw = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0, **values}
-    config = LycorisConfig.model_validate(
-        raw | {"apply_preset": preset, "raw": raw | {"apply_preset": preset}}
-    )
+    values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0, **values}
     model = make(family) if model is None else model
-    return LycorisAdapter.create(model, config, spec=MODELS[family][0], seed=0)
+    return attach(model, values | {"apply_preset": preset}, spec=MODELS[family][0])
 
 
 def chosen(adapter: LycorisAdapter) -> dict[str, Chosen]:
@@ -64,9 +61,9 @@ def chosen(adapter: LycorisAdapter) -> dict[str, Chosen]:
 def test_name_pattern_decides_for_its_layers_inside_a_target_class(
     family: str, preset: dict[str, Any], pattern: str, is_glob: bool
 ) -> None:
-    plain = chosen(attach(family, preset))
+    plain = chosen(adapted(family, preset))
     own = {"name_algo_map": {pattern: {"dim": 2}}, "use_fnmatch": is_glob} | BOTH
-    found = chosen(attach(family, own))
+    found = chosen(adapted(family, own))
     assert found == {path: ("tlora", 2 if path.endswith(".to_q") else 4) for path in plain}
     assert {rank for _, rank in found.values()} == {2, 4}
 
@@ -74,7 +71,7 @@ def test_name_pattern_decides_for_its_layers_inside_a_target_class(
 @every_family
 def test_name_pattern_gives_its_layers_another_algorithm(family: str) -> None:
     preset = BOTH | {"name_algo_map": {".*to_k$": {"algo": "loha", "dim": 3}, ".*to_out": {"algo": "lora"}}}
-    for path, found in chosen(attach(family, preset)).items():
+    for path, found in chosen(adapted(family, preset)).items():
         expected = ("loha", 3) if path.endswith("to_k") else ("lora", 4) if "to_out" in path else ("tlora", 4)
         assert found == expected, path
 
@@ -83,7 +80,7 @@ def test_name_pattern_gives_its_layers_another_algorithm(family: str) -> None:
 def test_layers_come_in_the_models_order_whatever_names_them(family: str) -> None:
     model = make(family)
     maps = {"name_algo_map": {".*to_v$": {"dim": 2}}, "module_algo_map": {"FeedForward": {"dim": 3}}}
-    found = list(chosen(attach(family, ATTENTION | maps, model)))
+    found = list(chosen(adapted(family, ATTENTION | maps, model)))
     assert found == [path for path, _ in model.named_modules() if path in found]
 
 
@@ -132,7 +129,7 @@ def test_layers_come_in_the_models_order_whatever_names_them(family: str) -> Non
 def test_precedence_is_name_then_innermost_class_then_the_adapters_own(
     preset: dict[str, Any], expected: dict[str, int]
 ) -> None:
-    found = chosen(attach("sdxl", preset))
+    found = chosen(adapted("sdxl", preset))
     for ending, rank in expected.items():
         longer = [other for other in expected if other != ending and other.endswith(ending)]
         layers = [p for p in found if p.endswith(ending) and not any(p.endswith(each) for each in longer)]
@@ -146,7 +143,7 @@ def test_generic_class_in_a_map_means_the_familys_layers_and_names_still_beat_it
         "module_algo_map": {"FeedForward": {"dim": 2}, "FluxSingleTransformerBlock": {"dim": 3}},
         "name_algo_map": {r"single_transformer_blocks\.0\.proj_mlp": {"dim": 1}},
     }
-    found = {path: rank for path, (_, rank) in chosen(attach("flux", preset)).items()}
+    found = {path: rank for path, (_, rank) in chosen(adapted("flux", preset)).items()}
     assert found["single_transformer_blocks.0.proj_mlp"] == 1
     assert found["single_transformer_blocks.1.proj_mlp"] == 2
     assert found["single_transformer_blocks.0.proj_out"] == 2
@@ -159,7 +156,7 @@ def test_generic_class_in_a_map_means_the_familys_layers_and_names_still_beat_it
 def test_excluded_block_keeps_its_layers_whatever_names_them(block: str, is_glob: bool) -> None:
     pattern = "*.to_q" if is_glob else ".*to_q"
     maps = {"name_algo_map": {pattern: {"dim": 2}}, "exclude_name": [block], "use_fnmatch": is_glob}
-    found = chosen(attach("sdxl", {"target_module": ["BasicTransformerBlock"]} | maps))
+    found = chosen(adapted("sdxl", {"target_module": ["BasicTransformerBlock"]} | maps))
     assert not [path for path in found if ".attn2." in path]
     assert {found[path][1] for path in found if path.endswith("attn1.to_q")} == {2}
     assert any("ff.net" in path for path in found)
@@ -167,15 +164,15 @@ def test_excluded_block_keeps_its_layers_whatever_names_them(block: str, is_glob
 
 def test_file_name_pattern_that_matches_a_whole_block_reaches_its_layers() -> None:
     maps = {"name_algo_map": {"*attn1*": {"dim": 2}}, "use_fnmatch": True}
-    found = chosen(attach("sdxl", BOTH | maps))
+    found = chosen(adapted("sdxl", BOTH | maps))
     assert {rank for path, (_, rank) in found.items() if "attn1" in path} == {2}
     assert {rank for path, (_, rank) in found.items() if "attn1" not in path} == {4}
-    assert found.keys() == chosen(attach("sdxl", BOTH)).keys()
+    assert found.keys() == chosen(adapted("sdxl", BOTH)).keys()
 
 
 def test_layer_whose_name_begins_like_another_is_not_taken_with_it() -> None:
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q", "to_q", "to_q2", "xto_q", "toxq")})
-    assert list(chosen(attach("sdxl", {"target_name": ["to_q$"]}, model))) == ["to_q"]
+    assert list(chosen(adapted("sdxl", {"target_name": ["to_q$"]}, model))) == ["to_q"]
 
 
 @pytest.mark.parametrize(
@@ -195,14 +192,14 @@ def test_layer_whose_name_begins_like_another_is_not_taken_with_it() -> None:
 def test_name_that_decides_for_nothing_is_refused(preset: dict[str, Any], message: str) -> None:
     model = make("sdxl")
     with pytest.raises(ConfigError, match=message):
-        attach("sdxl", preset, model)
+        adapted("sdxl", preset, model)
     assert not any("lycoris" in name for name, _ in model.named_modules())
 
 
 @every_family
 def test_tlora_layers_of_a_pattern_open_their_own_share_of_the_ranks(family: str, tmp_path: Path) -> None:
     model = make(family)
-    adapter = attach(family, BOTH | {"name_algo_map": {r".*\.to_q$": {"dim": 2}}}, model, tlora_min_rank=1)
+    adapter = adapted(family, BOTH | {"name_algo_map": {r".*\.to_q$": {"dim": 2}}}, model, tlora_min_rank=1)
     with adapter.rank_mask_for([500]):  # int(0.5 * (R - 1)) + 1
         active = {
             rank: int(found.sum())

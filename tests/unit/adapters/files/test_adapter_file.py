@@ -128,7 +128,7 @@ def test_factors_of_a_dtype_that_no_adapter_has_are_refused(dtype: torch.dtype, 
     tensors = layer_tensors()
     tensors["lycoris_proj.base_q"] = torch.zeros(4, 12).to(dtype)
     save_file(tensors, tmp_path / "a.safetensors")
-    refused(tmp_path / "a.safetensors", f"base_q is {dtype}")
+    refused(tmp_path / "a.safetensors", rf"base_q\b.*{dtype}")
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_multiplier_that_is_no_finite_number_is_refused(value: str, tmp_path: Pa
         (
             "lycoris_proj.tlora_schedule",
             torch.tensor([1.0, 1, 4, 2, 1, 1000, 0, 0.9, 0]),
-            r"tlora_schedule.*0\.9",
+            r"tlora_schedule.*0\.8999",
         ),
     ],
 )
