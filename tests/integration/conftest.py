@@ -13,8 +13,8 @@ from tests.integration.processes import stop_server
 @pytest.fixture(autouse=True)
 def _no_mask_left_behind() -> Iterator[None]:
     yield
-    assert not mask._masks
-    assert not mask._held
+    assert not mask.groups_with_mask()
+    assert not any(group.is_held for group in mask._groups.values())
 
 
 @pytest.fixture(scope="session", autouse=True)
