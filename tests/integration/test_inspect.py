@@ -64,7 +64,7 @@ def test_json_holds_the_same_facts(
 def test_layers_of_another_rank_are_counted(tmp_path: Path) -> None:
     preset = {"target_module": ["Attention"], "module_algo_map": {"FeedForward": {"linear_dim": 4}}}
     adapter = attach(load(tiny_model()), apply_preset=preset)
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     assert inspect(tmp_path / "a.safetensors").ranks == {4: 16, 8: 64}
 
 
@@ -73,7 +73,7 @@ def test_other_lycoris_algorithms_are_named_and_have_no_schedule(
     algo: str, name: str, tmp_path: Path
 ) -> None:
     adapter = attach(load(tiny_model()), algo=algo)
-    adapter.save(tmp_path / "a.safetensors", facts={})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
     found = inspect(tmp_path / "a.safetensors")
     assert (found.algorithm, found.num_layers, found.schedule, found.missing) == (name, 80, None, ())
 
