@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from simpletuner.helpers.errors import SimpleTunerError
 
 MAX_HEADER_BYTES = 1 << 24
-"""Thirty times the largest header of the supported checkpoints."""
+"""Thirty times the header of a large single-file checkpoint."""
 
 
 @contextmanager

@@ -31,7 +31,8 @@ def attach(
     **settings: Any,
 ) -> Any:
     """The adapter of these lycoris values, a standard LoRA without them; settings are those of the run."""
-    config = AdapterConfig(lora_type="standard" if lycoris is None else "lycoris")
-    config = AdapterConfig.model_construct(**(dict(config) | settings))
-    network = None if lycoris is None else lycoris_config(lycoris)
-    return attach_adapter(model, config, lycoris=network, spec=spec, seed=seed)
+    if lycoris is None:
+        return attach_adapter(model, AdapterConfig(**settings), lycoris=None, spec=spec, seed=seed)
+    # Unvalidated settings: init_lora needs the context of a configuration file.
+    config = AdapterConfig.model_construct(**(dict(AdapterConfig(lora_type="lycoris")) | settings))
+    return attach_adapter(model, config, lycoris=lycoris_config(lycoris), spec=spec, seed=seed)

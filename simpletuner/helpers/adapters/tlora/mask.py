@@ -58,6 +58,10 @@ class MaskGroup:
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer reads the masks of the original's group
         return mask_group, (self.number,)
 
+    def assign(self, masks: dict[int, RankMask], *, is_held: bool) -> None:
+        """Replace the masks."""
+        self.masks, self.is_held = masks, is_held
+
     def current(self, rank: int) -> RankMask | None:
         """The mask of a layer of this rank: the group's own, else the public one, else None."""
         found = self.masks.get(rank)
@@ -66,10 +70,6 @@ class MaskGroup:
         if found is None and (foreign := get_timestep_mask(PUBLIC_GROUP)) is not None:
             return RankMask(foreign, shared_rank=None, max_rank=None)
         return found
-
-    def put(self, masks: dict[int, RankMask], *, is_held: bool) -> None:
-        """Replace the masks; no masks clear the group."""
-        self.masks, self.is_held = masks, is_held
 
 
 _public = MaskGroup(PUBLIC_GROUP)
@@ -142,13 +142,13 @@ def set_mask(
             shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
             max_rank=schedule.max_rank,
         )
-    target.put(masks, is_held=hold)
+    target.assign(masks, is_held=hold)
     set_timestep_mask(masks[schedule.max_rank].values, group)
 
 
 def clear_mask(group: int = PUBLIC_GROUP) -> None:
     """Clear the group's masks; nothing happens when none is set."""
-    mask_group(group).put({}, is_held=False)
+    mask_group(group).assign({}, is_held=False)
     clear_timestep_mask(group)
 
 
