@@ -156,3 +156,14 @@ def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     other.adapter.load_state_dict = lambda state: None  # type: ignore[method-assign]  # only the optimiser is looked at
     with pytest.raises(CheckpointError, match="shape"):
         other.load(tmp_path)
+
+
+@pytest.mark.reliability_row(12)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_state_with_an_optimiser_tensor_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
+    state = new_state()
+    train(state, 1)
+    state.optimizer.state[state.adapter.parameters()[0]]["exp_avg"][0] = value
+    state.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"0\.exp_avg"):
+        new_state().load(tmp_path)

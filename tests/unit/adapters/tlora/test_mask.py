@@ -38,6 +38,17 @@ def test_setting_a_training_mask_while_one_is_held_raises() -> None:
         clear_tlora_mask()
 
 
+def test_mask_of_a_networks_own_group_is_held_too() -> None:
+    group = mask.new_group()
+    with (
+        mask.rank_mask(SCHEDULE, [1], group=group),
+        pytest.raises(RuntimeError, match=f"group {group}"),
+    ):
+        mask.set_mask(SCHEDULE, [2], group=group)
+    mask.set_mask(SCHEDULE, [2], group=group)
+    mask.clear_mask(group)
+
+
 def test_inference_masks_replace_each_other() -> None:
     for timestep in (999, 500, 1):
         apply_tlora_inference_mask(torch.tensor(timestep), 1000, 8)
