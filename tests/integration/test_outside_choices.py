@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import TinyRun
 from torch import nn
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS
@@ -27,6 +26,7 @@ from simpletuner.helpers.errors import ConfigError, MissingDependencyError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.html_report.page import write_page
 from simpletuner.lycoris_defaults import default_lycoris_config
+from tests.integration.tiny_runs import TinyRun
 
 REGISTRIES: tuple[dict[str, Any], ...] = (
     OPTIMIZERS,

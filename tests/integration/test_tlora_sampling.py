@@ -170,8 +170,8 @@ def test_save_pretrained_of_an_adapted_model_holds_the_base_alone(
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"max_rank": 16}, "says max_rank 16, the network in the denoiser has 8"),
-        ({"rank": 8}, "max_rank and optionally"),
+        ({"max_rank": 16}, r"max_rank 16,.* 8\b"),
+        ({"rank": 8}, "max_rank .*num_timesteps.*; found rank"),
         ({"max_rank": 8, "alpha": -1.0}, "alpha -1.0 must be"),
     ],
 )
@@ -233,7 +233,7 @@ def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(
 
     here = sample(pipelines[0], callback_on_step_end=during_a_step)
     assert isinstance(found["same"], RuntimeError)
-    assert "another thread" in str(found["same"])
+    assert "thread" in str(found["same"])
     assert np.array_equal(here, expected[0])
     assert np.array_equal(found["other"], expected[1])
 

@@ -119,7 +119,7 @@ def test_default_of_every_algorithm_trains_on_the_same_path(tmp_path: Path, fami
 def test_algorithm_that_cannot_be_made_for_a_layer_is_a_configuration_error(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, lycoris=default_lycoris_config("tlora"))
     with (
-        pytest.raises(ConfigError, match=r"rank 64 is above 32, .* this 32x32 layer\. Lower linear_dim"),
+        pytest.raises(ConfigError, match=r"rank 64 .* 32x32 .*linear_dim to 32"),
         run.trainer(),
     ):
         pass

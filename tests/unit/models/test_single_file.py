@@ -286,9 +286,12 @@ def test_pickles_and_gguf_are_refused_by_name(tmp_path: Path, suffix: str) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pretrained_model_name_or_path": "missing.safetensors"}, "no folder or file here"),
+        (
+            {"pretrained_model_name_or_path": "missing.safetensors"},
+            "not found.*missing.safetensors",
+        ),
         ({"pretrained_model_name_or_path": "text.json"}, r"is a file\. Give a folder"),
-        ({"pretrained_config_name_or_path": "owner/name"}, "only where .* is a single file"),
+        ({"pretrained_config_name_or_path": "owner/name"}, "pretrained_model_name_or_path is a single file"),
         (
             {
                 "pretrained_model_name_or_path": "a.safetensors",

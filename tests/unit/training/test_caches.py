@@ -72,7 +72,7 @@ def fill(data: TrainingData, family: Family, *, preemption: Preemption | None = 
     accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
     caches.fill_caches(
         data,
-        [SimpleNamespace(prompt=VALIDATION)],
+        [SimpleNamespace(text=VALIDATION)],
         config=config,
         family=family,
         accelerator=accelerator,
