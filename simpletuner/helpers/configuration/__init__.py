@@ -1,1 +1,1 @@
-"""What the user wrote, validated into one frozen RunConfig."""
+"""The user's files and command line, validated into one frozen RunConfig."""

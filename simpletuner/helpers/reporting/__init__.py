@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, trackers, progress bar, run summary, HTML report."""
+"""Metrics, trackers, progress bar, run summary and HTML report of a run."""

@@ -1,4 +1,4 @@
-"""Values of supported keys that SimpleTuner has and this package has not, each with advice."""
+"""SimpleTuner's values of supported keys that are not supported here, with advice for each."""
 
 from __future__ import annotations
 
