@@ -40,8 +40,7 @@ MAX_DISTANCE = 100.0
 MIN_OBJECT_PX = 30
 """Explained pixels below which there is no object; the smallest shape has 80."""
 _RADII_PX = np.arange(7.0, 14.0, 0.5)
-_PADDED_PX = SIZE_PX + 32
-"""A template reaches at most 17 px beyond its centre, so nothing wraps around."""
+_PADDED_PX = 2 * SIZE_PX
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.family import SDXL
+from simpletuner.helpers.reporting.html_report.writer import RunPage
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start_pair, wait_for_steps
 
@@ -71,6 +73,20 @@ def test_signal_in_mid_step_saves_and_ends_resumable(
         assert signal.getsignal(number) != before
     assert (run.output_dir / "checkpoint-2").is_dir()
     assert finish(run, **keys) == expected(**keys)
+
+
+@pytest.mark.reliability_row(3)
+def test_a_stop_saves_the_checkpoint_before_the_page_is_written(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    with run.trainer(checkpoint_step_interval=0, validation_step_interval=2) as trainer:
+        then, save, refresh = trainer.family.predict, Checkpoints.save, RunPage.refresh
+        monkeypatch.setattr(trainer.family, "predict", signal_at(2, number=signal.SIGTERM, then=then))
+        monkeypatch.setattr(Checkpoints, "save", lambda each: (events.append("save"), save(each)))
+        monkeypatch.setattr(RunPage, "refresh", lambda each: (events.append("page"), refresh(each)))
+        assert trainer.run() == EXIT_PREEMPTED
+    assert events[:3] == ["page", "save", "page"]  # the first page is that of the start
 
 
 @pytest.mark.reliability_row(3)

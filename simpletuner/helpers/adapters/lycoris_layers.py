@@ -138,8 +138,10 @@ REPLACED: Mapping[type[nn.Module], type[nn.Module]] = {
 
 
 def register() -> None:
-    """Replace LyCORIS's layers in the list by which it reads files."""
+    """Replace LyCORIS's layers in the lists by which it creates layers and reads files."""
     lycoris_modules.MODULE_LIST[:] = [REPLACED.get(each, each) for each in lycoris_modules.MODULE_LIST]
+    table = lycoris_wrapper.network_module_dict
+    table.update({name: REPLACED.get(layer, layer) for name, layer in table.items()})
 
 
 def register_algorithms(names: Iterable[str]) -> None:

@@ -25,6 +25,8 @@ class CacheRequest(Generic[Input]):
     key: str
     name: str
     """In messages."""
+    encoder: str
+    """In messages: VAE or text encoder."""
     metadata: Mapping[str, str]
     """For people who look into the file."""
     load: Callable[[], Input]
@@ -75,7 +77,7 @@ def _load(batch: list[CacheRequest[Input]]) -> tuple[list[CacheRequest[Input]], 
 def _put(request: CacheRequest[Input], tensors: Mapping[str, Tensor]) -> None:
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise DataError(
-            f"{request.name}: the encoder's output holds values that are not finite. "
-            "It overflows in this precision: load the encoder in float32 or bfloat16, or use another one."
+            f"{request.name}: the {request.encoder}'s output holds values that are not finite. It overflows "
+            f"in this precision: load the {request.encoder} in float32 or bfloat16, or use another one."
         )
     request.store.put(request.key, tensors, metadata=request.metadata)

@@ -11,6 +11,7 @@ import xxhash
 from simpletuner import __version__
 from simpletuner.helpers.adapters.files.adapter_file import weight_hash
 from simpletuner.helpers.adapters.quantised import is_quantized
+from simpletuner.helpers.choices.precisions import UNCHANGED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
 
-UNCHANGED = "no_change"
 # Adapter settings that may change on resume.
 SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 

@@ -73,7 +73,7 @@ class TextFileCaptions(CaptionReader):
                 claims.setdefault(file.name, []).append(printable(image.name))
         return [
             f"{printable(file)} could be the caption of {' or '.join(images)}"
-            for file, images in sorted(claims.items())
+            for file, images in sorted(claims.items(), key=lambda claim: os.path.splitext(claim[0])[0])
             if len(images) > 1
         ]
 

@@ -108,6 +108,7 @@ class TrainingData:
                 store=self._latents_stores[image.sample.dataset_id],
                 key=self._latents_key(image),
                 name=image.sample.path,
+                encoder="VAE",
                 metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
                 load=partial(load_pixels, image),
                 batch_group=bucket.name,
@@ -123,6 +124,7 @@ class TrainingData:
                 store=self._text_store,
                 key=self._text_key(prompt),
                 name=f"Prompt {_shown(prompt)}",
+                encoder="text encoder",
                 metadata={"prompt": printable(prompt[:_SHOWN_CHARACTERS])},
                 load=partial(str, prompt),
             )

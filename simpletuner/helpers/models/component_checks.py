@@ -54,9 +54,10 @@ def read_index(base: ModelSource, *, pipelines: tuple[str, ...], family: str) ->
     """
     index = read_model_index(base)
     if not any(fnmatchcase(class_of(index), pipeline) for pipeline in pipelines):
+        needed = " or ".join(pipeline.removesuffix("*") for pipeline in pipelines)
         raise ModelError(
-            f"{base} is a model for {class_of(index)}, but {family} needs {' or '.join(pipelines)}. "
-            "Set model_family to that model's family, or give another model."
+            f"{base} is a model for {class_of(index)}, but {family} needs {needed}. Set model_family to that "
+            f"model's family, or give a model of {family}."
         )
     return index
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.contracts import Batch, ModelSpec, NoisyBatch, PipelineType, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import ComputesInFloat32, Float32Autoencoder, load_autoencoder
 from simpletuner.helpers.models.component_checks import ModelComponents
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
         PrecisionConfig,
         ValidationConfig,
     )
+
+
+NO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+"""Arguments of a pipeline with two text encoders that gets prompt embeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +82,7 @@ class ModelFamily(ABC):
     @property
     def denoiser_device(self) -> torch.device:
         """Device of a freshly loaded denoiser: the host if it is quantised or offloaded afterwards."""
-        is_whole = self.precision.base_model_precision == "no_change"
+        is_whole = self.precision.base_model_precision == UNCHANGED
         return self.device if is_whole and not self.precision.enable_group_offload else torch.device("cpu")
 
     @property

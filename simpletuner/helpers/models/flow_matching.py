@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.contracts import NoisyBatch
+from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_sample
 from simpletuner.helpers.models.loading import Component, quiet
 
@@ -185,8 +186,16 @@ def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
 
 
 def unshifted_sampler(component: Component, *, name: str | None = None) -> SchedulerMixin:
-    """The model's scheduler, or the named sampler, without a shift: pipeline calls pass shifted sigmas."""
-    sampler_class = SAMPLERS[name or "euler"].load_for("flow_matching")
+    """The model's scheduler, or the named sampler, without a shift: pipeline calls pass shifted sigmas.
+
+    Raises:
+        ModelError: The sampler is not known for flow matching.
+    """
+    known = {key: each for key, each in SAMPLERS.items() if "flow_matching" in each.schedulers}
+    name = name or "euler"
+    if name not in known:
+        raise ModelError(f"Sampler {name!r} is not known for flow matching. Use one of {', '.join(known)}.")
+    sampler_class = known[name].load_for("flow_matching")
     with quiet():
         sampler: SchedulerMixin = sampler_class.from_config(
             dict(component.config), use_dynamic_shifting=False, shift=1.0

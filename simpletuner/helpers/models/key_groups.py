@@ -48,7 +48,8 @@ def unused_guidance_keys(
     keys = [key for key, default in NO_GUIDANCE.items() if values.get(key, default) != default]
     return dict.fromkeys(
         keys,
-        f"model_flavour {values['model_flavour']} has no guidance embedding. Remove it, or set {instead}.",
+        f"model_flavour {values['model_flavour']} has no guidance embedding. Remove it, or set "
+        f"model_flavour to {instead}.",
     )
 
 

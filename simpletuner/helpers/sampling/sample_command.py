@@ -147,7 +147,7 @@ def _spec(
     missing = [request.options[key] for key in ("model_family", MODEL_KEY) if key not in values]
     if missing:
         raise ConfigError(
-            f"{request.adapter}: its header names no base model. Name it with {' and '.join(missing)}."
+            f"{request.adapter}: its header does not name the model. Give {' and '.join(missing)}."
         )
     spec = families.get(str(values["model_family"]))
     if spec is None:

@@ -34,6 +34,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
 from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
+from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
@@ -177,7 +178,7 @@ def build_components(
     if comparison is not None and is_main_process:
         comparison.generate_missing(denoiser)
     adapter = build_adapter(context, denoiser, weight_hashes=hashes)
-    if config.precision.base_model_precision != "no_change":
+    if config.precision.base_model_precision != UNCHANGED:
         ddp_ignore_frozen(denoiser)
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
@@ -301,7 +302,7 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     problems = {
         "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
         "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
-            config.precision.base_model_precision != "no_change"
+            config.precision.base_model_precision != UNCHANGED
         ),
         "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
             config.lycoris is None or config.lycoris.algo != "tlora"
@@ -357,7 +358,7 @@ def build_sampler(
         prompts=prompts,
         text_embeds=context.data.text_embeds,
         folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
-        base_model=base_model if precision == "no_change" else f"{base_model} {precision}",
+        base_model=base_model if precision == UNCHANGED else f"{base_model} {precision}",
         preemption=context.preemption,
     )
 

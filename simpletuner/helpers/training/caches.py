@@ -84,12 +84,18 @@ def _fill(
     shard: tuple[int, int],
     preemption: Preemption,
 ) -> None:
-    """Fill one cache, log the progress, and stop at a signal."""
-    preemption.check(f"encoding {noun}")
+    """Fill one cache, log the progress, and stop before a batch if a signal came."""
+
+    # Not without a batch: with several processes all must reach the next barrier.
+    def encode_unless_stopped(inputs: list[Input]) -> Sequence[Mapping[str, Tensor]]:
+        preemption.check(f"encoding {noun}")
+        return encode(inputs)
+
     started_s = logged_s = time.monotonic()
     num_encoded = 0
-    for num_encoded, total in encode_missing(requests, encode, batch_size=batch_size, shard=shard):
-        preemption.check(f"encoding {noun}")
+    for num_encoded, total in encode_missing(
+        requests, encode_unless_stopped, batch_size=batch_size, shard=shard
+    ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()
             logger.info("Encoded %d of %d %s.", num_encoded, total, noun)

@@ -208,9 +208,9 @@ class Trainer:
     def _after_step(self, metrics: StepMetrics) -> None:
         """Log, save and validate, in that order."""
         step = metrics.step
-        self.trackers.log(metrics)
         self.display.update(metrics)
-        if self.checkpoints.is_due(step):
+        self.trackers.log(metrics)
+        if self.should_stop or self.checkpoints.is_due(step):
             self.save_checkpoint()
         if self.validation.is_due(step) and step < self.max_steps and not self.should_stop:
             self.validation.run(step)

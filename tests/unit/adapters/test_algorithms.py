@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from lycoris import modules as lycoris_modules
+from lycoris import wrapper as lycoris_wrapper
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
-from simpletuner.helpers.adapters.lycoris_layers import DyLoraLayer, FullLayer
+from simpletuner.helpers.adapters.lycoris_layers import REPLACED, DyLoraLayer, FullLayer
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
 from simpletuner.helpers.contracts import ModelSpec
@@ -275,3 +277,9 @@ def test_boft_that_no_rank_fits_promises_none() -> None:
     model = nn.ModuleDict({"odd": nn.Linear(8, 7), "even": nn.Linear(8, 8)})
     with pytest.raises(ConfigError, match=r"7x8.*\bodd\b(?!.*linear_dim to)"):
         attach(model, lycoris("boft", apply_preset={"target_module": ["Linear"]}))
+
+
+def test_lycoris_itself_creates_and_reads_with_our_layers() -> None:
+    for layers in (lycoris_wrapper.network_module_dict.values(), lycoris_modules.MODULE_LIST):
+        assert set(REPLACED.values()) <= set(layers)
+        assert not set(REPLACED) & set(layers)

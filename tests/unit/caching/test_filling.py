@@ -35,6 +35,7 @@ def request(store: TensorStore, number: int, *, group: str = "") -> CacheRequest
         store=store,
         key=content_key(str(number)),
         name=f"{number}.png",
+        encoder="VAE",
         metadata={"image": f"{number}.png"},
         load=lambda: number,
         batch_group=group,
@@ -107,7 +108,9 @@ def test_an_input_that_cannot_be_loaded_ends_the_filling_and_keeps_earlier_entri
     def fail() -> int:
         raise DataError("gone")
 
-    broken = CacheRequest(store=store, key=content_key("broken"), name="broken.png", metadata={}, load=fail)
+    broken = CacheRequest(
+        store=store, key=content_key("broken"), name="broken.png", encoder="VAE", metadata={}, load=fail
+    )
     with pytest.raises(DataError, match="gone"):
         encoded([request(store, 1), broken], batch_size=1)
     assert request(store, 1).key in store

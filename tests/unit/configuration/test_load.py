@@ -369,3 +369,18 @@ def _num_calls(function: Callable[[], object]) -> int:
     finally:
         sys.setprofile(before)
     return events.count("call") + events.count("c_call")
+
+
+@pytest.mark.parametrize("value", ["L2", " l2 ", False, "", "none", 0])
+def test_loss_type_takes_every_spelling_of_its_one_loss(workspace: Workspace, value: object) -> None:
+    assert workspace.load(loss_type=value).training.loss_type == "l2"
+
+
+@pytest.mark.parametrize("algo", [["tlora"], {"a": 1}])
+def test_an_algorithm_that_is_no_text_is_a_problem_of_its_key(workspace: Workspace, algo: object) -> None:
+    workspace.lycoris["algo"] = algo
+    assert "algo" in workspace.problems()
+
+
+def test_a_home_folder_of_nobody_is_a_problem_of_its_key(workspace: Workspace) -> None:
+    assert "output_dir" in workspace.problems(output_dir="~nobody-has-this-name/x")

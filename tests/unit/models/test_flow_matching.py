@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import stats
 
 from simpletuner.helpers.configuration.schema.sections import NoiseConfig
+from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.flow_matching import (
     DynamicShift,
@@ -25,6 +27,7 @@ from simpletuner.helpers.models.flow_matching import (
     shift_sigma,
     sigma_to_timestep,
     static_shift,
+    unshifted_sampler,
 )
 
 SIGMOID = SigmaDistribution()
@@ -156,3 +159,9 @@ def test_guidance_is_constant_or_drawn_for_each_sample() -> None:
     assert 1 <= min(drawn) < 1.1
     assert 3.9 < max(drawn) <= 4
     assert draw_guidance(ranged, sample_indices=[7], seed=1) == (drawn[7],)
+
+
+@pytest.mark.parametrize("name", ["ddim", "nope"])
+def test_a_sampler_of_another_noise_process_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f"{name}.*euler"):
+        unshifted_sampler(cast(Any, None), name=name)

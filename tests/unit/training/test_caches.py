@@ -100,6 +100,16 @@ def test_cached_entries_load_no_encoder(data: TrainingData, caplog: pytest.LogCa
     assert len([each for each in caplog.messages if "cached" in each]) == 2
 
 
+@pytest.mark.reliability_row(3)
+def test_a_signal_does_not_part_processes_that_have_nothing_to_encode(data: TrainingData) -> None:
+    fill(data, Family())
+    preemption = Preemption()
+    preemption.requested = True
+    family = Family()
+    fill(data, family, preemption=preemption)  # the stop is agreed in the next step, behind the barrier
+    assert family.events == ["unload vae", "unload text encoders"]
+
+
 def test_progress_of_images_and_of_captions_is_logged(
     data: TrainingData, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

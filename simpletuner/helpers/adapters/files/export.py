@@ -271,7 +271,8 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
     layer = StoredLayer.read(name, parts)
     if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
         raise AdapterError(
-            f"{file}: {name} has no base factors. Attach the file with load_adapter, use export_live."
+            f"{file}: {name} has no base factors. Attach the file with load_adapter "
+            "and pass the adapter to export_live."
         )
     return layer
 

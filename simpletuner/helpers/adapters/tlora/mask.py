@@ -38,9 +38,10 @@ class RankMask:
 
     def on(self, device: torch.device) -> Tensor:
         """The values, moved to a device once for all layers that share them."""
-        if self.values.device != device:
-            self.values = self.values.to(device)
-        return self.values
+        values = self.values
+        if values.device != device:
+            values = self.values = values.to(device)
+        return values
 
 
 @dataclass(eq=False)

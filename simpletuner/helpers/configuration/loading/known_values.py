@@ -42,7 +42,8 @@ _REGISTRIES: Mapping[str, Registry[Any]] = {
 
 
 def _use(key: str, *others: str) -> str:
-    return f"Use one of {', '.join([*_REGISTRIES[key], *others])}."
+    names = [*_REGISTRIES[key], *others]
+    return f"Use {'one of ' if len(names) > 1 else ''}{', '.join(names)}."
 
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {

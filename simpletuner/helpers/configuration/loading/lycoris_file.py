@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, DROPOUTS, argument_aliases
 from simpletuner.helpers.configuration.loading.building import Source, build
-from simpletuner.helpers.configuration.loading.unsupported_keys import is_off, key_problem
+from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.lycoris import (
     COMPUTED_FIELDS,
     TLORA_FIELDS,
@@ -17,7 +17,8 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
-from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.configuration.text.problems import unknown_key
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
@@ -65,7 +66,8 @@ def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
     ]
     named = [values.get("algo"), *(entry["algo"] for entry in entries if "algo" in entry)]
     known = {algo for algo in named if isinstance(algo, str) and algo in ALGORITHMS}
-    return frozenset(known) if values.get("algo") in known else frozenset()
+    main = values.get("algo")
+    return frozenset(known) if isinstance(main, str) and main in known else frozenset()
 
 
 def _takes(algorithms: Iterable[str]) -> frozenset[str]:
@@ -99,7 +101,7 @@ def _not_taken(name: str, algorithms: frozenset[str]) -> str:
     if "tlora" in algorithms and name in DROPOUTS:
         return "not supported with algo tlora, whose rank schedule regularises. Remove it or set it to 0."
     if "tlora" in algorithms and name == "bypass_mode":
-        return "not taken by algo tlora, which always bypasses the base layer. Remove it."
+        return "not taken by algo tlora, which always adds to the base layer's output. Remove it."
     owners = ", ".join(algo for algo, record in ALGORITHMS.items() if name in record.arguments)
     return f"not taken by algo {' or '.join(sorted(algorithms))}. Remove it; it belongs to {owners}."
 
@@ -160,8 +162,10 @@ def _check_entry(entry: dict[str, JsonValue], source: Source, *, key: str, algo:
             continue
         value = entry.pop(name)
         if plain not in ARGUMENTS:
-            source.add(f"{key}.{name}", f"unknown key.{nearest(name, known)}")
+            source.add(f"{key}.{name}", unknown_key(name, known))
         elif not ARGUMENTS[plain].is_per_layer and not (algo == "tlora" and plain in DROPOUTS):
-            source.add(f"{key}.{name}", "set this at the top level.")
+            source.add(
+                f"{key}.{name}", "applies to the whole adapter. Set it at the top level of the lycoris json."
+            )
         elif not is_off(value):
             source.add(f"{key}.{name}", _not_taken(plain, frozenset({str(algo)})))

@@ -12,7 +12,12 @@ from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.resolution import nearest_multiple, square_edge_px, square_size
+from simpletuner.helpers.configuration.schema.resolution import (
+    PIXELS_PER_MEGAPIXEL,
+    nearest_multiple,
+    square_edge_px,
+    square_size,
+)
 from simpletuner.helpers.configuration.schema.sections import (
     CHANGE_THE_BASE,
     AdapterConfig,
@@ -56,7 +61,7 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
     }
     in_area = "resolution_type" in raw and raw["resolution_type"].value == "area"
     edge = spec.default_resolution
-    defaults["resolution"] = round(edge**2 / 1_000_000, 3) if in_area else float(edge)
+    defaults["resolution"] = round(edge**2 / PIXELS_PER_MEGAPIXEL, 3) if in_area else float(edge)
     flavour = raw["model_flavour"].value if "model_flavour" in raw else spec.default_flavour
     if "pretrained_model_name_or_path" not in raw:
         defaults["model_flavour"] = spec.default_flavour
@@ -140,7 +145,7 @@ def check_format(
         others = sorted(name for name in algorithms if not ALGORITHMS[name].is_plain_lora)
         reasons += [f"algo {name} is no plain LoRA" for name in others]
         for name in _NO_PLAIN_FORM:
-            if lycoris.extra.get(name) or any(dict(entry)[name] for entry in entries):
+            if lycoris.extra.get(name) or any(dict(entry).get(name) for entry in entries):
                 reasons.append(f"{name} trains more than a plain LoRA holds")
     if reasons:
         text = f"comfyui: {'; '.join(reasons)}. Change that, or set lora_format to diffusers."
@@ -212,7 +217,10 @@ def check_offload(
     record = PRECISIONS[section.base_model_precision]
     if not record.works_with_group_offload:
         others = ", ".join(name for name, each in PRECISIONS.items() if each.works_with_group_offload)
-        text = f"true: {record.name} layers stay on the device. Use one of {others}, or set it to false."
+        text = (
+            f"true: {record.name} layers stay on the device. Set base_model_precision to one of {others}, or "
+            "enable_group_offload to false."
+        )
         source.add("enable_group_offload", text)
     trained = training.if_valid("gradient_checkpointing")
     if trained is not None and not trained.gradient_checkpointing:
@@ -249,7 +257,7 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
     samplers = samplers_of(spec)
     if name is not None and name not in samplers:
         known = ", ".join(samplers)
-        text = f"model_family {spec.name} is sampled with {known}. Use one of them, or null for its default."
+        text = f"model_family {spec.name} is sampled with {known}. Use one, or null for the model's own."
         source.reject("validation_noise_scheduler", name, text)
     section = validation.if_valid("validation_resolution")
     step = spec.minimum_alignment

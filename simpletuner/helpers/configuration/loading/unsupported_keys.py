@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.problems import unknown_key
 
 Table = Literal["config.json", "dataset", "lycoris", "apply_preset"]
-_OFF = ("false", "none", "null", "", "0", "0.0", "off", "no")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,6 @@ class UnsupportedKey:
         if is_off(value) or str(value).strip().lower() in self.harmless_values:
             return None
         return f"known from SimpleTuner, not supported here. {self.advice}"
-
-
-def is_off(value: object) -> bool:
-    """Whether a value switches a feature off."""
-    if isinstance(value, str | bool | int | float):
-        return value == 0 or str(value).strip().lower() in _OFF
-    return value in (None, [], {})
 
 
 def key_problem(table: Table, key: str, value: object, *, known: Iterable[str]) -> str | None:

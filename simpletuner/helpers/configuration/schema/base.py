@@ -68,14 +68,14 @@ class PathContext:
 
     def input_path(self, text: str) -> Path | None:
         """Absolute path of an existing file or folder, from the working directory first; None if missing."""
-        relative = Path(text).expanduser()
+        relative = _expand_home(text)
         folders = [self.working_directory, *([self.config_folder] if self.config_folder else [])]
         candidates = (folder / relative for folder in folders)
         return next((Path(os.path.abspath(path)) for path in candidates if path.exists()), None)
 
     def output_path(self, text: str) -> Path:
         """Absolute path in the working directory."""
-        return Path(os.path.abspath(self.working_directory / Path(text).expanduser()))
+        return Path(os.path.abspath(self.working_directory / _expand_home(text)))
 
 
 def contradiction(key: str, text: str, *others: str) -> PydanticCustomError:
@@ -182,12 +182,20 @@ def _whole_number(value: object) -> object:
     return value
 
 
-def _none_word(value: object) -> object:
+def _expand_home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("the user after ~ has no home folder. Write the whole path.") from error
+
+
+def none_word(value: object) -> object:
+    """None for the words that stand for it."""
     return None if isinstance(value, str) and value.strip().lower() in _NONE_WORDS else value
 
 
 def _none_word_or_zero(value: object) -> object:
-    value = _none_word(value)
+    value = none_word(value)
     return None if value is not False and value in (0, "0", "0.0") else value
 
 
@@ -258,13 +266,13 @@ Decimals = Annotated[int, Field(ge=0, le=9), BeforeValidator(_whole_number)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
 OptionalPositiveNumber = Annotated[PositiveNumber | None, BeforeValidator(_none_word_or_zero)]
-OptionalNonNegativeNumber = Annotated[NonNegativeNumber | None, BeforeValidator(_none_word)]
+OptionalNonNegativeNumber = Annotated[NonNegativeNumber | None, BeforeValidator(none_word)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_none_word_or_zero)]
-OptionalWhole = Annotated[Whole | None, BeforeValidator(_none_word)]
+OptionalWhole = Annotated[Whole | None, BeforeValidator(none_word)]
 OptionalText = Annotated[str | None, BeforeValidator(_empty_to_none)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 InputFile = Annotated[Path, BeforeValidator(_file)]
 InputFolder = Annotated[Path, BeforeValidator(_folder)]
 OutputPath = Annotated[Path, BeforeValidator(_output)]
-OptionalInputFile = Annotated[InputFile | None, BeforeValidator(_none_word)]
-OptionalOutputPath = Annotated[OutputPath | None, BeforeValidator(_none_word)]
+OptionalInputFile = Annotated[InputFile | None, BeforeValidator(none_word)]
+OptionalOutputPath = Annotated[OutputPath | None, BeforeValidator(none_word)]

@@ -7,12 +7,12 @@ import math
 from simpletuner.helpers.configuration.schema.datasets import ResolutionType
 from simpletuner.helpers.contracts import Size
 
-_PIXELS_PER_MEGAPIXEL = 1_000_000
+PIXELS_PER_MEGAPIXEL = 1_000_000
 
 
 def target_area_px(resolution: float, resolution_type: ResolutionType) -> float:
     """Area of a square image in pixels."""
-    return resolution * _PIXELS_PER_MEGAPIXEL if resolution_type == "area" else resolution**2
+    return resolution * PIXELS_PER_MEGAPIXEL if resolution_type == "area" else resolution**2
 
 
 def square_edge_px(resolution: float, resolution_type: ResolutionType) -> float:

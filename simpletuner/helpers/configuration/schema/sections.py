@@ -39,6 +39,7 @@ from simpletuner.helpers.configuration.schema.base import (
     ShareBelowOne,
     as_json,
     contradiction,
+    none_word,
     path_context,
     registry_of,
 )
@@ -51,6 +52,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.values import (
     OptimizerArgument,
+    is_off,
     optimizer_arguments,
     optimizer_problem,
     sizes,
@@ -268,6 +270,11 @@ class AdapterConfig(Section):
         return self
 
 
+def _loss(value: object) -> object:
+    """SimpleTuner's spellings: l2 in any case, or switched off."""
+    return "l2" if is_off(value) or str(value).strip().lower() == "l2" else value
+
+
 class TrainingConfig(Section):
     """Length of the run, batches, gradients and loss."""
 
@@ -289,7 +296,7 @@ class TrainingConfig(Section):
     """Bound on the gradient, by grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
     """norm: clip by global norm; value: clip each element."""
-    loss_type: Annotated[str, OneOf(LOSSES)] = "l2"
+    loss_type: Annotated[str, OneOf(LOSSES), BeforeValidator(_loss)] = "l2"
     """Loss of the prediction."""
 
     @model_validator(mode="after")
@@ -383,10 +390,6 @@ def _folder_in_output(value: str) -> str:
     return value
 
 
-def _checkpoint_name(value: object) -> object:
-    return None if isinstance(value, str) and value.strip().lower() in ("", "none", "null") else value
-
-
 class CheckpointConfig(Section):
     """The output folder, checkpoints and resuming."""
 
@@ -397,7 +400,7 @@ class CheckpointConfig(Section):
     checkpoints_total_limit: OptionalCount = 5
     """Number of checkpoints to keep, the newest; null or 0 keeps all."""
     resume_from_checkpoint: Annotated[
-        Annotated[str, AfterValidator(_folder_in_output)] | None, BeforeValidator(_checkpoint_name)
+        Annotated[str, AfterValidator(_folder_in_output)] | None, BeforeValidator(none_word)
     ] = "latest"
     """latest resumes from the newest intact checkpoint, if there is one; the name of a checkpoint folder
     resumes from that; null or none starts anew."""

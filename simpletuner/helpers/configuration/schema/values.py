@@ -17,6 +17,15 @@ _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
 _BETAS = ("beta1", "beta2")
 _DEFAULT_BETAS = (0.9, 0.999)
 
+_OFF = ("false", "none", "null", "", "0", "0.0", "off", "no")
+
+
+def is_off(value: object) -> bool:
+    """Whether a value switches a feature off."""
+    if isinstance(value, str | bool | int | float):
+        return value == 0 or str(value).strip().lower() in _OFF
+    return value in (None, [], {})
+
 
 def sizes(value: object) -> tuple[Size, ...]:
     """Sizes from 1024, "1024", "1024x768" (width x height), a comma-separated text or a list of these.

@@ -137,7 +137,7 @@ def _reason(error_type: str, context: Mapping[str, object], error: ErrorDetails)
     if error_type == "literal_error":
         allowed = re.findall(r"'([^']*)'", str(context["expected"]))
         found = error["input"]
-        hint = nearest(found, allowed) if isinstance(found, str) else ""
+        hint = nearest(found, allowed) if isinstance(found, str) and len(allowed) > 1 else ""
         return f"must be {'' if len(allowed) == 1 else 'one of '}{', '.join(allowed)}.{hint}"
     if error_type == "value_error":
         return str(context["error"])

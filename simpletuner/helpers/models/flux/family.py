@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from simpletuner.helpers.contracts import Batch, NoisyBatch, PipelineType, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import encode_scaled
-from simpletuner.helpers.models.family import FamilyContext, ModelFamily
+from simpletuner.helpers.models.family import NO_TEXT_ENCODERS, FamilyContext, ModelFamily
 from simpletuner.helpers.models.flow_matching import (
     add_noise,
     distribution_of,
@@ -50,7 +50,6 @@ PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
 }
 VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
-NO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 
 
 class Flux(ModelFamily):

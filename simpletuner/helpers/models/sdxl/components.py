@@ -141,7 +141,9 @@ def _scheduler(base: ModelSource, file: ModelSource | None) -> Component:
 def _check_fit(components: SDXLComponents) -> None:
     """Refuse components whose widths differ, such as the refiner's or an inpainting UNet."""
     check_fit(
-        components.scheduler, {"num_train_timesteps": (SPEC.num_train_timesteps, "number that SDXL needs")}
+        components.scheduler,
+        {"num_train_timesteps": (SPEC.num_train_timesteps, "number that SDXL needs")},
+        advice="Give an SDXL model.",
     )
     unet, text, text_2 = components.denoiser, components.text_encoder, components.text_encoder_2
     if (found := unet.config.get("addition_embed_type")) != "text_time":

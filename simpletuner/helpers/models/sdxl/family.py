@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from simpletuner.helpers.contracts import Batch, NoisyBatch, PipelineType, Sample, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import encode_scaled
 from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionSchedule, add_noise
-from simpletuner.helpers.models.family import FamilyContext, ModelFamily
+from simpletuner.helpers.models.family import NO_TEXT_ENCODERS, FamilyContext, ModelFamily
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
 from simpletuner.helpers.models.sdxl.components import SDXLComponents, find_components
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 CLIP_TOKENS = 77
 """Tokens of a prompt, after padding and truncation."""
-NO_TEXT_ENCODERS = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
 PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": StableDiffusionXLPipeline,
     "image2image": StableDiffusionXLImg2ImgPipeline,

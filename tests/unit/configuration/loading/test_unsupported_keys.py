@@ -13,9 +13,10 @@ from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading import unsupported_keys as module
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import ALIASES
-from simpletuner.helpers.configuration.loading.unsupported_keys import Table, is_off, unsupported_keys
+from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
+from simpletuner.helpers.configuration.schema.values import is_off
 
 if TYPE_CHECKING:
     from conftest import Workspace
