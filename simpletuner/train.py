@@ -124,20 +124,26 @@ def _register_with_launcher() -> None:
 
 
 def _failed_elsewhere(code: int) -> int:
-    """The code, but 1 without a signal to train.sh: the launcher stopped this process after a failure."""
+    """The code; without a signal to train.sh that of the process that failed, else 1."""
     folder = os.environ.get(LAUNCH_DIR)
     if code != EXIT_PREEMPTED or folder is None or (Path(folder) / SIGNALLED).exists():
         return code
     _say("Stopped by the launcher because another process of this run failed.")
-    return EXIT_FAILED
+    try:
+        return int((Path(folder) / "exit_code").read_text())
+    except (OSError, ValueError):
+        return EXIT_FAILED
 
 
 def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
     """Write the code into the launch folder and, in the main process, into the output folder."""
     folder = os.environ.get(LAUNCH_DIR)
-    if folder is not None and os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):  # the launch folder is gone when train.sh was killed
-            (Path(folder) / "exit_code").write_text(f"{code}\n")
+    if folder is not None:
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        # The launcher kills the first process when another one fails, maybe before the first can write.
+        if is_first or code not in (0, EXIT_PREEMPTED):
+            with suppress(OSError), (Path(folder) / "exit_code").open("w" if is_first else "x") as file:
+                file.write(f"{code}\n")  # the launch folder is gone when train.sh was killed
     if output_dir is None or not is_main_process():
         return
     record: dict[str, JsonValue] = {

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner import train
+
 PYTHON = """#!/bin/sh
 if [ "$1 $2" = "-m pip" ]; then
     [ "$3" = --version ] || echo "$@" >>"{calls}"
@@ -336,5 +338,24 @@ def test_two_processes_return_the_code_of_the_one_that_failed(
     result = checkout.run(trainer=trainer, TRAINING_NUM_PROCESSES="2", CUDA_VISIBLE_DEVICES="")
     assert result.returncode == code, result.stderr
     # The launcher ends the first process when another fails; before training begins it leaves no record.
-    if trainer != "fail:1" or (checkout.output_dir / "exit.json").exists():
+    if trainer == "fail:0" or (checkout.output_dir / "exit.json").exists():
         assert checkout.recorded_code() == code
+
+
+def test_the_code_of_a_failed_process_counts_until_the_first_one_writes_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(train.LAUNCH_DIR, str(tmp_path))
+
+    def leaves(rank: str, code: int) -> str:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        train._write_exit_code(train._failed_elsewhere(code), output_dir=None)
+        return (tmp_path / "exit_code").read_text()
+
+    assert leaves("1", 3) == "3\n"
+    assert leaves("2", 1) == "3\n", "the first that failed counts"
+    assert leaves("0", 75) == "3\n", "the launcher stopped it"
+    assert leaves("0", 2) == "2\n"
+    (tmp_path / "exit_code").unlink()
+    assert leaves("0", 75) == "1\n", "the other process was killed"
