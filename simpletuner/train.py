@@ -34,6 +34,8 @@ OUTCOMES = {
 }
 LAUNCH_DIR = "SIMPLETUNER_LAUNCH_DIR"
 """Environment variable with the launch folder, where train.sh reads process ids and the exit code."""
+EXIT_CODE = "exit_code"
+"""File in the launch folder: the exit code that train.sh returns."""
 SIGNALLED = "signalled"
 """File in the launch folder: train.sh received a stop signal."""
 
@@ -130,7 +132,7 @@ def _failed_elsewhere(code: int) -> int:
         return code
     _say("Stopped by the launcher because another process of this run failed.")
     try:
-        return int((Path(folder) / "exit_code").read_text())
+        return int((Path(folder) / EXIT_CODE).read_text())
     except (OSError, ValueError):
         return EXIT_FAILED
 
@@ -142,7 +144,7 @@ def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         # The launcher kills the first process when another one fails, maybe before the first can write.
         if is_first or code not in (0, EXIT_PREEMPTED):
-            with suppress(OSError), (Path(folder) / "exit_code").open("w" if is_first else "x") as file:
+            with suppress(OSError), (Path(folder) / EXIT_CODE).open("w" if is_first else "x") as file:
                 file.write(f"{code}\n")  # the launch folder is gone when train.sh was killed
     if output_dir is None or not is_main_process():
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
@@ -28,7 +29,7 @@ class Captions:
     """Counted in the report."""
 
 
-class CaptionReader:
+class CaptionReader(ABC):
     """Base of the caption sources: the captions of one dataset."""
 
     can_prepend = True
@@ -48,13 +49,13 @@ class CaptionReader:
         """One sentence per caption file that several images could claim."""
         return []
 
+    @abstractmethod
     def read(self, file: FoundFile) -> Captions:
         """Captions of an image.
 
         Raises:
             DataError: They cannot be used; the message names the file and the reason.
         """
-        raise NotImplementedError
 
     def unusable(self, file: FoundFile) -> str | None:
         """Reason to skip an image for its caption; None to use it."""
