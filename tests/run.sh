@@ -25,7 +25,8 @@ check "codespell" "$bin/codespell"
 [ -z "$failed" ] || printf 'Failed before the tests:%s see above.\n' "$failed" >&2
 
 printf '== pytest\n'
-"$bin/python" -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadgroup "$@"
+# A file's tests run in one process, so what they share is made once; the long ones, in integration, start first.
+"$bin/python" -m pytest --numprocesses "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
 code=$?
 [ -z "$failed" ] || [ "$code" -ne 0 ] || code=1
 exit "$code"

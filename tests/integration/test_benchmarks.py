@@ -8,7 +8,6 @@ import pytest
 
 from tests.integration.processes import start
 
-pytestmark = pytest.mark.xdist_group("processes")
 SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "bench_step", "bench_own_python"]
 
 

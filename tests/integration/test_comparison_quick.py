@@ -14,10 +14,7 @@ import pytest
 
 from simpletuner.demo.comparison.plan import QUICK
 
-pytestmark = [
-    pytest.mark.timeout(900),  # a busy machine takes long
-    pytest.mark.xdist_group("comparison"),  # one worker makes what these tests share, once
-]
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes long
 PROMISED_S = 180
 S_PER_PASS = 0.04
 """CPU seconds of the embedded model for one sample, here; a backward counts as two."""

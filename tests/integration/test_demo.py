@@ -16,10 +16,7 @@ from simpletuner.helpers.models.sdxl.pipeline import StableDiffusionXLPipeline
 from simpletuner.helpers.sampling.images import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 from tests.integration.processes import start
 
-pytestmark = [
-    pytest.mark.timeout(900),  # two runs, on a machine that may be busy
-    pytest.mark.xdist_group("processes"),  # one worker makes what these tests share, once
-]
+pytestmark = pytest.mark.timeout(900)  # two runs, on a machine that may be busy
 STEPS = 10
 """Instead of the demo's own number, for both runs."""
 

@@ -176,7 +176,6 @@ def test_signal_while_caching_ends_at_once_and_keeps_what_is_encoded(
 
 
 @pytest.mark.reliability_row(3)
-@pytest.mark.xdist_group("processes")
 def test_signal_to_one_of_two_processes_stops_both_after_the_same_step(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, keys={"max_train_steps": 100_000, "checkpoint_step_interval": 0})
     main, other = start_pair(run)

@@ -183,7 +183,6 @@ def test_quantised_text_encoder_fills_the_cache_anew(tmp_path: Path) -> None:
     assert entries[1] == 2 * entries[0] == entries[2]
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_train_on_a_quantised_base_as_one_does_on_twice_the_batch(tmp_path: Path) -> None:
     one, two = (TinyRun(tmp_path / name, num_images=4) for name in ("one", "two"))
     keys: dict[str, Any] = {"base_model_precision": "int8-torchao", "max_train_steps": 2}

@@ -164,7 +164,6 @@ def test_named_checkpoint_begins_a_second_branch(run: TinyRun) -> None:
 
 
 @pytest.mark.reliability_row(1)
-@pytest.mark.xdist_group("processes")
 def test_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: TinyRun) -> None:
     keys = {"max_train_steps": 30, "checkpoint_step_interval": 1, "checkpoints_total_limit": 2}
     whole = TinyRun(tmp_path / "whole")
@@ -184,7 +183,6 @@ def test_run_that_is_killed_again_and_again_ends_exactly(tmp_path: Path, run: Ti
 
 
 @pytest.mark.reliability_row(8)
-@pytest.mark.xdist_group("processes")
 def test_two_processes_go_on_where_one_stopped_and_back(tmp_path: Path, run: TinyRun) -> None:
     keys = {"checkpoint_step_interval": 0, "gradient_accumulation_steps": 2}
     whole = TinyRun(tmp_path / "whole")

@@ -13,7 +13,6 @@ from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from tests.integration.processes import start, start_ranks, wait_for_all
 from tests.integration.tiny_runs import TinyRun
 
-pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what these tests share, once
 SCRIPT = """
 import json, os, sys
 from pathlib import Path

@@ -303,7 +303,6 @@ sys.exit(runs.train(load_config(Path(sys.argv[1]), families=registry.specs())))
 """
 
 
-@pytest.mark.xdist_group("processes")
 def test_two_processes_train_both_runs_and_agree_on_a_signal_between_them(
     other: TinyRun, tmp_path: Path
 ) -> None:

@@ -37,7 +37,6 @@ def test_error_in_the_loader_thread_ends_the_run_naming_the_image_and_the_same_c
     assert run.log() == whole.log()
 
 
-@pytest.mark.xdist_group("processes")
 def test_killed_process_of_two_ends_the_other_with_an_error(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, keys={"max_train_steps": 100_000, "checkpoint_step_interval": 0})
     main, other = start_pair(run)
