@@ -121,7 +121,7 @@ def test_stock_diffusers_loads_every_layer_and_predicts_what_the_live_adapter_do
         file, tmp_path / "out.safetensors", ExportOptions(layout=layout, timestep=400), families=FAMILIES
     )
     assert len(exported.errors) == num_layers
-    assert not any(exported.errors.values())
+    assert max(exported.errors.values()) < 1e-7, "the rounding of a scale in float32"
     pipeline.load_lora_weights(str(tmp_path), weight_name="out.safetensors")
     assert sum(isinstance(module, LoraLayer) for module in pipeline.unet.modules()) == num_layers
     assert close(predict(pipeline.unet), expected, base=base)

@@ -18,7 +18,7 @@ from simpletuner.helpers.adapters import targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
-from simpletuner.helpers.adapters.files import adapter_file, import_formats
+from simpletuner.helpers.adapters.files import adapter_file, import_formats, scales
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
@@ -269,33 +269,47 @@ class LycorisAdapter(Adapter):
             AdapterError: The file's algorithm, rank or layers differ.
         """
         stored = adapter_file.read(file)
-        for module in self.network.loras:
-            alpha = stored.tensors.get(f"{module.lora_name}.alpha")
-            if alpha is not None and float(alpha) != float(module.alpha):
-                raise AdapterError(
-                    f"init_lora {file}: alpha is {float(alpha):g} in the file, {float(module.alpha):g} here. "
-                    f"Set linear_alpha to {float(alpha):g}."
-                )
         try:
-            self.network.load_state_dict(stored.tensors, strict=True)
+            self.network.load_state_dict(self._at_own_scale(stored), strict=True)
         except RuntimeError as error:
             raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
+
+    def _at_own_scale(self, stored: adapter_file.AdapterFile) -> dict[str, Tensor]:
+        """A file's tensors with this adapter's alpha: what differs goes into the factors, in float32."""
+        tensors, layers = dict(stored.tensors), stored.layers
+        for name, own in adapter_file.by_layer(self.network.state_dict()).items():
+            if name in layers:
+                scale = scales.scale_of(layers[name]) * stored.multiplier
+                layer = scales.rescaled(layers[name], scale / (scales.scale_of(own) * self._multiplier))
+                layer |= {key: own[key] for key in ("alpha",) if key in own}
+                tensors |= {f"{name}.{key}": tensor for key, tensor in layer.items()}
+        return tensors
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the network in LyCORIS's key layout; T-LoRA with base factors and schedule.
 
+        `multiplier` is folded into the tensors, so that readers who know only those apply it too.
+
         Raises:
-            AdapterError: A weight is not finite; nothing is written.
+            AdapterError: A weight is not finite, or the multiplier cannot be folded; nothing is written.
             StorageError: The file cannot be written.
         """
         metadata = dict(metadata) | {
-            adapter_file.LYCORIS_KEY: json.dumps(self._raw, sort_keys=True),
+            adapter_file.VERSION_KEY: adapter_file.VERSION,
+            adapter_file.LYCORIS_KEY: json.dumps(self._raw | {"multiplier": 1.0}, sort_keys=True),
+            adapter_file.MULTIPLIER_KEY: json.dumps(self._multiplier),
             adapter_file.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
             adapter_file.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
         }
         if self.schedule is not None:
             metadata[adapter_file.SCHEDULE_KEY] = json.dumps(self.schedule.config())
-        adapter_file.write(file, self.network.state_dict(), metadata=metadata)
+        layers = adapter_file.by_layer(self.network.state_dict())
+        tensors = {
+            f"{name}.{key}": tensor
+            for name, layer in layers.items()
+            for key, tensor in scales.with_multiplier(name, layer, self._multiplier).items()
+        }
+        adapter_file.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Remove every module from its layer."""

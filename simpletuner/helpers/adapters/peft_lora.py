@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
@@ -100,20 +101,17 @@ class PeftAdapter(Adapter):
             AdapterError: The file's layers or ranks differ.
         """
         stored = adapter_file.read(file)
-        prefix = f"{self.prefix}."
-        metadata = stored.entry(METADATA_KEY) or {}
-        alpha, own = metadata.get(f"{prefix}lora_alpha"), self.denoiser.peft_config[ADAPTER_NAME].lora_alpha
-        if alpha not in (None, own):
-            raise AdapterError(
-                f"init_lora {file}: lora_alpha is {alpha} in the file, {own} here. Set lora_alpha to {alpha}."
-            )
+        own = self.denoiser.peft_config[ADAPTER_NAME]
+        state = _with_scale(stored, own.lora_alpha / own.r, prefix=self.prefix)
         try:
-            self.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in stored.tensors.items()})
+            self.load_state_dict(state)
         except AdapterError as error:
             raise AdapterError(f"init_lora {file}: {error}") from error
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the LoRA for diffusers' `load_lora_weights`, with rank and alpha in the header.
+        """Write the LoRA for diffusers' `load_lora_weights`, with its scale in B and alpha equal to the rank.
+
+        This layout has no tensor for alpha, and not every program reads the header.
 
         An initialisation that was subtracted from the base weights is subtracted from the LoRA too, by ranks
         of its own, so that the file fits the published base model.
@@ -126,10 +124,17 @@ class PeftAdapter(Adapter):
         state = self.state_dict()
         if self._start:
             state = {key: _subtract_start(key, factor, self._start[key]) for key, factor in state.items()}
-            rank, alpha = 2 * config.r, 2 * config.lora_alpha
-            config = replace(config, r=rank, lora_alpha=alpha, init_lora_weights=True)
-        metadata = dict(metadata) | {METADATA_KEY: lora_metadata(config, prefix=self.prefix)}
-        tensors = {f"{self.prefix}.{key}": tensor for key, tensor in state.items()}
+            config = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha, init_lora_weights=True)
+        scale = config.lora_alpha / config.r
+        config = replace(config, lora_alpha=config.r)
+        metadata = dict(metadata) | {
+            adapter_file.VERSION_KEY: adapter_file.VERSION,
+            METADATA_KEY: lora_metadata(config, prefix=self.prefix),
+        }
+        tensors = {
+            f"{self.prefix}.{key}": tensor * scale if ".lora_B." in key else tensor
+            for key, tensor in state.items()
+        }
         adapter_file.write(file, tensors, metadata=metadata)
 
     def detach(self) -> None:
@@ -141,6 +146,25 @@ def _subtract_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
     """A factor of B A - B0 A0, with twice the rank: A above A0, or B beside -B0."""
     start = start.to(factor.device)
     return torch.cat([factor, start]) if ".lora_A." in key else torch.cat([factor, -start], dim=1)
+
+
+def stated_alpha(config: Mapping[str, Any], path: str, *, prefix: str, rank: int) -> float:
+    """Alpha of a layer by the header of a LoRA in diffusers' format; its rank where none is stated."""
+    own = config.get(f"{prefix}.alpha_pattern") or {}
+    return float(own.get(get_pattern_key(list(own), path), config.get(f"{prefix}.lora_alpha", rank)))
+
+
+def _with_scale(stored: adapter_file.AdapterFile, scale: float, *, prefix: str) -> dict[str, Tensor]:
+    """The file's factors under PEFT's keys, each B such that alpha / rank is `scale`, formed in float32."""
+    config, state = stored.entry(METADATA_KEY) or {}, {}
+    for key, tensor in stored.tensors.items():
+        name = key.removeprefix(f"{prefix}.")
+        if name.endswith(".lora_B.weight"):
+            rank, path = tensor.shape[1], name.removesuffix(".lora_B.weight")
+            alpha = stated_alpha(config, path, prefix=prefix, rank=rank)
+            tensor = tensor.to(torch.float32) * (alpha / rank / scale)
+        state[name] = tensor
+    return state
 
 
 def lora_metadata(config: LoraConfig, *, prefix: str) -> str:

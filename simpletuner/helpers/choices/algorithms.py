@@ -33,6 +33,8 @@ class Algorithm(Choice):
     adds to the output instead, does not run or does not exist."""
     adds_to_weight: bool = True
     """Changes the layer's weight unless bypass_mode is set; False for one that always adds to the output."""
+    takes_multiplier: bool = True
+    """Its effect is proportional to a tensor of its files, into which they fold a multiplier other than 1."""
     is_plain_lora: bool = False
     """Two factors per layer, which export and lora_format can write as a LoRA."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
@@ -205,6 +207,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.diag_oft:DiagOFTModule",
         arguments=_ORTHOGONAL,
         defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
+        takes_multiplier=False,
     ),
     Algorithm(
         name="boft",
@@ -212,6 +215,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.boft:ButterflyOFTModule",
         arguments=_ORTHOGONAL,
         defaults=_size(10, 1.0, constraint=0.0, rescaled=False),
+        takes_multiplier=False,
     ),
     Algorithm(
         name="ia3",
@@ -219,6 +223,7 @@ ALGORITHMS = Registry(
         build=f"{_LAYERS}:IA3Layer",
         arguments=_COMMON | {"train_on_input"},
         defaults=_size(1, 1.0, train_on_input=False),
+        takes_multiplier=False,
         needs_dense_weight=True,
     ),
     Algorithm(

@@ -380,22 +380,6 @@ def test_init_lora_of_a_stock_file_takes_the_weight_as_its_base(tmp_path: Path) 
     torch.testing.assert_close(predict(model, adapter, 300, 700), base, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["tlora", "lora", "standard"])
-def test_init_lora_of_another_alpha_is_refused_naming_both(kind: str, tmp_path: Path) -> None:
-    file, lycoris = tmp_path / "a.safetensors", TLORA | {"algo": kind, "linear_alpha": 2.0}
-    if kind == "standard":
-        attach(unet(), lora_rank=4, lora_alpha=2.0).save(file, metadata={})
-        config, other = with_init_lora(file, lora_rank=4, lora_alpha=8.0), None
-    else:
-        attach(unet(), lycoris).save(file, metadata={})
-        config, other = (
-            with_init_lora(file, lora_type="lycoris"),
-            lycoris_config(lycoris | {"linear_alpha": 8.0}),
-        )
-    with pytest.raises(AdapterError, match=r"alpha\b.*\b2\b.*\b8\b"):
-        attach_adapter(unet(), config, lycoris=other, spec=SPEC, seed=3)
-
-
 def test_init_lora_of_rank_one_is_not_spread_over_all_ranks(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     attach(unet(), TLORA | {"linear_dim": 1, "tlora_min_rank": 1, "linear_alpha": 4.0}).save(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SCHEDULE_KEY = "tlora_config"
 LYCORIS_KEY = "lycoris_config"
 HASH_KEY = "base_weights_hash"
+VERSION_KEY, VERSION = "format_version", "2"  # since 2 the tensors alone carry the scale
+MULTIPLIER_KEY = "saved_multiplier"  # multiplier of the training, which the tensors contain
 PATHS_KEY = "module_paths"  # layer name -> path with dots; the name has underscores for both
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -49,7 +51,7 @@ class AdapterFile:
 
     @property
     def multiplier(self) -> float:
-        """`multiplier` of the header's lycoris json; 1 in a file without one.
+        """`multiplier` of the header's lycoris json: 1 since format_version 2, and in a file without one.
 
         Raises:
             AdapterError: It is no finite number.
@@ -58,6 +60,11 @@ class AdapterFile:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise AdapterError(f"{self.path}: multiplier in its header is {value!r}, no finite number.")
         return float(value)
+
+    @property
+    def layers(self) -> dict[str, dict[str, Tensor]]:
+        """Layer name -> its tensors under their keys without that name."""
+        return by_layer(self.tensors)
 
     def entry(self, key: str) -> dict[str, Any] | None:
         """A JSON object in the header; None in a file without it.
@@ -76,6 +83,15 @@ class AdapterFile:
                 f"{self.path}: {key} in its header is a {type(value).__name__}, not an object."
             )
         return value
+
+
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors in LyCORIS's key layout by the layer's name, under the rest of their keys."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, part = key.partition(".")
+        layers.setdefault(name, {})[part] = tensor
+    return layers
 
 
 def read(path: Path) -> AdapterFile:

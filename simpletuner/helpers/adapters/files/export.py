@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -12,18 +12,16 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
-from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files import adapter_file, scales
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
-    KeyMap,
     Layout,
-    common_scales,
     header_of,
     make_key_map,
+    shares_alpha,
     tensors_of,
 )
 from simpletuner.helpers.adapters.files.lora_conversion import (
@@ -32,7 +30,7 @@ from simpletuner.helpers.adapters.files.lora_conversion import (
     exact_lora,
     truncated_lora,
 )
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, stated_alpha
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
@@ -115,7 +113,6 @@ class Source:
     layers: Mapping[str, StoredLayer]
     schedule: RankSchedule
     """Schedule of the network; without effect if none of its layers has one."""
-    multiplier: float
     metadata: Mapping[str, str]
 
     def rank_at(self, timestep: int, layer: StoredLayer) -> int:
@@ -151,7 +148,7 @@ def export_adapter(
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
     key_map, written = make_key_map(source.layers, options.layout, families[name]), []
     for fixed in _fixed_ranks(source, options):
-        layers, band_error = _converted_layers(source, fixed, options, key_map=key_map)
+        layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
         tensors = tensors_of(layers, options.layout, key_map)
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
@@ -218,7 +215,7 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     config = stored.entry(adapter_file.SCHEDULE_KEY)
     largest = max(layer.rank for layer in layers.values())
     schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
-    return Source(layers, schedule, stored.multiplier, stored.metadata)
+    return Source(layers, schedule, stored.metadata)
 
 
 def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
@@ -228,11 +225,10 @@ def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
             f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Attach "
             "it to its base model with load_adapter and pass the adapter to export_live."
         )
-    tensors: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in stored.tensors.items():
-        layer, _, part = key.partition(".")
-        tensors.setdefault(layer, {})[part] = tensor
-    return {paths.get(name, name): _layer(name, parts, stored.path) for name, parts in tensors.items()}
+    layers = {
+        name: scales.with_multiplier(name, parts, stored.multiplier) for name, parts in stored.layers.items()
+    }
+    return {paths.get(name, name): _layer(name, parts, stored.path) for name, parts in layers.items()}
 
 
 def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
@@ -252,9 +248,7 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
                 "to the original weights would add its start too. Train with another lora_init_type."
             )
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
-        own = config.get(f"{prefix}.alpha_pattern") or {}
-        common = config.get(f"{prefix}.lora_alpha", down.shape[0])
-        alpha = torch.tensor(float(own.get(get_pattern_key(list(own), path), common)))
+        alpha = torch.tensor(stated_alpha(config, path, prefix=prefix, rank=down.shape[0]))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
         layers[path] = StoredLayer(key, parts, TLoraSpec("vanilla", "last", None))
     return layers
@@ -330,16 +324,23 @@ def _fixed_ranks(source: Source, options: ExportOptions) -> list[_FixedRank]:
 
 
 def _converted_layers(
-    source: Source, fixed: _FixedRank, options: ExportOptions, *, key_map: KeyMap
+    source: Source, fixed: _FixedRank, options: ExportOptions, *, spec: ModelSpec
 ) -> tuple[list[LoraLayer], float | None]:
     """The LoRA layers of one file, and the largest error within its band."""
-    make, dtype = FORMS[options.form], DTYPES[options.dtype]
-    scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, key_map)
-    layers, band_errors = [], []
-    for path, stored in source.layers.items():
-        layer = make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scales[path])
-        layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
-        band_errors.append(fixed.band_error_of(stored, layer, source))
+
+    def convert(path: str, scale: float) -> LoraLayer:
+        stored = source.layers[path]
+        make, dtype = FORMS[options.form], DTYPES[options.dtype]
+        return make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scale)
+
+    layers = [convert(path, scale=1.0) for path in source.layers]
+    if shares_alpha(options.layout, spec):
+        alpha = max(layer.rank for layer in layers)
+        layers = [
+            layer if layer.rank == alpha else convert(layer.path, scale=alpha / layer.rank)
+            for layer in layers
+        ]
+    band_errors = [fixed.band_error_of(source.layers[layer.path], layer, source) for layer in layers]
     return layers, max((error for error in band_errors if error is not None), default=None)
 
 

@@ -49,12 +49,9 @@ def make_key_map(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMa
     return key_map
 
 
-def common_scales(scales: Mapping[str, float], key_map: KeyMap) -> dict[str, float]:
-    """Path of a layer -> the largest scale of the layers that the layout fuses with it."""
-    largest: dict[str, float] = defaultdict(float)
-    for path, scale in scales.items():
-        largest[key_map[path].name] = max(largest[key_map[path].name], scale)
-    return {path: largest[key_map[path].name] for path in scales}
+def shares_alpha(layout: Layout, spec: ModelSpec) -> bool:
+    """Whether all layers need one alpha: diffusers applies a UNet's most frequent one to all attention."""
+    return layout in ("kohya", "comfyui") and spec.denoiser_name == "unet"
 
 
 def tensors_of(layers: Sequence[LoraLayer], layout: Layout, key_map: KeyMap) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class LoraLayer:
 
 
 def exact_lora(
-    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float = 1.0
 ) -> LoraLayer:
     """The layer with r active ranks as a LoRA of rank 2r, r for a vanilla one; rounding is the only error.
 
@@ -49,14 +49,14 @@ def exact_lora(
         layer: The layer in the file.
         rank: r.
         dtype: Dtype of the factors.
-        scale: Requested alpha / rank; None for the layer's own.
+        scale: Requested alpha / rank; the rest of the layer's own scale goes into `up`.
     """
     a, b = layer.factors_at(rank)
     return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def truncated_lora(
-    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float | None = None
+    path: str, layer: StoredLayer, *, rank: int, dtype: torch.dtype, scale: float = 1.0
 ) -> LoraLayer:
     """The best approximation of rank r to the layer with r active ranks; arguments as for `exact_lora`.
 
@@ -113,10 +113,9 @@ def _lora_layer(
     *,
     live: tuple[Tensor, Tensor],
     dtype: torch.dtype,
-    scales: tuple[float, float | None],
+    scales: tuple[float, float],
 ) -> LoraLayer:
-    own, wanted = scales
-    scale = own if wanted is None else wanted
+    own, scale = scales
     folded = own / scale
     down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
     return LoraLayer(

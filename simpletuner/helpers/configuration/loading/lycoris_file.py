@@ -54,7 +54,24 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    return built.section.model_copy(update={"extra": given, "raw": raw})
+    lycoris = built.section.model_copy(update={"extra": given, "raw": raw})
+    _check_multiplier(lycoris, source, algorithms)
+    return lycoris
+
+
+def _check_multiplier(lycoris: LycorisConfig, source: Source, algorithms: Iterable[str]) -> None:
+    """Refuse a multiplier that the adapter file could not carry."""
+    if lycoris.multiplier == 1:
+        return
+    options = [lycoris.extra, *map(dict, lycoris.apply_preset.entries)]
+    fixed = sorted(name for name in algorithms if not ALGORITHMS[name].takes_multiplier)
+    fixed += ["weight_decompose"] if any(each.get("weight_decompose") for each in options) else []
+    if fixed:
+        source.add(
+            "multiplier",
+            f"{lycoris.multiplier:g} cannot be stored in the file of {', '.join(fixed)}, so programs would "
+            "apply it at 1. Set it to 1.",
+        )
 
 
 def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,8 @@ def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
     form: Any, dtype: torch.dtype
 ) -> None:
     layer = trained_layer()
-    own, other = (form("proj", stored(layer), rank=3, dtype=dtype, scale=scale) for scale in (None, 1.7))
-    assert (own.alpha, other.alpha) == pytest.approx((own.rank * 2 / 4, own.rank * 1.7))
+    own, other = (form("proj", stored(layer), rank=3, dtype=dtype, scale=scale) for scale in (1.0, 1.7))
+    assert (own.alpha, other.alpha) == pytest.approx((own.rank, own.rank * 1.7))
     a, b = (factor.detach().double() for factor in layer.lora_factors(3))
     whole = b @ a * layer.scale
     off = dense(other.down, other.up, other.alpha) - whole
@@ -120,8 +121,9 @@ def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
 def test_stated_error_holds_the_rounding_of_the_dtype() -> None:
     plain = exact_lora("proj", stored(trained_layer()), rank=4, dtype=torch.bfloat16)
     a, b = (factor.detach().double() for factor in trained_layer().lora_factors(4))
-    off = dense(plain.down, plain.up, 8.0) - b @ a
-    assert plain.error == pytest.approx(float(off.norm() / (b @ a).norm()), rel=1e-4)
+    whole = b @ a * trained_layer().scale
+    off = dense(plain.down, plain.up, plain.alpha) - whole
+    assert plain.error == pytest.approx(float(off.norm() / whole.norm()), rel=1e-4)
     assert 1e-4 < plain.error < 1e-2
 
 
@@ -144,12 +146,19 @@ def test_error_of_an_adapter_without_effect_is_zero() -> None:
     assert not dense(plain.down, plain.up, plain.alpha).any()
 
 
-def test_alpha_makes_a_plain_loaders_scale_that_of_the_adapter(tmp_path: Path) -> None:
+def test_factors_carry_the_scale_and_the_multiplier_of_an_earlier_header(tmp_path: Path) -> None:
     source = make_adapter_file(tmp_path, lycoris_config=json.dumps({"multiplier": 0.5}))
     export_adapter(source, tmp_path / "out.safetensors", ExportOptions(layout="lycoris"), families=FAMILIES)
-    tensors = load_file(tmp_path / "out.safetensors")
-    assert tensors["lycoris_proj.lora_down.weight"].shape == (8, 24)
-    assert float(tensors["lycoris_proj.alpha"]) == 8 * (2.0 / 4) * 0.5
+    down, up, alpha = (
+        load_file(tmp_path / "out.safetensors")[f"lycoris_proj.{key}"]
+        for key in ("lora_down.weight", "lora_up.weight", "alpha")
+    )
+    assert down.shape == (8, 24)
+    assert float(alpha) == 8
+    a, b = (factor.detach().double() for factor in trained_layer().lora_factors())
+    torch.testing.assert_close(
+        dense(down, up, 8.0), b @ a * trained_layer().scale * 0.5, rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("form", [exact_lora, truncated_lora])
@@ -229,8 +238,8 @@ def test_description_of_a_plain_lora_opens_every_rank() -> None:
     plain = exact_lora(
         "x", StoredLayer("x", parts, TLoraSpec("vanilla", "last", None)), rank=2, dtype=torch.float32
     )
-    assert plain.alpha == 1.0
-    assert plain.rank == 2
+    assert (plain.rank, plain.alpha) == (2, 2.0)
+    assert torch.equal(plain.up, torch.full((4, 2), 0.5)), "alpha 1 of rank 2"
 
 
 def test_band_error_counts_the_timesteps_within_and_no_others(tmp_path: Path) -> None:
@@ -264,11 +273,29 @@ def test_plain_layer_beside_t_lora_keeps_every_rank_at_every_timestep(tmp_path: 
     for options in (ExportOptions(timestep=1000), ExportOptions(rank=1), ExportOptions(bands=2)):
         for each in export_adapter(source, tmp_path / "out.safetensors", options, families=FAMILIES):
             tensors = load_file(each.file)
-            assert torch.equal(
-                tensors["unet.mid.lora_A.weight"], load_file(source)["lycoris_mid.lora_down.weight"]
-            )
+            own = load_file(source)
+            assert torch.equal(tensors["unet.mid.lora_A.weight"], own["lycoris_mid.lora_down.weight"])
+            assert torch.equal(tensors["unet.mid.lora_B.weight"], own["lycoris_mid.lora_up.weight"] * 0.5)
             assert tensors["unet.proj.lora_A.weight"].shape[0] < 8
             assert each.errors["mid"] == 0
+
+
+def test_layers_of_a_unet_share_one_alpha_in_original_names(tmp_path: Path) -> None:
+    """diffusers applies the most frequent alpha of such a file to all attention layers."""
+    source = plain_file(tmp_path, beside=make_adapter_file(tmp_path))
+    spec = replace(FAMILIES["toy"], original_name=lambda path: path)
+    (one,) = export_adapter(
+        source, tmp_path / "out.safetensors", ExportOptions(layout="kohya"), families={"toy": spec}
+    )
+    tensors = load_file(one.file)
+    assert {key: float(tensors[key]) for key in tensors if key.endswith(".alpha")} == {
+        "lora_unet_mid.alpha": 8.0,
+        "lora_unet_proj.alpha": 8.0,
+    }
+    own = load_file(source)
+    expected = dense(own["lycoris_mid.lora_down.weight"], own["lycoris_mid.lora_up.weight"], 2.0)
+    down, up = (tensors[f"lora_unet_mid.{key}.weight"] for key in ("lora_down", "lora_up"))
+    torch.testing.assert_close(dense(down, up, 8.0), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_a_file_in_diffusers_layout_is_exported_again_at_each_layers_own_scale(tmp_path: Path) -> None:
@@ -282,7 +309,7 @@ def test_a_file_in_diffusers_layout_is_exported_again_at_each_layers_own_scale(t
     ):
         export_adapter(file, output, options, families=FAMILIES)
     alphas = {key: float(each) for key, each in load_file(twice).items() if key.endswith(".alpha")}
-    assert alphas == {"lycoris_mid.alpha": 2.0, "lycoris_proj.alpha": 4.0}
+    assert alphas == {"lycoris_mid.alpha": 4.0, "lycoris_proj.alpha": 8.0}, "each layer's own rank"
     expected = load_file(direct)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(twice).items())
 

@@ -11,7 +11,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.files.layouts import common_scales, header_of, make_key_map, tensors_of
+from simpletuner.helpers.adapters.files.layouts import (
+    Layout,
+    header_of,
+    make_key_map,
+    shares_alpha,
+    tensors_of,
+)
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
@@ -96,11 +102,18 @@ def test_rows_that_cannot_be_cut_into_pieces_are_refused() -> None:
         written(layer("wide", [[1.0], [2.0], [3.0]], [[1.0, 0.0]]))
 
 
-def test_joined_layers_share_the_largest_of_their_scales_and_others_keep_theirs() -> None:
-    scales = {"q": 0.5, "k": 0.25, "turned": 2.0, "one": 3.0}
-    key_map = make_key_map(scales, "comfyui", SPEC)
-    assert common_scales(scales, key_map) == {"q": 0.5, "k": 0.5, "turned": 2.0, "one": 3.0}
-    assert common_scales(scales, make_key_map(scales, "diffusers", SPEC)) == scales
+@pytest.mark.parametrize(
+    ("layout", "denoiser", "shared"),
+    [
+        ("kohya", "unet", True),
+        ("comfyui", "unet", True),
+        ("kohya", "transformer", False),
+        ("diffusers", "unet", False),
+        ("lycoris", "unet", False),
+    ],
+)
+def test_only_a_unet_in_original_names_needs_one_alpha(layout: Layout, denoiser: str, shared: bool) -> None:
+    assert shares_alpha(layout, replace(SPEC, denoiser_name=denoiser)) is shared
 
 
 def test_layouts_that_join_nothing_name_every_layer() -> None:
