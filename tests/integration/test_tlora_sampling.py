@@ -18,7 +18,9 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from lycoris import create_lycoris_from_weights
+from lycoris.modules.tlora import TLoraModule
 from PIL import Image
+from safetensors.torch import load_file
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
@@ -141,6 +143,51 @@ def test_well_known_recipe_is_masked_and_equals_the_live_adapter(model: Path, ad
     np.testing.assert_allclose(masked, sample(live), rtol=0, atol=1e-6)
     assert np.abs(masked - unmasked).max() > 1e-3, "the mask changes nothing"
     assert np.abs(masked - base).max() > 1e-3, "the adapter changes nothing"
+
+
+@pytest.mark.parametrize(("created", "merged"), [(0.5, 1.0), (1.0, 0.5), (0.5, 0.5)])
+def test_recipe_multiplies_the_strengths_of_both_calls(
+    created: float, merged: float, model: Path, adapter_file: Path
+) -> None:
+    pipeline, live = load(model), load(model)
+    network, _ = create_lycoris_from_weights(created, str(adapter_file), pipeline.unet.eval())
+    network.merge_to(merged)
+    network.merge_to(merged)  # attached already
+    pipeline._tlora_config = live._tlora_config = CONFIG
+    load_adapter(live.unet.eval(), adapter_file, strength=created * merged)
+    np.testing.assert_allclose(sample(pipeline), sample(live), rtol=0, atol=1e-6)
+
+
+def test_recipe_carries_the_multiplier_of_the_training(model: Path, tmp_path: Path) -> None:
+    pipeline, again, file = load(model), load(model), tmp_path / "a.safetensors"
+    adapter = attach(pipeline, multiplier=0.5)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    adapter.save(file, metadata={})
+    network, _ = create_lycoris_from_weights(1.0, str(file), again.unet.eval())
+    network.merge_to()
+    pipeline._tlora_config = again._tlora_config = CONFIG
+    np.testing.assert_allclose(sample(again), sample(pipeline), rtol=0, atol=1e-5)
+
+
+def test_schedule_whose_adapter_stock_lycoris_merged_is_refused_with_the_line_to_move(
+    model: Path, adapter_file: Path
+) -> None:
+    pipeline = load(model)
+    stored = load_file(adapter_file)
+    named = {f"lycoris_{path}".replace(".", "_"): each for path, each in pipeline.unet.named_modules()}
+    name = next(key.split(".")[0] for key in stored)
+    keys = ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha")
+    stock = TLoraModule.make_module_from_state_dict(
+        name, named[name], *(stored[f"{name}.{key}"] for key in keys)
+    )
+    stock.merge_to(1.0)
+    pipeline._tlora_config = CONFIG
+    with pytest.raises(AdapterError, match=r"move the import.*create_lycoris_from_weights"):
+        sample(pipeline)
+    del pipeline._tlora_config
+    sample(pipeline)
 
 
 def test_detached_adapter_leaves_the_pipeline_bit_identical(model: Path, adapter_file: Path) -> None:

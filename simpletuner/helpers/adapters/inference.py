@@ -69,7 +69,9 @@ def remove_from_pipeline(pipeline: Any, adapter: LycorisAdapter) -> None:
         denoiser: nn.Module = getattr(pipeline, pipeline.denoiser_name)
         layers = (module for module in denoiser.modules() if isinstance(module, TLoraLayer))
         schedule = next((layer.schedule for layer in layers if layer.schedule is not None), None)
-        pipeline._tlora_config = None if schedule is None else schedule.config()
+        vars(pipeline).pop("_tlora_config", None)
+        if schedule is not None:
+            pipeline._tlora_config = schedule.config()
 
 
 def masked(pipeline: Any) -> Any:

@@ -28,8 +28,8 @@ class MaskedDenoising:
 
     `_tlora_config` (`max_rank`, optionally `min_rank`, `alpha`, `schedule`, `num_timesteps`) switches it on.
     The timestep is the scheduler's; a transformer's input is divided and rounded to its dtype.
-    A call raises AdapterError when `_tlora_config` is malformed or its rank differs from the network's, and
-    RuntimeError when another thread is sampling from the same denoiser.
+    A call raises AdapterError when `_tlora_config` is malformed, fits no network in the denoiser or finds
+    none, and RuntimeError when another thread is sampling from the same denoiser.
     """
 
     denoiser_name: ClassVar[str]
@@ -142,7 +142,7 @@ def schedules_of(
     config. Stock LyCORIS layers read group 0, which is included only if the denoiser has any.
 
     Raises:
-        AdapterError: The config is malformed, or no network has its `max_rank`.
+        AdapterError: The config is malformed, no layer follows a mask, or no network has its `max_rank`.
     """
     num_timesteps = int(scheduler.config.num_train_timesteps)
     try:
@@ -151,7 +151,14 @@ def schedules_of(
         raise AdapterError(f"_tlora_config is invalid: {error}.") from error
     layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
     own = {layer.mask_group_id: layer.schedule for layer in layers}
-    stock = {mask.PUBLIC_GROUP: wanted} if not own or _has_stock_layers(denoiser) else {}
+    stock = {mask.PUBLIC_GROUP: wanted} if _has_stock_layers(denoiser) else {}
+    if not own and not stock:
+        raise AdapterError(
+            f"_tlora_config is set, but no layer of this {type(denoiser).__name__} follows a rank mask. If "
+            "LyCORIS merged a T-LoRA into the weights, load the model again and move the import of this "
+            "pipeline, or of simpletuner.helpers.training.lycoris, above create_lycoris_from_weights: T-LoRA "
+            "layers then stay apart from the weights. Without an adapter, set _tlora_config to None."
+        )
     fitting = {group for group, stated in own.items() if stated is None or stated.max_rank == wanted.max_rank}
     if not fitting and not stock:
         found = ", ".join(str(stated.max_rank) for stated in own.values() if stated is not None)

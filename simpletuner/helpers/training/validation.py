@@ -93,8 +93,7 @@ class Validation:
     def clean_pipeline(self) -> None:
         """Remove the rank schedule from the pipeline, and release the pipeline and the VAE."""
         if self.pipeline is not None:
-            if self.sampler.accelerator._tlora_active:
-                del self.pipeline._tlora_config
+            vars(self.pipeline).pop("_tlora_config", None)
             self.pipeline = None
         self.sampler.family.unload_vae()
 

@@ -255,13 +255,19 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             self._attachment = None
 
     def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
-        """Attach the layer without merging: a delta that depends on the timestep is not one matrix."""
+        """Attach the layer without merging: a delta that depends on the timestep is not one matrix.
+
+        Args:
+            multiplier: Strength, multiplied by the layer's own; a second call changes nothing.
+            precise: Without effect, since nothing is rounded.
+        """
         log_once(
             logger.info,
             "merge_to() attaches T-LoRA layers without merging them, because their delta depends on the "
             "timestep. Set `_tlora_config` on the pipeline to mask the ranks at each step.",
         )
-        self.multiplier = multiplier
+        if self._attachment is None:
+            self.multiplier *= multiplier
         self.apply_to()
 
     def _after_base(
