@@ -137,7 +137,7 @@ ALGORITHMS.register(
         build="weavers:LoudLayer",
         arguments=frozenset({"gain"}),
         defaults={"linear_dim": 4, "linear_alpha": 4.0, "gain": 3},
-        is_plain_lora=True,
+        exports_to_comfyui=True,
     )
 )
 CAPTION_SOURCES.register(

@@ -35,8 +35,8 @@ class Algorithm(Choice):
     """Changes the layer's weight unless bypass_mode is set; False for one that always adds to the output."""
     takes_multiplier: bool = True
     """Its effect is proportional to a tensor of its files, into which they fold a multiplier other than 1."""
-    is_plain_lora: bool = False
-    """Two factors per layer, which export and lora_format can write as a LoRA."""
+    exports_to_comfyui: bool = False
+    """Its layers are two factors, written as a LoRA, or have tensors that ComfyUI reads under other names."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
     """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank."""
 
@@ -133,7 +133,7 @@ STANDARD = Algorithm(
     build="simpletuner.helpers.adapters.peft_lora:PeftAdapter",
     defaults={},
     adds_to_weight=False,
-    is_plain_lora=True,
+    exports_to_comfyui=True,
 )
 """The algorithm of lora_type standard, which has no lycoris json."""
 
@@ -154,7 +154,7 @@ ALGORITHMS = Registry(
             sig_type="last",
         ),
         adds_to_weight=False,
-        is_plain_lora=True,
+        exports_to_comfyui=True,
         rank_axes={".q_layer.weight": 0},
     ),
     Algorithm(
@@ -164,7 +164,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.locon:LoConModule",
         arguments=_DECOMPOSED,
         defaults=_size(16, 16.0),
-        is_plain_lora=True,
+        exports_to_comfyui=True,
     ),
     Algorithm(
         name="locon",
@@ -173,7 +173,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.locon:LoConModule",
         arguments=_DECOMPOSED,
         defaults=_size(16, 16.0, conv_dim=8, conv_alpha=8.0),
-        is_plain_lora=True,
+        exports_to_comfyui=True,
     ),
     Algorithm(
         name="loha",
@@ -182,6 +182,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.loha:LohaModule",
         arguments=_DECOMPOSED,
         defaults=_size(8, 8.0),
+        exports_to_comfyui=True,
         rank_axes={".hada_w1_a": 1},
     ),
     Algorithm(
@@ -191,6 +192,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.lokr:LokrModule",
         arguments=_DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"},
         defaults=_size(_LOKR_WHOLE, 1.0, factor=16),
+        exports_to_comfyui=True,
         rank_axes={".lokr_w1": None, ".lokr_w1_a": 1},
     ),
     Algorithm(
@@ -200,6 +202,7 @@ ALGORITHMS = Registry(
         arguments=_COMMON,
         defaults=_size(1, 1.0),
         needs_dense_weight=True,
+        rank_axes={".diff": None},
     ),
     Algorithm(
         name="diag-oft",
@@ -208,6 +211,7 @@ ALGORITHMS = Registry(
         arguments=_ORTHOGONAL,
         defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
         takes_multiplier=False,
+        rank_axes={".oft_blocks": None},
     ),
     Algorithm(
         name="boft",
@@ -225,6 +229,7 @@ ALGORITHMS = Registry(
         defaults=_size(1, 1.0, train_on_input=False),
         takes_multiplier=False,
         needs_dense_weight=True,
+        rank_axes={".on_input": None},
     ),
     Algorithm(
         name="glora",
@@ -233,6 +238,7 @@ ALGORITHMS = Registry(
         build=f"{_LAYERS}:GLoraLayer",
         arguments=_COMMON | _TWO_FACTORS,
         defaults=_size(8, 8.0),
+        rank_axes={".a2.weight": 0},
     ),
     Algorithm(
         name="dylora",
@@ -244,6 +250,7 @@ ALGORITHMS = Registry(
         # LyCORIS's bypass shapes the drawn blocks as if all ranks were drawn, and fails. A DyLoRA file loads
         # on a quantised model all the same: its keys are a LoRA's, so LyCORIS makes LoRA layers of it.
         needs_dense_weight=True,
+        exports_to_comfyui=True,
     ),
 )
 

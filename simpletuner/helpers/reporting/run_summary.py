@@ -26,6 +26,8 @@ class RunSummary:
     """None without validation images, or when the last validation failed."""
     comfyui: str | None = None
     """The adapter in ComfyUI's layout, if lora_format asks for it."""
+    comfyui_advice: str | None = None
+    """Whether ComfyUI reads the adapter file, and what to use instead; None for runs of earlier versions."""
     page: str | None = None
     """The HTML report; None when it could not be written, and for runs of earlier versions."""
 
@@ -36,8 +38,8 @@ class RunSummary:
     def show(self) -> None:
         """Log one line for each file."""
         logger.info("Adapter:     %s", self.adapter)
-        if self.comfyui is not None:
-            logger.info("For ComfyUI: %s", self.comfyui)
+        if self.comfyui_advice is not None:
+            logger.info("ComfyUI:     %s", self.comfyui_advice)
         if self.grid is not None:
             logger.info("Images:      %s", self.grid)
         if self.page is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from simpletuner.helpers.adapters.files import comfyui
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -52,6 +53,7 @@ class FinalFiles:
         if not self.is_main_process:
             return
         step = self.state.progress.step
+        exported = None if self.comfyui is None else self.output_dir / COMFYUI_FILE
         summary = RunSummary(
             step=step,
             adapter=str(self.output_dir / ADAPTER_FILE),
@@ -59,7 +61,8 @@ class FinalFiles:
             metrics=str(self.output_dir / METRICS_FILE),
             config=str(self.output_dir / CONFIG_FILE),
             grid=str(grid) if grid.exists() else None,
-            comfyui=None if self.comfyui is None else str(self.output_dir / COMFYUI_FILE),
+            comfyui=None if exported is None else str(exported),
+            comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
             page=None if page is None else str(page),
         )
         summary.save(self.output_dir)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, SUMMARY_FILE
@@ -23,7 +25,7 @@ class State:
 
     def save_adapter(self, file: Path) -> None:
         self.saved_to.append(file)
-        file.write_text(f"step {self.progress.step}")
+        save_file({"lycoris_a.lora_up.weight": torch.full((1, 1), self.progress.step)}, file)
 
 
 def make(folder: Path, state: State, *, is_main_process: bool) -> FinalFiles:
@@ -33,7 +35,7 @@ def make(folder: Path, state: State, *, is_main_process: bool) -> FinalFiles:
 def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_path: Path) -> None:
     files = make(tmp_path, State(), is_main_process=True)
     files.save_adapter()
-    assert (tmp_path / ADAPTER_FILE).read_text() == "step 6"
+    assert float(load_file(tmp_path / ADAPTER_FILE)["lycoris_a.lora_up.weight"]) == 6
     assert not (tmp_path / SUMMARY_FILE).exists()
     files.save_summary(grid=tmp_path / "missing.png", page=tmp_path / "report.html")
     summary = load_summary(tmp_path)
@@ -42,6 +44,7 @@ def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_p
     assert summary.checkpoint == str(tmp_path / "checkpoint-6")
     assert summary.page == str(tmp_path / "report.html")
     assert summary.grid is summary.comfyui is None
+    assert summary.comfyui_advice == "reads this file"
 
 
 @pytest.mark.parametrize("is_sharded", [False, True])

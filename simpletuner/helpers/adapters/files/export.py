@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
-from simpletuner.helpers.adapters.files import adapter_file, scales
+from simpletuner.helpers.adapters.files import adapter_file, comfyui, scales
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
+    KeyMap,
     Layout,
     header_of,
     make_key_map,
@@ -80,6 +81,10 @@ class Exported:
     """Fixed rank of the network; layers of another rank have their own."""
     ranks: Sequence[int]
     """Rank of each layer in the file; a layout may fuse several of the adapter's layers."""
+    num_renamed: int
+    """Number of layers that keep their tensors under another name."""
+    had_schedule: bool
+    """Whether the adapter has a rank schedule, which the file does not."""
     errors: Mapping[str, float]
     """Path of a layer -> its error relative to the live layer at that rank, including rounding."""
     band_error: float | None
@@ -91,19 +96,25 @@ class Exported:
         return max(self.errors, key=lambda path: self.errors[path])
 
     def summary(self) -> str:
-        """File, layers, ranks and errors on one line."""
-        low, high = min(self.ranks), max(self.ranks)
-        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-        fused = f", fused from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
-        parts = [
-            f"{self.file}: {len(self.ranks)} layers of {ranks}, active rank {self.active_rank}{fused}",
-            f"error {fmean(self.errors.values()):.1e} on average, "
-            f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
-        ]
+        """File, layers, ranks, errors and use on one line."""
+        parts = []
+        if self.ranks:
+            low, high = min(self.ranks), max(self.ranks)
+            ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+            fused = f", fused from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
+            parts += [
+                f"{len(self.ranks)} layers of {ranks}, active rank {self.active_rank}{fused}",
+                f"error {fmean(self.errors.values()):.1e} on average, "
+                f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
+            ]
+        if self.num_renamed:
+            parts.append(f"{self.num_renamed} layers with their own tensors")
         if self.timesteps is not None and self.band_error is not None:
             first, last = self.timesteps
-            parts.append(f"timesteps {first} to {last}, where the error is at most {self.band_error:.1e}")
-        return "; ".join(parts) + "."
+            parts.append(f"use it at timesteps {first} to {last}; error at most {self.band_error:.1e} there")
+        elif self.had_schedule:
+            parts.append("it has no rank schedule: this active rank applies at every timestep")
+        return f"{self.file}: {'; '.join(parts)}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +122,9 @@ class Source:
     """The layers of an adapter file by their path in the denoiser."""
 
     layers: Mapping[str, StoredLayer]
+    """Those that become a standard LoRA."""
+    renamed: Mapping[str, Mapping[str, Tensor]]
+    """Those that keep their tensors under other names: LoHa, LoKr and DoRA; empty for a LoRA."""
     schedule: RankSchedule
     """Schedule of the network; without effect if none of its layers has one."""
     metadata: Mapping[str, str]
@@ -130,9 +144,12 @@ def export_adapter(
 ) -> list[Exported]:
     """Write an adapter file as one standard LoRA, or one for each band of timesteps.
 
+    LoHa, LoKr and DoRA layers keep their tensors; layouts kohya and comfyui rename them.
+
     Args:
-        file: A T-LoRA or standard LoRA file written by this program.
-        output: The file to write; the name of a band's file ends in its timesteps.
+        file: A file written by this program: T-LoRA, standard LoRA, or those.
+        output: The file to write, with .safetensors added where it is missing; the name of a band's file ends
+            in its timesteps.
         options: Layout, form, rank and dtype.
         families: Name -> spec of every model family; the file's header names its own.
 
@@ -146,10 +163,11 @@ def export_adapter(
     if name not in families:
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
-    key_map, written = make_key_map(source.layers, options.layout, families[name]), []
+    key_map = make_key_map([*source.layers, *source.renamed], options.layout, families[name])
+    renamed, written = _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file), []
     for fixed in _fixed_ranks(source, options):
         layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
-        tensors = tensors_of(layers, options.layout, key_map)
+        converted = tensors_of(layers, options.layout, key_map)
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
             "exported_form": f"{options.form}, rank {fixed.rank} of {source.schedule.max_rank} open",
@@ -158,12 +176,14 @@ def export_adapter(
             metadata["timesteps"] = json.dumps(fixed.band)
         metadata |= header_of(layers, options.layout, families[name])
         target = _file_name(output, fixed.band)
-        adapter_file.write(target, tensors, metadata=metadata)
+        adapter_file.write(target, converted | renamed, metadata=metadata)
         exported = Exported(
             file=target,
             timesteps=fixed.band,
             active_rank=fixed.rank,
-            ranks=[tensor.shape[0] for key, tensor in tensors.items() if key.endswith(DOWN_KEYS)],
+            ranks=[tensor.shape[0] for key, tensor in converted.items() if key.endswith(DOWN_KEYS)],
+            num_renamed=len(source.renamed),
+            had_schedule=any(map(has_schedule, source.layers.values())),
             errors={layer.path: layer.error for layer in layers},
             band_error=band_error,
         )
@@ -211,14 +231,25 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     Raises:
         AdapterError: A layer has another algorithm, or the file is incomplete.
     """
-    layers = _peft_layers(stored) if stored.is_peft else _lycoris_layers(stored)
+    renamed: Mapping[str, Mapping[str, Tensor]] = {}
+    if stored.is_peft:
+        layers = _peft_layers(stored)
+    else:
+        layers, renamed = _lycoris_layers(stored)
     config = stored.entry(adapter_file.SCHEDULE_KEY)
-    largest = max(layer.rank for layer in layers.values())
+    largest = max((layer.rank for layer in layers.values()), default=1)
     schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
-    return Source(layers, schedule, stored.metadata)
+    return Source(layers, renamed, schedule, stored.metadata)
 
 
-def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
+def _lycoris_layers(
+    stored: adapter_file.AdapterFile,
+) -> tuple[dict[str, StoredLayer], dict[str, dict[str, Tensor]]]:
+    """Path -> layer that becomes a LoRA, and path -> tensors of one that is renamed.
+
+    Raises:
+        AdapterError: A layer is neither, or incomplete; or another program wrote the file.
+    """
     paths = stored.entry(adapter_file.PATHS_KEY)
     if paths is None:
         raise AdapterError(
@@ -228,7 +259,17 @@ def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
     layers = {
         name: scales.with_multiplier(name, parts, stored.multiplier) for name, parts in stored.layers.items()
     }
-    return {paths.get(name, name): _layer(name, parts, stored.path) for name, parts in layers.items()}
+    renamed = {
+        paths.get(name, name): parts
+        for name, parts in layers.items()
+        if "dora_scale" in parts or parts.keys() & {"hada_w1_a", "lokr_w1", "lokr_w1_a"}
+    }
+    converted = {
+        path: _layer(name, parts, stored.path)
+        for name, parts in layers.items()
+        if (path := paths.get(name, name)) not in renamed
+    }
+    return converted, renamed
 
 
 def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
@@ -259,8 +300,8 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
         return StoredLayer(name, parts, TLoraSpec("vanilla", "last", None))
     if TRAINED_KEYS[0] not in parts and "tlora_schedule" not in parts:
         raise AdapterError(
-            f"{file}: {name} is neither T-LoRA nor standard LoRA; it has {', '.join(sorted(parts))}. Files "
-            "of other LyCORIS algorithms need no export."
+            f"{file}: {name} is neither T-LoRA, LoRA, LoHa nor LoKr; it has {', '.join(sorted(parts))}. Use "
+            "the file itself: `simpletuner inspect` says which programs read it."
         )
     layer = StoredLayer.read(name, parts)
     if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
@@ -335,7 +376,7 @@ def _converted_layers(
 
     layers = [convert(path, scale=1.0) for path in source.layers]
     if shares_alpha(options.layout, spec):
-        alpha = max(layer.rank for layer in layers)
+        alpha = max((layer.rank for layer in layers), default=0)
         layers = [
             layer if layer.rank == alpha else convert(layer.path, scale=alpha / layer.rank)
             for layer in layers
@@ -344,7 +385,36 @@ def _converted_layers(
     return layers, max((error for error in band_errors if error is not None), default=None)
 
 
+def _renamed(
+    source: Source, layout: Layout, *, key_map: KeyMap, spec: ModelSpec, file: Path
+) -> dict[str, Tensor]:
+    """The layers that keep their tensors, under the names of a layout.
+
+    A layer that the original fuses with others keeps LyCORIS's name, by which ComfyUI finds its rows.
+
+    Raises:
+        AdapterError: The layout cannot hold such a layer, or ComfyUI would compute something else.
+    """
+    if source.renamed and layout == "diffusers":
+        path = next(iter(source.renamed))
+        raise AdapterError(
+            f"{file}: {path} is a LoHa, LoKr or DoRA of LyCORIS, which diffusers does not read. Use --format "
+            "comfyui, or load the file with load_into_pipeline."
+        )
+    own_names = make_key_map(source.renamed, "lycoris", spec)
+    tensors: dict[str, Tensor] = {}
+    for path, parts in source.renamed.items():
+        limit = comfyui.limit_of({key: tensor.shape for key, tensor in parts.items()})
+        if limit is not None and layout != "lycoris":
+            raise AdapterError(f"{file}: {path} cannot be exported to ComfyUI: {limit.text}.")
+        name = (key_map if key_map[path].num_pieces == 1 else own_names)[path].name
+        tensors |= {f"{name}.{key}": tensor for key, tensor in parts.items()}
+    return tensors
+
+
 def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:
+    if output.suffix != ".safetensors":
+        output = output.with_name(f"{output.name}.safetensors")
     if timesteps is None:
         return output
     first, last = timesteps

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.helpers.adapters.files import adapter_file, import_formats
+from simpletuner.helpers.adapters.files import adapter_file, comfyui, import_formats
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
@@ -25,6 +25,7 @@ LORA_LAYOUTS: Mapping[str, tuple[str, int]] = {
     ".lora.down.weight": (f"{STANDARD.title} in diffusers' former format", 0),
 }
 """Suffix of a key of a LoRA -> (name of the layout, axis of the tensor that is the rank)."""
+BOFT_AXES = 4  # of the blocks, which diag-oft stores with three under the same key
 # Header entries that are shown in their own place, or hold a value for each layer.
 SHOWN_ELSEWHERE = {
     "format",
@@ -70,6 +71,8 @@ class Inspection:
     """The other entries of the header."""
     missing: tuple[str, ...]
     """Parts of a complete T-LoRA file that are missing."""
+    comfyui: str
+    """Whether ComfyUI reads the file, and what to use instead."""
 
     def as_json(self) -> str:
         """The summary as a json object."""
@@ -91,6 +94,7 @@ class Inspection:
             ("Trigger words", self.trigger_words),
             *((name, value) for name, value in sorted(self.training.items())),
             ("Missing", "; ".join(self.missing) or None),
+            ("ComfyUI", self.comfyui),
         ]
         shown = [(printable(name), printable(str(value))) for name, value in lines if value]
         width = max(len(name) for name, _ in shown)
@@ -139,6 +143,8 @@ def inspect(file: Path) -> Inspection:
         algorithm = ALGORITHMS["tlora"].title + (" of the authors' release" if released else "")
     ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
     alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
+    if suffix == ".oft_blocks" and tensors[names[0] + suffix].ndim == BOFT_AXES:
+        algorithm = ALGORITHMS["boft"].title
     frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
     lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
     header = stored.metadata
@@ -163,6 +169,7 @@ def inspect(file: Path) -> Inspection:
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
         training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
         missing=tuple(_missing(stored, algorithm=algorithm, specs=specs)),
+        comfyui=comfyui.advice({key: each.shape for key, each in stored.tensors.items()}, file=file),
     )
 
 

@@ -32,8 +32,8 @@ from simpletuner.helpers.configuration.schema.sections import (
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import ModelSpec, Size
 
-_NO_PLAIN_FORM = ("use_tucker", "weight_decompose", "train_norm")
-"""Arguments with which an algorithm trains more than the two factors of a LoRA."""
+_NOT_EXPORTED = ("use_tucker", "train_norm")
+"""Arguments that give a layer tensors which an export for ComfyUI does not write."""
 
 
 def family_of(
@@ -138,15 +138,19 @@ def check_format(
         reasons.append(f"{spec.name} has no such key names here")
     if section.lora_type == STANDARD.name:
         if section.use_dora:
-            reasons.append("use_dora trains more than a plain LoRA holds")
+            reasons.append("it computes use_dora otherwise")
     elif lycoris is not None:
         entries = lycoris.apply_preset.entries
         algorithms = {lycoris.algo, *(entry.algo for entry in entries if entry.algo is not None)}
-        others = sorted(name for name in algorithms if not ALGORITHMS[name].is_plain_lora)
-        reasons += [f"algo {name} is no plain LoRA" for name in others]
-        for name in _NO_PLAIN_FORM:
-            if lycoris.extra.get(name) or any(dict(entry).get(name) for entry in entries):
-                reasons.append(f"{name} trains more than a plain LoRA holds")
+        others = sorted(name for name in algorithms if not ALGORITHMS[name].exports_to_comfyui)
+        reasons += [f"algo {name} needs no export, or has none" for name in others]
+        options = [lycoris.extra, *map(dict, entries)]
+        reasons += [
+            f"{name} has no export" for name in _NOT_EXPORTED if any(each.get(name) for each in options)
+        ]
+        decomposed = [each for each in options if each.get("weight_decompose")]
+        if any(each.get("wd_on_out", lycoris.extra.get("wd_on_out")) is not False for each in decomposed):
+            reasons.append("it computes weight_decompose rightly with wd_on_out false only")
     if reasons:
         text = f"comfyui: {'; '.join(reasons)}. Change that, or set lora_format to diffusers."
         source.add("lora_format", text)

@@ -160,16 +160,17 @@ def has_original_names(workspace: Workspace) -> Workspace:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"algo": "loha"}, "algo loha is no plain LoRA"),
-        ({"algo": "lora", "weight_decompose": True}, "weight_decompose trains more"),
-        ({"apply_preset": {"name_algo_map": {"mid": {"algo": "lokr"}}}}, "algo lokr is no plain LoRA"),
+        ({"algo": "ia3"}, "algo ia3 "),
+        ({"algo": "lora", "weight_decompose": True}, "it computes weight_decompose rightly with wd_on_out"),
+        ({"algo": "lokr", "dora_wd": True, "wd_on_output": True}, "it computes weight_decompose rightly"),
+        ({"apply_preset": {"name_algo_map": {"mid": {"algo": "boft"}}}}, "algo boft "),
         (
             {"apply_preset": {"module_algo_map": {"Attention": {"algo": "lora", "use_tucker": True}}}},
-            "use_tucker trains more",
+            "use_tucker has no export",
         ),
     ],
 )
-def test_a_plain_lora_of_what_has_no_such_form_is_refused(
+def test_an_adapter_that_no_export_holds_is_refused(
     workspace: Workspace, changes: dict[str, object], reason: str
 ) -> None:
     workspace.lycoris |= changes
@@ -190,7 +191,7 @@ def test_a_default_that_follows_from_a_wrong_value_is_no_second_problem(workspac
 
 def test_a_plain_lora_of_what_is_rescaled_too_is_refused(workspace: Workspace) -> None:
     changes = {"lora_type": "standard", "lora_format": "comfyui", "use_dora": True}
-    assert "use_dora trains more" in has_original_names(workspace).problems(**changes)
+    assert "comfyui: it computes use_dora otherwise" in has_original_names(workspace).problems(**changes)
 
 
 @pytest.mark.parametrize("start", ["olora", "pissa"])
@@ -207,6 +208,19 @@ def test_a_start_from_the_base_weights_is_the_only_one(
 
 def test_a_plain_lora_is_refused_by_a_family_without_original_names(workspace: Workspace) -> None:
     assert "lora_format  comfyui: toy has no such" in workspace.problems(lora_format="comfyui")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"algo": "loha"}, {"algo": "lokr"}, {"algo": "dylora"},
+     {"algo": "lora", "weight_decompose": True, "wd_on_out": False}],
+    ids=str,
+)  # fmt: skip
+def test_tensors_that_comfyui_reads_under_other_names_are_exported(
+    workspace: Workspace, changes: dict[str, object]
+) -> None:
+    workspace.lycoris = {"multiplier": 1.0, "linear_dim": 4, "linear_alpha": 4.0} | changes
+    assert has_original_names(workspace).load(lora_format="comfyui").adapter.lora_format == "comfyui"
 
 
 @pytest.mark.parametrize("lora_type", ["standard", "lycoris"])
