@@ -29,7 +29,7 @@ MODELS: Mapping[str, tuple[ModelSpec, Callable[[], Any]]] = {
     "flux": (flux.SPEC, tiny_flux.make_transformer),
     "flux2": (flux2.SPEC, lambda: tiny_flux2.make_transformer(guidance_embeds=True)),
 }
-KINDS = {"TLoraLayer": "tlora", "LoConModule": "lora", "LohaModule": "loha", "FullLayer": "full"}
+KINDS = {"TLoraLayer": "tlora", "LoConLayer": "lora", "LohaLayer": "loha", "FullLayer": "full"}
 BOTH = {"target_module": ["Attention", "FeedForward"]}
 ATTENTION = {"target_module": ["Attention"]}
 every_family = pytest.mark.parametrize("family", MODELS)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, DROPOUTS, argument_aliases
+from simpletuner.helpers.choices.algorithms import (
+    ALGORITHMS,
+    ARGUMENTS,
+    DROPOUTS,
+    argument_aliases,
+    idle_options,
+)
 from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.lycoris import (
@@ -54,7 +60,32 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    return built.section.model_copy(update={"extra": given, "raw": raw})
+    config = built.section.model_copy(update={"extra": given, "raw": raw})
+    for key, text in _idle(config).items():
+        source.add(key, text)
+    return config
+
+
+def _idle(config: LycorisConfig) -> dict[str, str]:
+    """Key -> problem of each option that has no effect beside the other options of its layers."""
+    problems = dict(_idle_beside({"algo": config.algo, **config.extra}))
+    preset = config.apply_preset
+    for name, entries in (
+        ("module_algo_map", preset.module_algo_map),
+        ("name_algo_map", preset.name_algo_map),
+    ):
+        for target, entry in entries.items():
+            own = {key: value for key, value in entry if value is not None}
+            for key, text in _idle_beside({"algo": config.algo, **config.extra, **own}):
+                if problems.get(key) != text:
+                    problems[f"apply_preset.{name}.{target}.{key}"] = text
+    return problems
+
+
+def _idle_beside(layer: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    algo = str(layer["algo"])
+    taken = ALGORITHMS[algo].arguments
+    return idle_options(algo, {key: value for key, value in layer.items() if key in taken})
 
 
 def _algorithms(values: Mapping[str, JsonValue]) -> frozenset[str]:
