@@ -148,7 +148,7 @@ _RANK_DROPOUT_IN = {"glora": True, "lokr": False, "diag-oft": False}
 _CONVOLUTION = frozenset({"conv_dim", "conv_alpha"})
 _EVERY = frozenset({"module_dropout", "train_norm"})
 _RANK_DROPOUT = frozenset({"rank_dropout", "rank_dropout_scale"})
-_BYPASS = frozenset({"bypass_mode", "dropout"})  # LyCORIS drops inputs under bypass_mode only
+_BYPASS = frozenset({"bypass_mode", "dropout"})  # LyCORIS's dropout works under bypass_mode only
 _TWO_FACTORS = _EVERY | _CONVOLUTION | _RANK_DROPOUT | _BYPASS | {"use_scalar", "rs_lora"}
 _DECOMPOSED = _TWO_FACTORS | {"use_tucker", "weight_decompose", "wd_on_out"}
 _ORTHOGONAL = _EVERY | {"conv_dim", "bypass_mode", "constraint", "rescaled"}
@@ -241,7 +241,7 @@ ALGORITHMS = Registry(
         name="diag-oft",
         summary="Rotations of blocks of outputs.",
         build="lycoris.modules.diag_oft:DiagOFTModule",
-        arguments=_ORTHOGONAL | {"dropout", "rank_dropout"},
+        arguments=_ORTHOGONAL | {"rank_dropout"},
         defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
     ),
     Algorithm(

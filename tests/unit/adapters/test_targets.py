@@ -187,6 +187,23 @@ def test_layer_whose_name_begins_like_another_is_not_taken_with_it() -> None:
             BOTH | {"name_algo_map": {".*to_q": {"dim": 2}, ".*attn1.to_q": {"dim": 3}}},
             r"name_algo_map: \.\*attn1\.to_q\b",
         ),
+        (BOTH | {"exclude_name": ["attn2"]}, r"exclude_name: attn2\b.*start of the path.*\s\.\*attn2\b"),
+        (BOTH | {"exclude_name": ["attn1|attn2"]}, r"exclude_name: .*\.\*\(\?:attn1\|attn2\)"),
+        (BOTH | {"exclude_name": [".*attn1", "attn3"]}, r"exclude_name: attn3 (?!.*start of the path)"),
+        (BOTH | {"exclude_name": ["attn2"], "use_fnmatch": True}, r"exclude_name: attn2\b.*\s\*attn2\*"),
+        ({"target_name": ["attn2.to_q"]}, r"attn2\.to_q\b.*start of the path.*\s\.\*attn2\.to_q\b"),
+        (
+            {
+                "module_algo_map": {
+                    name: {"dim": 2} for name in ("BasicTransformerBlock", "Attention", "FeedForward")
+                }
+            },
+            r"module_algo_map: BasicTransformerBlock\b",
+        ),
+        (
+            BOTH | {"module_algo_map": {"Attention": {"dim": 2}}, "name_algo_map": {".*attn": {"dim": 3}}},
+            r"module_algo_map: Attention\b",
+        ),
     ],
 )
 def test_name_that_decides_for_nothing_is_refused(preset: dict[str, Any], message: str) -> None:

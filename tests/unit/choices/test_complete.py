@@ -57,7 +57,7 @@ OF_THE_NETWORK = {"conv_dim", "conv_alpha", "train_norm"}
 WITHOUT_EFFECT = {
     "tlora": {"bypass_mode", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"},
     "full": {"bypass_mode", "dropout", "use_scalar", "use_tucker"},
-    "diag-oft": {"rank_dropout_scale", "use_scalar", "use_tucker"},
+    "diag-oft": {"dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},
     "boft": {"dropout", "rank_dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},
     "ia3": {
         *("dropout", "rank_dropout", "rank_dropout_scale"),
