@@ -26,6 +26,17 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --long."""
+    parser.addoption("--long", action="store_true", help="run the tests that are marked slow too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Select the slow tests under --long."""
+    if config.getoption("--long"):
+        config.option.markexpr = config.option.markexpr.replace(" and not slow", "")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The repository's root."""

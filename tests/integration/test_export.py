@@ -150,7 +150,7 @@ def test_lycoris_loads_its_own_layout_as_a_plain_lora(tmp_path: Path) -> None:
     options = ExportOptions(layout="lycoris", timestep=400)
     export_adapter(file, output, options, families=FAMILIES)
     network, _ = create_lycoris_from_weights(1.0, str(output), pipeline.unet)
-    assert {type(module).__name__ for module in network.loras} == {"LoConModule"}
+    assert {type(module).__name__ for module in network.loras} == {"LoConLayer"}
     assert len(network.loras) == adapter.num_layers
     network.apply_to()
     assert close(predict(pipeline.unet), expected, base=base)

@@ -52,14 +52,23 @@ class NetworkBuilder:
             layers: Path -> its own options, from `targets.resolve`.
 
         Raises:
-            ConfigError: The algorithm does not support a layer, or the rank of a T-LoRA is above its size.
+            ConfigError: The algorithm does not support a layer, the rank of a T-LoRA is above its size, or
+                train_norm finds no layer to train.
         """
         own = {str(options["algo"]) for options in layers.values() if "algo" in options}
         lycoris_layers.register_algorithms({self.config.algo, *own})
         try:
-            return self._create(layers)
+            network = self._create(layers)
         except REFUSALS as error:
             raise ConfigError(self._refusal_message(layers, error)) from error
+        network.loras = [module for module in network.loras if not module.not_supported]
+        norms = [module for module in network.loras if isinstance(module, lycoris_layers.NormLayer)]
+        if self.config.extra.get("train_norm") and not norms:
+            raise ConfigError(
+                "train_norm: the targets contain no LayerNorm or GroupNorm with weight and bias. Remove it "
+                "or target classes around such layers."
+            )
+        return network
 
     def _create(self, layers: Mapping[str, Options]) -> LycorisNetwork:
         config, extra = self.config, dict(self.config.extra)
@@ -74,6 +83,7 @@ class NetworkBuilder:
                 alpha=config.linear_alpha,
                 conv_alpha=extra.pop("conv_alpha", config.linear_alpha),
                 network_module=config.algo,
+                norm_modules=lycoris_layers.NormLayer,
                 warn_on_unmatched=False,
                 tlora_init=config.tlora_init,
                 sig_type=config.sig_type,

@@ -16,12 +16,165 @@ from lycoris.modules.dylora import DyLoraModule
 from lycoris.modules.full import FullModule
 from lycoris.modules.glora import GLoRAModule
 from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule
 from torch import Tensor, nn
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
+from simpletuner.helpers.errors import AdapterError
 
 
-class FullLayer(FullModule):  # type: ignore[misc]  # LyCORIS has no type information
+class _Decomposable:
+    """Mixin before a LyCORIS module that `weight_decompose` splits into direction and magnitude (DoRA).
+
+    LyCORIS's reader of files takes every magnitude for one of outputs, so it refuses those of inputs.
+    """
+
+    shape: tuple[int, ...]
+
+    @classmethod
+    def make_module_from_state_dict(
+        cls, lora_name: str, orig_module: nn.Module, *weights: Tensor | None
+    ) -> Self:
+        """Make a layer from a file's tensors, of which the last is the magnitude or None."""
+        *factors, magnitude = weights
+        layer: Self = super().make_module_from_state_dict(  # type: ignore[misc]
+            lora_name, orig_module, *factors, None
+        )
+        layer.take_magnitude(magnitude)
+        return layer
+
+    def take_magnitude(self, magnitude: Tensor | None) -> None:
+        """Take a file's `dora_scale`, [O, 1, ...] or [1, I, ...], whose shape says what it belongs to.
+
+        Raises:
+            AdapterError: It has another shape.
+        """
+        if magnitude is None:
+            return
+        ones = (1,) * (len(self.shape) - 1)
+        of_outputs, of_inputs = (self.shape[0], *ones), (1, self.shape[1], *ones[1:])
+        if magnitude.shape not in (of_outputs, of_inputs):
+            raise AdapterError(
+                f"dora_scale has shape {tuple(magnitude.shape)}; weight_decompose gives {of_outputs} here, "
+                f"and with wd_on_out false {of_inputs}"
+            )
+        self.wd, self.wd_on_out = True, magnitude.shape == of_outputs
+        self.dora_norm_dims = len(ones)
+        self.dora_scale = nn.Parameter(magnitude.detach().float().clone())
+
+
+class LoConLayer(_Decomposable, LoConModule):  # type: ignore[misc]  # LyCORIS has no type information
+    """LyCORIS's layer, which also reads files with a magnitude for each input."""
+
+
+class LohaLayer(_Decomposable, LohaModule):  # type: ignore[misc]
+    """LyCORIS's layer, which also reads files with a magnitude for each input."""
+
+    def get_diff_weight(
+        self, multiplier: float = 1, shape: Any = None, device: torch.device | None = None
+    ) -> tuple[Tensor, None]:
+        """The delta of the weight, for merging; LyCORIS's applies alpha / rank twice and no scalar."""
+        return self.get_weight(shape).to(device) * self.scalar.to(device) * multiplier, None
+
+
+class LokrLayer(_Decomposable, LokrModule):  # type: ignore[misc]
+    """A Kronecker product made from the factors of its file, whatever options gave them their shapes.
+
+    LyCORIS guesses the options from the shapes: wrongly for `unbalanced_factorization`, `use_tucker` and some
+    sizes. With both factors whole its file has no place for the scale of `rs_lora`; here the first factor
+    holds it.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.is_whole:
+            self.alpha = torch.tensor(float(self.lora_dim))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether neither factor is split at the rank."""
+        return bool(self.use_w1 and self.use_w2)
+
+    @classmethod
+    def make_module_from_state_dict(
+        cls, lora_name: str, orig_module: nn.Module, *weights: Tensor | None
+    ) -> Self:
+        """Make a layer from a file's tensors.
+
+        Raises:
+            AdapterError: They are no two factors, or their product has not the layer's size.
+        """
+        given = {key: each for key, each in zip(cls.weight_list, weights, strict=True) if each is not None}
+        magnitude, alpha = given.pop("dora_scale", None), given.pop("alpha")
+        layer = cls(lora_name, orig_module, 1.0, 1, 1.0, full_matrix=True)
+        layer._take_factors(given, float(alpha))
+        layer.take_magnitude(magnitude)
+        return layer
+
+    def _take_factors(self, factors: Mapping[str, Tensor], alpha: float) -> None:
+        keys = set(factors)
+        if keys not in _LOKR_FACTORS:
+            raise AdapterError(f"{', '.join(sorted(keys))} are no two factors of a Kronecker product")
+        rows, columns = _kronecker_size(factors)
+        if (rows, columns) != (self.shape[0], torch.Size(self.shape[1:]).numel()):
+            raise AdapterError(f"its factors make a {rows}x{columns} matrix")
+        del self.lokr_w1, self.lokr_w2
+        for key, factor in factors.items():
+            self.register_parameter(key, nn.Parameter(factor.detach().float().clone()))
+        self.use_w1, self.use_w2, self.tucker = "lokr_w1" in keys, "lokr_w2" in keys, "lokr_t2" in keys
+        split = [factors[key] for key in ("lokr_w1_b", "lokr_w2_b") if key in keys]
+        self.lora_dim = split[0].shape[0] if split else 1
+        self.full_matrix = not split
+        alpha = alpha or float(self.lora_dim)
+        self.scale = alpha / self.lora_dim if split else 1.0
+        self.alpha = torch.tensor(alpha)
+
+    def custom_state_dict(self) -> dict[str, Tensor]:
+        """The factors under the keys of LyCORIS's files, which are read with scale 1 if both are whole."""
+        state: dict[str, Tensor] = super().custom_state_dict()
+        if self.is_whole and self.scale != 1:
+            state |= {"lokr_w1": state["lokr_w1"] * self.scale, "alpha": torch.tensor(float(self.lora_dim))}
+        return state
+
+    def load_weight_prehook(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Take the scale out of a file's first factor."""
+        key = f"{prefix}lokr_w1"
+        if self.is_whole and self.scale != 1 and key in state_dict:
+            state_dict[key] = state_dict[key] / self.scale
+
+    def get_diff_weight(
+        self, multiplier: float = 1, shape: Any = None, device: torch.device | None = None
+    ) -> tuple[Tensor, None]:
+        """The delta of the weight, for merging; LyCORIS's applies alpha / rank twice and no scalar."""
+        return self.get_weight(shape).to(device) * self.scalar.to(device) * multiplier, None
+
+
+_LOKR_FACTORS = [
+    {*first, *second}
+    for first in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b"))
+    for second in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"), ("lokr_w2_a", "lokr_w2_b", "lokr_t2"))
+]
+
+
+def _kronecker_size(factors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Rows and columns (times the kernel) of the product of a file's factors."""
+    rows, columns = 1, 1
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in factors:
+            rows, columns = rows * factors[name].shape[0], columns * factors[name][0].numel()
+            continue
+        first, second = factors[f"{name}_a"], factors[f"{name}_b"]
+        core = factors.get("lokr_t2") if name == "lokr_w2" else None
+        # A Tucker decomposition has its rank first in both of its matrices.
+        rows *= first.shape[0 if core is None else 1]
+        columns *= second.shape[1] * (1 if core is None else core[0, 0].numel())
+    return rows, columns
+
+
+class FullLayer(FullModule):  # type: ignore[misc]
     """Float32 differences of a layer's weight and bias, trained beside the frozen layer.
 
     LyCORIS's layer removes weight and bias, restores them on the CPU and trainable, and always computes in
@@ -103,7 +256,23 @@ class DyLoraLayer(DyLoraModule):  # type: ignore[misc]
 
 
 class GLoraLayer(GLoRAModule):  # type: ignore[misc]
-    """LyCORIS's layer with the weight cast to the factors' dtype before their product."""
+    """LyCORIS's layer with the weight cast to the factors' dtype before their product.
+
+    LyCORIS leaves the scale of `rs_lora` out of its files, and keeps the ranks that `rank_dropout` drops.
+    """
+
+    rank_dropout: float
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if self.rs_lora:
+            self.alpha = torch.tensor(self.scale * self.lora_dim)
+        self.rank_dropout = _kept_instead(self.rank_dropout)
+
+    def custom_state_dict(self) -> dict[str, Tensor]:
+        """The factors under the keys of LyCORIS's files, read with the scale alpha / rank."""
+        state: dict[str, Tensor] = super().custom_state_dict()
+        return state | {"alpha": torch.tensor(self.scale * self.lora_dim)} if self.rs_lora else state
 
     @property
     def org_weight(self) -> Tensor:
@@ -128,7 +297,31 @@ class IA3Layer(IA3Module):  # type: ignore[misc]
         return layer
 
 
+class NormLayer(NormModule):  # type: ignore[misc]
+    """LyCORIS's layer, which keeps the channels that `rank_dropout` drops.
+
+    LyCORIS fails on a layer without weight or bias; this one is `not_supported`.
+    """
+
+    rank_dropout: float
+
+    def __init__(self, lora_name: str, org_module: nn.Module, *args: Any, **options: Any) -> None:
+        super().__init__(lora_name, org_module, *args, **options)
+        own = dict(org_module.named_parameters(recurse=False))
+        if not {"weight", "bias"} <= own.keys():
+            self.not_supported = True
+        self.rank_dropout = _kept_instead(self.rank_dropout)
+
+
+def _kept_instead(rank_dropout: float) -> float:
+    return 1 - rank_dropout if rank_dropout else 0.0
+
+
 REPLACED: Mapping[type[nn.Module], type[nn.Module]] = {
+    LoConModule: LoConLayer,
+    LohaModule: LohaLayer,
+    LokrModule: LokrLayer,
+    NormModule: NormLayer,
     FullModule: FullLayer,
     DyLoraModule: DyLoraLayer,
     GLoRAModule: GLoraLayer,

@@ -10,11 +10,10 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lycoris import create_lycoris_from_weights
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters import targets
+from simpletuner.helpers.adapters import rebuilding, targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
@@ -30,7 +29,7 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
+from simpletuner.helpers.errors import AdapterError, ConfigError
 
 
 def attach_adapter(
@@ -95,19 +94,16 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
 
 def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisNetwork:
     """Build the network of a file, with every layer of the file, without attaching it."""
-    tensors = file.tensors
     try:
+        tensors = rebuilding.with_whole_scale(file)
         if import_formats.is_released(tensors):
             tensors = import_formats.convert_released(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
-            network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
+            network = rebuilding.network_of(denoiser, file, tensors)
     except (AdapterError, ConfigError) as error:
-        raise AdapterError(f"{file.path}: {error}") from error
-    # LyCORIS checks neither shapes nor whether it knows a layer's algorithm.
-    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        reason = one_line_reason(error)
-        raise AdapterError(f"{file.path}: its factors do not fit this model: {reason}.") from error
+        reason = str(error).removeprefix(f"{file.path}: ")
+        raise AdapterError(f"{file.path}: {reason}") from error
     _refuse_unknown_keys(file.path, network, tensors)
     found = {module.lora_name for module in network.loras}
     if found != names:
@@ -131,6 +127,11 @@ def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
             raise AdapterError(
                 f"{path}: {module.name} needs unquantised weights. Load the model with "
                 "base_model_precision no_change."
+            )
+        if reason := rebuilding.needs_its_weight(module):
+            raise AdapterError(
+                f"{path}: {module.lora_name} {reason}, which quantised weights do not allow. Load the model "
+                "with base_model_precision no_change."
             )
         module.bypass_mode = True
 
@@ -276,7 +277,8 @@ class LycorisAdapter(Adapter):
 
     def _at_own_scale(self, stored: adapter_file.AdapterFile) -> dict[str, Tensor]:
         """A file's tensors with this adapter's alpha: what differs goes into the factors, in float32."""
-        tensors, layers = dict(stored.tensors), stored.layers
+        tensors = rebuilding.with_whole_scale(stored)
+        layers = adapter_file.by_layer(tensors)
         for name, own in adapter_file.by_layer(self.network.state_dict()).items():
             if name in layers:
                 scale = scales.scale_of(layers[name]) * stored.multiplier
@@ -300,6 +302,7 @@ class LycorisAdapter(Adapter):
             adapter_file.MULTIPLIER_KEY: json.dumps(self._multiplier),
             adapter_file.HASH_KEY: json.dumps(self.base_hashes, sort_keys=True),
             adapter_file.PATHS_KEY: json.dumps(self._paths, sort_keys=True),
+            adapter_file.OPTIONS_KEY: json.dumps(rebuilding.hidden_options(self.network)),
         }
         if self.schedule is not None:
             metadata[adapter_file.SCHEDULE_KEY] = json.dumps(self.schedule.config())
@@ -351,5 +354,7 @@ def _schedule_of(stored: adapter_file.AdapterFile, layers: Sequence[TLoraLayer])
 
 def _has_other_ranks(stored: adapter_file.AdapterFile) -> bool:
     """Whether the header's lycoris json may give some layers another rank."""
-    preset = (stored.entry(adapter_file.LYCORIS_KEY) or {}).get("apply_preset")
-    return isinstance(preset, dict) and bool(preset.get("module_algo_map") or preset.get("name_algo_map"))
+    config = stored.entry(adapter_file.LYCORIS_KEY) or {}
+    preset = config.get("apply_preset")
+    maps = [preset.get(name) for name in rebuilding.MAPS] if isinstance(preset, dict) else []
+    return "conv_dim" in config or any(maps)

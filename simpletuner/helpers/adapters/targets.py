@@ -73,11 +73,7 @@ def translate(preset: Mapping[str, Any], *, aliases: Mapping[str, TargetAlias]) 
     return Targets(
         modules=modules,
         names=names,
-        # Layers of an adapter that is already attached are no targets.
-        excluded=[
-            *(preset.get("exclude_name") or []),
-            f"*{CHILD_PREFIX}*" if uses_fnmatch else f".*{CHILD_PREFIX}",
-        ],
+        excluded=list(preset.get("exclude_name") or []),
         module_options=module_options,
         alias_options=alias_options,
         name_options=name_options,
@@ -119,8 +115,9 @@ def _scope_of(around: _Scope, path: str, class_name: str, *, targets: Targets) -
         options = targets.module_options[class_name]
     elif options is None and class_name in targets.modules:
         options = {}
-    is_excluded = bool(path) and targets.first_match(path, targets.excluded) is not None
-    return _Scope(around.is_excluded or is_excluded, options)
+    # Layers of an adapter that is already attached are no targets.
+    is_excluded = CHILD_PREFIX in path or targets.first_match(path, targets.excluded) is not None
+    return _Scope(around.is_excluded or (bool(path) and is_excluded), options)
 
 
 def _options_of(path: str, scope: _Scope, targets: Targets) -> Options | None:
@@ -176,12 +173,13 @@ def _pattern_of(paths: Iterable[str]) -> str:
 
 
 def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Module]) -> None:
-    """Refuse a target that matches no layer.
+    """Refuse a target or an exclusion that matches no layer.
 
     Raises:
         ConfigError: A class or pattern matches no layer (the message lists the model's class names), or
-            earlier patterns decide for every layer of a pattern of `name_algo_map`.
+            others decide for every layer of an entry of `name_algo_map` or `module_algo_map`.
     """
+    _check_exclusions(targets, model)
     adapted_ids = {id(layer) for layer in adapted}
     classes: set[str] = set()
     paths: list[str] = []
@@ -197,7 +195,8 @@ def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Mo
         name for name in wanted_names if all(targets.first_match(path, [name]) is None for path in paths)
     )
     if idle or not adapted:
-        raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model))
+        hint = _pattern_hint(wanted_names & set(idle), model, targets=targets)
+        raise ConfigError(no_match_message(idle or sorted(wanted_classes | wanted_names), model) + hint)
     deciding = {targets.first_match(path, targets.name_options) for path in paths}
     late = [name for name in targets.name_options if name not in deciding]
     if late:
@@ -205,6 +204,44 @@ def check_matches(targets: Targets, model: nn.Module, *, adapted: Sequence[nn.Mo
             f"apply_preset.name_algo_map: {', '.join(late)} has no effect: the first match counts, and "
             "earlier patterns match all of its layers. Write it before them."
         )
+    resolved = resolve(targets, model)
+    chosen = {id(resolved[path]) for path in paths}
+    inner = [name for name, options in targets.module_options.items() if id(options) not in chosen]
+    if inner:
+        raise ConfigError(
+            f"apply_preset.module_algo_map: {', '.join(inner)} has no effect: patterns or classes inside it "
+            "decide for all of its layers. Remove it, or the others."
+        )
+
+
+def _check_exclusions(targets: Targets, model: nn.Module) -> None:
+    paths = [path for path, _ in model.named_modules() if path]
+    idle = [
+        name for name in targets.excluded if all(targets.first_match(path, [name]) is None for path in paths)
+    ]
+    if idle:
+        raise ConfigError(
+            f"apply_preset.exclude_name: {', '.join(idle)} matches no layer of {type(model).__name__}."
+            + (_pattern_hint(idle, model, targets=targets) or " Remove it, or name a layer of this model.")
+        )
+
+
+def _pattern_hint(patterns: Iterable[str], model: nn.Module, *, targets: Targets) -> str:
+    """Advice for patterns that match the middle of a path."""
+    paths = [path for path, _ in model.named_modules()]
+    hints = []
+    for pattern in sorted(patterns):
+        wider = (
+            f"*{pattern}*"
+            if targets.uses_fnmatch
+            else f".*(?:{pattern})"
+            if "|" in pattern
+            else f".*{pattern}"
+        )
+        if any(targets.first_match(path, [wider]) for path in paths):
+            hints.append(f"write {wider} for {pattern}")
+    matched = "must match the whole path" if targets.uses_fnmatch else "is matched from the start of the path"
+    return f" A pattern {matched}: {', '.join(hints)}." if hints else ""
 
 
 def no_match_message(idle: Sequence[str], model: nn.Module, *, key: str = "apply_preset") -> str:

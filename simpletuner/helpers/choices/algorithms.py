@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from simpletuner.helpers.choices.registry import ArgumentType, Choice, Registry
@@ -53,7 +53,9 @@ ARGUMENTS: dict[str, Argument] = {
         is_per_layer=False,
     ),
     "dropout": Argument(
-        type="fraction", description="Fraction of inputs dropped in training.", is_per_layer=False
+        type="fraction",
+        description="Fraction of the adapter's output dropped in training; needs bypass_mode.",
+        is_per_layer=False,
     ),
     "rank_dropout": Argument(
         type="fraction", description="Fraction of ranks dropped in training.", is_per_layer=False
@@ -111,11 +113,47 @@ ARGUMENTS: dict[str, Argument] = {
 """Name in LyCORIS's constructors -> argument."""
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
+
+def idle_options(algo: str, options: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """(Option, reason) for each option that has no effect beside the others of a layer.
+
+    Args:
+        algo: The layer's algorithm.
+        options: Its arguments, without those that the algorithm does not take.
+
+    Source: the forward passes of LyCORIS 4.1.
+    """
+    on = {name for name, value in options.items() if value}
+    bypass = "bypass_mode" in on
+    if bypass and "weight_decompose" in on:
+        yield (
+            "bypass_mode",
+            "adds to the output, where weight_decompose has no effect. Remove one of the two.",
+        )
+    if "dropout" in on and not bypass:
+        instead = "rank_dropout or module_dropout"
+        yield "dropout", f"has no effect without bypass_mode. Set that to true, or use {instead}."
+    if "rank_dropout" in on and algo in _RANK_DROPOUT_IN and bypass is not _RANK_DROPOUT_IN[algo]:
+        needed = "without" if _RANK_DROPOUT_IN[algo] else "with"
+        yield "rank_dropout", f"has no effect in {algo} {needed} bypass_mode. Use module_dropout."
+    if "rank_dropout_scale" in on and "rank_dropout" not in on:
+        yield "rank_dropout_scale", "has no effect without rank_dropout. Set that too, or remove it."
+    if options.get("wd_on_out") is False and "weight_decompose" not in on:
+        yield "wd_on_out", "has no effect without weight_decompose. Set that too, or remove it."
+    for name in sorted({"decompose_both", "use_tucker"} & on if "full_matrix" in on else ()):
+        yield name, "has no effect with full_matrix, which splits no factor. Remove one of the two."
+
+
+_RANK_DROPOUT_IN = {"glora": True, "lokr": False, "diag-oft": False}
+"""Algorithm -> bypass_mode with which it drops ranks; in the others both do."""
+
 _CONVOLUTION = frozenset({"conv_dim", "conv_alpha"})
-_COMMON = _CONVOLUTION | {*DROPOUTS, "rank_dropout_scale", "bypass_mode", "train_norm"}
-_TWO_FACTORS = frozenset({"use_tucker", "use_scalar", "rs_lora"})
-_DECOMPOSED = _COMMON | _TWO_FACTORS | {"weight_decompose", "wd_on_out"}
-_ORTHOGONAL = _COMMON | {"constraint", "rescaled"}
+_EVERY = frozenset({"module_dropout", "train_norm"})
+_RANK_DROPOUT = frozenset({"rank_dropout", "rank_dropout_scale"})
+_BYPASS = frozenset({"bypass_mode", "dropout"})  # LyCORIS's dropout works under bypass_mode only
+_TWO_FACTORS = _EVERY | _CONVOLUTION | _RANK_DROPOUT | _BYPASS | {"use_scalar", "rs_lora"}
+_DECOMPOSED = _TWO_FACTORS | {"use_tucker", "weight_decompose", "wd_on_out"}
+_ORTHOGONAL = _EVERY | {"conv_dim", "bypass_mode", "constraint", "rescaled"}
 
 
 def _size(dim: int, alpha: float, **arguments: object) -> dict[str, object]:
@@ -161,7 +199,7 @@ ALGORITHMS = Registry(
         name="lora",
         display_name="LoRA",
         summary="LoRA by LyCORIS.",
-        build="lycoris.modules.locon:LoConModule",
+        build=f"{_LAYERS}:LoConLayer",
         arguments=_DECOMPOSED,
         defaults=_size(16, 16.0),
         exports_to_comfyui=True,
@@ -170,7 +208,7 @@ ALGORITHMS = Registry(
         name="locon",
         display_name="LoCon",
         summary="The same layer, named for LoRA with convolutions.",
-        build="lycoris.modules.locon:LoConModule",
+        build=f"{_LAYERS}:LoConLayer",
         arguments=_DECOMPOSED,
         defaults=_size(16, 16.0, conv_dim=8, conv_alpha=8.0),
         exports_to_comfyui=True,
@@ -179,7 +217,7 @@ ALGORITHMS = Registry(
         name="loha",
         display_name="LoHa",
         summary="Hadamard product of two LoRAs.",
-        build="lycoris.modules.loha:LohaModule",
+        build=f"{_LAYERS}:LohaLayer",
         arguments=_DECOMPOSED,
         defaults=_size(8, 8.0),
         exports_to_comfyui=True,
@@ -189,7 +227,7 @@ ALGORITHMS = Registry(
         name="lokr",
         display_name="LoKr",
         summary="Kronecker product of two factors.",
-        build="lycoris.modules.lokr:LokrModule",
+        build=f"{_LAYERS}:LokrLayer",
         arguments=_DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"},
         defaults=_size(_LOKR_WHOLE, 1.0, factor=16),
         exports_to_comfyui=True,
@@ -199,7 +237,7 @@ ALGORITHMS = Registry(
         name="full",
         summary="The whole weight and bias.",
         build=f"{_LAYERS}:FullLayer",
-        arguments=_COMMON,
+        arguments=_EVERY | _RANK_DROPOUT,
         defaults=_size(1, 1.0),
         needs_dense_weight=True,
         rank_axes={".diff": None},
@@ -208,7 +246,7 @@ ALGORITHMS = Registry(
         name="diag-oft",
         summary="Rotations of blocks of outputs.",
         build="lycoris.modules.diag_oft:DiagOFTModule",
-        arguments=_ORTHOGONAL,
+        arguments=_ORTHOGONAL | {"rank_dropout"},
         defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
         takes_multiplier=False,
         rank_axes={".oft_blocks": None},
@@ -225,7 +263,7 @@ ALGORITHMS = Registry(
         name="ia3",
         summary="A scale per output or input.",
         build=f"{_LAYERS}:IA3Layer",
-        arguments=_COMMON | {"train_on_input"},
+        arguments=_EVERY | {"bypass_mode", "train_on_input"},
         defaults=_size(1, 1.0, train_on_input=False),
         takes_multiplier=False,
         needs_dense_weight=True,
@@ -236,7 +274,7 @@ ALGORITHMS = Registry(
         display_name="GLoRA",
         summary="Factors on the weight and beside it.",
         build=f"{_LAYERS}:GLoraLayer",
-        arguments=_COMMON | _TWO_FACTORS,
+        arguments=_TWO_FACTORS,
         defaults=_size(8, 8.0),
         rank_axes={".a2.weight": 0},
     ),
@@ -245,7 +283,7 @@ ALGORITHMS = Registry(
         display_name="DyLoRA",
         summary="LoRA that trains one block of ranks at a time.",
         build=f"{_LAYERS}:DyLoraLayer",
-        arguments=_COMMON | {"block_size"},
+        arguments=_EVERY | _CONVOLUTION | {"block_size"},
         defaults=_size(16, 16.0, block_size=4),
         # LyCORIS's bypass shapes the drawn blocks as if all ranks were drawn, and fails. A DyLoRA file loads
         # on a quantised model all the same: its keys are a LoRA's, so LyCORIS makes LoRA layers of it.

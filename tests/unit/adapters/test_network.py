@@ -317,7 +317,7 @@ def test_tlora_in_module_algo_map_of_another_algorithm_is_masked_too() -> None:
     model = unet()
     adapter = attach(model, TLORA | options)
     kinds = {type(layer).__name__ for layer in adapter.lycoris_network.loras}
-    assert kinds == {"TLoraLayer", "LokrModule"}
+    assert kinds == {"TLoraLayer", "LokrLayer"}
     assert adapter.tlora_config is not None
     train(model, adapter)
 

@@ -29,7 +29,7 @@ MODELS: Mapping[str, tuple[ModelSpec, Callable[[], Any]]] = {
     "flux": (flux.SPEC, tiny_flux.make_transformer),
     "flux2": (flux2.SPEC, lambda: tiny_flux2.make_transformer(guidance_embeds=True)),
 }
-KINDS = {"TLoraLayer": "tlora", "LoConModule": "lora", "LohaModule": "loha", "FullLayer": "full"}
+KINDS = {"TLoraLayer": "tlora", "LoConLayer": "lora", "LohaLayer": "loha", "FullLayer": "full"}
 BOTH = {"target_module": ["Attention", "FeedForward"]}
 ATTENTION = {"target_module": ["Attention"]}
 every_family = pytest.mark.parametrize("family", MODELS)
@@ -186,6 +186,23 @@ def test_layer_whose_name_begins_like_another_is_not_taken_with_it() -> None:
         (
             BOTH | {"name_algo_map": {".*to_q": {"dim": 2}, ".*attn1.to_q": {"dim": 3}}},
             r"name_algo_map: \.\*attn1\.to_q\b",
+        ),
+        (BOTH | {"exclude_name": ["attn2"]}, r"exclude_name: attn2\b.*start of the path.*\s\.\*attn2\b"),
+        (BOTH | {"exclude_name": ["attn1|attn2"]}, r"exclude_name: .*\.\*\(\?:attn1\|attn2\)"),
+        (BOTH | {"exclude_name": [".*attn1", "attn3"]}, r"exclude_name: attn3 (?!.*start of the path)"),
+        (BOTH | {"exclude_name": ["attn2"], "use_fnmatch": True}, r"exclude_name: attn2\b.*\s\*attn2\*"),
+        ({"target_name": ["attn2.to_q"]}, r"attn2\.to_q\b.*start of the path.*\s\.\*attn2\.to_q\b"),
+        (
+            {
+                "module_algo_map": {
+                    name: {"dim": 2} for name in ("BasicTransformerBlock", "Attention", "FeedForward")
+                }
+            },
+            r"module_algo_map: BasicTransformerBlock\b",
+        ),
+        (
+            BOTH | {"module_algo_map": {"Attention": {"dim": 2}}, "name_algo_map": {".*attn": {"dim": 3}}},
+            r"module_algo_map: Attention\b",
         ),
     ],
 )

@@ -56,12 +56,18 @@ OF_THE_NETWORK = {"conv_dim", "conv_alpha", "train_norm"}
 # Arguments that a layer's constructor takes without an effect, or that its record refuses with a reason.
 WITHOUT_EFFECT = {
     "tlora": {"bypass_mode", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"},
-    "full": {"use_scalar", "use_tucker"},
-    "diag-oft": {"use_scalar", "use_tucker"},
-    "boft": {"use_scalar", "use_tucker"},
-    "ia3": {"rs_lora", "use_scalar", "use_tucker", "weight_decompose"},
-    "glora": {"weight_decompose"},
-    "dylora": {"rs_lora", "train_on_input", "use_scalar", "use_tucker", "weight_decompose"},
+    "full": {"bypass_mode", "dropout", "use_scalar", "use_tucker"},
+    "diag-oft": {"dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},
+    "boft": {"dropout", "rank_dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},
+    "ia3": {
+        *("dropout", "rank_dropout", "rank_dropout_scale"),
+        *("rs_lora", "use_scalar", "use_tucker", "weight_decompose"),
+    },
+    "glora": {"use_tucker", "weight_decompose"},
+    "dylora": {
+        *("bypass_mode", "dropout", "rank_dropout", "rank_dropout_scale"),
+        *("rs_lora", "train_on_input", "use_scalar", "use_tucker", "weight_decompose"),
+    },
 }
 
 

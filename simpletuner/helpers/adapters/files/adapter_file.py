@@ -28,6 +28,7 @@ HASH_KEY = "base_weights_hash"
 VERSION_KEY, VERSION = "format_version", "2"  # since 2 the tensors alone carry the scale
 MULTIPLIER_KEY = "saved_multiplier"  # multiplier of the training, which the tensors contain
 PATHS_KEY = "module_paths"  # layer name -> path with dots; the name has underscores for both
+OPTIONS_KEY = "layer_options"  # option that tensors do not show -> names of the layers that have it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 SCALARS = (".alpha", ".on_input")  # one value each, also of an integer dtype
@@ -110,7 +111,7 @@ def read(path: Path) -> AdapterFile:
     _refuse_malformed(path, tensors)
     _refuse_non_finite(path, tensors)
     file = AdapterFile(path=path, tensors=tensors, metadata=metadata)
-    for key in (SCHEDULE_KEY, LYCORIS_KEY, HASH_KEY, PATHS_KEY):
+    for key in (SCHEDULE_KEY, LYCORIS_KEY, HASH_KEY, PATHS_KEY, OPTIONS_KEY):
         file.entry(key)  # an invalid entry is refused before anything is attached
     return file
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, DROPOUTS, argument_aliases
+from simpletuner.helpers.choices.algorithms import (
+    ALGORITHMS,
+    ARGUMENTS,
+    DROPOUTS,
+    argument_aliases,
+    idle_options,
+)
 from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.lycoris import (
@@ -54,22 +60,46 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    lycoris = built.section.model_copy(update={"extra": given, "raw": raw})
-    _check_multiplier(lycoris, source, algorithms)
-    return lycoris
+    config = built.section.model_copy(update={"extra": given, "raw": raw})
+    for key, text in _idle(config).items():
+        source.add(key, text)
+    _check_multiplier(config, source, algorithms)
+    return config
 
 
-def _check_multiplier(lycoris: LycorisConfig, source: Source, algorithms: Iterable[str]) -> None:
+def _idle(config: LycorisConfig) -> dict[str, str]:
+    """Key -> problem of each option that has no effect beside the other options of its layers."""
+    problems = dict(_idle_beside({"algo": config.algo, **config.extra}))
+    preset = config.apply_preset
+    for name, entries in (
+        ("module_algo_map", preset.module_algo_map),
+        ("name_algo_map", preset.name_algo_map),
+    ):
+        for target, entry in entries.items():
+            own = {key: value for key, value in entry if value is not None}
+            for key, text in _idle_beside({"algo": config.algo, **config.extra, **own}):
+                if problems.get(key) != text:
+                    problems[f"apply_preset.{name}.{target}.{key}"] = text
+    return problems
+
+
+def _idle_beside(layer: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    algo = str(layer["algo"])
+    taken = ALGORITHMS[algo].arguments
+    return idle_options(algo, {key: value for key, value in layer.items() if key in taken})
+
+
+def _check_multiplier(config: LycorisConfig, source: Source, algorithms: Iterable[str]) -> None:
     """Refuse a multiplier that the adapter file could not carry."""
-    if lycoris.multiplier == 1:
+    if config.multiplier == 1:
         return
-    options = [lycoris.extra, *map(dict, lycoris.apply_preset.entries)]
+    options = [config.extra, *map(dict, config.apply_preset.entries)]
     fixed = sorted(name for name in algorithms if not ALGORITHMS[name].takes_multiplier)
     fixed += ["weight_decompose"] if any(each.get("weight_decompose") for each in options) else []
     if fixed:
         source.add(
             "multiplier",
-            f"{lycoris.multiplier:g} cannot be stored in the file of {', '.join(fixed)}, so programs would "
+            f"{config.multiplier:g} cannot be stored in the file of {', '.join(fixed)}, so programs would "
             "apply it at 1. Set it to 1.",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,17 +51,91 @@ def test_every_algorithm_of_lycoris_is_known(workspace: Workspace, algo: str) ->
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_an_algorithm_takes_its_own_arguments_and_no_others(workspace: Workspace, algo: str) -> None:
     every = {
-        "factor": 4, "full_matrix": True, "dropout": 0.1, "bypass_mode": True, "use_tucker": True,
-        "constraint": 0.5, "rescaled": True, "block_size": 2, "train_on_input": True, "dora_wd": True,
-        "rs_lora": True, "conv_dim": 4,
+        "factor": 4, "decompose_both": True, "dropout": 0.1, "bypass_mode": True, "use_tucker": True,
+        "constrain": 0.5, "rescaled": True, "block_size": 2, "train_on_input": True, "rs_lora": True,
+        "conv_dim": 4,
     }  # fmt: skip
-    names = {"dora_wd": "weight_decompose"}
+    names = {"constrain": "constraint"}
     own = {key: value for key, value in every.items() if names.get(key, key) in ALGORITHMS[algo].arguments}
     config = loaded(workspace, algo=algo, **own)
     assert config.extra == {names.get(key, key): value for key, value in own.items()}
     workspace.lycoris |= every
     message = workspace.problems()
     assert {line.split()[0] for line in message.splitlines()[1:]} == every.keys() - own.keys()
+
+
+@pytest.mark.parametrize(
+    ("algo", "options", "idle"),
+    [
+        ("lora", {"bypass_mode": True, "weight_decompose": True}, "bypass_mode"),
+        ("lokr", {"bypass_mode": True, "dora_wd": True, "wd_on_output": False}, "bypass_mode"),
+        ("lora", {"dropout": 0.1}, "dropout"),
+        ("glora", {"rank_dropout": 0.1}, "rank_dropout"),
+        ("lokr", {"rank_dropout": 0.1, "bypass_mode": True}, "rank_dropout"),
+        ("diag-oft", {"rank_dropout": 0.1, "bypass_mode": True}, "rank_dropout"),
+        ("loha", {"rank_dropout_scale": True}, "rank_dropout_scale"),
+        ("loha", {"wd_on_out": False}, "wd_on_out"),
+        ("lokr", {"full_matrix": True, "decompose_both": True}, "decompose_both"),
+        ("lokr", {"full_matrix": True, "use_tucker": True}, "use_tucker"),
+        (
+            "lora",
+            {"apply_preset": {"name_algo_map": {"x": {"bypass_mode": True, "dora_wd": True}}}},
+            "apply_preset.name_algo_map.x.bypass_mode",
+        ),
+        (
+            "lora",
+            {"dora_wd": True, "apply_preset": {"module_algo_map": {"X": {"bypass_mode": True}}}},
+            "apply_preset.module_algo_map.X.bypass_mode",
+        ),
+    ],
+)  # fmt: skip
+def test_an_option_without_effect_beside_the_others_is_refused(
+    workspace: Workspace, algo: str, options: dict[str, object], idle: str
+) -> None:
+    assert re.search(rf"^  \S*{re.escape(idle)}  ", refused(workspace, algo=algo, **options), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("algo", "options"),
+    [
+        ("lora", {"weight_decompose": True, "wd_on_out": False}),
+        ("lora", {"dropout": 0.1, "bypass_mode": True}),
+        ("lora", {"bypass_mode": True, "rank_dropout": 0.1, "wd_on_out": True, "weight_decompose": False}),
+        ("lokr", {"rank_dropout": 0.1, "rank_dropout_scale": True}),
+        ("diag-oft", {"rank_dropout": 0.1}),
+        ("glora", {"rank_dropout": 0.1, "bypass_mode": True}),
+        # The entry's algorithm takes no bypass_mode, and its weight_decompose has an effect in the others.
+        (
+            "lora",
+            {
+                "weight_decompose": True,
+                "apply_preset": {"module_algo_map": {"X": {"algo": "ia3", "bypass_mode": True}}},
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_options_that_work_together_are_taken(
+    workspace: Workspace, algo: str, options: dict[str, object]
+) -> None:
+    loaded(workspace, algo=algo, **options)
+
+
+@pytest.mark.parametrize(
+    ("algo", "option", "value"),
+    [
+        ("full", "bypass_mode", True),
+        ("dylora", "bypass_mode", True),
+        ("glora", "use_tucker", True),
+        ("boft", "rank_dropout", 0.1),
+        ("ia3", "conv_dim", 2),
+        ("full", "conv_alpha", 2),
+        ("diag-oft", "conv_alpha", 2),
+    ],
+)
+def test_an_option_that_an_algorithm_ignores_is_refused(
+    workspace: Workspace, algo: str, option: str, value: object
+) -> None:
+    assert f"{option}  not taken by algo {algo}" in refused(workspace, algo=algo, **{option: value})
 
 
 def test_arguments_given_as_texts_become_their_types(workspace: Workspace) -> None:

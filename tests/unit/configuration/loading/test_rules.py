@@ -62,8 +62,8 @@ def test_other_formats_are_recognised_and_refused_with_advice(workspace: Workspa
         ({"algo": "loha"}, "algo loha .*bypass_mode"),
         ({"algo": "full"}, "algo full .*tlora, lora, locon, loha, lokr"),
         ({"algo": "ia3", "bypass_mode": True}, "algo ia3 .*tlora"),
-        ({"algo": "dylora", "bypass_mode": True}, "algo dylora .*tlora"),
-        ({"algo": "lora", "bypass_mode": True, "dora_wd": True}, "algo lora with weight_decompose"),
+        ({"algo": "dylora"}, "algo dylora .*tlora"),
+        ({"algo": "lora", "dora_wd": True}, "algo lora with weight_decompose"),
         (
             {"algo": "tlora", "apply_preset": {"module_algo_map": {"Attention": {"algo": "lokr"}}}},
             "algo lokr .*bypass_mode",
