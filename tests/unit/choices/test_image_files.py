@@ -12,6 +12,7 @@ from simpletuner.helpers.choices.image_files import conditioned_stem, image_suff
     [
         ("a-masklabel.png", "a"),
         ("sub/a.b-condlabel.PNG", "sub/a.b"),
+        ("a-MaskLabel.png", "a"),
         ("-masklabel.png", ""),
         ("a\nb-masklabel.png", "a\nb"),
         ("_controls/a.depth.jpg", "a"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +96,17 @@ class TestWithItsPackage:
         monkeypatch.setattr("pillow_jxl.Decoder", None)
         with pytest.raises(DataError, match=r"9000x8000.*67108864"):
             inspect_image(data)
+
+    def test_the_packages_own_reader_is_replaced_for_good(self) -> None:
+        script = (
+            "from PIL import Image\n"
+            "from simpletuner.helpers.data.jpeg_xl import JpegXLFile\n"
+            "from simpletuner.helpers.data.optional_formats import optional_formats\n"
+            "assert 'JXL' in optional_formats()\n"
+            "import pillow_jxl\n"
+            "assert Image.OPEN['JXL'][0] is JpegXLFile\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
 
     def test_an_animation_and_a_damaged_image_are_refused(self) -> None:
         with pytest.raises(DataError, match="animated"):
