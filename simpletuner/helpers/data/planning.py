@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -13,10 +14,12 @@ from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place
 from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, with_instance_prompt
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
-from simpletuner.helpers.data.scan_report import listed, report_captions, report_files, report_skipped
+from simpletuner.helpers.data.scan_report import listed, report_captions, report_files
 from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +77,8 @@ def plan_dataset(
         if len(usable) == config.max_num_samples:
             break
     usable.sort(key=lambda entry: entry[0].name.split("/"))
-    report_skipped(config, scan, skipped)
-    skipped += _left_out(config, scan)
-    if not usable:
-        _refuse_empty(config, skipped)
+    left_out = _left_out(config, scan)
+    _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
     files = [file for file, _, _ in usable]
     captions = _captions_of(config, files, reader=reader)
     report_captions(config, files, captions, reader=reader)
@@ -98,7 +99,7 @@ def plan_dataset(
             target_px=target_px,
         )
         images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=one.texts))
-    return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
+    return DatasetPlan(config=config, images=tuple(images), skipped=(*skipped, *left_out))
 
 
 def bucket_of(image_px: Size, config: DatasetConfig, *, alignment: int, aspect_decimals: int) -> Size:
@@ -152,18 +153,24 @@ def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
     )
 
 
-def _refuse_empty(config: DatasetConfig, skipped: list[SkippedImage]) -> None:
-    """Say why no image of a dataset can be used.
-
-    Raises:
-        DataError: Always.
-    """
-    folder = printable(str(config.instance_data_dir))
-    found = listed(f"{each.path}: {each.reason}" for each in skipped) or "there are no images in it"
-    raise DataError(
-        f"Dataset {config.id!r}: no image in {folder} can be used ({found}). "
-        "Put images there or correct instance_data_dir."
-    )
+def _report_skipped(
+    config: DatasetConfig,
+    skipped: list[SkippedImage],
+    *,
+    num_usable: int,
+    left_out: Sequence[SkippedImage] = (),
+) -> None:
+    """Log each skipped image; files left out by their names are in the error only."""
+    for each in skipped:
+        logger.warning("Dataset %s: skipped %s: %s.", config.id, each.path, each.reason)
+    if num_usable == 0:
+        folder = printable(str(config.instance_data_dir))
+        reasons = [f"{each.path}: {each.reason}" for each in (*skipped, *left_out)]
+        found = listed(reasons) or "there are no images in it"
+        raise DataError(
+            f"Dataset {config.id!r}: no image in {folder} can be used ({found}). "
+            "Put images there or correct instance_data_dir."
+        )
 
 
 def _captions_of(config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader) -> list[Captions]:

@@ -17,7 +17,7 @@ from simpletuner.helpers.data.captions import (
     TextFileCaptions,
     text_files_beside,
 )
-from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage
+from simpletuner.helpers.data.sources import FoundFile, Scan
 from simpletuner.helpers.io.names import printable
 
 logger = logging.getLogger(__name__)
@@ -43,26 +43,9 @@ def shown(text: str) -> str:
     return repr(printable(text[:SHOWN_CHARACTERS]))
 
 
-def report_skipped(config: DatasetConfig, scan: Scan, skipped: Sequence[SkippedImage]) -> None:
-    """Log a line for each skipped image, and one for each kind of images that are not read here."""
-    unread: dict[tuple[str, str], list[str]] = {}
-    for name, reason in scan.unread:
-        unread.setdefault((os.path.splitext(name)[1].lower(), reason), []).append(printable(name))
-    for (suffix, reason), names in unread.items():
-        logger.warning(
-            "Dataset %s: skipped %d %s: %s: %s.",
-            config.id,
-            len(names),
-            f"{suffix} image{'s' if len(names) > 1 else ''}",
-            listed(names),
-            reason,
-        )
-    for each in skipped:
-        logger.warning("Dataset %s: skipped %s: %s.", config.id, each.path, each.reason)
-
-
 def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
     """Log the files that are no images or captions of this dataset, each kind counted."""
+    _report_unread(config, scan)
     if scan.conditioning:
         stems = {os.path.splitext(image.name)[0] for image in scan.images}
         paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
@@ -94,6 +77,16 @@ def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> No
             " and only_instance_prompt to false" if config.only_instance_prompt else "",
         )
     _report_others(config, scan)
+
+
+def _report_unread(config: DatasetConfig, scan: Scan) -> None:
+    unread: dict[tuple[str, str], list[str]] = {}
+    for name, reason in scan.unread:
+        unread.setdefault((os.path.splitext(name)[1].lower(), reason), []).append(printable(name))
+    for (suffix, reason), names in unread.items():
+        logger.warning(
+            "Dataset %s: skipped %d %s images: %s: %s.", config.id, len(names), suffix, listed(names), reason
+        )
 
 
 def _report_others(config: DatasetConfig, scan: Scan) -> None:

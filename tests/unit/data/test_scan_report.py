@@ -14,6 +14,7 @@ from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.errors import DataError
 
 Planned = Callable[..., tuple[TrainingData, list[str]]]
 
@@ -139,3 +140,8 @@ def test_the_start_says_how_many_captions_of_several_lines_are_whole_and_shows_o
     assert data.captions() == ("one", "one\ntwo")
     line_with(lines, "1 of 2 images have a caption of several lines", "as a whole", "b.png", r"'one\\ntwo'")
     assert not [line for line in lines if "several captions" in line]
+
+
+def test_a_folder_of_images_that_are_not_read_is_an_error_that_names_them(planned: Planned) -> None:
+    with pytest.raises(DataError, match=r"no image .*a\.psd: its format is not read"):
+        planned({"a.psd": "x"})
