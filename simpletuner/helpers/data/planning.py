@@ -79,6 +79,7 @@ def plan_dataset(
     usable.sort(key=lambda entry: entry[0].name.split("/"))
     left_out = _left_out(config, scan)
     _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
+    skipped += left_out
     files = [file for file, _, _ in usable]
     captions = _captions_of(config, files, reader=reader)
     report_captions(config, files, captions, reader=reader)
@@ -99,7 +100,7 @@ def plan_dataset(
             target_px=target_px,
         )
         images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=one.texts))
-    return DatasetPlan(config=config, images=tuple(images), skipped=(*skipped, *left_out))
+    return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
 
 
 def bucket_of(image_px: Size, config: DatasetConfig, *, alignment: int, aspect_decimals: int) -> Size:
