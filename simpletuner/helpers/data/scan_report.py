@@ -34,8 +34,8 @@ _CACHE_SUFFIXES = frozenset({".npz", ".npy", ".safetensors", ".pt", ".pth", ".bi
 def listed(texts: Iterable[str]) -> str:
     """The first few distinct texts and the number of the others."""
     counted = Counter(texts)
-    shown = "; ".join(list(counted)[:_SHOWN])
-    return shown if len(counted) <= _SHOWN else f"{shown}; and {len(counted) - _SHOWN} more"
+    first = "; ".join(list(counted)[:_SHOWN])
+    return first if len(counted) <= _SHOWN else f"{first}; and {len(counted) - _SHOWN} more"
 
 
 def shown(text: str) -> str:
@@ -47,18 +47,27 @@ def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> No
     """Log the files that are no images or captions of this dataset, each kind counted."""
     _report_unread(config, scan)
     if scan.conditioning:
-        stems = {os.path.splitext(image.name)[0] for image in scan.images}
-        paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
-        logger.warning(
-            "Dataset %s: %d files are named as masks or source images and are not trained on: %s. %s",
-            config.id,
-            len(scan.conditioning),
-            listed(map(printable, scan.conditioning)),
-            f"{paired} of them are conditioning data of images here, which is not supported: the images "
-            "are trained without it."
-            if paired
-            else "No image here has their name.",
-        )
+        _report_conditioning(config, scan)
+    _report_unread_texts(config, scan, reader)
+    _report_others(config, scan)
+
+
+def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
+    stems = {os.path.splitext(image.name)[0] for image in scan.images}
+    paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
+    logger.warning(
+        "Dataset %s: %d files are named as masks or source images and are not trained on: %s. %s",
+        config.id,
+        len(scan.conditioning),
+        listed(map(printable, scan.conditioning)),
+        f"{paired} of them are conditioning data of images here, which is not supported: the images "
+        "are trained without it."
+        if paired
+        else "No image here has their name.",
+    )
+
+
+def _report_unread_texts(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
     unread = {file.name for image in scan.images for file in text_files_beside(image, scan)}
     unread -= {file.name for image in scan.images for file in reader.caption_files(image)}
     if unread:
@@ -76,7 +85,6 @@ def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> No
             listed(sorted(map(printable, unread))),
             " and only_instance_prompt to false" if config.only_instance_prompt else "",
         )
-    _report_others(config, scan)
 
 
 def _report_unread(config: DatasetConfig, scan: Scan) -> None:
