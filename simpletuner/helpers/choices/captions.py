@@ -13,6 +13,8 @@ class CaptionSource(Choice):
 
     suffix: str = ""
     """Of its files beside the images, lower case; empty for a source without files."""
+    further_suffixes: tuple[str, ...] = ()
+    """Read where no file with `suffix` lies beside the image, in this order; lower case."""
     needs_instance_prompt: bool = False
 
 
@@ -21,9 +23,10 @@ _CAPTIONS = "simpletuner.helpers.data.captions"
 CAPTION_SOURCES = Registry(
     CaptionSource(
         name="textfile",
-        summary="The .txt file beside an image, one caption per line.",
+        summary="The .txt or .caption file beside an image, one caption per line.",
         build=f"{_CAPTIONS}:TextFileCaptions",
         suffix=".txt",
+        further_suffixes=(".caption",),
     ),
     CaptionSource(
         name="filename",
@@ -42,4 +45,6 @@ CAPTION_SOURCES = Registry(
 
 def caption_suffixes() -> tuple[str, ...]:
     """Suffixes of the files that some source reads."""
-    return tuple({source.suffix: None for source in CAPTION_SOURCES.values() if source.suffix})
+    sources = CAPTION_SOURCES.values()
+    suffixes = (suffix for each in sources for suffix in (each.suffix, *each.further_suffixes))
+    return tuple(dict.fromkeys(filter(None, suffixes)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import CaptionLines, DatasetConfig
 from simpletuner.helpers.data.sources import FoundFile, Scan, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -35,15 +36,29 @@ class CaptionReader(ABC):
     can_prepend = True
     """instance_prompt may stand before the captions."""
 
-    def __init__(self, scan: Scan, *, suffix: str, instance_prompt: str) -> None:
+    def __init__(
+        self,
+        scan: Scan,
+        *,
+        suffix: str,
+        instance_prompt: str,
+        further_suffixes: tuple[str, ...] = (),
+        caption_lines: CaptionLines = "choose",
+    ) -> None:
         self.scan = scan
         self.suffix = suffix
         self.instance_prompt = instance_prompt
+        self.further_suffixes = further_suffixes
+        self.caption_lines = caption_lines
 
     def caption_files(self, image: FoundFile) -> list[FoundFile]:
-        """Files of the source's suffix with the name of an image."""
-        files = self.scan.captions.get(os.path.splitext(image.name)[0], ())
-        return [file for file in files if file.name.lower().endswith(self.suffix)]
+        """The source's files beside an image, in the order in which they are preferred.
+
+        For each suffix that is the file with the image's name without suffix, then the one with its whole
+        name: a.txt, a.png.txt, a.caption, a.png.caption.
+        """
+        suffixes = tuple(filter(None, (self.suffix, *self.further_suffixes)))
+        return files_beside(image, self.scan, suffixes=suffixes)
 
     def conflicts(self) -> list[str]:
         """One sentence per caption file that several images could claim."""
@@ -70,7 +85,7 @@ class TextFileCaptions(CaptionReader):
         """One sentence per text file that several images could claim."""
         claims: dict[str, list[str]] = {}
         for image in self.scan.images:
-            for file in self.caption_files(image)[:1]:
+            for file in self.caption_files(image):
                 claims.setdefault(file.name, []).append(printable(image.name))
         return [
             f"{printable(file)} could be the caption of {' or '.join(images)}"
@@ -80,16 +95,17 @@ class TextFileCaptions(CaptionReader):
 
     def read(self, file: FoundFile) -> Captions:
         """Captions in the text file; none if there is no text file."""
-        files = self.caption_files(file)
-        if len(files) > 1:
-            names = " and ".join(printable(each.name) for each in files)
-            raise DataError(f"{names}: both could be the caption of one image. Keep one of them.")
-        text_file = files[0] if files else None
-        try:
-            return captions_from_file(text_file)
-        except DataError as error:
-            where = text_file.path if text_file else file.path
-            raise DataError(f"{printable(str(where))}: {error}") from error
+        found: dict[Captions, FoundFile] = {}
+        for text_file in self.caption_files(file):
+            try:
+                found.setdefault(captions_from_file(text_file, lines=self.caption_lines), text_file)
+            except DataError as error:
+                raise DataError(f"{printable(str(text_file.path))}: {error}") from error
+        if len(found) > 1:
+            names = " and ".join(printable(each.name) for each in found.values())
+            image = printable(file.name)
+            raise DataError(f"{names} hold different captions of {image}. Keep one of them")
+        return next(iter(found), captions_from_file(None))
 
 
 class FileNameCaptions(CaptionReader):
@@ -125,26 +141,55 @@ def caption_reader(config: DatasetConfig, scan: Scan) -> CaptionReader:
     Raises:
         MissingDependencyError: The source's optional package is not installed.
     """
-    text_files = CAPTION_SOURCES["textfile"]
-    found = (file.name.lower() for files in scan.captions.values() for file in files)
-    default = "textfile" if any(name.endswith(text_files.suffix) for name in found) else "filename"
-    name = "instanceprompt" if config.only_instance_prompt else config.caption_strategy or default
-    source = CAPTION_SOURCES[name]
+    source = CAPTION_SOURCES[strategy_of(config, scan)]
     reader: type[CaptionReader] = source.load()
-    prompt = shortened((config.instance_prompt or "").strip())
-    return reader(scan, suffix=source.suffix, instance_prompt=prompt)
+    return reader(
+        scan,
+        suffix=source.suffix,
+        instance_prompt=shortened((config.instance_prompt or "").strip()),
+        further_suffixes=source.further_suffixes,
+        caption_lines=config.caption_lines,
+    )
 
 
-def captions_from_file(file: FoundFile | None) -> Captions:
-    """The captions in a text file, one per line without blank lines.
+def strategy_of(config: DatasetConfig, scan: Scan) -> str:
+    """The caption_strategy of a dataset, chosen by its files and instance_prompt if it is not set."""
+    if config.only_instance_prompt:
+        return "instanceprompt"
+    if config.caption_strategy is not None:
+        return config.caption_strategy
+    if any(text_files_beside(image, scan) for image in scan.images):
+        return "textfile"
+    return "instanceprompt" if config.instance_prompt and not config.prepend_instance_prompt else "filename"
+
+
+def text_files_beside(image: FoundFile, scan: Scan) -> list[FoundFile]:
+    """The files from which caption_strategy textfile reads the captions of an image."""
+    source = CAPTION_SOURCES["textfile"]
+    return files_beside(image, scan, suffixes=(source.suffix, *source.further_suffixes))
+
+
+def files_beside(image: FoundFile, scan: Scan, *, suffixes: tuple[str, ...]) -> list[FoundFile]:
+    """The caption files with an image's name, by suffix; without the image's suffix first."""
+    names = (os.path.splitext(image.name)[0], image.name)
+    files = [file for name in names for file in scan.captions.get(name, ())]
+    return [file for suffix in suffixes for file in files if file.name.lower().endswith(suffix)]
+
+
+def captions_from_file(file: FoundFile | None, *, lines: CaptionLines = "choose") -> Captions:
+    """The captions in a text file: one per line without blank lines, or the whole text.
+
+    A text that parses as a JSON object or array is one caption. Lines end at a line feed, with or without a
+    carriage return; other characters that Unicode counts as line ends stay in the caption.
 
     Raises:
         DataError: The file cannot be read, is too large or not UTF-8; the message gives the reason only.
     """
     if file is None:
         return Captions(texts=("",), note="missing")
-    lines = _decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES)).splitlines()
-    texts = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    text = _decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES)).replace("\r\n", "\n").strip()
+    parts = [text] if lines == "whole" or _is_json(text) else text.split("\n")
+    texts = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not texts:
         return Captions(texts=("",), note="empty")
     if all(len(text) <= MAX_CAPTION_CHARACTERS for text in texts):
@@ -179,6 +224,17 @@ def shortened(text: str) -> str:
         return text
     cut = text[:MAX_CAPTION_CHARACTERS]
     return (cut.rpartition(" ")[0] or cut).strip()
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text is a JSON object or array."""
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text, parse_int=str)  # of any length
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _decoded(data: bytes) -> str:

@@ -28,6 +28,7 @@ from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset
 from simpletuner.helpers.data.sampler import Bucket, Sampler
+from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import file_name, printable
@@ -37,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 _MIX_RANGE = 1 << 63
 _SHOWN = 5
-_SHOWN_CHARACTERS = 80
 
 
 @dataclass(eq=False)
@@ -123,9 +123,9 @@ class TrainingData:
             CacheRequest(
                 store=self._text_store,
                 key=self._text_key(prompt),
-                name=f"Prompt {_shown(prompt)}",
+                name=f"Prompt {shown(prompt)}",
                 encoder="text encoder",
-                metadata={"prompt": printable(prompt[:_SHOWN_CHARACTERS])},
+                metadata={"prompt": printable(prompt[:SHOWN_CHARACTERS])},
                 load=partial(str, prompt),
             )
             for prompt in (*self.captions(), *prompts)
@@ -141,7 +141,7 @@ class TrainingData:
         if embeds is None:
             raise DataError(
                 f"The text cache in {printable(str(self._text_store.folder))} lacks the prompt "
-                f"{_shown(prompt)}. Start the run again: it first encodes missing entries."
+                f"{shown(prompt)}. Start the run again: it first encodes missing entries."
             )
         return embeds
 
@@ -285,7 +285,3 @@ def _buckets_of(plan: DatasetPlan) -> list[tuple[Bucket, list[PlannedImage]]]:
         )
         for name, images in members.items()
     ]
-
-
-def _shown(prompt: str) -> str:
-    return repr(printable(prompt[:_SHOWN_CHARACTERS]))

@@ -14,6 +14,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.optional_formats import missing_decoder, optional_formats
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -106,11 +107,11 @@ def _opened(data: bytes) -> Image.Image:
     if not data:
         raise DataError("the file is empty")
     try:
-        return Image.open(io.BytesIO(data), formats=_FORMATS)
+        return Image.open(io.BytesIO(data), formats=(*_FORMATS, *optional_formats()))
     except Image.DecompressionBombError as error:
         raise DataError(f"it has more than the allowed {MAX_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
-        raise DataError(_not_an_image(data)) from error
+        raise DataError(missing_decoder(data) or _not_an_image(data)) from error
     except _DECODER_FAULTS as error:
         raise DataError(f"its header is damaged: {_described(error)}") from error
 
@@ -141,8 +142,8 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _check_still(image: Image.Image, data: bytes) -> None:
-    # An MPO is a JPEG with previews or a second view beside its main image.
-    if image.format in ("JPEG", "MPO", "BMP"):
+    # An MPO is a JPEG with previews or a second view beside its main image, as a HEIF file may have.
+    if image.format in ("JPEG", "MPO", "BMP", "HEIF"):
         return
     try:
         _opened(data).seek(1)  # a second handle, because seek(1) changes the current frame

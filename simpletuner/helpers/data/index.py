@@ -14,6 +14,7 @@ import xxhash
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image
+from simpletuner.helpers.data.optional_formats import optional_formats
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, FoundFile, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_bytes
@@ -22,7 +23,7 @@ from simpletuner.helpers.io.names import printable
 logger = logging.getLogger(__name__)
 
 # Another Pillow or other rules may judge an image differently.
-_VERSION = f"1 {PIL.__version__}"
+_VERSION = " ".join(["1", PIL.__version__, *optional_formats()])
 # A file that changed this shortly before it was read may change again within one tick of its times.
 _RACY_NS = 2_000_000_000
 

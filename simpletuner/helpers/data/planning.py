@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -12,16 +11,15 @@ from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.resolution import square_size
 from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place
-from simpletuner.helpers.data.captions import CaptionReader, caption_reader, with_instance_prompt
+from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, with_instance_prompt
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
+from simpletuner.helpers.data.scan_report import listed, report_captions, report_files
 from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
 logger = logging.getLogger(__name__)
-
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,7 @@ def plan_dataset(
     scan = scan_folder(config.instance_data_dir)
     reader = caption_reader(config, scan)
     _refuse_ambiguous(config, reader)
+    report_files(config, scan, reader)
     skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
     usable: list[tuple[FoundFile, ImageInfo, Size]] = []
     for file in _candidates(config, scan, seed):
@@ -78,11 +77,15 @@ def plan_dataset(
         if len(usable) == config.max_num_samples:
             break
     usable.sort(key=lambda entry: entry[0].name.split("/"))
-    _report_skipped(config, skipped, num_usable=len(usable))
-    captions = _captions_of(config, [file for file, _, _ in usable], reader=reader)
+    left_out = _left_out(config, scan)
+    _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
+    skipped += left_out
+    files = [file for file, _, _ in usable]
+    captions = _captions_of(config, files, reader=reader)
+    report_captions(config, files, captions, reader=reader)
     style = config.crop_style if config.crop else "center"
     images = []
-    for (file, info, size), texts in zip(usable, captions, strict=True):
+    for (file, info, size), one in zip(usable, captions, strict=True):
         target_px = bucket_of(size, config, alignment=alignment, aspect_decimals=aspect_decimals)
         # Drawn once for a seed, because latents are cached.
         rng = Random(f"{seed} crop {config.id} {file.name!r}")
@@ -90,13 +93,13 @@ def plan_dataset(
         sample = Sample(
             dataset_id=config.id,
             path=printable(file.name),
-            caption=texts[0],
+            caption=one.texts[0],
             original_px=size,
             resized_px=placement.resized_px,
             crop_top_left=placement.top_left,
             target_px=target_px,
         )
-        images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=texts))
+        images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=one.texts))
     return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
 
 
@@ -118,9 +121,15 @@ def _refuse_ambiguous(config: DatasetConfig, reader: CaptionReader) -> None:
     problems = reader.conflicts()
     if problems:
         raise DataError(
-            f"Dataset {config.id!r} in {printable(str(config.instance_data_dir))}: {_listed(problems)}. "
+            f"Dataset {config.id!r} in {printable(str(config.instance_data_dir))}: {listed(problems)}. "
             "Rename the images so that each text file belongs to one of them."
         )
+
+
+def _left_out(config: DatasetConfig, scan: Scan) -> list[SkippedImage]:
+    """Images in formats that are not read here, and text files without an image."""
+    reasons = [*scan.unread, *((file.name, "no image has its name") for file in scan.orphans())]
+    return [SkippedImage(config.id, printable(name), reason) for name, reason in reasons]
 
 
 def _candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFile]:
@@ -145,46 +154,39 @@ def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
     )
 
 
-def _report_skipped(config: DatasetConfig, skipped: list[SkippedImage], *, num_usable: int) -> None:
+def _report_skipped(
+    config: DatasetConfig,
+    skipped: list[SkippedImage],
+    *,
+    num_usable: int,
+    left_out: Sequence[SkippedImage] = (),
+) -> None:
+    """Log each skipped image; files left out by their names are in the error only."""
     for each in skipped:
         logger.warning("Dataset %s: skipped %s: %s.", config.id, each.path, each.reason)
     if num_usable == 0:
         folder = printable(str(config.instance_data_dir))
-        found = _listed([f"{each.path}: {each.reason}" for each in skipped]) or "there are no images in it"
+        reasons = [f"{each.path}: {each.reason}" for each in (*skipped, *left_out)]
+        found = listed(reasons) or "there are no images in it"
         raise DataError(
             f"Dataset {config.id!r}: no image in {folder} can be used ({found}). "
             "Put images there or correct instance_data_dir."
         )
 
 
-def _captions_of(
-    config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader
-) -> list[tuple[str, ...]]:
-    captions: list[tuple[str, ...]] = []
+def _captions_of(config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader) -> list[Captions]:
+    captions: list[Captions] = []
     problems: list[str] = []
-    noted: dict[str, list[str]] = {}
     for file in files:
         try:
             one = reader.read(file)
         except DataError as error:
             problems.append(str(error))
             continue
-        if config.prepend_instance_prompt and reader.can_prepend:
-            one = with_instance_prompt(one, reader.instance_prompt)
-        if one.note is not None:
-            noted.setdefault(one.note, []).append(printable(file.name))
-        captions.append(one.texts)
+        prepends = config.prepend_instance_prompt and reader.can_prepend
+        captions.append(with_instance_prompt(one, reader.instance_prompt) if prepends else one)
     if problems:
         raise DataError(
-            f"Dataset {config.id!r}: {len(problems)} captions cannot be used: {_listed(problems)}."
+            f"Dataset {config.id!r}: {len(problems)} captions cannot be used: {listed(problems)}."
         )
-    for note, names in noted.items():
-        logger.warning("Dataset %s: %d captions are %s: %s.", config.id, len(names), note, _listed(names))
     return captions
-
-
-def _listed(texts: list[str]) -> str:
-    """The first few distinct texts and the number of the others."""
-    counted = Counter(texts)
-    shown = "; ".join(list(counted)[:_SHOWN])
-    return shown if len(counted) <= _SHOWN else f"{shown}; and {len(counted) - _SHOWN} more"

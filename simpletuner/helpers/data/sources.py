@@ -7,9 +7,10 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from simpletuner.helpers.choices.captions import caption_suffixes
-from simpletuner.helpers.configuration.schema.datasets import IMAGE_SUFFIXES
+from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -18,7 +19,7 @@ MAX_FILE_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class SkippedImage:
-    """An unusable image and the reason."""
+    """An unusable image, or a caption file without an image, and the reason."""
 
     dataset_id: str
     path: str
@@ -52,6 +53,21 @@ class Scan:
     """Name without suffix -> the caption files of that name (.txt, .TXT)."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason)."""
+    unread: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of the images in formats that are not read here."""
+    conditioning: tuple[str, ...] = ()
+    """Names of the masks and source images of other images, which are never trained on."""
+    others: tuple[str, ...] = ()
+    """Names of all other files."""
+
+    def orphans(self) -> list[FoundFile]:
+        """Caption files without an image of their name."""
+        names = (
+            *(image.name for image in self.images),
+            *(name for name, _ in (*self.skipped, *self.unread)),
+        )
+        owners = {owner for name in names for owner in (name, os.path.splitext(name)[0])}
+        return [file for stem, files in self.captions.items() if stem not in owners for file in files]
 
 
 def scan_folder(folder: Path) -> Scan:
@@ -67,16 +83,29 @@ def scan_folder(folder: Path) -> Scan:
     images: list[FoundFile] = []
     captions: dict[str, list[FoundFile]] = {}
     skipped: list[tuple[str, str]] = []
-    suffixes = caption_suffixes()
-    for name, found in sorted(_walk(root), key=_by_folder):
+    names: dict[str, list[str]] = {"unread": [], "conditioning": [], "other": []}
+    kinds = _Kinds(caption_suffixes(), image_suffixes(), unread_suffixes())
+    for name, entry in sorted(_walk(root), key=_by_folder):
+        kind = kinds.kind(name)
+        found: FoundFile | os.DirEntry[str] | str = entry
+        if isinstance(entry, os.DirEntry) and kind in ("image", "caption"):
+            found = _file_or_reason(root, entry, name)
         if isinstance(found, str):
             skipped.append((name, found))
-        elif name.lower().endswith(suffixes):
+        elif isinstance(found, FoundFile) and kind == "image":
+            images.append(found)
+        elif isinstance(found, FoundFile):
             captions.setdefault(os.path.splitext(name)[0], []).append(found)
         else:
-            images.append(found)
-    texts = {stem: tuple(files) for stem, files in captions.items()}
-    return Scan(images=tuple(images), captions=texts, skipped=tuple(skipped))
+            names[kind].append(name)
+    return Scan(
+        images=tuple(images),
+        captions={stem: tuple(files) for stem, files in captions.items()},
+        skipped=tuple(skipped),
+        unread=tuple((name, kinds.unread[_suffix(name)]) for name in names["unread"]),
+        conditioning=tuple(names["conditioning"]),
+        others=tuple(names["other"]),
+    )
 
 
 def read_bounded(file: FoundFile, *, limit: int) -> bytes:
@@ -99,9 +128,32 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
     return data
 
 
-def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
-    """(name, file or reason to skip it), in no particular order."""
-    suffixes = (*sorted(IMAGE_SUFFIXES), *caption_suffixes())
+@dataclass(frozen=True, slots=True)
+class _Kinds:
+    """The suffixes of the files that a scan tells apart, in lower case."""
+
+    captions: tuple[str, ...]
+    images: frozenset[str]
+    unread: dict[str, str]
+
+    def kind(self, name: str) -> Literal["caption", "image", "unread", "conditioning", "other"]:
+        """What a file is by its name."""
+        if name.lower().endswith(self.captions):
+            return "caption"
+        suffix = _suffix(name)
+        if suffix not in self.images and suffix not in self.unread:
+            return "other"
+        if conditioned_stem(name) is not None:
+            return "conditioning"
+        return "image" if suffix in self.images else "unread"
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
+    """(name, entry or reason to skip it), in no particular order."""
     pending = [""]
     while pending:
         prefix = pending.pop()
@@ -122,13 +174,13 @@ def _walk(root: Path) -> Iterator[tuple[str, FoundFile | str]]:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 pending.append(name + "/")
-            elif name.lower().endswith(suffixes):
-                yield name, _file_or_reason(root, entry, name)
             elif entry.is_symlink() and _is_folder(entry):
                 yield name, "it is a link to a folder"
+            else:
+                yield name, entry
 
 
-def _by_folder(entry: tuple[str, FoundFile | str]) -> str:
+def _by_folder(entry: tuple[str, object]) -> str:
     """Sorts like the list of path components: no name holds a NUL, which sorts before every character."""
     return entry[0].replace("/", "\0")
 

@@ -14,6 +14,8 @@ from simpletuner.demo.scenes import COLOURS, PATTERNS, PLACES
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.data.captions import strategy_of
+from simpletuner.helpers.data.sources import scan_folder
 from simpletuner.helpers.models import registry
 
 QUESTION = re.compile(r"a sks toy (.+) on a (\w+) (\w+) background")
@@ -42,6 +44,19 @@ def test_every_example_is_valid_and_waits_for_an_output_and_images(
     assert [each.instance_data_dir for each in config.datasets] == [repository / "simpletuner/demo/photo"]
     assert config.validation.prompts
     assert config.tracking.report_to == ()
+
+
+@pytest.mark.parametrize("name", examples())
+def test_every_example_trains_captions_beside_the_users_images_and_crops_none(
+    name: str, tmp_path: Path, load: Load
+) -> None:
+    (dataset,) = load(f"examples/{name}/config.json").datasets
+    assert not dataset.crop
+    (tmp_path / "dog.png").touch()
+    without_texts = strategy_of(dataset, scan_folder(tmp_path))
+    assert without_texts == ("instanceprompt" if dataset.instance_prompt else "textfile")
+    (tmp_path / "dog.txt").touch()
+    assert strategy_of(dataset, scan_folder(tmp_path)) == "textfile"
 
 
 def test_the_list_has_every_example(repository: Path) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from simpletuner.helpers.configuration.schema.datasets import CaptionLines, DatasetConfig
 from simpletuner.helpers.data.captions import (
     MAX_CAPTION_CHARACTERS,
     CaptionReader,
     Captions,
     TextFileCaptions,
     caption_from_name,
+    caption_reader,
     captions_from_file,
+    strategy_of,
     with_instance_prompt,
 )
 from simpletuner.helpers.data.sources import FoundFile, scan_folder
@@ -44,6 +49,46 @@ def test_a_text_file_gives_one_caption_a_line(
     tmp_path: Path, data: bytes, texts: tuple[str, ...], note: str | None
 ) -> None:
     assert captions_from_file(text_file(tmp_path, data)) == Captions(texts=texts, note=note)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\r"], ids=ascii)
+@pytest.mark.reliability_row(15)
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, end: str) -> None:
+    text = f"a cat{end}on a mat"
+    assert captions_from_file(text_file(tmp_path, f"{text}\r\na dog".encode())).texts == (text, "a dog")
+
+
+@pytest.mark.parametrize("data", [b"a cat\non a mat", b"a cat\r\non a mat\r\n", b"\n\na cat\non a mat\n\n"])
+def test_a_whole_text_is_one_caption(tmp_path: Path, data: bytes) -> None:
+    assert captions_from_file(text_file(tmp_path, data), lines="whole").texts == ("a cat\non a mat",)
+
+
+@pytest.mark.parametrize("lines", ["choose", "whole"])
+@pytest.mark.parametrize(
+    "text",
+    ['{\n  "caption": "a cat"\n}', '[\n"a cat",\n"a dog"\n]', "{\n}", '{\n"seed": ' + "1" * 5000 + "\n}"],
+    ids=["object", "array", "empty", "long number"],
+)
+def test_a_json_text_is_always_one_caption(tmp_path: Path, text: str, lines: CaptionLines) -> None:
+    data = f"\ufeff{text}\n".encode()
+    assert captions_from_file(text_file(tmp_path, data), lines=lines).texts == (text,)
+
+
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ('{"a": 1}\n{"a": 2}', ('{"a": 1}', '{"a": 2}')),
+        ("[sks] cat\n[sks] dog", ("[sks] cat", "[sks] dog")),
+        ("{broken\na dog", ("{broken", "a dog")),
+        ('"a cat"\n"a dog"', ('"a cat"', '"a dog"')),
+        ("[\n" * 5000, ("[",)),
+    ],
+    ids=["json lines", "tags", "broken", "texts", "too deep"],
+)
+def test_a_text_that_is_no_json_object_or_array_has_a_caption_a_line(
+    tmp_path: Path, text: str, texts: tuple[str, ...]
+) -> None:
+    assert captions_from_file(text_file(tmp_path, text.encode())).texts == texts
 
 
 @pytest.mark.reliability_row(15)
@@ -101,8 +146,8 @@ def test_with_instance_prompt_puts_it_before_every_caption() -> None:
     assert captions.texts == ("photo of sks a cat", "photo of sks")
 
 
-def text_files(folder: Path) -> CaptionReader:
-    return TextFileCaptions(scan_folder(folder), suffix=".txt", instance_prompt="")
+def text_files(folder: Path, **options: Any) -> CaptionReader:
+    return TextFileCaptions(scan_folder(folder), suffix=".txt", instance_prompt="", **options)
 
 
 @pytest.mark.reliability_row(16)
@@ -115,8 +160,77 @@ def test_two_images_that_could_claim_one_text_file_are_ambiguous(tmp_path: Path)
 
 @pytest.mark.reliability_row(16)
 def test_two_text_files_for_one_image_are_ambiguous(tmp_path: Path) -> None:
-    for name in ("a.png", "a.TXT", "a.txt"):
-        (tmp_path / name).write_bytes(b"one")
+    write(tmp_path, {"a.png": "", "a.TXT": "one", "a.txt": "two"})
+    with pytest.raises(DataError, match=r"a\.TXT and a\.txt .*a\.png"):
+        caption_of_first(tmp_path)
+
+
+def write(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def caption_of_first(folder: Path) -> tuple[str, ...]:
+    reader = caption_reader(DatasetConfig(id="p", instance_data_dir=folder), scan_folder(folder))
+    return reader.read(reader.scan.images[0]).texts
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.png.txt", "a.caption", "a.png.caption", "a.TXT", "a.png.CAPTION"]
+)
+def test_a_caption_file_has_the_images_name_without_or_with_its_suffix(tmp_path: Path, name: str) -> None:
+    write(tmp_path, {"a.png": "", name: "a cat"})
+    assert caption_of_first(tmp_path) == ("a cat",)
+
+
+@pytest.mark.reliability_row(16)
+def test_caption_files_of_one_text_are_one_caption_and_are_preferred_in_order(tmp_path: Path) -> None:
+    write(tmp_path, {"a.png": "", "a.caption": "a cat\n", "a.png.txt": "a cat", "a.txt": "a cat\r\n"})
+    reader = text_files(tmp_path, further_suffixes=(".caption",))
+    (image,) = reader.scan.images
+    assert [file.name for file in reader.caption_files(image)] == ["a.txt", "a.png.txt", "a.caption"]
+    assert reader.read(image).texts == ("a cat",)
+
+
+@pytest.mark.parametrize(
+    "others", [("a.txt", "a.caption"), ("a.png.txt", "a.caption"), ("a.txt", "a.png.txt")]
+)
+@pytest.mark.reliability_row(16)
+def test_caption_files_of_different_texts_are_an_error_that_names_both(
+    tmp_path: Path, others: tuple[str, str]
+) -> None:
+    write(tmp_path, {"a.png": "", others[0]: "a cat", others[1]: "a dog"})
+    with pytest.raises(DataError, match=f"{others[0]} and {others[1]} .* a.png"):
+        caption_of_first(tmp_path)
+
+
+@pytest.mark.reliability_row(16)
+def test_whole_names_tell_two_images_of_one_stem_apart(tmp_path: Path) -> None:
+    write(tmp_path, {"a.jpg": "", "a.png": "", "a.jpg.txt": "a cat", "a.png.txt": "a dog"})
     reader = text_files(tmp_path)
-    with pytest.raises(DataError, match=r"a\.TXT and a\.txt"):
-        reader.read(reader.scan.images[0])
+    assert reader.conflicts() == []
+    assert [reader.read(image).texts for image in reader.scan.images] == [("a cat",), ("a dog",)]
+    write(tmp_path, {"a.txt": "a cat"})
+    assert len(text_files(tmp_path).conflicts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "strategy"),
+    [
+        ({"a.txt": "x"}, {}, "textfile"),
+        ({"a.caption": "x"}, {}, "textfile"),
+        ({"a.png.txt": "x"}, {"instance_prompt": "sks"}, "textfile"),
+        ({"readme.txt": "x"}, {}, "filename"),
+        ({}, {}, "filename"),
+        ({}, {"instance_prompt": "sks"}, "instanceprompt"),
+        ({}, {"instance_prompt": "sks", "prepend_instance_prompt": True}, "filename"),
+        ({"a.txt": "x"}, {"instance_prompt": "sks", "only_instance_prompt": True}, "instanceprompt"),
+        ({"a.txt": "x"}, {"caption_strategy": "filename"}, "filename"),
+    ],
+)
+def test_the_files_and_the_instance_prompt_choose_the_source_of_captions(
+    tmp_path: Path, texts: dict[str, str], options: dict[str, object], strategy: str
+) -> None:
+    write(tmp_path, {"a.png": ""} | texts)
+    config = DatasetConfig(id="p", instance_data_dir=tmp_path, **options)
+    assert strategy_of(config, scan_folder(tmp_path)) == strategy

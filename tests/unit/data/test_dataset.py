@@ -289,8 +289,12 @@ def test_missing_and_empty_captions_are_counted_and_train_unconditionally(
     (photos / "2.txt").write_bytes(b" \r\n")
     data = make(photos)
     assert [sample.caption for sample in data.samples[1:3]] == ["", ""]
-    assert "1 captions are missing: 1.png" in caplog.text
-    assert "1 captions are empty: 2.png" in caplog.text
+    for note, name in (("missing", "1.png"), ("empty", "2.png")):
+        assert re.search(rf"1 captions are {note}: {name}.*without a caption", caplog.text)
+    caplog.clear()
+    sks = {"prepend_instance_prompt": True, "instance_prompt": "sks"}
+    assert make(photos, **sks).samples[1].caption == "sks"
+    assert re.search(r"1 captions are missing: 1\.png.*instance_prompt alone", caplog.text)
 
 
 @pytest.mark.reliability_row(16)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.data.sources import read_bounded, scan_folder
 from simpletuner.helpers.errors import DataError
 from tests.counted import builtin_calls, lines_run
@@ -29,6 +30,45 @@ def test_scan_folder_finds_images_and_captions_in_the_order_of_their_names(tmp_p
     assert [file.name for file in scan.images] == ["B.PNG", "a.webp", "b.jpg", "sub/c.tiff", "sub-2/d.png"]
     assert sorted(scan.captions) == ["a", "sub/c"]
     assert scan.skipped == ()
+    assert scan.others == ("notes.md",)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".pjpeg", ".JFIF", ".avif"])
+def test_scan_folder_reads_the_other_suffixes_of_images(tmp_path: Path, suffix: str) -> None:
+    touch(tmp_path, f"a{suffix}")
+    assert image_names(tmp_path) == [f"a{suffix}"]
+
+
+@pytest.mark.parametrize("suffix", [".heic", ".HEIF", ".jxl"])
+def test_an_image_whose_package_is_missing_is_unread_with_the_package_to_install(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, f"a{suffix}")
+    monkeypatch.setattr(image_files, "find_spec", lambda _: None)
+    ((name, reason),) = scan_folder(tmp_path).unread
+    assert name == f"a{suffix}"
+    assert "pillow-" in reason
+    assert "simpletuner-t[formats]" in reason
+    monkeypatch.setattr(image_files, "find_spec", lambda _: object())
+    assert image_names(tmp_path) == [f"a{suffix}"]
+
+
+def test_scan_folder_tells_masks_and_files_of_other_kinds_apart_from_images(tmp_path: Path) -> None:
+    masks = ("a-masklabel.png", "a-condlabel.PNG", "sub/b-MASKLABEL.png", "sub/_controls/b.depth.jpg")
+    others = ("._hidden.json", "a.json", "a.npz", "metadata.jsonl", "noextension")
+    touch(tmp_path, "a.png", "sub/b.png", "c.psd", "c.svg", *masks, *others)
+    scan = scan_folder(tmp_path)
+    assert [file.name for file in scan.images] == ["a.png", "sub/b.png"]
+    assert sorted(scan.conditioning) == sorted(masks)
+    assert [name for name, _ in scan.unread] == ["c.psd", "c.svg"]
+    assert scan.others == others[1:]
+
+
+def test_orphans_are_caption_files_without_an_image(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "a.txt", "a.png.txt", "b.psd", "b.txt", "c.txt", "sub/a.txt", "d.caption")
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    touch(tmp_path, "gone.txt")
+    assert [file.name for file in scan_folder(tmp_path).orphans()] == ["c.txt", "d.caption", "sub/a.txt"]
 
 
 def test_scan_folder_passes_over_hidden_files(tmp_path: Path) -> None:

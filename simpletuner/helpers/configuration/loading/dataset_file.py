@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section
-from simpletuner.helpers.configuration.schema.datasets import IMAGE_SUFFIXES, DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.configuration.schema.values import is_off
 
-INHERITED = ("resolution", "resolution_type", "minimum_image_size", "caption_strategy", "instance_prompt")
+INHERITED = (
+    "resolution",
+    "resolution_type",
+    "minimum_image_size",
+    "caption_strategy",
+    "caption_lines",
+    "instance_prompt",
+)
+_MULTILINE_SPLIT = "disable_multiline_split"
+"""SimpleTuner's spelling of caption_lines: true is whole, false is choose."""
+_NO_TARGET = (
+    "its images must not be trained on, and conditioning on them is not supported. Remove the entry, or set "
+    '"disabled": true in it.'
+)
 _SWITCHES = {
     "true": True,
     "1": True,
@@ -59,6 +75,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     text_caches: list[TextCacheEntry] = []
     first_with: dict[str, int] = {}
     num_images = 0
+    conditioning = _conditioning_data(entries)
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             source.reject(f"[{index}]", entry, "must be an object, {...}.")
@@ -75,12 +92,47 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             first_with[identity] = index
         if values.get("dataset_type") == "text_embeds":
             text_caches.append(_text_cache(values, own))
-        elif dataset := _image_dataset(values, own, data=data):
+        elif dataset := _image_dataset(values, own, data=data, owner=conditioning.get(str(identity))):
             datasets.append(dataset)
         num_images += values.get("dataset_type") != "text_embeds"
     if num_images == 0:
         source.add("", "no enabled image dataset. Add one.")
     return DatasetFile(tuple(datasets), _chosen(text_caches, source))
+
+
+def _conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
+    """Id -> the entry whose conditioning_data names it."""
+    named: dict[str, str] = {}
+    for index, entry in enumerate(entries):
+        items = entry.items() if isinstance(entry, dict) else ()
+        values = {key.removeprefix("--"): value for key, value in items}
+        found = values.get("conditioning_data")
+        for identity in found if isinstance(found, list) else [found]:
+            if isinstance(identity, str | int | float) and not is_off(identity):
+                named[str(identity)] = str(values.get("id", f"[{index}]"))
+    return named
+
+
+def _is_image(values: Mapping[str, JsonValue]) -> bool:
+    """Whether an entry would be trained on: otherwise its own keys say that it is not supported."""
+    return values.get("dataset_type", "image") == "image" and is_off(values.get("conditioning_type"))
+
+
+def _with_caption_lines(values: Mapping[str, JsonValue], source: Source) -> Mapping[str, JsonValue]:
+    """The values with caption_lines in place of disable_multiline_split."""
+    if _MULTILINE_SPLIT not in values:
+        return values
+    others = {key: value for key, value in values.items() if key != _MULTILINE_SPLIT}
+    is_whole = _SWITCHES.get(str(values[_MULTILINE_SPLIT]).strip().lower())
+    if is_whole is None:
+        source.reject(_MULTILINE_SPLIT, values[_MULTILINE_SPLIT], "must be true or false.")
+        return others
+    lines = "whole" if is_whole else "choose"
+    given = others.get("caption_lines", lines)
+    if given != lines:
+        text = f"means caption_lines {lines}, but caption_lines is {source.problems.shown(given)}. Keep one."
+        source.reject(_MULTILINE_SPLIT, values[_MULTILINE_SPLIT], text)
+    return others | {"caption_lines": given}
 
 
 def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
@@ -92,8 +144,13 @@ def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
 
 
 def _image_dataset(
-    values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig]
+    values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig], owner: str | None
 ) -> DatasetConfig | None:
+    """Check an entry of images; `owner` is the entry whose conditioning_data it is."""
+    if owner is not None and _is_image(values):
+        source.reject("id", values["id"], f"is conditioning_data of {owner}: {_NO_TARGET}")
+        return None
+    values = _with_caption_lines(values, source)
     known = _known(values, DatasetConfig, source)
     for key in ("cache_dir", "default"):
         if key in values and _SWITCHES.get(str(values[key]).lower()) is not False:
@@ -151,14 +208,29 @@ def _check_folder(dataset: DatasetConfig, source: Source) -> None:
     if not os.access(folder, os.R_OK | os.X_OK):
         source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
         return
-    files = (name for _, _, names in os.walk(folder) for name in names)
-    if not any(
-        os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".") for name in files
-    ):
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        text = f"holds no image ({suffixes}). Put images there or correct the path."
-        source.reject("instance_data_dir", str(folder), text)
+    if reason := _without_images(folder):
+        source.reject("instance_data_dir", str(folder), reason)
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):
         text = "is inside instance_data_dir, which is never written to. Choose another."
         source.reject("cache_dir_vae", str(cache), text)
+
+
+def _without_images(folder: Path) -> str | None:
+    """The error message for a folder without an image that can be read; None for every other folder."""
+    readable, unread = image_suffixes(), unread_suffixes()
+    reasons: Counter[str] = Counter()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith(".") or (suffix not in readable and suffix not in unread):
+                continue
+            if conditioned_stem(f"{os.path.basename(parent)}/{name}") is not None:
+                reasons["named as masks or source images of others"] += 1
+            elif suffix in readable:
+                return None
+            else:
+                reasons[f"{suffix}: {unread[suffix]}"] += 1
+    found = "".join(f" It holds {number} images that are {reason}." for reason, number in reasons.items())
+    return f"holds no image ({', '.join(sorted(readable))}).{found} Put images there or correct the path."

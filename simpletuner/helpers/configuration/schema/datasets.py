@@ -23,7 +23,8 @@ from simpletuner.helpers.configuration.schema.base import (
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
+CaptionLines = Literal["choose", "whole"]
+
 SMALLEST_EDGE_PX = 16
 LARGEST_EDGE_PX = 16_384
 LARGEST_AREA_MEGAPIXELS = 256.0
@@ -100,8 +101,12 @@ class DatasetConfig(Section):
     crop_aspect: Literal["square", "preserve"] = "square"
     """Shape of the crop: square, or preserve for the bucket nearest to the image's aspect ratio."""
     caption_strategy: CaptionStrategy | None = None
-    """Source of captions. null takes textfile if the folder has text files, else filename. Default:
-    config.json's."""
+    """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
+    instance_prompt is set without prepend_instance_prompt, else filename. Default: config.json's."""
+    caption_lines: CaptionLines = "choose"
+    """Lines of a text file: choose, each line is a caption and one is drawn each time; whole, the text is one
+    caption. A JSON object or array is always whole. SimpleTuner's disable_multiline_split: true is whole.
+    Default: config.json's."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt. Default:
     config.json's."""

@@ -44,6 +44,7 @@ from simpletuner.helpers.configuration.schema.base import (
     registry_of,
 )
 from simpletuner.helpers.configuration.schema.datasets import (
+    CaptionLines,
     CaptionStrategy,
     DatasetConfig,
     ResolutionType,
@@ -362,7 +363,11 @@ class DataConfig(Section):
     aspect_bucket_rounding: Decimals = 2
     """Decimals of aspect ratios before images go into buckets."""
     caption_strategy: CaptionStrategy | None = None
-    """Source of captions. null takes textfile in folders with text files, else filename."""
+    """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
+    instance_prompt is set without prepend_instance_prompt, else filename."""
+    caption_lines: CaptionLines = "choose"
+    """Lines of a text file: choose, each line is a caption and one is drawn each time; whole, the text is one
+    caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
     cache_dir_vae: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/vae"))
@@ -428,12 +433,25 @@ class ValidationPrompt(Section):
     """Strength of the adapter; null is validation_lycoris_strength."""
 
 
+def _no_file(value: object) -> object:
+    """The value of validation_prompt_library, which names no file.
+
+    Raises:
+        ValueError: It is a path.
+    """
+    if isinstance(value, str) and ("/" in value or "." in value):
+        raise ValueError(
+            "is true or false, for the prompts of the package. Set user_prompt_library to the path."
+        )
+    return value
+
+
 class ValidationConfig(Section):
     """Validation images; none without a prompt."""
 
     validation_prompt: OptionalText = None
     """Prompt of the validation images."""
-    validation_prompt_library: bool = False
+    validation_prompt_library: Annotated[bool, BeforeValidator(_no_file)] = False
     """Add the prompts of the package."""
     user_prompt_library: OptionalInputFile = None
     """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength"}."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 
 from pydantic import JsonValue
 from pydantic_core import ErrorDetails
@@ -16,6 +16,9 @@ from simpletuner.helpers.io.names import printable
 _LONGEST_SHOWN = 60
 _WIDEST_KEY = 40
 SHORTEST_SECRET = 4
+# Of difflib's ratio: one letter of four wrong in a word, one of twenty in a name without separators.
+_SAME_WORD = 0.75
+_SAME_NAME = 0.95
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 _LIMITS = {
@@ -107,10 +110,42 @@ def shown(value: object) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Hint at the closest known name, after a space; empty if no name is close."""
+    """Hint at the known name that a misspelling means, after a space; empty if there is none.
+
+    Names that only share a word or some letters mean different things. So each word must agree but for a
+    typo, or the name lacks one word of a single known name and has two or more of its words.
+    """
     by_lower = {candidate.lower(): candidate for candidate in known}
-    match = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    words = _words(name)
+    misspelt = [each for each in by_lower if _is_misspelling(words, _words(each))]
+    longer = [each for each in by_lower if _lacks_one_word(words, _words(each))]
+    match = get_close_matches(name.lower(), misspelt, n=1, cutoff=0) or (longer if len(longer) == 1 else [])
     return f" Did you mean {by_lower[match[0]]}?" if match else ""
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[^\W_]+", name.lower())
+
+
+def _is_misspelling(words: list[str], other: list[str]) -> bool:
+    if _ratio("".join(words), "".join(other)) >= _SAME_NAME:  # a separator more or less
+        return True
+    return len(words) == len(other) and all(map(_is_same_word, words, other))
+
+
+def _lacks_one_word(words: list[str], other: list[str]) -> bool:
+    # A key of validation images is no remedy for one of training.
+    if len(other) != len(words) + 1 or len(words) < 2 or ("validation" in other) != ("validation" in words):
+        return False
+    return any(all(map(_is_same_word, words, other[:gap] + other[gap + 1 :])) for gap in range(len(other)))
+
+
+def _is_same_word(word: str, other: str) -> bool:
+    return sorted(word) == sorted(other) or _ratio(word, other) >= _SAME_WORD
+
+
+def _ratio(text: str, other: str) -> float:
+    return SequenceMatcher(None, text, other).ratio()
 
 
 def unknown_key(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 
 if TYPE_CHECKING:
@@ -145,6 +146,122 @@ def test_a_folder_without_images_is_refused(workspace: Workspace, files: list[st
     message = refused(workspace, instance_data_dir="empty")
     assert "photos.instance_data_dir  " in message
     assert ".avif, .bmp, .gif" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["a.heic", "b.heic"], "2 images that are .heic: it needs the package pillow-heif"),
+        (["a.psd"], "1 images that are .psd: its format is not read"),
+        (["a-masklabel.png", "_controls/a.jpg"], "2 images that are named as masks or source images"),
+        ([".hidden/a.png"], "holds no image"),
+    ],
+)
+def test_a_folder_of_images_that_cannot_be_trained_on_is_refused_with_the_reason(
+    workspace: Workspace, files: list[str], found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "find_spec", lambda _: None)
+    folder = workspace.image_folder("other", [])
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+    assert found in refused(workspace, instance_data_dir="other")
+
+
+def test_the_lines_of_captions_are_inherited_and_overridden(workspace: Workspace) -> None:
+    assert loaded(workspace).caption_lines == "choose"
+    workspace.config["caption_lines"] = "whole"
+    assert loaded(workspace).caption_lines == "whole"
+    assert loaded(workspace, caption_lines="choose").caption_lines == "choose"
+    assert loaded(workspace, disable_multiline_split=False).caption_lines == "choose"
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        ({"disable_multiline_split": True}, "whole"),
+        ({"disable_multiline_split": "true", "caption_lines": "whole"}, "whole"),
+        ({"--disable_multiline_split": "false"}, "choose"),
+        ({"disable_multiline_split": False, "caption_lines": "choose"}, "choose"),
+        ({"disable_multiline_split": None}, "choose"),
+    ],
+)
+def test_disable_multiline_split_is_another_spelling_of_caption_lines(
+    workspace: Workspace, changes: dict[str, object], lines: str
+) -> None:
+    assert loaded(workspace, **changes).caption_lines == lines
+
+
+@pytest.mark.parametrize(("disabled", "lines"), [(True, "choose"), (False, "whole")])
+def test_spellings_of_caption_lines_that_contradict_are_an_error_that_lists_both(
+    workspace: Workspace, disabled: bool, lines: str
+) -> None:
+    message = refused(workspace, disable_multiline_split=disabled, caption_lines=lines)
+    assert re.search(
+        rf'disable_multiline_split  {str(disabled).lower()}: .*caption_lines is "{lines}"', message
+    )
+
+
+def edit_pair(**conditions: object) -> list[object]:
+    target = {"id": "photos", "instance_data_dir": "images"}
+    return [target, {"id": "before", "instance_data_dir": "images"} | conditions]
+
+
+@pytest.mark.parametrize(
+    "key", ["conditioning_type", "source_dataset_id", "is_regularisation_data", "is_regularization_data"]
+)
+@pytest.mark.parametrize("dataset_type", [{}, {"dataset_type": "image"}])
+def test_an_entry_that_is_no_training_target_is_to_be_removed(
+    workspace: Workspace, key: str, dataset_type: dict[str, object]
+) -> None:
+    workspace.datasets = edit_pair(**dataset_type, **{key: "reference_strict"})
+    message = workspace.problems()
+    assert message.startswith("data.json: 1 problem\n")
+    assert re.search(rf"before\.{key}  .*Remove the entry.*disabled", message)
+
+
+@pytest.mark.parametrize("naming", ["before", ["before"], ["other", "before"]])
+def test_an_entry_that_another_names_as_its_conditioning_data_is_to_be_removed(
+    workspace: Workspace, naming: object
+) -> None:
+    target, before = edit_pair()
+    for entries in (
+        [target | {"conditioning_data": naming}, before],
+        [before, target | {"conditioning_data": naming}],
+    ):
+        workspace.datasets = entries
+        message = workspace.problems()
+        assert re.search(r'before\.id +"before": .*conditioning_data of photos.*Remove the entry', message)
+        assert re.search(r"photos\.conditioning_data  .*Remove it, and the entry that it names", message)
+
+
+def test_conditioning_data_of_a_disabled_entry_is_no_training_target_either(workspace: Workspace) -> None:
+    workspace.image_folder("more")
+    target, before = edit_pair()
+    workspace.datasets = [
+        target | {"conditioning_data": "before", "disabled": True},
+        before,
+        {"id": "more", "instance_data_dir": "more"},
+    ]
+    assert re.search(r"before\.id  .*Remove the entry", refused_as_is(workspace))
+    workspace.datasets[1] = before | {"disabled": True}
+    assert [dataset.id for dataset in workspace.load().datasets] == ["more"]
+
+
+def refused_as_is(workspace: Workspace) -> str:
+    message = workspace.problems()
+    assert message.startswith("data.json: 1 problem\n"), message
+    return message
+
+
+@pytest.mark.parametrize(
+    "conditions", [{"conditioning_type": ""}, {"conditioning_type": None}, {"is_regularisation_data": False}]
+)
+def test_an_entry_whose_conditioning_is_switched_off_is_trained_on(
+    workspace: Workspace, conditions: dict[str, object]
+) -> None:
+    workspace.datasets = edit_pair(**conditions)
+    assert len(workspace.load().datasets) == 2
 
 
 @pytest.mark.parametrize("name", ["a.JPG", "b.webp", "c.jpeg"])

@@ -205,3 +205,39 @@ def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace
         if found != {f"photos.{key}": f'"{value}": {UNSUPPORTED}{advice}'}:
             wrong.append((key, value, found))
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says", "never"),
+    [
+        ("tread_config", {"routes": []}, "token routing", "ControlNet"),
+        ("t5_padding", "zero", "Flux.1", "family"),
+        ("validation_no_cfg_until_timestep", 2, "Flux.1", "family"),
+        ("controlnet", True, "ControlNet is not supported", "TREAD"),
+        ("eval_loss_disable", True, "Remove it", "Did you mean"),
+        ("noise_scheduler", "flowmatch", "unknown key", "Did you mean"),
+        ("caption_tag_dropout", 0.1, "unknown key", "Did you mean"),
+    ],
+)
+def test_advice_does_not_lead_to_another_run(
+    workspace: Workspace, key: str, value: object, says: str, never: str
+) -> None:
+    message = rows(workspace.problems(**{key: value}))[key]
+    assert says in message
+    assert never not in message
+
+
+def test_a_dataset_key_of_another_trainer_gets_no_guess_that_means_something_else(
+    workspace: Workspace,
+) -> None:
+    workspace.datasets = [{"id": "photos", "instance_data_dir": "images", "caption_tag_dropout": 0.1}]
+    assert rows(workspace.problems()) == {"photos.caption_tag_dropout": "unknown key."}
+
+
+@pytest.mark.parametrize("path", ["config/prompts.json", "prompts.json", "./prompts"])
+def test_a_path_as_the_prompt_library_of_the_package_means_user_prompt_library(
+    workspace: Workspace, path: str
+) -> None:
+    message = rows(workspace.problems(validation_prompt_library=path))["validation_prompt_library"]
+    assert f'"{path}"' in message
+    assert "user_prompt_library" in message

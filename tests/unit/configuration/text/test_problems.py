@@ -89,5 +89,44 @@ def test_an_unknown_key_names_the_nearest(name: str, match: str) -> None:
     assert unknown_key(name, ["learning_rate", "seed"]) == f"unknown key. Did you mean {match}?"
 
 
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("output_dri", "output_dir"),
+        ("learningrate", "learning_rate"),
+        ("max_train_step", "max_train_steps"),
+        ("max_steps", "max_train_steps"),
+        ("sdlx", "sdxl"),
+    ],
+)
+def test_a_misspelling_or_a_word_left_out_is_recognised(name: str, match: str) -> None:
+    known = ["output_dir", "learning_rate", "max_train_steps", "lr_scheduler", "sdxl"]
+    assert nearest(name, known) == f" Did you mean {match}?"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("controlnet", "context"),
+        ("eval_loss_disable", "validation_disable"),
+        ("noise_scheduler", "lr_scheduler"),
+        ("noise_scheduler", "validation_noise_scheduler"),
+        ("caption_tag_dropout", "caption_strategy"),
+        ("caption_tag_dropout", "caption_dropout_probability"),
+        ("text_encoder_lr", "text_encoder_4_precision"),
+        ("learning_rate_te1", "learning_rate"),
+        ("use_ema", "use_dora"),
+        ("max_image_size", "minimum_image_size"),
+        ("klein", "klein-9b"),
+    ],
+)
+def test_a_name_that_means_something_else_is_never_proposed(name: str, other: str) -> None:
+    assert nearest(name, [other]) == ""
+
+
+def test_a_word_left_out_of_two_known_names_gets_no_guess() -> None:
+    assert nearest("batch_size", ["vae_batch_size", "train_batch_size"]) == ""
+
+
 def test_a_key_that_is_near_nothing_gets_no_guess() -> None:
     assert nearest("zzzz", ["learning_rate", "seed"]) == ""

@@ -1,0 +1,191 @@
+"""What a dataset's folder gives to training, in log lines: the source of captions, and the files left out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.image_files import conditioned_stem
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.data.captions import (
+    CaptionReader,
+    Captions,
+    InstancePromptCaptions,
+    TextFileCaptions,
+    text_files_beside,
+)
+from simpletuner.helpers.data.sources import FoundFile, Scan
+from simpletuner.helpers.io.names import printable
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5
+SHOWN_CHARACTERS = 80
+# Files in which other trainers and taggers keep captions, and their caches of latents and prompt embeds.
+_CAPTION_SUFFIXES = frozenset(
+    {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".tags", ".cap", ".captions", ".xmp", ".yaml", ".yml"}
+)
+_CACHE_SUFFIXES = frozenset({".npz", ".npy", ".safetensors", ".pt", ".pth", ".bin"})
+
+
+def listed(texts: Iterable[str]) -> str:
+    """The first few distinct texts and the number of the others."""
+    counted = Counter(texts)
+    first = "; ".join(list(counted)[:_SHOWN])
+    return first if len(counted) <= _SHOWN else f"{first}; and {len(counted) - _SHOWN} more"
+
+
+def shown(text: str) -> str:
+    """The beginning of a caption or prompt, quoted."""
+    return repr(printable(text[:SHOWN_CHARACTERS]))
+
+
+def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
+    """Log the files that are no images or captions of this dataset, each kind counted."""
+    _report_unread(config, scan)
+    if scan.conditioning:
+        _report_conditioning(config, scan)
+    _report_unread_texts(config, scan, reader)
+    _report_others(config, scan)
+
+
+def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
+    stems = {os.path.splitext(image.name)[0] for image in scan.images}
+    paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
+    logger.warning(
+        "Dataset %s: %d files are named as masks or source images and are not trained on: %s. %s",
+        config.id,
+        len(scan.conditioning),
+        listed(map(printable, scan.conditioning)),
+        f"{paired} of them are conditioning data of images here, which is not supported: the images "
+        "are trained without it."
+        if paired
+        else "No image here has their name.",
+    )
+
+
+def _report_unread_texts(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
+    unread = {file.name for image in scan.images for file in text_files_beside(image, scan)}
+    unread -= {file.name for image in scan.images for file in reader.caption_files(image)}
+    if unread:
+        reason = (
+            "only_instance_prompt is true"
+            if config.only_instance_prompt
+            else f'caption_strategy is "{config.caption_strategy}"'
+        )
+        logger.warning(
+            "Dataset %s: %d text files beside the images are not read, because %s: %s. "
+            'To train them, set caption_strategy to "textfile"%s.',
+            config.id,
+            len(unread),
+            reason,
+            listed(sorted(map(printable, unread))),
+            " and only_instance_prompt to false" if config.only_instance_prompt else "",
+        )
+
+
+def _report_unread(config: DatasetConfig, scan: Scan) -> None:
+    unread: dict[tuple[str, str], list[str]] = {}
+    for name, reason in scan.unread:
+        unread.setdefault((os.path.splitext(name)[1].lower(), reason), []).append(printable(name))
+    for (suffix, reason), names in unread.items():
+        logger.warning(
+            "Dataset %s: skipped %d %s images: %s: %s.", config.id, len(names), suffix, listed(names), reason
+        )
+
+
+def _report_others(config: DatasetConfig, scan: Scan) -> None:
+    orphans = [file.name for file in scan.orphans()]
+    kinds: dict[str, list[str]] = {"captions": [], "caches": [], "others": []}
+    for name in scan.others:
+        suffix = os.path.splitext(name)[1].lower()
+        is_caption, is_cache = suffix in _CAPTION_SUFFIXES, suffix in _CACHE_SUFFIXES
+        kinds["captions" if is_caption else "caches" if is_cache else "others"].append(name)
+    parts = [
+        f"{len(names)} {title} ({listed(map(printable, names))})"
+        for title, names in (
+            ("text files without an image", orphans),
+            (
+                f"that may hold captions, which are read from {' and '.join(_text_suffixes())} only",
+                kinds["captions"],
+            ),
+            ("caches of tensors", kinds["caches"]),
+            ("others", kinds["others"]),
+        )
+        if names
+    ]
+    if parts:
+        level = logging.WARNING if orphans or kinds["captions"] else logging.INFO
+        number = len(orphans) + len(scan.others)
+        logger.log(level, "Dataset %s: %d files are not read: %s.", config.id, number, "; ".join(parts))
+
+
+def report_captions(
+    config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions], *, reader: CaptionReader
+) -> None:
+    """Log the source of captions if caption_strategy is not set, several lines, and missing captions."""
+    if config.caption_strategy is None and not config.only_instance_prompt:
+        first = next((place for place, each in enumerate(captions) if each.note != "missing"), 0)
+        logger.info(
+            "Dataset %s: caption_strategy is not set; captions come from %s, for instance %s: %s.",
+            config.id,
+            _source(reader),
+            printable(files[first].name),
+            shown(captions[first].texts[0]),
+        )
+    noted: dict[str, list[str]] = {}
+    for file, each in zip(files, captions, strict=True):
+        if each.note is not None:
+            noted.setdefault(each.note, []).append(printable(file.name))
+    instead = "with instance_prompt alone" if config.prepend_instance_prompt else "without a caption"
+    for note, names in noted.items():
+        effect = "" if note == "shortened" else f" These images are trained {instead}."
+        found = listed(names)
+        logger.warning("Dataset %s: %d captions are %s: %s.%s", config.id, len(names), note, found, effect)
+    _report_lines(config, files, captions)
+
+
+def _source(reader: CaptionReader) -> str:
+    suffixes = _text_suffixes()
+    if isinstance(reader, TextFileCaptions):
+        return f"the text files ({', '.join(suffixes)}) beside the images"
+    source = "instance_prompt" if isinstance(reader, InstancePromptCaptions) else "the file names"
+    return f"{source}, because no {' or '.join(suffixes)} file lies beside an image"
+
+
+def _report_lines(config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions]) -> None:
+    """Log how many images have several captions, or a caption of several lines, with one of them."""
+    several = [pair for pair in zip(files, captions, strict=True) if len(pair[1].texts) > 1]
+    whole = [pair for pair in zip(files, captions, strict=True) if "\n" in pair[1].texts[0]]
+    if several:
+        file, first = several[0]
+        logger.info(
+            "Dataset %s: %d of %d images have several captions, one for each line; each time an image is "
+            "trained on, one is drawn, for instance of the %d of %s: %s. To train all lines as one caption, "
+            'set caption_lines to "whole".',
+            config.id,
+            len(several),
+            len(files),
+            len(first.texts),
+            printable(file.name),
+            " or ".join(map(shown, first.texts[:2])),
+        )
+    if whole:
+        file, first = whole[0]
+        logger.info(
+            "Dataset %s: %d of %d images have a caption of several lines, trained as a whole, for instance "
+            "%s: %s.",
+            config.id,
+            len(whole),
+            len(files),
+            printable(file.name),
+            shown(first.texts[0]),
+        )
+
+
+def _text_suffixes() -> tuple[str, ...]:
+    source = CAPTION_SOURCES["textfile"]
+    return (source.suffix, *source.further_suffixes)

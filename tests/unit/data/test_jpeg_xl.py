@@ -1,0 +1,122 @@
+"""JPEG XL: sizes from the header, pixels from libjxl where its package is installed."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.images import decode_image, inspect_image
+from simpletuner.helpers.data.jpeg_xl import is_jpeg_xl, read_header
+from simpletuner.helpers.errors import DataError
+
+# libjxl reads each as 40 x 24 before turning, with the orientation and animation named here.
+UPRIGHT, ANIMATED, TURNED, BOTH = (
+    bytes.fromhex(f"ff0a{bits}") + bytes(20)
+    for bits in ("0588007202", "05882000390100", "0588057202", "05882500390100")
+)
+# The first 64 bytes of an image of 80 x 64, whose codestream lies in two boxes.
+IN_BOXES = bytes.fromhex(
+    "0000000c4a584c200d0a870a00000014667479706a786c20000000006a786c20"
+    "000000116a786c7000000000ff0a8f41240000000c4578696600000000"
+    "0000001e6a786c7080000001000000000000000000000000000000000000"
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "is_animated"),
+    [
+        (UPRIGHT, (40, 24), False),
+        (ANIMATED, (40, 24), True),
+        (TURNED, (24, 40), False),
+        (BOTH, (24, 40), True),
+        (IN_BOXES, (80, 64), False),
+    ],
+)
+def test_the_header_gives_the_size_upright_and_whether_it_is_animated(
+    data: bytes, size: tuple[int, int], is_animated: bool
+) -> None:
+    assert is_jpeg_xl(data)
+    assert read_header(data) == (size, is_animated)
+
+
+@pytest.mark.parametrize("length", range(2, 4))
+def test_a_header_that_is_cut_off_is_an_error(length: int) -> None:
+    with pytest.raises(OSError, match="cut off"):
+        read_header(UPRIGHT[:length])
+
+
+@pytest.mark.parametrize(
+    "box", [b"\x00\x00\x00\x04jxlc", b"\x00\x00\x00\x01jxlc" + bytes(8), b"\x00\x00\x00\x08free", b""]
+)
+def test_a_container_without_a_codestream_is_an_error(box: bytes) -> None:
+    with pytest.raises(OSError, match=r"box|codestream"):
+        read_header(IN_BOXES[:12] + box)
+
+
+class TestWithItsPackage:
+    @pytest.fixture(autouse=True)
+    def _package(self) -> None:
+        pytest.importorskip("pillow_jxl")
+
+    def test_pixels_are_read_as_they_were_written(self) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (33, 50, 3), dtype=np.uint8)
+        data = written(Image.fromarray(pixels), lossless=True)
+        assert inspect_image(data) == Size(height=33, width=50)
+        assert np.array_equal(np.asarray(decode_image(data)), pixels)
+
+    @pytest.mark.parametrize("size", [(1, 1), (64, 48), (120, 100), (513, 7), (8, 2000), (1025, 1024)])
+    @pytest.mark.parametrize("use_container", [False, True])
+    def test_the_header_says_what_the_encoder_was_given(
+        self, size: tuple[int, int], *, use_container: bool
+    ) -> None:
+        image = Image.new("RGB", size)
+        assert read_header(written(image, use_container=use_container, effort=1)) == (size, False)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_a_jpeg_that_became_jpeg_xl_is_turned_once(self, tmp_path: Path, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(np.arange(40 * 64 * 3, dtype=np.uint8).reshape(40, 64, 3))
+        image.save(tmp_path / "a.jpg", exif=exif)
+        with Image.open(tmp_path / "a.jpg") as jpeg:
+            data = written(jpeg, lossless_jpeg=True)
+        original = decode_image((tmp_path / "a.jpg").read_bytes())
+        assert np.array_equal(np.asarray(decode_image(data)), np.asarray(original))
+        assert inspect_image(data) == Size(height=original.height, width=original.width)
+
+    def test_a_huge_image_is_refused_by_its_header(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = written(Image.new("RGB", (9000, 8000)), effort=1)
+        monkeypatch.setattr("pillow_jxl.Decoder", None)
+        with pytest.raises(DataError, match=r"9000x8000.*67108864"):
+            inspect_image(data)
+
+    def test_the_packages_own_reader_is_replaced_for_good(self) -> None:
+        script = (
+            "from PIL import Image\n"
+            "from simpletuner.helpers.data.jpeg_xl import JpegXLFile\n"
+            "from simpletuner.helpers.data.optional_formats import optional_formats\n"
+            "assert 'JXL' in optional_formats()\n"
+            "import pillow_jxl\n"
+            "assert Image.OPEN['JXL'][0] is JpegXLFile\n"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
+
+    def test_an_animation_and_a_damaged_image_are_refused(self) -> None:
+        with pytest.raises(DataError, match="animated"):
+            inspect_image(ANIMATED)
+        data = written(Image.effect_noise((64, 64), 90).convert("RGB"))
+        with pytest.raises(DataError, match="damaged or cut off"):
+            decode_image(data[: len(data) // 2])
+
+
+def written(image: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JXL", **options)
+    return buffer.getvalue()

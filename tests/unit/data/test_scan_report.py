@@ -1,0 +1,147 @@
+"""What the log says of a dataset's folder."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from simpletuner.helpers.choices import image_files
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.errors import DataError
+
+Planned = Callable[..., tuple[TrainingData, list[str]]]
+
+
+@pytest.fixture
+def planned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Planned:
+    """Makes a folder of these files and plans it; gives the data and the lines of the log."""
+    caplog.set_level(logging.INFO)
+
+    def plan(files: dict[str, str], **options: object) -> tuple[TrainingData, list[str]]:
+        folder = tmp_path / "photos"
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if text == "image":
+                Image.new("RGB", (64, 64)).save(folder / name, "PNG")
+            else:
+                (folder / name).write_text(text, encoding="utf-8")
+        config = DatasetConfig(id="photos", instance_data_dir=folder, resolution=64, **options)
+        stores = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+        data = TrainingData([config], stores, seed=1, batch_size=1, pixel_alignment=8)
+        return data, [record.getMessage() for record in caplog.records]
+
+    return plan
+
+
+def line_with(lines: list[str], *parts: str) -> str:
+    """The one line that holds all parts, in this order."""
+    (line,) = [line for line in lines if re.search(".*".join(map(re.escape, parts)), line)]
+    return line
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "parts"),
+    [
+        ({"a_cat.png": "image", "b.png": "image", "b.txt": "a dog"}, {}, ["text files", "b.png", "'a dog'"]),
+        ({"a_cat.png": "image"}, {}, ["file names", ".txt", ".caption", "a_cat.png", "'a cat'"]),
+        ({"a_cat.png": "image"}, {"instance_prompt": "sks"}, ["instance_prompt", "'sks'"]),
+    ],
+)
+def test_without_a_caption_strategy_the_start_says_where_captions_come_from(
+    planned: Planned, files: dict[str, str], options: dict[str, object], parts: list[str]
+) -> None:
+    _, lines = planned(files, **options)
+    line_with(lines, "caption_strategy is not set", *parts)
+
+
+def test_with_a_caption_strategy_the_start_does_not_explain_it(planned: Planned) -> None:
+    _, lines = planned({"a.png": "image", "a.txt": "x"}, caption_strategy="textfile")
+    assert not [line for line in lines if "caption_strategy" in line or "not read" in line]
+
+
+def test_files_that_are_not_read_are_counted_in_one_line_by_kind(planned: Planned) -> None:
+    captions = {"a.json": "{}", "metadata.jsonl": "{}", "captions.csv": ""}
+    others = {
+        "notes.txt": "x",
+        "a.npz": "",
+        "_latent_cache/a.safetensors": "",
+        "desktop.ini": "",
+        "LICENSE": "",
+    }
+    data, lines = planned({"a.png": "image", "a.txt": "a cat"} | captions | others)
+    line = line_with(lines, "8 files are not read", "1 text files", "notes.txt", "3 that may hold captions")
+    assert "2 caches of tensors (_latent_cache/a.safetensors; a.npz)" in line
+    assert all(name in line for name in (*captions, *others))
+    assert [(each.path, "no image" in each.reason) for each in data.skipped] == [("notes.txt", True)]
+
+
+def test_many_images_of_one_unread_kind_are_one_line_with_their_number(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_files, "find_spec", lambda _: None)
+    phone = {f"{number:02}.heic": "image" for number in range(12)}
+    data, lines = planned({"a.png": "image", "00.txt": "a cat", "b.psd": "x"} | phone)
+    line = line_with(lines, "skipped 12 .heic", "00.heic", "and 7 more", "pillow-heif", "[formats]")
+    assert "11.heic" not in line
+    line_with(lines, "skipped 1 .psd", "b.psd", "save it as PNG")
+    line_with(lines, "1 images (13 skipped)")
+    assert {each.path for each in data.skipped} == {"b.psd", *phone}
+
+
+def test_masks_are_never_trained_and_named_as_conditioning_data_of_their_image(planned: Planned) -> None:
+    masks = ["a-condlabel.png", "a-masklabel.png", "lost-masklabel.png"]
+    data, lines = planned({"a.png": "image", "a.txt": "a cat"} | dict.fromkeys(masks, "image"))
+    assert [sample.path for sample in data.samples] == ["a.png"]
+    line_with(lines, "3 files", *masks, "2 of them are conditioning data")
+
+
+def test_masks_without_their_image_are_counted(planned: Planned) -> None:
+    _, lines = planned({"a.png": "image", "lost-masklabel.png": "image"})
+    assert "conditioning data" not in line_with(lines, "1 files", "lost-masklabel.png", "No image")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (
+            {"caption_strategy": "instanceprompt", "instance_prompt": "sks"},
+            'caption_strategy is "instanceprompt"',
+        ),
+        ({"caption_strategy": "filename"}, 'caption_strategy is "filename"'),
+        ({"only_instance_prompt": True, "instance_prompt": "sks"}, "only_instance_prompt is true"),
+    ],
+)
+def test_text_files_beside_images_that_are_not_read_are_a_warning_with_the_reason(
+    planned: Planned, options: dict[str, object], reason: str
+) -> None:
+    texts = {"a.txt": "a cat", "b.png.txt": "a dog", "b.caption": "a dog"}
+    _, lines = planned({"a.png": "image", "b.png": "image", "c.png": "image"} | texts, **options)
+    line_with(lines, "3 text files beside the images are not read", reason, "a.txt", "textfile")
+
+
+def test_the_start_says_how_many_images_have_several_captions_and_shows_one(planned: Planned) -> None:
+    files = {"a.png": "image", "a.txt": "one", "b.png": "image", "b.txt": "one\ntwo\nthree"}
+    data, lines = planned(files)
+    assert data.captions() == ("one", "two", "three")
+    line_with(lines, "1 of 2 images have several captions", "3 of b.png", "'one' or 'two'", "caption_lines")
+    assert not [line for line in lines if "as a whole" in line]
+
+
+def test_the_start_says_how_many_captions_of_several_lines_are_whole_and_shows_one(planned: Planned) -> None:
+    files = {"a.png": "image", "a.txt": "one", "b.png": "image", "b.txt": "one\ntwo"}
+    data, lines = planned(files, caption_lines="whole")
+    assert data.captions() == ("one", "one\ntwo")
+    line_with(lines, "1 of 2 images have a caption of several lines", "as a whole", "b.png", r"'one\\ntwo'")
+    assert not [line for line in lines if "several captions" in line]
+
+
+def test_a_folder_of_images_that_are_not_read_is_an_error_that_names_them(planned: Planned) -> None:
+    with pytest.raises(DataError, match=r"no image .*a\.psd: its format is not read"):
+        planned({"a.psd": "x"})
