@@ -36,7 +36,8 @@ class Algorithm(Choice):
     is_plain_lora: bool = False
     """Two factors per layer, which export and lora_format can write as a LoRA."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
-    """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank."""
+    """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank. The
+    first suffix of a layer counts."""
 
 
 ARGUMENTS: dict[str, Argument] = {
@@ -218,7 +219,7 @@ ALGORITHMS = Registry(
         build=f"{_LAYERS}:LohaLayer",
         arguments=_DECOMPOSED,
         defaults=_size(8, 8.0),
-        rank_axes={".hada_w1_a": 1},
+        rank_axes={".hada_w1_b": 0},
     ),
     Algorithm(
         name="lokr",
@@ -227,7 +228,7 @@ ALGORITHMS = Registry(
         build=f"{_LAYERS}:LokrLayer",
         arguments=_DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"},
         defaults=_size(_LOKR_WHOLE, 1.0, factor=16),
-        rank_axes={".lokr_w1": None, ".lokr_w1_a": 1},
+        rank_axes={".lokr_w2_b": 0, ".lokr_w1_b": 0, ".lokr_w2": None},
     ),
     Algorithm(
         name="full",
@@ -236,6 +237,7 @@ ALGORITHMS = Registry(
         arguments=_EVERY | _RANK_DROPOUT,
         defaults=_size(1, 1.0),
         needs_dense_weight=True,
+        rank_axes={".diff": None},
     ),
     Algorithm(
         name="diag-oft",
@@ -243,6 +245,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.diag_oft:DiagOFTModule",
         arguments=_ORTHOGONAL | {"rank_dropout"},
         defaults=_size(8, 1.0, constraint=0.0, rescaled=False),
+        rank_axes={".oft_blocks": None},
     ),
     Algorithm(
         name="boft",
@@ -250,6 +253,7 @@ ALGORITHMS = Registry(
         build="lycoris.modules.boft:ButterflyOFTModule",
         arguments=_ORTHOGONAL,
         defaults=_size(10, 1.0, constraint=0.0, rescaled=False),
+        rank_axes={".oft_blocks": None},
     ),
     Algorithm(
         name="ia3",
@@ -258,6 +262,7 @@ ALGORITHMS = Registry(
         arguments=_EVERY | {"bypass_mode", "train_on_input"},
         defaults=_size(1, 1.0, train_on_input=False),
         needs_dense_weight=True,
+        rank_axes={".on_input": None},
     ),
     Algorithm(
         name="glora",
@@ -266,6 +271,7 @@ ALGORITHMS = Registry(
         build=f"{_LAYERS}:GLoraLayer",
         arguments=_TWO_FACTORS,
         defaults=_size(8, 8.0),
+        rank_axes={".a2.weight": 0},
     ),
     Algorithm(
         name="dylora",
