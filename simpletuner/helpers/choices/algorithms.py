@@ -38,7 +38,8 @@ class Algorithm(Choice):
     exports_to_comfyui: bool = False
     """Its layers are two factors, written as a LoRA, or have tensors that ComfyUI reads under other names."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
-    """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank."""
+    """Suffix of a key in its files -> axis of that tensor that is the rank; None for full rank. The
+    first suffix of a layer counts."""
 
 
 ARGUMENTS: dict[str, Argument] = {
@@ -221,7 +222,7 @@ ALGORITHMS = Registry(
         arguments=_DECOMPOSED,
         defaults=_size(8, 8.0),
         exports_to_comfyui=True,
-        rank_axes={".hada_w1_a": 1},
+        rank_axes={".hada_w1_b": 0},
     ),
     Algorithm(
         name="lokr",
@@ -231,7 +232,7 @@ ALGORITHMS = Registry(
         arguments=_DECOMPOSED | {"factor", "full_matrix", "decompose_both", "unbalanced_factorization"},
         defaults=_size(_LOKR_WHOLE, 1.0, factor=16),
         exports_to_comfyui=True,
-        rank_axes={".lokr_w1": None, ".lokr_w1_a": 1},
+        rank_axes={".lokr_w2_b": 0, ".lokr_w1_b": 0, ".lokr_w2": None},
     ),
     Algorithm(
         name="full",
@@ -258,6 +259,7 @@ ALGORITHMS = Registry(
         arguments=_ORTHOGONAL,
         defaults=_size(10, 1.0, constraint=0.0, rescaled=False),
         takes_multiplier=False,
+        rank_axes={".oft_blocks": None},
     ),
     Algorithm(
         name="ia3",

@@ -6,6 +6,7 @@ The full product of the options takes minutes: pytest --long tests/unit/adapters
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from itertools import combinations, compress, product
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.loading.building import Source
@@ -247,6 +249,55 @@ def test_options_of_the_same_factors_are_trained_and_loaded_in_pairs(algo: str, 
         for one, other in product(trials(algo, first), trials(algo, second))
     )
     assert problems(algo, pairs, tmp_path, thorough=False) == {}
+
+
+@pytest.mark.parametrize(
+    ("algo", "options", "title", "ranks"),
+    [
+        ("loha", {"use_tucker": True}, "LoHa", {4: 5}),
+        ("lokr", {"use_tucker": True}, "LoKr", {2: 5}),
+        ("lokr", {"unbalanced_factorization": True, "decompose_both": True}, "LoKr", {2: 5}),
+        ("lokr", {"full_matrix": True}, "LoKr", {}),
+        ("full", {}, "full", {}),
+        ("diag-oft", {}, "diag-oft", {}),
+        ("boft", {}, "boft", {}),
+        ("ia3", {}, "ia3", {}),
+        ("glora", {}, "GLoRA", {4: 5}),
+        ("dylora", {}, "LoRA", {4: 5}),
+        ("lora", {"train_norm": True}, "LoRA, norms", {4: 5}),
+    ],
+)
+def test_inspect_counts_every_layer_of_every_algorithm(
+    algo: str, options: Options, title: str, ranks: dict[int, int], tmp_path: Path
+) -> None:
+    adapter = attached(toy(), configured(algo, options))
+    adapter.save(tmp_path / "a.safetensors", metadata={})
+    found = inspect(tmp_path / "a.safetensors")
+    assert (found.algorithm, found.num_layers, found.ranks) == (title, len(adapter.network.loras), ranks)
+
+
+def test_inspect_names_the_algorithms_of_a_mixed_file(tmp_path: Path) -> None:
+    maps = {"name_algo_map": {"conv": {"algo": "lokr"}, "square": {"algo": "loha"}}}
+    adapter = attached(toy(), configured("tlora", {"apply_preset": {"target_name": [".*"]} | maps}))
+    adapter.save(tmp_path / "a.safetensors", metadata={})
+    found = inspect(tmp_path / "a.safetensors")
+    assert (found.algorithm, found.num_layers) == ("T-LoRA, LoHa, LoKr", 5)
+
+
+def test_table_of_the_documentation_is_what_the_algorithms_take(repository: Path) -> None:
+    text = (repository / "documentation/lycoris.md").read_text()
+    head, _, *rows = (
+        text.partition("<!-- table: options -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+    )
+    columns = [re.findall(r"`(\S+)`", cell) for cell in head.split("|")[2:-1]]
+    found: dict[str, set[str]] = {algo: set() for names in columns for algo in names}
+    for row in rows:
+        option, *cells = (cell.strip() for cell in row.split("|")[1:-1])
+        assert set(cells) <= {"ok", "refused"}
+        for names, cell in zip(columns, cells, strict=True):
+            for algo in names if cell == "ok" else ():
+                found[algo].add(option.strip("`"))
+    assert found == {algo: set(record.arguments) for algo, record in ALGORITHMS.items()}
 
 
 TOGETHER = (("conv_dim", "conv_alpha"), ("rank_dropout", "rank_dropout_scale", "module_dropout"))

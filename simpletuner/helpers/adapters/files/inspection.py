@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, import_formats
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
@@ -25,7 +27,6 @@ LORA_LAYOUTS: Mapping[str, tuple[str, int]] = {
     ".lora.down.weight": (f"{STANDARD.title} in diffusers' former format", 0),
 }
 """Suffix of a key of a LoRA -> (name of the layout, axis of the tensor that is the rank)."""
-BOFT_AXES = 4  # of the blocks, which diag-oft stores with three under the same key
 # Header entries that are shown in their own place, or hold a value for each layer.
 SHOWN_ELSEWHERE = {
     "format",
@@ -38,6 +39,7 @@ SHOWN_ELSEWHERE = {
     adapter_file.LYCORIS_KEY,
     adapter_file.HASH_KEY,
     adapter_file.PATHS_KEY,
+    adapter_file.OPTIONS_KEY,
 }
 
 
@@ -132,19 +134,16 @@ def inspect(file: Path) -> Inspection:
         tensors = import_formats.convert_released(stored.tensors) if released else stored.tensors
     except AdapterError as error:
         raise AdapterError(f"{file}: {error}") from error
-    layouts = _layouts()
-    suffix = next((each for each in layouts if any(key.endswith(each) for key in tensors)), None)
-    if suffix is None:
+    layers = _layers(tensors)
+    if not layers:
         raise AdapterError(f"{file}: no layer of a known algorithm; the first key is {min(tensors)}.")
-    algorithm, rank_axis = layouts[suffix]
-    names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
+    names = sorted(layers)
     specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
-    if specs:
-        algorithm = ALGORITHMS["tlora"].title + (" of the authors' release" if released else "")
-    ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
+    algorithm = ", ".join(dict.fromkeys(title for title, _ in layers.values()))
+    if released:
+        algorithm = f"{ALGORITHMS['tlora'].title} of the authors' release"
+    ranks = {name: rank for name, (_, rank) in layers.items() if rank is not None}
     alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
-    if suffix == ".oft_blocks" and tensors[names[0] + suffix].ndim == BOFT_AXES:
-        algorithm = ALGORITHMS["boft"].title
     frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
     lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
     header = stored.metadata
@@ -173,6 +172,19 @@ def inspect(file: Path) -> Inspection:
     )
 
 
+def _layers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int | None]]:
+    """Layer -> (algorithm, rank; None for full rank), in the order of the algorithms."""
+    layers: dict[str, tuple[str, int | None]] = {}
+    for suffix, (title, axis) in _layouts().items():
+        for key in (key for key in tensors if key.endswith(suffix)):
+            name, shape = key.removesuffix(suffix), tensors[key].shape
+            if suffix == ".oft_blocks":
+                title = ALGORITHMS["boft" if len(shape) == 4 else "diag-oft"].title
+            kind = ALGORITHMS["tlora"].title if f"{name}.tlora_schedule" in tensors else title
+            layers.setdefault(name, (kind, None if axis is None else shape[axis]))
+    return layers
+
+
 def _layouts() -> dict[str, tuple[str, int | None]]:
     """Suffix of a key -> (algorithm, rank axis), in the order in which a file is searched for them."""
     of_algorithms = {
@@ -180,7 +192,7 @@ def _layouts() -> dict[str, tuple[str, int | None]]:
         for record in ALGORITHMS.values()
         for suffix, axis in record.rank_axes.items()
     }
-    return {**of_algorithms, **LORA_LAYOUTS}
+    return {**of_algorithms, **LORA_LAYOUTS, ".w_norm": ("norms", None)}
 
 
 def _schedule(
