@@ -21,6 +21,10 @@ class DataError(SimpleTunerError):
     """An image, a caption or a cache entry is unusable."""
 
 
+class DamagedImageError(DataError):
+    """The pixels of an image cannot be decoded, or only in part; the message does not name the file."""
+
+
 class ModelError(SimpleTunerError):
     """A model folder, repository or component cannot be found or loaded."""
 

@@ -29,7 +29,8 @@ class CacheRequest(Generic[Input]):
     """In messages: VAE or text encoder."""
     metadata: Mapping[str, str]
     """For people who look into the file."""
-    load: Callable[[], Input]
+    load: Callable[[], Input | None]
+    """None if the input turns out to be unusable; then no entry is made."""
     batch_group: str = ""
     """A batch holds neighbouring requests of one group."""
 
@@ -58,8 +59,9 @@ def encode_missing(
     missing = [request for request in own if request.key not in request.store]
     num_encoded = 0
     for batch, inputs in prefetch(_batches(missing, batch_size), _load):
-        for request, tensors in zip(batch, encode(inputs), strict=True):
-            _put(request, tensors)
+        if inputs:
+            for request, tensors in zip(batch, encode(inputs), strict=True):
+                _put(request, tensors)
         num_encoded += len(batch)
         yield num_encoded, len(missing)
 
@@ -71,7 +73,14 @@ def _batches(requests: Iterable[CacheRequest[Input]], size: int) -> Iterator[lis
 
 
 def _load(batch: list[CacheRequest[Input]]) -> tuple[list[CacheRequest[Input]], list[Input]]:
-    return batch, [request.load() for request in batch]
+    """The requests of a batch whose inputs are usable, and these inputs."""
+    usable, inputs = [], []
+    for request in batch:
+        loaded = request.load()
+        if loaded is not None:
+            usable.append(request)
+            inputs.append(loaded)
+    return usable, inputs
 
 
 def _put(request: CacheRequest[Input], tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -26,16 +26,18 @@ from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest
-from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset
+from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
 from simpletuner.helpers.data.sampler import Bucket, Sampler
 from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.names import file_name, printable
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
 
+# In the keys of images from which earlier versions read other pixels; those of all others stay valid.
+_READ_ANEW = "colours 2"
 _MIX_RANGE = 1 << 63
 _SHOWN = 5
 
@@ -69,6 +71,8 @@ class TrainingData:
     """Every usable image once, with its first caption."""
     skipped: tuple[SkippedImage, ...] = field(init=False)
     """Every unusable image."""
+    damaged: dict[str, str] = field(init=False)
+    """Images whose pixels this process found damaged while it loaded them; digest -> reason."""
     batches_per_epoch: int = field(init=False)
     """Micro-batches per process and epoch."""
 
@@ -78,19 +82,13 @@ class TrainingData:
         self._latents_stores = {
             each.id: self._store(each.cache_dir_vae or self.data.cache_dir_vae / each.id) for each in active
         }
-        plans = [self._plan(each) for each in active]
-        self._buckets = [bucket for plan in plans for bucket in _buckets_of(plan)]
-        self._sampler = Sampler(
-            [bucket for bucket, _ in self._buckets],
-            seed=self.seed,
-            batch_size=self.batch_size * self.num_processes,
-        )
+        self._indexes = {
+            each.id: ImageIndex(self._latents_stores[each.id].folder / f"images_{file_name(each.id)}.json")
+            for each in active
+        }
         self._vae_identity = self._text_identity = ""
-        self._images = [image for plan in plans for image in plan.images]
-        self.samples = tuple(image.sample for image in self._images)
-        self.skipped = tuple(each for plan in plans for each in plan.skipped)
-        self.batches_per_epoch = self._sampler.batches_per_epoch
-        self._log_epoch()
+        self.damaged = {}
+        self._follow([self._plan(each) for each in active])
 
     def captions(self) -> tuple[str, ...]:
         """Every caption once, in the order of the images; "" first when captions are dropped."""
@@ -110,7 +108,7 @@ class TrainingData:
                 name=image.sample.path,
                 encoder="VAE",
                 metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
-                load=partial(load_pixels, image),
+                load=partial(self._pixels_unless_damaged, image),
                 batch_group=bucket.name,
             )
             for bucket, images in self._buckets
@@ -130,6 +128,28 @@ class TrainingData:
             )
             for prompt in (*self.captions(), *prompts)
         ]
+
+    def leave_out(self, damaged: Mapping[str, str]) -> None:
+        """Leave damaged images out of this run's samples and of later runs' too; list them as skipped.
+
+        Every process must leave out the same ones, so that all have the same batches.
+
+        Args:
+            damaged: The digest of an image -> the reason.
+
+        Raises:
+            DataError: A dataset has no image left.
+        """
+        if not damaged:
+            return
+        for index in self._indexes.values():
+            index.mark_damaged(damaged)
+            index.save()
+        plans = [without_damaged(plan, damaged) for plan in self._plans]
+        for before, plan in zip(self._plans, plans, strict=True):
+            if plan.images != before.images:
+                _log_plan(plan)
+        self._follow(plans)
 
     def text_embeds(self, prompt: str) -> TextEmbeds:
         """The cached embeddings of a prompt, with a batch axis of 1, on the CPU.
@@ -171,6 +191,14 @@ class TrainingData:
             sample_indices=sample_indices,
         )
 
+    def _pixels_unless_damaged(self, image: PlannedImage) -> Tensor | None:
+        """The pixels of an image; None, and a note in `damaged`, if they are damaged."""
+        try:
+            return load_pixels(image)
+        except DamagedImageError as error:
+            self.damaged[image.digest] = str(error)
+            return None
+
     def _with_caption(self, image: PlannedImage, sample_index: int) -> Sample:
         """The image's sample with the caption that the global sample index selects."""
         if mix(self.seed, "caption dropout", sample_index) < self.caption_dropout * _MIX_RANGE:
@@ -190,7 +218,8 @@ class TrainingData:
 
     def _latents_key(self, image: PlannedImage) -> str:
         assert self._vae_identity, "set_encoders comes first"
-        return latents_key(image.sample, image_digest=image.digest, vae_identity=self._vae_identity)
+        content = f"{image.digest} {_READ_ANEW}" if image.is_read_anew else image.digest
+        return latents_key(image.sample, image_digest=content, vae_identity=self._vae_identity)
 
     def _text_key(self, prompt: str) -> str:
         assert self._text_identity, "set_encoders comes first"
@@ -207,8 +236,7 @@ class TrainingData:
         return TensorStore(folder)
 
     def _plan(self, config: DatasetConfig) -> DatasetPlan:
-        folder = self._latents_stores[config.id].folder
-        index = ImageIndex(folder / f"images_{file_name(config.id)}.json")
+        index = self._indexes[config.id]
         plan = plan_dataset(
             config,
             index=index,
@@ -217,16 +245,23 @@ class TrainingData:
             aspect_decimals=self.data.aspect_bucket_rounding,
         )
         index.save()
-        sizes = Counter(image.sample.target_px for image in plan.images)
-        logger.info(
-            "Dataset %s: %d images (%d skipped) in %d buckets: %s.",
-            config.id,
-            len(plan.images),
-            len(plan.skipped),
-            len(sizes),
-            ", ".join(f"{size}: {number}" for size, number in sorted(sizes.items())),
-        )
+        _log_plan(plan)
         return plan
+
+    def _follow(self, plans: Sequence[DatasetPlan]) -> None:
+        """Take samples and order from the datasets' plans."""
+        self._plans = plans
+        self._buckets = [bucket for plan in plans for bucket in _buckets_of(plan)]
+        self._sampler = Sampler(
+            [bucket for bucket, _ in self._buckets],
+            seed=self.seed,
+            batch_size=self.batch_size * self.num_processes,
+        )
+        self._images = [image for plan in plans for image in plan.images]
+        self.samples = tuple(image.sample for image in self._images)
+        self.skipped = tuple(each for plan in plans for each in plan.skipped)
+        self.batches_per_epoch = self._sampler.batches_per_epoch
+        self._log_epoch()
 
     def _log_epoch(self) -> None:
         size = self.batch_size * self.num_processes
@@ -257,18 +292,39 @@ def load_pixels(image: PlannedImage) -> Tensor:
     """Read a planned image as [3, H, W] float32 in [-1, 1], resized and cropped.
 
     Raises:
+        DamagedImageError: Its pixels are damaged.
         DataError: The file changed or vanished since the scan.
+        TrainingError: The pixels do not fit into memory.
     """
+    shown, sample = printable(str(image.file.path)), image.sample
     try:
         data = read_bounded(image.file, limit=MAX_FILE_BYTES)
         if content_digest(data) != image.digest:
             raise DataError("it changed after the scan")
+    except DataError as error:
+        raise DataError(f"{shown}: {error}. Start the run again.") from error
+    try:
         pixels = decode_image(data)
     except DataError as error:
-        raise DataError(f"{printable(str(image.file.path))}: {error}. Start the run again.") from error
-    sample = image.sample
+        raise DamagedImageError(str(error)) from error
+    except MemoryError as error:
+        raise TrainingError(
+            f"{shown}: {sample.original_px} px do not fit into memory. Free memory or scale the image down."
+        ) from error
     return resize_and_crop(
         pixels, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px
+    )
+
+
+def _log_plan(plan: DatasetPlan) -> None:
+    sizes = Counter(image.sample.target_px for image in plan.images)
+    logger.info(
+        "Dataset %s: %d images (%d skipped) in %d buckets: %s.",
+        plan.config.id,
+        len(plan.images),
+        len(plan.skipped),
+        len(sizes),
+        ", ".join(f"{size}: {number}" for size, number in sorted(sizes.items())),
     )
 
 

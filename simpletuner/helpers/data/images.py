@@ -6,14 +6,18 @@ import io
 import struct
 import warnings
 import zlib
-from contextlib import suppress
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.colour import has_new_colours, to_srgb
+from simpletuner.helpers.data.damage import load_strictly, png_chunks
 from simpletuner.helpers.data.optional_formats import missing_decoder, optional_formats
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -22,7 +26,6 @@ from simpletuner.helpers.io.names import printable
 MAX_PIXELS = 64 << 20
 MAX_EDGE_PX = 32768
 MAX_ASPECT = 32
-MAX_ICC_BYTES = 4 << 20
 
 # Formats whose decoders are maintained and bounded; no EPS (runs Ghostscript), no PSD, no ICNS.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
@@ -51,12 +54,11 @@ _TRANSPOSES = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ALPHA_MODES = frozenset({"RGBA", "RGBa", "LA", "La", "PA"})
-_16_BIT_MODES = frozenset({"I;16", "I;16B", "I;16L", "I;16N"})
+_TURNED = frozenset({5, 6, 7, 8})
 
 
 def inspect_image(data: bytes) -> Size:
-    """Decode a whole image; returns its size, EXIF orientation applied.
+    """Read the size from the header, EXIF orientation applied; the pixels may still turn out to be damaged.
 
     Raises:
         DataError: The image cannot be used; the message does not name the file.
@@ -64,8 +66,21 @@ def inspect_image(data: bytes) -> Size:
     with warnings.catch_warnings():
         # Pillow warns of damaged metadata, and of sizes above its own limit, which is above ours.
         warnings.simplefilter("ignore")
-        image = decode_image(data)
-    return Size(height=image.height, width=image.width)
+        image = _opened_still(data)
+        if image.format == "PNG" and _has_late_metadata(data):
+            image = decode_image(data)
+            return Size(height=image.height, width=image.width)
+        # Pillow has already turned the size of a TIFF. Its reader of a PNG's orientation decodes the pixels.
+        is_turned = image.format != "TIFF" and _orientation(image, Image.Image.getexif) in _TURNED
+    height, width = (image.width, image.height) if is_turned else (image.height, image.width)
+    return Size(height=height, width=width)
+
+
+def is_read_anew(data: bytes) -> bool:
+    """Whether earlier versions read other pixels from this image, which inspect_image has accepted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return has_new_colours(_opened(data))
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -73,19 +88,17 @@ def decode_image(data: bytes) -> Image.Image:
 
     Raises:
         DataError: The image cannot be used; the message does not name the file.
+        MemoryError: Its pixels do not fit into memory.
     """
-    image = _opened(data)
-    _check_size(image)
-    _check_still(image, data)
-    profile = image.info.get("icc_profile")
+    image = _opened_still(data)
     try:
-        image.load()
-        orientation = _orientation(image)  # after load(): the TIFF decoder rotates and resets the tag
-        rgb = _to_srgb(_to_rgb(image), profile if image.mode in ("RGB", "RGBA") else None)
+        loaded = load_strictly(image, data)
+        orientation = _orientation(
+            image, type(image).getexif
+        )  # after loading: the TIFF decoder rotates and resets the tag
+        rgb = to_srgb(loaded)
         transpose = _TRANSPOSES.get(orientation)
         return rgb if transpose is None else rgb.transpose(transpose)
-    except MemoryError as error:
-        raise DataError(f"{image.width}x{image.height} px do not fit into memory") from error
     except _DECODER_FAULTS as error:
         raise DataError(f"it is damaged or cut off: {_described(error)}") from error
 
@@ -101,6 +114,14 @@ def resize_and_crop(
     cropped = resized.crop((left, top, left + target_px.width, top + target_px.height))
     pixels = torch.from_numpy(np.array(cropped, dtype=np.float32))  # [H, W, 3], 0 to 255
     return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def _opened_still(data: bytes) -> Image.Image:
+    """The image with its header read."""
+    image = _opened(data)
+    _check_size(image)
+    _check_still(image, data)
+    return image
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -154,49 +175,19 @@ def _check_still(image: Image.Image, data: bytes) -> None:
     raise DataError("it is animated or has several pages; save one of them as a still image")
 
 
-def _orientation(image: Image.Image) -> int:
+def _has_late_metadata(data: bytes) -> bool:
+    """Whether a PNG has chunks between its pixels and its end: EXIF data or XMP may stand there."""
+    kinds = [kind for kind, _, _ in png_chunks(data)]
+    return any(after not in (b"IDAT", b"IEND") for kind, after in pairwise(kinds) if kind == b"IDAT")
+
+
+def _orientation(image: Image.Image, read_exif: Callable[[Any], Image.Exif]) -> int:
     """EXIF orientation 1 to 8; 1 if the EXIF data is missing or damaged."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        value = read_exif(image).get(_ORIENTATION_TAG, 1)
     except _DECODER_FAULTS:
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in _16_BIT_MODES or image.mode in ("I", "F"):
-        return _from_deep_grey(image).convert("RGB")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, with_alpha).convert("RGB")
-    if image.mode == "CMYK":
-        return _to_srgb(image, image.info.get("icc_profile"))
-    return image.convert("RGB")
-
-
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scale grey of more than 8 bits to 8 bits; Pillow's own conversion would clip it."""
-    if image.mode == "F":
-        raise DataError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535:
-        raise DataError("its pixels are 32-bit numbers of unknown range; save it with 8 or 16 bits")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """The image converted by its profile; a missing or damaged profile counts as sRGB."""
-    converted = None
-    if profile and len(profile) <= MAX_ICC_BYTES:
-        with suppress(ImageCms.PyCMSError, *_DECODER_FAULTS):
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(source).lower():
-                target = ImageCms.createProfile("sRGB")
-                converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    if converted is not None:
-        return converted
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _described(error: Exception) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import PIL
+import simplejpeg
 import xxhash
 
 from simpletuner.helpers.contracts import Size
-from simpletuner.helpers.data.images import inspect_image
+from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, FoundFile, read_bounded
 from simpletuner.helpers.errors import DataError
@@ -22,8 +23,8 @@ from simpletuner.helpers.io.names import printable
 
 logger = logging.getLogger(__name__)
 
-# Another Pillow or other rules may judge an image differently.
-_VERSION = " ".join(["1", PIL.__version__, *optional_formats()])
+# Other decoders or other rules may judge an image differently.
+_VERSION = " ".join(["2", PIL.__version__, simplejpeg.__version__, *optional_formats()])
 # A file that changed this shortly before it was read may change again within one tick of its times.
 _RACY_NS = 2_000_000_000
 
@@ -35,9 +36,23 @@ class ImageInfo:
     digest: str
     """Of the file's bytes; empty if they cannot be read."""
     size: Size | None
-    """EXIF orientation applied; None if the image cannot be used."""
+    """EXIF orientation applied; None if the file or its header cannot be used."""
     problem: str | None
-    """The reason if it cannot be used."""
+    """The reason if it cannot be used; with a size, the pixels were found damaged when they were decoded."""
+    is_read_anew: bool = False
+    """Whether earlier versions read other pixels from it."""
+
+
+@dataclass(slots=True)
+class _Entries:
+    """The content of an index file."""
+
+    files: dict[str, list[int | str]] = field(default_factory=dict)
+    """Name -> signature and digest."""
+    contents: dict[str, list[int] | str] = field(default_factory=dict)
+    """Digest -> [height, width, 1 if it is read anew], or the reason why the header cannot be used."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Digest -> the reason why the pixels cannot be used."""
 
 
 def content_digest(data: bytes) -> str:
@@ -54,27 +69,31 @@ class ImageIndex:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._known_files, self._known_contents = _read(file)
-        self._files: dict[str, list[int | str]] = {}
-        self._contents: dict[str, list[int] | str] = {}
+        self._known = _read(file)
+        self._current = _Entries()
 
     def info(self, image: FoundFile) -> ImageInfo:
         """Look an image up, or read and inspect it."""
         started_ns = time.time_ns()
-        known = self._known_files.get(image.name)
+        known = self._known.files.get(image.name)
         if known is not None and known[:-1] == list(image.signature):
             digest = str(known[-1])
-            if digest in self._known_contents:
-                self._files[image.name] = known
-                return self._info_of(digest, lambda: self._known_contents[digest])
+            if digest in self._known.contents:
+                self._current.files[image.name] = known
+                return self._info_of(digest, lambda: self._known.contents[digest])
         try:
             data = read_bounded(image, limit=MAX_FILE_BYTES)
         except DataError as error:
             return ImageInfo(digest="", size=None, problem=str(error))
         digest = content_digest(data)
         if started_ns - image.signature[2] > _RACY_NS:
-            self._files[image.name] = [*image.signature, digest]
-        return self._info_of(digest, lambda: self._known_contents.get(digest) or _inspected(data))
+            self._current.files[image.name] = [*image.signature, digest]
+        return self._info_of(digest, lambda: self._known.contents.get(digest) or _inspected(data))
+
+    def mark_damaged(self, damaged: Mapping[str, str]) -> None:
+        """Remember which of the images looked up have damaged pixels; digest -> reason."""
+        known = self._current.contents
+        self._current.damaged.update({digest: why for digest, why in damaged.items() if digest in known})
 
     def save(self) -> None:
         """Write the entries of the images looked up since the index was opened; the others are dropped.
@@ -82,19 +101,27 @@ class ImageIndex:
         Raises:
             StorageError: The file cannot be written.
         """
-        if self._files == self._known_files and self._contents == self._known_contents:
+        if self._current == self._known:
             return
-        body = json.dumps({"version": _VERSION, "files": self._files, "contents": self._contents})
+        body = json.dumps({"version": _VERSION, **asdict(self._current)})
         write_bytes(self._file, json.dumps([content_digest(body.encode()), body]).encode(), durable=False)
 
     def _info_of(self, digest: str, inspect: Callable[[], list[int] | str]) -> ImageInfo:
-        verdict = self._contents.get(digest)
+        current = self._current
+        verdict = current.contents.get(digest)
         if verdict is None:
-            verdict = self._contents[digest] = inspect()
+            verdict = current.contents[digest] = inspect()
         if isinstance(verdict, str):
             return ImageInfo(digest=digest, size=None, problem=verdict)
-        height, width = verdict
-        return ImageInfo(digest=digest, size=Size(height=height, width=width), problem=None)
+        if digest in self._known.damaged:
+            current.damaged[digest] = self._known.damaged[digest]
+        height, width, anew = verdict
+        return ImageInfo(
+            digest=digest,
+            size=Size(height=height, width=width),
+            problem=current.damaged.get(digest),
+            is_read_anew=bool(anew),
+        )
 
 
 def _inspected(data: bytes) -> list[int] | str:
@@ -102,20 +129,20 @@ def _inspected(data: bytes) -> list[int] | str:
         size = inspect_image(data)
     except DataError as error:
         return str(error)
-    return [size.height, size.width]
+    return [size.height, size.width, int(is_read_anew(data))]
 
 
-def _read(file: Path) -> tuple[dict[str, list[int | str]], dict[str, list[int] | str]]:
-    """The stored files and contents; both empty if the file is missing or damaged."""
+def _read(file: Path) -> _Entries:
+    """The stored entries; none if the file is missing or damaged."""
     try:
         digest, body = json.loads(file.read_bytes())
         if digest != content_digest(body.encode()):
             raise ValueError("its digest differs")
         content = json.loads(body)
         if content["version"] == _VERSION:
-            return content["files"], content["contents"]
+            return _Entries(content["files"], content["contents"], content["damaged"])
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("The image index %s is damaged and will be rebuilt: %s.", printable(str(file)), error)
-    return {}, {}
+    return _Entries()

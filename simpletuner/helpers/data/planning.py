@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -33,6 +33,8 @@ class PlannedImage:
     """With the first caption."""
     captions: tuple[str, ...]
     """Each draw of the image takes one of them."""
+    is_read_anew: bool = False
+    """Whether earlier versions read other pixels from it, so that the latents they cached are stale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +71,21 @@ def plan_dataset(
     usable: list[tuple[FoundFile, ImageInfo, Size]] = []
     for file in _candidates(config, scan, seed):
         info = index.info(file)
-        reason = info.problem or reader.unusable(file) or _size_problem(info.size, config)
+        reason = reader.unusable(file) or _size_problem(info.size, config)
         if info.size is None or reason is not None:
-            skipped.append(SkippedImage(config.id, printable(file.name), reason or "its size is unknown"))
+            why = info.problem or reason or "its size is unknown"
+            skipped.append(SkippedImage(config.id, printable(file.name), why))
         else:
             usable.append((file, info, info.size))
         if len(usable) == config.max_num_samples:
             break
+    # After max_num_samples: the run that found the damage did not take another image either.
+    skipped += [
+        SkippedImage(config.id, printable(file.name), info.problem)
+        for file, info, _ in usable
+        if info.problem
+    ]
+    usable = [entry for entry in usable if entry[1].problem is None]
     usable.sort(key=lambda entry: entry[0].name.split("/"))
     left_out = _left_out(config, scan)
     _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
@@ -99,8 +109,36 @@ def plan_dataset(
             crop_top_left=placement.top_left,
             target_px=target_px,
         )
-        images.append(PlannedImage(file=file, digest=info.digest, sample=sample, captions=one.texts))
+        images.append(
+            PlannedImage(
+                file=file,
+                digest=info.digest,
+                sample=sample,
+                captions=one.texts,
+                is_read_anew=info.is_read_anew,
+            )
+        )
     return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
+
+
+def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPlan:
+    """The plan without the images whose pixels turned out to be damaged; log each of them.
+
+    Args:
+        plan: Made before the images were decoded.
+        damaged: The digest of an image -> the reason.
+
+    Raises:
+        DataError: No image is left.
+    """
+    kept = tuple(image for image in plan.images if image.digest not in damaged)
+    skipped = [
+        SkippedImage(plan.config.id, image.sample.path, damaged[image.digest])
+        for image in plan.images
+        if image.digest in damaged
+    ]
+    _report_skipped(plan.config, skipped, num_usable=len(kept))
+    return replace(plan, images=kept, skipped=(*plan.skipped, *skipped))
 
 
 def bucket_of(image_px: Size, config: DatasetConfig, *, alignment: int, aspect_decimals: int) -> Size:

@@ -89,7 +89,11 @@ class RunContext:
     resumed: Checkpoint | None
     family: ModelFamily
     data: TrainingData
-    max_steps: int
+
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps of the whole run; less data is left once damaged images were found."""
+        return planned_steps(self.config, batches_per_epoch=self.data.batches_per_epoch)
 
     @property
     def step(self) -> int:
@@ -141,7 +145,6 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
         resumed=resumed,
         family=family,
         data=data,
-        max_steps=planned_steps(config, batches_per_epoch=data.batches_per_epoch),
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
@@ -42,9 +43,12 @@ def fill_caches(
 ) -> None:
     """Encode the images, captions and validation prompts that are not cached, divided among the processes.
 
+    Images whose pixels turn out to be damaged are left out of the data.
+
     Raises:
         Preempted: A signal came; the entries encoded so far are kept.
-        DataError: An image changed or vanished since the scan, or an encoded value is not finite.
+        DataError: An image changed or vanished since the scan, every image of a dataset is damaged, or an
+            encoded value is not finite.
         ModelError: An encoder cannot be loaded.
         StorageError: An entry cannot be written.
     """
@@ -72,7 +76,8 @@ def fill_caches(
         batch_size=config.data.text_encoder_batch_size,
     )
     family.unload_text_encoders()
-    accelerator.wait_for_everyone()
+    # Waits for every process. All leave out the same images, whichever of them decoded one.
+    data.leave_out(dict(gather_object(list(data.damaged.items()))))
 
 
 def _fill(
@@ -92,14 +97,14 @@ def _fill(
         return encode(inputs)
 
     started_s = logged_s = time.monotonic()
-    num_encoded = 0
+    num_encoded = total = 0
     for num_encoded, total in encode_missing(
         requests, encode_unless_stopped, batch_size=batch_size, shard=shard
     ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()
             logger.info("Encoded %d of %d %s.", num_encoded, total, noun)
-    if num_encoded:
+    if total:
         logger.info("Encoded %d %s in %.1f s.", num_encoded, noun, time.monotonic() - started_s)
     else:
         logger.info("All %s are cached.", noun)

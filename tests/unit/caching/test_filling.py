@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,16 @@ def test_progress_counts_the_missing_entries(store: TensorStore) -> None:
     requests = [request(store, number) for number in range(5)]
     encoded(requests[:2])
     assert list(encode_missing(requests, Encoder(), batch_size=2)) == [(2, 3), (3, 3)]
+
+
+def test_an_input_that_is_unusable_makes_no_entry_and_the_others_of_its_batch_do(store: TensorStore) -> None:
+    requests = [request(store, number) for number in range(4)]
+    for number in (1, 2, 3):
+        requests[number] = replace(requests[number], load=lambda: None)
+    encode = Encoder()
+    assert list(encode_missing(requests, encode, batch_size=2)) == [(1, 4), (1, 4)]
+    assert encode.batches == [[0]]
+    assert [each.key in store for each in requests] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

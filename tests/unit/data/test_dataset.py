@@ -17,18 +17,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
-from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.latents import latents_entries, latents_key
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
+from simpletuner.helpers.data import dataset as dataset_module
 from simpletuner.helpers.data.dataset import TrainingData, load_pixels
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DataError, TrainingError
 from simpletuner.helpers.io.faults import StorageError, at_crash_points
+from tests.unit.data.icc_profiles import icc_profile
 
 Make = Callable[..., TrainingData]
 
@@ -246,7 +248,7 @@ def test_unusable_images_are_skipped_and_listed_once(
     (photos / "page.jpg").write_bytes(b"<html>")
     (photos / "empty.png").write_bytes(b"")
     cut = photos / "cut.png"
-    cut.write_bytes((photos / "1.png").read_bytes()[:70])
+    cut.write_bytes((photos / "1.png").read_bytes()[:20])
     paint(photos, "small.png", (10, 10))
     for _ in range(2):  # the second time out of the index
         caplog.clear()
@@ -257,6 +259,124 @@ def test_unusable_images_are_skipped_and_listed_once(
         assert re.search(r"10x10 px .*minimum_image_size 32", reasons["small.png"])
         assert len(data.samples) == 8
         assert all(caplog.text.count(f"skipped {name}") == 1 for name in reasons)
+
+
+def damage(file: Path) -> None:
+    """Leave the header and a part of the pixels."""
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) - 30])
+
+
+def filled(data: TrainingData, encoders: Encoders | None = None) -> TrainingData:
+    """The data as a run sees it after its caches were filled."""
+    cached(data, encoders).leave_out(data.damaged)
+    return data
+
+
+@pytest.mark.reliability_row(13)
+def test_damage_found_while_caching_is_listed_like_other_skipped_images(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (photos / "page.jpg").write_bytes(b"<html>")
+    damage(photos / "2.png")
+    encoders = Encoders()
+    with caplog.at_level(logging.INFO):
+        data = make(photos)
+        assert len(data.samples) == 8
+        filled(data, encoders)
+    assert encoders.images == 7
+    assert [each.path for each in data.skipped] == ["page.jpg", "2.png"]
+    assert "damaged" in data.skipped[1].reason
+    assert caplog.text.count("skipped 2.png: it is damaged") == 1
+    assert "7 images (2 skipped)" in caplog.text
+    assert "2.png" not in {sample.path for sample in data.samples}
+    assert "photo xx" not in data.captions()
+    drawn = {sample.path for batch in taken(data, 8) for sample in batch.samples}
+    assert drawn == {f"{number}.png" for number in (0, 1, 3, 4, 5, 6, 7)}
+
+
+def test_later_runs_skip_a_damaged_image_in_their_scan_and_see_the_same_batches(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(photos / "2.png")
+    first = filled(make(photos))
+    for _ in range(2):  # the index is written by the scan too
+        caplog.clear()
+        later = make(photos)
+        assert caplog.text.count("skipped 2.png: it is damaged") == 1
+    encoders = Encoders()
+    assert cached(later, encoders).damaged == {}
+    assert encoders.images == 0
+    assert later.skipped == first.skipped
+    assert later.batches_per_epoch == first.batches_per_epoch == 4
+    assert shape(taken(later, 12)) == shape(taken(first, 12))
+
+
+def test_a_repaired_image_is_trained_again(make: Make, photos: Path) -> None:
+    content = (photos / "2.png").read_bytes()
+    damage(photos / "2.png")
+    assert len(filled(make(photos)).samples) == 7
+    (photos / "2.png").write_bytes(content)
+    assert len(filled(make(photos)).samples) == 8
+
+
+def test_every_process_leaves_out_what_one_of_them_found(make: Make, photos: Path) -> None:
+    for number in (2, 5):
+        damage(photos / f"{number}.png")
+    processes = [make(photos, batch_size=1, num_processes=2, process_index=index) for index in range(2)]
+    for index, data in enumerate(processes):
+        data.set_encoders(vae_identity="vae", text_identity="clip")
+        fill(data.latents_requests(), Encoders().latents, shard=(index, 2))
+        fill(data.text_requests(), Encoders().text)
+    found = [data.damaged for data in processes]
+    assert [len(each) for each in found] == [1, 1]
+    for data in processes:
+        data.leave_out(found[0] | found[1])
+    batches = [[batch.samples[0].path for batch in taken(data, 6)] for data in processes]
+    assert len(set(batches[0][:3] + batches[1][:3])) == 6
+    assert make(photos).samples == processes[0].samples
+
+
+def test_max_num_samples_takes_the_same_images_once_damage_is_known(make: Make, photos: Path) -> None:
+    first = make(photos, max_num_samples=4)
+    damage(photos / first.samples[1].path)
+    found = filled(make(photos, max_num_samples=4))
+    assert len(found.samples) == 3
+    assert make(photos, max_num_samples=4).samples == found.samples
+
+
+def test_a_dataset_whose_images_are_all_damaged_is_an_error_that_says_why(make: Make, photos: Path) -> None:
+    for file in photos.glob("*.png"):
+        damage(file)
+    with pytest.raises(DataError, match=r"no image in .* can be used .*damaged"):
+        filled(make(photos))
+    with pytest.raises(DataError, match=r"no image in .* can be used .*damaged"):
+        make(photos)
+
+
+def test_latents_of_other_images_stay_valid_where_colours_are_read_anew(make: Make, photos: Path) -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    linear = icc_profile("RGB", gamma=1.0, name="linear sRGB")
+    for name, profile in {"0.png": srgb, "1.png": linear}.items():
+        Image.new("RGB", (64, 64), (55, 55, 55)).save(photos / name, icc_profile=profile)
+    data = make(photos)
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    for image, request in zip(data._images, data.latents_requests(), strict=True):
+        key = latents_key(image.sample, image_digest=image.digest, vae_identity="vae")
+        assert (request.key == key) == (image.sample.path != "1.png")
+
+
+def test_pixels_that_do_not_fit_into_memory_end_the_run(
+    make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(_: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dataset_module, "decode_image", decode)
+    data = make(photos)
+    with pytest.raises(TrainingError, match=r"0\.png: 64x64 px .*memory"):
+        cached(data)
+    assert data.damaged == {}
 
 
 @pytest.mark.parametrize("content", [None, b"<html>"])

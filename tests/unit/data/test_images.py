@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import decode_image, inspect_image, resize_and_crop
@@ -64,7 +64,7 @@ def test_decode_image_gives_lossless_pixels_back() -> None:
 def test_a_truncated_image_is_refused(file_format: str, share: float) -> None:
     data = encoded(noise((64, 64)), file_format)
     with pytest.raises(DataError, match=r"cut off|header is damaged|content is none of"):
-        inspect_image(data[: int(len(data) * share)])
+        decode_image(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,8 @@ def test_the_exif_orientation_is_applied(orientation: int, red_corner: str, file
     image.paste("red", (0, 0, 32, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    decoded = decode_image(encoded(image, file_format, exif=exif))
+    data = encoded(image, file_format, exif=exif)
+    decoded = decode_image(data)
     assert decoded.size == ((32, 64) if orientation >= 5 else (64, 32))
     corners = {
         "top left": (2, 2),
@@ -163,6 +164,31 @@ def test_the_exif_orientation_is_applied(orientation: int, red_corner: str, file
     }
     red = [name for name, place in corners.items() if decoded.getpixel(place)[1] < 128]
     assert red == [red_corner]
+    assert inspect_image(data) == Size(decoded.height, decoded.width)
+
+
+@pytest.mark.parametrize("name", ["eXIf", "iTXt"])
+def test_an_orientation_behind_the_pixels_of_a_png_is_seen_in_the_scan(name: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf:Description tiff:Orientation="6"/>'
+    chunk = name.encode() + (exif.tobytes()[6:] if name == "eXIf" else xmp)
+    whole = encoded(noise())
+    late = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    data = whole[:-12] + late + whole[-12:]
+    assert decode_image(data).size == (32, 48)
+    assert inspect_image(data) == Size(height=48, width=32)
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "TIFF", "BMP"])
+def test_inspect_image_decodes_no_pixels(file_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(noise(), file_format)
+
+    def decode(*_: object) -> None:
+        raise AssertionError("pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
+    assert inspect_image(data) == Size(height=32, width=48)
 
 
 @pytest.mark.reliability_row(13)
@@ -190,7 +216,7 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
 @pytest.mark.reliability_row(13)
 def test_pixels_of_unknown_range_are_refused(image: Image.Image, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        inspect_image(encoded(image, "TIFF"))
+        decode_image(encoded(image, "TIFF"))
 
 
 def with_palette_alpha() -> Image.Image:
@@ -262,9 +288,11 @@ def test_a_damaged_image_is_decoded_or_refused_and_nothing_else(data: st.DataObj
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
         size = inspect_image(bytes(content))
+        image = decode_image(bytes(content))
     except DataError:
         return
     assert size.height * size.width <= 64 << 20
+    assert (image.height, image.width) == (size.height, size.width)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,10 @@ from simpletuner.helpers.checkpointing.preemption import Preempted, Preemption
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import TextEmbeds
+from simpletuner.helpers.data import dataset as dataset_module
 from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.data.images import decode_image
+from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.training import caches
 
 VALIDATION = "a cat on a beach"
@@ -108,6 +111,35 @@ def test_a_signal_does_not_part_processes_that_have_nothing_to_encode(data: Trai
     family = Family()
     fill(data, family, preemption=preemption)  # the stop is agreed in the next step, behind the barrier
     assert family.events == ["unload vae", "unload text encoders"]
+
+
+def test_images_that_another_process_found_damaged_are_left_out(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other, kept = (image.digest for image in data._images)
+    file = data._images[0].file.path
+    monkeypatch.setattr(
+        caches, "gather_object", lambda found: [*found, (other, "it is damaged: another process says so")]
+    )
+    monkeypatch.setattr(dataset_module, "decode_image", damaged_if(file.read_bytes()))
+    fill(data, Family())
+    assert {own: data.damaged[own]} == data.damaged
+    assert [image.digest for image in data._images] == [kept]
+    assert [each.reason for each in data.skipped] == [
+        "it is cut off",
+        "it is damaged: another process says so",
+    ]
+
+
+def damaged_if(content: bytes) -> Callable[[bytes], Image.Image]:
+    """A decoder that refuses one file."""
+
+    def decode(data: bytes) -> Image.Image:
+        if data == content:
+            raise DataError("it is cut off")
+        return decode_image(data)
+
+    return decode
 
 
 def test_progress_of_images_and_of_captions_is_logged(
