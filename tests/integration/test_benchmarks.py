@@ -17,14 +17,6 @@ SCRIPTS = [
     "bench_own_python",
     "bench_images",
 ]
-    "bench_linear",
-    "bench_create",
-    "bench_files",
-    "bench_denoise",
-    "bench_step",
-    "bench_own_python",
-    "bench_images",
-]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
