@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lycoris import create_lycoris_from_weights
+from lycoris.modules.locon import LoConModule
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
@@ -18,7 +19,8 @@ from simpletuner.helpers.adapters import targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
-from simpletuner.helpers.adapters.files import adapter_file, import_formats
+from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, translate
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
@@ -67,27 +69,33 @@ def attach_adapter(
     return adapter
 
 
-def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> LycorisAdapter:
-    """Attach the adapter of a file in LyCORIS's layout, with the file's rank schedule.
+def load_adapter(
+    denoiser: nn.Module, file: Path, *, strength: float = 1.0, schedule: ScheduleOptions | None = None
+) -> LycorisAdapter:
+    """Attach the adapter of a file of any known program, with the file's rank schedule.
+
+    Args:
+        denoiser: The model to adapt.
+        file: The file; documentation/adapter-files.md lists what is read.
+        strength: Scale of the adapter's contribution.
+        schedule: Any of min_rank, alpha and kind, in place of the file's own.
 
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
     stored = adapter_file.read(file)
-    if stored.is_peft:
-        raise AdapterError(
-            f"{file}: this is a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...)."
-        )
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise AdapterError(
             f"{file}: this {type(denoiser).__name__} has weights on meta, as under sequential offload. "
             "Load the adapter before enabling offload, or disable it with pipeline.remove_all_hooks()."
         )
+    stored = translate(stored, denoiser, schedule=schedule).file
     network = _network_on(denoiser, stored)
     _bypass_quantised_layers(file, network)
-    schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
+    _bypass_rounding(network)
+    ranks = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
-    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
+    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=ranks)
     adapter_file.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
     return adapter
@@ -97,8 +105,6 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
     """Build the network of a file, with every layer of the file, without attaching it."""
     tensors = file.tensors
     try:
-        if import_formats.is_released(tensors):
-            tensors = import_formats.convert_released(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
             network, _ = create_lycoris_from_weights(1.0, "", denoiser, weights_sd=tensors)
@@ -116,7 +122,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
         missing = sorted(names - found)
         raise AdapterError(
             f"{file.path}: {len(missing)} of {len(names)} layers are not in this {type(denoiser).__name__}, "
-            f"first {missing[0]}.{trained_on} Use a model of its family, or a file in LyCORIS's key layout."
+            f"first {missing[0]}.{trained_on} Use a model of its family."
         )
     return network
 
@@ -133,6 +139,14 @@ def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
                 "base_model_precision no_change."
             )
         module.bypass_mode = True
+
+
+def _bypass_rounding(network: LycorisNetwork) -> None:
+    """Add a standard LoRA to the output of layers in half precision, where the weight would round it away."""
+    for module in network.loras:
+        is_half = module.org_module[0].weight.dtype in (torch.bfloat16, torch.float16)
+        if isinstance(module, LoConModule) and is_half and not module.wd:
+            module.bypass_mode = True
 
 
 def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft_into_pipeline
+from simpletuner.helpers.adapters.inference import (
+    is_read_by_diffusers,
+    load_into_pipeline,
+    load_peft_into_pipeline,
+)
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
@@ -70,6 +74,8 @@ class SampleRequest:
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
     precision: Mapping[str, object] = field(default_factory=dict)
     """Keys of the precision section; they override the file's header."""
+    schedule: Mapping[str, int | float | str] = field(default_factory=dict)
+    """Values of the rank schedule; they override the file's."""
     options: Mapping[str, str]
     """Key of a section -> its command-line option, for messages."""
 
@@ -96,9 +102,12 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
     pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
-    load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
+    strength = validation.validation_lycoris_strength
+    if is_read_by_diffusers(stored) and not request.schedule:
+        load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
+    else:
+        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
     del stored
-    load(pipeline, request.adapter, strength=validation.validation_lycoris_strength)
     for prompt in prompts:
         inputs = family.pipeline_inputs(
             embeds[prompt.text], embeds[negative], validation=validation, size=prompt.size

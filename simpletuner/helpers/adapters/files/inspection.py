@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner.helpers.adapters.files import adapter_file, import_formats
+from torch import Tensor
+
+from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
+from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, VANILLA_KEYS
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import printable
 
 CHART_TIMESTEPS = range(0, 1001, 100)
 CHART_WIDTH = 40
-LORA_LAYOUTS: Mapping[str, tuple[str, int]] = {
-    ".lora_A.weight": (f"{STANDARD.title} in diffusers' format", 0),
-    ".lora_down.weight": (STANDARD.title, 0),
-    ".lora.down.weight": (f"{STANDARD.title} in diffusers' former format", 0),
-}
-"""Suffix of a key of a LoRA -> (name of the layout, axis of the tensor that is the rank)."""
 # Header entries that are shown in their own place, or hold a value for each layer.
 SHOWN_ELSEWHERE = {
     "format",
@@ -60,6 +58,8 @@ class Inspection:
     """Number of values in base factors."""
     dtypes: tuple[str, ...]
     schedule: dict[str, int | float | str] | None
+    schedule_source: str | None
+    """Where another program states the schedule; None for this program's files, and without one."""
     base_model: str | None
     model_family: str | None
     trigger_words: str | None
@@ -70,6 +70,8 @@ class Inspection:
     """The other entries of the header."""
     missing: tuple[str, ...]
     """Parts of a complete T-LoRA file that are missing."""
+    left_out: dict[str, int]
+    """Kind of tensors that are not read -> their number."""
 
     def as_json(self) -> str:
         """The summary as a json object."""
@@ -91,6 +93,8 @@ class Inspection:
             ("Trigger words", self.trigger_words),
             *((name, value) for name, value in sorted(self.training.items())),
             ("Missing", "; ".join(self.missing) or None),
+            ("Left out", "; ".join(f"{what} ({count})" for what, count in self.left_out.items()) or None),
+            ("Schedule", f"from {self.schedule_source}" if self.schedule_source else None),
         ]
         shown = [(printable(name), printable(str(value))) for name, value in lines if value]
         width = max(len(name) for name, _ in shown)
@@ -123,23 +127,22 @@ def inspect(file: Path) -> Inspection:
         AdapterError: The file cannot be read, or its algorithm is unknown.
     """
     stored = adapter_file.read(file)
-    released = import_formats.is_released(stored.tensors)
-    try:
-        tensors = import_formats.convert_released(stored.tensors) if released else stored.tensors
-    except AdapterError as error:
-        raise AdapterError(f"{file}: {error}") from error
-    layouts = _layouts()
-    suffix = next((each for each in layouts if any(key.endswith(each) for key in tensors)), None)
-    if suffix is None:
-        raise AdapterError(f"{file}: no layer of a known algorithm; the first key is {min(tensors)}.")
-    algorithm, rank_axis = layouts[suffix]
-    names = sorted(key.removesuffix(suffix) for key in tensors if key.endswith(suffix))
-    specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
+    reading = read_parts(stored)
+    layers = reading.foreign.layers
+    part, algorithm, rank_axis = _algorithm(stored, layers)
+    specs = [
+        TLoraSpec.read(parts["tlora_schedule"]) for parts in layers.values() if "tlora_schedule" in parts
+    ]
+    released = reading.foreign.in_processors
     if specs:
         algorithm = ALGORITHMS["tlora"].title + (" of the authors' release" if released else "")
-    ranks = {name: tensors[name + suffix].shape[rank_axis] for name in names} if rank_axis is not None else {}
-    alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
-    frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
+    adapted = [parts for parts in layers.values() if part in parts]
+    ranks = [parts[part].shape[rank_axis] for parts in adapted] if rank_axis is not None else []
+    scales = [
+        float(parts["alpha"]) / rank for parts, rank in zip(adapted, ranks, strict=False) if "alpha" in parts
+    ]
+    frozen = [tensor for parts in layers.values() for name, tensor in parts.items() if name in BASE_KEYS]
+    schedule = _schedule(stored, reading, specs)
     lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
     header = stored.metadata
     return Inspection(
@@ -147,38 +150,55 @@ def inspect(file: Path) -> Inspection:
         bytes=file.stat().st_size,
         algorithm=algorithm,
         init=_init(specs) if not released else None,
-        num_layers=len(names),
-        ranks=_counts(ranks.values()),
-        scales=_counts(round(alphas[name] / ranks[name], 6) for name in alphas if name in ranks),
+        num_layers=len(adapted),
+        ranks=_counts(ranks),
+        scales=_counts(round(scale, 6) for scale in scales),
         num_values=sum(tensor.numel() for tensor in stored.tensors.values()),
         num_frozen=sum(tensor.numel() for tensor in frozen),
         dtypes=tuple(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
         ),
-        schedule=_schedule(stored, specs),
+        schedule=schedule,
+        schedule_source=reading.found.source if reading.found is not None else None,
         base_model=header.get("base_model"),
         model_family=header.get("model_family"),
         trigger_words=header.get("trigger_words"),
         targets=lycoris.get("apply_preset"),
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
         training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
-        missing=tuple(_missing(stored, algorithm=algorithm, specs=specs)),
+        missing=tuple(_missing(reading, algorithm=algorithm, specs=specs)),
+        left_out=_counts(reading.foreign.left_out.values()),
     )
 
 
-def _layouts() -> dict[str, tuple[str, int | None]]:
-    """Suffix of a key -> (algorithm, rank axis), in the order in which a file is searched for them."""
-    of_algorithms = {
-        suffix: (record.title, axis)
+def _algorithm(
+    stored: adapter_file.AdapterFile, layers: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[str, str, int | None]:
+    """The part by which the algorithm is recognised, the algorithm's title, and that part's rank axis."""
+    lora = STANDARD.title
+    if stored.is_peft:
+        lora = f"{lora} in diffusers' format"
+    elif any(".lora.down." in key for key in stored.tensors):
+        lora = f"{lora} in diffusers' former format"
+    known = [
+        (suffix.removeprefix("."), record.title, axis)
         for record in ALGORITHMS.values()
         for suffix, axis in record.rank_axes.items()
-    }
-    return {**of_algorithms, **LORA_LAYOUTS}
+    ]
+    for part, title, axis in (*known, (VANILLA_KEYS[0], lora, 0)):
+        if any(part in parts for parts in layers.values()):
+            return part, title, axis
+    raise AdapterError(
+        f"{stored.path}: no layer of a known algorithm; the first key is {min(stored.tensors)}."
+    )
 
 
 def _schedule(
-    stored: adapter_file.AdapterFile, specs: Sequence[TLoraSpec]
+    stored: adapter_file.AdapterFile, reading: Reading, specs: Sequence[TLoraSpec]
 ) -> dict[str, int | float | str] | None:
+    """The schedule that the file or its program states; None for a default that nothing states."""
+    if reading.found is not None:
+        return reading.found.schedule.config() if reading.found.is_stated else None
     config = stored.entry(adapter_file.SCHEDULE_KEY)
     stated = next((each.schedule for each in specs if each.schedule is not None), None)
     try:
@@ -188,15 +208,16 @@ def _schedule(
     return None if schedule is None else schedule.config()
 
 
-def _missing(stored: adapter_file.AdapterFile, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
+def _missing(reading: Reading, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
     if not algorithm.startswith(ALGORITHMS["tlora"].title):
         return []
-    has_base = any(".base_" in key for key in stored.tensors)
+    has_base = any(reading.foreign.has(part) for part in BASE_KEYS)
     vanilla = any(each.init == "vanilla" for each in specs)
+    is_stated = _schedule(reading.file, reading, specs) is not None
     return [
         *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
-        *(["rank schedule: set min_rank and alpha in _tlora_config"] if not _schedule(stored, specs) else []),
-        *(["base model"] if "base_model" not in stored.metadata else []),
+        *(["rank schedule: give it with --schedule, else min_rank 1 and alpha 1.0"] if not is_stated else []),
+        *(["base model"] if "base_model" not in reading.file.metadata else []),
     ]
 
 
