@@ -122,6 +122,10 @@ class Source:
         """Active rank of one layer, whose maximum may differ from the network's, at a timestep."""
         return self.schedule.for_rank(layer.rank).rank_at(timestep) if has_schedule(layer) else layer.rank
 
+    def gain_at(self, rank: int, layer: StoredLayer) -> float:
+        """Factor on a layer's delta when this number of its ranks is active."""
+        return self.schedule.for_rank(layer.rank).gain_at(rank) if has_schedule(layer) else 1.0
+
 
 def has_schedule(layer: StoredLayer) -> bool:
     """Whether a layer has a rank schedule: true for T-LoRA, vanilla included, false for standard LoRA."""
@@ -299,7 +303,8 @@ class _FixedRank:
         if self.band is None:
             return None
         first, last = self.band
-        errors = errors_by_rank(layer, lora)
+        gains = [source.gain_at(rank, layer) for rank in range(1, layer.rank + 1)]
+        errors = errors_by_rank(layer, lora, gains=gains)
         ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
         return max(errors[rank - 1] for rank in ranks)
 
@@ -337,7 +342,11 @@ def _converted_layers(
     scales = common_scales({path: stored.scale for path, stored in source.layers.items()}, key_map)
     layers, band_errors = [], []
     for path, stored in source.layers.items():
-        layer = make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scales[path])
+        rank = fixed.rank_of(stored, source)
+        layer = make(path, stored, rank=rank, dtype=dtype, scale=scales[path])
+        gain = source.gain_at(rank, stored)
+        if gain != 1:
+            layer = replace(layer, up=(layer.up.double() * gain).to(dtype))
         layers.append(replace(layer, alpha=layer.alpha * source.multiplier))
         band_errors.append(fixed.band_error_of(stored, layer, source))
     return layers, max((error for error in band_errors if error is not None), default=None)

@@ -5,6 +5,8 @@ The names are written out here: names turned round by the package's own tables w
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -70,9 +72,15 @@ LAYERS: Mapping[str, Mapping[str, Mapping[str, int]]] = {
 }
 
 
-def make(family: str) -> Any:
+@functools.cache
+def _original(family: str) -> Any:
     torch.manual_seed(0)
     return MODELS[family]().requires_grad_(False).eval()
+
+
+def make(family: str) -> Any:
+    """A family's tiny denoiser, the same each time."""
+    return copy.deepcopy(_original(family))
 
 
 @dataclass
