@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, translate
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, stated_schedule, translate
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
@@ -32,7 +33,9 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
+from simpletuner.helpers.errors import MAX_REASON_CHARACTERS, AdapterError, ConfigError, one_line_reason
+
+logger = logging.getLogger(__name__)
 
 
 def attach_adapter(
@@ -171,7 +174,7 @@ class LycorisAdapter(Adapter):
         schedule: RankSchedule | None,
         group: int | None = None,
     ) -> None:
-        self.network = network
+        self.network, self._denoiser = network, denoiser
         self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
@@ -282,7 +285,7 @@ class LycorisAdapter(Adapter):
         Raises:
             AdapterError: The file's algorithm, rank or layers differ.
         """
-        stored = adapter_file.read(file)
+        stored = self._read(file)
         for module in self.network.loras:
             alpha = stored.tensors.get(f"{module.lora_name}.alpha")
             if alpha is not None and float(alpha) != float(module.alpha):
@@ -293,7 +296,33 @@ class LycorisAdapter(Adapter):
         try:
             self.network.load_state_dict(stored.tensors, strict=True)
         except RuntimeError as error:
-            raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
+            reason = self._misfit(stored) or _first_reason(error)
+            raise AdapterError(f"init_lora {file} does not fit this adapter: {reason}.") from error
+
+    def _read(self, file: Path) -> adapter_file.AdapterFile:
+        """A file of any known program in this adapter's keys; another rank schedule is reported."""
+        stored = translate(adapter_file.read(file), self._denoiser).file
+        theirs = stated_schedule(stored)
+        if self.schedule is not None and theirs not in (None, self.schedule):
+            logger.warning(
+                "init_lora %s has the rank schedule %s, this run %s. To continue the file's, set "
+                "tlora_min_rank, tlora_alpha and tlora_schedule to its values.",
+                file,
+                theirs,
+                self.schedule,
+            )
+        return stored
+
+    def _misfit(self, stored: adapter_file.AdapterFile) -> str | None:
+        """How many layers of the adapter and of a file have no partner; None if all have one."""
+        own = {module.lora_name for module in self.network.loras}
+        found = {key.partition(".")[0] for key in stored.tensors}
+        missing, extra = sorted(own - found), sorted(found - own)
+        if missing:
+            return f"{len(missing)} of its {len(own)} layers are not in the file, first {missing[0]}"
+        if extra:
+            return f"{len(extra)} of the file's {len(found)} layers are not adapted here, first {extra[0]}"
+        return None
 
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the network in LyCORIS's key layout; T-LoRA with base factors and schedule.
@@ -317,6 +346,15 @@ class LycorisAdapter(Adapter):
         for attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
+
+
+def _first_reason(error: Exception) -> str:
+    """The first of torch's reasons for which a state does not load, and the number of others."""
+    first, *others = [line.strip().rstrip(".") for line in str(error).splitlines()[1:] if line.strip()] or [
+        ""
+    ]
+    more = f"; {len(others)} more layers do not fit" if others else ""
+    return first[:MAX_REASON_CHARACTERS] + more
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -92,8 +92,8 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         ModelError: The model is missing or does not load.
     """
     stored = adapter_file.read(request.adapter)  # before the model: a damaged file fails at once
-    sections = _sections(request, header=stored.metadata, families=families)
-    family, validation = _family(sections, dtype=request.dtype), sections.validation
+    sections = sections_of(request, header=stored.metadata, families=families)
+    family, validation = make_family(sections, dtype=request.dtype), sections.validation
     prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
@@ -118,9 +118,14 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         yield file
 
 
-def _sections(
+def sections_of(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, ModelSpec]
 ) -> _Sections:
+    """The configuration sections for an adapter file: its header's values under the request's.
+
+    Raises:
+        ConfigError: The base model is unknown, or values are invalid; it lists every problem.
+    """
     values: dict[str, object] = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
     if MODEL_KEY in request.model:  # the components that the run swapped belong to the header's model
         values = {key: value for key, value in values.items() if not key.startswith("pretrained_")}
@@ -172,7 +177,8 @@ def _valid(validated: Validated[S]) -> S:
     return validated.section
 
 
-def _family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
+def make_family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
+    """The model family of these sections, on the accelerator if there is one."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(sections.model.model_family)(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
     KeyMap,
@@ -69,6 +70,8 @@ class ExportOptions:
     """Write this number of files, each for an equal share of the timesteps, with its middle's active rank."""
     dtype: str = "fp32"
     """Key of DTYPES."""
+    schedule: ScheduleOptions | None = None
+    """Values that replace those of the file's rank schedule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +151,8 @@ def export_adapter(
         StorageError: A file cannot be written.
     """
     stored = adapter_file.read(file)
+    if options.schedule:
+        stored = with_schedule(stored, options.schedule)
     source = read_source(stored)
     name = stored.metadata.get("model_family", "not stated in its header")
     if name not in families:
@@ -229,8 +234,9 @@ def _lycoris_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
     paths = stored.entry(adapter_file.PATHS_KEY)
     if paths is None:
         raise AdapterError(
-            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Attach "
-            "it to its base model with load_adapter and pass the adapter to export_live."
+            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Give "
+            "its base model with --model and --family; in Python, attach it with load_adapter and pass the "
+            "adapter to export_live."
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in stored.tensors.items():
@@ -275,8 +281,8 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
     layer = StoredLayer.read(name, parts)
     if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
         raise AdapterError(
-            f"{file}: {name} has no base factors. Attach the file with load_adapter "
-            "and pass the adapter to export_live."
+            f"{file}: {name} has no base factors. Give its base model with --model and --family; in "
+            "Python, attach the file with load_adapter and pass the adapter to export_live."
         )
     return layer
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts
+from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts, stated_schedule
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, VANILLA_KEYS
@@ -142,7 +142,7 @@ def inspect(file: Path) -> Inspection:
         float(parts["alpha"]) / rank for parts, rank in zip(adapted, ranks, strict=False) if "alpha" in parts
     ]
     frozen = [tensor for parts in layers.values() for name, tensor in parts.items() if name in BASE_KEYS]
-    schedule = _schedule(stored, reading, specs)
+    schedule = _schedule(reading)
     lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
     header = stored.metadata
     return Inspection(
@@ -193,18 +193,12 @@ def _algorithm(
     )
 
 
-def _schedule(
-    stored: adapter_file.AdapterFile, reading: Reading, specs: Sequence[TLoraSpec]
-) -> dict[str, int | float | str] | None:
+def _schedule(reading: Reading) -> dict[str, int | float | str] | None:
     """The schedule that the file or its program states; None for a default that nothing states."""
-    if reading.found is not None:
-        return reading.found.schedule.config() if reading.found.is_stated else None
-    config = stored.entry(adapter_file.SCHEDULE_KEY)
-    stated = next((each.schedule for each in specs if each.schedule is not None), None)
-    try:
-        schedule = stated if config is None else RankSchedule.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{stored.path}: its rank schedule is invalid: {error}.") from error
+    found = reading.found
+    if found is not None:
+        return found.schedule.config() if found.is_stated else None
+    schedule = stated_schedule(reading.file)
     return None if schedule is None else schedule.config()
 
 
@@ -213,7 +207,7 @@ def _missing(reading: Reading, *, algorithm: str, specs: Sequence[TLoraSpec]) ->
         return []
     has_base = any(reading.foreign.has(part) for part in BASE_KEYS)
     vanilla = any(each.init == "vanilla" for each in specs)
-    is_stated = _schedule(reading.file, reading, specs) is not None
+    is_stated = _schedule(reading) is not None
     return [
         *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
         *(["rank schedule: give it with --schedule, else min_rank 1 and alpha 1.0"] if not is_stated else []),

@@ -74,7 +74,8 @@ def read_parts(file: AdapterFile, *, schedule: ScheduleOptions | None = None) ->
     foreign = split_keys(file)
     found = find_schedule(file, foreign)
     if schedule:
-        found = found or _own_schedule(file, foreign)
+        own = stated_schedule(file) if found is None else None
+        found = found if own is None else FoundSchedule(own, "its header")
         found = with_options(found, schedule, max_rank=_max_rank(foreign), path=file.path)
     layers = {layer: _static(parts) for layer, parts in complete_alphas(file, foreign).items()}
     if found is not None:
@@ -96,14 +97,26 @@ def translate(
     """
     reading = read_parts(file, schedule=schedule)
     _report(reading)
-    if reading.foreign.is_own:
-        tensors = {
-            f"{OWN_PREFIX}{layer}.{part}": tensor
-            for layer, parts in reading.foreign.layers.items()
-            for part, tensor in parts.items()
-        }
-        return Translation(replace(file, tensors=tensors, metadata=reading.metadata), {})
-    return _placed(reading, denoiser)
+    return Translation(_in_own_keys(reading), {}) if reading.foreign.is_own else _placed(reading, denoiser)
+
+
+def with_schedule(file: AdapterFile, schedule: ScheduleOptions) -> AdapterFile:
+    """A file in LyCORIS's key layout with other values of its rank schedule; another file unchanged.
+
+    Raises:
+        AdapterError: The schedule is invalid.
+    """
+    reading = read_parts(file, schedule=schedule)
+    return _in_own_keys(reading) if reading.foreign.is_own else file
+
+
+def _in_own_keys(reading: Reading) -> AdapterFile:
+    tensors = {
+        f"{OWN_PREFIX}{layer}.{part}": tensor
+        for layer, parts in reading.foreign.layers.items()
+        for part, tensor in parts.items()
+    }
+    return replace(reading.file, tensors=tensors, metadata=reading.metadata)
 
 
 def paths_in(file: AdapterFile, denoiser: nn.Module) -> list[str]:
@@ -173,19 +186,22 @@ def _max_rank(foreign: ForeignLayers) -> int:
     return max((rank for parts in foreign.layers.values() if (rank := rank_of(parts)) is not None), default=1)
 
 
-def _own_schedule(file: AdapterFile, foreign: ForeignLayers) -> FoundSchedule | None:
-    """The schedule that a file of this program states."""
-    from_header = file.entry(SCHEDULE_KEY)
-    stored = next(
-        (parts["tlora_schedule"] for parts in foreign.layers.values() if "tlora_schedule" in parts), None
-    )
-    try:
-        schedule = (
-            TLoraSpec.read(stored).schedule if from_header is None else RankSchedule.from_config(from_header)
-        )
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{file.path}: the rank schedule in its header is invalid: {error}.") from error
-    return None if schedule is None else FoundSchedule(schedule, "its header")
+def stated_schedule(file: AdapterFile) -> RankSchedule | None:
+    """The rank schedule that a file states as this program does: in its header, else in its layers.
+
+    Raises:
+        AdapterError: It is invalid.
+    """
+    config = file.entry(SCHEDULE_KEY)
+    if config is not None:
+        try:
+            return RankSchedule.from_config(config)
+        except (ValueError, TypeError) as error:
+            raise AdapterError(
+                f"{file.path}: the rank schedule in its header is invalid: {error}."
+            ) from error
+    specs = (TLoraSpec.read(each) for key, each in file.tensors.items() if key.endswith(".tlora_schedule"))
+    return next((spec.schedule for spec in specs if spec.schedule is not None), None)
 
 
 def _static(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:

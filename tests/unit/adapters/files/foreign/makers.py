@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -208,25 +209,20 @@ def rank_in(parts: Mapping[str, Tensor]) -> int:
 
 def effect_error(model: nn.Module, path: str, delta: Tensor) -> float:
     """Distance of what a layer adds to its input's product from what this delta adds, relative to it."""
-    layer = model.get_submodule(path)
+    layer: Any = model.get_submodule(path)
+    base = layer.base_layer if isinstance(layer, BaseTunerLayer) else layer
     generator = torch.Generator().manual_seed(3)
+    bias = None if base.bias is None else base.bias.double()
     with torch.no_grad():
-        if isinstance(layer, nn.Conv2d):
-            x = torch.randn(2, layer.in_channels, 6, 6, generator=generator)
-            options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding}
+        if isinstance(base, nn.Conv2d):
+            x = torch.randn(2, base.in_channels, 6, 6, generator=generator)
+            options: dict[str, Any] = {"stride": base.stride, "padding": base.padding}
             expected = F.conv2d(x.double(), delta.double(), **options)
-            plain = F.conv2d(
-                x.double(),
-                layer.weight.double(),
-                None if layer.bias is None else layer.bias.double(),
-                **options,
-            )
+            plain = F.conv2d(x.double(), base.weight.double(), bias, **options)
         else:
-            x = torch.randn(2, 5, layer.in_features, generator=generator)
+            x = torch.randn(2, 5, base.in_features, generator=generator)
             expected = F.linear(x.double(), delta.double())
-            plain = F.linear(
-                x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double()
-            )
+            plain = F.linear(x.double(), base.weight.double(), bias)
         return float((layer(x).double() - plain - expected).norm() / expected.norm())
 
 
