@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def complete_alphas(file: AdapterFile, foreign: ForeignLayers) -> dict[str, dict
     """
     config = _peft_config(file, foreign)
     return {
-        layer: parts if "alpha" in parts else parts | _alpha(layer, parts, config, file=file)
+        layer: parts if "alpha" in parts else parts | _scale(layer, parts, config, file=file)
         for layer, parts in foreign.layers.items()
     }
 
@@ -42,24 +42,38 @@ def rank_of(parts: Mapping[str, Tensor]) -> int | None:
     return next(found, None)
 
 
-def _alpha(
+def _scale(
     layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], *, file: AdapterFile
 ) -> dict[str, Tensor]:
-    rank = rank_of(parts)
-    if rank is None:
-        # LyCORIS reads an alpha of a LoKr of two whole factors, and does not use it.
-        return {"alpha": torch.tensor(1.0)} if "lokr_w1" in parts else {}
-    patterns = config.get("alpha_pattern")
-    patterns = patterns if isinstance(patterns, dict) else {}
-    common = config.get("lora_alpha", config.get("alpha"))
-    alpha = next((patterns[name] for name in patterns if _names(name, layer)), common)
+    """A layer's alpha, or its first factor with the scale for a LoKr of two whole ones."""
+    rank, is_whole = rank_of(parts), "lokr_w1" in parts and "lokr_w2" in parts
+    if rank is None and not is_whole:
+        return {}
+    alpha = _stated(layer, config, ("lora_alpha", "alpha"), patterns="alpha_pattern", file=file)
+    if is_whole:  # LyCORIS reads no scale there; PEFT divides by the rank of its configuration
+        rank = _stated(layer, config, ("r",), patterns="rank_pattern", file=file)
+        scale = alpha / rank if alpha is not None and rank else 1.0
+        return {"lokr_w1": parts["lokr_w1"].float() * scale, "alpha": torch.tensor(1.0)}
     if alpha is None:
         return {"alpha": torch.tensor(float(rank))}
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(f"{file.path}: lora_alpha of {layer} is {str(alpha)[:40]!r}, no finite number.")
     if config.get("use_rslora") is True:  # PEFT then divides by the root of the rank
-        alpha = alpha * math.sqrt(rank)
+        alpha *= math.sqrt(rank)
     return {"alpha": torch.tensor(float(alpha))}
+
+
+def _stated(
+    layer: str, config: Mapping[str, Any], keys: Sequence[str], *, patterns: str, file: AdapterFile
+) -> float | None:
+    """A layer's number in PEFT's configuration: its own by pattern, else the common one."""
+    own = config.get(patterns)
+    own = own if isinstance(own, dict) else {}
+    common = next((config[key] for key in keys if key in config), None)
+    value = next((own[name] for name in own if _names(name, layer)), common)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(f"{file.path}: {keys[0]} of {layer} is {str(value)[:40]!r}, no finite number.")
+    return float(value)
 
 
 def _names(pattern: str, layer: str) -> bool:

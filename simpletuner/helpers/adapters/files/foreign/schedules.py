@@ -13,6 +13,7 @@ from simpletuner.helpers.adapters.files.foreign.alphas import rank_of
 from simpletuner.helpers.adapters.files.foreign.beside import json_beside, text_beside
 from simpletuner.helpers.adapters.files.foreign.keys import OWN_PREFIX, TLORA_PREFIX, ForeignLayers
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
 
 NETWORK_ARGS = "ss_network_args"
@@ -69,7 +70,9 @@ def find_schedule(file: AdapterFile, foreign: ForeignLayers) -> FoundSchedule | 
     Raises:
         AdapterError: The file states a schedule with an invalid value.
     """
-    if SCHEDULE_KEY in file.metadata or foreign.has("tlora_schedule") or foreign.has("tlora_current_rank"):
+    specs = (TLoraSpec.read(parts.get("tlora_schedule")) for parts in foreign.layers.values())
+    is_own = SCHEDULE_KEY in file.metadata or any(spec.schedule is not None for spec in specs)
+    if is_own or foreign.has("tlora_current_rank"):
         return None
     ranks = [rank for parts in foreign.layers.values() if (rank := rank_of(parts)) is not None]
     sought = _Sought(file, foreign, _network_arguments(file), max(ranks, default=1))
@@ -220,7 +223,7 @@ def _of_processors(sought: _Sought) -> FoundSchedule | None:
 
 def _of_factors(sought: _Sought) -> FoundSchedule | None:
     """Any other file with T-LoRA's factors: a default."""
-    if not sought.foreign.has("lambda_layer"):
+    if not sought.foreign.has("lambda_layer") and not sought.foreign.has("tlora_schedule"):
         return None
     return FoundSchedule(sought.schedule(), "the default", is_stated=False)
 

@@ -71,6 +71,14 @@ def read_parts(file: AdapterFile, *, schedule: ScheduleOptions | None = None) ->
     Raises:
         AdapterError: A key is unknown, or the schedule is invalid.
     """
+    try:
+        return _read_parts(file, schedule)
+    except AdapterError as error:
+        reason = str(error).removeprefix(f"{file.path}: ")
+        raise AdapterError(f"{file.path}: {reason}") from error
+
+
+def _read_parts(file: AdapterFile, schedule: ScheduleOptions | None) -> Reading:
     foreign = split_keys(file)
     found = find_schedule(file, foreign)
     if schedule:
