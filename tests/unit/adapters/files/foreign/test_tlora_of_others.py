@@ -502,3 +502,28 @@ def test_damaged_json_beside_a_file_is_named(text: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"lycoris_config\.json|tlora_alpha") as caught:
         load_adapter(make("sdxl"), made.save(tmp_path / "a.safetensors"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "base", "min_rank"),
+    [({"algo": "tlora"}, True, 3), ({"algo": "locon", "use_timestep_mask": "true"}, False, 2)],
+    ids=["rounded up", "rounded down"],
+)
+def test_half_of_an_odd_rank_is_rounded_as_each_trainer_does(
+    header: dict[str, str], base: bool, min_rank: int, tmp_path: Path
+) -> None:
+    factors = {
+        "q_layer.weight": (5, 32),
+        "p_layer.weight": (32, 5),
+        "lambda_layer": (1, 5),
+        "base_q": (5, 32),
+    }
+    shapes = factors if base else {"lora_down.weight": (5, 32), "lora_up.weight": (32, 5)}
+    tensors = {
+        f"lora_unet_mid_block_attentions_0_proj_in.{part}": torch.ones(shape)
+        for part, shape in shapes.items()
+    }
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"ss_network_args": json.dumps(header)})
+    found = inspect(tmp_path / "a.safetensors")
+    assert found.schedule is not None
+    assert found.schedule["min_rank"] == min_rank
