@@ -12,6 +12,7 @@ import typer
 from simpletuner import __version__, train
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.models import registry
 
@@ -29,6 +30,14 @@ Overrides = Annotated[
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
 PlanName = Literal["quick", "standard", "full"]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option(
+        "--schedule",
+        metavar="KEY=VALUE,...",
+        help="Rank schedule in place of the file's, of min_rank, alpha and kind: min_rank=8,alpha=1.0.",
+    ),
+]
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
 Form = Literal["exact", "truncated"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -118,6 +127,7 @@ def sample_command(
         str | None,
         typer.Option("--precision", help="As base_model_precision. Default: from the file."),
     ] = None,
+    schedule: ScheduleOption = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Dtype of the model. Default: bf16 on a GPU, else fp32.")
     ] = None,
@@ -144,6 +154,7 @@ def sample_command(
         ),
         dtype=dtype,
         precision=_given(base_model_precision=precision),
+        schedule=schedule_options(schedule) if schedule is not None else {},
         options=SAMPLE_OPTIONS,
     )
     for file in sample(request, output=output, families=registry.specs()):
@@ -184,6 +195,18 @@ def export_command(
         typer.Option("--bands", help="Instead of --rank: the number of files, one per range of timesteps."),
     ] = None,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the tensors.")] = "fp32",
+    schedule: ScheduleOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="Folder or repository of the base model, for a file of another program.",
+        ),
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="With --model. Default: from the file.")
+    ] = None,
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Print the error of each layer too.")
     ] = False,
@@ -191,8 +214,31 @@ def export_command(
     """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
-    options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
-    for each in export_adapter(adapter, output, options, families=registry.specs()):
+    options = ExportOptions(
+        layout=layout,
+        form=form,
+        rank=rank,
+        timestep=timestep,
+        bands=bands,
+        dtype=dtype,
+        schedule=schedule_options(schedule) if schedule is not None else None,
+    )
+    if model is None:
+        exported = export_adapter(adapter, output, options, families=registry.specs())
+    else:
+        from simpletuner.helpers.sampling.export_command import export_with_model
+        from simpletuner.helpers.sampling.sample_command import SampleRequest
+
+        request = SampleRequest(
+            adapter=adapter,
+            prompts=(),
+            model=_given(model_family=family, pretrained_model_name_or_path=model),
+            validation={},
+            dtype=None,
+            options=SAMPLE_OPTIONS,
+        )
+        exported = export_with_model(request, output, options, families=registry.specs())
+    for each in exported:
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
             print(f"{error:.1e} {path}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, paths_in
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.errors import AdapterError, one_line_reason
@@ -19,47 +24,95 @@ PEFT_NAME = "default"
 COMPILED_CHILD = "_orig_mod"  # torch.compile(denoiser) keeps the denoiser under this name
 
 
-def load_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> LycorisAdapter:
-    """Attach the adapter of a file to a pipeline, with the file's rank schedule.
+def load_into_pipeline(
+    pipeline: Any, file: str | Path, *, strength: float = 1.0, schedule: ScheduleOptions | None = None
+) -> LycorisAdapter:
+    """Attach the adapter of a file of any known program to a pipeline, with the file's rank schedule.
 
     `masked` adds the rank mask to a pipeline that is not bundled. The returned adapter's `set_strength`
     scales it, `remove_from_pipeline` removes it.
+
+    Args:
+        pipeline: A loaded diffusers pipeline.
+        file: The file; documentation/adapter-files.md lists what is read.
+        strength: Scale of the adapter's contribution.
+        schedule: Any of min_rank, alpha and kind, in place of the file's own: {"min_rank": 8, "alpha": 1.0}.
 
     Raises:
         AdapterError: The pipeline has no known denoiser, or the file cannot be read or does not fit; nothing
             is attached.
     """
-    denoiser: nn.Module = getattr(pipeline, _denoiser_name(pipeline))
-    denoiser = dict(denoiser.named_children()).get(COMPILED_CHILD, denoiser)
-    adapter = load_adapter(denoiser, Path(file), strength=strength)
+    adapter = load_adapter(_denoiser(pipeline), Path(file), strength=strength, schedule=schedule)
     if adapter.tlora_config is not None:
         masked(pipeline)._tlora_config = adapter.tlora_config
     return adapter
 
 
-def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> None:
-    """Attach a LoRA in diffusers' format with diffusers' loader, and check that every layer was loaded.
+def is_read_by_diffusers(file: AdapterFile) -> bool:
+    """Whether diffusers' loader reads a file right: a LoRA of its own layout for a denoiser alone."""
+    prefixes = tuple(f"{name}." for name in DENOISER_NAMES)
+    in_layout = all(key.startswith(prefixes) and ".lora_" in key for key in file.tensors)
+    return METADATA_KEY in file.metadata and in_layout and file.is_peft
+
+
+def load_peft_into_pipeline(pipeline: Any, file: str | Path, *, strength: float = 1.0) -> str:
+    """Attach a LoRA with diffusers' loader, and check that every layer of the file was loaded.
+
+    Adapters that are loaded already stay, active and at their strength.
+
+    Returns:
+        Name of the adapter in the pipeline.
 
     Raises:
         AdapterError: The file cannot be loaded, or has layers that are not in the pipeline; nothing is
             attached.
     """
     file = Path(file)
-    wanted = sum(key.endswith(".lora_A.weight") for key in adapter_file.read(file).tensors)
-    denoiser: nn.Module = getattr(pipeline, _denoiser_name(pipeline))
+    denoiser = _denoiser(pipeline)
+    wanted = paths_in(adapter_file.read(file), denoiser)
+    taken = {name for names in pipeline.get_list_adapters().values() for name in names}
+    active = pipeline.get_active_adapters() if taken else []
+    free = (f"{PEFT_NAME}_{number}" for number in count(2))
+    name = PEFT_NAME if PEFT_NAME not in taken else next(each for each in free if each not in taken)
     try:  # from the file itself: diffusers reads rank and alpha from its header
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=PEFT_NAME)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = one_line_reason(error)
-        raise AdapterError(f"{file}: diffusers cannot load it: {reason}") from error
-    found = sum(isinstance(module, LoraLayer) for module in denoiser.modules())
-    if found != wanted:
-        pipeline.unload_lora_weights()
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    except (ValueError, RuntimeError, LookupError, AssertionError, TypeError, AttributeError) as error:
+        _activate(pipeline, active)
+        reason = one_line_reason(error) or type(error).__name__
         raise AdapterError(
-            f"{file}: only {found} of {wanted} layers are in this {type(denoiser).__name__}. The file is for "
-            "another model family, or adapts text encoders too."
+            f"{file}: diffusers cannot load it: {reason}. Load it with load_into_pipeline, which reads more "
+            "layouts."
+        ) from error
+    layers = dict(denoiser.named_modules())
+    found = {path for path in wanted if _is_lora(layers[path], name)}
+    if len(found) < len(wanted):
+        pipeline.delete_adapters(name)
+        _activate(pipeline, active)
+        raise AdapterError(
+            f"{file}: diffusers loads only {len(found)} of its {len(wanted)} layers into this "
+            f"{type(denoiser).__name__}. Load it with load_into_pipeline, which reads more layouts."
         )
-    pipeline.set_adapters(PEFT_NAME, strength)
+    _activate(pipeline, [*active, name])
+    for layer in _lora_layers(pipeline):
+        if name in layer.scaling:
+            layer.set_scale(name, strength)
+    return name
+
+
+def _activate(pipeline: Any, names: Sequence[str]) -> None:
+    """Make these adapters active in every LoRA layer; diffusers leaves the last one alone active."""
+    for layer in _lora_layers(pipeline):
+        layer.set_adapter(list(names), inference_mode=True)
+
+
+def _lora_layers(pipeline: Any) -> Iterator[LoraLayer]:
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            yield from (module for module in component.modules() if isinstance(module, LoraLayer))
+
+
+def _is_lora(layer: nn.Module, name: str) -> bool:
+    return isinstance(layer, LoraLayer) and name in layer.scaling
 
 
 def remove_from_pipeline(pipeline: Any, adapter: LycorisAdapter) -> None:
@@ -92,6 +145,11 @@ def masked(pipeline: Any) -> Any:
             names | {"__doc__": pipeline_class.__doc__, "__module__": pipeline_class.__module__},
         )
     return pipeline
+
+
+def _denoiser(pipeline: Any) -> nn.Module:
+    denoiser: nn.Module = getattr(pipeline, _denoiser_name(pipeline))
+    return dict(denoiser.named_children()).get(COMPILED_CHILD, denoiser)
 
 
 def _denoiser_name(pipeline: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from lycoris.modules.locon import LoConModule
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
@@ -17,7 +19,8 @@ from simpletuner.helpers.adapters import rebuilding, targets
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
-from simpletuner.helpers.adapters.files import adapter_file, import_formats, scales
+from simpletuner.helpers.adapters.files import adapter_file, scales
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, stated_schedule, translate
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
@@ -29,7 +32,9 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.errors import MAX_REASON_CHARACTERS, AdapterError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def attach_adapter(
@@ -66,27 +71,33 @@ def attach_adapter(
     return adapter
 
 
-def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> LycorisAdapter:
-    """Attach the adapter of a file in LyCORIS's layout, with the file's rank schedule.
+def load_adapter(
+    denoiser: nn.Module, file: Path, *, strength: float = 1.0, schedule: ScheduleOptions | None = None
+) -> LycorisAdapter:
+    """Attach the adapter of a file of any known program, with the file's rank schedule.
+
+    Args:
+        denoiser: The model to adapt.
+        file: The file; documentation/adapter-files.md lists what is read.
+        strength: Scale of the adapter's contribution.
+        schedule: Any of min_rank, alpha and kind, in place of the file's own.
 
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
     stored = adapter_file.read(file)
-    if stored.is_peft:
-        raise AdapterError(
-            f"{file}: this is a PEFT LoRA in diffusers' format. Load it with pipeline.load_lora_weights(...)."
-        )
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise AdapterError(
             f"{file}: this {type(denoiser).__name__} has weights on meta, as under sequential offload. "
             "Load the adapter before enabling offload, or disable it with pipeline.remove_all_hooks()."
         )
+    stored = translate(stored, denoiser, schedule=schedule).file
     network = _network_on(denoiser, stored)
     _bypass_quantised_layers(file, network)
-    schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
+    _bypass_rounding(network)
+    ranks = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
-    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
+    adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=ranks)
     adapter_file.warn_about_other_base(stored, adapter.base_hashes)
     adapter.set_strength(strength)
     return adapter
@@ -96,8 +107,6 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
     """Build the network of a file, with every layer of the file, without attaching it."""
     try:
         tensors = rebuilding.with_whole_scale(file)
-        if import_formats.is_released(tensors):
-            tensors = import_formats.convert_released(tensors)
         names = {key.split(".")[0] for key in tensors}
         with quiet_lycoris():
             network = rebuilding.network_of(denoiser, file, tensors)
@@ -112,7 +121,7 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
         missing = sorted(names - found)
         raise AdapterError(
             f"{file.path}: {len(missing)} of {len(names)} layers are not in this {type(denoiser).__name__}, "
-            f"first {missing[0]}.{trained_on} Use a model of its family, or a file in LyCORIS's key layout."
+            f"first {missing[0]}.{trained_on} Use a model of its family."
         )
     return network
 
@@ -134,6 +143,14 @@ def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
                 "with base_model_precision no_change."
             )
         module.bypass_mode = True
+
+
+def _bypass_rounding(network: LycorisNetwork) -> None:
+    """Add a standard LoRA to the output of layers in half precision, where the weight would round it away."""
+    for module in network.loras:
+        is_half = module.org_module[0].weight.dtype in (torch.bfloat16, torch.float16)
+        if isinstance(module, LoConModule) and is_half and not module.wd:
+            module.bypass_mode = True
 
 
 def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
@@ -158,7 +175,7 @@ class LycorisAdapter(Adapter):
         schedule: RankSchedule | None,
         group: int | None = None,
     ) -> None:
-        self.network = network
+        self.network, self._denoiser = network, denoiser
         self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
@@ -269,11 +286,37 @@ class LycorisAdapter(Adapter):
         Raises:
             AdapterError: The file's algorithm, rank or layers differ.
         """
-        stored = adapter_file.read(file)
+        stored = self._read(file)
         try:
             self.network.load_state_dict(self._at_own_scale(stored), strict=True)
         except RuntimeError as error:
-            raise AdapterError(f"init_lora {file} does not fit this adapter: {error}") from error
+            reason = self._misfit(stored) or _first_reason(error)
+            raise AdapterError(f"init_lora {file} does not fit this adapter: {reason}.") from error
+
+    def _read(self, file: Path) -> adapter_file.AdapterFile:
+        """A file of any known program in this adapter's keys; another rank schedule is reported."""
+        stored = translate(adapter_file.read(file), self._denoiser).file
+        theirs = stated_schedule(stored)
+        if self.schedule is not None and theirs not in (None, self.schedule):
+            logger.warning(
+                "init_lora %s has the rank schedule %s, this run %s. To continue the file's, set "
+                "tlora_min_rank, tlora_alpha and tlora_schedule to its values.",
+                file,
+                theirs,
+                self.schedule,
+            )
+        return stored
+
+    def _misfit(self, stored: adapter_file.AdapterFile) -> str | None:
+        """How many layers of the adapter and of a file have no partner; None if all have one."""
+        own = {module.lora_name for module in self.network.loras}
+        found = {key.partition(".")[0] for key in stored.tensors}
+        missing, extra = sorted(own - found), sorted(found - own)
+        if missing:
+            return f"{len(missing)} of its {len(own)} layers are not in the file, first {missing[0]}"
+        if extra:
+            return f"{len(extra)} of the file's {len(found)} layers are not adapted here, first {extra[0]}"
+        return None
 
     def _at_own_scale(self, stored: adapter_file.AdapterFile) -> dict[str, Tensor]:
         """A file's tensors with this adapter's alpha: what differs goes into the factors, in float32."""
@@ -320,6 +363,15 @@ class LycorisAdapter(Adapter):
         for attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
+
+
+def _first_reason(error: Exception) -> str:
+    """The first of torch's reasons for which a state does not load, and the number of others."""
+    first, *others = [line.strip().rstrip(".") for line in str(error).splitlines()[1:] if line.strip()] or [
+        ""
+    ]
+    more = f"; {len(others)} more layers do not fit" if others else ""
+    return first[:MAX_REASON_CHARACTERS] + more
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

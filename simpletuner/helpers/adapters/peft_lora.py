@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -95,12 +96,12 @@ class PeftAdapter(Adapter):
         set_peft_model_state_dict(self.denoiser, dict(state), adapter_name=ADAPTER_NAME)
 
     def init_from(self, file: Path) -> None:
-        """Initialise the adapter from a LoRA in diffusers' format.
+        """Initialise the adapter from a standard LoRA of any known program.
 
         Raises:
             AdapterError: The file's layers or ranks differ.
         """
-        stored = adapter_file.read(file)
+        stored = in_diffusers_layout(adapter_file.read(file), self.denoiser, prefix=self.prefix)
         own = self.denoiser.peft_config[ADAPTER_NAME]
         state = _with_scale(stored, own.lora_alpha / own.r, prefix=self.prefix)
         try:

@@ -12,7 +12,7 @@ import xxhash
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.inference import (
-    PEFT_NAME,
+    is_read_by_diffusers,
     load_into_pipeline,
     load_peft_into_pipeline,
     remove_from_pipeline,
@@ -98,10 +98,10 @@ def loaded_adapter(pipeline: Any, file: Path) -> Iterator[Callable[[float], None
     Raises:
         AdapterError: The file is unreadable or does not fit the model.
     """
-    if adapter_file.read(file).is_peft:
-        load_peft_into_pipeline(pipeline, file)
+    if is_read_by_diffusers(adapter_file.read(file)):
+        name = load_peft_into_pipeline(pipeline, file)
         try:
-            yield lambda strength: pipeline.set_adapters(PEFT_NAME, strength)
+            yield lambda strength: pipeline.set_adapters(name, strength)
         finally:
             pipeline.unload_lora_weights()
     else:

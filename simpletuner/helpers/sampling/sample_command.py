@@ -10,7 +10,11 @@ from typing import Any
 import torch
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.inference import load_into_pipeline, load_peft_into_pipeline
+from simpletuner.helpers.adapters.inference import (
+    is_read_by_diffusers,
+    load_into_pipeline,
+    load_peft_into_pipeline,
+)
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
@@ -70,6 +74,8 @@ class SampleRequest:
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
     precision: Mapping[str, object] = field(default_factory=dict)
     """Keys of the precision section; they override the file's header."""
+    schedule: Mapping[str, int | float | str] = field(default_factory=dict)
+    """Values of the rank schedule; they override the file's."""
     options: Mapping[str, str]
     """Key of a section -> its command-line option, for messages."""
 
@@ -86,8 +92,8 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         ModelError: The model is missing or does not load.
     """
     stored = adapter_file.read(request.adapter)  # before the model: a damaged file fails at once
-    sections = _sections(request, header=stored.metadata, families=families)
-    family, validation = _family(sections, dtype=request.dtype), sections.validation
+    sections = sections_of(request, header=stored.metadata, families=families)
+    family, validation = make_family(sections, dtype=request.dtype), sections.validation
     prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
@@ -96,9 +102,12 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
     pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
-    load = load_peft_into_pipeline if stored.is_peft else load_into_pipeline
+    strength = validation.validation_lycoris_strength
+    if is_read_by_diffusers(stored) and not request.schedule:
+        load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
+    else:
+        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
     del stored
-    load(pipeline, request.adapter, strength=validation.validation_lycoris_strength)
     for prompt in prompts:
         inputs = family.pipeline_inputs(
             embeds[prompt.text], embeds[negative], validation=validation, size=prompt.size
@@ -109,9 +118,14 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         yield file
 
 
-def _sections(
+def sections_of(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, ModelSpec]
 ) -> _Sections:
+    """The configuration sections for an adapter file: its header's values under the request's.
+
+    Raises:
+        ConfigError: The base model is unknown, or values are invalid; it lists every problem.
+    """
     values: dict[str, object] = {key: header[name] for name, key in HEADER_KEYS.items() if name in header}
     if MODEL_KEY in request.model:  # the components that the run swapped belong to the header's model
         values = {key: value for key, value in values.items() if not key.startswith("pretrained_")}
@@ -163,7 +177,8 @@ def _valid(validated: Validated[S]) -> S:
     return validated.section
 
 
-def _family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
+def make_family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
+    """The model family of these sections, on the accelerator if there is one."""
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(sections.model.model_family)(

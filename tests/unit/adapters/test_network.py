@@ -417,10 +417,21 @@ def test_header_entry_that_is_not_json_is_named(key: str, tmp_path: Path) -> Non
         load_adapter(unet(), file)
 
 
-def test_loading_a_peft_file_says_how_diffusers_loads_it(tmp_path: Path) -> None:
-    attach(unet(), lora_rank=4).save(tmp_path / "a.safetensors", metadata={})
-    with pytest.raises(AdapterError, match=r"pipeline\.load_lora_weights"):
-        load_adapter(unet(), tmp_path / "a.safetensors")
+@pytest.mark.parametrize("keys", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_standard_lora_loads_as_what_it_was_trained(keys: dict[str, bool], tmp_path: Path) -> None:
+    trained, x = unet(), torch.randn(2, 5, 32)
+    adapter = attach(trained, lora_rank=4, lora_alpha=8, **keys)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.rand_like(parameter) * 0.1)
+    adapter.save(tmp_path / "a.safetensors", metadata={})
+    model = unet()
+    load_adapter(model, tmp_path / "a.safetensors")
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    with torch.no_grad():
+        base, expected = unet().get_submodule(path)(x), trained.get_submodule(path)(x)
+        error = (model.get_submodule(path)(x) - expected).norm() / (expected - base).norm()
+    assert error < 1e-4
 
 
 def test_second_network_leaves_the_layers_of_the_first_alone() -> None:

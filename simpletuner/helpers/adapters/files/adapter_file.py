@@ -31,7 +31,8 @@ PATHS_KEY = "module_paths"  # layer name -> path with dots; the name has undersc
 OPTIONS_KEY = "layer_options"  # option that tensors do not show -> names of the layers that have it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
-SCALARS = (".alpha", ".on_input")  # one value each, also of an integer dtype
+# One value each, also of an integer dtype; the last are of another program's T-LoRA.
+SCALARS = (".alpha", ".on_input", ".tlora_alpha", ".tlora_current_rank", ".tlora_min_rank", ".tlora_max_rank")
 MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NUM_HASHED = 4096  # values of a layer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, scales
+from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
     KeyMap,
@@ -68,6 +69,8 @@ class ExportOptions:
     """Write this number of files, each for an equal share of the timesteps, with its middle's active rank."""
     dtype: str = "fp32"
     """Key of DTYPES."""
+    schedule: ScheduleOptions | None = None
+    """Values that replace those of the file's rank schedule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,10 @@ class Source:
         """Active rank of one layer, whose maximum may differ from the network's, at a timestep."""
         return self.schedule.for_rank(layer.rank).rank_at(timestep) if has_schedule(layer) else layer.rank
 
+    def gain_at(self, rank: int, layer: StoredLayer) -> float:
+        """Factor on a layer's delta when this number of its ranks is active."""
+        return self.schedule.for_rank(layer.rank).gain_at(rank) if has_schedule(layer) else 1.0
+
 
 def has_schedule(layer: StoredLayer) -> bool:
     """Whether a layer has a rank schedule: true for T-LoRA, vanilla included, false for standard LoRA."""
@@ -158,6 +165,8 @@ def export_adapter(
         StorageError: A file cannot be written.
     """
     stored = adapter_file.read(file)
+    if options.schedule:
+        stored = with_schedule(stored, options.schedule)
     source = read_source(stored)
     name = stored.metadata.get("model_family", "not stated in its header")
     if name not in families:
@@ -253,8 +262,9 @@ def _lycoris_layers(
     paths = stored.entry(adapter_file.PATHS_KEY)
     if paths is None:
         raise AdapterError(
-            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Attach "
-            "it to its base model with load_adapter and pass the adapter to export_live."
+            f"{stored.path}: its header has no {adapter_file.PATHS_KEY}, so another program wrote it. Give "
+            "its base model with --model and --family; in Python, attach it with load_adapter and pass the "
+            "adapter to export_live."
         )
     layers = {
         name: scales.with_multiplier(name, parts, stored.multiplier) for name, parts in stored.layers.items()
@@ -306,8 +316,8 @@ def _layer(name: str, parts: Mapping[str, Tensor], file: Path) -> StoredLayer:
     layer = StoredLayer.read(name, parts)
     if layer.spec.init != "vanilla" and BASE_KEYS[0] not in parts:
         raise AdapterError(
-            f"{file}: {name} has no base factors. Attach the file with load_adapter "
-            "and pass the adapter to export_live."
+            f"{file}: {name} has no base factors. Give its base model with --model and --family; in "
+            "Python, attach the file with load_adapter and pass the adapter to export_live."
         )
     return layer
 
@@ -334,7 +344,8 @@ class _FixedRank:
         if self.band is None:
             return None
         first, last = self.band
-        errors = errors_by_rank(layer, lora)
+        gains = [source.gain_at(rank, layer) for rank in range(1, layer.rank + 1)]
+        errors = errors_by_rank(layer, lora, gains=gains)
         ranks = {source.rank_at(timestep, layer) for timestep in range(first, last + 1)}
         return max(errors[rank - 1] for rank in ranks)
 
@@ -372,7 +383,10 @@ def _converted_layers(
     def convert(path: str, scale: float) -> LoraLayer:
         stored = source.layers[path]
         make, dtype = FORMS[options.form], DTYPES[options.dtype]
-        return make(path, stored, rank=fixed.rank_of(stored, source), dtype=dtype, scale=scale)
+        rank = fixed.rank_of(stored, source)
+        layer = make(path, stored, rank=rank, dtype=dtype, scale=scale)
+        gain = source.gain_at(rank, stored)
+        return layer if gain == 1 else replace(layer, up=(layer.up.double() * gain).to(dtype))
 
     layers = [convert(path, scale=1.0) for path in source.layers]
     if shares_alpha(options.layout, spec):

@@ -12,21 +12,18 @@ from typing import Any
 
 from torch import Tensor
 
-from simpletuner.helpers.adapters.files import adapter_file, comfyui, import_formats
+from simpletuner.helpers.adapters.files import adapter_file, comfyui
+from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts, stated_schedule
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
+from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, VANILLA_KEYS
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import printable
 
 CHART_TIMESTEPS = range(0, 1001, 100)
 CHART_WIDTH = 40
-LORA_LAYOUTS: Mapping[str, tuple[str, int]] = {
-    ".lora_A.weight": (f"{STANDARD.title} in diffusers' format", 0),
-    ".lora_down.weight": (STANDARD.title, 0),
-    ".lora.down.weight": (f"{STANDARD.title} in diffusers' former format", 0),
-}
-"""Suffix of a key of a LoRA -> (name of the layout, axis of the tensor that is the rank)."""
+BOFT_AXES = 4  # of the blocks, which diag-oft stores with three under the same key
 # Header entries that are shown in their own place, or hold a value for each layer.
 SHOWN_ELSEWHERE = {
     "format",
@@ -63,6 +60,8 @@ class Inspection:
     """Number of values in base factors."""
     dtypes: tuple[str, ...]
     schedule: dict[str, int | float | str] | None
+    schedule_source: str | None
+    """Where another program states the schedule; None for this program's files, and without one."""
     base_model: str | None
     model_family: str | None
     trigger_words: str | None
@@ -73,6 +72,8 @@ class Inspection:
     """The other entries of the header."""
     missing: tuple[str, ...]
     """Parts of a complete T-LoRA file that are missing."""
+    left_out: dict[str, int]
+    """Kind of tensors that are not read -> their number."""
     comfyui: str
     """Whether ComfyUI reads the file, and what to use instead."""
 
@@ -96,6 +97,8 @@ class Inspection:
             ("Trigger words", self.trigger_words),
             *((name, value) for name, value in sorted(self.training.items())),
             ("Missing", "; ".join(self.missing) or None),
+            ("Left out", "; ".join(f"{what} ({count})" for what, count in self.left_out.items()) or None),
+            ("Schedule", f"from {self.schedule_source}" if self.schedule_source else None),
             ("ComfyUI", self.comfyui),
         ]
         shown = [(printable(name), printable(str(value))) for name, value in lines if value]
@@ -129,22 +132,19 @@ def inspect(file: Path) -> Inspection:
         AdapterError: The file cannot be read, or its algorithm is unknown.
     """
     stored = adapter_file.read(file)
-    released = import_formats.is_released(stored.tensors)
-    try:
-        tensors = import_formats.convert_released(stored.tensors) if released else stored.tensors
-    except AdapterError as error:
-        raise AdapterError(f"{file}: {error}") from error
-    layers = _layers(tensors)
-    if not layers:
-        raise AdapterError(f"{file}: no layer of a known algorithm; the first key is {min(tensors)}.")
-    names = sorted(layers)
-    specs = [TLoraSpec.read(tensors[key]) for key in tensors if key.endswith(".tlora_schedule")]
-    algorithm = ", ".join(dict.fromkeys(title for title, _ in layers.values()))
-    if released:
-        algorithm = f"{ALGORITHMS['tlora'].title} of the authors' release"
-    ranks = {name: rank for name, (_, rank) in layers.items() if rank is not None}
-    alphas = {name: float(tensors[f"{name}.alpha"]) for name in names if f"{name}.alpha" in tensors}
-    frozen = [tensor for key, tensor in tensors.items() if ".base_" in key]
+    reading = read_parts(stored)
+    layers = reading.foreign.layers
+    known = _known_layers(stored, layers)
+    released = reading.foreign.in_processors
+    algorithm = ", ".join(dict.fromkeys(title for title, _ in known.values()))
+    algorithm += " of the authors' release" if released else ""
+    specs = [
+        TLoraSpec.read(parts["tlora_schedule"]) for parts in layers.values() if "tlora_schedule" in parts
+    ]
+    ranks = {name: rank for name, (_, rank) in known.items() if rank is not None}
+    scales = [float(layers[name]["alpha"]) / rank for name, rank in ranks.items() if "alpha" in layers[name]]
+    frozen = [tensor for parts in layers.values() for name, tensor in parts.items() if name in BASE_KEYS]
+    schedule = _schedule(reading)
     lycoris = stored.entry(adapter_file.LYCORIS_KEY) or {}
     header = stored.metadata
     return Inspection(
@@ -152,70 +152,82 @@ def inspect(file: Path) -> Inspection:
         bytes=file.stat().st_size,
         algorithm=algorithm,
         init=_init(specs) if not released else None,
-        num_layers=len(names),
+        num_layers=len(known),
         ranks=_counts(ranks.values()),
-        scales=_counts(round(alphas[name] / ranks[name], 6) for name in alphas if name in ranks),
+        scales=_counts(round(scale, 6) for scale in scales),
         num_values=sum(tensor.numel() for tensor in stored.tensors.values()),
         num_frozen=sum(tensor.numel() for tensor in frozen),
         dtypes=tuple(
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
         ),
-        schedule=_schedule(stored, specs),
+        schedule=schedule,
+        schedule_source=reading.found.source if reading.found is not None else None,
         base_model=header.get("base_model"),
         model_family=header.get("model_family"),
         trigger_words=header.get("trigger_words"),
         targets=lycoris.get("apply_preset"),
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
         training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
-        missing=tuple(_missing(stored, algorithm=algorithm, specs=specs)),
+        missing=tuple(_missing(reading, algorithm=algorithm, specs=specs)),
+        left_out=_counts(reading.foreign.left_out.values()),
         comfyui=comfyui.advice({key: each.shape for key, each in stored.tensors.items()}, file=file),
     )
 
 
-def _layers(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, int | None]]:
-    """Layer -> (algorithm, rank; None for full rank), in the order of the algorithms."""
-    layers: dict[str, tuple[str, int | None]] = {}
-    for suffix, (title, axis) in _layouts().items():
-        for key in (key for key in tensors if key.endswith(suffix)):
-            name, shape = key.removesuffix(suffix), tensors[key].shape
-            if suffix == ".oft_blocks":
-                title = ALGORITHMS["boft" if len(shape) == 4 else "diag-oft"].title
-            kind = ALGORITHMS["tlora"].title if f"{name}.tlora_schedule" in tensors else title
-            layers.setdefault(name, (kind, None if axis is None else shape[axis]))
-    return layers
+def _known_layers(
+    stored: adapter_file.AdapterFile, layers: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, tuple[str, int | None]]:
+    """Layer -> (title of its algorithm, rank; None for full rank).
 
-
-def _layouts() -> dict[str, tuple[str, int | None]]:
-    """Suffix of a key -> (algorithm, rank axis), in the order in which a file is searched for them."""
-    of_algorithms = {
-        suffix: (record.title, axis)
+    Raises:
+        AdapterError: No layer is of a known algorithm.
+    """
+    lora = STANDARD.title
+    if stored.is_peft:
+        lora = f"{lora} in diffusers' format"
+    elif any(".lora.down." in key for key in stored.tensors):
+        lora = f"{lora} in diffusers' former format"
+    parts_of = [
+        (suffix.removeprefix("."), record.title, axis)
         for record in ALGORITHMS.values()
         for suffix, axis in record.rank_axes.items()
-    }
-    return {**of_algorithms, **LORA_LAYOUTS, ".w_norm": ("norms", None)}
+    ]
+    parts_of += [(VANILLA_KEYS[0], lora, 0), ("w_norm", "norms", None)]
+    known: dict[str, tuple[str, int | None]] = {}
+    for name, parts in layers.items():
+        part, title, axis = next((each for each in parts_of if each[0] in parts), ("", "", None))
+        if part == "oft_blocks":
+            title = ALGORITHMS["boft" if parts[part].ndim == BOFT_AXES else "diag-oft"].title
+        if "tlora_schedule" in parts:
+            title = ALGORITHMS["tlora"].title
+        if part:
+            known[name] = title, None if axis is None else parts[part].shape[axis]
+    if not known:
+        raise AdapterError(
+            f"{stored.path}: no layer of a known algorithm; the first key is {min(stored.tensors)}."
+        )
+    return known
 
 
-def _schedule(
-    stored: adapter_file.AdapterFile, specs: Sequence[TLoraSpec]
-) -> dict[str, int | float | str] | None:
-    config = stored.entry(adapter_file.SCHEDULE_KEY)
-    stated = next((each.schedule for each in specs if each.schedule is not None), None)
-    try:
-        schedule = stated if config is None else RankSchedule.from_config(config)
-    except (ValueError, TypeError) as error:
-        raise AdapterError(f"{stored.path}: its rank schedule is invalid: {error}.") from error
+def _schedule(reading: Reading) -> dict[str, int | float | str] | None:
+    """The schedule that the file or its program states; None for a default that nothing states."""
+    found = reading.found
+    if found is not None:
+        return found.schedule.config() if found.is_stated else None
+    schedule = stated_schedule(reading.file)
     return None if schedule is None else schedule.config()
 
 
-def _missing(stored: adapter_file.AdapterFile, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
+def _missing(reading: Reading, *, algorithm: str, specs: Sequence[TLoraSpec]) -> list[str]:
     if not algorithm.startswith(ALGORITHMS["tlora"].title):
         return []
-    has_base = any(".base_" in key for key in stored.tensors)
+    has_base = any(reading.foreign.has(part) for part in BASE_KEYS)
     vanilla = any(each.init == "vanilla" for each in specs)
+    is_stated = _schedule(reading) is not None
     return [
         *(["base factors: taken as weight/principal of the model"] if not (has_base or vanilla) else []),
-        *(["rank schedule: set min_rank and alpha in _tlora_config"] if not _schedule(stored, specs) else []),
-        *(["base model"] if "base_model" not in stored.metadata else []),
+        *(["rank schedule: give it with --schedule, else min_rank 1 and alpha 1.0"] if not is_stated else []),
+        *(["base model"] if "base_model" not in reading.file.metadata else []),
     ]
 
 

@@ -5,6 +5,7 @@ Shapes: R rank of a layer, r active rank, I in (times the kernel of a convolutio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,18 +93,24 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
     return float(missing) / whole if whole else 0.0
 
 
-def errors_by_rank(layer: StoredLayer, written: LoraLayer) -> list[float]:
+def errors_by_rank(layer: StoredLayer, written: LoraLayer, *, gains: Sequence[float] = ()) -> list[float]:
     """The `relative_error` of a LoRA against the live layer with 1, 2, ... R active ranks.
 
     One table of inner products gives them all: activating a rank adds its terms to the delta.
+
+    Args:
+        layer: The layer in the file.
+        written: Its LoRA.
+        gains: Factor of the live delta with 1, 2, ... R active ranks; 1 without any.
     """
     a, b = (factor.double().flatten(1) for factor in layer.factors_at(layer.rank))
     a2, b2 = written.down.double().flatten(1), written.up.double().flatten(1) / written.folded
     terms = a.shape[0] // layer.rank  # a rank's own and its base's
     table = ((b.T @ b) * (a @ a.T)).view(terms, layer.rank, terms, layer.rank).sum((0, 2))
     shared = ((b.T @ b2) * (a @ a2.T)).sum(1).view(terms, layer.rank).sum(0)
-    whole = table.cumsum(0).cumsum(1).diagonal()
-    missing = (whole - 2 * shared.cumsum(0) + product_norm(a2, b2) ** 2).clamp(min=0)
+    gain = torch.tensor(gains or [1.0] * layer.rank, dtype=torch.float64)
+    whole = gain**2 * table.cumsum(0).cumsum(1).diagonal()
+    missing = (whole - 2 * gain * shared.cumsum(0) + product_norm(a2, b2) ** 2).clamp(min=0)
     return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
 
 

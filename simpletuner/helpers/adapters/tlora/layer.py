@@ -161,9 +161,9 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         """
         if self.multiplier == 0:
             return output
-        rank_mask, rank = self._active_ranks(x)
+        rank_mask, rank, gain = self._active_ranks(x)
         a, b = self.lora_factors(rank)
-        b = b * (self.scale * self.multiplier)
+        b = b * (self.scale * self.multiplier * gain)
         if rank_mask is not None:
             if not self.is_vanilla:
                 rank_mask = torch.cat([rank_mask, rank_mask], dim=1)
@@ -195,12 +195,12 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         contribution: Tensor = self.op(hidden, kernel.to(hidden.dtype))
         return output + contribution.to(output.dtype)
 
-    def _active_ranks(self, x: Tensor) -> tuple[Tensor | None, int | None]:
-        """The mask to multiply by, or the rank to slice to; both None activates every rank."""
+    def _active_ranks(self, x: Tensor) -> tuple[Tensor | None, int | None, float]:
+        """The mask to multiply by, or the rank to slice to and its gain; both None activates every rank."""
         current = self._group.current(self.lora_dim)
         if current is None:
             self._refuse_to_train_unmasked()
-            return None, None
+            return None, None, 1.0
         schedule, values = self.spec.schedule, current.values
         if schedule is not None and current.max_rank not in (None, schedule.max_rank):
             raise AdapterError(
@@ -209,7 +209,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             )
         if not torch.compiler.is_compiling():
             if current.shared_rank is not None and self.module_type == "linear":  # cost falls with the rank
-                return None, current.shared_rank
+                return None, current.shared_rank, current.gain
             values = current.on(x.device)
         if values.shape[1] != self.lora_dim:  # only a mask that was set through LyCORIS
             raise AdapterError(
@@ -221,7 +221,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 f"{self.lora_name}: the rank mask is for {values.shape[0]} samples, the input has "
                 f"{x.shape[0]}. Set one timestep per sample, or a single one for all."
             )
-        return values, None
+        return values, None, 1.0
 
     def _refuse_to_train_unmasked(self) -> None:
         if self.org_module[0].training:

@@ -19,7 +19,7 @@ import torch
 from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_timestep_mask
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, rank_rows
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import FIRST_OWN_MASK_GROUP
 
 PUBLIC_GROUP = 0
@@ -30,11 +30,13 @@ class RankMask:
     """The mask that every layer of one rank shares during a step."""
 
     values: Tensor
-    """[1, R] or [B, R]: 1 for an active rank, 0 for the others."""
+    """[1, R] or [B, R]: the schedule's gain (1 for most) for an active rank, 0 for the others."""
     shared_rank: int | None
     """Active rank where all samples have the same, else None."""
     max_rank: int | None
     """Rank of the network that the mask was made for; None for a mask set through LyCORIS."""
+    gain: float = 1.0
+    """Value of the active ranks, where `shared_rank` is a number."""
 
     def on(self, device: torch.device) -> Tensor:
         """The values, moved to a device once for all layers that share them."""
@@ -139,9 +141,10 @@ def set_mask(
         layer_schedule = schedule.for_rank(rank)
         ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
         masks[rank] = RankMask(
-            rank_rows(ranks, max_rank=rank).to(device),
+            layer_schedule.rows(ranks).to(device),
             shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
             max_rank=schedule.max_rank,
+            gain=layer_schedule.gain_at(ranks[0]),
         )
     target.assign(masks, is_held=hold)
     set_timestep_mask(masks[schedule.max_rank].values, group)

@@ -6,16 +6,20 @@ Source: T-LoRA, arXiv:2507.05964, rank schedule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
 
-VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive")  # files hold the position
+# Files hold the position.
+VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive", "cosine", "linear")
+ROUNDED: tuple[ScheduleVariant, ...] = ("cosine", "linear")
 
 
 def active_rank(
@@ -39,9 +43,26 @@ def active_rank(
     return min(max_rank, min_rank + int(share * (max_rank - min_rank + int(inclusive))))
 
 
+def rounded_rank(timestep: int, *, max_rank: int, min_rank: int, num_timesteps: int, is_cosine: bool) -> int:
+    """Number of active ranks at a timestep, rounded to the nearest, half to even; arguments as above.
+
+    In float32 like its trainers: with Python's floats 17 of 64,064 values of a usual grid come out one off,
+    among them the cosine's at half of the timesteps.
+
+    Source: the T-LoRA networks of forks of lora-scripts, schedules `cosine` and `linear`.
+    """
+    one, half = np.float32(1), np.float32(0.5)
+    share = one - np.float32(timestep) / np.float32(num_timesteps)
+    if is_cosine:
+        share = half - half * np.cos(share * np.float32(math.pi))
+    return min_rank + int(np.rint(np.float32(max_rank - min_rank) * share))
+
+
 @dataclass(frozen=True, slots=True)
 class RankSchedule:
     """The active rank at every timestep.
+
+    The variants cosine and linear also scale the active ranks by max_rank over their number.
 
     Raises:
         ValueError: A value is outside its range.
@@ -65,6 +86,8 @@ class RankSchedule:
             )
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha {self.alpha} must be a positive number")
+        if self.variant in ROUNDED and self.alpha != 1:
+            raise ValueError(f"alpha {self.alpha} has no meaning with schedule {self.variant}; omit it")
         if self.num_timesteps < 1:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 1")
         if self.variant not in VARIANTS:
@@ -78,6 +101,14 @@ class RankSchedule:
         """
         if not 0 <= timestep <= self.num_timesteps:
             raise ValueError(f"timestep {timestep} is outside 0..{self.num_timesteps} of the rank schedule")
+        if self.variant in ROUNDED:
+            return rounded_rank(
+                timestep,
+                max_rank=self.max_rank,
+                min_rank=self.min_rank,
+                num_timesteps=self.num_timesteps,
+                is_cosine=self.variant == "cosine",
+            )
         return active_rank(
             timestep,
             max_rank=self.max_rank,
@@ -87,13 +118,22 @@ class RankSchedule:
             inclusive=self.variant == "inclusive",
         )
 
+    def gain_at(self, rank: int) -> float:
+        """Factor on each of `rank` active ranks: max_rank / rank for cosine and linear, else 1."""
+        return self.max_rank / rank if self.variant in ROUNDED else 1.0
+
     def for_rank(self, rank: int) -> RankSchedule:
         """The schedule of a layer of another rank; the minimum is at most that rank."""
         return replace(self, max_rank=rank, min_rank=min(self.min_rank, rank))
 
     def mask(self, timesteps: Sequence[int]) -> Tensor:
-        """[B, R] float32 on the CPU: the first `rank_at(t)` entries of each row are 1, the others 0."""
-        return rank_rows([self.rank_at(timestep) for timestep in timesteps], max_rank=self.max_rank)
+        """[B, R] float32 on the CPU: the first `rank_at(t)` entries of a row are its gain, the others 0."""
+        return self.rows([self.rank_at(timestep) for timestep in timesteps])
+
+    def rows(self, ranks: Sequence[int]) -> Tensor:
+        """[B, R] float32 on the CPU: the first `ranks[b]` entries of row b are their gain, the others 0."""
+        gains = torch.tensor([self.gain_at(rank) for rank in ranks])
+        return rank_rows(ranks, max_rank=self.max_rank) * gains[:, None]
 
     def config(self) -> dict[str, int | float | str]:
         """The schedule under the keys of `_tlora_config` and adapter files."""

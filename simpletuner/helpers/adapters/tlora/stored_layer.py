@@ -42,6 +42,8 @@ class StoredLayer:
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             raise AdapterError(f"{name}: alpha holds {tensors['alpha'].numel()} values instead of one.")
         spec = TLoraSpec.read(tensors.get("tlora_schedule"))
+        if "tlora_schedule" not in tensors and VANILLA_KEYS[0] in tensors:  # a standard LoRA
+            spec = TLoraSpec("vanilla", "last", None)
         has_base = any(key in tensors for key in BASE_KEYS)
         if spec.init == "vanilla":
             needed: tuple[str, ...] = VANILLA_KEYS

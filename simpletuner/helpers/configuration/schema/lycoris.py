@@ -36,7 +36,7 @@ from simpletuner.helpers.configuration.schema.base import (
 Algorithm = Annotated[str, OneOf(ALGORITHMS)]
 TLoraInit = Literal["random", "weight", "vanilla"]
 SigType = Literal["last", "middle", "principal"]
-ScheduleVariant = Literal["floor", "inclusive"]
+ScheduleVariant = Literal["floor", "inclusive", "cosine", "linear"]
 FIRST_OWN_MASK_GROUP = 1 << 16
 """First of LyCORIS's mask groups that networks get by default; the user's own are below."""
 Scalar = bool | int | float
@@ -203,7 +203,8 @@ class LycorisConfig(Section):
     """Exponent of the rank schedule; above 1 the active rank falls sooner as noise grows."""
     tlora_schedule: ScheduleVariant = "floor"
     """Rounding of the active rank: floor as in the paper, with the full rank at timestep 0 only; inclusive
-    reaches every rank equally often."""
+    reaches every rank equally often. cosine and linear are those of lora-scripts' forks, to continue their
+    adapters: rounded to the nearest, with the active ranks scaled by linear_dim over their number."""
     tlora_init: TLoraInit = "random"
     """Initialisation: random, singular vectors of a random matrix; weight, singular vectors of the layer's
     weight; vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
@@ -218,12 +219,18 @@ class LycorisConfig(Section):
     """The user's json."""
 
     @model_validator(mode="after")
-    def _ranks_fit(self) -> Self:
+    def _schedule_fits(self) -> Self:
         if self.tlora_min_rank > self.linear_dim:
             raise contradiction(
                 "tlora_min_rank",
                 f"{self.tlora_min_rank} is above linear_dim {self.linear_dim}. Lower it or raise linear_dim.",
                 "linear_dim",
+            )
+        if self.tlora_schedule in ("cosine", "linear") and self.tlora_alpha != 1:
+            raise contradiction(
+                "tlora_alpha",
+                f"has no meaning with tlora_schedule {self.tlora_schedule}. Omit it.",
+                "tlora_schedule",
             )
         return self
 

@@ -355,3 +355,46 @@ def test_grouped_convolution_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="lycoris_0"):
         export_live(adapter, tmp_path / "out.safetensors", ExportOptions(), family=SPEC)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "lycoris"])
+@pytest.mark.parametrize("init", ["random", "vanilla"])
+def test_fixed_rank_of_a_scaled_schedule_is_written_at_its_gain(
+    init: Any, layout: Any, tmp_path: Path
+) -> None:
+    layer = trained_layer(tlora_init=init)
+    schedule = RankSchedule(4, variant="cosine")
+    state = {f"lycoris_proj.{key}": tensor for key, tensor in layer.custom_state_dict().items()}
+    header = {
+        adapter_file.PATHS_KEY: json.dumps({"lycoris_proj": "proj"}),
+        adapter_file.SCHEDULE_KEY: json.dumps(schedule.config()),
+        "model_family": "toy",
+    }
+    adapter_file.write(tmp_path / "a.safetensors", state, metadata=header)
+    options = ExportOptions(layout=layout, timestep=700)
+    (one,) = export_adapter(
+        tmp_path / "a.safetensors", tmp_path / "out.safetensors", options, families=FAMILIES
+    )
+    rank = schedule.rank_at(700)
+    assert 1 < rank < 4
+    a, b = (factor.detach().double() for factor in layer.lora_factors(rank))
+    expected = b @ a * layer.scale * (4 / rank)
+    content = adapter_file.read(one.file)
+    down, up = (content.tensors[key] for key in sorted(content.tensors) if not key.endswith("alpha"))
+    alpha = content.tensors.get("lycoris_proj.alpha")
+    if alpha is None:
+        alpha = (content.entry(METADATA_KEY) or {})["unet.lora_alpha"]
+    torch.testing.assert_close(dense(down, up, float(alpha)), expected, rtol=1e-4, atol=1e-6)
+    assert one.errors["proj"] < 1e-5
+
+
+def test_error_within_a_band_counts_the_gain_of_each_rank() -> None:
+    layer = trained_layer(tlora_init="vanilla")
+    plain = truncated_lora("proj", stored(layer), rank=3, dtype=torch.float32)
+    gains = [4 / rank for rank in range(1, 5)]
+    expected = []
+    for rank, gain in enumerate(gains, start=1):
+        a, b = (factor.detach().double() for factor in layer.lora_factors(rank))
+        written = dense(plain.down, plain.up, plain.alpha) / layer.scale
+        expected.append(float((gain * b @ a - written).norm() / (gain * b @ a).norm()))
+    assert errors_by_rank(stored(layer), plain, gains=gains) == pytest.approx(expected, rel=1e-4)

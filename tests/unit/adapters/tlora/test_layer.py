@@ -400,3 +400,56 @@ def test_ungrouped_factor_convolves_like_the_grouped_one() -> None:
     halves = [torch.nn.functional.conv2d(x, half, groups=4) for half in a.chunk(2)]
     whole = torch.nn.functional.conv2d(x, ungrouped(a, groups=4, rank=RANK))
     torch.testing.assert_close(whole, torch.cat(halves, dim=1), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("timesteps", [(100,), (700,), (100, 700, 950)], ids=str)
+def test_ranks_of_a_scaled_schedule_count_by_their_gain(
+    kind: str, init: str, timesteps: tuple[int, ...]
+) -> None:
+    layer = LAYERS[kind]().eval()
+    schedule = RankSchedule(RANK, variant="cosine")
+    adapter = adapt(layer, init=init, trained=0.1, schedule=schedule)
+    x = torch.randn(INPUTS[kind])
+    with torch.no_grad(), mask.rank_mask(schedule, timesteps, group=adapter.mask_group_id):
+        result = layer(x)
+        dense = None if kind == "conv2d grouped" else adapter.get_diff_weight()[0]
+    adapter.restore()
+    with torch.no_grad():
+        base = layer(x).double()
+        for row, timestep in enumerate(timesteps if len(timesteps) > 1 else timesteps * len(x)):
+            rank = schedule.rank_at(timestep)
+            expected = textbook_delta(adapter, x[row : row + 1], rank) * (RANK / rank)
+            error = (result[row : row + 1].double() - base[row : row + 1] - expected).norm() / expected.norm()
+            assert error < 1e-4
+        if dense is not None and adapter.module_type == "linear":
+            first = textbook_delta(adapter, x, schedule.rank_at(timesteps[0])) * (
+                RANK / schedule.rank_at(timesteps[0])
+            )
+            torch.testing.assert_close(
+                torch.nn.functional.linear(x, dense).double(), first, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_compiled_layer_counts_ranks_by_their_gain() -> None:
+    layer = nn.Linear(24, 40).eval()
+    schedule = RankSchedule(RANK, variant="linear")
+    adapter = adapt(layer, init="vanilla", trained=0.1, schedule=schedule)
+    compiled, x = torch.compile(layer, backend="eager"), torch.randn(3, 5, 24)
+    with torch.no_grad():
+        for timestep in (200, 900):
+            with mask.rank_mask(schedule, [timestep], group=adapter.mask_group_id):
+                torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layer_of_another_rank_has_its_own_gain() -> None:
+    layer, schedule = nn.Linear(24, 40).eval(), RankSchedule(16, variant="cosine")
+    adapter = adapt(layer, init="vanilla", trained=0.1, schedule=schedule)
+    own, x = schedule.for_rank(RANK), torch.randn(3, 5, 24)
+    with torch.no_grad(), mask.rank_mask(schedule, [600], group=adapter.mask_group_id):
+        result = layer(x)
+    adapter.restore()
+    expected = textbook_delta(adapter, x, own.rank_at(600)) * own.gain_at(own.rank_at(600))
+    with torch.no_grad():
+        torch.testing.assert_close(result.double(), layer(x).double() + expected, rtol=1e-5, atol=1e-5)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lycoris.modules.tlora import compute_timestep_mask
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import VARIANTS, RankSchedule
+from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
+from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
 
 TIMESTEPS = (0, 1, 250, 500, 750, 900, 999, 1000)
 
@@ -105,3 +109,46 @@ def test_config_round_trip_keeps_every_field() -> None:
 def test_malformed_config_names_what_it_should_hold(config: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="max_rank"):
         RankSchedule.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    # By hand for R_max 5, R_min 1: linear 1 + round(4 s), so s = 0.625 and 0.375 round 2.5 and 1.5 to 2;
+    # cosine 1 + round(2 - 2 cos(pi s)).
+    [
+        ("linear", {0: 5, 375: 3, 500: 3, 625: 3, 874: 2, 1000: 1}),
+        ("cosine", {0: 5, 250: 4, 500: 3, 750: 2, 1000: 1}),
+    ],
+)
+def test_rounded_schedules_round_half_to_even_and_scale_the_active_ranks(
+    variant: ScheduleVariant, expected: dict[int, int]
+) -> None:
+    schedule = RankSchedule(5, variant=variant)
+    assert {t: schedule.rank_at(t) for t in expected} == expected
+    for timestep, rank in expected.items():
+        assert schedule.mask([timestep]).tolist() == [pytest.approx([5 / rank] * rank + [0.0] * (5 - rank))]
+    assert RankSchedule.from_config(schedule.config()) == schedule
+
+
+def test_every_variant_has_its_number_in_files() -> None:
+    assert VARIANTS == ("floor", "inclusive", "cosine", "linear")
+    for variant in VARIANTS:
+        spec = TLoraSpec("vanilla", "last", RankSchedule(4, min_rank=2, variant=variant))
+        assert TLoraSpec.read(spec.tensor(4)) == spec
+
+
+@pytest.mark.parametrize("variant", ["cosine", "linear"])
+def test_exponent_of_a_schedule_without_one_is_refused(variant: ScheduleVariant) -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        RankSchedule(4, alpha=2.0, variant=variant)
+
+
+@pytest.mark.parametrize("max_rank", [4, 8, 16, 64])
+@pytest.mark.parametrize("min_rank", [1, 2, 4])
+def test_rounded_schedules_equal_their_trainers_at_every_timestep(max_rank: int, min_rank: int) -> None:
+    progress = 1 - torch.arange(1001).float() / 1000
+    cosine = 0.5 - 0.5 * torch.cos(progress * math.pi)
+    for variant, share in (("linear", progress), ("cosine", cosine)):
+        theirs = min_rank + torch.round((max_rank - min_rank) * share).long()
+        schedule = RankSchedule(max_rank, min_rank=min_rank, variant=variant)  # type: ignore[arg-type]
+        assert [schedule.rank_at(t) for t in range(1001)] == theirs.tolist()

@@ -149,6 +149,7 @@ def test_arguments_given_as_texts_become_their_types(workspace: Workspace) -> No
     [
         ({"tlora_min_rank": 9}, "tlora_min_rank  9 is above linear_dim 8. Lower it or raise linear_dim."),
         ({"tlora_min_rank": 0}, "tlora_min_rank  0: must be at least 1."),
+        ({"tlora_schedule": "cosine", "tlora_alpha": 2}, "tlora_alpha  has no meaning with tlora_schedule"),
         ({"tlora_alpha": 0}, "tlora_alpha  0: must be above 0."),
         ({"tlora_init": "weihgt"}, "must be one of random, weight, vanilla. Did you mean weight?"),
         ({"sig_type": "first"}, "must be one of last, middle, principal."),

@@ -1,0 +1,100 @@
+"""The alpha of each layer: its own tensor, PEFT's configuration, else the rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.foreign.beside import json_beside
+from simpletuner.helpers.adapters.files.foreign.keys import ForeignLayers
+from simpletuner.helpers.errors import AdapterError
+
+METADATA_KEY = "lora_adapter_metadata"  # diffusers' header entry of PEFT's configuration
+SIDECAR = "adapter_config.json"  # PEFT's, beside the file
+RANK_AXES = {
+    **dict.fromkeys(("lora_down.weight", "hada_w1_b", "q_layer.weight", "lokr_w1_b", "lokr_w2_b"), 0),
+    "a1.weight": 0,
+}
+"""Part -> axis that is the rank of its layer."""
+
+
+def complete_alphas(file: AdapterFile, foreign: ForeignLayers) -> dict[str, dict[str, Tensor]]:
+    """The layers of a file, each with its alpha.
+
+    Raises:
+        AdapterError: PEFT's configuration has an alpha that is no number.
+    """
+    config = _peft_config(file, foreign)
+    return {
+        layer: parts if "alpha" in parts else parts | _scale(layer, parts, config, file=file)
+        for layer, parts in foreign.layers.items()
+    }
+
+
+def rank_of(parts: Mapping[str, Tensor]) -> int | None:
+    """Rank of a layer; None for an algorithm without one."""
+    found = (parts[part].shape[axis] for part, axis in RANK_AXES.items() if part in parts)
+    return next(found, None)
+
+
+def _scale(
+    layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], *, file: AdapterFile
+) -> dict[str, Tensor]:
+    """A layer's alpha, or its first factor with the scale for a LoKr of two whole ones."""
+    rank, is_whole = rank_of(parts), "lokr_w1" in parts and "lokr_w2" in parts
+    if rank is None and not is_whole:
+        return {}
+    alpha = _stated(layer, config, ("lora_alpha", "alpha"), patterns="alpha_pattern", file=file)
+    if is_whole:  # LyCORIS reads no scale there; PEFT divides by the rank of its configuration
+        divisor = _stated(layer, config, ("r",), patterns="rank_pattern", file=file)
+        scale = alpha / divisor if alpha is not None and divisor else 1.0
+        return {"lokr_w1": parts["lokr_w1"].float() * scale, "alpha": torch.tensor(1.0)}
+    assert rank is not None
+    if alpha is None:
+        return {"alpha": torch.tensor(float(rank))}
+    if config.get("use_rslora") is True:  # PEFT then divides by the root of the rank
+        alpha *= math.sqrt(rank)
+    return {"alpha": torch.tensor(float(alpha))}
+
+
+def _stated(
+    layer: str, config: Mapping[str, Any], keys: Sequence[str], *, patterns: str, file: AdapterFile
+) -> float | None:
+    """A layer's number in PEFT's configuration: its own by pattern, else the common one."""
+    own = config.get(patterns)
+    own = own if isinstance(own, dict) else {}
+    common = next((config[key] for key in keys if key in config), None)
+    value = next((own[name] for name in own if _names(name, layer)), common)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterError(f"{file.path}: {keys[0]} of {layer} is {str(value)[:40]!r}, no finite number.")
+    return float(value)
+
+
+def _names(pattern: str, layer: str) -> bool:
+    """Whether a key of PEFT's alpha_pattern names a layer: the whole path after ^, else its end.
+
+    Limit: PEFT matches regular expressions; a stranger's could run for hours, and files hold literal paths.
+    """
+    literal = pattern.replace("\\.", ".").removesuffix("$")
+    if literal.startswith("^"):
+        return layer == literal[1:]
+    return f".{layer}".endswith(f".{literal}")
+
+
+def _peft_config(file: AdapterFile, foreign: ForeignLayers) -> Mapping[str, Any]:
+    """PEFT's configuration of the denoiser's layers, from the header or beside the file; {} without one."""
+    metadata = file.entry(METADATA_KEY)
+    if metadata is not None:
+        # diffusers puts the component's name before each key.
+        names = {prefix.removesuffix(".") for prefix in foreign.prefixes} | {"unet", "transformer"}
+        return {key.partition(".")[2]: value for key, value in metadata.items() if key.split(".")[0] in names}
+    if file.is_peft or any(key.startswith("base_model.") for key in file.tensors):
+        return json_beside(file.path, SIDECAR) or {}
+    return {}
