@@ -8,7 +8,15 @@ import pytest
 
 from tests.integration.processes import start
 
-SCRIPTS = ["bench_linear", "bench_create", "bench_files", "bench_denoise", "bench_step", "bench_own_python", "bench_images"]
+SCRIPTS = [
+    "bench_linear",
+    "bench_create",
+    "bench_files",
+    "bench_denoise",
+    "bench_step",
+    "bench_own_python",
+    "bench_images",
+]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
