@@ -79,6 +79,18 @@ def test_a_profile_that_means_srgb_changes_no_value_whatever_its_name(mode: str,
     )
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_profile_that_is_half_a_step_off_srgb_changes_no_value(mode: str) -> None:
+    image = Image.fromarray(np.arange(256, dtype=np.uint8)[None].repeat(8, axis=0)).convert(mode)
+
+    def half_a_step_lighter(value: np.ndarray) -> np.ndarray:
+        return srgb_light(np.clip(value + 0.6 / 255, 0, 1))
+
+    profile = icc_profile("GRAY" if mode == "L" else "RGB", gamma=half_a_step_lighter)
+    decoded = decode_image(encoded(image, "PNG", icc_profile=profile))
+    assert np.array_equal(values_of(decoded), values_of(image.convert("RGB")))
+
+
 @pytest.mark.parametrize(
     ("primaries", "gamma", "decode"),
     [

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.damage import load_strictly
 from simpletuner.helpers.data.images import decode_image, inspect_image
 from simpletuner.helpers.errors import DataError
 from tests.unit.data.image_samples import (
@@ -166,11 +167,18 @@ def test_boxes_beside_the_pixels_of_an_avif_may_hold_zeros() -> None:
 
 
 @pytest.mark.reliability_row(14)
+def test_a_jpeg_is_not_decoded_to_another_size_than_the_one_that_was_checked() -> None:
+    checked = Image.open(io.BytesIO(encoded(photograph(64, 48), "JPEG")))
+    with pytest.raises(DataError, match="two sizes"):
+        load_strictly(checked, encoded(photograph(123, 77), "JPEG"))
+
+
+@pytest.mark.reliability_row(14)
 def test_a_strip_that_inflates_without_end_is_refused_after_a_bounded_part_of_it() -> None:
-    stream = zlib.compressobj(1)
-    mebibyte = bytes([7]) * (1 << 20)
-    strip = b"".join(stream.compress(mebibyte) for _ in range(300)) + stream.flush()
-    bomb = tiff(30, strip, bits=8, compression=8)
+    stream = zlib.compressobj()
+    start = stream.compress(bytes(1 << 20)) + stream.flush(zlib.Z_FULL_FLUSH)
+    mebibyte = stream.compress(bytes(1 << 20)) + stream.flush(zlib.Z_FULL_FLUSH)
+    bomb = tiff(30, start + 20_000 * mebibyte, bits=8, compression=8)
     began_s = time.process_time()
     assert "strips hold more" in str(refused(decode_image, bomb, DataError))
     assert time.process_time() - began_s < 2
