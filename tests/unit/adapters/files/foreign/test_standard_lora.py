@@ -145,7 +145,9 @@ def test_magnitudes_of_outputs_scale_the_rows_of_the_changed_weight(
         if names == "original":
             made.tensors[ORIGINAL_NAMES["kohya"](name, "dora_scale")] = joined
         else:
-            made.tensors[f"transformer.{name}.lora_magnitude_vector"] = joined.flatten()
+            # Of a convolution PEFT keeps [1, O, 1, 1].
+            shape = (-1,) if joined.ndim == 2 else (1, -1, 1, 1)
+            made.tensors[f"transformer.{name}.lora_magnitude_vector"] = joined.view(shape)
     load_adapter(model, made.save(tmp_path / "a.safetensors"))
     assert worst_error(model, made) < TOLERANCE
 
