@@ -19,13 +19,11 @@ from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file, import_formats
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
-from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -83,7 +81,7 @@ def load_adapter(denoiser: nn.Module, file: Path, *, strength: float = 1.0) -> L
             "Load the adapter before enabling offload, or disable it with pipeline.remove_all_hooks()."
         )
     network = _network_on(denoiser, stored)
-    _bypass_quantised_layers(file, network)
+    rebuilding.bypass_quantised_layers(file, network)
     schedule = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=schedule)
@@ -115,25 +113,6 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
             f"first {missing[0]}.{trained_on} Use a model of its family, or a file in LyCORIS's key layout."
         )
     return network
-
-
-def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
-    """Bypass quantised layers: add to their output, since packed weights cannot be added to."""
-    for module in network.loras:
-        if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
-            continue
-        algorithm = ALGORITHMS.named(module.name)
-        if algorithm is not None and algorithm.needs_dense_weight:
-            raise AdapterError(
-                f"{path}: {module.name} needs unquantised weights. Load the model with "
-                "base_model_precision no_change."
-            )
-        if reason := rebuilding.needs_its_weight(module):
-            raise AdapterError(
-                f"{path}: {module.lora_name} {reason}, which quantised weights do not allow. Load the model "
-                "with base_model_precision no_change."
-            )
-        module.bypass_mode = True
 
 
 def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:

@@ -208,7 +208,7 @@ def test_layer_that_adds_to_the_weight_alone_is_refused_on_a_packed_one(
     algo: str, options: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, expected = saved(tmp_path, algo, **options)
-    monkeypatch.setattr("simpletuner.helpers.adapters.network.is_quantized", lambda _: True)
+    monkeypatch.setattr("simpletuner.helpers.adapters.rebuilding.is_quantized", lambda _: True)
     if message is None:
         torch.testing.assert_close(loaded(file), expected)
         return
