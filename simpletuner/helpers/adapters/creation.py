@@ -61,7 +61,7 @@ class NetworkBuilder:
             network = self._create(layers)
         except REFUSALS as error:
             raise ConfigError(self._refusal_message(layers, error)) from error
-        network.loras = [module for module in network.loras if not module.not_supported]
+        network.loras[:] = [module for module in network.loras if not module.not_supported]
         norms = [module for module in network.loras if isinstance(module, lycoris_layers.NormLayer)]
         if self.config.extra.get("train_norm") and not norms:
             raise ConfigError(

@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from lycoris.modules.locon import LoConModule
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
@@ -22,13 +21,11 @@ from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file, scales
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, stated_schedule, translate
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
-from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
-from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -93,8 +90,8 @@ def load_adapter(
         )
     stored = translate(stored, denoiser, schedule=schedule).file
     network = _network_on(denoiser, stored)
-    _bypass_quantised_layers(file, network)
-    _bypass_rounding(network)
+    rebuilding.bypass_quantised_layers(file, network)
+    rebuilding.bypass_rounding(network)
     ranks = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=ranks)
@@ -124,33 +121,6 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
             f"first {missing[0]}.{trained_on} Use a model of its family."
         )
     return network
-
-
-def _bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
-    """Bypass quantised layers: add to their output, since packed weights cannot be added to."""
-    for module in network.loras:
-        if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
-            continue
-        algorithm = ALGORITHMS.named(module.name)
-        if algorithm is not None and algorithm.needs_dense_weight:
-            raise AdapterError(
-                f"{path}: {module.name} needs unquantised weights. Load the model with "
-                "base_model_precision no_change."
-            )
-        if reason := rebuilding.needs_its_weight(module):
-            raise AdapterError(
-                f"{path}: {module.lora_name} {reason}, which quantised weights do not allow. Load the model "
-                "with base_model_precision no_change."
-            )
-        module.bypass_mode = True
-
-
-def _bypass_rounding(network: LycorisNetwork) -> None:
-    """Add a standard LoRA to the output of layers in half precision, where the weight would round it away."""
-    for module in network.loras:
-        is_half = module.org_module[0].weight.dtype in (torch.bfloat16, torch.float16)
-        if isinstance(module, LoConModule) and is_half and not module.wd:
-            module.bypass_mode = True
 
 
 def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:

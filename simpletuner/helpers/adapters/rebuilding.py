@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, OPTIONS_KEY, AdapterFile
+from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
 
@@ -105,12 +108,43 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _bypass(module: Any) -> None:
-    is_grouped = getattr(module, "kw_dict", {}).get("groups", 1) != 1
-    if not isinstance(module, TLoraLayer) and not (isinstance(module, LoConModule) and is_grouped):
+    is_grouped = isinstance(module, LoConModule) and module.kw_dict.get("groups", 1) != 1
+    if not isinstance(module, TLoraLayer) and not is_grouped:  # LyCORIS's LoCon cannot add there either
         module.bypass_mode = True
 
 
-def needs_its_weight(module: Any) -> str | None:
+def bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
+    """Bypass quantised layers: add to their output, since packed weights cannot be added to.
+
+    Raises:
+        AdapterError: A layer would then do something else than it was trained to.
+    """
+    for module in network.loras:
+        if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
+            continue
+        algorithm = ALGORITHMS.named(module.name)
+        if algorithm is not None and algorithm.needs_dense_weight:
+            raise AdapterError(
+                f"{path}: {module.name} needs unquantised weights. Load the model with "
+                "base_model_precision no_change."
+            )
+        if reason := _needs_its_weight(module):
+            raise AdapterError(
+                f"{path}: {module.lora_name} {reason}, which quantised weights do not allow. Load the model "
+                "with base_model_precision no_change."
+            )
+        module.bypass_mode = True
+
+
+def bypass_rounding(network: LycorisNetwork) -> None:
+    """Add a LoRA to the output of layers in half precision, where the weight would round it away."""
+    for module in network.loras:
+        is_half = module.org_module[0].weight.dtype in (torch.bfloat16, torch.float16)
+        if isinstance(module, LoConModule) and is_half and not module.wd:
+            module.bypass_mode = True
+
+
+def _needs_its_weight(module: Any) -> str | None:
     """Why a layer of a file does something else when it adds to the output, as on quantised weights."""
     if isinstance(module, LoConModule | LohaModule | LokrModule) and module.wd:
         return "was trained with weight_decompose"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
-from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.errors import AdapterError, ConfigError
 from tests.unit.adapters.attaching import attach
 
 INPUT = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -208,7 +208,7 @@ def test_layer_that_adds_to_the_weight_alone_is_refused_on_a_packed_one(
     algo: str, options: dict[str, Any], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, expected = saved(tmp_path, algo, **options)
-    monkeypatch.setattr("simpletuner.helpers.adapters.network.is_quantized", lambda _: True)
+    monkeypatch.setattr("simpletuner.helpers.adapters.rebuilding.is_quantized", lambda _: True)
     if message is None:
         torch.testing.assert_close(loaded(file), expected)
         return
@@ -243,3 +243,40 @@ def test_header_lists_the_layers_with_bypass_mode(tmp_path: Path) -> None:
     file, _ = saved(tmp_path, "lora", {"name_algo_map": {"first": {"bypass_mode": True}}})
     entry = adapter_file.read(file).metadata[adapter_file.OPTIONS_KEY]
     assert json.loads(entry) == {"bypass_mode": ["lycoris_first"]}
+
+
+@pytest.mark.parametrize(
+    ("algo", "options", "alpha"),
+    [("glora", {"rs_lora": True}, 2.0), ("lokr", {"rs_lora": True, "full_matrix": True}, 4 * math.sqrt(4))],
+)
+def test_scale_of_rs_lora_survives_init_lora_and_a_checkpoint_of_an_older_version(
+    algo: str, options: dict[str, Any], alpha: float, tmp_path: Path
+) -> None:
+    file, expected = saved(tmp_path, algo, **options)
+    started, adapter = adapted(algo, **options)
+    adapter.init_from(file)
+    torch.testing.assert_close(started(), expected)
+    state = adapter.state_dict()
+    resumed, other = adapted(algo, **options)
+    other.load_state_dict(
+        {key: torch.tensor(alpha) if "alpha" in key else each for key, each in state.items()}
+    )
+    torch.testing.assert_close(resumed(), expected)
+    other.save(file, metadata={})
+    torch.testing.assert_close(loaded(file), expected)
+
+
+def test_norms_that_cannot_be_trained_are_no_layers_and_the_only_ones_are_refused() -> None:
+    size = {"algo": "lora", "multiplier": 1.0, "linear_dim": 2, "linear_alpha": 2.0, "train_norm": True}
+    options = size | {"apply_preset": {"target_name": [".*"]}}
+    plain, affine = nn.LayerNorm(4, elementwise_affine=False), nn.LayerNorm(4)
+    layers = {
+        "linear": nn.Linear(4, 4),
+        "plain": plain,
+        "rms": nn.RMSNorm(4),
+        "no_bias": nn.LayerNorm(4, bias=False),
+    }
+    with pytest.raises(ConfigError, match="train_norm"):
+        attach(nn.ModuleDict(layers), options)
+    adapter = attach(nn.ModuleDict(layers | {"affine": affine}), options)
+    assert {module.lora_name for module in adapter.network.loras} == {"lycoris_linear", "lycoris_affine"}

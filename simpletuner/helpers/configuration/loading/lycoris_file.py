@@ -69,17 +69,17 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
 
 def _idle(config: LycorisConfig) -> dict[str, str]:
     """Key -> problem of each option that has no effect beside the other options of its layers."""
-    problems = dict(_idle_beside({"algo": config.algo, **config.extra}))
+    layer = {"algo": config.algo, **config.extra}
+    problems = dict(_idle_beside(layer))
     preset = config.apply_preset
-    for name, entries in (
-        ("module_algo_map", preset.module_algo_map),
-        ("name_algo_map", preset.name_algo_map),
-    ):
-        for target, entry in entries.items():
-            own = {key: value for key, value in entry if value is not None}
-            for key, text in _idle_beside({"algo": config.algo, **config.extra, **own}):
-                if problems.get(key) != text:
-                    problems[f"apply_preset.{name}.{target}.{key}"] = text
+    maps = {"module_algo_map": preset.module_algo_map, "name_algo_map": preset.name_algo_map}
+    entries = (
+        (f"apply_preset.{name}.{key}", entry) for name, each in maps.items() for key, entry in each.items()
+    )
+    for place, entry in entries:
+        own = {key: value for key, value in entry if value is not None}
+        found = dict(_idle_beside(layer | own)).items() - problems.items()  # the rest is inherited
+        problems |= {f"{place}.{key}": text for key, text in found}
     return problems
 
 
