@@ -281,7 +281,8 @@ def test_inspect_names_the_algorithms_of_a_mixed_file(tmp_path: Path) -> None:
     adapter = attached(toy(), configured("tlora", {"apply_preset": {"target_name": [".*"]} | maps}))
     adapter.save(tmp_path / "a.safetensors", metadata={})
     found = inspect(tmp_path / "a.safetensors")
-    assert (found.algorithm, found.num_layers) == ("T-LoRA, LoHa, LoKr", 5)
+    assert set(found.algorithm.split(", ")) == {"T-LoRA", "LoHa", "LoKr"}
+    assert found.num_layers == 5
 
 
 def test_table_of_the_documentation_is_what_the_algorithms_take(repository: Path) -> None:

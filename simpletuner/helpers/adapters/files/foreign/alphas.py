@@ -18,7 +18,7 @@ METADATA_KEY = "lora_adapter_metadata"  # diffusers' header entry of PEFT's conf
 SIDECAR = "adapter_config.json"  # PEFT's, beside the file
 RANK_AXES = {
     **dict.fromkeys(("lora_down.weight", "hada_w1_b", "q_layer.weight", "lokr_w1_b", "lokr_w2_b"), 0),
-    "a1.weight": 0,
+    "a2.weight": 0,
 }
 """Part -> axis that is the rank of its layer."""
 
