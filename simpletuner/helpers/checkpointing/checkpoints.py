@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from simpletuner.helpers.checkpointing.branch import Branch, load_branch, save_branch
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
 from simpletuner.helpers.io.atomic import (
     JsonValue,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LATEST = "latest"
+AGAIN = "!"
+"""After the name of a checkpoint: go back to it though the run has saved others since."""
 
 Fields = Mapping[str, JsonValue]
 
@@ -60,6 +63,8 @@ class Checkpoints:
     is_main_process: bool
     saved_step: int | None = None
     """Step of the newest checkpoint that this run saved or resumed from."""
+    branch: Branch | None = None
+    """None unless the run went back to an earlier checkpoint."""
 
     def is_due(self, step: int) -> bool:
         """Whether checkpoint_step_interval asks for a checkpoint after this optimiser step."""
@@ -86,6 +91,9 @@ class Checkpoints:
                 write_json(folder / COMPATIBILITY_FILE, self.compatibility)
                 write_json(folder / CONFIG_FILE, self.resolved)
             logger.info("Saved %s", path)
+            if self.branch is not None:
+                self.branch = self.branch.with_saved(step)
+                save_branch(self.config.output_dir, self.branch)
             self._prune()
         elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
@@ -95,13 +103,17 @@ class Checkpoints:
         limit = self.config.checkpoints_total_limit
         if limit is None:
             return
-        for checkpoint in list_checkpoints(self.config.output_dir)[limit:]:
+        own = () if self.branch is None else self.branch.saved
+        existing = list_checkpoints(self.config.output_dir)
+        # The run's own first: those that it left when it went back may have higher steps.
+        for checkpoint in sorted(existing, key=lambda each: each.step not in own)[limit:]:
             if checkpoint.step != self.saved_step:
                 # Renamed first: an interrupted removal must not leave half a checkpoint under its name.
                 removed = checkpoint.path.with_name(f"{REMOVED_PREFIX}{checkpoint.path.name}")
                 checkpoint.path.rename(removed)
                 crash_point("checkpoint.pruning")
                 shutil.rmtree(removed)
+                logger.info("Removed %s: checkpoints_total_limit is %d.", checkpoint.path, limit)
 
 
 def remove_unfinished(output_dir: Path) -> None:
@@ -116,8 +128,19 @@ def list_checkpoints(output_dir: Path) -> list[Checkpoint]:
     return [Checkpoint(path, step) for step, path in reversed(checkpoint_folders(output_dir))]
 
 
+def current_checkpoints(output_dir: Path) -> list[Checkpoint]:
+    """Those that led to the present state of the run, newest first, without those that it left."""
+    existing, branch = list_checkpoints(output_dir), load_branch(output_dir)
+    if branch is None or not any(checkpoint.step in branch.saved for checkpoint in existing):
+        return existing
+    return [each for each in existing if each.step <= branch.start or each.step in branch.saved]
+
+
 def find_checkpoint(config: CheckpointConfig, *, settings: Fields) -> Checkpoint | None:
     """The intact checkpoint that `resume_from_checkpoint` selects; None to start at step 0.
+
+    A name selects that checkpoint until the run has saved one of its own after it, then the newest of those;
+    a name followed by ! always selects that checkpoint.
 
     Raises:
         NothingToResumeError: The named checkpoint does not exist.
@@ -133,49 +156,91 @@ def find_checkpoint(config: CheckpointConfig, *, settings: Fields) -> Checkpoint
             )
         return None
     if wanted == LATEST:
-        found = _newest_intact(existing, config.output_dir)
+        current = current_checkpoints(config.output_dir)
+        found = _newest_intact(current)
+        if found is None and current:
+            raise CheckpointError(
+                f"All {len(current)} checkpoints in {config.output_dir} are damaged. Move them away to start "
+                "at step 0."
+            )
     else:
-        found = _named(wanted, existing, config.output_dir)
+        found = _newest_of_branch(wanted, existing, config.output_dir) or _named(wanted, existing, config)
     if found is not None:
         check_compatible(found, "settings", settings)
+        _log_left(found, existing, config)
     return found
 
 
-def _newest_intact(existing: list[Checkpoint], output_dir: Path) -> Checkpoint | None:
+def branch_from(found: Checkpoint | None, config: CheckpointConfig) -> Branch | None:
+    """The branch of a run that goes on from the checkpoint that `find_checkpoint` returned."""
+    branch, wanted = load_branch(config.output_dir), config.resume_from_checkpoint
+    if found is None or wanted is None:
+        return None
+    if wanted == LATEST:
+        return branch if branch is not None and branch.holds(found.step) else None
+    if branch is not None and found.step in branch.saved and _starts_from(branch, wanted, config.output_dir):
+        return branch
+    return Branch(found.step)
+
+
+def _newest_intact(existing: list[Checkpoint]) -> Checkpoint | None:
     for checkpoint in existing:
         problems = verify_manifest(checkpoint.path)
         if not problems:
             return checkpoint
         logger.warning("Skipping damaged %s: %s.", checkpoint.path, "; ".join(problems))
-    if existing:
-        raise CheckpointError(
-            f"All {len(existing)} checkpoints in {output_dir} are damaged. Move them away to start at step 0."
-        )
     return None
 
 
-def _named(name: str, existing: list[Checkpoint], output_dir: Path) -> Checkpoint:
+def _newest_of_branch(name: str, existing: list[Checkpoint], output_dir: Path) -> Checkpoint | None:
+    """The newest intact checkpoint that the run saved since it went back to the named one."""
+    branch = load_branch(output_dir)
+    if branch is None or not _starts_from(branch, name, output_dir):
+        return None
+    return _newest_intact([checkpoint for checkpoint in existing if checkpoint.step in branch.saved])
+
+
+def _starts_from(branch: Branch, name: str, output_dir: Path) -> bool:
+    return checkpoint_folder(output_dir, branch.start).name == name
+
+
+def _named(wanted: str, existing: list[Checkpoint], config: CheckpointConfig) -> Checkpoint:
+    name = wanted.removesuffix(AGAIN)
     for checkpoint in existing:
-        if checkpoint.path.name != Path(name).name:
+        if checkpoint.path.name != name:
             continue
         problems = verify_manifest(checkpoint.path)
         if problems:
             raise CheckpointError(
                 f"{checkpoint.path} is damaged: {'; '.join(problems)}. Name another checkpoint, or latest."
             )
-        if checkpoint is not existing[0]:
+        if wanted != name:
             logger.warning(
-                "%s is newer than %s and stays until this run overwrites it; resume_from_checkpoint latest "
-                "selects it.",
-                existing[0].path.name,
-                name,
+                "resume_from_checkpoint %s goes back to that checkpoint at every start. Remove the %s, and "
+                "the next start goes on from the newest checkpoint that this run has saved.",
+                wanted,
+                AGAIN,
             )
         return checkpoint
     names = ", ".join(checkpoint.path.name for checkpoint in existing) or "none"
     raise NothingToResumeError(
-        f"resume_from_checkpoint {name} is not in {output_dir} (checkpoints: {names}). "
+        f"resume_from_checkpoint {wanted} is not in {config.output_dir} (checkpoints: {names}). "
         "Name one of those, or latest to take the newest one or start at step 0."
     )
+
+
+def _log_left(found: Checkpoint, existing: list[Checkpoint], config: CheckpointConfig) -> None:
+    """Name the newer checkpoints that the run does not go on from."""
+    branch = branch_from(found, config)
+    left = [each for each in existing if each.step > found.step]
+    if branch is not None and left:
+        logger.warning(
+            "Going on from %s leaves %s. They stay until this run overwrites them or "
+            "checkpoints_total_limit removes them; resume_from_checkpoint %s goes back.",
+            found.path.name,
+            ", ".join(each.path.name for each in left),
+            left[0].path.name,
+        )
 
 
 def check_compatible(checkpoint: Checkpoint, part: str, current: Fields) -> None:

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from simpletuner.helpers.io.faults import crash_point, storage_error
 from simpletuner.helpers.io.names import printable
@@ -103,12 +104,25 @@ def verify_manifest(folder: Path) -> list[str]:
     """One sentence for each damage of a published folder; empty when every file is intact."""
     manifest = folder / CHECKPOINT_MANIFEST_FILE
     try:
-        listed = json.loads(manifest.read_bytes())["files"]
-        files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in listed.items()}
+        return damaged_files(folder, json.loads(manifest.read_bytes())["files"])
     except OSError as error:
         return [f"{CHECKPOINT_MANIFEST_FILE} cannot be read: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
         return [f"{CHECKPOINT_MANIFEST_FILE} is damaged"]
+
+
+def file_entry(path: Path) -> dict[str, JsonValue]:
+    """Size and hash of a file, for `damaged_files`."""
+    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def damaged_files(folder: Path, entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One sentence for each file that is missing or differs from its `file_entry`; name -> entry.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: The entries have another form.
+    """
+    files = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
     checks = (
         _file_problem(folder, name, size=size, digest=digest)
         for name, (size, digest) in sorted(files.items())
@@ -156,8 +170,7 @@ def _seal(folder: Path) -> None:
     for file in files:
         assert not file.is_symlink(), f"{file} is a link; a published folder holds its own files"
         _sync_file(file)
-        name = file.relative_to(folder).as_posix()
-        entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        entries[file.relative_to(folder).as_posix()] = file_entry(file)
     for subfolder in sorted(sub for sub in folder.rglob("*") if sub.is_dir()):
         _sync_folder(subfolder)
     crash_point("folder.before_manifest")

@@ -12,6 +12,8 @@ from simpletuner.helpers.io.names import file_name
 LOCK_FILE = ".run.lock"
 LOCK_HOLDER_FILE = ".run.holder.json"
 EXIT_FILE = "exit.json"
+BRANCH_FILE = "branch.json"
+"""Which checkpoints were saved since the run went back to an earlier one."""
 CONFIG_FILE = "config.resolved.json"
 RUN_MANIFEST_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
@@ -39,7 +41,7 @@ REMOVED_PREFIX = ".removed-"
 """A checkpoint is renamed before it is removed."""
 _CHECKPOINT = "checkpoint-"
 _STEP = "step-"
-_IMAGE = re.compile(r"\d\d-(?P<prompt>.+)-(?P<size>\d+x\d+)-seed(?P<seed>-?\d+)")
+_IMAGE = re.compile(r"\d\d+-(?P<prompt>.+)-(?P<size>\d+x\d+)-seed(?P<seed>-?\d+)")
 _CACHED_IMAGE = re.compile(r"(?P<name>.+)-[0-9a-f]{16}\.png")
 
 
@@ -82,6 +84,11 @@ def image_file(folder: Path, name: str) -> Path:
 def image_files(folder: Path) -> dict[str, Path]:
     """Name -> file of each image of one validation, the grid excepted."""
     return {file.stem: file for file in folder.glob("*.png") if file.name != GRID_FILE}
+
+
+def validation_files(folder: Path) -> list[Path]:
+    """The images and the grid of one validation, without files of other names."""
+    return [file for file in folder.glob("*.png") if file.name == GRID_FILE or parse_image_name(file.stem)]
 
 
 def cached_image_file(validation: Path, name: str, *, digest: str) -> Path:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from simpletuner.helpers.io.atomic import write_json
-from simpletuner.helpers.io.run_folder import SUMMARY_FILE
+from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +33,26 @@ class RunSummary:
     page: str | None = None
     """The HTML report; None when it could not be written, and for runs of earlier versions."""
 
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Name -> size and SHA-256 of the adapter file and its export; empty for runs of earlier versions."""
+
+    def sealed(self, output_dir: Path) -> RunSummary:
+        """The summary with the present size and hash of the adapter files."""
+        names = [ADAPTER_FILE] if self.comfyui is None else [ADAPTER_FILE, COMFYUI_FILE]
+        return replace(self, files={name: file_entry(output_dir / name) for name in names})
+
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
         write_json(output_dir / SUMMARY_FILE, asdict(self))
+
+    def damage(self, output_dir: Path) -> list[str]:
+        """One sentence for each adapter file that is missing or damaged; the export too."""
+        if not self.files:
+            return [] if (output_dir / ADAPTER_FILE).is_file() else [f"{ADAPTER_FILE} is missing"]
+        try:
+            return damaged_files(output_dir, self.files)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return [f"{SUMMARY_FILE} is damaged"]
 
     def show(self) -> None:
         """Log one line for each file."""

@@ -18,9 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
+from simpletuner.helpers.checkpointing.branch import Branch, save_branch
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
     Checkpoints,
+    branch_from,
     check_compatible,
     find_checkpoint,
     remove_unfinished,
@@ -39,7 +41,7 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
-from simpletuner.helpers.io.run_folder import CONFIG_FILE, VALIDATION_FOLDER
+from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FILE, VALIDATION_FOLDER
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
@@ -53,7 +55,7 @@ from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import fill_caches
-from simpletuner.helpers.training.final_files import FinalFiles
+from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
@@ -100,6 +102,11 @@ class RunContext:
         """Optimiser steps taken before this start."""
         return 0 if self.resumed is None else self.resumed.step
 
+    @property
+    def branch(self) -> Branch | None:
+        """The branch that the run is on, if it went back to an earlier checkpoint."""
+        return branch_from(self.resumed, self.config.checkpoint)
+
 
 def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
     """Prepare a run up to its next step: lock, data, caches, model, adapter, optimiser, resumed state.
@@ -134,6 +141,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
         remove_unfinished(config.checkpoint.output_dir)
+        (config.checkpoint.output_dir / EXIT_FILE).unlink(missing_ok=True)  # of the run before
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
@@ -149,11 +157,14 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
 
 
 def finished_run(context: RunContext) -> FinishedRun | None:
-    """The finished run, if it has no steps left."""
-    summary = load_summary(context.config.checkpoint.output_dir)
-    if summary is not None and summary.step == context.step >= context.max_steps:
-        return FinishedRun(summary, context.max_steps)
-    return None
+    """The finished run, if it has no steps left; its adapter is written again if it is damaged or gone."""
+    output_dir, resumed = context.config.checkpoint.output_dir, context.resumed
+    summary = load_summary(output_dir)
+    if summary is None or resumed is None or not summary.step == resumed.step >= context.max_steps:
+        return None
+    if context.accelerator.is_main_process:
+        restore_damaged(summary, output_dir, checkpoint=resumed.path, spec=context.family.spec)
+    return FinishedRun(summary, context.max_steps)
 
 
 def build_components(
@@ -216,6 +227,7 @@ def build_components(
         resolved=config.resolved(),
         is_main_process=is_main_process,
         saved_step=None if context.resumed is None else context.resumed.step,
+        branch=context.branch,
     )
     return Trainer(
         config=config,
@@ -442,7 +454,7 @@ def resume(state: RunState, checkpoint: Checkpoint) -> None:
 
 
 def build_run_trackers(context: RunContext) -> Trackers:
-    """The trackers of the run on the main process, none on the others; writes the configuration.
+    """The trackers of the run on the main process, none on the others; marks the run as begun.
 
     Raises:
         MissingDependencyError: The package of a tracker is not installed.
@@ -450,6 +462,8 @@ def build_run_trackers(context: RunContext) -> Trackers:
     if not context.accelerator.is_main_process:
         return Trackers([])
     config, output_dir = context.config, context.config.checkpoint.output_dir
+    (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
+    save_branch(output_dir, context.branch)
     write_json(output_dir / CONFIG_FILE, config.resolved())
     return build_trackers(
         config.tracking, output_dir=output_dir, settings=config.resolved(), resumed_step=context.step

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from simpletuner.helpers.adapters.files import comfyui
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
+from simpletuner.helpers.io.atomic import write_bytes
+from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -42,8 +44,7 @@ class FinalFiles:
         if self.is_main_process:
             self.state.save_adapter(adapter)
             if self.comfyui is not None:
-                options, families = ExportOptions(layout="comfyui"), {self.comfyui.name: self.comfyui}
-                export_adapter(adapter, self.output_dir / COMFYUI_FILE, options, families=families)
+                _export(self.output_dir, self.comfyui)
         elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
                 self.state.save_adapter(Path(scratch) / ADAPTER_FILE)
@@ -65,6 +66,31 @@ class FinalFiles:
             comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
             page=None if page is None else str(page),
         )
-        summary.save(self.output_dir)
+        summary.sealed(self.output_dir).save(self.output_dir)
         logger.info("Finished %d steps.", step)
         summary.show()
+
+
+def restore_damaged(summary: RunSummary, output_dir: Path, *, checkpoint: Path, spec: ModelSpec) -> None:
+    """Write the adapter files of a finished run again from its last checkpoint if they are damaged or gone.
+
+    Raises:
+        StorageError: The checkpoint cannot be read, or a file not written.
+    """
+    damage = summary.damage(output_dir)
+    if not damage:
+        return
+    stored = checkpoint / ADAPTER_FILE
+    try:
+        write_bytes(output_dir / ADAPTER_FILE, stored.read_bytes())
+    except OSError as error:
+        raise storage_error(stored, error) from error
+    if summary.comfyui is not None:
+        _export(output_dir, spec)
+    summary.sealed(output_dir).save(output_dir)
+    logger.warning("%s: %s. Written again from %s.", output_dir, "; ".join(damage), checkpoint.name)
+
+
+def _export(output_dir: Path, spec: ModelSpec) -> None:
+    options, families = ExportOptions(layout="comfyui"), {spec.name: spec}
+    export_adapter(output_dir / ADAPTER_FILE, output_dir / COMFYUI_FILE, options, families=families)

@@ -51,9 +51,12 @@ def unfinished(config: RunConfig) -> list[RunConfig]:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether a run has reached its last step."""
-    summary = load_summary(config.checkpoint.output_dir)
-    return summary is not None and summary.step >= (config.training.max_train_steps or 0)
+    """Whether a run has reached its last step, and its adapter is there and whole."""
+    output_dir = config.checkpoint.output_dir
+    summary = load_summary(output_dir)
+    if summary is None or summary.step < (config.training.max_train_steps or 0):
+        return False
+    return not summary.damage(output_dir)
 
 
 def _has_validations_left(config: RunConfig) -> bool:

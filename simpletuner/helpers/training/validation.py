@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from simpletuner.helpers.io.atomic import remove_leftovers
+from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.run_folder import (
     GRID_FILE,
     image_file,
+    validation_files,
     validation_step_folder,
     validation_step_folders,
 )
@@ -62,13 +64,16 @@ class Validation:
     def start(self, step: int) -> None:
         """Before step 1: generate base-model images, and repeat a validation that was interrupted.
 
-        Deletes images of later steps: they belong to a run that was rolled back.
+        Removes images of later steps: they belong to a run that was rolled back.
+
+        Raises:
+            StorageError: They cannot be removed.
         """
         config, accelerator = self.sampler.config, self.sampler.accelerator
         if self.sampler.prompts and accelerator.is_main_process:
             for later, folder in validation_step_folders(self.sampler.folder):
                 if later > step:
-                    shutil.rmtree(folder)
+                    _remove_images(folder, resumed_step=step)
         if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
             with self.sampler.best_effort("the base-model images"):
                 self._generate_base_images()
@@ -160,6 +165,27 @@ class Validation:
             Row(prompt.label, tuple(_load_png(path(prompt)) for path in columns.values())) for prompt in files
         ]
         return labelled_grid(rows, columns=list(columns))
+
+
+def _remove_images(folder: Path, *, resumed_step: int) -> None:
+    """Remove the images of a validation, and its folder if that leaves nothing there."""
+    try:
+        remove_leftovers(folder, of_other_hosts=True)
+        images = validation_files(folder)
+        for file in images:
+            file.unlink()
+        kept = len(list(folder.iterdir()))
+        if not kept:
+            folder.rmdir()
+    except OSError as error:
+        raise storage_error(folder, error) from error
+    logger.info(
+        "Removed %d images of %s, a later step than %d, where this run goes on%s.",
+        len(images),
+        folder,
+        resumed_step,
+        f"; {kept} other files stay" if kept else "",
+    )
 
 
 def _load_png(file: Path) -> Image.Image | None:

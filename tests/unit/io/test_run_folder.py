@@ -26,10 +26,10 @@ def test_validation_step_folders_are_found_by_their_step(tmp_path: Path) -> None
     assert run_folder.validation_step_folders(tmp_path) == list(zip((0, 20, 100), folders, strict=True))
 
 
-@pytest.mark.parametrize("seed", [7, -1])
-def test_image_name_is_parsed_into_what_it_was_formatted_from(seed: int) -> None:
-    name = run_folder.image_name(3, "a red cat", size=Size(64, 96), seed=seed)
-    assert name == f"03-a_red_cat-96x64-seed{seed}"
+@pytest.mark.parametrize(("index", "seed"), [(3, 7), (3, -1), (103, 7)])
+def test_image_name_is_parsed_into_what_it_was_formatted_from(index: int, seed: int) -> None:
+    name = run_folder.image_name(index, "a red cat", size=Size(64, 96), seed=seed)
+    assert name == f"{index:02d}-a_red_cat-96x64-seed{seed}"
     parsed = run_folder.parse_image_name(name)
     assert parsed == {"prompt": "a red cat", "size": "96x64", "seed": str(seed)}
     assert run_folder.parse_image_name("grid") == {}

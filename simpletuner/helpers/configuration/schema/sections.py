@@ -407,8 +407,9 @@ class CheckpointConfig(Section):
     resume_from_checkpoint: Annotated[
         Annotated[str, AfterValidator(_folder_in_output)] | None, BeforeValidator(none_word)
     ] = "latest"
-    """latest resumes from the newest intact checkpoint, if there is one; the name of a checkpoint folder
-    resumes from that; null or none starts anew."""
+    """latest resumes from the newest intact checkpoint, if there is one. The name of a checkpoint folder goes
+    back to that once: when the run has saved another after it, the same command goes on from there. The name
+    with ! behind it goes back at every start. null or none starts anew."""
 
 
 class TrackingConfig(Section):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from simpletuner.helpers.checkpointing.checkpoints import list_checkpoints
+from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
 from simpletuner.helpers.io.run_folder import (
@@ -114,7 +114,7 @@ def _state(path: Path, log: Log) -> State:
 
 
 def _adapter(path: Path) -> Path | None:
-    folders = [path, *(checkpoint.path for checkpoint in list_checkpoints(path))]
+    folders = [path, *(checkpoint.path for checkpoint in current_checkpoints(path))]
     return next((folder / ADAPTER_FILE for folder in folders if (folder / ADAPTER_FILE).exists()), None)
 
 
