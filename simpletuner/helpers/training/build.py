@@ -448,7 +448,7 @@ def build_run_trackers(context: RunContext) -> Trackers:
         MissingDependencyError: The package of a tracker is not installed.
     """
     if not context.accelerator.is_main_process:
-        return Trackers([])
+        return Trackers(None)
     config, output_dir = context.config, context.config.checkpoint.output_dir
     write_json(output_dir / CONFIG_FILE, config.resolved())
     return build_trackers(
