@@ -123,6 +123,7 @@ launch_several() {
     trap 'forward TERM' TERM
     trap 'forward INT' INT
     trap 'forward USR1' USR1
+    trap 'forward HUP' HUP
     set -m
     "$python" -m accelerate.commands.launch "${launcher_args[@]}" -m simpletuner.train "$@" &
     launcher=$!
@@ -170,8 +171,9 @@ choose_launch
 choose_environment
 install_project
 
-# Before training begins a stop loses nothing, and the same command starts the run.
-trap 'exit 75' TERM INT USR1
+# Before training begins a stop loses nothing. Under nohup no trap on HUP takes effect.
+trap 'echo "train.sh: Stopped by a signal before training began. The same command starts the run." >&2; exit 75' \
+    TERM INT USR1 HUP
 
 # The environment variable overrides the file, and an argument overrides the variable.
 [ -z "${MIXED_PRECISION:-}" ] || set -- "mixed_precision=$MIXED_PRECISION" "$@"

@@ -1,30 +1,32 @@
 """One process of a training run: `python -m simpletuner.train`, alone or under `accelerate launch -m`.
 
-It imports torch only after the configuration is valid.
+It imports little before its signal handlers are set, and torch only after the configuration is valid.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Timer
 from types import FrameType
 from typing import NoReturn
 
-from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, SIGNALS
-from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, stop_signals
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.lock import run_lock
-from simpletuner.helpers.io.logs import configure_logging
+from simpletuner.helpers.io.logs import configure_logging, leave_closed_terminal
 from simpletuner.helpers.io.run_folder import EXIT_FILE
-from simpletuner.helpers.models import registry
 
 DEFAULT_CONFIG = Path("config/config.json")
 EXIT_FAILED = 1
+EXIT_WAIT_S = 10.0
+"""What exit handlers of libraries may take."""
 OUTCOMES = {
     0: "done",
     EXIT_FAILED: "failed",
@@ -46,11 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped and resumable.
     """
-    code = EXIT_FAILED
+    code, message = EXIT_FAILED, ""
     output_dir: Path | None = None
     try:
-        _register_with_launcher()
         with _signals_before_training():
+            _register_with_launcher()
+            from simpletuner.helpers.configuration.load import load_config
+            from simpletuner.helpers.models import registry
+
             config_path, overrides = split_arguments(sys.argv[1:] if argv is None else argv)
             configure_logging(main_process=is_main_process())
             config = load_config(config_path, overrides=overrides, families=registry.specs())
@@ -62,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SimpleTunerError as error:
         code = error.exit_code
         if is_main_process() or not isinstance(error, ConfigError):
-            _say(str(error))
+            message = str(error)
     except KeyboardInterrupt:
         code = EXIT_PREEMPTED
-        _say("Stopped by a signal before training began. The same command starts the run.")
     finally:
+        leave_closed_terminal()
         code = _failed_elsewhere(code)
         _write_exit_code(code, output_dir=output_dir)
+        _say_last(message, code=code)
+        atexit.register(_end_soon, _process_status(code))
     return code
 
 
@@ -103,7 +110,7 @@ def _signals_before_training() -> Iterator[None]:
     """Until the trainer installs handlers that save first, a stop signal ends the process at once."""
     # Under a launcher a process may wait for another one inside torch, where no Python handler runs.
     handler = signal.SIG_DFL if LAUNCH_DIR in os.environ else _interrupt
-    previous = {number: signal.signal(number, handler) for number in SIGNALS}
+    previous = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield
     finally:
@@ -160,9 +167,27 @@ def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
         _say(f"{EXIT_FILE} was not written. {error}")
 
 
+def _say_last(message: str, *, code: int) -> None:
+    """The last line of the run: its error, or what to do after a stop signal."""
+    if message:
+        _say(message)
+    elif code == EXIT_PREEMPTED and is_main_process():
+        _say("Stopped by a signal. The same command goes on.")
+
+
 def _say(message: str) -> None:
     process = "" if is_main_process() else f" (process {os.environ['RANK']})"
     sys.stderr.write(f"simpletuner{process}: {message}\n")
+
+
+def _end_soon(status: int) -> None:
+    """End the process after EXIT_WAIT_S at the latest; exit handlers run while the timer does.
+
+    The handler of wandb waits for its uploads, and so for as long as its server does not answer.
+    """
+    timer = Timer(EXIT_WAIT_S, os._exit, [status])
+    timer.daemon = True
+    timer.start()
 
 
 def _process_status(code: int) -> int:

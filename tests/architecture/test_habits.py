@@ -26,7 +26,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 # "module function", below simpletuner/helpers -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
     "reporting/html_report/writer.py RunPage._best_effort": "a page must never end a run",
-    "reporting/trackers.py Trackers._each": "a tracker must never end a run",
+    "reporting/tracker_thread.py TrackerThread._work": "a tracker must never end a run",
     "sampling/validation_sampler.py ValidationSampler.best_effort": "a validation must never end a run",
 }
 

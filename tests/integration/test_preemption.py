@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and SIGINT at every stage of a run: a checkpoint, exit code 75, and nothing lost."""
+"""SIGTERM, SIGUSR1, SIGINT and SIGHUP at every stage of a run: a checkpoint, code 75, and nothing lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpletuner.helpers.reporting.html_report.writer import RunPage
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start_pair, wait_for_steps
 
-SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+SIGNALS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP]
 
 
 @pytest.fixture

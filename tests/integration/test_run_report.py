@@ -19,6 +19,7 @@ from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.reporting.html_report import writer
 from simpletuner.helpers.reporting.html_report.folder import read_run
 from simpletuner.helpers.reporting.run_summary import load_summary
+from simpletuner.helpers.reporting.trackers import JsonLines
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.synthetic_run import Page, code_of
 from tests.integration.tiny_runs import TinyRun
@@ -141,6 +142,25 @@ def test_page_of_a_run_in_progress_says_so_and_of_a_stopped_one_too(
     assert "running at step 1 of 4" in seen[1]
     assert "stopped at step 2 of 4" in html_of(run)
     assert "checkpoint-2" in code_of(html_of(run), "use-command")
+
+
+@pytest.mark.reliability_row(5)
+def test_page_counts_steps_by_the_state_where_the_log_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(JsonLines, "log", lambda *_: None)  # as on a disk that stays full
+    apply_gradients = Trainer.apply_gradients
+
+    def fail_at_the_third_step(trainer: Trainer) -> None:
+        if trainer.progress.step == 2:
+            raise TrainingError("no gradient")
+        apply_gradients(trainer)
+
+    monkeypatch.setattr(Trainer, "apply_gradients", fail_at_the_third_step)
+    run = TinyRun(tmp_path)
+    with pytest.raises(TrainingError):
+        run.run(checkpoint_step_interval=0)
+    assert "failed at step 2 of 4" in html_of(run)
 
 
 def test_page_of_a_failed_run_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,16 +268,32 @@ def test_one_process_returns_the_trainers_code(checkout: Checkout, trainer: str,
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda each: each.name
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda each: each.name
 )
 def test_a_signal_to_one_process_ends_with_code_75(checkout: Checkout, number: signal.Signals) -> None:
     process = checkout.start(trainer="wait")
     _wait_until(checkout.started)
     process.send_signal(number)
-    process.communicate()
+    _, err = process.communicate()
     assert process.returncode == 75
+    assert "same command goes on" in err.splitlines()[-1]
     assert checkout.saved()
     assert checkout.recorded_code() == 75
+
+
+def test_nohup_lets_a_run_outlive_its_terminal(checkout: Checkout) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = checkout.start(trainer="wait")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    _wait_until(checkout.started)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 75
 
 
 def test_two_processes_without_a_gpu_are_one_run_of_two(checkout: Checkout) -> None:
@@ -291,7 +307,7 @@ def test_two_processes_without_a_gpu_are_one_run_of_two(checkout: Checkout) -> N
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda each: each.name
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP], ids=lambda each: each.name
 )
 def test_a_signal_to_two_processes_lets_both_save_and_ends_with_code_75(
     checkout: Checkout, number: signal.Signals

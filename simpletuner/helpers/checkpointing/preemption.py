@@ -1,4 +1,4 @@
-"""Stop signals: SIGTERM, SIGUSR1 and SIGINT end a run after a checkpoint."""
+"""Stop signals: SIGTERM, SIGUSR1, SIGINT and SIGHUP end a run after a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import logging
 import os
 import signal
 import time
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
 from simpletuner.helpers.errors import SimpleTunerError
+from simpletuner.helpers.io.logs import leave_closed_terminal
 
 logger = logging.getLogger(__name__)
 
 EXIT_PREEMPTED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
+SIGNALS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__)
+"""Those that this system has."""
 # One Ctrl-C reaches a run twice, from the terminal and from the launcher that forwards it.
 SAME_REQUEST_S = 0.5
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that stop this process: SIGHUP does not under nohup, which ignores it for all it starts."""
+    return [
+        number for number in SIGNALS if number.name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN
+    ]
 
 
 class Preempted(SimpleTunerError):
@@ -37,7 +48,7 @@ class Preemption:
         self._previous: dict[signal.Signals, signal.Handlers | object] = {}
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
+        for number in stop_signals():
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -58,10 +69,13 @@ class Preemption:
             raise Preempted(f"Stopped by a signal while {doing}. The same command resumes the run.")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        now_s = time.monotonic()
+        leave_closed_terminal()
+        now_s, name = time.monotonic(), signal.Signals(number).name
         if not self.requested:
             self.requested, self._requested_at_s = True, now_s
-            name = signal.Signals(number).name
             logger.warning("%s: stopping after this optimiser step. A second signal stops at once.", name)
-        elif now_s - self._requested_at_s > SAME_REQUEST_S:
+        # A terminal that closes sends SIGHUP, and so does the shell in it.
+        elif name != "SIGHUP" and now_s - self._requested_at_s > SAME_REQUEST_S:
+            with suppress(OSError):
+                os.write(2, b"Stopped at once. The same command goes on from the last checkpoint.\n")
             os._exit(128 + number)

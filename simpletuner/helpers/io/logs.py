@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -60,6 +61,19 @@ def configure_logging(
         root.removeHandler(previous)
     root.addHandler(handler)
     root.setLevel(level.upper() if main_process else logging.ERROR)
+
+
+def leave_closed_terminal() -> None:
+    """Write standard output and error nowhere if their terminal was closed: every write there fails."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError as error:
+            if error.errno != errno.EIO:
+                continue
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def _is_ours_or_error(record: logging.LogRecord) -> bool:

@@ -9,6 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from simpletuner.helpers.io.logs import leave_closed_terminal
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.smoothing import RunningMean
 
@@ -51,6 +52,7 @@ class ProgressDisplay:
         self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._bar:
+            leave_closed_terminal()  # a run under nohup or disown outlives its terminal
             self._bar.stop()
 
     def update(self, metrics: StepMetrics) -> None:

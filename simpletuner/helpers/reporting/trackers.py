@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from PIL import Image
 
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.io.atomic import write_json, write_text
+from simpletuner.helpers.io.faults import StorageError
+from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.optional import require
 from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
+from simpletuner.helpers.reporting.tracker_thread import QUIET_S, Tracker, TrackerThread
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import TrackingConfig
@@ -25,45 +32,59 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Records a run."""
-
-    def start(self) -> None:
-        """Open the tracker, once, before the first log."""
-
-    def log(self, record: StepMetrics) -> None:
-        """Record one optimiser step."""
-
-    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Record validation images: label -> file."""
-
-    def finish(self) -> None:
-        """Close the tracker."""
-
-
 class JsonLines:
-    """One JSON object per optimiser step."""
+    """One JSON object per optimiser step. Rows that cannot be written are kept and written later."""
 
     def __init__(self, file: Path, *, resumed_step: int) -> None:
         self._file = file
         self._resumed_step = resumed_step
+        self._waiting: deque[bytes] = deque()
+        self._size: int | None = None
+        """Bytes of whole rows in the file; None until the rows of later steps are removed."""
+        self._is_torn = False
+        """The file may end in a part of a row."""
+        self._has_warned = False
 
     def start(self) -> None:
         """Remove the lines after the step that the run resumes from."""
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        kept = [line for line in lines if 0 < _step_of(line) <= self._resumed_step]
-        write_text(self._file, "".join(f"{line}\n" for line in kept))
+        self._write()
 
     def log(self, record: StepMetrics) -> None:
         """Append one line and hand it to the operating system."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
-
-    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Nothing: the images are files already."""
+        self._waiting.append(f"{json.dumps(asdict(record))}\n".encode())
+        self._write()
 
     def finish(self) -> None:
-        """Nothing: the file is closed after each line."""
+        """Write the rows that wait, for the last time; warn of those that are lost."""
+        self._write()
+        if self._waiting:
+            logger.warning("%s lacks the last %d steps.", printable(str(self._file)), len(self._waiting))
+
+    def _write(self) -> None:
+        try:
+            if self._size is None:
+                self._size = self._remove_later_steps()
+            with self._file.open("ab") as file:
+                if self._is_torn:
+                    file.truncate(min(self._size, file.tell()))
+                self._is_torn = True
+                while self._waiting:
+                    file.write(self._waiting[0])
+                    file.flush()
+                    self._size += len(self._waiting.popleft())
+            self._is_torn = False
+        except (OSError, StorageError) as error:
+            if not self._has_warned:
+                logger.warning("Rows of the log wait in memory until they can be written: %s", error)
+            self._has_warned = True
+
+    def _remove_later_steps(self) -> int:
+        """Bytes of the lines that stay."""
+        text = self._file.read_text("utf-8", errors="replace") if self._file.exists() else ""
+        lines = text.splitlines()
+        kept = "".join(f"{line}\n" for line in lines if 0 < _step_of(line) <= self._resumed_step)
+        write_text(self._file, kept)
+        return len(kept.encode())
 
 
 def _step_of(line: str) -> int:
@@ -115,6 +136,9 @@ class Wandb:
         self._output_dir = output_dir
         self._settings = dict(settings)
         self._run: Any = None
+        if sys.stdin.isatty():  # it may ask for a key, which it must not do below the progress bar
+            with suppress(self._wandb.errors.UsageError):
+                self._wandb.login(verify=False)
 
     def start(self) -> None:
         """Open the run, online or offline by WANDB_MODE."""
@@ -147,22 +171,29 @@ class Wandb:
 
 
 class Trackers:
-    """All trackers of a run; one that fails is removed with a warning and never ends the run."""
+    """All trackers of a run: the local log, and those of report_to, each in a thread of its own."""
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._trackers = list(trackers)
+    def __init__(
+        self, log: JsonLines | None, trackers: Sequence[Tracker] = (), *, timeout_s: float = 30.0
+    ) -> None:
+        self._log = log
+        self._threads = [TrackerThread(tracker) for tracker in trackers]
+        self._timeout_s = timeout_s
 
     def start(self) -> None:
         """Open every tracker."""
-        self._each("start", lambda tracker: tracker.start())
+        for each in self._all():
+            each.start()
 
     def log(self, record: StepMetrics) -> None:
         """Record one optimiser step everywhere."""
-        self._each("log", lambda tracker: tracker.log(record))
+        for each in self._all():
+            each.log(record)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
-        """Record validation images everywhere."""
-        self._each("log images", lambda tracker: tracker.log_images(step, images))
+        """Give validation images to the trackers; the output folder has them already."""
+        for thread in self._threads:
+            thread.log_images(step, images)
 
     def __enter__(self) -> Self:
         self.start()
@@ -173,23 +204,27 @@ class Trackers:
     ) -> None:
         self.finish()
 
-    def finish(self) -> None:
-        """Close every tracker."""
-        self._each("finish", lambda tracker: tracker.finish())
+    def limit_wait(self, seconds: float) -> None:
+        """Have `finish` wait no longer than this."""
+        self._timeout_s = min(self._timeout_s, seconds)
 
-    def _each(self, doing: str, call: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                call(tracker)
-            except Exception as error:  # noqa: BLE001 - named boundary: a tracker must never end a run
-                self._trackers.remove(tracker)
-                logger.warning(
-                    "%s failed to %s (%s: %s) and is removed from this run.",
-                    type(tracker).__name__,
-                    doing,
-                    type(error).__name__,
-                    error,
-                )
+    def finish(self) -> None:
+        """Close every tracker; those in threads get timeout_s together, then one warning with the losses."""
+        if self._log is not None:
+            self._log.finish()
+        for thread in self._threads:
+            thread.close()
+        deadline_s = time.monotonic() + self._timeout_s
+        quiet_s = min(deadline_s, time.monotonic() + QUIET_S)
+        slow = [thread.name for thread in self._threads if not thread.wait_until(quiet_s)]
+        if slow:
+            logger.info("Waiting up to %g s for %s.", self._timeout_s, ", ".join(slow))
+        for thread in self._threads:
+            thread.wait_until(deadline_s)
+            thread.warn_of_losses(timeout_s=self._timeout_s)
+
+    def _all(self) -> list[JsonLines | TrackerThread]:
+        return [*self._threads] if self._log is None else [self._log, *self._threads]
 
 
 def build_trackers(
@@ -200,10 +235,11 @@ def build_trackers(
     Raises:
         MissingDependencyError: The package of a tracker is not installed.
     """
-    trackers: list[Tracker] = [JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)]
+    trackers: list[Tracker] = []
     for name in config.report_to:
         tracker = TRACKERS[name].load()
         trackers.append(
             tracker(config=config, output_dir=output_dir, settings=settings, resumed_step=resumed_step)
         )
-    return Trackers(trackers)
+    log = JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)
+    return Trackers(log, trackers, timeout_s=config.tracker_timeout_seconds)

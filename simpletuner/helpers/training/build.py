@@ -244,7 +244,7 @@ def build_components(
         validation=validation,
         trackers=trackers,
         display=ProgressDisplay(total_steps=context.max_steps, step=context.step, enabled=is_main_process),
-        page=build_page(context, adapter, images=validation.manifest()),
+        page=build_page(context, state, images=validation.manifest()),
         final_files=FinalFiles(
             output_dir=output_dir,
             state=state,
@@ -405,21 +405,25 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     return adapter
 
 
-def build_page(context: RunContext, adapter: Adapter, *, images: Mapping[str, Any]) -> RunPage:
+def build_page(context: RunContext, state: RunState, *, images: Mapping[str, Any]) -> RunPage:
     """The HTML report of the run; `images` is its part on validation images."""
     manifest = partial(
         build_manifest,
         config=context.config,
         spec=context.family.spec,
-        adapter=adapter,
+        adapter=state.adapter,
         data=context.data,
         images=images,
         max_steps=context.max_steps,
         device=context.accelerator.device,
         num_processes=context.accelerator.num_processes,
     )
-    output_dir = context.config.checkpoint.output_dir
-    return RunPage(output_dir, is_enabled=context.accelerator.is_main_process, manifest=manifest)
+    return RunPage(
+        context.config.checkpoint.output_dir,
+        is_enabled=context.accelerator.is_main_process,
+        manifest=manifest,
+        step=lambda: state.progress.step,
+    )
 
 
 def ddp_ignore_frozen(denoiser: nn.Module) -> None:
@@ -460,7 +464,7 @@ def build_run_trackers(context: RunContext) -> Trackers:
         MissingDependencyError: The package of a tracker is not installed.
     """
     if not context.accelerator.is_main_process:
-        return Trackers([])
+        return Trackers(None)
     config, output_dir = context.config, context.config.checkpoint.output_dir
     (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     save_branch(output_dir, context.branch)

@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # A new gradient scaler overflows a few times until it finds its scale; after this many it has none left.
 MAX_SKIPPED_STEPS = 25
+# A scheduler kills a stopped run after 30 seconds or so, and then its exit code says nothing.
+STOP_WAIT_S = 5.0
 
 
 @dataclass(kw_only=True)
@@ -107,6 +109,7 @@ class Trainer:
                 self.final_files.save_adapter()
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
+                self.trackers.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
                 return EXIT_PREEMPTED
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")

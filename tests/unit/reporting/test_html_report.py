@@ -270,6 +270,17 @@ def test_state_follows_from_the_files_of_the_folder(tmp_path: Path) -> None:
     assert "running at step 50 of 100" in write_page(tmp_path, state="running").read_text()
 
 
+@pytest.mark.reliability_row(5)
+def test_steps_are_those_of_the_state_where_a_full_disk_cut_the_log(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, steps=12)
+    run.write()
+    (tmp_path / "checkpoint-20").mkdir()
+    assert "stopped at step 20 of 24" in write_page(tmp_path).read_text()
+    run.json("finished.json", {"step": 24})
+    assert "finished, 24 steps" in write_page(tmp_path).read_text()
+    assert "running at step 15 of 24" in write_page(tmp_path, state="running", step=15).read_text()
+
+
 def test_folder_of_an_earlier_version_still_has_a_page(tmp_path: Path) -> None:
     SyntheticRun(tmp_path, steps=3, validations=1).write()
     new = {"loss_by_band", "memory_mib", "device_memory_mib"}
@@ -385,6 +396,19 @@ def test_image_of_another_adapter_is_between(tmp_path: Path) -> None:
     assert [alt.split(", ")[1] for alt in alts] == ["base model", "LoRA", "step 50"]
 
 
+def test_images_of_another_size_stay_on_the_page(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path, prompts=("a dog",), picture_px=48)
+    run.write()
+    run.picture_px = 32
+    run.write()
+    alts = [str(each["alt"]) for each in Page(write_page(tmp_path).read_text()).all("img")]
+    assert [alt.rpartition(", seed")[0] for alt in alts] == [
+        f"{prompt}, {title}, {size}"
+        for prompt, size in (("a dog", "32x32"), ("prompt", "48x48"))
+        for title in ("base model", "step 25", "step 50")
+    ]
+
+
 def test_damaged_image_leaves_its_cell_empty(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, prompts=("a dog",))
     next((run.write() / "validation" / "step-25").glob("*.png")).write_bytes(b"no image")
@@ -466,6 +490,13 @@ def test_page_takes_at_most_two_per_cent_of_the_time(tmp_path: Path, monkeypatch
     for _ in range(3):
         page.refresh()
     assert len(made) == 2
+
+
+def test_running_page_has_the_step_of_the_state_and_not_of_the_log(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path, steps=12).write()
+    file = RunPage(tmp_path, is_enabled=True, step=lambda: 17).write("running")
+    assert file is not None
+    assert "running at step 17 of 24" in file.read_text()
 
 
 def test_other_processes_write_no_page(tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -75,3 +78,24 @@ def test_display_on_a_terminal_shows_loss_rate_and_rank(
     assert "2/4" in shown
     assert "loss 0.5000  lr 1.00e-04" in shown
     assert "rank" not in shown
+
+
+@pytest.mark.reliability_row(3)
+def test_run_whose_terminal_is_closed_ends_as_any_other() -> None:
+    script = (
+        "from simpletuner.helpers.reporting.progress_bar import ProgressDisplay\n"
+        "with ProgressDisplay(total_steps=2, step=0) as display:\n"
+        "    print('shown', flush=True)\n"
+        "    input()\n"
+    )
+    terminal, its_other_end = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=its_other_end, stderr=its_other_end
+    )
+    os.close(its_other_end)
+    shown = b""
+    while b"shown" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    process.communicate(b"\n", timeout=60)
+    assert process.returncode == 0

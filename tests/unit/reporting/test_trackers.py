@@ -1,20 +1,31 @@
-"""Trackers: the local log above all, and that none of them can end a run."""
+"""Trackers: the local log above all, and that none of them can end or delay a run."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
-from collections.abc import Mapping
+import os
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
 
 from simpletuner.helpers.configuration.schema.sections import TrackingConfig
 from simpletuner.helpers.errors import MissingDependencyError
+from simpletuner.helpers.io.faults import StorageError
+from simpletuner.helpers.reporting import trackers as trackers_module
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.trackers import JsonLines, Trackers, build_trackers
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 RECORD = StepMetrics(
     step=1,
@@ -33,6 +44,10 @@ RECORD = StepMetrics(
 
 def steps_in(file: Path) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def log_steps(file: Path, steps: range, *, resumed_step: int) -> None:
@@ -76,42 +91,207 @@ def test_json_lines_of_a_new_run_begin_anew(tmp_path: Path) -> None:
     assert steps_in(tmp_path / "m.jsonl") == [1]
 
 
-class Raising:
-    """A tracker whose every call fails, as one without a connection does."""
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Sets whether the disk is full: a file then takes three bytes of each write, as the last block may."""
+    is_full, then = False, Path.open
 
-    def __init__(self) -> None:
-        self.calls = 0
+    class Full(io.FileIO):
+        def write(self, data: Buffer) -> int:
+            if is_full:
+                super().write(bytes(data)[:3])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return super().write(data)
+
+    def opened(path: Path, mode: str = "r", **options: Any) -> Any:
+        return io.BufferedWriter(Full(path, "a")) if mode == "ab" else then(path, mode, **options)
+
+    def switch(full: bool) -> None:
+        nonlocal is_full
+        is_full = full
+
+    monkeypatch.setattr(Path, "open", opened)
+    return switch
+
+
+@pytest.mark.reliability_row(5)
+def test_rows_that_a_full_disk_refuses_are_written_when_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full_disk: Callable[[bool], None]
+) -> None:
+    file = tmp_path / "m.jsonl"
+    tracker = JsonLines(file, resumed_step=0)
+    tracker.start()
+    for step in range(1, 11):
+        full_disk(4 <= step < 8)
+        tracker.log(replace(RECORD, step=step))
+    tracker.finish()
+    assert steps_in(file) == [*range(1, 11)]
+    (warning,) = warnings_in(caplog)
+    assert "No space left" in warning
+
+
+@pytest.mark.reliability_row(5)
+def test_log_of_a_disk_that_stays_full_says_how_many_steps_it_lacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full_disk: Callable[[bool], None]
+) -> None:
+    tracker = JsonLines(tmp_path / "m.jsonl", resumed_step=0)
+    tracker.start()
+    tracker.log(RECORD)
+    full_disk(True)
+    for step in range(2, 5):
+        tracker.log(replace(RECORD, step=step))
+    tracker.finish()
+    assert "the last 3 steps" in warnings_in(caplog)[-1]
+
+
+@pytest.mark.reliability_row(5)
+def test_rows_wait_while_the_disk_is_too_full_to_remove_later_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "m.jsonl"
+    log_steps(file, range(1, 6), resumed_step=0)
+    tracker = JsonLines(file, resumed_step=3)
+
+    def refuse(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trackers_module, "write_text", refuse)
+        tracker.start()
+        tracker.log(replace(RECORD, step=4))
+    tracker.log(replace(RECORD, step=5))
+    assert steps_in(file) == [1, 2, 3, 4, 5]
+
+
+class Counting:
+    """A tracker that counts its calls; one kind of call does something else too."""
+
+    def __init__(self, *, at: str = "", act: Callable[[], object] = bool) -> None:
+        self.calls: list[str] = []
+        self.rows: list[int] = []
+        self.at, self.act = at, act
+
+    def _call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.at:
+            self.act()
 
     def start(self) -> None:
-        """Nothing to open."""
+        """Open it."""
+        self._call("start")
 
     def log(self, record: StepMetrics) -> None:
-        """Fail."""
-        self.calls += 1
-        raise ConnectionError("no route to host")
+        """Take a row."""
+        self._call("log")
+        self.rows.append(record.step)
 
-    def log_images(self, step: int, pictures: Mapping[str, Path]) -> None:
-        """Fail."""
-        raise ConnectionError("no route to host")
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Take images."""
+        self._call("log_images")
 
     def finish(self) -> None:
-        """Nothing to close."""
+        """Close it."""
+        self._call("finish")
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route"), SystemExit("no route"), KeyboardInterrupt("no route")]
+)
+@pytest.mark.parametrize("at", ["start", "log", "log_images", "finish"])
+@pytest.mark.reliability_row(24)
+def test_tracker_that_raises_is_dropped_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException, at: str
+) -> None:
+    failing, other = Counting(at=at, act=raising(error)), Counting()
+    trackers = Trackers(JsonLines(tmp_path / "m.jsonl", resumed_step=0), [failing, other])
+    with trackers:
+        for step in (1, 2, 3):
+            trackers.log(replace(RECORD, step=step))
+            trackers.log_images(step, {})
+    assert failing.calls.count(at) == 1
+    (warning,) = warnings_in(caplog)
+    assert "Counting" in warning
+    assert "no route" in warning
+    assert steps_in(tmp_path / "m.jsonl") == other.rows == [1, 2, 3]
+    assert other.calls == ["start", *["log", "log_images"] * 3, "finish"]
+
+
+@pytest.mark.parametrize("at", ["start", "log", "finish"])
+@pytest.mark.reliability_row(24)
+def test_tracker_that_hangs_delays_neither_a_step_nor_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
+) -> None:
+    released = Event()
+    hanging = Counting(at=at, act=released.wait)
+    trackers = Trackers(JsonLines(tmp_path / "m.jsonl", resumed_step=0), [hanging], timeout_s=0.1)
+    started_s = time.monotonic()
+    with trackers:
+        for step in (1, 2, 3):
+            trackers.log(replace(RECORD, step=step))
+    assert time.monotonic() - started_s < 5
+    (warning,) = warnings_in(caplog)
+    assert ("0 rows" if at == "finish" else "3 rows") in warning
+    assert steps_in(tmp_path / "m.jsonl") == [1, 2, 3]
+    released.set()
 
 
 @pytest.mark.reliability_row(24)
-def test_tracker_that_raises_is_dropped_with_one_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_all_trackers_that_hang_share_the_wait_at_the_end() -> None:
+    released = Event()
+    trackers = Trackers(None, [Counting(at="start", act=released.wait) for _ in range(8)], timeout_s=0.5)
+    trackers.start()
+    started_s = time.monotonic()
+    trackers.finish()
+    assert 0.5 <= time.monotonic() - started_s < 2
+    released.set()
+
+
+@pytest.mark.reliability_row(24)
+def test_slow_tracker_loses_validations_first_then_its_oldest_rows_and_one_warning_counts_them(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    raising = Raising()
-    trackers = Trackers([raising, JsonLines(tmp_path / "m.jsonl", resumed_step=0)])
-    with caplog.at_level(logging.WARNING):
-        trackers.start()
-        for step in (1, 2, 3):
+    released = Event()
+    slow = Counting(at="start", act=released.wait)
+    trackers = Trackers(None, [slow])
+    trackers.start()
+    trackers.log_images(0, {})
+    for step in range(1, 1001):
+        trackers.log(replace(RECORD, step=step))
+    for step in range(1001, 1004):
+        trackers.log_images(step, {})
+        trackers.log(replace(RECORD, step=step))
+    released.set()
+    trackers.finish()
+    assert slow.rows == [*range(4, 1004)]
+    assert "log_images" not in slow.calls
+    (warning,) = warnings_in(caplog)
+    assert "3 rows" in warning
+    assert "4 validations" in warning
+
+
+def test_stopped_run_waits_less_for_its_trackers() -> None:
+    released = Event()
+    trackers = Trackers(None, [Counting(at="start", act=released.wait)], timeout_s=100)
+    trackers.start()
+    trackers.limit_wait(0.1)
+    trackers.finish()
+    released.set()
+
+
+def test_tracker_that_is_merely_behind_gets_every_row(caplog: pytest.LogCaptureFixture) -> None:
+    behind = Counting(at="log", act=lambda: time.sleep(0.01))
+    with Trackers(None, [behind]) as trackers:
+        for step in range(1, 11):
             trackers.log(replace(RECORD, step=step))
-        trackers.finish()
-    assert raising.calls == 1
-    assert caplog.text.count("no route to host") == 1
-    assert steps_in(tmp_path / "m.jsonl") == [1, 2, 3]
+    assert behind.rows == [*range(1, 11)]
+    assert not warnings_in(caplog)
 
 
 def picture(folder: Path) -> Path:

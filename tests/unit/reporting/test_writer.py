@@ -20,7 +20,7 @@ def states(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The states in which the report is written."""
     written: list[str] = []
 
-    def write_page(output_dir: Path, *, state: str) -> Path:
+    def write_page(output_dir: Path, *, state: str, step: int | None) -> Path:
         written.append(state)
         return output_dir / PAGE_FILE
 

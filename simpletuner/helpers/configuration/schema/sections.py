@@ -421,6 +421,8 @@ class TrackingConfig(Section):
     """Project of the run in the tracker."""
     tracker_run_name: OptionalText = None
     """Name of the run in the tracker; null lets the tracker choose."""
+    tracker_timeout_seconds: NonNegativeNumber = 30.0
+    """Seconds that a finished run waits for its trackers, all together; 0 does not wait."""
 
 
 class ValidationPrompt(Section):

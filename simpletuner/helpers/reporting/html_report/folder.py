@@ -42,6 +42,8 @@ class RunSnapshot:
     state: State
     written: str
     """Local time of the reading."""
+    step: int
+    """Optimiser steps so far; the log lacks the last ones of a run whose disk was full."""
     log: Log
     config: Mapping[str, Any]
     """Resolved configuration; empty if unreadable."""
@@ -53,18 +55,13 @@ class RunSnapshot:
     comfyui: Path | None
 
     @property
-    def step(self) -> int:
-        """Last logged step."""
-        return int(self.log.lines[-1]["step"]) if self.log.lines else 0
-
-    @property
     def max_steps(self) -> int | None:
         """Planned number of steps, if known."""
         return self.manifest.get("max_steps") or self.config.get("max_train_steps")
 
 
-def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
-    """Read an output folder; without `state`, its files tell the state.
+def read_run(path: Path, *, state: State | None = None, step: int | None = None) -> RunSnapshot:
+    """Read an output folder; without `state` and `step`, its files tell them.
 
     Raises:
         NoRunError: The folder holds neither a metrics log nor a configuration.
@@ -78,9 +75,12 @@ def read_run(path: Path, *, state: State | None = None) -> RunSnapshot:
     images = image_rows(
         path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
     )
+    if step is None:
+        step = _step(path, log)
     return RunSnapshot(
         path=path,
-        state=state or _state(path, log),
+        state=state or _state(path, step),
+        step=step,
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
         config=without_secrets(_json(path / CONFIG_FILE)),
@@ -104,13 +104,24 @@ def display_path(path: str | Path) -> str:
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
 
 
-def _state(path: Path, log: Log) -> State:
-    finished = _json(path / SUMMARY_FILE).get("step")
-    if finished is not None and (not log.lines or finished >= log.lines[-1]["step"]):
+def _state(path: Path, step: int) -> State:
+    if step > 0 and step == _finished_step(path):
         return "finished"
     if is_held(path):
         return "running"
     return "failed" if _json(path / EXIT_FILE).get("outcome") == "failed" else "stopped"
+
+
+def _step(path: Path, log: Log) -> int:
+    """The step of the newest checkpoint, of the last row or of the end, whichever is highest."""
+    checkpoints = [checkpoint.step for checkpoint in list_checkpoints(path)]
+    rows = [int(line["step"]) for line in log.lines[-1:]]
+    return max(*checkpoints, *rows, _finished_step(path), 0)
+
+
+def _finished_step(path: Path) -> int:
+    step = _json(path / SUMMARY_FILE).get("step")
+    return step if isinstance(step, int) else 0
 
 
 def _adapter(path: Path) -> Path | None:

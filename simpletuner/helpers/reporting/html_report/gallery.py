@@ -171,17 +171,18 @@ def image_rows(
 ) -> list[ImageRow]:
     """The images in a run's validation folder.
 
-    `prompts` is the manifest's list; without it, prompt, size and seed come from the file names.
+    `prompts` is the manifest's list. Of images that it lacks, as those of an earlier start with other prompts
+    or sizes, prompt, size and seed come from the file names.
     """
     by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
-    if not prompts:
-        base = {name: file.name for name, file in cached_image_files(folder).items()}
-        names = sorted({name for files in by_step.values() for name in files} | set(base))
-        prompts = [
-            {"prompt": name, **parse_image_name(name), "name": name, "base": base.get(name)} for name in names
-        ]
+    base = {name: file.name for name, file in cached_image_files(folder).items()}
+    names = {name for files in by_step.values() for name in files} | (set() if prompts else set(base))
+    others = [
+        {"prompt": name, **parse_image_name(name), "name": name, "base": base.get(name)}
+        for name in sorted(names - {str(prompt["name"]) for prompt in prompts})
+    ]
     other = compared_with or "compared with"
-    return [_row(folder, prompt, by_step, compared_with=other) for prompt in prompts]
+    return [_row(folder, prompt, by_step, compared_with=other) for prompt in [*prompts, *others]]
 
 
 def _row(

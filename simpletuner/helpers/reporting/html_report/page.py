@@ -24,15 +24,15 @@ from simpletuner.helpers.reporting.noise_bands import BANDS
 _HERE = Path(__file__).parent
 
 
-def write_page(output_dir: Path, *, state: State | None = None) -> Path:
-    """Render the report of an output folder and write it there.
+def write_page(output_dir: Path, *, state: State | None = None, step: int | None = None) -> Path:
+    """Render the report of an output folder and write it there; a run gives its state and step.
 
     Raises:
         NoRunError: The folder is not the output_dir of a run.
         StorageError: The report is not writable; an earlier report stays unchanged.
     """
     file = output_dir / PAGE_FILE
-    write_text(file, render_page(read_run(output_dir, state=state)))
+    write_text(file, render_page(read_run(output_dir, state=state, step=step)))
     return file
 
 

@@ -96,7 +96,7 @@ def _adapter_and_base(run: RunSnapshot) -> str:
 def _headline(run: RunSnapshot) -> str:
     log, adapter = run.log, run.manifest.get("adapter", {})
     if not log.lines:
-        return "<p>No step is finished yet.</p>"
+        return "<p>No step is logged yet.</p>"
     steps = log.steps
     losses = downsample(steps, smooth(log.column("loss"))).means
     seconds = log.column("seconds")

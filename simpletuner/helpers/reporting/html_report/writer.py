@@ -34,6 +34,8 @@ class RunPage:
     """On the main process."""
     manifest: Callable[[], Mapping[str, Any]] = dict
     """The run information, see `build_manifest`."""
+    step: Callable[[], int] | None = None
+    """Optimiser steps so far; without it, the files of the folder tell them."""
     _next_s: float = 0.0
 
     def __enter__(self) -> Self:
@@ -61,7 +63,8 @@ class RunPage:
         """Write the report of the run in this state; None when that failed or is disabled."""
         files: list[Path] = []
         if self.is_enabled:
-            self._best_effort(lambda: files.append(write_page(self.output_dir, state=state)))
+            step = None if self.step is None else self.step()
+            self._best_effort(lambda: files.append(write_page(self.output_dir, state=state, step=step)))
         return files[0] if files else None
 
     def _best_effort(self, write: Callable[[], None]) -> bool:
