@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, SIGNALS
+from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
@@ -23,7 +24,6 @@ from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.run_folder import EXIT_FILE
 from simpletuner.helpers.models import registry
 
-DEFAULT_CONFIG = Path("config/config.json")
 EXIT_FAILED = 1
 OUTCOMES = {
     0: "done",
@@ -51,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _register_with_launcher()
         with _signals_before_training():
-            config_path, overrides = split_arguments(sys.argv[1:] if argv is None else argv)
             configure_logging(main_process=is_main_process())
+            given, arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+            config_path, overrides = choose_config(given, arguments)
             config = load_config(config_path, overrides=overrides, families=registry.specs())
             output_dir = config.checkpoint.output_dir
             # Torch and the model libraries take seconds to import; a configuration error must not wait.
@@ -72,25 +73,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The configuration file after `--config`, and all other arguments as overrides.
+def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """The configuration after `--config`, if there is one, and all other arguments.
 
     Raises:
         ConfigError: `--config` names no file.
     """
-    config = DEFAULT_CONFIG
-    overrides: list[str] = []
+    config: Path | None = None
+    others: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, has_value, value = argument.partition("=")
         if name != "--config":
-            overrides.append(argument)
+            others.append(argument)
             continue
         value = value if has_value else next(rest, "")
         if not value:
             raise ConfigError("--config needs a file, for instance --config config/config.json.")
         config = Path(value)
-    return config, tuple(overrides)
+    return config, tuple(others)
 
 
 def is_main_process() -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from simpletuner.helpers.adapters.files import comfyui
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
+from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -66,5 +67,5 @@ class FinalFiles:
             page=None if page is None else str(page),
         )
         summary.save(self.output_dir)
-        logger.info("Finished %d steps.", step)
+        logger.info("Finished %s.", counted(step, "step"))
         summary.show()
