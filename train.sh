@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Installs missing packages, checks the configuration and trains: ./train.sh [key=value ...]
+# Installs missing packages, checks the configuration and trains: ./train.sh [CONFIG] [key=value ...]
 #
+#   CONFIG                      the same as CONFIG_PATH; mine means ENV=mine if there is a folder config/mine
 #   CONFIG_PATH                 configuration file (config/config.json); ".json" may be left out
 #   ENV                         uses config/<ENV>/config.json and config/<ENV>/config.env
 #   VENV_PATH                   virtual environment, created if missing (the active one, else .venv)
@@ -37,6 +38,15 @@ read_settings() {
     set +a -u
     eval "$callers_settings"
 }
+
+case "${1:-}" in
+'' | -* | *=*) ;;
+*)
+    [ -z "${CONFIG_PATH:-}" ] || fail 2 "Two configurations are given: $1 and CONFIG_PATH=$CONFIG_PATH. Keep one."
+    if [ -d "config/$1" ]; then ENV=$1; else CONFIG_PATH=$1; fi
+    shift
+    ;;
+esac
 
 callers_settings=
 for name in $settings; do

@@ -11,9 +11,11 @@ import typer
 
 from simpletuner import __version__, train
 from simpletuner.helpers.configuration.examples import copy_example, examples
+from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
-from simpletuner.helpers.errors import SimpleTunerError
+from simpletuner.helpers.errors import ConfigError, SimpleTunerError
+from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
@@ -21,12 +23,25 @@ REFERENCE = Path("documentation/config-reference.md")
 # `--key value` is an override too, so the configuration gets every option that typer does not know; its error
 # names the closest key.
 TAKES_OVERRIDES = {"ignore_unknown_options": True}
-ConfigOption = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration file.")]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="The same. Default: config/config.json."),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the file's.", show_default=False),
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="The configuration: a file, its folder, or that folder's name below config. Values that "
+        "override the file's.",
+        show_default=False,
+    ),
 ]
 
+ADAPTER_ARGUMENT = typer.Argument(
+    metavar="ADAPTER", help="The adapter file, or the folder or name of a run.", show_default=False
+)
+AdapterFile = Annotated[Path, ADAPTER_ARGUMENT]
+AdapterArgument = Annotated[Path | None, ADAPTER_ARGUMENT]
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
 PlanName = Literal["quick", "standard", "full"]
@@ -69,30 +84,53 @@ examples_app = typer.Typer(no_args_is_help=True, help="Configurations to start f
 app.add_typer(examples_app, name="examples")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def simpletuner(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Fine-tune diffusion models with timestep-dependent LoRA (T-LoRA)."""
+    del version
+
+
 @app.command("train", context_settings=TAKES_OVERRIDES)
-def train_command(config: ConfigOption = train.DEFAULT_CONFIG, overrides: Overrides = None) -> None:
+def train_command(config: ConfigOption = None, arguments: Overrides = None) -> None:
     """Train in this process; resumes an interrupted run from its last checkpoint."""
-    raise typer.Exit(train.main(["--config", str(config), *(overrides or ())]))
+    option = [] if config is None else ["--config", str(config)]
+    raise typer.Exit(train.main([*option, *(arguments or ())]))
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def validate(
-    config: ConfigOption = train.DEFAULT_CONFIG,
-    overrides: Overrides = None,
+    config: ConfigOption = None,
+    arguments: Overrides = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the value of every key.")] = False,
 ) -> None:
     """Check config.json, the lycoris json and the dataset json, and list every mistake."""
-    run = load_config(config, overrides=tuple(overrides or ()), families=registry.specs())
+    file, overrides = choose_config(config, arguments or ())
+    run = load_config(file, overrides=overrides, families=registry.specs())
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
-    print(f"{config}: valid. {len(run.datasets)} dataset(s), output in {run.checkpoint.output_dir}.")
+    print(f"{file}: valid. {len(run.datasets)} dataset(s), output in {run.checkpoint.output_dir}.")
 
 
 @app.command("sample")
 def sample_command(
     *,
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="FILE", help="The adapter file.")],
+    adapter: AdapterArgument = None,
+    option: Annotated[
+        Path | None, typer.Option("--adapter", metavar="ADAPTER", help="The same.", show_default=False)
+    ] = None,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the images.")] = SAMPLES,
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="Negative prompt.")] = "",
@@ -133,12 +171,12 @@ def sample_command(
     ] = None,
 ) -> None:
     """Generate images with an adapter; its file names the base model and the rank schedule."""
-    from simpletuner.helpers.io.logs import configure_logging
+    file = _adapter(adapter, option)
+    configure_logging(main_process=True)
     from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 
-    configure_logging(main_process=True)
     request = SampleRequest(
-        adapter=adapter,
+        adapter=file,
         prompts=prompt,
         model=_given(model_family=family, pretrained_model_name_or_path=model),
         validation=_given(
@@ -161,26 +199,38 @@ def sample_command(
         print(file)
 
 
+def _adapter(argument: Path | None, option: Path | None) -> Path:
+    """The file of the adapter that an argument or --adapter names."""
+    from simpletuner.helpers.adapters.files.finding import find_adapter
+
+    given = [each for each in (argument, option) if each is not None]
+    if len(given) != 1:
+        problem = "No adapter is" if not given else f"Two adapters are ({argument}, and --adapter {option})"
+        raise ConfigError(f"{problem} given. Give one: an adapter file, or the folder or name of a run.")
+    return find_adapter(given[0])
+
+
 def _given(**values: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
 
 
 @app.command("inspect")
 def inspect_command(
-    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter file.")],
+    adapter: AdapterFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe an adapter file: algorithm, ranks, rank schedule, base model, training."""
+    configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.inspection import inspect
 
-    found = inspect(adapter)
+    found = inspect(_adapter(adapter, None))
     print(found.as_json() if as_json else found.text())
 
 
 @app.command("export")
 def export_command(
     *,
-    adapter: Annotated[Path, typer.Argument(metavar="FILE", help="The adapter file.")],
+    adapter: AdapterFile,
     output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write.")],
     layout: Annotated[Layout, typer.Option("--format", help="Naming of the layers.")] = "diffusers",
     form: Annotated[
@@ -212,8 +262,10 @@ def export_command(
     ] = False,
 ) -> None:
     """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
+    configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
+    adapter = _adapter(adapter, None)
     options = ExportOptions(
         layout=layout,
         form=form,
@@ -272,7 +324,6 @@ def benchmark_tlora(
     """Compare LoRA, T-LoRA and variants on the embedded model by closed-form measures."""
     from simpletuner.demo.comparison.publish import publish
     from simpletuner.demo.comparison.run import benchmark_for, compare
-    from simpletuner.helpers.io.logs import configure_logging
 
     configure_logging(main_process=True)
     benchmark = benchmark_for(output, size=size)

@@ -17,13 +17,13 @@ from types import FrameType
 from typing import NoReturn
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, stop_signals
+from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.logs import configure_logging, leave_closed_terminal
 from simpletuner.helpers.io.run_folder import EXIT_FILE
 
-DEFAULT_CONFIG = Path("config/config.json")
 EXIT_FAILED = 1
 EXIT_WAIT_S = 10.0
 """What exit handlers of libraries may take."""
@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from simpletuner.helpers.configuration.load import load_config
             from simpletuner.helpers.models import registry
 
-            config_path, overrides = split_arguments(sys.argv[1:] if argv is None else argv)
             configure_logging(main_process=is_main_process())
+            given, arguments = split_arguments(sys.argv[1:] if argv is None else argv)
+            config_path, overrides = choose_config(given, arguments)
             config = load_config(config_path, overrides=overrides, families=registry.specs())
             output_dir = config.checkpoint.output_dir
             # Torch and the model libraries take seconds to import; a configuration error must not wait.
@@ -79,25 +80,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
-    """The configuration file after `--config`, and all other arguments as overrides.
+def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:
+    """The configuration after `--config`, if there is one, and all other arguments.
 
     Raises:
         ConfigError: `--config` names no file.
     """
-    config = DEFAULT_CONFIG
-    overrides: list[str] = []
+    config: Path | None = None
+    others: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         name, has_value, value = argument.partition("=")
         if name != "--config":
-            overrides.append(argument)
+            others.append(argument)
             continue
         value = value if has_value else next(rest, "")
         if not value:
             raise ConfigError("--config needs a file, for instance --config config/config.json.")
         config = Path(value)
-    return config, tuple(overrides)
+    return config, tuple(others)
 
 
 def is_main_process() -> bool:

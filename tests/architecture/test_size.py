@@ -27,6 +27,7 @@ MORE_POSITIONAL = {
     "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._after_base": "a torch hook, called by position",
 }
 POSITIONAL_FLAGS: dict[str, str] = {
+    "simpletuner/cli.py _print_version": "typer calls it so",
     "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._apply": "torch's signature",
 }
 

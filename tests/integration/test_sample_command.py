@@ -56,7 +56,7 @@ def test_a_second_guidance_is_refused_for_a_family_that_has_one_only(
     assert command(monkeypatch, "sample", *arguments, *small(tmp_path / "out")) == 2
     message = capsys.readouterr().err
     assert "--guidance-real" in message
-    assert "means nothing to model_family sdxl" in message
+    assert "means nothing to --family sdxl" in message
 
 
 def test_strength_zero_is_the_base_model_and_the_default_is_not(

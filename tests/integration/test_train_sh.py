@@ -83,7 +83,9 @@ class Checkout:
     notes: Path
     temporary: Path
 
-    def start(self, *arguments: str, trainer: str = "end", **variables: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, trainer: str = "end", first: tuple[str, ...] = (), **variables: str
+    ) -> subprocess.Popen[str]:
         clean = {
             name: value
             for name, value in os.environ.items()
@@ -99,15 +101,15 @@ class Checkout:
             "TEST_TRAINER": trainer,
         }
         return subprocess.Popen(
-            ["bash", str(self.root / "train.sh"), f"output_dir={self.output_dir}", *arguments],
+            ["bash", str(self.root / "train.sh"), *first, f"output_dir={self.output_dir}", *arguments],
             cwd=self.notes, env=clean | own | variables, text=True, start_new_session=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
     def run(
-        self, *arguments: str, trainer: str = "end", **variables: str
+        self, *arguments: str, trainer: str = "end", first: tuple[str, ...] = (), **variables: str
     ) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments, trainer=trainer, **variables)
+        process = self.start(*arguments, trainer=trainer, first=first, **variables)
         out, err = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -205,6 +207,17 @@ def test_env_names_a_folder_and_its_settings_win_over_the_general_ones(checkout:
     assert result.returncode == 0, result.stderr
     facts = checkout.facts()
     assert (facts["seed"], facts["mixed_precision"]) == ("11", "no")
+
+
+def test_a_first_argument_names_the_configuration(checkout: Checkout) -> None:
+    shutil.copytree(checkout.root / "config", checkout.root / "config/mine")
+    _set_in_config(checkout.root / "config/mine/config.json", seed=11)
+    (checkout.root / "config/mine/config.env").write_text("MIXED_PRECISION=no\n")
+    for name, seed in (("mine", "11"), ("config/mine/config.json", "11"), ("config", "42")):
+        result = checkout.run(first=(name,))
+        assert result.returncode == 0, result.stderr
+        assert checkout.facts()["seed"] == seed
+    assert checkout.run(first=("mien",)).returncode == 2
 
 
 def test_the_callers_environment_wins_over_the_settings_files(checkout: Checkout) -> None:

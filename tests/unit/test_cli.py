@@ -28,8 +28,11 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return end.value.code
 
 
-def test_version_is_the_packages(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _run(monkeypatch, "version") == 0
+@pytest.mark.parametrize("argument", ["version", "--version"])
+def test_version_is_the_packages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argument: str
+) -> None:
+    assert _run(monkeypatch, argument) == 0
     assert capsys.readouterr().out == f"{__version__}\n"
 
 
@@ -94,8 +97,38 @@ def test_every_mistake_is_told_at_once_without_a_traceback(
 def test_a_missing_configuration_file_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert _run(monkeypatch, command, "--config", "absent.json") == 2
-    assert "absent.json" in capsys.readouterr().err
+    for arguments in (["--config", "absent.json"], ["absent.json", "seed=1"]):
+        assert _run(monkeypatch, command, *arguments) == 2
+        assert "absent.json" in capsys.readouterr().err
+
+
+def test_a_configuration_is_taken_by_its_path_folder_or_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("demo-photo", "config/examples/demo-photo", "config/examples/demo-photo/config.json"):
+        assert _run(monkeypatch, "validate", "--resolved", name, "--seed", "7") == 0
+        resolved = json.loads(capsys.readouterr().out)
+        assert (Path(resolved["output_dir"]).name, resolved["seed"]) == ("demo-photo", 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["README.md"], "README.md: this is no safetensors file"),
+        (["--adapter", "absent"], "absent: no such file"),
+        (["documentation"], "documentation: this folder has no"),
+        ([], "No adapter"),
+        (["a.safetensors", "--adapter", "b.safetensors"], "Two adapters"),
+    ],
+)
+def test_sample_names_what_is_no_adapter(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    named: str,
+) -> None:
+    assert _run(monkeypatch, "sample", *arguments, "--prompt", "x") in (1, 2)
+    assert named in capsys.readouterr().err
 
 
 def test_the_reference_is_printed_or_written(
@@ -118,17 +151,17 @@ def test_the_committed_reference_is_the_generated_one(repository: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "config", "overrides"),
     [
-        ([], "config/config.json", ()),
+        ([], None, ()),
         (["--config", "a.json", "seed=1"], "a.json", ("seed=1",)),
         (["seed=1", "--config=a=b.json"], "a=b.json", ("seed=1",)),
-        (["--seed", "1", "--flag"], "config/config.json", ("--seed", "1", "--flag")),
-        (["--config_x=1"], "config/config.json", ("--config_x=1",)),
+        (["--seed", "1", "--flag"], None, ("--seed", "1", "--flag")),
+        (["--config_x=1"], None, ("--config_x=1",)),
     ],
 )
 def test_arguments_are_split_into_the_file_and_the_rest(
-    arguments: list[str], config: str, overrides: tuple[str, ...]
+    arguments: list[str], config: str | None, overrides: tuple[str, ...]
 ) -> None:
-    assert train.split_arguments(arguments) == (Path(config), overrides)
+    assert train.split_arguments(arguments) == (None if config is None else Path(config), overrides)
 
 
 @pytest.mark.parametrize("arguments", [["--config"], ["--config="], ["seed=1", "--config"]])

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.configuration.finding import FILE
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
@@ -111,7 +112,8 @@ class Loader:
             return None
         self.raw = merge_layers(content, overrides, KEYS, file=self.file, environment=self.environment)
         spec = rules.family_of(self.raw, self.families, self.source)
-        defaults = _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
+        defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
+        defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
         self.values = defaults | {
             key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)
         }
@@ -243,6 +245,12 @@ class Loader:
         advice = "Name the config.json of another run, or remove the key."
         self.source.add(key, f"{found}: a run cannot be compared with itself. {advice}")
         return None
+
+
+def own_output_dir(path: Path) -> Path:
+    """The output folder of a configuration that sets none: output/mine for config/mine/config.json."""
+    folder = Path(os.path.abspath(path)).parent.name
+    return Path("output", folder if path.name == FILE else f"{folder}-{path.stem}")
 
 
 def display(path: Path) -> str:

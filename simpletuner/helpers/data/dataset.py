@@ -31,7 +31,7 @@ from simpletuner.helpers.data.sampler import Bucket, Sampler
 from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
-from simpletuner.helpers.io.names import file_name, printable
+from simpletuner.helpers.io.names import counted, file_name, printable
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -272,19 +272,20 @@ class TrainingData:
         ]
         if small:
             logger.warning(
-                "%d of %d buckets have fewer images than the batch of %d, so a batch repeats images: %s.",
-                len(small),
-                len(self._buckets),
+                "%s fewer images than the batch of %d, so a batch repeats images: %s.",
+                f"{counted(len(small), 'bucket has', 'buckets have')}",
                 size,
                 ", ".join(small[:_SHOWN]) + (", ..." if len(small) > _SHOWN else ""),
             )
         requested = sum(bucket.samples_per_epoch for bucket, _ in self._buckets)
+        repeated = self.batches_per_epoch * size - requested
         logger.info(
-            "Epoch: %d samples (%d requested, rounded up to whole batches) = %d batches of %d.",
-            self.batches_per_epoch * size,
-            requested,
-            self.batches_per_epoch,
-            size,
+            "Epoch: %s of %s%s.",
+            counted(self.batches_per_epoch, "batch", "batches"),
+            counted(size, "image"),
+            f"; {counted(repeated, 'image is a repetition', 'images are repetitions')} to fill the batches"
+            if repeated
+            else "",
         )
 
 
@@ -319,11 +320,11 @@ def load_pixels(image: PlannedImage) -> Tensor:
 def _log_plan(plan: DatasetPlan) -> None:
     sizes = Counter(image.sample.target_px for image in plan.images)
     logger.info(
-        "Dataset %s: %d images (%d skipped) in %d buckets: %s.",
+        "Dataset %s: %s (%d skipped) in %s: %s.",
         plan.config.id,
-        len(plan.images),
+        counted(len(plan.images), "image"),
         len(plan.skipped),
-        len(sizes),
+        counted(len(sizes), "bucket"),
         ", ".join(f"{size}: {number}" for size, number in sorted(sizes.items())),
     )
 

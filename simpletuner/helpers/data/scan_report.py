@@ -18,7 +18,7 @@ from simpletuner.helpers.data.captions import (
     text_files_beside,
 )
 from simpletuner.helpers.data.sources import FoundFile, Scan
-from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.names import counted, printable
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +56,9 @@ def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
     stems = {os.path.splitext(image.name)[0] for image in scan.images}
     paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
     logger.warning(
-        "Dataset %s: %d files are named as masks or source images and are not trained on: %s. %s",
+        "Dataset %s: %s as masks or source images and not trained on: %s. %s",
         config.id,
-        len(scan.conditioning),
+        counted(len(scan.conditioning), "file is named", "files are named"),
         listed(map(printable, scan.conditioning)),
         f"{paired} of them are conditioning data of images here, which is not supported: the images "
         "are trained without it."
@@ -77,10 +77,9 @@ def _report_unread_texts(config: DatasetConfig, scan: Scan, reader: CaptionReade
             else f'caption_strategy is "{config.caption_strategy}"'
         )
         logger.warning(
-            "Dataset %s: %d text files beside the images are not read, because %s: %s. "
-            'To train them, set caption_strategy to "textfile"%s.',
+            'Dataset %s: %s not read, because %s: %s. To train them, set caption_strategy to "textfile"%s.',
             config.id,
-            len(unread),
+            counted(len(unread), "text file beside the images is", "text files beside the images are"),
             reason,
             listed(sorted(map(printable, unread))),
             " and only_instance_prompt to false" if config.only_instance_prompt else "",
@@ -93,7 +92,11 @@ def _report_unread(config: DatasetConfig, scan: Scan) -> None:
         unread.setdefault((os.path.splitext(name)[1].lower(), reason), []).append(printable(name))
     for (suffix, reason), names in unread.items():
         logger.warning(
-            "Dataset %s: skipped %d %s images: %s: %s.", config.id, len(names), suffix, listed(names), reason
+            "Dataset %s: skipped %s: %s: %s.",
+            config.id,
+            counted(len(names), f"{suffix} image"),
+            listed(names),
+            reason,
         )
 
 
@@ -105,22 +108,22 @@ def _report_others(config: DatasetConfig, scan: Scan) -> None:
         is_caption, is_cache = suffix in _CAPTION_SUFFIXES, suffix in _CACHE_SUFFIXES
         kinds["captions" if is_caption else "caches" if is_cache else "others"].append(name)
     parts = [
-        f"{len(names)} {title} ({listed(map(printable, names))})"
+        f"{counted(len(names), *title)} ({listed(map(printable, names))})"
         for title, names in (
-            ("text files without an image", orphans),
+            (("text file without an image", "text files without an image"), orphans),
             (
-                f"that may hold captions, which are read from {' and '.join(_text_suffixes())} only",
+                (f"that may hold captions, which are read from {' and '.join(_text_suffixes())} only",) * 2,
                 kinds["captions"],
             ),
-            ("caches of tensors", kinds["caches"]),
-            ("others", kinds["others"]),
+            (("cache of tensors", "caches of tensors"), kinds["caches"]),
+            (("other", "others"), kinds["others"]),
         )
         if names
     ]
     if parts:
         level = logging.WARNING if orphans or kinds["captions"] else logging.INFO
-        number = len(orphans) + len(scan.others)
-        logger.log(level, "Dataset %s: %d files are not read: %s.", config.id, number, "; ".join(parts))
+        number = counted(len(orphans) + len(scan.others), "file is", "files are")
+        logger.log(level, "Dataset %s: %s not read: %s.", config.id, number, "; ".join(parts))
 
 
 def report_captions(
@@ -144,7 +147,8 @@ def report_captions(
     for note, names in noted.items():
         effect = "" if note == "shortened" else f" These images are trained {instead}."
         found = listed(names)
-        logger.warning("Dataset %s: %d captions are %s: %s.%s", config.id, len(names), note, found, effect)
+        number = counted(len(names), "caption is", "captions are")
+        logger.warning("Dataset %s: %s %s: %s.%s", config.id, number, note, found, effect)
     _report_lines(config, files, captions)
 
 
@@ -163,12 +167,11 @@ def _report_lines(config: DatasetConfig, files: Sequence[FoundFile], captions: S
     if several:
         file, first = several[0]
         logger.info(
-            "Dataset %s: %d of %d images have several captions, one for each line; each time an image is "
+            "Dataset %s: %s several captions, one for each line; each time an image is "
             "trained on, one is drawn, for instance of the %d of %s: %s. To train all lines as one caption, "
             'set caption_lines to "whole".',
             config.id,
-            len(several),
-            len(files),
+            _share(len(several), len(files)),
             len(first.texts),
             printable(file.name),
             " or ".join(map(shown, first.texts[:2])),
@@ -176,14 +179,16 @@ def _report_lines(config: DatasetConfig, files: Sequence[FoundFile], captions: S
     if whole:
         file, first = whole[0]
         logger.info(
-            "Dataset %s: %d of %d images have a caption of several lines, trained as a whole, for instance "
-            "%s: %s.",
+            "Dataset %s: %s a caption of several lines, trained as a whole, for instance %s: %s.",
             config.id,
-            len(whole),
-            len(files),
+            _share(len(whole), len(files)),
             printable(file.name),
             shown(first.texts[0]),
         )
+
+
+def _share(number: int, total: int) -> str:
+    return "the image has" if total == 1 else f"{number} of {total} images {'has' if number == 1 else 'have'}"
 
 
 def _text_suffixes() -> tuple[str, ...]:

@@ -18,6 +18,7 @@ _CHATTY = (
     "LyCORIS",
     "PIL",
     "accelerate",
+    "bitsandbytes",
     "diffusers",
     "filelock",
     "fsspec",
@@ -29,7 +30,9 @@ _CHATTY = (
     "lycoris",
     "matplotlib",
     "peft",
+    "root",  # what libraries log without a logger of their own
     "torch",
+    "torchao",
     "transformers",
     "urllib3",
     "wandb",
@@ -46,6 +49,8 @@ def configure_logging(
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # torch has a handler of its own, and torchao's import makes it warn.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     handler: logging.Handler
     if console is None and not sys.stderr.isatty():  # rich would wrap long paths in a log file
         handler = logging.StreamHandler()

@@ -1,4 +1,4 @@
-"""Text that is safe to print, and text that is safe as a file name."""
+"""Text that is safe to print, text that is safe as a file name, and a number with its noun."""
 
 from __future__ import annotations
 
@@ -30,3 +30,8 @@ def file_name(text: str) -> str:
     while len(name.encode()) > _MAX_BYTES:
         name = name[:-1]
     return name or "unnamed"
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: 1 image, 2 images, 1,000 images; `plural` if that does not end in s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

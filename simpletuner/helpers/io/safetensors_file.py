@@ -27,8 +27,8 @@ def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[A
             header_bytes = int.from_bytes(stream.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise error(
-                f"{path}: its header claims {header_bytes} bytes; the limit is {MAX_HEADER_BYTES}. It is no "
-                "safetensors file."
+                f"{path}: this is no safetensors file: its header claims {header_bytes} bytes, and the limit "
+                f"is {MAX_HEADER_BYTES}. Give the path of a .safetensors file."
             )
         with safe_open(path, framework="pt") as file:
             yield file

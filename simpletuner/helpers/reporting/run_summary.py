@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
+from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
@@ -85,11 +86,13 @@ class FinishedRun:
 
     def run(self) -> int:
         """Log that the run is finished and how to train on; returns exit code 0."""
+        step, wanted = self.summary.step, self.max_steps
+        more = f"{counted(step, 'step')}, more than the {wanted} it is asked for"
         logger.info(
-            "This run is finished: step %d of %d. Raise max_train_steps to train longer, "
-            "or set another output_dir to start a new run.",
-            self.summary.step,
-            self.max_steps,
+            "This run is finished: %s. Raise max_train_steps%s to train longer, or set another output_dir to "
+            "start a new run.",
+            f"step {step} of {wanted}" if step == wanted else more,
+            "" if step == wanted else f" above {step}",
         )
         self.summary.show()
         return 0

@@ -25,7 +25,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
     ValidationPrompt,
 )
-from simpletuner.helpers.configuration.text.problems import Problems
+from simpletuner.helpers.configuration.text.problems import Problems, nearest
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
@@ -35,6 +35,7 @@ from simpletuner.helpers.sampling.images import save_png
 from simpletuner.helpers.sampling.prompts import call_options, expand_prompts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMMAND = "sample"
 MODEL_KEY = "pretrained_model_name_or_path"
 HEADER_KEYS = {
     "model_family": "model_family",
@@ -131,8 +132,9 @@ def sections_of(
         values = {key: value for key, value in values.items() if not key.startswith("pretrained_")}
     values |= request.model
     spec = _spec(values, request, families=families)
-    problems = Problems()
-    source = Source(problems, lambda key: request.options.get(key, str(request.adapter)), PathContext())
+    problems = _OptionProblems(request.options)
+    given = {*request.model, *request.validation, *request.precision}
+    source = Source(problems, lambda key: COMMAND if key in given else str(request.adapter), PathContext())
     defaults = {
         "validation_resolution": spec.default_resolution,
         "validation_guidance": spec.default_guidance,
@@ -165,11 +167,30 @@ def _spec(
         )
     spec = families.get(str(values["model_family"]))
     if spec is None:
-        raise ConfigError(
-            f"{request.adapter} is for the family {values['model_family']}. Known families: "
-            f"{', '.join(sorted(families))}. Give another with {request.options['model_family']}."
-        )
+        name, option = str(values["model_family"]), request.options["model_family"]
+        known = f"Known families: {', '.join(sorted(families))}.{nearest(name, families)}"
+        if "model_family" in request.model:
+            raise ConfigError(f"{option} {name}: not a model family here. {known}")
+        raise ConfigError(f"{request.adapter} is for the family {name}. {known} Give another with {option}.")
     return spec
+
+
+class _OptionProblems(Problems):
+    """Problems of keys, told with the options of the command line that set them."""
+
+    def __init__(self, options: Mapping[str, str]) -> None:
+        super().__init__()
+        self._options = options
+
+    def add(self, source: str, key: str, text: str) -> None:
+        """Note a problem; a problem of the adapter's header keeps the name of its key."""
+        is_option = source == COMMAND
+        super().add(source, self._as_options(key) if is_option else key, self._as_options(text))
+
+    def _as_options(self, text: str) -> str:
+        for key in sorted(self._options, key=len, reverse=True):
+            text = text.replace(key, self._options[key])
+        return text
 
 
 def _valid(validated: Validated[S]) -> S:

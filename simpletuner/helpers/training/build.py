@@ -41,6 +41,7 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
+from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FILE, VALIDATION_FOLDER
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
@@ -393,9 +394,9 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
         weight_hashes=weight_hashes,
     )
     logger.info(
-        "Adapter %s: %d layers, %d trainable parameters.",
+        "Adapter %s: %s, %d trainable parameters.",
         adapter.algorithm,
-        adapter.num_layers,
+        counted(adapter.num_layers, "layer"),
         sum(parameter.numel() for parameter in adapter.parameters()),
     )
     # Other people's code reads these from the accelerator.

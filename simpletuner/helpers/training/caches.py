@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.text import text_entry
+from simpletuner.helpers.io.names import counted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,10 +68,15 @@ def fill_caches(
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     shard = accelerator.process_index, accelerator.num_processes
     fill = partial(_fill, shard=shard, preemption=preemption)
-    fill("images", data.latents_requests(), encode_images, batch_size=config.precision.vae_batch_size)
+    fill(
+        ("image", "images"),
+        data.latents_requests(),
+        encode_images,
+        batch_size=config.precision.vae_batch_size,
+    )
     family.unload_vae()
     fill(
-        "captions and prompts",
+        ("caption or prompt", "captions and prompts"),
         data.text_requests(sorted(texts)),
         encode_prompts,
         batch_size=config.data.text_encoder_batch_size,
@@ -81,7 +87,7 @@ def fill_caches(
 
 
 def _fill(
-    noun: str,
+    noun: tuple[str, str],
     requests: Sequence[CacheRequest[Input]],
     encode: Callable[[list[Input]], Sequence[Mapping[str, Tensor]]],
     *,
@@ -89,11 +95,14 @@ def _fill(
     shard: tuple[int, int],
     preemption: Preemption,
 ) -> None:
-    """Fill one cache, log the progress, and stop before a batch if a signal came."""
+    """Fill one cache, log the progress, and stop before a batch if a signal came.
+
+    `noun` is the singular and the plural of what is encoded.
+    """
 
     # Not without a batch: with several processes all must reach the next barrier.
     def encode_unless_stopped(inputs: list[Input]) -> Sequence[Mapping[str, Tensor]]:
-        preemption.check(f"encoding {noun}")
+        preemption.check(f"encoding {noun[1]}")
         return encode(inputs)
 
     started_s = logged_s = time.monotonic()
@@ -103,8 +112,9 @@ def _fill(
     ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()
-            logger.info("Encoded %d of %d %s.", num_encoded, total, noun)
+            logger.info("Encoded %d of %d %s.", num_encoded, total, noun[1])
     if total:
-        logger.info("Encoded %d %s in %.1f s.", num_encoded, noun, time.monotonic() - started_s)
+        encoded = counted(num_encoded, *noun)
+        logger.info("Encoded %s in %.1f s.", encoded, time.monotonic() - started_s)
     else:
-        logger.info("All %s are cached.", noun)
+        logger.info("All %s are cached.", noun[1])

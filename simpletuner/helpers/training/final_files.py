@@ -12,6 +12,7 @@ from simpletuner.helpers.adapters.files import comfyui
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.faults import storage_error
+from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -67,7 +68,7 @@ class FinalFiles:
             page=None if page is None else str(page),
         )
         summary.sealed(self.output_dir).save(self.output_dir)
-        logger.info("Finished %d steps.", step)
+        logger.info("Finished %s.", counted(step, "step"))
         summary.show()
 
 

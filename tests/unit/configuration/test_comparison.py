@@ -110,7 +110,7 @@ def test_run_that_cannot_be_shown_beside_this_one_is_refused(
     workspace: Workspace, changes: dict[str, object], problem: str
 ) -> None:
     write_other(workspace, **changes)
-    found = workspace.problems(validation_compared_config="other.json")
+    found = workspace.problems(validation_compared_config="other.json", output_dir="output")
     assert "config.json: 1 problem\n" in found
     assert problem in found
 

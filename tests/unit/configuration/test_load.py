@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.schema.base import Section
+from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def test_a_small_configuration_is_completed_with_defaults(workspace: Workspace) 
     assert config.training.train_batch_size == 1
     assert config.training.gradient_checkpointing is True
     assert config.optimizer.learning_rate == 1e-4
-    assert config.checkpoint.output_dir == workspace.folder / "output"
+    assert config.checkpoint.output_dir == workspace.folder / "output" / workspace.folder.name
     assert config.data.cache_dir_text == workspace.folder / "cache" / "text"
     assert [dataset.id for dataset in config.datasets] == ["photos"]
     assert config.lycoris is not None
@@ -272,7 +272,7 @@ def test_inputs_are_looked_for_in_the_working_directory_then_beside_the_config(w
     (workspace.folder / "data.json").write_text(json.dumps(workspace.datasets), encoding="utf-8")
     config = workspace.load_as_written(path=run / "config.json")
     assert config.data.data_backend_config == workspace.folder / "data.json"
-    assert config.checkpoint.output_dir == workspace.folder / "output"
+    assert config.checkpoint.output_dir == workspace.folder / "output" / "conf"
 
 
 def test_a_model_folder_becomes_absolute_and_a_repository_stays(workspace: Workspace) -> None:
@@ -384,3 +384,21 @@ def test_an_algorithm_that_is_no_text_is_a_problem_of_its_key(workspace: Workspa
 
 def test_a_home_folder_of_nobody_is_a_problem_of_its_key(workspace: Workspace) -> None:
     assert "output_dir" in workspace.problems(output_dir="~nobody-has-this-name/x")
+
+
+def test_a_configuration_without_output_dir_gets_a_folder_of_its_own(workspace: Workspace) -> None:
+    name = workspace.folder.name
+    assert workspace.load().checkpoint.output_dir == Path.cwd() / "output" / name
+    other = workspace.text("other.json", workspace.write().read_text())
+    assert (
+        workspace.load_as_written(path=other).checkpoint.output_dir == Path.cwd() / "output" / f"{name}-other"
+    )
+    assert workspace.load("output_dir=null").checkpoint.output_dir == Path.cwd() / "output" / name
+
+
+@pytest.mark.parametrize("name", ["sdxl", "photo", "toy"])
+def test_the_demo_is_found_from_every_folder(name: str, workspace: Workspace) -> None:
+    found = PathContext(working_directory=workspace.folder).input_path(f"simpletuner/demo/{name}")
+    assert found is not None
+    assert found.is_dir()
+    assert PathContext(working_directory=workspace.folder).input_path("simpletuner/helpers") is None

@@ -227,7 +227,7 @@ def test_one_image_fills_a_batch_of_eight_and_says_so(
     data = cached(make(tmp_path / "one", batch_size=8))
     assert data.batches_per_epoch == 1
     assert [len(batch) for batch in taken(data, 2)] == [8, 8]
-    assert re.search(r"1 of 1 buckets .* batch of 8.*one 64x64 \(1\)", caplog.text)
+    assert re.search(r"1 bucket has .* batch of 8.*one 64x64 \(1\)", caplog.text)
 
 
 @pytest.mark.reliability_row(29)
@@ -410,11 +410,11 @@ def test_missing_and_empty_captions_are_counted_and_train_unconditionally(
     data = make(photos)
     assert [sample.caption for sample in data.samples[1:3]] == ["", ""]
     for note, name in (("missing", "1.png"), ("empty", "2.png")):
-        assert re.search(rf"1 captions are {note}: {name}.*without a caption", caplog.text)
+        assert re.search(rf"1 caption is {note}: {name}.*without a caption", caplog.text)
     caplog.clear()
     sks = {"prepend_instance_prompt": True, "instance_prompt": "sks"}
     assert make(photos, **sks).samples[1].caption == "sks"
-    assert re.search(r"1 captions are missing: 1\.png.*instance_prompt alone", caplog.text)
+    assert re.search(r"1 caption is missing: 1\.png.*instance_prompt alone", caplog.text)
 
 
 @pytest.mark.reliability_row(16)

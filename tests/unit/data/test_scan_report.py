@@ -76,7 +76,7 @@ def test_files_that_are_not_read_are_counted_in_one_line_by_kind(planned: Planne
         "LICENSE": "",
     }
     data, lines = planned({"a.png": "image", "a.txt": "a cat"} | captions | others)
-    line = line_with(lines, "8 files are not read", "1 text files", "notes.txt", "3 that may hold captions")
+    line = line_with(lines, "8 files are not read", "1 text file", "notes.txt", "3 that may hold captions")
     assert "2 caches of tensors (_latent_cache/a.safetensors; a.npz)" in line
     assert all(name in line for name in (*captions, *others))
     assert [(each.path, "no image" in each.reason) for each in data.skipped] == [("notes.txt", True)]
@@ -91,7 +91,7 @@ def test_many_images_of_one_unread_kind_are_one_line_with_their_number(
     line = line_with(lines, "skipped 12 .heic", "00.heic", "and 7 more", "pillow-heif", "[formats]")
     assert "11.heic" not in line
     line_with(lines, "skipped 1 .psd", "b.psd", "save it as PNG")
-    line_with(lines, "1 images (13 skipped)")
+    line_with(lines, "1 image (13 skipped)")
     assert {each.path for each in data.skipped} == {"b.psd", *phone}
 
 
@@ -104,7 +104,7 @@ def test_masks_are_never_trained_and_named_as_conditioning_data_of_their_image(p
 
 def test_masks_without_their_image_are_counted(planned: Planned) -> None:
     _, lines = planned({"a.png": "image", "lost-masklabel.png": "image"})
-    assert "conditioning data" not in line_with(lines, "1 files", "lost-masklabel.png", "No image")
+    assert "conditioning data" not in line_with(lines, "1 file", "lost-masklabel.png", "No image")
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_the_start_says_how_many_images_have_several_captions_and_shows_one(plan
     files = {"a.png": "image", "a.txt": "one", "b.png": "image", "b.txt": "one\ntwo\nthree"}
     data, lines = planned(files)
     assert data.captions() == ("one", "two", "three")
-    line_with(lines, "1 of 2 images have several captions", "3 of b.png", "'one' or 'two'", "caption_lines")
+    line_with(lines, "1 of 2 images has several captions", "3 of b.png", "'one' or 'two'", "caption_lines")
     assert not [line for line in lines if "as a whole" in line]
 
 
@@ -138,7 +138,7 @@ def test_the_start_says_how_many_captions_of_several_lines_are_whole_and_shows_o
     files = {"a.png": "image", "a.txt": "one", "b.png": "image", "b.txt": "one\ntwo"}
     data, lines = planned(files, caption_lines="whole")
     assert data.captions() == ("one", "one\ntwo")
-    line_with(lines, "1 of 2 images have a caption of several lines", "as a whole", "b.png", r"'one\\ntwo'")
+    line_with(lines, "1 of 2 images has a caption of several lines", "as a whole", "b.png", r"'one\\ntwo'")
     assert not [line for line in lines if "several captions" in line]
 
 

@@ -33,6 +33,18 @@ def test_configure_logging_shows_our_lines_and_only_errors_of_libraries(shown: i
     assert "serious" in shown.getvalue()
 
 
+@pytest.mark.parametrize("name", ["torchao", "torchao.ops", "bitsandbytes.cextension", "root"])
+def test_configure_logging_hides_what_libraries_warn_of_on_import(shown: io.StringIO, name: str) -> None:
+    configure_logging(console=Console(file=shown, width=200))
+    logging.getLogger(name).warning("Failed to load")
+    assert shown.getvalue() == ""
+
+
+def test_configure_logging_hides_the_warnings_of_torchs_own_handler() -> None:
+    configure_logging()
+    assert not logging.getLogger("torch.utils._pytree").isEnabledFor(logging.WARNING)
+
+
 def test_configure_logging_keeps_other_processes_silent(shown: io.StringIO) -> None:
     configure_logging(main_process=False, console=Console(file=shown, width=200))
     logging.getLogger("simpletuner.helpers.data").warning("skipped")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simpletuner.helpers.io.names import file_name, printable
+from simpletuner.helpers.io.names import counted, file_name, printable
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,17 @@ def test_file_name_is_one_short_visible_component_for_any_text(text: str) -> Non
     assert "/" not in name
     assert "\0" not in name
     assert not name.startswith((".", "-"))
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "plural", "text"),
+    [
+        (1, "image", None, "1 image"),
+        (0, "image", None, "0 images"),
+        (12000, "step", None, "12,000 steps"),
+        (1, "batch", "batches", "1 batch"),
+        (2, "batch", "batches", "2 batches"),
+    ],
+)
+def test_counted_agrees_with_the_number(number: int, noun: str, plural: str | None, text: str) -> None:
+    assert counted(number, noun, plural) == text

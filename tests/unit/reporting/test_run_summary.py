@@ -45,6 +45,16 @@ def test_summary_that_cannot_be_read_marks_nothing_as_finished(tmp_path: Path, c
     assert load_summary(tmp_path) is None
 
 
+def test_a_finished_run_longer_than_it_is_asked_for_names_both_numbers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        FinishedRun(replace(SUMMARY, step=60), 1).run()
+    assert "6 of 1" not in caplog.text
+    assert "60 steps, more than the 1" in caplog.text
+    assert "max_train_steps above 60" in caplog.text
+
+
 def test_finished_run_ends_well_and_says_where_everything_lies(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         assert FinishedRun(SUMMARY, 6).run() == 0

@@ -40,6 +40,7 @@ from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_K
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.names import counted
 
 Form = Literal["exact", "truncated"]
 FORMS = {"exact": exact_lora, "truncated": truncated_lora}
@@ -106,7 +107,7 @@ class Exported:
             ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
             fused = f", fused from {len(self.errors)}" if len(self.ranks) < len(self.errors) else ""
             parts += [
-                f"{len(self.ranks)} layers of {ranks}, active rank {self.active_rank}{fused}",
+                f"{counted(len(self.ranks), 'layer')} of {ranks}, active rank {self.active_rank}{fused}",
                 f"error {fmean(self.errors.values()):.1e} on average, "
                 f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
             ]

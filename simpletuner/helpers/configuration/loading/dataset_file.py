@@ -18,6 +18,7 @@ from simpletuner.helpers.configuration.schema.base import OutputPath, Section
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.io.names import counted
 
 INHERITED = (
     "resolution",
@@ -232,5 +233,8 @@ def _without_images(folder: Path) -> str | None:
                 return None
             else:
                 reasons[f"{suffix}: {unread[suffix]}"] += 1
-    found = "".join(f" It holds {number} images that are {reason}." for reason, number in reasons.items())
+    found = "".join(
+        f" It holds {counted(number, 'image that is', 'images that are')} {reason}."
+        for reason, number in reasons.items()
+    )
     return f"holds no image ({', '.join(sorted(readable))}).{found} Put images there or correct the path."

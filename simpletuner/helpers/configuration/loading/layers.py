@@ -116,7 +116,7 @@ def _pairs(overrides: Sequence[str], keys: Keys, problems: Problems) -> Iterator
             yield key, text
         elif not token.startswith("--") or not key:
             known = key in keys.owners
-            advice = f"Write {key}=value." if known else "Write key=value."
+            advice = f"Write {key}=value." if known else "Write key=value; the configuration comes first."
             problems.add(COMMAND_LINE, name if known else "", f"an argument is not key=value. {advice}")
         elif rest and _is_value_of(key, rest[0], keys):
             yield key, rest.pop(0)

@@ -21,10 +21,13 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+import simpletuner
 from simpletuner.helpers.choices.registry import Choice, Registry
 from simpletuner.helpers.contracts import Size
 
 _NONE_WORDS = frozenset({"", "none", "null"})
+_PACKAGE = Path(simpletuner.__file__).parent
+_DEMO = ("simpletuner", "demo")
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -67,9 +70,14 @@ class PathContext:
         return _PLACEHOLDER.sub(replace, text)
 
     def input_path(self, text: str) -> Path | None:
-        """Absolute path of an existing file or folder, from the working directory first; None if missing."""
+        """Absolute path of an existing file or folder, from the working directory first; None if missing.
+
+        simpletuner/demo is found from everywhere, in the package.
+        """
         relative = _expand_home(text)
         folders = [self.working_directory, *([self.config_folder] if self.config_folder else [])]
+        if relative.parts[:2] == _DEMO:
+            folders.append(_PACKAGE.parent)
         candidates = (folder / relative for folder in folders)
         return next((Path(os.path.abspath(path)) for path in candidates if path.exists()), None)
 

@@ -399,7 +399,8 @@ class CheckpointConfig(Section):
     """The output folder, checkpoints and resuming."""
 
     output_dir: OutputPath = Field(default_factory=lambda: PathContext().output_path("output"))
-    """Folder of all files of the run except caches. Default: output."""
+    """Folder of all files of the run except caches. Default: output/ and the name of the configuration's
+    folder, output/mine for config/mine/config.json."""
     checkpoint_step_interval: CountOrZero = 500
     """Optimiser steps between checkpoints; 0 saves only at the end."""
     checkpoints_total_limit: OptionalCount = 5

@@ -152,7 +152,7 @@ def test_a_folder_without_images_is_refused(workspace: Workspace, files: list[st
     ("files", "found"),
     [
         (["a.heic", "b.heic"], "2 images that are .heic: it needs the package pillow-heif"),
-        (["a.psd"], "1 images that are .psd: its format is not read"),
+        (["a.psd"], "1 image that is .psd: its format is not read"),
         (["a-masklabel.png", "_controls/a.jpg"], "2 images that are named as masks or source images"),
         ([".hidden/a.png"], "holds no image"),
     ],

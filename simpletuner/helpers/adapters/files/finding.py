@@ -1,0 +1,36 @@
+"""The adapter file that a user means: the file itself, or the folder of a run or checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders
+
+RUNS = Path("output")
+"""A run's folder is found by its name below this one too."""
+
+
+def find_adapter(path: Path) -> Path:
+    """The adapter of a folder: a finished run's, else that of its newest checkpoint.
+
+    Raises:
+        AdapterError: There is no such file or folder, or the folder has no adapter.
+    """
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else RUNS / path
+    if not folder.is_dir():
+        raise AdapterError(f"{path}: no such file. Give an adapter file, or the folder or name of a run.")
+    checkpoints = [checkpoint for _, checkpoint in reversed(checkpoint_folders(folder))]
+    for candidate in (folder, *checkpoints):
+        if (file := candidate / ADAPTER_FILE).is_file():
+            return file
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    found = f" It has {', '.join(file.name for file in others[:5])}: name one." if others else ""
+    raise AdapterError(
+        f"{folder}: this folder has no {ADAPTER_FILE}, and no checkpoint with one.{found} Give an adapter "
+        "file, or the output_dir of a run."
+    )
