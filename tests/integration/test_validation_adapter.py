@@ -105,7 +105,8 @@ def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
     base, compared, own = shown
     assert np.abs(compared - base).max() > 2
     assert np.abs(compared - own).max() > 2
-    np.testing.assert_array_equal(compared, sampled(other, tmp_path / "samples"))
+    # A file holds sums, whose rounding may move a pixel by one of 255.
+    assert np.abs(compared - sampled(other, tmp_path / "samples")).max() <= 1
 
 
 def sampled(run: TinyRun, folder: Path) -> np.ndarray:

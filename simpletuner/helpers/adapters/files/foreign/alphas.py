@@ -47,14 +47,13 @@ def _scale(
 ) -> dict[str, Tensor]:
     """A layer's alpha, or its first factor with the scale for a LoKr of two whole ones."""
     rank, is_whole = rank_of(parts), "lokr_w1" in parts and "lokr_w2" in parts
-    if rank is None and not is_whole:
-        return {}
     alpha = _stated(layer, config, ("lora_alpha", "alpha"), patterns="alpha_pattern", file=file)
     if is_whole:  # LyCORIS reads no scale there; PEFT divides by the rank of its configuration
-        divisor = _stated(layer, config, ("r",), patterns="rank_pattern", file=file)
-        scale = alpha / divisor if alpha is not None and divisor else 1.0
+        stated = _stated(layer, config, ("r",), patterns="rank_pattern", file=file)
+        scale = alpha / stated if alpha is not None and stated else 1.0
         return {"lokr_w1": parts["lokr_w1"].float() * scale, "alpha": torch.tensor(1.0)}
-    assert rank is not None
+    if rank is None:
+        return {}
     if alpha is None:
         return {"alpha": torch.tensor(float(rank))}
     if config.get("use_rslora") is True:  # PEFT then divides by the root of the rank

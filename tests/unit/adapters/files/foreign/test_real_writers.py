@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,7 @@ def test_file_of_lycoris_through_kohyas_scripts(
     values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(network_module_dict, "tlora", TLoraModule)  # in place of this program's
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # LyCORIS calls it for each of its T-LoRA layers
     trained = make("sdxl")
     encoders = [TextEncoder(), TextEncoder()]
     network = create_network(1.0, 4, 2.0, None, encoders, trained, preset="attn-mlp", **values)
