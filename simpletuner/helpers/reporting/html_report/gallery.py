@@ -177,7 +177,7 @@ def image_rows(
     by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
     base = {name: file.name for name, file in cached_image_files(folder).items()}
     names = {name for files in by_step.values() for name in files} | (set() if prompts else set(base))
-    others = [
+    others: list[dict[str, object]] = [
         {"prompt": name, **parse_image_name(name), "name": name, "base": base.get(name)}
         for name in sorted(names - {str(prompt["name"]) for prompt in prompts})
     ]
