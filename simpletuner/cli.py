@@ -13,6 +13,8 @@ from simpletuner import __version__, train
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import SimpleTunerError
+from simpletuner.helpers.io.atomic import write_text
+from simpletuner.helpers.io.new_files import refuse_existing
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
@@ -25,6 +27,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values that override the file's.", show_default=False),
 ]
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
@@ -85,7 +89,9 @@ def sample_command(
     *,
     adapter: Annotated[Path, typer.Option("--adapter", metavar="FILE", help="The adapter file.")],
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the images.")] = SAMPLES,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder of the images; none is overwritten.")
+    ] = SAMPLES,
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
@@ -187,12 +193,14 @@ def export_command(
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Print the error of each layer too.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
     options = ExportOptions(layout=layout, form=form, rank=rank, timestep=timestep, bands=bands, dtype=dtype)
-    for each in export_adapter(adapter, output, options, families=registry.specs()):
+    written = export_adapter(adapter, output, options, families=registry.specs(), overwrite=overwrite)
+    for each in written:
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
             print(f"{error:.1e} {path}")
@@ -261,6 +269,7 @@ def config_reference(
         Path | None,
         typer.Option("--output", metavar="FILE", help=f"Write to a file, for instance {REFERENCE}."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print the reference page of the configuration keys."""
     from simpletuner.helpers.configuration.reference import reference
@@ -269,7 +278,8 @@ def config_reference(
     if output is None:
         print(page, end="")
     else:
-        output.write_text(page, encoding="utf-8")
+        refuse_existing([output], overwrite=overwrite)
+        write_text(output, page)
 
 
 @app.command()
