@@ -15,7 +15,9 @@ from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
+from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
+from simpletuner.helpers.io.new_files import refuse_existing
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
@@ -42,6 +44,8 @@ ADAPTER_ARGUMENT = typer.Argument(
 )
 AdapterFile = Annotated[Path, ADAPTER_ARGUMENT]
 AdapterArgument = Annotated[Path | None, ADAPTER_ARGUMENT]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
+
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
 PlanName = Literal["quick", "standard", "full"]
@@ -132,7 +136,9 @@ def sample_command(
         Path | None, typer.Option("--adapter", metavar="ADAPTER", help="The same.", show_default=False)
     ] = None,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="Folder of the images.")] = SAMPLES,
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="Folder of the images; none is overwritten.")
+    ] = SAMPLES,
     negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="Negative prompt.")] = "",
     size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
     steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
@@ -260,6 +266,7 @@ def export_command(
     per_layer: Annotated[
         bool, typer.Option("--per-layer", help="Print the error of each layer too.")
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
     configure_logging(main_process=True)
@@ -276,7 +283,7 @@ def export_command(
         schedule=schedule_options(schedule) if schedule is not None else None,
     )
     if model is None:
-        exported = export_adapter(adapter, output, options, families=registry.specs())
+        exported = export_adapter(adapter, output, options, families=registry.specs(), overwrite=overwrite)
     else:
         from simpletuner.helpers.sampling.export_command import export_with_model
         from simpletuner.helpers.sampling.sample_command import SampleRequest
@@ -289,7 +296,7 @@ def export_command(
             dtype=None,
             options=SAMPLE_OPTIONS,
         )
-        exported = export_with_model(request, output, options, families=registry.specs())
+        exported = export_with_model(request, output, options, families=registry.specs(), overwrite=overwrite)
     for each in exported:
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
@@ -358,6 +365,7 @@ def config_reference(
         Path | None,
         typer.Option("--output", metavar="FILE", help=f"Write to a file, for instance {REFERENCE}."),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Print the reference page of the configuration keys."""
     from simpletuner.helpers.configuration.reference import reference
@@ -366,7 +374,8 @@ def config_reference(
     if output is None:
         print(page, end="")
     else:
-        output.write_text(page, encoding="utf-8")
+        refuse_existing([output], overwrite=overwrite)
+        write_text(output, page)
 
 
 @app.command()

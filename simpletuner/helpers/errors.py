@@ -25,6 +25,10 @@ class DamagedImageError(DataError):
     """The pixels of an image cannot be decoded, or only in part; the message does not name the file."""
 
 
+class LoaderTimeoutError(DataError):
+    """The loader has been reading for longer than loader_timeout_seconds."""
+
+
 class ModelError(SimpleTunerError):
     """A model folder, repository or component cannot be found or loaded."""
 

@@ -21,6 +21,7 @@ from simpletuner.helpers.adapters.files.export import ExportOptions, export_adap
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.sdxl.spec import SPEC
@@ -170,6 +171,16 @@ def test_bands_are_files_that_each_hold_the_rank_of_their_middle(tmp_path: Path)
     expected, base = live(pipeline, adapter, timestep=499)
     pipeline.load_lora_weights(str(tmp_path), weight_name=names[1])
     assert close(predict(pipeline.unet), expected, base=base)
+
+
+def test_export_that_may_not_overwrite_writes_no_band_if_one_exists(tmp_path: Path) -> None:
+    _, file = saved(make_pipeline(), tmp_path)
+    (tmp_path / "out-t0333-0666.safetensors").write_text("mine")
+    options = ExportOptions(bands=3)
+    with pytest.raises(StorageError, match="out-t0333-0666"):
+        export_adapter(file, tmp_path / "out.safetensors", options, families=FAMILIES, overwrite=False)
+    assert [each.name for each in tmp_path.glob("out-*")] == ["out-t0333-0666.safetensors"]
+    assert (tmp_path / "out-t0333-0666.safetensors").read_text() == "mine"
 
 
 def test_layers_of_another_rank_keep_theirs_through_the_diffusers_layout(tmp_path: Path) -> None:

@@ -105,6 +105,16 @@ def test_file_without_a_header_needs_the_model_and_says_how(
     assert command(monkeypatch, "sample", *arguments, "--family", "sdxl", "--model", tiny_model()) == 0
 
 
+def test_images_of_an_earlier_call_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("--adapter", trained_adapter_file(), "--prompt", PROMPT, *small(tmp_path), "--steps", 1)
+    assert command(monkeypatch, "sample", *given) == 0
+    (first,) = tmp_path.iterdir()
+    before = first.read_bytes()
+    assert command(monkeypatch, "sample", *given, "--seed", 0) == 0
+    assert first.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == sorted([first, first.with_stem(f"{first.stem}-2")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 from simpletuner import __version__, cli, train
 from simpletuner.helpers.configuration.reference import reference
@@ -141,10 +143,41 @@ def test_the_reference_is_printed_or_written(
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == page
 
 
+def test_file_that_exists_is_replaced_only_with_overwrite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "mine.md"
+    mine.write_text("mine")
+    assert _run(monkeypatch, "config-reference", "--output", str(mine)) == 1
+    assert "mine.md" in (message := capsys.readouterr().err)
+    assert "--overwrite" in message
+    assert mine.read_text() == "mine"
+    assert _run(monkeypatch, "config-reference", "--output", str(mine), "--overwrite") == 0
+    assert mine.read_text() != "mine"
+
+
+def group_of(app: typer.Typer) -> dict[str, Any]:
+    """The commands of an app by their names."""
+    return dict(typer.main.get_group(app).commands)
+
+
+def test_every_command_that_writes_one_file_has_overwrite() -> None:
+    commands = {**group_of(cli.app), **group_of(cli.benchmark_app), **group_of(cli.examples_app)}
+    options = {
+        name: {option: each for each in command.params for option in each.opts}
+        for name, command in commands.items()
+    }
+    writing = {
+        name for name, each in options.items() if "--output" in each and each["--output"].metavar == "FILE"
+    }
+    assert writing == {"export", "config-reference"}
+    assert all("--overwrite" in options[name] for name in writing)
+
+
 def test_the_committed_reference_is_the_generated_one(repository: Path) -> None:
     committed = (repository / cli.REFERENCE).read_text(encoding="utf-8")
     assert committed == reference(registry.specs()), (
-        f"run: simpletuner config-reference --output {cli.REFERENCE}"
+        f"run: simpletuner config-reference --output {cli.REFERENCE} --overwrite"
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.prefetch import prefetch
+from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.errors import DataError
 
@@ -41,6 +42,7 @@ def encode_missing(
     *,
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
+    watch: LoaderWatch | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Encode and store the requested entries that are missing; yields (encoded, missing) after each batch.
 
@@ -50,7 +52,10 @@ def encode_missing(
     Raises:
         DataError: An input cannot be loaded, or an encoded value is not finite.
         StorageError: An entry cannot be written.
+        LoaderTimeoutError: An input took longer than the watch allows.
+        Preempted: A stop signal arrived while one was waited for.
     """
+    watch = watch or LoaderWatch()
     unique = list({(request.store.folder, request.key): request for request in requests}.values())
     for store in {request.store for request in unique}:
         store.remove_stale()
@@ -58,7 +63,7 @@ def encode_missing(
     own = unique[index::num_shards]
     missing = [request for request in own if request.key not in request.store]
     num_encoded = 0
-    for batch, inputs in prefetch(_batches(missing, batch_size), _load):
+    for batch, inputs in prefetch(_batches(missing, batch_size), partial(_load, watch), watch=watch):
         if inputs:
             for request, tensors in zip(batch, encode(inputs), strict=True):
                 _put(request, tensors)
@@ -72,10 +77,13 @@ def _batches(requests: Iterable[CacheRequest[Input]], size: int) -> Iterator[lis
             yield batch
 
 
-def _load(batch: list[CacheRequest[Input]]) -> tuple[list[CacheRequest[Input]], list[Input]]:
+def _load(
+    watch: LoaderWatch, batch: list[CacheRequest[Input]]
+) -> tuple[list[CacheRequest[Input]], list[Input]]:
     """The requests of a batch whose inputs are usable, and these inputs."""
     usable, inputs = [], []
     for request in batch:
+        watch.note(request.name)
         loaded = request.load()
         if loaded is not None:
             usable.append(request)

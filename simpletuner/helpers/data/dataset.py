@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest
 from simpletuner.helpers.caching.latents import latents_key, read_latents
-from simpletuner.helpers.caching.prefetch import prefetch
+from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -66,6 +66,8 @@ class TrainingData:
     """Width and height of buckets are multiples of this, unless aspect_bucket_alignment is set; pixels."""
     caption_dropout: float = 0.0
     """Share of draws that train without a caption."""
+    watch: LoaderWatch = field(default_factory=LoaderWatch)
+    """Of the wait for batches and for the inputs of the caches."""
 
     samples: tuple[Sample, ...] = field(init=False)
     """Every usable image once, with its first caption."""
@@ -172,8 +174,10 @@ class TrainingData:
 
         Raises:
             DataError: A cache entry is missing or damaged.
+            LoaderTimeoutError: A batch took longer than loader_timeout_seconds.
+            Preempted: A stop signal arrived while one was waited for.
         """
-        return prefetch(count(start), self._batch)
+        return prefetch(count(start), self._batch, watch=self.watch)
 
     def _batch(self, index: int) -> Batch:
         draw = self._sampler.draw(index)
@@ -186,10 +190,15 @@ class TrainingData:
         samples = tuple(map(self._with_caption, images, sample_indices))
         return Batch(
             latents=torch.stack([self._latents(image) for image in images]),
-            text=TextEmbeds.stack([self.text_embeds(sample.caption) for sample in samples]),
+            text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
             samples=samples,
             sample_indices=sample_indices,
         )
+
+    def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
+        folder = printable(str(self._text_store.folder))
+        self.watch.note(f"the embeddings of the prompt {shown(prompt)} from {folder}")
+        return self.text_embeds(prompt)
 
     def _pixels_unless_damaged(self, image: PlannedImage) -> Tensor | None:
         """The pixels of an image; None, and a note in `damaged`, if they are damaged."""
@@ -208,6 +217,10 @@ class TrainingData:
 
     def _latents(self, image: PlannedImage) -> Tensor:
         store = self._latents_stores[image.sample.dataset_id]
+        self.watch.note(
+            f"the latents of {printable(image.sample.path)} (dataset {image.sample.dataset_id!r}) from "
+            f"{printable(str(store.folder))}"
+        )
         latents = read_latents(store, self._latents_key(image))
         if latents is None:
             raise DataError(

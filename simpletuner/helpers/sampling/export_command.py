@@ -14,7 +14,12 @@ from simpletuner.helpers.sampling.sample_command import SampleRequest, make_fami
 
 
 def export_with_model(
-    request: SampleRequest, output: Path, options: ExportOptions, *, families: Mapping[str, ModelSpec]
+    request: SampleRequest,
+    output: Path,
+    options: ExportOptions,
+    *,
+    families: Mapping[str, ModelSpec],
+    overwrite: bool = True,
 ) -> list[Exported]:
     """Attach an adapter file of any known program to its base model, and export it.
 
@@ -23,6 +28,7 @@ def export_with_model(
         output: As for `export_adapter`.
         options: Layout, form, rank, dtype and schedule.
         families: Name -> spec of every model family.
+        overwrite: Replace files that exist.
 
     Raises:
         ConfigError: The base model is unknown.
@@ -39,4 +45,5 @@ def export_with_model(
         replace(options, schedule=None),
         family=families[sections.model.model_family],
         metadata=stored.metadata,
+        overwrite=overwrite,
     )

@@ -28,6 +28,7 @@ from simpletuner.helpers.configuration.schema.sections import (
 from simpletuner.helpers.configuration.text.problems import Problems, nearest
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.new_files import unused
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -82,7 +83,7 @@ class SampleRequest:
 
 
 def sample(request: SampleRequest, *, output: Path, families: Mapping[str, ModelSpec]) -> Iterator[Path]:
-    """Generate the images and write each as PNG.
+    """Generate the images and write each as PNG; a name that exists gets a number.
 
     Yields:
         The path of each written file, in the order of prompts, sizes and seeds.
@@ -114,7 +115,7 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
             embeds[prompt.text], embeds[negative], validation=validation, size=prompt.size
         )
         image = pipeline(**inputs, **call_options(prompt, validation)).images[0]
-        file = output / f"{prompt.name}.png"
+        file = unused(output / f"{prompt.name}.png")
         save_png(image, file)
         yield file
 

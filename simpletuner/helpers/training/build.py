@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
+from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.branch import Branch, save_branch
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
@@ -146,7 +147,8 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
-    data = build_data(config, family=family, accelerator=accelerator)
+    watch = build_watch(config, accelerator, preemption)
+    data = build_data(config, family=family, accelerator=accelerator, watch=watch)
     return RunContext(
         config=config,
         accelerator=accelerator,
@@ -348,7 +350,16 @@ def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
     )
 
 
-def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerator) -> TrainingData:
+def build_watch(config: RunConfig, accelerator: Accelerator, preemption: Preemption) -> LoaderWatch:
+    """The watch of the wait for the loader."""
+    watch = LoaderWatch(timeout_s=config.data.loader_timeout_seconds, check=preemption.check)
+    # A process that ends in mid-step takes the others with it: several wait until the loader surely hangs.
+    return watch if accelerator.num_processes == 1 else replace(watch, stop_after_s=FIRST_NOTICE_S)
+
+
+def build_data(
+    config: RunConfig, *, family: ModelFamily, accelerator: Accelerator, watch: LoaderWatch
+) -> TrainingData:
     """The samples of this process and their order."""
     return TrainingData(
         config.datasets,
@@ -359,6 +370,7 @@ def build_data(config: RunConfig, *, family: ModelFamily, accelerator: Accelerat
         process_index=accelerator.process_index,
         pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
+        watch=watch,
     )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
+    from simpletuner.helpers.caching.prefetch import LoaderWatch
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.data.dataset import TrainingData
@@ -67,7 +68,7 @@ def fill_caches(
         texts.add(config.validation.validation_negative_prompt)
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     shard = accelerator.process_index, accelerator.num_processes
-    fill = partial(_fill, shard=shard, preemption=preemption)
+    fill = partial(_fill, shard=shard, preemption=preemption, watch=data.watch)
     fill(
         ("image", "images"),
         data.latents_requests(),
@@ -94,6 +95,7 @@ def _fill(
     batch_size: int,
     shard: tuple[int, int],
     preemption: Preemption,
+    watch: LoaderWatch,
 ) -> None:
     """Fill one cache, log the progress, and stop before a batch if a signal came.
 
@@ -108,7 +110,7 @@ def _fill(
     started_s = logged_s = time.monotonic()
     num_encoded = total = 0
     for num_encoded, total in encode_missing(
-        requests, encode_unless_stopped, batch_size=batch_size, shard=shard
+        requests, encode_unless_stopped, batch_size=batch_size, shard=shard, watch=watch
     ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from simpletuner.helpers.adapters.sharding import full_tensor
-from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.contracts import MicroBatchOutput
-from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.errors import LoaderTimeoutError, TrainingError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.metrics import (
     StepAccumulator,
@@ -95,14 +95,14 @@ class Trainer:
             TrainingError: A loss or gradient is not finite.
             CheckpointError: A checkpoint cannot be written.
             StorageError: The same, for lack of space or permission.
+            LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
+            Preempted: With several processes, a stop signal arrived while this one's loader hung.
         """
         with self.resources, self.trackers, self.page:
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
             with self.display:
-                while self.progress.step < self.max_steps and not self.should_stop:
-                    metrics = self.optimizer_step(batches)
-                    self._after_step(metrics)
+                self._take_steps(batches)
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:
@@ -207,6 +207,25 @@ class Trainer:
         """Save the current step; every process takes part."""
         self.checkpoints.save()
         self.accelerator.wait_for_everyone()
+
+    def _take_steps(self, batches: Iterator[Batch]) -> None:
+        """Train until the last step or a stop signal.
+
+        When the loader hangs, the last whole step is saved; with several processes it is not, because the
+        others wait for the gradients of this one.
+        """
+        is_alone = self.accelerator.num_processes == 1
+        try:
+            while self.progress.step < self.max_steps and not self.should_stop:
+                self._after_step(self.optimizer_step(batches))
+        except Preempted as stopped:
+            if not is_alone:
+                raise
+            logger.warning("%s", stopped)
+        except LoaderTimeoutError:
+            if is_alone and self.progress.step > 0:
+                self.save_checkpoint()
+            raise
 
     def _after_step(self, metrics: StepMetrics) -> None:
         """Log, save and validate, in that order."""

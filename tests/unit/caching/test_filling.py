@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
+from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.caching.store import TensorStore, content_key
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DataError, LoaderTimeoutError
 from simpletuner.helpers.io import atomic
 
 
@@ -132,3 +134,14 @@ def test_filling_removes_the_partial_files_of_dead_writers(store: TensorStore) -
     dead.write_bytes(b"half")
     encoded([request(store, 1)])
     assert not dead.exists()
+
+
+@pytest.mark.reliability_row(31)
+def test_input_that_never_loads_is_named(store: TensorStore) -> None:
+    released = threading.Event()
+    hanging = replace(request(store, 2), load=lambda: 2 if released.wait() else None)
+    watch = LoaderWatch(timeout_s=0.1)
+    with pytest.raises(LoaderTimeoutError, match=r"2\.png"):
+        list(encode_missing([request(store, 1), hanging], Encoder(), batch_size=1, watch=watch))
+    released.set()
+    assert request(store, 1).key in store

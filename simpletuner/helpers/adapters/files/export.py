@@ -41,6 +41,7 @@ from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import counted
+from simpletuner.helpers.io.new_files import refuse_existing
 
 Form = Literal["exact", "truncated"]
 FORMS = {"exact": exact_lora, "truncated": truncated_lora}
@@ -148,7 +149,12 @@ def has_schedule(layer: StoredLayer) -> bool:
 
 
 def export_adapter(
-    file: Path, output: Path, options: ExportOptions, *, families: Mapping[str, ModelSpec]
+    file: Path,
+    output: Path,
+    options: ExportOptions,
+    *,
+    families: Mapping[str, ModelSpec],
+    overwrite: bool = True,
 ) -> list[Exported]:
     """Write an adapter file as one standard LoRA, or one for each band of timesteps.
 
@@ -160,10 +166,11 @@ def export_adapter(
             in its timesteps.
         options: Layout, form, rank and dtype.
         families: Name -> spec of every model family; the file's header names its own.
+        overwrite: Replace files that exist.
 
     Raises:
         AdapterError: The file cannot be read or exported, or an option is invalid; nothing is written.
-        StorageError: A file cannot be written.
+        StorageError: A file cannot be written, or exists and may not be replaced.
     """
     stored = adapter_file.read(file)
     if options.schedule:
@@ -175,7 +182,9 @@ def export_adapter(
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
     key_map = make_key_map([*source.layers, *source.renamed], options.layout, families[name])
     renamed, written = _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file), []
-    for fixed in _fixed_ranks(source, options):
+    fixed_ranks = _fixed_ranks(source, options)
+    refuse_existing((_file_name(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
+    for fixed in fixed_ranks:
         layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
         converted = tensors_of(layers, options.layout, key_map)
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
@@ -208,6 +217,7 @@ def export_live(
     *,
     family: ModelSpec,
     metadata: Mapping[str, str] | None = None,
+    overwrite: bool = True,
 ) -> list[Exported]:
     """Export an attached adapter, at the strength of its training.
 
@@ -217,6 +227,7 @@ def export_live(
         options: Layout, form, rank and dtype.
         family: The denoiser's family.
         metadata: Further header entries.
+        overwrite: Replace files that exist.
 
     Raises:
         AdapterError: The adapter cannot be exported, or an option is invalid; nothing is written.
@@ -232,7 +243,7 @@ def export_live(
     with TemporaryDirectory() as scratch:
         file = Path(scratch) / "live_adapter.safetensors"
         adapter.save(file, metadata={**(metadata or {}), "model_family": family.name})
-        return export_adapter(file, output, options, families={family.name: family})
+        return export_adapter(file, output, options, families={family.name: family}, overwrite=overwrite)
 
 
 def read_source(stored: adapter_file.AdapterFile) -> Source:

@@ -378,6 +378,10 @@ class DataConfig(Section):
     """Captions encoded at a time; above 1, the last bits of prompt embeds depend on the batch, so a run whose
     caching was interrupted may end a rounding error apart."""
 
+    loader_timeout_seconds: NonNegativeNumber = 300.0
+    """Seconds after which a run ends that waits for one batch of its loader, as on a network folder that does
+    not answer; 0 waits for ever."""
+
     def alignment(self, family_alignment: int) -> int:
         """Pixels of which training width and height are multiples; the family's by default."""
         return self.aspect_bucket_alignment or family_alignment
