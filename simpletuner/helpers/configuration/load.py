@@ -112,7 +112,7 @@ class Loader:
             return None
         self.raw = merge_layers(content, overrides, KEYS, file=self.file, environment=self.environment)
         spec = rules.family_of(self.raw, self.families, self.source)
-        defaults = {"output_dir": str(own_output_dir(self.path))}
+        defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
         defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
         self.values = defaults | {
             key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Self
 
 from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive")  # files hold the position
 
@@ -127,4 +127,6 @@ class RankSchedule:
 
 def rank_rows(ranks: Sequence[int], *, max_rank: int) -> Tensor:
     """[B, R] float32 whose row b starts with `ranks[b]` ones."""
+    import torch  # here, because the forecast of a run needs the ranks without torch
+
     return (torch.arange(max_rank) < torch.tensor(ranks)[:, None]).float()
