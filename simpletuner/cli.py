@@ -115,17 +115,27 @@ def train_command(config: ConfigOption = None, arguments: Overrides = None) -> N
 
 @app.command(context_settings=TAKES_OVERRIDES)
 def validate(
+    *,
     config: ConfigOption = None,
     arguments: Overrides = None,
     resolved: Annotated[bool, typer.Option("--resolved", help="Print the value of every key.")] = False,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read the headers of all images, not of the first 2,000.")
+    ] = False,
 ) -> None:
-    """Check config.json, the lycoris json and the dataset json, and list every mistake."""
+    """Check config.json, the lycoris json and the dataset json: every mistake, or what the run will do."""
     file, overrides = choose_config(config, arguments or ())
     run = load_config(file, overrides=overrides, families=registry.specs())
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
-    print(f"{file}: valid. {len(run.datasets)} dataset(s), output in {run.checkpoint.output_dir}.")
+    from simpletuner.helpers.training.plan import (
+        plan_lines,
+    )  # its image library is not for the other commands
+
+    print(f"{file}: valid.")
+    for line in plan_lines(run, registry.specs()[run.model.model_family], reads_all=data):
+        print(line)
 
 
 @app.command("sample")

@@ -71,6 +71,11 @@ class ModelSpec:
     denoiser_name: str = "unet"
     """Folder of the denoiser in the diffusers layout, and the prefix of its keys in LoRA files."""
     num_train_timesteps: int = 1000
+    dynamic_shift: Callable[[Mapping[str, object], int], float] | None = None
+    """Shift of noise levels by the scheduler's configuration and the number of image tokens of 16x16 px; None
+    without flow matching."""
+    num_weights: Mapping[str, int] = field(default_factory=dict)
+    """Flavour -> number of weights of its denoiser, to a tenth of a billion."""
     num_text_encoders: int = 1
     own_keys: frozenset[str] = frozenset()
     """Keys of config.json that only some families read, this one among them. Other families refuse them."""

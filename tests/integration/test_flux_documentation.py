@@ -25,12 +25,13 @@ from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.models.flow_matching import DynamicShift, shift_sigma, sigma_to_timestep
+from simpletuner.helpers.models.flow_matching import shift_sigma, sigma_to_timestep
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 from simpletuner.helpers.models.flux2.pipeline import Flux2KleinPipeline
 from simpletuner.helpers.models.flux2.spec import FLAVOURS as FLAVOURS_2
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
+from simpletuner.helpers.models.shift import DynamicShift
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.build import build_trainer
 from tests.integration.tiny_runs import reset_accelerate

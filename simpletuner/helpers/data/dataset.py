@@ -25,13 +25,13 @@ from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
-from simpletuner.helpers.data.index import ImageIndex, content_digest
+from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
 from simpletuner.helpers.data.sampler import Bucket, Sampler
 from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
-from simpletuner.helpers.io.names import counted, file_name, printable
+from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,9 @@ class TrainingData:
     def __post_init__(self) -> None:
         active = [each for each in self.datasets if each.dataset_type == "image" and not each.disabled]
         self._text_store = self._store(self.data.cache_dir_text)
-        self._latents_stores = {
-            each.id: self._store(each.cache_dir_vae or self.data.cache_dir_vae / each.id) for each in active
-        }
+        self._latents_stores = {each.id: self._store(self.data.latents_folder(each)) for each in active}
         self._indexes = {
-            each.id: ImageIndex(self._latents_stores[each.id].folder / f"images_{file_name(each.id)}.json")
-            for each in active
+            each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
         }
         self._vae_identity = self._text_identity = ""
         self.damaged = {}

@@ -8,12 +8,10 @@ import warnings
 import zlib
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.colour import has_new_colours, to_srgb
@@ -21,6 +19,9 @@ from simpletuner.helpers.data.damage import load_strictly, png_chunks
 from simpletuner.helpers.data.optional_formats import missing_decoder, optional_formats
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # 64 Mi pixels are 192 MiB as RGB: more than a 60-megapixel camera gives, and small beside a model.
 MAX_PIXELS = 64 << 20
@@ -112,6 +113,8 @@ def resize_and_crop(
     assert left + target_px.width <= resized_px.width, "the crop leaves the resized image"
     resized = image.resize((resized_px.width, resized_px.height), Image.Resampling.LANCZOS)
     cropped = resized.crop((left, top, left + target_px.width, top + target_px.height))
+    import torch  # here, because validate reads headers without torch
+
     pixels = torch.from_numpy(np.array(cropped, dtype=np.float32))  # [H, W, 3], 0 to 255
     return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 

@@ -13,13 +13,14 @@ import PIL
 import simplejpeg
 import xxhash
 
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, FoundFile, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_bytes
-from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.names import file_name, printable
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ def content_digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
+def index_file(latents_folder: Path, dataset: DatasetConfig) -> Path:
+    """The index of a dataset, in the folder of its latents."""
+    return latents_folder / f"images_{file_name(dataset.id)}.json"
+
+
 class ImageIndex:
     """The ImageInfo of every image under one folder, stored in one file.
 
@@ -75,8 +81,8 @@ class ImageIndex:
     def info(self, image: FoundFile) -> ImageInfo:
         """Look an image up, or read and inspect it."""
         started_ns = time.time_ns()
-        known = self._known.files.get(image.name)
-        if known is not None and known[:-1] == list(image.signature):
+        if self.knows(image):
+            known = self._known.files[image.name]
             digest = str(known[-1])
             if digest in self._known.contents:
                 self._current.files[image.name] = known
@@ -89,6 +95,11 @@ class ImageIndex:
         if started_ns - image.signature[2] > _RACY_NS:
             self._current.files[image.name] = [*image.signature, digest]
         return self._info_of(digest, lambda: self._known.contents.get(digest) or _inspected(data))
+
+    def knows(self, image: FoundFile) -> bool:
+        """Whether an image is looked up without reading it."""
+        known = self._known.files.get(image.name)
+        return known is not None and known[:-1] == list(image.signature)
 
     def mark_damaged(self, damaged: Mapping[str, str]) -> None:
         """Remember which of the images looked up have damaged pixels; digest -> reason."""

@@ -69,7 +69,7 @@ def plan_dataset(
     report_files(config, scan, reader)
     skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
     usable: list[tuple[FoundFile, ImageInfo, Size]] = []
-    for file in _candidates(config, scan, seed):
+    for file in candidates(config, scan, seed):
         info = index.info(file)
         reason = reader.unusable(file) or _size_problem(info.size, config)
         if info.size is None or reason is not None:
@@ -170,7 +170,7 @@ def _left_out(config: DatasetConfig, scan: Scan) -> list[SkippedImage]:
     return [SkippedImage(config.id, printable(name), reason) for name, reason in reasons]
 
 
-def _candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFile]:
+def candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFile]:
     """The images in the order of inspection: random if max_num_samples is set."""
     if config.max_num_samples is None:
         return scan.images

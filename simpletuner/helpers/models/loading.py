@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.io.safetensors_file import read_header
 from simpletuner.helpers.models import hub
 from simpletuner.helpers.models.single_file import (
     SUFFIX,
@@ -30,6 +32,7 @@ from simpletuner.helpers.models.single_file import (
     hash_file,
     load_single_file,
 )
+from simpletuner.helpers.models.weights_on_disk import own_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +99,16 @@ class Component:
     """Commit of the repository; None for a local folder."""
     single_file: SingleFile | None = None
     """File with the weights; None: they are in the folder."""
+
+    def num_weights(self) -> int:
+        """Number of values in its weight files, from their headers.
+
+        Raises:
+            ModelError: A file is no safetensors file.
+        """
+        headers = [read_header(file, error=ModelError) for file in self.files if file.suffix == SUFFIX]
+        prefix = "" if self.single_file is None else self.single_file.prefix
+        return sum(math.prod(shape) for header in headers for shape in own_shapes(header, prefix=prefix))
 
     def identity(self) -> str:
         """Text that changes with the component's content: the commit, or a hash of all files."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -38,6 +37,7 @@ from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
@@ -47,7 +47,9 @@ from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FI
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
-from simpletuner.helpers.models.registry import load_family
+from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
+from simpletuner.helpers.models.registry import load_family, specs
+from simpletuner.helpers.models.weights_on_disk import num_denoiser_weights
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
 from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
@@ -57,11 +59,13 @@ from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import fill_caches
+from simpletuner.helpers.training.device import device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
+from simpletuner.helpers.training.plan import rank_line, warnings_of
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 
@@ -97,7 +101,7 @@ class RunContext:
     @property
     def max_steps(self) -> int:
         """Optimiser steps of the whole run; less data is left once damaged images were found."""
-        return planned_steps(self.config, batches_per_epoch=self.data.batches_per_epoch)
+        return self.config.training.planned_steps(batches_per_epoch=self.data.batches_per_epoch)
 
     @property
     def step(self) -> int:
@@ -121,6 +125,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         finished = finished_run(context)
         if finished is not None:
             return finished
+        report_plan(context)
         trackers = build_run_trackers(context)
         prompts = expand_prompts(config.validation, seed=config.training.seed)
         fill_caches(
@@ -139,6 +144,10 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     check_packages(config)
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
+    device = accelerator.device
+    refuse_cpu(
+        config, device, num_weights=num_denoiser_weights(config.model, specs()[config.model.model_family])
+    )
     preemption = resources.enter_context(Preemption())
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
@@ -147,6 +156,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
+    refuse_cpu(config, device, num_weights=family.components.denoiser.num_weights())
     watch = build_watch(config, accelerator, preemption)
     data = build_data(config, family=family, accelerator=accelerator, watch=watch)
     return RunContext(
@@ -157,6 +167,24 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
         family=family,
         data=data,
     )
+
+
+def report_plan(context: RunContext) -> None:
+    """Log the device, the expected mean active rank, and what a person may not have meant."""
+    config, family = context.config, context.family
+    name, precision = device_name(context.accelerator.device), config.precision.mixed_precision
+    logger.info("Device: %s; mixed_precision %s.", name, precision)
+    mean_rank = expected_mean_rank(
+        config,
+        family.spec,
+        scheduler=family.components.scheduler.config,
+        size=training_size(config.data, family.spec),
+    )
+    if mean_rank is not None and config.lycoris is not None:
+        level = logging.WARNING if is_low(mean_rank, config.lycoris) else logging.INFO
+        logger.log(level, "T-LoRA: %s.", rank_line(mean_rank, config))
+    for text in warnings_of(config, family.spec, batches=context.data.batches_per_epoch):
+        logger.warning("%s", text)
 
 
 def finished_run(context: RunContext) -> FinishedRun | None:
@@ -445,14 +473,6 @@ def ddp_ignore_frozen(denoiser: nn.Module) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         denoiser, frozen
     )
-
-
-def planned_steps(config: RunConfig, *, batches_per_epoch: int) -> int:
-    """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
-    if config.training.max_train_steps is not None:
-        return config.training.max_train_steps
-    micro_steps = config.training.num_train_epochs * batches_per_epoch
-    return math.ceil(micro_steps / config.training.gradient_accumulation_steps)
 
 
 def resume(state: RunState, checkpoint: Checkpoint) -> None:

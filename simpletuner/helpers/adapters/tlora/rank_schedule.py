@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files hold the position.
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive", "cosine", "linear")
@@ -132,8 +133,8 @@ class RankSchedule:
 
     def rows(self, ranks: Sequence[int]) -> Tensor:
         """[B, R] float32 on the CPU: the first `ranks[b]` entries of row b are their gain, the others 0."""
-        gains = torch.tensor([self.gain_at(rank) for rank in ranks])
-        return rank_rows(ranks, max_rank=self.max_rank) * gains[:, None]
+        rows = rank_rows(ranks, max_rank=self.max_rank)
+        return rows * rows.new_tensor([self.gain_at(rank) for rank in ranks])[:, None]
 
     def config(self) -> dict[str, int | float | str]:
         """The schedule under the keys of `_tlora_config` and adapter files."""
@@ -167,4 +168,6 @@ class RankSchedule:
 
 def rank_rows(ranks: Sequence[int], *, max_rank: int) -> Tensor:
     """[B, R] float32 whose row b starts with `ranks[b]` ones."""
+    import torch  # here, because the forecast of a run needs the ranks without torch
+
     return (torch.arange(max_rank) < torch.tensor(ranks)[:, None]).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -221,6 +222,8 @@ class PrecisionConfig(Section):
     """block_level: a group is some neighbouring blocks; leaf_level: a group is one layer."""
     group_offload_blocks_per_group: Count = 1
     """Blocks per group with block_level."""
+    allow_cpu: bool = False
+    """Train a denoiser of more than 300 million weights without a GPU, which takes days."""
     vae_batch_size: Count = 1
     """Images encoded at a time; above 1, the last bits of latents depend on it."""
     vae_enable_tiling: bool = False
@@ -299,6 +302,12 @@ class TrainingConfig(Section):
     """norm: clip by global norm; value: clip each element."""
     loss_type: Annotated[str, OneOf(LOSSES), BeforeValidator(_loss)] = "l2"
     """Loss of the prediction."""
+
+    def planned_steps(self, *, batches_per_epoch: int) -> int:
+        """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
+        if self.max_train_steps is not None:
+            return self.max_train_steps
+        return math.ceil(self.num_train_epochs * batches_per_epoch / self.gradient_accumulation_steps)
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:
@@ -381,6 +390,10 @@ class DataConfig(Section):
     loader_timeout_seconds: NonNegativeNumber = 300.0
     """Seconds after which a run ends that waits for one batch of its loader, as on a network folder that does
     not answer; 0 waits for ever."""
+
+    def latents_folder(self, dataset: DatasetConfig) -> Path:
+        """Folder of a dataset's cached latents."""
+        return dataset.cache_dir_vae or self.cache_dir_vae / dataset.id
 
     def alignment(self, family_alignment: int) -> int:
         """Pixels of which training width and height are multiples; the family's by default."""

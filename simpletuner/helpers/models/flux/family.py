@@ -27,7 +27,6 @@ from simpletuner.helpers.models.flow_matching import (
     distribution_of,
     draw_guidance,
     sampling_sigmas,
-    shift_at,
     timestep_input,
     unshifted_sampler,
 )
@@ -36,6 +35,7 @@ from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxIn
 from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
 from simpletuner.helpers.models.loading import quiet
+from simpletuner.helpers.models.shift import shift_by_tokens, static_shift
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ class Flux(ModelFamily):
         }
 
     def _shift(self, *, num_tokens: int) -> float:
-        return shift_at(self.noise, self.components.scheduler.config, num_tokens=num_tokens)
+        scheduler = self.components.scheduler.config
+        fixed = static_shift(self.noise, scheduler)
+        return shift_by_tokens(scheduler, num_tokens) if fixed is None else fixed
 
     def _attention_arguments(self, text: TextEmbeds, *, num_tokens: int) -> dict[str, Any]:
         """Attention mask without padding tokens, if the configuration wants it."""

@@ -15,6 +15,7 @@ from simpletuner.helpers.models.key_groups import (
     unreadable_single_file,
     unused_guidance_keys,
 )
+from simpletuner.helpers.models.shift import shift_by_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,4 +94,6 @@ SPEC = ModelSpec(
         ),
     },
     original_name=original_name,
+    dynamic_shift=shift_by_tokens,
+    num_weights=dict.fromkeys(FLAVOURS, 11_900_000_000),
 )

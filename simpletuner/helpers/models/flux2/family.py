@@ -26,7 +26,6 @@ from simpletuner.helpers.models.flow_matching import (
     distribution_of,
     draw_guidance,
     sampling_sigmas,
-    static_shift,
     timestep_input,
     unshifted_sampler,
 )
@@ -38,8 +37,9 @@ from simpletuner.helpers.models.flux2.latents import (
     from_tokens,
     to_tokens,
 )
-from simpletuner.helpers.models.flux2.spec import SPEC
+from simpletuner.helpers.models.flux2.spec import SHIFT_STEPS, SPEC
 from simpletuner.helpers.models.loading import quiet
+from simpletuner.helpers.models.shift import static_shift
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 512
 """Tokens of a prompt in its chat template, after padding and truncation."""
-SHIFT_STEPS = 50
-"""Number of steps for Flux.2's step-dependent shift; training has none, so it uses the pipeline default."""
 
 
 class Flux2(ModelFamily):

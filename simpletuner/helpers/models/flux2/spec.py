@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from simpletuner.helpers.contracts import ModelSpec, TargetAlias
@@ -22,8 +23,24 @@ FLAVOURS: Mapping[str, Flavour] = {
     "klein-4b": Flavour("black-forest-labs/FLUX.2-klein-4B", has_guidance=False),
     "klein-9b": Flavour("black-forest-labs/FLUX.2-klein-9B", has_guidance=False),
 }
+SHIFT_STEPS = 50
+"""Number of steps for Flux.2's step-dependent shift; training has none, so it uses the pipeline default."""
+MOST_FITTED_TOKENS = 4300
 MOST_SINGLE_BLOCKS = 48
 """Single blocks of dev; Klein has 20 and 24."""
+
+
+def empirical_shift(_scheduler: Mapping[str, object], num_tokens: int) -> float:
+    """Shift for images of num_tokens at SHIFT_STEPS steps: mu is linear in tokens, and between fits in steps.
+
+    Source: the constants of diffusers' Flux.2 pipelines, fitted at 10 and at 200 steps.
+    """
+    at_200_steps = 0.00016927 * num_tokens + 0.45666666
+    if num_tokens > MOST_FITTED_TOKENS:
+        return math.exp(at_200_steps)
+    at_10_steps = 8.73809524e-05 * num_tokens + 1.89833333
+    share = (SHIFT_STEPS - 10) / 190
+    return math.exp(at_10_steps + share * (at_200_steps - at_10_steps))
 
 
 def problems(values: Mapping[str, object]) -> Mapping[str, str]:
@@ -59,4 +76,9 @@ SPEC = ModelSpec(
         "FeedForward": TargetAlias(modules=("Flux2FeedForward",)),
     },
     original_name=original_name,
+    dynamic_shift=empirical_shift,
+    num_weights={
+        name: 32_200_000_000 if name == "dev" else 3_900_000_000 if name.endswith("4b") else 9_100_000_000
+        for name in FLAVOURS
+    },
 )

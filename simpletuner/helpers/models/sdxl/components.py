@@ -21,6 +21,7 @@ from simpletuner.helpers.models.diffusion import DiffusionPrediction
 from simpletuner.helpers.models.loading import Component, ModelSource, find_component, find_in_file
 from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.single_file import names_in
+from simpletuner.helpers.models.weights_on_disk import VELOCITY_MARKER, ZERO_SNR_MARKER
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ModelConfig
@@ -31,8 +32,6 @@ TEXT_ENCODER_PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.",
 }
 """Prefixes of their tensors in a single file of the original layout."""
-VELOCITY_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
-"""Names of empty tensors in such a file: v-prediction, and a schedule with zero terminal SNR."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

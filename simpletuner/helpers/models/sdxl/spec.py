@@ -26,4 +26,5 @@ SPEC = ModelSpec(
         "FeedForward": TargetAlias(modules=("FeedForward",)),
     },
     original_name=original_name,
+    num_weights=dict.fromkeys(("base-1.0", "base-0.9", "turbo"), 2_600_000_000),
 )

@@ -1,0 +1,130 @@
+"""What a dataset will give to training, from its file names and image headers. Imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.buckets import place
+from simpletuner.helpers.data.captions import CaptionReader, caption_reader, strategy_of
+from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.planning import bucket_of, candidates
+from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.names import printable
+
+MOST_HEADERS = 2000
+LONGEST_S = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetPreview:
+    """The images of one dataset, as far as they were read."""
+
+    config: DatasetConfig
+    num_images: int
+    """Files that have an image's name, or max_num_samples of them."""
+    num_read: int
+    """Files of which the header was read."""
+    buckets: Counter[Size]
+    """Size -> number of the images read."""
+    enlarged: tuple[str, ...]
+    """Names of the images read that are smaller than their bucket."""
+    problems: tuple[str, ...]
+    """One sentence for each image read that cannot be used, and each caption."""
+    captions: str
+    """Source of the captions."""
+    num_uncaptioned: int
+    example: tuple[str, str] | None
+    """Name and caption of an image."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every image was read."""
+        return self.num_read == self.num_images
+
+
+def preview(
+    config: DatasetConfig, data: DataConfig, *, alignment: int, seed: int, reads_all: bool
+) -> DatasetPreview:
+    """Read the headers of a dataset's images: 2,000 at most and for 2 s at most, beside those in the index.
+
+    Args:
+        config: The dataset.
+        data: The run's defaults.
+        alignment: Width and height of buckets are multiples of this; pixels.
+        seed: Selects the images if max_num_samples is set.
+        reads_all: Read every image.
+
+    Raises:
+        DataError: The folder cannot be read.
+    """
+    scan = scan_folder(config.instance_data_dir)
+    reader = caption_reader(config, scan)
+    index = ImageIndex(index_file(data.latents_folder(config), config))
+    found = list(islice(candidates(config, scan, seed), config.max_num_samples))
+    buckets: Counter[Size] = Counter()
+    enlarged: list[str] = []
+    problems = [f"{name}: {reason}" for name, reason in scan.skipped] + reader.conflicts()
+    usable: list[FoundFile] = []
+    num_read = 0
+    for file in found if reads_all else _within_limits(found, index):
+        num_read += 1
+        info = index.info(file)
+        reason = info.problem or reader.unusable(file)
+        if info.size is None or reason is not None:
+            problems.append(f"{printable(file.name)}: {reason}")
+            continue
+        usable.append(file)
+        bucket = bucket_of(
+            info.size, config, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
+        )
+        buckets[bucket] += 1
+        resized = place(info.size, bucket, style="center", rng=Random(0)).resized_px
+        if resized.width > info.size.width or resized.height > info.size.height:
+            enlarged.append(printable(file.name))
+    captions = _captions(reader, usable, problems)
+    example = next(((name, text) for name, text in captions if text), None)
+    return DatasetPreview(
+        config=config,
+        num_images=len(found),
+        num_read=num_read,
+        buckets=buckets,
+        enlarged=tuple(enlarged),
+        problems=tuple(problems),
+        captions=_source(config, scan),
+        num_uncaptioned=sum(not text for _, text in captions),
+        example=example,
+    )
+
+
+def _within_limits(files: list[FoundFile], index: ImageIndex) -> Iterator[FoundFile]:
+    started_s, num_unknown = time.monotonic(), 0
+    for file in files:
+        num_unknown += not index.knows(file)
+        if num_unknown > MOST_HEADERS or time.monotonic() - started_s > LONGEST_S:
+            return
+        yield file
+
+
+def _captions(reader: CaptionReader, files: list[FoundFile], problems: list[str]) -> list[tuple[str, str]]:
+    """Name and first caption of each image; notes the captions that cannot be used."""
+    captions: list[tuple[str, str]] = []
+    for file in files:
+        try:
+            captions.append((printable(file.name), reader.read(file).texts[0]))
+        except DataError as error:
+            problems.append(str(error))
+    return captions
+
+
+def _source(config: DatasetConfig, scan: Scan) -> str:
+    chosen = config.caption_strategy is None and not config.only_instance_prompt
+    return f"{strategy_of(config, scan)}{', as caption_strategy is not set' if chosen else ''}"

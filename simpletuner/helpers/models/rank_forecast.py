@@ -1,0 +1,96 @@
+"""The mean active rank that a T-LoRA run will train with. Imports no torch.
+
+It follows from rank schedule, noise levels and their shift, in plain floats on 2,000 points.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+from simpletuner.helpers.adapters.tlora.rank_schedule import active_rank
+from simpletuner.helpers.models.shift import static_shift
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+    from simpletuner.helpers.configuration.schema.sections import NoiseConfig, RunConfig
+    from simpletuner.helpers.contracts import ModelSpec, Size
+
+NUM_POINTS = 2000
+TOKEN_EDGE_PX = 16
+LOW_SHARE = 0.25
+"""Below this share of the rank most of the adapter is idle in most steps."""
+
+
+def expected_mean_rank(
+    config: RunConfig, spec: ModelSpec, *, scheduler: Mapping[str, object] | None, size: Size
+) -> float | None:
+    """Mean active rank over training; None without a rank schedule, or while the shift is unknown.
+
+    Args:
+        config: The run.
+        spec: Its family.
+        scheduler: Configuration of the model's scheduler; None if it is not on this machine.
+        size: Size of the training images, on which a dynamic shift depends.
+    """
+    lycoris = config.lycoris
+    if lycoris is None or lycoris.algo != "tlora":
+        return None
+    num_timesteps = spec.num_train_timesteps
+    if "flow_matching" not in spec.prediction_types:
+        return _mean_rank(lycoris, dict.fromkeys(range(num_timesteps), 1.0), num_timesteps)
+    shift = _shift(config.noise, spec, scheduler=scheduler, size=size)
+    if shift is None:
+        return None
+    weights: dict[int, float] = {}
+    for sigma, weight in sigma_weights(config.noise):
+        timestep = int(num_timesteps * shift * sigma / (1 + (shift - 1) * sigma))
+        weights[timestep] = weights.get(timestep, 0.0) + weight
+    return _mean_rank(lycoris, weights, num_timesteps)
+
+
+def is_low(mean_rank: float, lycoris: LycorisConfig) -> bool:
+    """Whether most of the ranks are idle in most steps."""
+    return mean_rank < LOW_SHARE * lycoris.linear_dim
+
+
+def sigma_weights(noise: NoiseConfig) -> list[tuple[float, float]]:
+    """(sigma, weight) of NUM_POINTS points of the configured distribution, before the shift."""
+    shares = [(index + 0.5) / NUM_POINTS for index in range(NUM_POINTS)]
+    if noise.flow_use_uniform_schedule:
+        return [(share, 1.0) for share in shares]
+    if noise.flow_use_beta_schedule:
+        a, b = noise.flow_beta_schedule_alpha - 1, noise.flow_beta_schedule_beta - 1
+        return [(share, share**a * (1 - share) ** b) for share in shares]
+    normal = NormalDist()
+    return [(1 / (1 + math.exp(-noise.flow_sigmoid_scale * normal.inv_cdf(share))), 1.0) for share in shares]
+
+
+def _mean_rank(lycoris: LycorisConfig, weights: Mapping[int, float], num_timesteps: int) -> float:
+    ranks = {
+        timestep: active_rank(
+            timestep,
+            max_rank=lycoris.linear_dim,
+            min_rank=lycoris.tlora_min_rank,
+            alpha=lycoris.tlora_alpha,
+            num_timesteps=num_timesteps,
+            inclusive=lycoris.tlora_schedule == "inclusive",
+        )
+        for timestep in weights
+    }
+    return sum(ranks[each] * weight for each, weight in weights.items()) / sum(weights.values())
+
+
+def _shift(
+    noise: NoiseConfig, spec: ModelSpec, *, scheduler: Mapping[str, object] | None, size: Size
+) -> float | None:
+    if scheduler is None and (noise.flow_schedule_auto_shift or noise.flow_schedule_shift is None):
+        return None
+    fixed = static_shift(noise, scheduler or {})
+    if fixed is not None:
+        return fixed
+    assert spec.dynamic_shift is not None, "a family of flow matching has a dynamic shift"
+    num_tokens = size.height * size.width // TOKEN_EDGE_PX**2
+    return spec.dynamic_shift(scheduler or {}, num_tokens)

@@ -1,0 +1,252 @@
+"""What a run will do, as `validate` prints it, and what a person may want to change. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import simpletuner
+from simpletuner.helpers.configuration.loading.rules import training_size
+from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.preview import DatasetPreview, preview
+from simpletuner.helpers.data.sampler import Bucket, Sampler
+from simpletuner.helpers.data.scan_report import listed, shown
+from simpletuner.helpers.errors import MissingDependencyError
+from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    COMFYUI_FILE,
+    METRICS_FILE,
+    PAGE_FILE,
+    TENSORBOARD_FOLDER,
+)
+from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
+from simpletuner.helpers.models.weights_on_disk import (
+    VELOCITY_MARKER,
+    ZERO_SNR_MARKER,
+    markers,
+    num_denoiser_weights,
+    scheduler_config,
+)
+from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, has_gpu
+from simpletuner.helpers.training.packages import check_packages
+
+DEMO = Path(simpletuner.__file__).parent / "demo"
+EXAMPLE_SUBJECT = "sks cat"
+FEWEST_TLORA_STEPS = 100
+_SHOWN_BUCKETS = 6
+
+
+def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -> Iterator[str]:
+    """Lines on model, adapter, data, steps, images and files of a run, then one line for each warning.
+
+    Args:
+        config: The run.
+        spec: Its family.
+        reads_all: Read the headers of all images, not of the first 2,000.
+
+    Raises:
+        DataError: A dataset's folder cannot be read.
+        ModelError: A local model's file is no safetensors file.
+    """
+    previews = [
+        preview(
+            dataset,
+            config.data,
+            alignment=config.data.alignment(spec.pixel_alignment),
+            seed=config.training.seed,
+            reads_all=reads_all,
+        )
+        for dataset in config.datasets
+        if dataset.dataset_type == "image"
+    ]
+    batches = batches_per_epoch(config, previews)
+    rows = [("model", _model(config, spec)), ("adapter", _adapter(config, spec))]
+    for each in previews:
+        rows += _dataset(each)
+    rows += [
+        ("steps", _steps(config, previews, batches=batches)),
+        ("validation", _validation(config, batches=batches)),
+        ("writes", _written(config)),
+    ]
+    yield from (f"  {name:<12}{text}" for name, text in rows)
+    problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
+    for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
+        yield f"  warning     {text}"
+
+
+def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:
+    """Batches of one process in an epoch, in proportion to the images that were read; 0 without images."""
+    buckets = [
+        Bucket(str(size), number, max(1, round(number * factor)))
+        for each in previews
+        for factor in [
+            (each.config.repeats + 1) * each.config.probability * each.num_images / max(1, each.num_read)
+        ]
+        for size, number in each.buckets.items()
+    ]
+    if not buckets:
+        return 0
+    size = config.training.train_batch_size
+    return Sampler(buckets, seed=config.training.seed, batch_size=size).batches_per_epoch
+
+
+def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
+    """What a person may not have meant, from the configuration and the number of batches in an epoch."""
+    steps = config.training.planned_steps(batches_per_epoch=batches)
+    found = [*_examples_own(config), *_prediction(config)]
+    if (
+        config.training.max_train_steps is None
+        and config.algorithm.name == "tlora"
+        and steps < FEWEST_TLORA_STEPS
+    ):
+        found.append(
+            f"max_train_steps is not set, so the run takes {counted(steps, 'step')}. T-LoRA on few images "
+            "takes several hundred: set it, for instance to 800."
+        )
+    warm_up = config.optimizer.lr_warmup_steps
+    if warm_up > steps:
+        found.append(
+            f"lr_warmup_steps {warm_up} is above the {counted(steps, 'step')} of the run, which so never "
+            "reaches learning_rate. Lower it."
+        )
+    return found
+
+
+def rank_line(mean_rank: float, config: RunConfig) -> str:
+    """The expected mean active rank, with advice if it is low."""
+    assert config.lycoris is not None, "only T-LoRA has a rank schedule"
+    text = f"expected mean active rank {mean_rank:.1f} of {config.lycoris.linear_dim}"
+    if not is_low(mean_rank, config.lycoris):
+        return text
+    return f"{text}, under a quarter: raise tlora_min_rank, or lower tlora_alpha or the noise levels' shift"
+
+
+def _only_before(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
+    """What the run itself refuses or measures."""
+    try:
+        check_packages(config)
+    except MissingDependencyError as error:
+        yield str(error)
+    weights = num_denoiser_weights(config.model, spec)
+    if weights is not None and weights > LARGEST_ON_CPU and not config.precision.allow_cpu and not has_gpu():
+        yield (
+            f"no GPU was found, and this denoiser has {billions(weights)} weights: the run ends at its start "
+            "unless allow_cpu is true."
+        )
+
+
+def _examples_own(config: RunConfig) -> Iterator[str]:
+    if Path(config.model.pretrained_model_name_or_path).is_relative_to(DEMO):
+        return
+    for dataset in config.datasets:
+        if dataset.instance_data_dir.is_relative_to(DEMO):
+            yield f"instance_data_dir of dataset {dataset.id} is still the example's. Set your folder."
+        elif EXAMPLE_SUBJECT in (dataset.instance_prompt or ""):
+            yield f"instance_prompt of dataset {dataset.id} is still the example's. Name your subject."
+    if any(EXAMPLE_SUBJECT in prompt.text for prompt in config.validation.prompts):
+        yield "validation_prompt is still the example's. Name your subject."
+
+
+def _prediction(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    found, scheduler = markers(model), scheduler_config(model) or {}
+    if model.prediction_type == "epsilon" and VELOCITY_MARKER in found:
+        yield (
+            "prediction_type is epsilon, but the file is marked v_pred, a model that predicts v. Remove "
+            "prediction_type."
+        )
+    is_velocity = VELOCITY_MARKER in found or scheduler.get("prediction_type") == "v_prediction"
+    prediction = model.prediction_type or ("v_prediction" if is_velocity else "epsilon")
+    is_zero_snr = (
+        model.rescale_betas_zero_snr
+        or ZERO_SNR_MARKER in found
+        or scheduler.get("rescale_betas_zero_snr") is True
+    )
+    if is_zero_snr and prediction == "epsilon":
+        yield (
+            "the noise schedule ends at an SNR of zero, where epsilon says nothing of the image. Such models "
+            "predict v: set prediction_type to v_prediction, or rescale_betas_zero_snr to false."
+        )
+
+
+def _model(config: RunConfig, spec: ModelSpec) -> str:
+    weights = num_denoiser_weights(config.model, spec)
+    size = "" if weights is None else f", denoiser of {billions(weights)} weights"
+    precision = config.precision
+    formats = f"{precision.mixed_precision}, base {precision.base_model_precision}"
+    return f"{spec.name}, {config.model.pretrained_model_name_or_path}{size}; {formats}"
+
+
+def _adapter(config: RunConfig, spec: ModelSpec) -> str:
+    lycoris, title = config.lycoris, config.algorithm.title
+    if lycoris is None:
+        return f"{title}, rank {config.adapter.lora_rank}"
+    mean = expected_mean_rank(
+        config, spec, scheduler=scheduler_config(config.model), size=training_size(config.data, spec)
+    )
+    if config.algorithm.name != "tlora":
+        return f"{title}, rank {lycoris.linear_dim}"
+    forecast = (
+        rank_line(mean, config)
+        if mean is not None
+        else "the model's scheduler decides the expected mean active rank; the start of the run names it"
+    )
+    return f"{title}, rank {lycoris.linear_dim}, {lycoris.tlora_min_rank} at the highest noise; {forecast}"
+
+
+def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
+    config = each.config
+    part = "" if each.is_whole else f" (of the first {each.num_read:,})"
+    sizes = [f"{size}: {number:,}" for size, number in sorted(each.buckets.items())]
+    more = f" and {len(sizes) - _SHOWN_BUCKETS} more" if len(sizes) > _SHOWN_BUCKETS else ""
+    crop = f"crop {config.crop_aspect}, {config.crop_style}" if config.crop else "no crop"
+    grown = (
+        f"{counted(len(each.enlarged), 'is', 'are')} enlarged: {listed(each.enlarged)}"
+        if each.enlarged
+        else "none is enlarged"
+    )
+    folder, buckets = printable(str(config.instance_data_dir)), ", ".join(sizes[:_SHOWN_BUCKETS])
+    yield "images", f"{config.id}: {counted(each.num_images, 'image')} in {folder}"
+    yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
+    captioned = sum(each.buckets.values()) - each.num_uncaptioned
+    example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
+    number = f"{counted(captioned, 'image has one', 'images have one')}{part}"
+    yield "captions", f"{config.id}: {each.captions}; {number}{example}"
+
+
+def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, batches: int) -> str:
+    training = config.training
+    steps = training.planned_steps(batches_per_epoch=batches)
+    about = "" if all(each.is_whole for each in previews) else "about "
+    per_step = training.train_batch_size * training.gradient_accumulation_steps
+    epochs = steps * training.gradient_accumulation_steps / batches if batches else 0
+    passes = f"{about}{f'{epochs:,.1f}'.removesuffix('.0')} epochs of {counted(batches, 'batch', 'batches')}"
+    return f"{counted(steps, 'step')} of {counted(per_step, 'image')} on each process; {passes}"
+
+
+def _validation(config: RunConfig, *, batches: int) -> str:
+    validation = config.validation
+    steps = config.training.planned_steps(batches_per_epoch=batches)
+    sizes = validation.validation_resolution
+    number = len(validation.prompts) * len(sizes) * validation.num_validation_images
+    if validation.validation_disable or not number:
+        return "no images"
+    every = validation.validation_step_interval
+    times = (steps - 1) // every if every else 0
+    when = f"every {counted(every, 'step')} and at the end" if times else "at the end"
+    return f"{counted(number, 'image')} of {', '.join(map(str, sizes))} {when}"
+
+
+def _written(config: RunConfig) -> str:
+    every = config.checkpoint.checkpoint_step_interval
+    files = [
+        ADAPTER_FILE,
+        *([COMFYUI_FILE] if config.adapter.lora_format == "comfyui" else []),
+        f"checkpoints every {counted(every, 'step')}" if every else "a checkpoint at the end",
+        METRICS_FILE,
+        PAGE_FILE,
+        *(TENSORBOARD_FOLDER if name == "tensorboard" else name for name in config.tracking.report_to),
+    ]
+    return f"{printable(str(config.checkpoint.output_dir))}: {', '.join(files)}"

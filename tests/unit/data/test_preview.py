@@ -1,0 +1,82 @@
+"""What a dataset will give to training, from headers alone and within limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data import preview as module
+from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.preview import DatasetPreview, preview
+from simpletuner.helpers.data.sources import scan_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images, one of them small, and one damaged."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name, size in (("a", (640, 320)), ("b", (64, 64)), ("c", (320, 640))):
+        Image.new("RGB", size).save(images / f"{name}.png")
+    (images / "a.txt").write_text("a wide one")
+    (images / "d.png").write_bytes(b"no image")
+    return images
+
+
+def look(folder: Path, *, reads_all: bool = False, **keys: Any) -> DatasetPreview:
+    config = DatasetConfig(id="x", instance_data_dir=folder, resolution=256.0, **keys)
+    data = DataConfig(cache_dir_vae=folder.parent / "cache")
+    return preview(config, data, alignment=64, seed=1, reads_all=reads_all)
+
+
+def test_images_buckets_enlargement_captions_and_damage_are_counted(folder: Path) -> None:
+    found = look(folder)
+    assert (found.num_images, found.num_read, found.is_whole) == (4, 4, True)
+    assert found.buckets == {Size(192, 384): 1, Size(256, 256): 1, Size(384, 192): 1}
+    assert found.enlarged == ("b.png",)
+    assert [problem.partition(":")[0] for problem in found.problems] == ["d.png"]
+    assert found.num_uncaptioned == 2
+    assert found.example == ("a.png", "a wide one")
+    assert "textfile" in found.captions
+    assert "not set" in found.captions
+    assert not (folder.parent / "cache").exists(), "a preview writes nothing"
+
+
+def test_a_given_source_of_captions_is_named_alone(folder: Path) -> None:
+    found = look(folder, caption_strategy="filename")
+    assert found.captions == "filename"
+    assert found.num_uncaptioned == 0
+
+
+def test_only_some_headers_are_read_unless_all_are_wanted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_HEADERS", 2)
+    assert (look(folder).num_read, look(folder).is_whole) == (2, False)
+    assert look(folder, reads_all=True).is_whole
+
+
+def test_the_time_is_bounded_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_S", -1.0)
+    assert look(folder).num_read == 0
+
+
+def test_images_in_the_index_are_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.index._RACY_NS", -1)
+    config = DatasetConfig(id="x", instance_data_dir=folder, resolution=256.0)
+    index = ImageIndex(index_file(folder.parent / "cache" / "x", config))
+    for file in scan_folder(folder).images:
+        index.info(file)
+    index.save()
+    monkeypatch.setattr(module, "MOST_HEADERS", 0)
+    assert look(folder).is_whole
+
+
+def test_max_num_samples_bounds_the_images(folder: Path) -> None:
+    assert look(folder, max_num_samples=2).num_images == 2

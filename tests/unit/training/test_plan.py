@@ -1,0 +1,177 @@
+"""What validate prints of a run, and what it warns of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+
+from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models import registry
+from simpletuner.helpers.training import device, plan
+from simpletuner.helpers.training.device import LARGEST_ON_CPU, device_name, refuse_cpu
+from simpletuner.helpers.training.plan import plan_lines
+
+TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three images of one size."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in "abc":
+        Image.new("RGB", (128, 128)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(f"caption {name}")
+    return tmp_path
+
+
+def run_of(folder: Path, *, lycoris: dict[str, Any] | None = None, **keys: Any) -> RunConfig:
+    values = {
+        "model_family": "sdxl",
+        "pretrained_model_name_or_path": "simpletuner/demo/sdxl",
+        "lora_type": "lycoris",
+        "lycoris_config": TLORA | (lycoris or {}),
+        "data_backend_config": [{"id": "mine", "instance_data_dir": str(folder / "images")}],
+        "output_dir": str(folder / "output"),
+        "cache_dir_vae": str(folder / "cache"),
+        "resolution": 64,
+        "aspect_bucket_alignment": 8,
+        "max_train_steps": 120,
+        **keys,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    return load_config(folder / "config.json", families=registry.specs())
+
+
+def lines(config: RunConfig) -> str:
+    return "\n".join(plan_lines(config, registry.specs()[config.model.model_family]))
+
+
+def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
+    config = run_of(
+        folder,
+        train_batch_size=2,
+        validation_prompt="a dog",
+        validation_resolution="64,64x128",
+        validation_step_interval=50,
+        report_to="tensorboard",
+        lora_format="comfyui",
+    )
+    text = lines(config)
+    for part in (
+        "5 million weights",
+        "T-LoRA, rank 8",
+        "expected mean active rank 4.0 of 8",
+        "mine: 3 images",
+        "no crop; 1 bucket: 64x64: 3; none is enlarged",
+        "3 images have one, for instance a.png: 'caption a'",
+        "120 steps of 2 images",
+        "60 epochs of 2 batches",
+        "2 images of 64x64, 64x128 every 50 steps and at the end",
+        "pytorch_lora_weights_comfyui.safetensors",
+        "tensorboard",
+        str(folder / "output"),
+    ):
+        assert part in text
+    assert "warning" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "warning"),
+    [
+        ({"max_train_steps": None}, "max_train_steps is not set"),
+        ({"lr_warmup_steps": 121}, "lr_warmup_steps 121"),
+        ({"lycoris": {"tlora_alpha": 9.0}}, "under a quarter"),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "epsilon"}, "an SNR of zero"),
+    ],
+    ids=str,
+)
+def test_what_a_person_may_not_have_meant_is_a_warning(
+    folder: Path, keys: dict[str, Any], warning: str
+) -> None:
+    assert warning not in lines(run_of(folder))
+    assert warning in lines(run_of(folder, **keys))
+
+
+def test_a_run_of_many_steps_or_without_a_schedule_needs_no_max_train_steps(folder: Path) -> None:
+    assert "not set" not in lines(run_of(folder, max_train_steps=None, num_train_epochs=100)).replace(
+        "caption_strategy is not set", ""
+    )
+    assert "max_train_steps is not set" not in lines(
+        run_of(folder, max_train_steps=None, lora_type="standard")
+    )
+
+
+def test_the_examples_own_images_and_prompt_are_told_on_another_model_than_the_demos(folder: Path) -> None:
+    data = [{"id": "mine", "instance_data_dir": "simpletuner/demo/photo", "instance_prompt": "sks cat"}]
+    keys = {"data_backend_config": data, "validation_prompt": "a photo of sks cat on a beach"}
+    assert "example's" not in lines(run_of(folder, **keys))
+    text = lines(run_of(folder, pretrained_model_name_or_path="somebody/else", **keys))
+    assert "instance_data_dir of dataset mine" in text
+    assert "validation_prompt is still the example's" in text
+
+
+def test_a_single_file_marked_v_pred_contradicts_epsilon(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({"v_pred": np.zeros(0), "ztsnr": np.zeros(0), "model.diffusion_model.x": np.zeros(3)}, file)
+    epsilon = run_of(folder, pretrained_model_name_or_path=str(file), prediction_type="epsilon")
+    assert "marked v_pred" in lines(epsilon)
+    assert "SNR of zero" in lines(epsilon)
+    assert "v_pred" not in lines(run_of(folder, pretrained_model_name_or_path=str(file)))
+
+
+def test_a_missing_package_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.helpers.io.optional.find_spec", lambda _: None)
+    assert "which is not installed" in lines(run_of(folder, report_to="tensorboard"))
+
+
+def test_a_damaged_image_is_told_and_the_valid_ones_counted(folder: Path) -> None:
+    (folder / "images/d.png").write_bytes(b"no image")
+    text = lines(run_of(folder))
+    assert "mine: 4 images" in text
+    assert "d.png" in text
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "allow_cpu", "warns"), [(False, False, True), (True, False, False), (False, True, False)]
+)
+def test_a_large_model_without_a_gpu_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool, allow_cpu: bool, warns: bool
+) -> None:
+    monkeypatch.setattr(plan, "has_gpu", lambda: has_gpu)
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    config = run_of(folder, pretrained_model_name_or_path=base, allow_cpu=allow_cpu)
+    assert ("no GPU was found" in lines(config)) is warns
+
+
+def test_has_gpu_looks_for_the_drivers_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device, "_GPU_FILES", (str(tmp_path / "nvidia0"),))
+    assert not device.has_gpu()
+    (tmp_path / "nvidia0").touch()
+    assert device.has_gpu()
+
+
+def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> None:
+    cpu, large = torch.device("cpu"), LARGEST_ON_CPU + 1
+    with pytest.raises(ConfigError, match=r"allow_cpu to true"):
+        refuse_cpu(run_of(folder), cpu, num_weights=large)
+    refuse_cpu(run_of(folder, allow_cpu=True), cpu, num_weights=large)
+    refuse_cpu(run_of(folder), torch.device("cuda"), num_weights=large)
+    refuse_cpu(run_of(folder), torch.device("mps"), num_weights=large)
+    refuse_cpu(run_of(folder), cpu, num_weights=LARGEST_ON_CPU)
+    refuse_cpu(run_of(folder), cpu, num_weights=None)
+
+
+def test_the_device_is_named_in_words() -> None:
+    assert device_name(torch.device("cpu")).startswith("cpu, ")
+    assert "Mac" in device_name(torch.device("mps"))
