@@ -18,6 +18,7 @@ BY_NAME: dict[str, str] = {
 PUBLIC_CONTRACT = {"_tlora_config", "_tlora_active", "_lycoris_wrapped_network"}
 TORCH_SWITCHES = {"requires_grad", "grad", "data"}
 FOREIGN_ATTRIBUTES: dict[str, str] = {
+    "simpletuner/train.py daemon": "threading.Timer takes it as an attribute only",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
     "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",
