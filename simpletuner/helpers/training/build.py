@@ -57,6 +57,7 @@ from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 from simpletuner.helpers.training.losses import build_loss
+from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -137,6 +138,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     check_packages(config)
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
+    resources.enter_context(naming_lost_processes(accelerator))
     preemption = resources.enter_context(Preemption())
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))

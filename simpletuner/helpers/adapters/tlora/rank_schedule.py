@@ -16,6 +16,8 @@ from torch import Tensor
 from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
 
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive")  # files hold the position
+LARGEST = 2**20
+"""Rank and number of timesteps; a table has an entry for each."""
 
 
 def active_rank(
@@ -62,6 +64,11 @@ class RankSchedule:
         if not 1 <= self.min_rank <= self.max_rank:
             raise ValueError(
                 f"min_rank {self.min_rank} must be in 1..max_rank, and max_rank is {self.max_rank}"
+            )
+        if max(self.max_rank, self.num_timesteps) > LARGEST:
+            raise ValueError(
+                f"max_rank {self.max_rank!s:.20} and num_timesteps {self.num_timesteps!s:.20} must be at "
+                f"most {LARGEST}"
             )
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha {self.alpha} must be a positive number")
