@@ -103,3 +103,4 @@ def test_killed_process_of_two_ends_the_other_with_an_error(tmp_path: Path) -> N
     wait_for_steps(run, 2, process=main)
     other.kill()
     assert main.wait() not in (0, EXIT_PREEMPTED), main.errors()
+    assert re.search(rf"TrainingError: Rank 0 .*rank 1 \(process {other.pid} ", main.errors()), main.errors()

@@ -86,7 +86,7 @@ class Checkpoints:
         self.saved_step = step
         if self.is_main_process:
             path = checkpoint_folder(self.config.output_dir, step)
-            with publish_folder(path) as folder:
+            with publish_folder(path, needed=self.state.num_bytes) as folder:
                 self.state.save(folder)
                 write_json(folder / COMPATIBILITY_FILE, self.compatibility)
                 write_json(folder / CONFIG_FILE, self.resolved)

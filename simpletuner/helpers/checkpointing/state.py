@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, is_dtensor
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
-from simpletuner.helpers.errors import CheckpointError
+from simpletuner.helpers.errors import CheckpointError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
 
@@ -25,6 +27,10 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.checkpointing.progress import Progress
+
+
+# The number of the operating system's error, which safetensors has only in its text.
+_OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -46,11 +52,21 @@ class RunState:
         """Whether the adapter is sharded over the processes (FSDP), so that all of them must save."""
         return any(is_dtensor(parameter) for parameter in self.adapter.parameters())
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensors that `save` writes; those of the adapter are in two files."""
+        adapter = sum(weight.numel() * weight.element_size() for weight in self.adapter.parameters())
+        values = (value for state in self.optimizer.state.values() for value in state.values())
+        return 2 * adapter + sum(
+            value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor)
+        )
+
     def save(self, folder: Path) -> None:
         """Write the state and the adapter file into an existing folder.
 
         Raises:
             CheckpointError: A tensor file cannot be written.
+            OSError: The disk is full.
         """
         tensors, numbers = optimizer_state(self.optimizer)
         _save_tensors(self.adapter.state_dict(), folder / ADAPTER_STATE_FILE)
@@ -79,6 +95,11 @@ class RunState:
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder} cannot be loaded: {type(error).__name__}: {error}. "
+                "Name another checkpoint in resume_from_checkpoint, or move this one away."
+            ) from error
+        except SimpleTunerError as error:
+            raise CheckpointError(
+                f"{folder} cannot be loaded: {error} "
                 "Name another checkpoint in resume_from_checkpoint, or move this one away."
             ) from error
 
@@ -112,7 +133,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
             elif value is not None:
                 numbers.setdefault(str(index), {})[name] = value
     groups = [_adapted(group) for group in state["param_groups"]]
-    return tensors, {"state": numbers, "groups": groups}
+    return tensors, {"state": numbers, "groups": groups, "tensors": sorted(tensors)}
 
 
 def load_optimizer_state(
@@ -121,8 +142,13 @@ def load_optimizer_state(
     """Load what `optimizer_state` returned into an optimiser; its configuration stays.
 
     Raises:
-        CheckpointError: A tensor belongs to no parameter, has another shape, or is not finite.
+        CheckpointError: A tensor is missing, belongs to no parameter, has another shape, or is not finite.
     """
+    missing = sorted({*numbers.get("tensors", ())} - {*tensors})  # earlier versions did not list them
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors of the optimiser state are missing, first {missing[0]}."
+        )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {
         int(index): dict(values) for index, values in numbers["state"].items()
@@ -163,5 +189,10 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(copies, path)
+        # safetensors makes files for their owner alone; the folder has the mode that the umask gives.
+        path.chmod(path.parent.stat().st_mode & 0o666)
     except SafetensorError as error:
+        number = _OS_ERROR.search(str(error))
+        if number is not None:
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
         raise CheckpointError(f"{path} cannot be written: {error}. Earlier checkpoints are kept.") from error

@@ -139,6 +139,8 @@ class Loader:
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
+        if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
+            rules.check_writable(checkpoint, self.source)
         compared_with = self._compared_with(validation)
         if len(self.problems) or spec is None or data.section is None or validation.section is None:
             return None

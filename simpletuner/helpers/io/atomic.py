@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simpletuner.helpers.io.faults import crash_point, storage_error
+from simpletuner.helpers.io.faults import check_space, crash_point, storage_error
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.run_folder import CHECKPOINT_MANIFEST_FILE
 
@@ -75,15 +75,18 @@ def write_json(path: Path, data: Json | Sequence[JsonValue]) -> None:
 
 
 @contextmanager
-def publish_folder(path: Path) -> Iterator[Path]:
+def publish_folder(path: Path, *, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder; on exit it becomes `path`, complete and with a manifest.
 
-    It replaces an existing folder. When the body raises, `path` is unchanged.
+    It replaces an existing folder. When the body raises, `path` is unchanged. `needed` is the number of
+    bytes that the body writes, if the caller knows it.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     partial = path.parent / _partial_name()
+    if needed is not None:
+        check_space(path, needed=needed)
     try:
         partial.mkdir(parents=True)
         try:
@@ -97,7 +100,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
             raise
         crash_point("folder.after_rename")
     except OSError as error:
-        raise storage_error(path, error) from error
+        raise storage_error(path, error, needed=needed) from error
 
 
 def verify_manifest(folder: Path) -> list[str]:

@@ -30,6 +30,16 @@ def storage_error(path: Path, error: OSError, *, needed: int | None = None) -> S
     return StorageError(f"{where}: {error.strerror or error}. Choose another folder, or repair this one.")
 
 
+def check_space(path: Path, *, needed: int) -> None:
+    """Refuse to begin a write of this many bytes when fewer are free.
+
+    Raises:
+        StorageError: The message has both numbers.
+    """
+    if _free_bytes(path) < needed:
+        raise storage_error(path, OSError(errno.ENOSPC, "full"), needed=needed)
+
+
 def _free_bytes(path: Path) -> int:
     folder = path
     while not folder.is_dir():

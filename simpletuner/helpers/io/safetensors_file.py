@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from simpletuner.helpers.errors import SimpleTunerError
 
+MAX_AXES = 8
+"""Of a tensor; torch's layers have at most 5."""
 MAX_HEADER_BYTES = 1 << 24
 """Thirty times the header of a large single-file checkpoint."""
 
@@ -39,7 +42,7 @@ def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple
 
 @contextmanager
 def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[Any]:
-    """Open a safetensors file, after refusing a header that would fill the memory.
+    """Open a safetensors file, after refusing a header that would fill the memory or is ambiguous.
 
     Raises:
         SimpleTunerError: Of the type `error`, also while the file is open: it is damaged or cannot be read.
@@ -52,9 +55,43 @@ def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[A
                 f"{path}: this is no safetensors file: its header claims {header_bytes} bytes, and the limit "
                 f"is {MAX_HEADER_BYTES}. Give the path of a .safetensors file."
             )
+        _check_header(path, header_bytes, error=error)
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as failure:
         raise error(
             f"{path}: not a readable safetensors file: {failure}. Copy or download it again."
         ) from failure
+
+
+def _check_header(path: Path, num_bytes: int, *, error: type[SimpleTunerError]) -> None:
+    """Refuse what the library passes over: a key that stands twice, a tensor of very many axes."""
+    with path.open("rb") as stream:
+        text = stream.read(8 + num_bytes)[8:]
+    try:
+        header = json.loads(text, object_pairs_hook=_refuse_doubled)
+    except _DoubledKeyError as doubled:
+        raise error(
+            f"{path}: its header has the key {doubled} twice. Copy or download it again."
+        ) from doubled
+    except (ValueError, RecursionError):
+        return  # the library has its own message
+    for key, entry in header.items() if isinstance(header, dict) else ():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if isinstance(shape, list) and len(shape) > MAX_AXES:
+            raise error(
+                f"{path}: {key[:80]!a} has {len(shape)} axes; at most {MAX_AXES} are read. It holds no "
+                "weights of a model."
+            )
+
+
+class _DoubledKeyError(Exception):
+    """A JSON object has a key twice."""
+
+
+def _refuse_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise _DoubledKeyError(f"{name[:80]!a}")
+    return found

@@ -62,6 +62,7 @@ from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.device import device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 from simpletuner.helpers.training.losses import build_loss
+from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
 from simpletuner.helpers.training.optimizers import build_optimizer
 from simpletuner.helpers.training.packages import check_packages
@@ -148,6 +149,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     refuse_cpu(
         config, device, num_weights=num_denoiser_weights(config.model, specs()[config.model.model_family])
     )
+    resources.enter_context(naming_lost_processes(accelerator))
     preemption = resources.enter_context(Preemption())
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
@@ -156,7 +158,6 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
-    refuse_cpu(config, device, num_weights=family.components.denoiser.num_weights())
     watch = build_watch(config, accelerator, preemption)
     data = build_data(config, family=family, accelerator=accelerator, watch=watch)
     return RunContext(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.configuration.schema.sections import CheckpointConfig
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
 from simpletuner.helpers.io.atomic import verify_manifest
-from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.io.faults import StorageError, at_crash_points
 from simpletuner.helpers.io.run_folder import COMPATIBILITY_FILE, CONFIG_FILE
 
 SETTINGS = {"lycoris linear_dim": 8, "optimizer": "adamw"}
@@ -36,6 +38,7 @@ class State:
     progress: Progress = field(default_factory=Progress)
     is_sharded: bool = False
     saved_to: list[Path] = field(default_factory=list)
+    num_bytes: int = 100
 
     def save(self, folder: Path) -> None:
         self.saved_to.append(folder)
@@ -236,6 +239,26 @@ def test_write_that_fails_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_pa
 
     checkpoints.state.save = fail
     with pytest.raises(CheckpointError):
+        save(checkpoints, 6)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("free", [50, 100])
+@pytest.mark.reliability_row(5)
+def test_full_disk_says_bytes_needed_and_free_and_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int
+) -> None:
+    """Before anything is written when the room is known to be too small, and else while it is written."""
+    checkpoints = make(tmp_path)
+    save(checkpoints, 3)
+
+    def fail(folder: Path) -> None:
+        (folder / "state").write_text("half")
+        raise OSError(errno.ENOSPC, "full")
+
+    checkpoints.state.save = fail
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000 - free, free))
+    with pytest.raises(StorageError, match=rf"checkpoint-6: .*{free} bytes free, 100 bytes needed"):
         save(checkpoints, 6)
     assert names(tmp_path) == ["checkpoint-3"]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.checkpointing.progress import Progress
-from simpletuner.helpers.checkpointing.state import RunState
+from simpletuner.helpers.checkpointing.state import RunState, optimizer_state
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.run_folder import (
@@ -167,3 +171,62 @@ def test_state_with_an_optimiser_tensor_that_is_not_finite_is_refused(tmp_path: 
     state.save(tmp_path)
     with pytest.raises(CheckpointError, match=r"0\.exp_avg"):
         new_state().load(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+@pytest.mark.parametrize("kept", [0, 1, -1])
+@pytest.mark.reliability_row(7)
+def test_optimiser_file_with_missing_tensors_is_refused(tmp_path: Path, optimizer: str, kept: int) -> None:
+    state = new_state(optimizer)
+    train(state, 1)
+    state.save(tmp_path)
+    tensors = load_file(tmp_path / OPTIMIZER_FILE)
+    left = dict(sorted(tensors.items())[:kept])
+    assert len(left) < len(tensors)
+    save_file(left, tmp_path / OPTIMIZER_FILE)
+    first = next(name for name in sorted(tensors) if name not in left)
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}.*missing.* {first}"):
+        new_state(optimizer).load(tmp_path)
+
+
+def test_optimiser_state_of_an_earlier_version_is_loaded(tmp_path: Path) -> None:
+    first, second = new_state(), new_state()
+    train(first, 1)
+    first.save(tmp_path)
+    counters = json.loads((tmp_path / COUNTERS_FILE).read_bytes())
+    del counters["optimizer"]["tensors"]
+    (tmp_path / COUNTERS_FILE).write_text(json.dumps(counters))
+    second.load(tmp_path)
+    assert second.digest() == first.digest()
+
+
+def test_number_of_bytes_is_that_of_the_tensors_and_those_of_the_adapter_twice(tmp_path: Path) -> None:
+    state = new_state()
+    train(state, 1)
+    tensors, _ = optimizer_state(state.optimizer)
+    numel = sum(tensor.numel() for tensor in tensors.values())
+    assert state.num_bytes == 4 * (2 * sum(weight.numel() for weight in state.adapter.parameters()) + numel)
+
+
+@pytest.mark.reliability_row(5)
+def test_full_disk_under_a_tensor_file_is_the_systems_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("simpletuner.helpers.checkpointing.state.save_file", fail)
+    with pytest.raises(OSError, match="No space") as info:
+        new_state().save(tmp_path)
+    assert info.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_all_state_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) -> None:
+    previous = os.umask(umask)
+    try:
+        (tmp_path / "made").mkdir()
+        new_state().save(tmp_path / "made")
+    finally:
+        os.umask(previous)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "made").iterdir()} == {0o666 & ~umask}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -154,6 +155,12 @@ def _items(section: object) -> list[tuple[str, object]]:
         ("lr_scheduler", "cosin", '"cosin": .*Did you mean cosine'),
         ("tracker_project_name", [], r"\[\]: .*text"),
         ("output_dir", 3, "3: .*path"),
+        ("output_dir", "config.json/output", r".*config.json is a file"),
+        ("max_train_steps", 10**30, r".*at most 2147483647"),
+        ("max_train_steps", "1e30", r".*at most 2147483647"),
+        ("lr_warmup_steps", 10**30, r".*at most 2147483647"),
+        ("validation_seed", 10**30, r".*at most 9223372036854775807"),
+        ("validation_seed", -(10**30), r".*at least -9223372036854775807"),
         ("output_dir", "s3://bucket", '"s3://bucket": remote'),
         ("init_lora", "missing.safetensors", '"missing.safetensors": not found'),
         ("init_lora", "images", '"images": .*file'),
@@ -402,3 +409,29 @@ def test_the_demo_is_found_from_every_folder(name: str, workspace: Workspace) ->
     assert found is not None
     assert found.is_dir()
     assert PathContext(working_directory=workspace.folder).input_path("simpletuner/helpers") is None
+
+
+@pytest.mark.parametrize("output_dir", ["output", "output/new/run"])
+@pytest.mark.reliability_row(26)
+def test_output_dir_that_cannot_be_written_is_a_problem(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, output_dir: str
+) -> None:
+    folder = workspace.folder / "output"
+    folder.mkdir()
+
+    def access(path: Path, mode: int) -> bool:  # as for a user who is not root, or a read-only disk
+        return not (Path(path) == folder and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", access)
+    assert str(folder) in workspace.problems(output_dir=output_dir)
+
+
+def test_output_dir_of_a_compared_run_may_be_read_only(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = {**workspace.config, "output_dir": "finished"}
+    workspace.text("other.json", json.dumps(other))
+    (workspace.folder / "finished").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "finished")
+    loaded = workspace.load(validation_compared_config="other.json")
+    assert loaded.compared_with is not None

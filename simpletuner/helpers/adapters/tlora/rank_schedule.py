@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Files hold the position.
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive", "cosine", "linear")
 ROUNDED: tuple[ScheduleVariant, ...] = ("cosine", "linear")
+LARGEST = 2**20
+"""Rank and number of timesteps; a table has an entry for each."""
 
 
 def active_rank(
@@ -84,6 +86,11 @@ class RankSchedule:
         if not 1 <= self.min_rank <= self.max_rank:
             raise ValueError(
                 f"min_rank {self.min_rank} must be in 1..max_rank, and max_rank is {self.max_rank}"
+            )
+        if max(self.max_rank, self.num_timesteps) > LARGEST:
+            raise ValueError(
+                f"max_rank {self.max_rank!s:.20} and num_timesteps {self.num_timesteps!s:.20} must be at "
+                f"most {LARGEST}"
             )
         if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha {self.alpha} must be a positive number")

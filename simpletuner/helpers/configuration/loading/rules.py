@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -284,6 +285,19 @@ def check_output(
         if section.output_dir.is_relative_to(dataset.instance_data_dir):
             text = f"is inside instance_data_dir of dataset {dataset.id}. Choose another."
             source.reject("output_dir", str(section.output_dir), text)
+
+
+def check_writable(checkpoint: Validated[CheckpointConfig], source: Source) -> None:
+    """Check that files can be made in output_dir, or that it can be made."""
+    section = checkpoint.if_valid("output_dir")
+    if section is None:
+        return
+    folder = next(each for each in (section.output_dir, *section.output_dir.parents) if each.exists())
+    shown = str(section.output_dir)
+    if not folder.is_dir():
+        source.reject("output_dir", shown, f"{folder} is a file. Give a folder.")
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        source.reject("output_dir", shown, f"no permission to write in {folder}. Choose a writable folder.")
 
 
 def check_comparison(run: RunConfig, source: Source) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -190,6 +191,17 @@ def _whole_number(value: object) -> object:
     return value
 
 
+def _at_most(largest: int) -> Callable[[int], int]:
+    """A check that the reference page does not show: it refuses slips, such as 10^30 steps."""
+
+    def check(value: int) -> int:
+        if abs(value) > largest:
+            raise ValueError(f"must be at most {largest}." if value > 0 else f"must be at least {-largest}.")
+        return value
+
+    return check
+
+
 def _expand_home(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -268,11 +280,11 @@ PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
-Whole = Annotated[int, BeforeValidator(_whole_number)]
+Whole = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_at_most(2**63 - 1))]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole_number)]
 Decimals = Annotated[int, Field(ge=0, le=9), BeforeValidator(_whole_number)]
-Count = Annotated[int, Field(ge=1), BeforeValidator(_whole_number)]
-CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole_number)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]
+CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]
 OptionalPositiveNumber = Annotated[PositiveNumber | None, BeforeValidator(_none_word_or_zero)]
 OptionalNonNegativeNumber = Annotated[NonNegativeNumber | None, BeforeValidator(none_word)]
 OptionalCount = Annotated[Count | None, BeforeValidator(_none_word_or_zero)]
