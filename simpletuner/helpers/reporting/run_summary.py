@@ -32,6 +32,9 @@ class RunSummary:
     page: str | None = None
     """The HTML report; None when it could not be written, and for runs of earlier versions."""
 
+    trackers: dict[str, str] | None = None
+    """Tracker -> the folder of its files; None for runs of earlier versions."""
+
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
         write_json(output_dir / SUMMARY_FILE, asdict(self))
@@ -47,6 +50,8 @@ class RunSummary:
             logger.info("Report:      %s", self.page)
         logger.info("Checkpoint:  %s", self.checkpoint)
         logger.info("Metrics:     %s", self.metrics)
+        for tracker, folder in (self.trackers or {}).items():
+            logger.info("%-12s %s", f"{tracker.capitalize()}:", folder)
         logger.info("Config:      %s", self.config)
 
 

@@ -108,8 +108,8 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
     warm_up = config.optimizer.lr_warmup_steps
     if warm_up > steps:
         found.append(
-            f"lr_warmup_steps {warm_up} is above the {counted(steps, 'step')} of the run, which so never "
-            "reaches learning_rate. Lower it."
+            f"lr_warmup_steps {warm_up} is above the {counted(steps, 'step')} of the run: learning_rate is "
+            "never reached. Lower it."
         )
     return found
 

@@ -94,13 +94,12 @@ class Trainer:
             CheckpointError: A checkpoint cannot be written.
             StorageError: The same, for lack of space or permission.
         """
-        with self.resources, self.trackers, self.page:
+        with self.resources, self.trackers, self.page, self.display:
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
-            with self.display:
-                while self.progress.step < self.max_steps and not self.should_stop:
-                    metrics = self.optimizer_step(batches)
-                    self._after_step(metrics)
+            while self.progress.step < self.max_steps and not self.should_stop:
+                metrics = self.optimizer_step(batches)
+                self._after_step(metrics)
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:
