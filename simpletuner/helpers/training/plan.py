@@ -170,8 +170,8 @@ def _targets(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     sides = [side for cls in classes & known if (side := spec.layer_sides[flavour].get(cls)) is not None]
     if sides and config.lycoris.linear_dim > min(sides):
         yield (
-            f"linear_dim {config.lycoris.linear_dim} is above {min(sides)}, the smaller side of a target layer. "
-            "Lower it."
+            f"linear_dim {config.lycoris.linear_dim} is above {min(sides)}, the smaller side of a target "
+            "layer. Lower it."
         )
 
 
