@@ -74,6 +74,9 @@ class ModelSpec:
     dynamic_shift: Callable[[Mapping[str, object], int], float] | None = None
     """Shift of noise levels by the scheduler's configuration and the number of image tokens of 16x16 px; None
     without flow matching."""
+    layer_sides: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
+    """Flavour -> class of a module with linear layers or convolutions in its denoiser -> smaller side of the
+    smallest linear layer in it; None without linear layers."""
     num_weights: Mapping[str, int] = field(default_factory=dict)
     """Flavour -> number of weights of its denoiser, to a tenth of a billion."""
     num_text_encoders: int = 1

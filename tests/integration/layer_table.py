@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
+from torch import nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
@@ -145,6 +146,19 @@ def lycoris(values: Mapping[str, Any], denoiser: Any, spec: ModelSpec) -> Count:
     config = LycorisConfig.model_validate(own | {"raw": dict(values), "extra": extra})
     with nullcontext() if config.algo == "tlora" else torch.device("meta"):
         return _count(LycorisAdapter.create(denoiser, config, spec=spec, seed=0))
+
+
+def sides_of(model: Model) -> dict[str, int | None]:
+    """Class of a module with linear layers or convolutions -> smaller side of its smallest linear layer."""
+    sides: dict[str, int | None] = {}
+    for module in model.make().modules():
+        inside = [each for each in module.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
+        linear = [min(each.weight.shape) for each in inside if isinstance(each, nn.Linear)]
+        name = type(module).__name__
+        known = sides.get(name)
+        if inside:
+            sides[name] = min([*linear, *([known] if known is not None else [])], default=None)
+    return sides
 
 
 def standard(targets: Sequence[str], denoiser: Any, spec: ModelSpec) -> Count:

@@ -28,11 +28,25 @@ from tests.integration.layer_table import (
     algorithms_of,
     jsons_of,
     lycoris,
+    sides_of,
     tables,
 )
 
 SDXL, FLUX, FLUX2_DEV, KLEIN_4B, KLEIN_9B = MODELS
 GENERIC = {"target_module": ["Attention", "FeedForward"]}
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.title)
+def test_the_sides_and_the_size_that_a_family_states_are_its_models(model: Any) -> None:
+    for flavour in model.flavours:
+        stated = dict(model.spec.layer_sides[flavour])
+        if flavour == "schnell":  # the only one here whose embedding has no guidance
+            stated["CombinedTimestepGuidanceTextProjEmbeddings"] = stated.pop(
+                "CombinedTimestepTextProjEmbeddings"
+            )
+        assert stated == sides_of(model)
+        number = sum(weight.numel() for weight in model.make().parameters())
+        assert model.spec.num_weights[flavour] == pytest.approx(number, rel=0.02)
 
 
 def test_tables_of_the_page_are_what_the_code_makes() -> None:

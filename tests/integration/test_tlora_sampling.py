@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from diffusers import (
 from lycoris import create_lycoris_from_weights
 from lycoris.modules.tlora import TLoraModule
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising, schedules_of
@@ -285,18 +287,47 @@ def test_one_denoiser_in_two_threads_is_refused_and_two_denoisers_are_not(
     assert np.array_equal(found["other"], expected[1])
 
 
-@pytest.mark.parametrize("name", ["recipe", "loader", "mixin"])
+@pytest.fixture(scope="module")
+def model_of_two_dtypes(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model as SDXL is usually published: its text encoders state and hold float16, the UNet float32."""
+    folder = tmp_path_factory.mktemp("two_dtypes") / "model"
+    shutil.copytree(model, folder)
+    for name in ("text_encoder", "text_encoder_2"):
+        config = folder / name / "config.json"
+        stated = dict.fromkeys(("dtype", "torch_dtype"), "float16")
+        config.write_text(json.dumps(json.loads(config.read_text()) | stated))
+        weights = folder / name / "model.safetensors"
+        halves = {key: tensor.half() for key, tensor in load_file(weights).items()}
+        save_file(halves, weights, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("README.md", "readme"),
+        ("documentation/tlora.md", "recipe"),
+        ("documentation/tlora.md", "loader"),
+        ("documentation/tlora.md", "mixin"),
+    ],
+)
 def test_code_of_the_documentation_runs(
-    name: str, model: Path, adapter_file: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    file: str,
+    name: str,
+    model_of_two_dtypes: Path,
+    adapter_file: Path,
+    repository: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    page = (repository / "documentation" / "tlora.md").read_text()
+    page = (repository / file).read_text()
     block = re.search(rf"<!-- tested: {name} -->\n```python\n(.+?)```", page, re.DOTALL)
     assert block is not None
-    code = block[1].replace("stabilityai/stable-diffusion-xl-base-1.0", str(model))
+    code = block[1].replace("stabilityai/stable-diffusion-xl-base-1.0", str(model_of_two_dtypes))
+    code = code.replace("output/mine/", "").replace(").images", ", num_inference_steps=2).images")
     code = code.replace('{"max_rank": 64, "min_rank": 32, "alpha": 1.0}', str(CONFIG))
     monkeypatch.chdir(adapter_file.parent)
     names: dict[str, Any] = {}
-    exec(compile(code, f"tlora.md {name}", "exec"), names)
+    exec(compile(code, f"{file} {name}", "exec"), names)
     if name == "mixin":
         assert issubclass(names["MyPipeline"], MaskedDenoising)
     else:

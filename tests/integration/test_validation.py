@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -203,6 +205,25 @@ def test_pictures_that_a_restart_finds_missing_are_made(run: TinyRun) -> None:
     grid.unlink()
     run.run(max_train_steps=3)
     assert grid.is_file()
+
+
+def test_each_picture_is_shown_with_its_number_and_those_left_are_counted(run: TinyRun) -> None:
+    with run.trainer(max_train_steps=5, validation_step_interval=2) as trainer:
+        shown: list[tuple[int, int]] = []
+
+        def note(number: int, total: int) -> nullcontext[None]:
+            shown.append((number, total))
+            return nullcontext()
+
+        validation = trainer.validation
+        validation.sampler = replace(validation.sampler, progress=note)
+        number = len(validation.sampler.prompts)
+        validation.start(0)
+        validation.run(2)
+        assert shown == [(each, number) for each in range(1, number + 1)] * 2
+        left = [validation.images_left(step, max_steps=5) // number for step in range(6)]
+        assert left == [3, 3, 2, 2, 1, 1]
+        assert validation.images_left(2, max_steps=4) == number  # the one of step 4 is the final one
 
 
 def test_tracker_is_given_the_pictures(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import cache
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 HANDLER_NAME = "simpletuner"
+_STYLES = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
 
 # Libraries that log more information lines than we do.
 _CHATTY = (
@@ -39,6 +41,28 @@ _CHATTY = (
 )
 
 
+@cache
+def terminal() -> Console:
+    """The console of log lines and progress bars; one for both, so that lines are printed above a bar."""
+    return Console(stderr=True)
+
+
+class TerminalHandler(logging.Handler):
+    """Prints records on a console without breaking their lines: the terminal wraps them, paths stay whole."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, coloured by its level."""
+        try:
+            style = _STYLES.get(record.levelname, "")
+            self.console.print(Text(self.format(record), style=style), soft_wrap=True)
+        except (OSError, ValueError):  # the terminal is gone
+            self.handleError(record)
+
+
 def configure_logging(
     level: str = "INFO", *, main_process: bool = True, console: Console | None = None
 ) -> None:
@@ -52,13 +76,11 @@ def configure_logging(
     # torch has a handler of its own, and torchao's import makes it warn.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     handler: logging.Handler
-    if console is None and not sys.stderr.isatty():  # rich would wrap long paths in a log file
+    if console is None and not sys.stderr.isatty():
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
     else:
-        console = console or Console(stderr=True)
-        handler = RichHandler(console=console, show_path=False, markup=False, log_time_format="[%X]")
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler = TerminalHandler(console or terminal())
+    handler.setFormatter(logging.Formatter("[%(asctime)s] %(levelname)-8s %(message)s", "%X"))
     handler.set_name(HANDLER_NAME)
     handler.addFilter(_is_ours_or_error)
     root = logging.getLogger()

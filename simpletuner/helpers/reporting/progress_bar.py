@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from simpletuner.helpers.io.logs import leave_closed_terminal
+from simpletuner.helpers.io.logs import leave_closed_terminal, terminal
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.smoothing import RunningMean
 
 logger = logging.getLogger(__name__)
 
 STEPS_BETWEEN_LINES = 10
+SECONDS_BETWEEN_IMAGE_LINES = 10.0
+
+
+def _no_images(_step: int) -> int:
+    return 0
 
 
 class ProgressDisplay:
-    """Shows a progress bar on a terminal; elsewhere logs a line every few steps.
+    """Shows a progress bar on a terminal, which it clears at the end; elsewhere logs a line every few steps.
 
     A context manager. Disabled, on all processes but the main one, it does nothing.
+
+    Args:
+        total_steps: Optimiser steps of the whole run.
+        step: Steps taken so far.
+        enabled: Whether to show anything.
+        images_left: Number of validation images that a run still generates after a step.
     """
 
-    def __init__(self, *, total_steps: int, step: int, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        step: int,
+        enabled: bool = True,
+        images_left: Callable[[int], int] = _no_images,
+    ) -> None:
         self.total_steps = total_steps
+        self._step = step
+        self._images_left = images_left
         self._loss = RunningMean()
         self._seconds = RunningMean()
+        self._image_seconds = RunningMean()
+        self._seconds_per_image = 0.0
+        self._logged_s = time.monotonic()
         self._enabled = enabled
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        console = Console(stderr=True)
+        console = terminal()
         if enabled and console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=None),
                 TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
                 console=console,
+                transient=True,
+                expand=True,
             )
             self._task = self._bar.add_task("step", total=total_steps, completed=step, numbers="")
 
@@ -59,11 +85,40 @@ class ProgressDisplay:
         """Show one optimiser step."""
         if not self._enabled:
             return
+        self._step = metrics.step
         loss, seconds = self._loss.update(metrics.loss), self._seconds.update(metrics.seconds)
+        left_s = seconds * (self.total_steps - metrics.step)
+        left_s += self._seconds_per_image * self._images_left(metrics.step)
         rank = "" if metrics.mean_active_rank is None else f"  rank {metrics.mean_active_rank:.1f}"
         numbers = f"loss {loss:.4f}  lr {metrics.lr:.2e}{rank}"
         if self._bar:
-            self._bar.update(self._task, completed=metrics.step, numbers=numbers)
+            text = f"{numbers}  {duration(left_s)} left"
+            self._bar.update(self._task, completed=metrics.step, numbers=text)
         elif metrics.step % STEPS_BETWEEN_LINES == 0 or metrics.step == self.total_steps:
-            left_s = seconds * (self.total_steps - metrics.step)
-            logger.info("Step %d/%d  %s  %.0f s left", metrics.step, self.total_steps, numbers, left_s)
+            logger.info("Step %d/%d  %s  %s left", metrics.step, self.total_steps, numbers, duration(left_s))
+
+    @contextmanager
+    def image(self, number: int, total: int) -> Iterator[None]:
+        """Show which validation image is generated inside the context, and measure its time."""
+        if self._enabled:
+            self._show_image(f"validation image {number} of {total}")
+        started_s = time.monotonic()
+        yield
+        self._seconds_per_image = self._image_seconds.update(time.monotonic() - started_s)
+
+    def _show_image(self, text: str) -> None:
+        if self._bar:
+            self._bar.update(self._task, numbers=text)
+        elif time.monotonic() - self._logged_s >= SECONDS_BETWEEN_IMAGE_LINES:
+            self._logged_s = time.monotonic()
+            logger.info("Step %d/%d  %s", self._step, self.total_steps, text)
+
+
+def duration(seconds: float) -> str:
+    """A time in its two largest units: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -37,6 +37,9 @@ class RunSummary:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> size and SHA-256 of the adapter file and its export; empty for runs of earlier versions."""
 
+    trackers: dict[str, str] | None = None
+    """Tracker -> the folder of its files; None for runs of earlier versions."""
+
     def sealed(self, output_dir: Path) -> RunSummary:
         """The summary with the present size and hash of the adapter files."""
         names = [ADAPTER_FILE] if self.comfyui is None else [ADAPTER_FILE, COMFYUI_FILE]
@@ -66,6 +69,8 @@ class RunSummary:
             logger.info("Report:      %s", self.page)
         logger.info("Checkpoint:  %s", self.checkpoint)
         logger.info("Metrics:     %s", self.metrics)
+        for tracker, folder in (self.trackers or {}).items():
+            logger.info("%-12s %s", f"{tracker.capitalize()}:", folder)
         logger.info("Config:      %s", self.config)
 
 

@@ -81,9 +81,9 @@ class Comparison:
         with self.sampler.best_effort(f"the images of {self.adapter}"), self.sampler.eval_mode(denoiser):
             pipeline = self.sampler.make_pipeline(denoiser)
             with loaded_adapter(pipeline, self.adapter) as set_strength:
-                for prompt, file in missing.items():
-                    set_strength(prompt.strength)
-                    self.sampler.generate(pipeline, prompt, file)
+                self.sampler.generate_all(
+                    pipeline, missing, prepare=lambda prompt: set_strength(prompt.strength)
+                )
         if weight_hashes(denoiser) != before:
             raise TrainingError(
                 f"{self.adapter} changed the base weights while its images were generated. Start again with "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def _shows_nothing(_number: int, _total: int) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationSampler:
     """Generates the run's validation images; a failure costs the image, never the run."""
@@ -46,6 +50,8 @@ class ValidationSampler:
     base_model: str
     """Identity of the base model's weights."""
     preemption: Preemption
+    progress: Callable[[int, int], AbstractContextManager[None]] = _shows_nothing
+    """Entered around the generation of an image: its number and the number of all."""
 
     def cached_path(self, prompt: PromptSpec, *also_hashed: object) -> Path:
         """Cache path of an image that training does not change.
@@ -83,6 +89,19 @@ class ValidationSampler:
         finally:
             self.family.unload_vae()
             denoiser.train(was_training)
+
+    def generate_all(
+        self, pipeline: Any, files: Mapping[PromptSpec, Path], *, prepare: Callable[[PromptSpec], None]
+    ) -> None:
+        """Generate the image of each prompt into its file; `prepare` is called before each.
+
+        Raises:
+            Preempted: A stop signal arrived.
+        """
+        for number, (prompt, file) in enumerate(files.items(), start=1):
+            with self.progress(number, len(files)):
+                prepare(prompt)
+                self.generate(pipeline, prompt, file)
 
     def generate(self, pipeline: Any, prompt: PromptSpec, file: Path) -> None:
         """Generate the image of a prompt and write it as PNG.

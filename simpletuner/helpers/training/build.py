@@ -205,6 +205,7 @@ def build_components(
     """Load the denoiser, attach the adapter, load the resumed state, and build the trainer."""
     config, accelerator, data = context.config, context.accelerator, context.data
     output_dir, is_main_process = config.checkpoint.output_dir, accelerator.is_main_process
+    logger.info("Loading the denoiser.")
     denoiser = context.family.load_denoiser()
     limit_cpu_threads(denoiser, accelerator.device)
     hashes = weight_hashes(denoiser)  # before quantisation changes the weights
@@ -219,7 +220,14 @@ def build_components(
         device=device,
         home=context.family.denoiser_device if is_offloaded else device,
     )
-    sampler = build_sampler(context, prompts, base_model=base_model)
+    # The display counts the images that the validation below still generates.
+    display = ProgressDisplay(
+        total_steps=context.max_steps,
+        step=context.step,
+        enabled=is_main_process,
+        images_left=lambda step: validation.images_left(step, max_steps=context.max_steps),
+    )
+    sampler = build_sampler(context, prompts, base_model=base_model, display=display)
     comparison = build_comparison(config, sampler)
     if comparison is not None and is_main_process:
         comparison.generate_missing(denoiser)
@@ -275,7 +283,7 @@ def build_components(
         checkpoints=checkpoints,
         validation=validation,
         trackers=trackers,
-        display=ProgressDisplay(total_steps=context.max_steps, step=context.step, enabled=is_main_process),
+        display=display,
         page=build_page(context, state, images=validation.manifest()),
         final_files=FinalFiles(
             output_dir=output_dir,
@@ -404,7 +412,7 @@ def build_data(
 
 
 def build_sampler(
-    context: RunContext, prompts: tuple[PromptSpec, ...], *, base_model: str
+    context: RunContext, prompts: tuple[PromptSpec, ...], *, base_model: str, display: ProgressDisplay
 ) -> ValidationSampler:
     """The sampler of validation images."""
     precision = context.config.precision.base_model_precision
@@ -417,6 +425,7 @@ def build_sampler(
         folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
         base_model=base_model if precision == UNCHANGED else f"{base_model} {precision}",
         preemption=context.preemption,
+        progress=display.image,
     )
 
 

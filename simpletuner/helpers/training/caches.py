@@ -15,6 +15,7 @@ from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.io.names import counted
+from simpletuner.helpers.reporting.progress_bar import duration
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,12 +55,19 @@ def fill_caches(
         ModelError: An encoder cannot be loaded.
         StorageError: An entry cannot be written.
     """
+    loaded: set[str] = set()
 
     def encode_images(pixels: list[Tensor]) -> list[dict[str, Tensor]]:
+        if "VAE" not in loaded:
+            logger.info("Loading the VAE.")
+        loaded.add("VAE")
         family.load_vae()  # does nothing when it is loaded
         return latents_entries(family.encode_images(torch.stack(pixels)))
 
     def encode_prompts(texts: list[str]) -> list[dict[str, Tensor]]:
+        if "text encoders" not in loaded:
+            logger.info("Loading the text encoders.")
+        loaded.add("text encoders")
         family.load_text_encoders()
         return [text_entry(embeds) for embeds in family.encode_prompts(texts)]
 
@@ -114,7 +122,8 @@ def _fill(
     ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()
-            logger.info("Encoded %d of %d %s.", num_encoded, total, noun[1])
+            left_s = (logged_s - started_s) / num_encoded * (total - num_encoded)
+            logger.info("Encoded %d of %d %s, %s left.", num_encoded, total, noun[1], duration(left_s))
     if total:
         encoded = counted(num_encoded, *noun)
         logger.info("Encoded %s in %.1f s.", encoded, time.monotonic() - started_s)

@@ -18,6 +18,8 @@ from simpletuner.helpers.io.run_folder import (
     COMFYUI_FILE,
     CONFIG_FILE,
     METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    WANDB_FOLDER,
     checkpoint_folder,
 )
 from simpletuner.helpers.reporting.run_summary import RunSummary
@@ -66,6 +68,11 @@ class FinalFiles:
             comfyui=None if exported is None else str(exported),
             comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
             page=None if page is None else str(page),
+            trackers={
+                name: str(folder)
+                for name in (TENSORBOARD_FOLDER, WANDB_FOLDER)
+                if (folder := self.output_dir / name).is_dir()
+            },
         )
         summary.sealed(self.output_dir).save(self.output_dir)
         logger.info("Finished %s.", counted(step, "step"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import simpletuner
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler
@@ -108,8 +109,8 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
     warm_up = config.optimizer.lr_warmup_steps
     if warm_up > steps:
         found.append(
-            f"lr_warmup_steps {warm_up} is above the {counted(steps, 'step')} of the run, which so never "
-            "reaches learning_rate. Lower it."
+            f"lr_warmup_steps {warm_up} is above the {counted(steps, 'step')} of the run: learning_rate is "
+            "never reached. Lower it."
         )
     return found
 
@@ -125,6 +126,7 @@ def rank_line(mean_rank: float, config: RunConfig) -> str:
 
 def _only_before(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     """What the run itself refuses or measures."""
+    yield from _targets(config, spec)
     try:
         check_packages(config)
     except MissingDependencyError as error:
@@ -147,6 +149,35 @@ def _examples_own(config: RunConfig) -> Iterator[str]:
             yield f"instance_prompt of dataset {dataset.id} is still the example's. Name your subject."
     if any(EXAMPLE_SUBJECT in prompt.text for prompt in config.validation.prompts):
         yield "validation_prompt is still the example's. Name your subject."
+
+
+def _targets(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
+    """Target classes that the family's denoisers lack, and a T-LoRA rank above the side of a target layer."""
+    if config.lycoris is None:
+        return
+    preset = config.lycoris.apply_preset
+    named = [*preset.target_module, *preset.module_algo_map]
+    classes = {cls for name in named for cls in _classes_of(name, spec)}
+    known = {cls for sides in spec.layer_sides.values() for cls in sides}
+    for name in sorted(classes - known if known else ()):
+        yield f"apply_preset: {name} matches no layer of {spec.name}.{nearest(name, known)}"
+    repositories = {repository: flavour for flavour, repository in spec.flavours.items()}
+    flavour = repositories.get(config.model.pretrained_model_name_or_path)
+    if config.algorithm.name != "tlora" or flavour is None or preset.exclude_name:
+        return
+    if not (named or preset.target_name or preset.name_algo_map):
+        classes = {cls for alias in spec.target_aliases.values() for cls in alias.modules}
+    sides = [side for cls in classes & known if (side := spec.layer_sides[flavour].get(cls)) is not None]
+    if sides and config.lycoris.linear_dim > min(sides):
+        yield (
+            f"linear_dim {config.lycoris.linear_dim} is above {min(sides)}, the smaller side of a target "
+            "layer. Lower it."
+        )
+
+
+def _classes_of(name: str, spec: ModelSpec) -> tuple[str, ...]:
+    alias = spec.target_aliases.get(name)
+    return (name,) if alias is None else alias.modules
 
 
 def _prediction(config: RunConfig) -> Iterator[str]:
@@ -175,7 +206,9 @@ def _model(config: RunConfig, spec: ModelSpec) -> str:
     weights = num_denoiser_weights(config.model, spec)
     size = "" if weights is None else f", denoiser of {billions(weights)} weights"
     precision = config.precision
-    formats = f"{precision.mixed_precision}, base {precision.base_model_precision}"
+    formats = (
+        f"mixed_precision {precision.mixed_precision}, base_model_precision {precision.base_model_precision}"
+    )
     return f"{spec.name}, {config.model.pretrained_model_name_or_path}{size}; {formats}"
 
 

@@ -98,11 +98,10 @@ class Trainer:
             LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
             Preempted: With several processes, a stop signal arrived while this one's loader hung.
         """
-        with self.resources, self.trackers, self.page:
+        with self.resources, self.trackers, self.page, self.display:
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
-            with self.display:
-                self._take_steps(batches)
+            self._take_steps(batches)
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:

@@ -57,6 +57,12 @@ class Validation:
         every = self.sampler.config.validation_step_interval
         return step > 0 and bool(every) and step % every == 0
 
+    def images_left(self, step: int, *, max_steps: int) -> int:
+        """Number of images that a run of max_steps generates after this step."""
+        every = self.sampler.config.validation_step_interval
+        due = (max_steps - 1) // every - step // every if every and step < max_steps else 0
+        return (max(0, due) + 1) * len(self.sampler.prompts)
+
     def grid_file(self, step: int) -> Path:
         """Path of a step's grid."""
         return validation_step_folder(self.sampler.folder, step) / GRID_FILE
@@ -126,15 +132,17 @@ class Validation:
         missing = {prompt: file for prompt in self.sampler.prompts if not (file := path(prompt)).exists()}
         if missing:
             with self._pipeline("base_model"):
-                for prompt, file in missing.items():
-                    self._generate(prompt, strength=0.0, file=file)
+                self.sampler.generate_all(
+                    self.pipeline, missing, prepare=lambda _: self.adapter.set_strength(0.0)
+                )
 
     def _validate(self, step: int, validation_type: ValidationType) -> None:
         grid_file = self.grid_file(step)
         files = {prompt: image_file(grid_file.parent, prompt.name) for prompt in self.sampler.prompts}
         with self._pipeline(validation_type):
-            for prompt, file in files.items():
-                self._generate(prompt, strength=prompt.strength, file=file)
+            self.sampler.generate_all(
+                self.pipeline, files, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
+            )
         save_png(self._grid(step, files), grid_file)
         logger.info("Validation of step %d: %s", step, grid_file)
         images = {prompt.name: file for prompt, file in files.items()}
@@ -149,10 +157,6 @@ class Validation:
             finally:
                 self.clean_pipeline()
                 self.adapter.set_strength(FULL_STRENGTH)
-
-    def _generate(self, prompt: PromptSpec, *, strength: float, file: Path) -> None:
-        self.adapter.set_strength(strength)
-        self.sampler.generate(self.pipeline, prompt, file)
 
     def _grid(self, step: int, files: Mapping[PromptSpec, Path]) -> Image.Image:
         columns: dict[str, Callable[[PromptSpec], Path]] = {}

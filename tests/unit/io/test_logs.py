@@ -8,9 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
-from rich.logging import RichHandler
 
-from simpletuner.helpers.io.logs import configure_logging
+from simpletuner.helpers.io.logs import TerminalHandler, configure_logging
 
 
 @pytest.fixture
@@ -56,7 +55,15 @@ def test_configure_logging_twice_shows_each_line_once(shown: io.StringIO) -> Non
         configure_logging(console=Console(file=shown, width=200))
     logging.getLogger("simpletuner").info("once")
     assert shown.getvalue().count("once") == 1
-    assert sum(isinstance(handler, RichHandler) for handler in logging.getLogger().handlers) == 1
+    assert sum(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers) == 1
+
+
+def test_a_terminal_of_80_columns_gets_whole_paths(shown: io.StringIO) -> None:
+    configure_logging(console=Console(file=shown, width=80, force_terminal=True, color_system=None))
+    path = "/home/someone/" + "folder/" * 20 + "pytorch_lora_weights.safetensors"
+    logging.getLogger("simpletuner").warning("Adapter: [%s] in %s", "bold", path)
+    (line,) = shown.getvalue().splitlines()
+    assert line.endswith(f"Adapter: [bold] in {path}")
 
 
 def test_configure_logging_writes_whole_unpadded_lines_where_there_is_no_terminal(

@@ -16,19 +16,17 @@ from simpletuner.helpers.configuration.schema.sections import NoiseConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.flow_matching import (
-    DynamicShift,
     SigmaDistribution,
     add_noise,
     distribution_of,
     draw_guidance,
-    dynamic_shift,
     sample_sigma,
     sampling_sigmas,
     shift_sigma,
     sigma_to_timestep,
-    static_shift,
     unshifted_sampler,
 )
+from simpletuner.helpers.models.shift import DynamicShift, dynamic_shift, static_shift
 
 SIGMOID = SigmaDistribution()
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}

@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.reporting.metrics import StepMetrics
-from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
+from simpletuner.helpers.reporting.progress_bar import ProgressDisplay, duration
 
 
 def record(step: int, *, rank: float | None = 7.25) -> StepMetrics:
@@ -67,11 +68,16 @@ def test_display_that_is_disabled_says_nothing(caplog: pytest.LogCaptureFixture)
     assert caplog.text == ""
 
 
+def terminal_of(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("simpletuner.helpers.reporting.progress_bar.terminal", lambda: Console(stderr=True))
+
+
 def test_display_on_a_terminal_shows_loss_rate_and_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "120")
+    terminal_of(120, monkeypatch)
     with ProgressDisplay(total_steps=4, step=0) as display:
         display.update(record(2, rank=None))
     shown = capsys.readouterr().err
@@ -99,3 +105,48 @@ def test_run_whose_terminal_is_closed_ends_as_any_other() -> None:
     os.close(terminal)
     process.communicate(b"\n", timeout=60)
     assert process.returncode == 0
+
+
+def test_the_bar_names_the_validation_image_and_is_cleared_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal_of(80, monkeypatch)
+    with ProgressDisplay(total_steps=4, step=0) as display, display.image(3, 8):
+        display._bar.refresh()  # type: ignore[union-attr]  # as its thread does
+    shown = capsys.readouterr().err
+    assert "validation image 3 of 8" in shown
+    assert shown.endswith("\x1b[2K"), "the last thing written erases the bar's line"
+
+
+def test_without_a_terminal_images_are_logged_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = iter([0.0, 11.0, 11.0, 11.0, 12.0, 12.0, 13.0, 14.0, 15.0])
+    monkeypatch.setattr("simpletuner.helpers.reporting.progress_bar.time.monotonic", lambda: next(clock))
+    with caplog.at_level(logging.INFO):
+        display = ProgressDisplay(total_steps=4, step=2)
+        for number in (1, 2):
+            with display.image(number, 8):
+                pass
+    assert "Step 2/4  validation image 1 of 8" in caplog.text
+    assert "image 2 of 8" not in caplog.text
+
+
+def test_the_time_left_counts_the_images_of_validations(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("simpletuner.helpers.reporting.progress_bar.time.monotonic", lambda: now)
+    display = ProgressDisplay(total_steps=110, step=0, images_left=lambda step: 3 if step == 10 else 0)
+    with display.image(1, 1):
+        now += 20.0
+    with caplog.at_level(logging.INFO):
+        display.update(record(10))  # 0.1 s a step
+    assert "1 min 10 s left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59, "59 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")]
+)
+def test_a_duration_has_its_two_largest_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -47,6 +47,19 @@ def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_p
     assert summary.comfyui_advice == "reads this file"
 
 
+def test_the_folders_of_trackers_are_in_the_final_list(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("tensorboard", "wandb"):
+        (tmp_path / name).mkdir()
+    files = make(tmp_path, State(), is_main_process=True)
+    files.save_adapter()
+    with caplog.at_level("INFO"):
+        files.save_summary(grid=tmp_path / "grid.png", page=None)
+    assert f"Tensorboard: {tmp_path / 'tensorboard'}" in " ".join(caplog.text.split())
+    assert f"Wandb: {tmp_path / 'wandb'}" in " ".join(caplog.text.split())
+
+
 @pytest.mark.parametrize("is_sharded", [False, True])
 def test_other_processes_help_to_gather_a_sharded_adapter_and_write_nothing(
     tmp_path: Path, is_sharded: bool

@@ -120,6 +120,30 @@ def test_the_examples_own_images_and_prompt_are_told_on_another_model_than_the_d
     assert "validation_prompt is still the example's" in text
 
 
+@pytest.mark.parametrize(
+    ("lycoris", "warning"),
+    [
+        (
+            {"apply_preset": {"target_module": ["Atention"]}},
+            "Atention matches no layer of sdxl. Did you mean Attention?",
+        ),
+        ({"apply_preset": {"target_module": ["Flux2Attention"]}}, "Flux2Attention matches no layer of sdxl."),
+        ({"linear_dim": 641}, "linear_dim 641 is above 640"),
+        ({"linear_dim": 640}, None),
+        ({"linear_dim": 1280, "apply_preset": {"target_module": ["UNetMidBlock2DCrossAttn"]}}, None),
+        ({"apply_preset": {"target_name": ["mid_block.*"]}, "linear_dim": 641}, None),
+    ],
+    ids=str,
+)
+def test_targets_and_rank_are_held_against_the_familys_own_layers(
+    folder: Path, lycoris: dict[str, Any], warning: str | None
+) -> None:
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    text = lines(run_of(folder, lycoris=lycoris, pretrained_model_name_or_path=base, allow_cpu=True))
+    assert ("warning" in text) is (warning is not None)
+    assert warning is None or warning in text
+
+
 def test_a_single_file_marked_v_pred_contradicts_epsilon(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file({"v_pred": np.zeros(0), "ztsnr": np.zeros(0), "model.diffusion_model.x": np.zeros(3)}, file)

@@ -51,6 +51,18 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     return found
 
 
+_IN_BLOCKS = (
+    *("AdaLayerNormContinuous", "AdaLayerNormZero", "AdaLayerNormZeroSingle", "FeedForward", "FluxAttention"),
+    *("FluxSingleTransformerBlock", "FluxTransformerBlock", "GELU", "ModuleList"),
+)
+_TIME_AND_GUIDANCE, _TIME = "CombinedTimestepGuidanceTextProjEmbeddings", "CombinedTimestepTextProjEmbeddings"
+LAYER_SIDES: dict[str, int] = {
+    **dict.fromkeys(_IN_BLOCKS, 3072),
+    **dict.fromkeys(("FluxTransformer2DModel", "Linear"), 64),
+    "PixArtAlphaTextProjection": 768,
+    "TimestepEmbedding": 256,
+}
+
 SPEC = ModelSpec(
     name="flux",
     flavours={name: flavour.repository for name, flavour in FLAVOURS.items()},
@@ -96,4 +108,8 @@ SPEC = ModelSpec(
     original_name=original_name,
     dynamic_shift=shift_by_tokens,
     num_weights=dict.fromkeys(FLAVOURS, 11_900_000_000),
+    layer_sides={
+        name: {**LAYER_SIDES, _TIME_AND_GUIDANCE if flavour.has_guidance else _TIME: 256}
+        for name, flavour in FLAVOURS.items()
+    },
 )

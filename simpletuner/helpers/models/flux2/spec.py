@@ -50,6 +50,13 @@ def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     )
 
 
+_IN_BLOCKS = (
+    *("AdaLayerNormContinuous", "Flux2Attention", "Flux2FeedForward", "Flux2Modulation", "ModuleList"),
+    *("Flux2ParallelSelfAttention", "Flux2SingleTransformerBlock", "Flux2TransformerBlock"),
+)
+_IN_TIME = ("Flux2TimestepGuidanceEmbeddings", "TimestepEmbedding")
+_WIDTHS = {name: 6144 if name == "dev" else 3072 if name.endswith("4b") else 4096 for name in FLAVOURS}
+
 SPEC = ModelSpec(
     name="flux2",
     flavours={name: flavour.repository for name, flavour in FLAVOURS.items()},
@@ -77,6 +84,12 @@ SPEC = ModelSpec(
     },
     original_name=original_name,
     dynamic_shift=empirical_shift,
+    layer_sides={
+        name: dict.fromkeys(_IN_BLOCKS, width)
+        | dict.fromkeys(_IN_TIME, 256)
+        | dict.fromkeys(("Flux2Transformer2DModel", "Linear"), 128)
+        for name, width in _WIDTHS.items()
+    },
     num_weights={
         name: 32_200_000_000 if name == "dev" else 3_900_000_000 if name.endswith("4b") else 9_100_000_000
         for name in FLAVOURS

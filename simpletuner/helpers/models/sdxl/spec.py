@@ -6,13 +6,33 @@ from simpletuner.helpers.contracts import ModelSpec, TargetAlias
 from simpletuner.helpers.models.key_groups import DIFFUSION_KEYS, UNET_KEYS
 from simpletuner.helpers.models.sdxl.key_names import original_name
 
+_FLAVOURS = {
+    "base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
+    "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9",
+    "turbo": "stabilityai/sdxl-turbo",
+}
+_OUTSIDE = (
+    "DownBlock2D",
+    "Linear",
+    "ModuleList",
+    "ResnetBlock2D",
+    "TimestepEmbedding",
+    "UNet2DConditionModel",
+)
+_IN_TRANSFORMERS = (
+    *("Attention", "BasicTransformerBlock", "CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "FeedForward"),
+    *("GEGLU", "Transformer2DModel"),
+)
+LAYER_SIDES: dict[str, int | None] = {
+    **dict.fromkeys((*_OUTSIDE, "UpBlock2D"), 320),
+    **dict.fromkeys(_IN_TRANSFORMERS, 640),
+    "UNetMidBlock2DCrossAttn": 1280,
+    **dict.fromkeys(("Conv2d", "Downsample2D", "Upsample2D"), None),
+}
+
 SPEC = ModelSpec(
     name="sdxl",
-    flavours={
-        "base-1.0": "stabilityai/stable-diffusion-xl-base-1.0",
-        "base-0.9": "stabilityai/stable-diffusion-xl-base-0.9",
-        "turbo": "stabilityai/sdxl-turbo",
-    },
+    flavours=_FLAVOURS,
     default_flavour="base-1.0",
     prediction_types=("epsilon", "v_prediction"),
     pixel_alignment=64,
@@ -26,5 +46,6 @@ SPEC = ModelSpec(
         "FeedForward": TargetAlias(modules=("FeedForward",)),
     },
     original_name=original_name,
-    num_weights=dict.fromkeys(("base-1.0", "base-0.9", "turbo"), 2_600_000_000),
+    num_weights=dict.fromkeys(_FLAVOURS, 2_600_000_000),
+    layer_sides=dict.fromkeys(_FLAVOURS, LAYER_SIDES),
 )
