@@ -108,12 +108,12 @@ def test_file_without_a_header_needs_the_model_and_says_how(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "100x100"), "--size: 1 problem"),
-        (("--steps", 0), "--steps: 1 problem"),
-        (("--scheduler", "eulre"), "--scheduler: 1 problem"),
-        (("--model", "/nowhere"), "--model: 1 problem"),
+        (("--size", "100x100"), "  --size  "),
+        (("--steps", 0), "  --steps  "),
+        (("--scheduler", "eulre"), "  --scheduler  "),
+        (("--model", "/nowhere"), "  --model  "),
         (("--family", "sdlx"), "Known families: "),
-        (("--size", "100", "--count", 0), "--count: 1 problem"),
+        (("--size", "100", "--count", 0), "  --count  "),
     ],
 )
 def test_value_that_cannot_be_used_is_named_by_its_option(

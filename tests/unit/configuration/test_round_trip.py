@@ -109,6 +109,7 @@ CONFIG = {
     "enable_group_offload": st.just(False),
     "group_offload_type": st.sampled_from(["block_level", "leaf_level"]),
     "group_offload_blocks_per_group": COUNTS,
+    "allow_cpu": SWITCHES,
     "vae_batch_size": COUNTS,
     "vae_enable_tiling": SWITCHES,
     "vae_enable_slicing": SWITCHES,
