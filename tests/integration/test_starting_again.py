@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, EXIT_FILE, SUMMARY_FILE
@@ -134,3 +136,45 @@ def test_run_that_does_not_begin_keeps_the_end_of_the_run_before(run: TinyRun) -
     before = (run.output_dir / SUMMARY_FILE).read_bytes()
     assert run.run(max_train_steps=1) == 0
     assert (run.output_dir / SUMMARY_FILE).read_bytes() == before
+
+
+def test_changes_since_the_checkpoint_are_logged_and_marked_in_the_report(
+    run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    run.run(max_train_steps=2)
+    (run.folder / "images" / "image0.txt").write_text("another caption")
+    flip_pixel(run.folder / "images" / "image1.png")
+    with caplog.at_level(logging.WARNING):
+        run.run(seed=8, learning_rate=0.5, gradient_accumulation_steps=2, resolution=128)
+    changed = [line.getMessage() for line in caplog.records if "Changed since step 2" in line.getMessage()]
+    keys = {line.partition(": ")[2].partition(":")[0] for line in changed}
+    assert keys == {
+        "seed",
+        "learning_rate",
+        "gradient_accumulation_steps",
+        "resolution",
+        "max_train_steps",
+        "dataset pictures, resolution",
+        "dataset pictures, hash of all images",
+        "dataset pictures, hash of all captions",
+    }
+    page = (run.output_dir / "report.html").read_text()
+    assert "After step 2" in page
+    assert "learning_rate: 0.001 before, 0.5 now" in page
+    assert 'class="mark"' in page
+
+
+def test_start_without_changes_logs_none(run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    run.run()
+    for image in (run.folder / "images").iterdir():
+        os.utime(image)
+    with caplog.at_level(logging.WARNING), run.trainer(resume_from_checkpoint="checkpoint-2"):
+        pass
+    assert "leaves checkpoint-4" in caplog.text
+    assert "Changed since" not in caplog.text
+
+
+def flip_pixel(file: Path) -> None:
+    with Image.open(file) as image:
+        image.putpixel((0, 0), (1, 2, 3))
+        image.save(file)

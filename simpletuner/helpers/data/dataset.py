@@ -14,6 +14,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest
@@ -31,7 +32,8 @@ from simpletuner.helpers.data.sampler import Bucket, Sampler
 from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
-from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.io.atomic import JsonValue
+from simpletuner.helpers.io.names import counted, file_name, printable
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -93,6 +95,22 @@ class TrainingData:
         """Every caption once, in the order of the images; "" first when captions are dropped."""
         texts = [text for image in self._images for text in image.captions]
         return tuple(dict.fromkeys(["", *texts] if self.caption_dropout > 0 else texts))
+
+    def facts(self) -> dict[str, JsonValue]:
+        """Number and identity of the images and captions, and the global batch size, to find changes by."""
+        facts: dict[str, JsonValue] = {
+            "samples per batch of all processes": self.batch_size * self.num_processes
+        }
+        for plan in self._plans:
+            captions = sorted((image.sample.path, image.captions) for image in plan.images)
+            facts |= {
+                f"dataset {plan.config.id}, number of images": len(plan.images),
+                f"dataset {plan.config.id}, hash of all images": _hash_of(
+                    sorted(image.digest for image in plan.images)
+                ),
+                f"dataset {plan.config.id}, hash of all captions": _hash_of([each for _, each in captions]),
+            }
+        return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
         """Set the identities of the encoders, which are part of the cache keys."""
@@ -297,6 +315,10 @@ class TrainingData:
             if repeated
             else "",
         )
+
+
+def _hash_of(value: object) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(value).encode("utf-8", "surrogateescape"))
 
 
 def load_pixels(image: PlannedImage) -> Tensor:

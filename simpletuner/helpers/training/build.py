@@ -19,6 +19,7 @@ from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
 from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.branch import Branch, save_branch
+from simpletuner.helpers.checkpointing.changes import DATA_PART, record_changes
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -263,7 +264,11 @@ def build_components(
     checkpoints = Checkpoints(
         config=config.checkpoint,
         state=state,
-        compatibility={"settings": resume_fingerprint(config), "weights": weights},
+        compatibility={
+            "settings": resume_fingerprint(config),
+            "weights": weights,
+            DATA_PART: data.facts(),
+        },
         resolved=config.resolved(),
         is_main_process=is_main_process,
         saved_step=None if context.resumed is None else context.resumed.step,
@@ -511,7 +516,9 @@ def build_run_trackers(context: RunContext) -> Trackers:
     config, output_dir = context.config, context.config.checkpoint.output_dir
     (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     save_branch(output_dir, context.branch)
-    write_json(output_dir / CONFIG_FILE, config.resolved())
+    resolved = config.resolved()
+    record_changes(output_dir, context.resumed, resolved=resolved, data=context.data.facts())
+    write_json(output_dir / CONFIG_FILE, resolved)
     return build_trackers(
-        config.tracking, output_dir=output_dir, settings=config.resolved(), resumed_step=context.step
+        config.tracking, output_dir=output_dir, settings=resolved, resumed_step=context.step
     )

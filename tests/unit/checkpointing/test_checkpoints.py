@@ -252,7 +252,10 @@ def test_full_disk_says_bytes_needed_and_free_and_keeps_the_old_checkpoint(
     checkpoints = make(tmp_path)
     save(checkpoints, 3)
 
+    begun: list[Path] = []
+
     def fail(folder: Path) -> None:
+        begun.append(folder)
         (folder / "state").write_text("half")
         raise OSError(errno.ENOSPC, "full")
 
@@ -260,6 +263,7 @@ def test_full_disk_says_bytes_needed_and_free_and_keeps_the_old_checkpoint(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000 - free, free))
     with pytest.raises(StorageError, match=rf"checkpoint-6: .*{free} bytes free, 100 bytes needed"):
         save(checkpoints, 6)
+    assert len(begun) == (free == 100)
     assert names(tmp_path) == ["checkpoint-3"]
 
 

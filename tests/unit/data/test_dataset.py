@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -715,3 +716,28 @@ def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
     pixels = load_pixels(data._images[0])
     assert pixels.shape == (3, 64, 64)
     assert pixels.max() == -1.0
+
+
+def test_facts_change_with_the_images_the_captions_and_the_global_batch_alone(
+    make: Make, photos: Path
+) -> None:
+    def changed() -> set[str]:
+        now = make(photos).facts()
+        return {key.removeprefix("dataset photos, ") for key in now if now[key] != before[key]}
+
+    before = make(photos).facts()
+    assert before["dataset photos, number of images"] == 8
+    (photos / "7.png").rename(photos / "seven.png")
+    (photos / "7.txt").rename(photos / "seven.txt")
+    assert changed() == set(), "a name is no content"
+    (photos / "1.txt").write_text("another")
+    assert changed() == {"hash of all captions"}
+    (photos / "1.txt").write_text("photo x")
+    shutil.copy(photos / "3.png", photos / "2.png")
+    assert changed() == {"hash of all images"}
+    (photos / "2.png").unlink()
+    assert changed() == {"number of images", "hash of all images", "hash of all captions"}
+    two = make(photos, num_processes=2).facts()
+    assert {key for key in two if two[key] != make(photos).facts()[key]} == {
+        "samples per batch of all processes"
+    }

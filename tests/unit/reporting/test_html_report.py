@@ -253,6 +253,23 @@ def test_numbers_are_short() -> None:
 # States and versions.
 
 
+def test_changes_of_a_later_start_are_listed_and_marked_in_every_chart_over_steps(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path)
+    run.write()
+    assert 'class="mark"' not in write_page(tmp_path).read_text()
+    lines = [f"seed: 1 before, {NASTY} now", f"key: {SECRET}"]
+    run.json("changes.json", [{"step": 20, "changes": lines}, {"step": 900, "changes": ["later"]}])
+    html = write_page(tmp_path).read_text()
+    assert "After step 20" in html
+    assert NASTY not in html
+    assert SECRET not in html
+    figures = [
+        figure for figure in html.split("<figure")[1:] if 'class="line' in figure and "at step" in figure
+    ]
+    assert len(figures) >= 5
+    assert all(figure.count('class="mark"') == 1 for figure in figures), "step 900 is beyond the curves"
+
+
 def test_state_follows_from_the_files_of_the_folder(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path)
     run.write()

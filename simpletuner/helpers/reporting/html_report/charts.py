@@ -45,6 +45,8 @@ class Chart:
     is_stepped: bool = False
     """Each value holds until the next point."""
     from_zero: bool = False
+    marks: Sequence[int] = ()
+    """Steps with a vertical line, after which something was changed."""
 
 
 def draw_chart(chart: Chart) -> str:
@@ -63,12 +65,17 @@ def draw_chart(chart: Chart) -> str:
     # The most important curve is the last one, so it is drawn on top.
     paths = "".join(_paths(curve, frame, is_stepped=chart.is_stepped) for curve in curves)
     lines = "".join(f'<path class="grid" d="M0 {frame.y(tick):.1f}H{WIDTH}"/>' for tick in ticks)
+    marks = "".join(
+        f'<path class="mark" d="M{frame.x(step):.1f} 0V{HEIGHT}"/>'
+        for step in chart.marks
+        if left <= step <= right
+    )
     return (
         f'<figure class="chart{" wide" if chart.is_wide else ""}">\n'
         f"<figcaption><strong>{escape(chart.title)}</strong> {_legend(curves, chart.axis)}</figcaption>\n"
         f'<div class="plot" tabindex="0">{_side_labels(ticks, frame)}'
         f'<div class="field"><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img">'
-        f"<title>{escape(_summary(chart, curves))}</title>{lines}{paths}</svg>"
+        f"<title>{escape(_summary(chart, curves))}</title>{lines}{marks}{paths}</svg>"
         f'<i class="cursor"></i></div>{_bottom_labels(step_ticks, frame)}</div>\n'
         f"{note(chart.note)}{data_block(_pointer_values(curves))}\n</figure>"
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
@@ -53,6 +54,8 @@ class RunSnapshot:
     adapter: Path | None
     """The final adapter, else that of the newest checkpoint."""
     comfyui: Path | None
+    changes: list[dict[str, Any]]
+    """See `load_changes`."""
 
     @property
     def max_steps(self) -> int | None:
@@ -88,6 +91,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         images=images,
         adapter=_adapter(path),
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
+        changes=without_secrets(load_changes(path)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,7 @@ def render_page(run: RunSnapshot) -> str:
     """The report as one self-contained HTML document."""
     blocks = [
         section("course", "Curves", _charts(run)),
+        section("changes", "Changes during the run", sections.render_changes(run)),
         section("schedule", "Rank schedule", render_schedule(run)),
         section("pictures", "Images", render_gallery(run.images)),
         section("data", "Data", sections.render_datasets(run)),
@@ -93,7 +95,9 @@ def _charts(run: RunSnapshot) -> str:
         Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
-    figures = "\n".join(filter(None, map(draw_chart, [loss_chart, by_band, *small])))
+    marks = tuple(change["step"] for change in run.changes)
+    charts = (replace(chart, marks=marks) for chart in (loss_chart, by_band, *small))
+    figures = "\n".join(filter(None, map(draw_chart, charts)))
     return f'<div class="charts">\n{figures}\n</div>'
 
 

@@ -56,6 +56,16 @@ def render_datasets(run: RunSnapshot) -> str:
     return "\n".join(_dataset(each, known.get(each.get("id"), {})) for each in configured)
 
 
+def render_changes(run: RunSnapshot) -> str:
+    """What was changed when the run was started again, by the last step before."""
+    return "\n".join(
+        f"<h4>After step {change['step']:,}</h4><ul>"
+        + "".join(f"<li>{escape(line)}</li>" for line in change["changes"])
+        + "</ul>"
+        for change in run.changes
+    )
+
+
 def render_configuration(run: RunSnapshot) -> str:
     """Keys that differ from their default, then the other keys, then the nested files."""
     nested = {
