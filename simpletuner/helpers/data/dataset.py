@@ -33,7 +33,7 @@ from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
-from simpletuner.helpers.io.names import counted, file_name, printable
+from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
