@@ -414,7 +414,7 @@ def test_namesake_scheduled_by_steps_keeps_its_last_rank_at_every_timestep(
         ({"kind": "cosine"}, rounded(1, cosine=True)),
         ({"min_rank": R}, constant(R)),
     ],
-    ids=str,
+    ids=["minimum", "minimum and exponent", "kind", "every rank"],
 )
 def test_schedule_that_the_user_gives_replaces_the_files(
     options: dict[str, Any], ranks: Ranks, tmp_path: Path
