@@ -291,6 +291,9 @@ def test_command_writes_the_file_and_says_how_far_it_is_off(
         header = content.metadata()
     assert header["trigger_words"] == "sks"
     assert "tlora_config" not in header, "a plain LoRA follows no schedule"
+    assert command(monkeypatch, "export", file, *arguments) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert command(monkeypatch, "export", file, *arguments, "--overwrite") == 0
 
 
 @pytest.mark.parametrize("lora_type", ["lycoris", "standard"])

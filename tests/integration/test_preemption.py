@@ -17,6 +17,7 @@ from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempt
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.reporting.html_report.writer import RunPage
+from simpletuner.helpers.training.trainer import STOP_WAIT_S
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun, reset_accelerate, start_pair, wait_for_steps
 
@@ -70,6 +71,7 @@ def test_signal_in_mid_step_saves_and_ends_resumable(
         monkeypatch.setattr(trainer.family, "predict", signal_at(2, number=number, then=then))
         assert trainer.run() == EXIT_PREEMPTED
         assert trainer.progress.step == 2  # the step in which the signal came
+        assert trainer.trackers._timeout_s == STOP_WAIT_S
         assert signal.getsignal(number) != before
     assert (run.output_dir / "checkpoint-2").is_dir()
     assert finish(run, **keys) == expected(**keys)

@@ -11,7 +11,6 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from simpletuner.helpers.errors import SimpleTunerError
-from simpletuner.helpers.io.logs import leave_closed_terminal
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,6 @@ class Preemption:
             raise Preempted(f"Stopped by a signal while {doing}. The same command resumes the run.")
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        leave_closed_terminal()
         now_s, name = time.monotonic(), signal.Signals(number).name
         if not self.requested:
             self.requested, self._requested_at_s = True, now_s

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -201,6 +202,14 @@ def raising(error: BaseException) -> Callable[[], None]:
     return act
 
 
+def end_of(released: Event) -> None:
+    """Let the threads of trackers that hang end."""
+    released.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("tracker "):
+            thread.join()
+
+
 @pytest.mark.parametrize(
     "error", [ConnectionError("no route"), SystemExit("no route"), KeyboardInterrupt("no route")]
 )
@@ -236,10 +245,12 @@ def test_tracker_that_hangs_delays_neither_a_step_nor_the_end(
         for step in (1, 2, 3):
             trackers.log(replace(RECORD, step=step))
     assert time.monotonic() - started_s < 5
+    (thread,) = [each for each in threading.enumerate() if each.name == "tracker Counting"]
+    assert thread.daemon, "it must not keep the process alive"
     (warning,) = warnings_in(caplog)
     assert ("0 rows" if at == "finish" else "3 rows") in warning
     assert steps_in(tmp_path / "m.jsonl") == [1, 2, 3]
-    released.set()
+    end_of(released)
 
 
 @pytest.mark.reliability_row(24)
@@ -250,7 +261,7 @@ def test_all_trackers_that_hang_share_the_wait_at_the_end() -> None:
     started_s = time.monotonic()
     trackers.finish()
     assert 0.5 <= time.monotonic() - started_s < 2
-    released.set()
+    end_of(released)
 
 
 @pytest.mark.reliability_row(24)
@@ -282,7 +293,12 @@ def test_stopped_run_waits_less_for_its_trackers() -> None:
     trackers.start()
     trackers.limit_wait(0.1)
     trackers.finish()
-    released.set()
+    end_of(released)
+
+
+def test_wait_at_the_end_is_that_of_the_configuration(tmp_path: Path) -> None:
+    config = TrackingConfig(tracker_timeout_seconds=7)
+    assert build_trackers(config, output_dir=tmp_path, settings={}, resumed_step=0)._timeout_s == 7
 
 
 def test_tracker_that_is_merely_behind_gets_every_row(caplog: pytest.LogCaptureFixture) -> None:

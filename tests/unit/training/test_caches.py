@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.preemption import Preempted, Preemption
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
@@ -20,8 +23,9 @@ from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.data import dataset as dataset_module
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.images import decode_image
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DataError, LoaderTimeoutError
 from simpletuner.helpers.training import caches
+from simpletuner.helpers.training.build import build_watch
 
 VALIDATION = "a cat on a beach"
 
@@ -111,6 +115,31 @@ def test_a_signal_does_not_part_processes_that_have_nothing_to_encode(data: Trai
     family = Family()
     fill(data, family, preemption=preemption)  # the stop is agreed in the next step, behind the barrier
     assert family.events == ["unload vae", "unload text encoders"]
+
+
+@pytest.mark.reliability_row(31)
+def test_image_that_never_loads_ends_the_caching_with_its_name(
+    data: TrainingData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr(dataset_module, "decode_image", lambda _: released.wait() and None)
+    data.watch = LoaderWatch(timeout_s=0.1)
+    with pytest.raises(LoaderTimeoutError, match=r"cat_0\.png"):
+        fill(data, Family())
+    released.set()
+
+
+@pytest.mark.parametrize(("num_processes", "stop_after_s"), [(1, 2.0), (2, FIRST_NOTICE_S)])
+def test_watch_has_the_limit_of_the_run_and_stops_one_process_of_several_late(
+    num_processes: int, stop_after_s: float
+) -> None:
+    config: Any = SimpleNamespace(data=DataConfig(loader_timeout_seconds=7))
+    accelerator: Any = SimpleNamespace(num_processes=num_processes)
+    watch = build_watch(config, accelerator, preemption := Preemption())
+    assert (watch.timeout_s, watch.stop_after_s) == (7.0, stop_after_s)
+    preemption.requested = True
+    with pytest.raises(Preempted, match="the disk was slow"):
+        watch.check("the disk was slow")
 
 
 def test_images_that_another_process_found_damaged_are_left_out(
