@@ -730,6 +730,11 @@ def test_facts_change_with_the_images_the_captions_and_the_global_batch_alone(
     (photos / "7.png").rename(photos / "seven.png")
     (photos / "7.txt").rename(photos / "seven.txt")
     assert changed() == set(), "a name is no content"
+    (photos / "0.png").rename(photos / "zero.png")
+    (photos / "0.txt").rename(photos / "zero.txt")
+    assert changed() == {"hash of all captions"}, "they are compared in the order of the names"
+    (photos / "zero.png").rename(photos / "0.png")
+    (photos / "zero.txt").rename(photos / "0.txt")
     (photos / "1.txt").write_text("another")
     assert changed() == {"hash of all captions"}
     (photos / "1.txt").write_text("photo x")
