@@ -20,6 +20,7 @@ from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_sample
 from simpletuner.helpers.models.loading import Component, quiet
+from simpletuner.helpers.models.shift import shift_at as shift_at  # families outside import it from here
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import NoiseConfig

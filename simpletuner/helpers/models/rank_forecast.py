@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import active_rank
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.models.shift import static_shift
 
 if TYPE_CHECKING:
@@ -69,17 +69,14 @@ def sigma_weights(noise: NoiseConfig) -> list[tuple[float, float]]:
 
 
 def _mean_rank(lycoris: LycorisConfig, weights: Mapping[int, float], num_timesteps: int) -> float:
-    ranks = {
-        timestep: active_rank(
-            timestep,
-            max_rank=lycoris.linear_dim,
-            min_rank=lycoris.tlora_min_rank,
-            alpha=lycoris.tlora_alpha,
-            num_timesteps=num_timesteps,
-            inclusive=lycoris.tlora_schedule == "inclusive",
-        )
-        for timestep in weights
-    }
+    schedule = RankSchedule(
+        lycoris.linear_dim,
+        min_rank=lycoris.tlora_min_rank,
+        alpha=lycoris.tlora_alpha,
+        num_timesteps=num_timesteps,
+        variant=lycoris.tlora_schedule,
+    )
+    ranks = {timestep: schedule.rank_at(timestep) for timestep in weights}
     return sum(ranks[each] * weight for each, weight in weights.items()) / sum(weights.values())
 
 
@@ -89,8 +86,7 @@ def _shift(
     if scheduler is None and (noise.flow_schedule_auto_shift or noise.flow_schedule_shift is None):
         return None
     fixed = static_shift(noise, scheduler or {})
-    if fixed is not None:
+    if fixed is not None or spec.dynamic_shift is None:
         return fixed
-    assert spec.dynamic_shift is not None, "a family of flow matching has a dynamic shift"
     num_tokens = size.height * size.width // TOKEN_EDGE_PX**2
     return spec.dynamic_shift(scheduler or {}, num_tokens)

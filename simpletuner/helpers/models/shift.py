@@ -58,6 +58,12 @@ def dynamic_shift(scheduler: Mapping[str, object]) -> DynamicShift:
     return DynamicShift(**given)  # type: ignore[arg-type]  # diffusers wrote numbers
 
 
+def shift_at(noise: NoiseConfig, scheduler: Mapping[str, object], *, num_tokens: int) -> float:
+    """Shift for images of num_tokens: the user's, else the model's."""
+    fixed = static_shift(noise, scheduler)
+    return dynamic_shift(scheduler)(num_tokens) if fixed is None else fixed
+
+
 def shift_by_tokens(scheduler: Mapping[str, object], num_tokens: int) -> float:
     """Shift of a scheduler for images of num_tokens."""
     return dynamic_shift(scheduler)(num_tokens)

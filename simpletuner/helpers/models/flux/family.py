@@ -35,7 +35,7 @@ from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxIn
 from simpletuner.helpers.models.flux.spec import SPEC
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
 from simpletuner.helpers.models.loading import quiet
-from simpletuner.helpers.models.shift import shift_by_tokens, static_shift
+from simpletuner.helpers.models.shift import shift_at
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
@@ -197,9 +197,7 @@ class Flux(ModelFamily):
         }
 
     def _shift(self, *, num_tokens: int) -> float:
-        scheduler = self.components.scheduler.config
-        fixed = static_shift(self.noise, scheduler)
-        return shift_by_tokens(scheduler, num_tokens) if fixed is None else fixed
+        return shift_at(self.noise, self.components.scheduler.config, num_tokens=num_tokens)
 
     def _attention_arguments(self, text: TextEmbeds, *, num_tokens: int) -> dict[str, Any]:
         """Attention mask without padding tokens, if the configuration wants it."""
