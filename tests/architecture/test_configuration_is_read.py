@@ -11,14 +11,6 @@ from tests.architecture.package_source import Module, assert_only, modules
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
-_PRESET = (
-    "exclude_name",
-    "module_algo_map",
-    "name_algo_map",
-    "target_module",
-    "target_name",
-    "use_fnmatch",
-)
 READ_WHILE_LOADING: dict[str, str] = {
     "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.lycoris_config": _OPENED,
@@ -35,7 +27,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "ValidationConfig.validation_prompt": _OPENED,
     "ValidationConfig.validation_prompt_library": _OPENED,
     "LayerArguments.dim": _HANDED_ON,
-    **{f"TargetPreset.{name}": _HANDED_ON for name in _PRESET},
+    "TargetPreset.use_fnmatch": _HANDED_ON,
 }
 
 

@@ -64,7 +64,7 @@ def test_the_sample_command_refuses_what_the_family_cannot_do(tmp_path: Path) ->
     )
     assert isinstance(result.exception, ConfigError)
     assert "--guidance-real" in str(result.exception)
-    assert re.search(r"validation_guidance_real +2 .*flux_attention_masked_training", str(result.exception))
+    assert re.search(r"--guidance-real +2 .*flux_attention_masked_training", str(result.exception))
     assert not (tmp_path / "samples").exists()
 
 

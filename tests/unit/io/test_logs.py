@@ -60,7 +60,7 @@ def test_configure_logging_twice_shows_each_line_once(shown: io.StringIO) -> Non
 
 def test_a_terminal_of_80_columns_gets_whole_paths(shown: io.StringIO) -> None:
     configure_logging(console=Console(file=shown, width=80, force_terminal=True, color_system=None))
-    path = "/home/someone/" + "folder/" * 20 + "pytorch_lora_weights.safetensors"
+    path = "/srv/" + "folder/" * 20 + "pytorch_lora_weights.safetensors"
     logging.getLogger("simpletuner").warning("Adapter: [%s] in %s", "bold", path)
     (line,) = shown.getvalue().splitlines()
     assert line.endswith(f"Adapter: [bold] in {path}")
