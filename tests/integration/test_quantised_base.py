@@ -135,7 +135,7 @@ def file_of(algorithm: str) -> Path:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora", "diag-oft"])
+@pytest.mark.parametrize("algorithm", ["lora", "loha", "lokr", "glora"])
 def test_file_of_an_algorithm_loads_onto_a_quantised_base_and_has_its_effect_there(
     algorithm: str, precision: Precision
 ) -> None:
@@ -148,7 +148,8 @@ def test_file_of_an_algorithm_loads_onto_a_quantised_base_and_has_its_effect_the
     assert (effects[1] - effects[0]).norm() < 0.3 * effects[0].norm()
 
 
-@pytest.mark.parametrize("algorithm", ["full", "ia3"])
+# diag-oft rotates the bias too, which an addition to the output leaves alone.
+@pytest.mark.parametrize("algorithm", ["full", "ia3", "diag-oft"])
 def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised_base(
     algorithm: str, tmp_path: Path
 ) -> None:
@@ -156,7 +157,7 @@ def test_file_of_an_algorithm_that_needs_whole_weights_is_refused_by_a_quantised
     del run.lycoris["tlora_min_rank"]
     assert run.run(max_train_steps=1) == 0
     unet = quantize_and_move(plain_unet(), precision="int8-torchao", device=torch.device("cpu"))
-    with pytest.raises(AdapterError, match=rf"{algorithm}|layers"):
+    with pytest.raises(AdapterError, match=rf"{algorithm}|layers|base_model_precision no_change"):
         load_adapter(unet, run.output_dir / ADAPTER_FILE)
 
 

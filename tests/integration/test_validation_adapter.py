@@ -16,7 +16,7 @@ from PIL import Image
 
 from simpletuner import train as command
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.errors import CheckpointError, TrainingError
+from simpletuner.helpers.errors import AdapterError, CheckpointError, TrainingError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.run_summary import RunSummary
@@ -198,20 +198,30 @@ def test_strength_of_a_prompt_is_the_other_adapters_too(run: TinyRun) -> None:
 
 
 def test_adapter_that_cannot_be_shown_leaves_its_column_empty_and_the_run_goes_on(
-    run: TinyRun, other: TinyRun, caplog: pytest.LogCaptureFixture
+    run: TinyRun, other: TinyRun, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train(other) == 0
-    (other.output_dir / ADAPTER_FILE).write_bytes(b"torn")
+    other_adapter = other.output_dir / ADAPTER_FILE
+
+    def refused(*_: object, **__: object) -> None:
+        raise AdapterError(f"{other_adapter}: torn")
+
+    monkeypatch.setattr(comparison, "loaded_adapter", refused)
     assert train(run) == 0
-    assert f"{other.output_dir / ADAPTER_FILE}: AdapterError" in caplog.text
+    assert f"{other_adapter}: torn" in caplog.text
     assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
 
 
-def test_finished_run_whose_adapter_is_gone_is_told(run: TinyRun, other: TinyRun) -> None:
+@pytest.mark.parametrize("damage", ["gone", "torn"])
+def test_adapter_of_a_finished_run_is_written_again_from_its_checkpoint(
+    run: TinyRun, other: TinyRun, damage: str
+) -> None:
     assert train(other) == 0
-    (other.output_dir / ADAPTER_FILE).unlink()
-    with pytest.raises(TrainingError, match="Copy it from that run's last checkpoint"):
-        train(run)
+    file = other.output_dir / ADAPTER_FILE
+    before = file.read_bytes()
+    file.unlink() if damage == "gone" else file.write_bytes(b"torn")
+    assert train(run) == 0
+    assert file.read_bytes() == before
 
 
 def test_run_that_a_third_waits_for_is_trained_before_it(tmp_path: Path, run: TinyRun) -> None:

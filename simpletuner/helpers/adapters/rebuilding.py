@@ -61,6 +61,11 @@ def network_of(denoiser: nn.Module, file: AdapterFile, tensors: Mapping[str, Ten
         try:
             module = _module(name, layer, own[name])
         except (AdapterError, ConfigError, *MISFITS) as error:
+            if any("diff" in key.split(".") for key in own[name]) and is_quantized(layer.weight):
+                raise AdapterError(
+                    f"{name}: layers of algo full need unquantised weights. Load the model with "
+                    "base_model_precision no_change."
+                ) from error
             reason = one_line_reason(error).removeprefix(f"{name}: ").rstrip(".")
             raise AdapterError(f"{name}: its factors do not fit this layer: {reason}.") from error
         if bypassed is None or name in bypassed:
