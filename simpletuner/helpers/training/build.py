@@ -147,6 +147,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     accelerator = build_accelerator(config)
     check_distribution(config, accelerator)
     device = accelerator.device
+    # Before a model is downloaded; below once more, of a repository whose size is known only then.
     refuse_cpu(
         config, device, num_weights=num_denoiser_weights(config.model, specs()[config.model.model_family])
     )
@@ -159,6 +160,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
     family = build_family(config, accelerator)
+    refuse_cpu(config, device, num_weights=family.components.denoiser.num_weights())
     watch = build_watch(config, accelerator, preemption)
     data = build_data(config, family=family, accelerator=accelerator, watch=watch)
     return RunContext(
