@@ -129,9 +129,8 @@ def validate(
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
-    from simpletuner.helpers.training.plan import (
-        plan_lines,
-    )  # its image library is not for the other commands
+    # Its image library is not for the other commands.
+    from simpletuner.helpers.training.plan import plan_lines
 
     print(f"{file}: valid.")
     for line in plan_lines(run, registry.specs()[run.model.model_family], reads_all=data):

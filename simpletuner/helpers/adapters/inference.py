@@ -11,10 +11,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, paths_in
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.errors import AdapterError, one_line_reason

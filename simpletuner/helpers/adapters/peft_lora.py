@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 
-METADATA_KEY = "lora_adapter_metadata"  # diffusers reads rank and alpha from this header entry
 ADAPTER_NAME = "default"
 
 

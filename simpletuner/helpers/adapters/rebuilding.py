@@ -21,14 +21,13 @@ from lycoris.modules.lokr import LokrModule
 from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, OPTIONS_KEY, AdapterFile
+from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, OPTIONS_KEY, AdapterFile, layer_name
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
 
-PREFIX = "lycoris"
 # LyCORIS checks neither shapes nor whether a layer's tensors are complete.
 MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)
 MAPS = ("module_algo_map", "name_algo_map")
@@ -55,7 +54,7 @@ def network_of(denoiser: nn.Module, file: AdapterFile, tensors: Mapping[str, Ten
         own[key.partition(".")[0]][key] = tensor
     network = LycorisNetwork(denoiser, init_only=True)
     for path, layer in denoiser.named_modules():
-        name = f"{PREFIX}_{path}".replace(".", "_")
+        name = layer_name(path)
         if name not in own:
             continue
         try:

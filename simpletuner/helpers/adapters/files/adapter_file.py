@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 SCHEDULE_KEY = "tlora_config"
 LYCORIS_KEY = "lycoris_config"
+METADATA_KEY = "lora_adapter_metadata"  # PEFT's configuration, which diffusers reads and writes
 HASH_KEY = "base_weights_hash"
 VERSION_KEY, VERSION = "format_version", "2"  # since 2 the tensors alone carry the scale
 MULTIPLIER_KEY = "saved_multiplier"  # multiplier of the training, which the tensors contain
@@ -35,6 +36,7 @@ INTEGERS = (torch.int64, torch.int32)
 SCALARS = (".alpha", ".on_input", ".tlora_alpha", ".tlora_current_rank", ".tlora_min_rank", ".tlora_max_rank")
 MATRICES = ("q_layer.weight", "p_layer.weight", "down.weight", "up.weight", "base_q", "base_p")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+LAYER_PREFIX = "lycoris_"
 NUM_HASHED = 4096  # values of a layer
 
 
@@ -85,6 +87,11 @@ class AdapterFile:
                 f"{self.path}: {key} in its header is a {type(value).__name__}, not an object."
             )
         return value
+
+
+def layer_name(path: str) -> str:
+    """Name of a layer in LyCORIS's key layout, by its path in the denoiser."""
+    return f"{LAYER_PREFIX}{path}".replace(".", "_")
 
 
 def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

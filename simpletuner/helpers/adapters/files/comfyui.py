@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.io.safetensors_file import open_safetensors
+from simpletuner.helpers.io.safetensors_file import read_header
 
 Shapes = Mapping[str, Sequence[int]]
 """Key -> shape of its tensor."""
@@ -99,6 +99,4 @@ def advice_for(file: Path, *, exported: Path | None = None) -> str:
     Raises:
         AdapterError: The file cannot be read.
     """
-    with open_safetensors(file, error=AdapterError) as opened:
-        keys = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118  not a mapping
-    return advice(keys, file=file, exported=exported)
+    return advice(read_header(file, error=AdapterError), file=file, exported=exported)

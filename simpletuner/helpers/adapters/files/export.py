@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, scales
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
@@ -32,7 +33,7 @@ from simpletuner.helpers.adapters.files.lora_conversion import (
     exact_lora,
     truncated_lora,
 )
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, stated_alpha
+from simpletuner.helpers.adapters.peft_lora import stated_alpha
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec

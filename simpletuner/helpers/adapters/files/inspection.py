@@ -31,7 +31,7 @@ SHOWN_ELSEWHERE = {
     "model_family",
     "model_flavour",
     "trigger_words",
-    "lora_adapter_metadata",
+    adapter_file.METADATA_KEY,
     adapter_file.SCHEDULE_KEY,
     adapter_file.LYCORIS_KEY,
     adapter_file.HASH_KEY,

@@ -13,8 +13,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, layer_name
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
-from simpletuner.helpers.adapters.peft_lora import METADATA_KEY, lora_metadata
+from simpletuner.helpers.adapters.peft_lora import lora_metadata
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
 
@@ -32,7 +33,7 @@ def make_key_map(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMa
     if layout == "diffusers":
         return {path: FusedSlice(f"{spec.denoiser_name}.{path}") for path in paths}
     if layout == "lycoris":
-        return {path: FusedSlice(f"lycoris_{path}".replace(".", "_")) for path in paths}
+        return {path: FusedSlice(layer_name(path)) for path in paths}
     if spec.original_name is None:
         raise AdapterError(f"The family {spec.name} has no layout {layout}. Use diffusers or lycoris.")
     key_map = {}

@@ -9,18 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
 from simpletuner.helpers.adapters.files.foreign.beside import json_beside
 from simpletuner.helpers.adapters.files.foreign.keys import ForeignLayers
+from simpletuner.helpers.adapters.files.scales import rank_of
 from simpletuner.helpers.errors import AdapterError
 
-METADATA_KEY = "lora_adapter_metadata"  # diffusers' header entry of PEFT's configuration
 SIDECAR = "adapter_config.json"  # PEFT's, beside the file
-RANK_AXES = {
-    **dict.fromkeys(("lora_down.weight", "hada_w1_b", "q_layer.weight", "lokr_w1_b", "lokr_w2_b"), 0),
-    "a2.weight": 0,
-}
-"""Part -> axis that is the rank of its layer."""
 
 
 def complete_alphas(file: AdapterFile, foreign: ForeignLayers) -> dict[str, dict[str, Tensor]]:
@@ -34,12 +29,6 @@ def complete_alphas(file: AdapterFile, foreign: ForeignLayers) -> dict[str, dict
         layer: parts if "alpha" in parts else parts | _scale(layer, parts, config, file=file)
         for layer, parts in foreign.layers.items()
     }
-
-
-def rank_of(parts: Mapping[str, Tensor]) -> int | None:
-    """Rank of a layer; None for an algorithm without one."""
-    found = (parts[part].shape[axis] for part, axis in RANK_AXES.items() if part in parts)
-    return next(found, None)
 
 
 def _scale(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
-from simpletuner.helpers.adapters.files.foreign.alphas import METADATA_KEY
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile, layer_name
 from simpletuner.helpers.adapters.files.foreign.translation import translate
+from simpletuner.helpers.adapters.files.scales import scale_of
 from simpletuner.helpers.errors import AdapterError
 
 _NAMES = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
@@ -28,8 +28,8 @@ def in_diffusers_layout(file: AdapterFile, denoiser: nn.Module, *, prefix: str) 
     if METADATA_KEY in file.metadata and all(key.startswith(f"{prefix}.") for key in file.tensors):
         return file
     translated = translate(file, denoiser)
-    own_names = {f"lycoris_{path}".replace(".", "_"): path for path, _ in denoiser.named_modules()}
-    tensors = {}
+    own_names = {layer_name(path): path for path, _ in denoiser.named_modules()}
+    tensors, layers = {}, translated.file.layers
     for key, tensor in translated.file.tensors.items():
         name, _, part = key.partition(".")
         path = own_names.get(name)
@@ -37,8 +37,7 @@ def in_diffusers_layout(file: AdapterFile, denoiser: nn.Module, *, prefix: str) 
             what = "in the denoiser" if path is None else "of a standard LoRA"
             raise AdapterError(f"{file.path}: {key} is not {what}.")
         if part == "lora_up.weight":
-            rank = translated.file.tensors[f"{name}.lora_down.weight"].shape[0]
-            tensor = tensor.float() * (float(translated.file.tensors[f"{name}.alpha"]) / rank)
+            tensor = tensor.float() * scale_of(layers[name])
         if part == "dora_scale":
             tensors[f"{prefix}.{path}.lora_magnitude_vector"] = tensor.flatten()
         elif part != "alpha":

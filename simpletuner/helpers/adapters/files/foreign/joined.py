@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files.foreign.layer_names import Target
+from simpletuner.helpers.adapters.files.scales import scale_of
 from simpletuner.helpers.errors import AdapterError
 
 # Parts whose first axis is the output, and parts that every layer of the joined one shares.
@@ -81,13 +82,11 @@ def lokr_delta(parts: Mapping[str, Tensor]) -> Tensor:
 
     Source: LyCORIS, arXiv:2309.14859, LoKr; the scale is 1 where both factors are whole.
     """
-    factors, ranks = [], []
+    factors = []
     for which in ("w1", "w2"):
         whole = parts.get(f"lokr_{which}")
         if whole is None:
             a, b = parts[f"lokr_{which}_a"].float(), parts[f"lokr_{which}_b"].float()
-            ranks.append(a.shape[1])
             whole = a @ b
         factors.append(whole.float())
-    scale = float(parts["alpha"]) / ranks[0] if ranks and "alpha" in parts else 1.0
-    return torch.kron(factors[0], factors[1]) * scale
+    return torch.kron(factors[0], factors[1]) * scale_of(parts)

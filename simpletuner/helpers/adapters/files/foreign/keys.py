@@ -9,15 +9,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.adapter_file import LAYER_PREFIX, AdapterFile
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, KEYS, TRAINED_KEYS, VANILLA_KEYS
 from simpletuner.helpers.errors import AdapterError
 
-OWN_PREFIX = "lycoris_"
 TLORA_PREFIX = "tlora_"
 WRAPPERS = ("base_model.model.", "model.diffusion_model.")
 PREFIXES = ("diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_transformer_", TLORA_PREFIX)
-"""What stands before a denoiser's layer; OWN_PREFIX is LyCORIS's and this program's."""
+"""What stands before a denoiser's layer; LAYER_PREFIX is LyCORIS's and this program's."""
 TEXT_ENCODERS = ("lora_te", "lora_text_encoder", "text_encoder", "te1", "te2", "clip_l.", "clip_g.", "t5.")
 EMBEDDINGS = ("bundle_emb.",)
 STATIC_KEYS = ("tlora_current_rank", "tlora_min_rank", "tlora_max_rank", "tlora_alpha")
@@ -78,7 +77,7 @@ class ForeignLayers:
     @property
     def is_own(self) -> bool:
         """Whether every key has LyCORIS's prefix, so that names need no translation."""
-        return self.prefixes == {OWN_PREFIX}
+        return self.prefixes == {LAYER_PREFIX}
 
     def has(self, part: str) -> bool:
         """Whether a layer has this part."""
@@ -101,7 +100,7 @@ def split_keys(file: AdapterFile) -> ForeignLayers:
         if reason is not None:
             left_out[key] = reason
             continue
-        prefix = next((each for each in (OWN_PREFIX, *PREFIXES) if bare.startswith(each)), "")
+        prefix = next((each for each in (LAYER_PREFIX, *PREFIXES) if bare.startswith(each)), "")
         layer, part = _layer_and_part(bare.removeprefix(prefix), file.tensors, key=key, file=file)
         parts = layers.setdefault(layer, {})
         first_keys.setdefault(layer, key)
@@ -156,7 +155,7 @@ def _layer_and_part(
             layer = bare[: match.start()]
             if match.end() == len(bare) and (name != "weight" or _is_ia3(key, tensors)):
                 return layer, name
-    if key.startswith(OWN_PREFIX):  # LyCORIS's names have no dots, so any part can be told
+    if key.startswith(LAYER_PREFIX):  # LyCORIS's names have no dots, so any part can be told
         layer, _, part = bare.partition(".")
         return layer, part
     raise AdapterError(f"{file.path}: {key} is no tensor of a known adapter format.")

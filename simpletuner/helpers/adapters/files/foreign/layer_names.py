@@ -8,6 +8,7 @@ from importlib import import_module
 
 from torch import nn
 
+from simpletuner.helpers.adapters.files.adapter_file import layer_name
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 
 # By name, as choices are: families are in a layer above.
@@ -27,7 +28,7 @@ class Target:
     @property
     def own_name(self) -> str:
         """Name of the layer in LyCORIS's key layout."""
-        return f"lycoris_{self.path}".replace(".", "_")
+        return layer_name(self.path)
 
 
 def targets_by_name(denoiser: nn.Module) -> Mapping[str, Sequence[Target]]:

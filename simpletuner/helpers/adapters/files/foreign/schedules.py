@@ -8,10 +8,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, SCHEDULE_KEY, AdapterFile
-from simpletuner.helpers.adapters.files.foreign.alphas import rank_of
+from simpletuner.helpers.adapters.files.adapter_file import (
+    LAYER_PREFIX,
+    LYCORIS_KEY,
+    SCHEDULE_KEY,
+    AdapterFile,
+)
 from simpletuner.helpers.adapters.files.foreign.beside import json_beside, text_beside
-from simpletuner.helpers.adapters.files.foreign.keys import OWN_PREFIX, TLORA_PREFIX, ForeignLayers
+from simpletuner.helpers.adapters.files.foreign.keys import TLORA_PREFIX, ForeignLayers
+from simpletuner.helpers.adapters.files.scales import rank_of
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
@@ -181,7 +186,7 @@ def _of_network_arguments(sought: _Sought) -> FoundSchedule | None:
 
 def _of_lycoris_config(sought: _Sought) -> FoundSchedule | None:
     """SimpleTuner: the lycoris json is in a checkpoint's header, and stands beside a final file."""
-    if not sought.foreign.has("lambda_layer") or OWN_PREFIX not in sought.foreign.prefixes:
+    if not sought.foreign.has("lambda_layer") or LAYER_PREFIX not in sought.foreign.prefixes:
         return None
     config, source = sought.file.entry(LYCORIS_KEY), f"{LYCORIS_KEY} in its header"
     if config is None:

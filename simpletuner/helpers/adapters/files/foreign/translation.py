@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.files.adapter_file import SCHEDULE_KEY, AdapterFile
-from simpletuner.helpers.adapters.files.foreign.alphas import complete_alphas, rank_of
+from simpletuner.helpers.adapters.files.adapter_file import LAYER_PREFIX, SCHEDULE_KEY, AdapterFile
+from simpletuner.helpers.adapters.files.foreign.alphas import complete_alphas
 from simpletuner.helpers.adapters.files.foreign.joined import take_rows
 from simpletuner.helpers.adapters.files.foreign.keys import (
-    OWN_PREFIX,
     STATIC_KEYS,
     ForeignLayers,
     split_keys,
 )
 from simpletuner.helpers.adapters.files.foreign.layer_names import Target, find, targets_by_name
 from simpletuner.helpers.adapters.files.foreign.schedules import FoundSchedule, find_schedule, with_options
+from simpletuner.helpers.adapters.files.scales import rank_of
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS
@@ -120,7 +120,7 @@ def with_schedule(file: AdapterFile, schedule: ScheduleOptions) -> AdapterFile:
 
 def _in_own_keys(reading: Reading) -> AdapterFile:
     tensors = {
-        f"{OWN_PREFIX}{layer}.{part}": tensor
+        f"{LAYER_PREFIX}{layer}.{part}": tensor
         for layer, parts in reading.foreign.layers.items()
         for part, tensor in parts.items()
     }
