@@ -26,11 +26,7 @@ def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple
         SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
     """
     try:
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {length} bytes, and the limit is {MAX_HEADER_BYTES}")
-            header = json.loads(stream.read(length))
+        header = json.loads(_header_bytes(path, error=error))
         return {
             str(name): tuple(map(int, entry["shape"]))
             for name, entry in header.items()
@@ -48,14 +44,7 @@ def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[A
         SimpleTunerError: Of the type `error`, also while the file is open: it is damaged or cannot be read.
     """
     try:
-        with path.open("rb") as stream:
-            header_bytes = int.from_bytes(stream.read(8), "little")
-        if header_bytes > MAX_HEADER_BYTES:
-            raise error(
-                f"{path}: this is no safetensors file: its header claims {header_bytes} bytes, and the limit "
-                f"is {MAX_HEADER_BYTES}. Give the path of a .safetensors file."
-            )
-        _check_header(path, header_bytes, error=error)
+        _check_header(path, _header_bytes(path, error=error), error=error)
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as failure:
@@ -64,10 +53,19 @@ def open_safetensors(path: Path, *, error: type[SimpleTunerError]) -> Iterator[A
         ) from failure
 
 
-def _check_header(path: Path, num_bytes: int, *, error: type[SimpleTunerError]) -> None:
-    """Refuse what the library passes over: a key that stands twice, a tensor of very many axes."""
+def _header_bytes(path: Path, *, error: type[SimpleTunerError]) -> bytes:
     with path.open("rb") as stream:
-        text = stream.read(8 + num_bytes)[8:]
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise error(
+                f"{path}: this is no safetensors file: its header claims {length} bytes, and the limit is "
+                f"{MAX_HEADER_BYTES}. Give the path of a .safetensors file."
+            )
+        return stream.read(length)
+
+
+def _check_header(path: Path, text: bytes, *, error: type[SimpleTunerError]) -> None:
+    """Refuse what the library passes over: a key that stands twice, a tensor of very many axes."""
     try:
         header = json.loads(text, object_pairs_hook=_refuse_doubled)
     except _DoubledKeyError as doubled:
