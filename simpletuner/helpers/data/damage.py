@@ -12,12 +12,14 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image, TiffImagePlugin
 
+from simpletuner.helpers.data.boxes import top_level_boxes
 from simpletuner.helpers.errors import DataError
 
 _JPEG_COLORSPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
@@ -184,18 +186,9 @@ def _refuse_zeros_in_avif(image: Image.Image, data: bytes) -> None:
 
 
 def _media_data(data: bytes) -> Iterator[bytes]:
-    """The content of each top-level mdat box (ISO/IEC 14496-12, section 4.2)."""
-    offset = 0
-    while offset + 8 <= len(data):
-        length, header = int.from_bytes(data[offset : offset + 4], "big"), 8
-        if length == 1:
-            length, header = int.from_bytes(data[offset + 8 : offset + 16], "big"), 16
-        length = length or len(data) - offset  # 0: up to the end of the file
-        if length < header:
-            return
-        if data[offset + 4 : offset + 8] == b"mdat":
-            yield data[offset + header : offset + length]
-        offset += length
+    """The content of each mdat box, up to a box without a valid size."""
+    with suppress(OSError):
+        yield from (data[start:end] for kind, start, end in top_level_boxes(data) if kind == b"mdat")
 
 
 def _refuse_damaged_tiff(image: Image.Image, data: bytes) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageFile, ImageOps
 
 from simpletuner.helpers.choices.image_files import EXTRA, JPEG_XL
+from simpletuner.helpers.data.boxes import top_level_boxes
 from simpletuner.helpers.io.optional import require
 
 _CODESTREAM = b"\xff\x0a"
@@ -122,19 +123,12 @@ def _codestream(data: bytes) -> bytes:
 
 def _boxes(data: bytes) -> list[bytes]:
     parts: list[bytes] = []
-    offset = 0
-    while offset + 8 <= len(data) and sum(map(len, parts)) < _HEADER_BYTES:
-        size, kind, start = int.from_bytes(data[offset : offset + 4], "big"), data[offset + 4 : offset + 8], 8
-        if size == 1:  # the size follows, in 64 bits
-            size, start = int.from_bytes(data[offset + 8 : offset + 16], "big"), 16
-        end = offset + size if size else len(data)
-        if end < offset + start:
-            raise OSError("a box is shorter than its header")
-        if kind == b"jxlp":  # after a number of 32 bits
-            start += 4
+    for kind, start, end in top_level_boxes(data):
         if kind in (b"jxlc", b"jxlp"):
-            parts.append(data[offset + start : min(end, offset + start + _HEADER_BYTES)])
-        offset = end
+            start += 4 if kind == b"jxlp" else 0  # after a number of 32 bits
+            parts.append(data[start : min(end, start + _HEADER_BYTES)])
+        if sum(map(len, parts)) >= _HEADER_BYTES:
+            break
     return parts
 
 

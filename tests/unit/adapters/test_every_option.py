@@ -61,27 +61,14 @@ ALSO_NEEDS: Mapping[tuple[str, str], Options] = {
     ("glora", "rank_dropout_scale"): {"bypass_mode": True},
     ("dylora", "conv_dim"): {"linear_dim": 6, "block_size": 3},
 }
+_TWO_FACTORS = (
+    *("use_tucker", "use_scalar", "rs_lora", "weight_decompose", "wd_on_out", "bypass_mode", "conv_dim"),
+)
 SAME_FACTORS: Mapping[str, tuple[str, ...]] = {
-    "lora": (
-        "use_tucker",
-        "use_scalar",
-        "rs_lora",
-        "weight_decompose",
-        "wd_on_out",
-        "bypass_mode",
-        "conv_dim",
-    ),
-    "loha": (
-        "use_tucker",
-        "use_scalar",
-        "rs_lora",
-        "weight_decompose",
-        "wd_on_out",
-        "bypass_mode",
-        "conv_dim",
-    ),
+    "lora": _TWO_FACTORS,
+    "loha": _TWO_FACTORS,
     "lokr": (
-        *("use_tucker", "use_scalar", "rs_lora", "weight_decompose", "wd_on_out", "bypass_mode", "conv_dim"),
+        *_TWO_FACTORS,
         *("factor", "full_matrix", "decompose_both", "unbalanced_factorization"),
     ),
     "diag-oft": ("constraint", "rescaled", "bypass_mode", "conv_dim", "train_norm"),
