@@ -165,9 +165,13 @@ def test_header_without_a_version_gives_its_multiplier(values: dict[str, Any], t
     torch.testing.assert_close(effect(fresh, load_adapter(fresh, old)), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("algo", ["ia3", "diag-oft", "boft"])
-def test_multiplier_that_no_tensor_can_carry_is_refused(algo: str, tmp_path: Path) -> None:
-    _, adapter = trained(json_of({"algo": algo}))
+@pytest.mark.parametrize(
+    "values",
+    [{"algo": "ia3"}, {"algo": "diag-oft"}, {"algo": "boft"}, {"algo": "lora", "weight_decompose": True}],
+    ids=str,
+)
+def test_multiplier_that_no_tensor_can_carry_is_refused(values: dict[str, Any], tmp_path: Path) -> None:
+    _, adapter = trained(json_of(values))
     with pytest.raises(AdapterError, match=r"lycoris_proj.*multiplier 0\.5"):
         adapter.save(tmp_path / "a.safetensors", metadata={})
     assert not list(tmp_path.iterdir())
