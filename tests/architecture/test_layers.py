@@ -58,6 +58,7 @@ PLACES = {
     "typer": ("cli.py",),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),
+    "trackio": ("helpers/reporting/",),
     "matplotlib": ("demo/comparison/",),
 }
 

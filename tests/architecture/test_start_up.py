@@ -20,6 +20,7 @@ HEAVY = {
     "scipy",
     "matplotlib",
     "wandb",
+    "trackio",
 }
 LIBRARIES = "import pydantic, typer, rich.console, rich.logging, rich.progress"
 COMMANDS = ("--help", "train --help", "validate", "examples list", "version", "--version")

@@ -21,5 +21,12 @@ TRACKERS: Registry[Choice] = Registry(
         package="tensorboard",
         extra="track",
     ),
+    Choice(
+        name="trackio",
+        summary="Trackio, in its own folder on this machine; `trackio show` opens it.",
+        build=f"{_TRACKERS}:Trackio",
+        package="trackio",
+        extra="track",
+    ),
 )
 """`build` names a Tracker class; its keywords are config, output_dir, settings and resumed_step."""

@@ -22,7 +22,7 @@ from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.optional import require
-from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, WANDB_FILE
+from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, TRACKIO_FILE, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.tracker_thread import QUIET_S, Tracker, TrackerThread
 
@@ -164,6 +164,52 @@ class Wandb:
         """Upload images at a step."""
         uploads = [self._wandb.Image(str(path), caption=label) for label, path in images.items()]
         self._run.log({"validation": uploads}, step=step)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio; the output folder keeps the run's name, so a resumed run continues it.
+
+    Limit: Trackio finds a run by its name, so of two runs with one tracker_run_name it continues the newer.
+    """
+
+    def __init__(
+        self, *, config: TrackingConfig, output_dir: Path, settings: Mapping[str, object], **_: object
+    ) -> None:
+        self._trackio: Any = require("trackio", extra="track")
+        self._config = config
+        self._name_file = output_dir / TRACKIO_FILE
+        self._settings = dict(settings)
+        self._run: Any = None
+
+    def start(self) -> None:
+        """Open the run, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names another place."""
+        kept = json.loads(self._name_file.read_bytes())["name"] if self._name_file.exists() else None
+        self._run = self._trackio.init(
+            project=self._config.tracker_project_name,
+            name=kept or self._config.tracker_run_name,
+            resume="allow" if kept else "never",
+            config=self._settings,
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        write_json(self._name_file, {"name": self._run.name})
+
+    def log(self, record: StepMetrics) -> None:
+        """Add one point to each curve."""
+        curves = {f"train/{name}": value for name, value in record.curves.items()}
+        self._run.log(curves, step=record.step)
+
+    def log_images(self, step: int, images: Mapping[str, Path]) -> None:
+        """Add images at a step."""
+        added = {
+            f"validation/{label}": self._trackio.Image(path, caption=label) for label, path in images.items()
+        }
+        self._run.log(added, step=step)
 
     def finish(self) -> None:
         """Close the run."""

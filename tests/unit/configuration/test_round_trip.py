@@ -127,7 +127,7 @@ CONFIG = {
     "checkpoint_step_interval": COUNTS_OR_ZERO,
     "checkpoints_total_limit": st.none() | COUNTS,
     "resume_from_checkpoint": st.none() | st.sampled_from(["latest", "checkpoint-20"]),
-    "report_to": st.lists(st.sampled_from(["wandb", "tensorboard"]), unique=True),
+    "report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), unique=True),
     "tracker_project_name": WORDS,
     "tracker_run_name": st.none() | WORDS,
     "loader_timeout_seconds": st.floats(0, 1000),

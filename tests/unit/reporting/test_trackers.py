@@ -7,9 +7,12 @@ import io
 import json
 import logging
 import os
+import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -346,6 +349,34 @@ def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path: Path) -> None:
         ids.append(json.loads((tmp_path / "wandb_run.json").read_bytes())["id"])
     assert ids[0] == ids[1]
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))
+
+
+@pytest.fixture
+def trackio_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Trackio's folder; its modules read the variable when they are imported."""
+    pytest.importorskip("trackio")
+    for name in [each for each in sys.modules if each.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "store"))
+    return tmp_path / "store"
+
+
+def test_trackio_keeps_its_run_over_a_restart(trackio_store: Path, tmp_path: Path) -> None:
+    config = TrackingConfig(report_to="trackio", tracker_project_name="toy", tracker_run_name="one")
+    for output, step in (("a", 1), ("a", 2), ("b", 1)):
+        trackers = build_trackers(
+            config, output_dir=tmp_path / output, settings={"lr": 1}, resumed_step=step - 1
+        )
+        trackers.start()
+        trackers.log(replace(RECORD, step=step))
+        trackers.log_images(step, {"grid": picture(tmp_path)})
+        trackers.finish()
+    with closing(sqlite3.connect(trackio_store / "toy.db")) as store:
+        rows = store.execute("SELECT run_id, step, metrics FROM metrics ORDER BY id").fetchall()
+    losses = [(run, step) for run, step, metrics in rows if json.loads(metrics).get("train/loss") == 0.5]
+    assert [step for _, step in losses] == [1, 2, 1]
+    assert losses[0][0] == losses[1][0] != losses[2][0], "another output folder is another run"
+    assert len(list((trackio_store / "media").rglob("*.png"))) == 3
 
 
 def test_tracker_whose_package_is_missing_is_an_error_before_anything_starts(
