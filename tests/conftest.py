@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -20,8 +21,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["MPLBACKEND"] = "Agg"
 
-# A shell that starts the tests in the background has them ignore SIGINT, and every program that they start.
+# A shell that starts the tests in the background has them ignore SIGINT, nohup SIGHUP, and every program that
+# they start would too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Select the slow tests under --long."""
     if config.getoption("--long"):
         config.option.markexpr = config.option.markexpr.replace(" and not slow", "")
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from walking the imported libraries again and again: a sixth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

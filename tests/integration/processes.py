@@ -7,6 +7,7 @@ so that one test process imports the trainer for all.
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import os
@@ -127,6 +128,7 @@ def _start_server() -> None:
 
 
 def _run(script: str, arguments: list[str], environment: dict[str, str], cwd: str, files: list[str]) -> None:
+    gc.freeze()  # what the server imported
     for descriptor, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (

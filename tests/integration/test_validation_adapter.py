@@ -84,10 +84,27 @@ def base_files(run: TinyRun) -> dict[Path, int]:
     return {file: file.stat().st_mtime_ns for file in (run.output_dir / "validation" / "base").glob("*.png")}
 
 
+@pytest.fixture
+def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The state of each run at its end."""
+    found: list[str] = []
+    then = Trainer.run
+
+    def note(trainer: Trainer) -> int:
+        code = then(trainer)
+        found.append(trainer.state_digest())
+        return code
+
+    monkeypatch.setattr(Trainer, "run", note)
+    return found
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+def test_other_run_is_trained_first_shown_as_its_own_file_shows_it_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digests: list[str], kind: str
 ) -> None:
+    expected_run, expected = alone("T-LoRA")
+    digests.clear()
     other = other_run(tmp_path / "other", **KINDS[kind])
     run = run_beside(other, tmp_path / "run")
     titles: list[str] = []
@@ -107,6 +124,8 @@ def test_other_run_is_trained_first_and_shown_as_its_own_file_shows_it(
     assert np.abs(compared - own).max() > 2
     # A file holds sums, whose rounding may move a pixel by one of 255.
     assert np.abs(compared - sampled(other, tmp_path / "samples")).max() <= 1
+    assert digests[1] == expected != digests[0]
+    assert run.log() == expected_run.log()
 
 
 def sampled(run: TinyRun, folder: Path) -> np.ndarray:
@@ -137,25 +156,14 @@ def alone(own: str) -> tuple[TinyRun, str]:
         return run, trainer.state_digest()
 
 
-@pytest.mark.parametrize("own", OWN)
-@pytest.mark.parametrize("kind", KINDS)
-def test_training_is_bit_identical_to_a_run_that_is_compared_with_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, own: str
+def test_training_of_a_lora_beside_another_is_bit_identical_to_a_run_that_is_compared_with_nothing(
+    tmp_path: Path, digests: list[str]
 ) -> None:
-    expected_run, expected = alone(own)
-    run = run_beside(other_run(tmp_path / "other", **KINDS[kind]), tmp_path / "run", **OWN[own])
-    digests: list[str] = []
-    then = Trainer.run
-
-    def note(trainer: Trainer) -> int:
-        code = then(trainer)
-        digests.append(trainer.state_digest())
-        return code
-
-    monkeypatch.setattr(Trainer, "run", note)
+    expected_run, expected = alone("LoRA")
+    digests.clear()
+    run = run_beside(other_run(tmp_path / "other", **KINDS["LoRA"]), tmp_path / "run", **OWN["LoRA"])
     assert train(run) == 0
-    of_other, compared = digests
-    assert compared == expected != of_other
+    assert digests[1] == expected != digests[0]
     assert run.log() == expected_run.log()
 
 
