@@ -101,6 +101,9 @@ class Losses:
     def log_images(self, step: int, pictures: Mapping[str, Path]) -> None:
         """Nothing."""
 
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Nothing."""
+
     def finish(self) -> None:
         """Nothing."""
 

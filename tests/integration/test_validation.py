@@ -14,8 +14,11 @@ import torch
 from PIL import Image
 
 from simpletuner.helpers.adapters.tlora import mask
+from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.reporting.html_report.folder import read_run
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.tiny_runs import TinyRun
+from tests.unit.models.tiny_clip import save_tiny_clip
 
 PICTURES = {
     "validation_disable": False,
@@ -54,6 +57,40 @@ def test_run_makes_base_pictures_once_and_a_grid_at_every_interval_and_the_end(r
     assert sorted(path.name for path in folder.iterdir()) == ["base", "step-2", "step-3"]
     assert len(list((folder / "base").glob("*.png"))) == 1
     assert (folder / "step-3" / "grid.png").is_file()
+
+
+def test_scores_of_a_validation_go_to_its_folder_the_trackers_and_the_report(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    clip = save_tiny_clip(tmp_path / "clip")
+    run.run(
+        max_train_steps=3,
+        evaluation_type="clip",
+        pretrained_evaluation_model_name_or_path=str(clip),
+        num_validation_images=2,
+        report_to="tensorboard",
+    )
+    means = {}
+    for step in (2, 3):
+        folder = run.output_dir / "validation" / f"step-{step}"
+        scores = json.loads((folder / "scores.json").read_text())["clip_score"]
+        assert scores.keys() == {Path(name).stem for name in pictures_of(run, step)}
+        means[step] = sum(scores.values()) / 2
+    events = EventAccumulator(str(run.output_dir / "tensorboard")).Reload()
+    points = {event.step: event.value for event in events.Scalars("validation/clip_score")}
+    assert points == pytest.approx(means)
+    assert read_run(run.output_dir).clip_scores.lines == tuple(
+        {"step": step, "clip_score": mean} for step, mean in means.items()
+    )
+    assert "CLIP score" in (run.output_dir / "report.html").read_text()
+
+
+def test_missing_model_of_the_scores_ends_the_run_before_it_loads_weights(run: TinyRun) -> None:
+    with pytest.raises(ModelError, match="pretrained_evaluation_model_name_or_path"):
+        run.run(evaluation_type="clip", pretrained_evaluation_model_name_or_path="nobody/nothing")
 
 
 def test_every_prompt_size_and_seed_has_its_picture(run: TinyRun) -> None:

@@ -40,6 +40,8 @@ COUNTERS_FILE = "state.json"
 
 VALIDATION_FOLDER = "validation"
 GRID_FILE = "grid.png"
+SCORES_FILE = "scores.json"
+"""Of the images of one validation."""
 BASE_FOLDER = "base"
 REMOVED_PREFIX = ".removed-"
 """A checkpoint is renamed before it is removed."""
@@ -91,8 +93,9 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 
 def validation_files(folder: Path) -> list[Path]:
-    """The images and the grid of one validation, without files of other names."""
-    return [file for file in folder.glob("*.png") if file.name == GRID_FILE or parse_image_name(file.stem)]
+    """The images, the grid and the scores of one validation, without files of other names."""
+    images = [file for file in folder.glob("*.png") if file.name == GRID_FILE or parse_image_name(file.stem)]
+    return [*images, *folder.glob(SCORES_FILE)]
 
 
 def cached_image_file(validation: Path, name: str, *, digest: str) -> Path:

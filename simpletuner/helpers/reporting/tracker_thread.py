@@ -34,6 +34,9 @@ class Tracker(Protocol):
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Record validation images: label -> file."""
 
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of validation images: name -> value."""
+
     def finish(self) -> None:
         """Close the tracker."""
 
@@ -72,6 +75,10 @@ class TrackerThread:
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Record validation images, soon."""
         self._put(_Call("validation", partial(self._tracker.log_images, step, images)))
+
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Record the scores of validation images, soon."""
+        self._put(_Call("row", partial(self._tracker.log_scores, step, scores)))
 
     def close(self) -> None:
         """Have the thread close the tracker after the calls that wait."""

@@ -120,6 +120,11 @@ class TensorBoard:
             self._writer.add_image(f"validation/{label}", pixels, step, dataformats="HWC")
         self._writer.flush()
 
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Add one point to the curve of each score."""
+        for name, value in scores.items():
+            self._writer.add_scalar(f"validation/{name}", value, step)
+
     def finish(self) -> None:
         """Flush and close the event file."""
         self._writer.close()
@@ -164,6 +169,10 @@ class Wandb:
         """Upload images at a step."""
         uploads = [self._wandb.Image(str(path), caption=label) for label, path in images.items()]
         self._run.log({"validation": uploads}, step=step)
+
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Add one point to the curve of each score."""
+        self._run.log(_of_validation(scores), step=step)
 
     def finish(self) -> None:
         """Close the run."""
@@ -211,9 +220,17 @@ class Trackio:
         }
         self._run.log(added, step=step)
 
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Add one point to the curve of each score."""
+        self._run.log(_of_validation(scores), step=step)
+
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
+
+
+def _of_validation(scores: Mapping[str, float]) -> dict[str, float]:
+    return {f"validation/{name}": value for name, value in scores.items()}
 
 
 class Trackers:
@@ -240,6 +257,11 @@ class Trackers:
         """Give validation images to the trackers; the output folder has them already."""
         for thread in self._threads:
             thread.log_images(step, images)
+
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Give the scores of validation images to the trackers; the output folder has them already."""
+        for thread in self._threads:
+            thread.log_scores(step, scores)
 
     def __enter__(self) -> Self:
         self.start()

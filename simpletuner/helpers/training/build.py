@@ -45,6 +45,7 @@ from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FILE, VALIDATION_FOLDER
+from simpletuner.helpers.models.clip_score import ClipScorer
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
@@ -99,6 +100,7 @@ class RunContext:
     resumed: Checkpoint | None
     family: ModelFamily
     data: TrainingData
+    scorer: ClipScorer | None
 
     @property
     def max_steps(self) -> int:
@@ -170,6 +172,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
         resumed=resumed,
         family=family,
         data=data,
+        scorer=build_scorer(config, accelerator),
     )
 
 
@@ -262,20 +265,9 @@ def build_components(
         title=config.algorithm.title,
         comparison=comparison,
         trackers=trackers,
+        scorer=context.scorer,
     )
-    checkpoints = Checkpoints(
-        config=config.checkpoint,
-        state=state,
-        compatibility={
-            "settings": resume_fingerprint(config),
-            "weights": weights,
-            DATA_PART: data.facts(),
-        },
-        resolved=config.resolved(),
-        is_main_process=is_main_process,
-        saved_step=None if context.resumed is None else context.resumed.step,
-        branch=context.branch,
-    )
+    checkpoints = build_checkpoints(context, state, weights=weights)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -434,6 +426,39 @@ def build_sampler(
         preemption=context.preemption,
         progress=display.image,
     )
+
+
+def build_checkpoints(
+    context: RunContext, state: RunState, *, weights: Mapping[str, JsonValue]
+) -> Checkpoints:
+    """The checkpoints of a run; `weights` identifies the base weights."""
+    config = context.config
+    return Checkpoints(
+        config=config.checkpoint,
+        state=state,
+        compatibility={
+            "settings": resume_fingerprint(config),
+            "weights": weights,
+            DATA_PART: context.data.facts(),
+        },
+        resolved=config.resolved(),
+        is_main_process=context.accelerator.is_main_process,
+        saved_step=None if context.resumed is None else context.resumed.step,
+        branch=context.branch,
+    )
+
+
+def build_scorer(config: RunConfig, accelerator: Accelerator) -> ClipScorer | None:
+    """The model of evaluation_type, on the main process of a run with validation images.
+
+    Raises:
+        ModelError: It cannot be found.
+    """
+    validation = config.validation
+    has_images = bool(validation.prompts) and not validation.validation_disable
+    if validation.evaluation_type == "none" or not has_images or not accelerator.is_main_process:
+        return None
+    return ClipScorer(validation.pretrained_evaluation_model_name_or_path, device=accelerator.device)
 
 
 def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from simpletuner.helpers.io.atomic import remove_leftovers
+from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.run_folder import (
     GRID_FILE,
+    SCORES_FILE,
     image_file,
     validation_files,
     validation_step_folder,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.models.clip_score import ClipScorer
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.sampling.comparison import Comparison
     from simpletuner.helpers.sampling.prompts import PromptSpec
@@ -50,6 +52,7 @@ class Validation:
     comparison: Comparison | None
     """Another run's adapter; its images form a column before this run's."""
     trackers: Trackers
+    scorer: ClipScorer | None = None
     pipeline: Any = None
 
     def is_due(self, step: int) -> bool:
@@ -143,10 +146,23 @@ class Validation:
             self.sampler.generate_all(
                 self.pipeline, files, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
             )
+        if self.scorer is not None:
+            with self.sampler.best_effort(f"the CLIP scores of step {step}"):
+                self._score(self.scorer, step, files)
         save_png(self._grid(step, files), grid_file)
         logger.info("Validation of step %d: %s", step, grid_file)
         images = {prompt.name: file for prompt, file in files.items()}
         self.trackers.log_images(step, {"grid": grid_file, **images})
+
+    def _score(self, scorer: ClipScorer, step: int, files: Mapping[PromptSpec, Path]) -> None:
+        scores = scorer.scores(
+            {prompt.name: file for prompt, file in files.items()},
+            {prompt.name: prompt.text for prompt in files},
+        )
+        mean = sum(scores.values()) / len(scores)
+        write_json(validation_step_folder(self.sampler.folder, step) / SCORES_FILE, {"clip_score": scores})
+        logger.info("CLIP score of step %d: %.2f, the mean of its images.", step, mean)
+        self.trackers.log_scores(step, {"clip_score": mean})
 
     @contextmanager
     def _pipeline(self, validation_type: ValidationType) -> Iterator[None]:

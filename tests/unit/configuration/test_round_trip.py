@@ -148,6 +148,8 @@ CONFIG = {
     "validation_on_startup": SWITCHES,
     "validation_disable": SWITCHES,
     "disable_benchmark": SWITCHES,
+    "evaluation_type": st.sampled_from(["none", "clip"]),
+    "pretrained_evaluation_model_name_or_path": st.just("clip/other"),
     "validation_compared_config": st.none() | st.just("other.json"),
     "validation_lycoris_strength": st.floats(-4, 4),
 }

@@ -193,6 +193,9 @@ class Counting:
         """Take images."""
         self._call("log_images")
 
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        self._call("log_scores")
+
     def finish(self) -> None:
         """Close it."""
         self._call("finish")

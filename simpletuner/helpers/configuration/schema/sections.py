@@ -506,6 +506,11 @@ class ValidationConfig(Section):
     """Make no images of the base model for comparison."""
     validation_lycoris_strength: Number = 1.0
     """Strength of the adapter in validation images; 1 as trained, 0 for the base model."""
+    evaluation_type: Literal["none", "clip"] = "none"
+    """clip scores each validation image against its prompt, in the trackers and the report."""
+    pretrained_evaluation_model_name_or_path: ModelSource = "openai/clip-vit-large-patch14"
+    """CLIP model of evaluation_type clip: a folder in transformers' layout, or its repository, which is
+    downloaded. Scores of different models cannot be compared."""
     validation_compared_config: OptionalInputFile = None
     """Config.json of another run on the same model; its adapter makes images for comparison. That run trains
     first if it is not finished, without the arguments of the command line."""

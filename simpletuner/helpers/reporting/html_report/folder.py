@@ -21,8 +21,10 @@ from simpletuner.helpers.io.run_folder import (
     EXIT_FILE,
     METRICS_FILE,
     RUN_MANIFEST_FILE,
+    SCORES_FILE,
     SUMMARY_FILE,
     VALIDATION_FOLDER,
+    validation_step_folders,
 )
 from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
 from simpletuner.helpers.reporting.html_report.markup import without_secrets
@@ -51,6 +53,8 @@ class RunSnapshot:
     manifest: Mapping[str, Any]
     """The content of run.json; empty for runs of earlier versions."""
     images: list[ImageRow]
+    clip_scores: Log
+    """One line per scored validation: its step and the mean of its images."""
     adapter: Path | None
     """The final adapter, else that of the newest checkpoint."""
     comfyui: Path | None
@@ -89,6 +93,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         config=without_secrets(_json(path / CONFIG_FILE)),
         manifest=manifest,
         images=images,
+        clip_scores=_clip_scores(path / VALIDATION_FOLDER),
         adapter=_adapter(path),
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
         changes=without_secrets(load_changes(path)),
@@ -106,6 +111,18 @@ def display_path(path: str | Path) -> str:
     home = str(Path.home())
     text = relative_path(path)
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
+
+
+def _clip_scores(validation: Path) -> Log:
+    files = ((step, folder / SCORES_FILE) for step, folder in validation_step_folders(validation))
+    found = ((step, _json(file).get("clip_score")) for step, file in files)
+    return Log(
+        tuple(
+            {"step": step, "clip_score": sum(scores.values()) / len(scores)}
+            for step, scores in found
+            if isinstance(scores, dict) and scores
+        )
+    )
 
 
 def _state(path: Path, step: int) -> State:

@@ -95,6 +95,11 @@ def _charts(run: RunSnapshot) -> str:
         Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
+    scores = run.clip_scores
+    if scores.lines:
+        curve = _curve(scores.steps, scores.column("clip_score"), "mean of the images", colour=3)
+        note = "100 times the cosine of image and prompt."
+        small.append(Chart("CLIP score of validation images", [curve], note=note))
     marks = tuple(change["step"] for change in run.changes)
     charts = (replace(chart, marks=marks) for chart in (loss_chart, by_band, *small))
     figures = "\n".join(filter(None, map(draw_chart, charts)))
