@@ -223,19 +223,29 @@ def test_standard_lora_carries_its_scale_in_its_factors(tmp_path: Path) -> None:
         assert torch.equal(tensor, own[key.removeprefix("unet.")] * scale)
 
 
-@pytest.mark.parametrize("states_alpha", [True, False])
-def test_standard_init_lora_keeps_the_effect_at_another_alpha(states_alpha: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stated", "alpha"),
+    [
+        ("own", 4.0),
+        (None, 4.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {".*": 2}}, 8.0),
+    ],
+    ids=["own", "nothing", "a pattern that names no layer"],
+)
+def test_standard_init_lora_keeps_the_effect_at_another_alpha(
+    stated: Any, alpha: float, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     first = attach(unet(), lora_rank=4)
     for parameter in first.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     first.save(file, metadata={})
-    if not states_alpha:
-        save_file(load_file(file), file)
+    if stated != "own":
+        save_file(load_file(file), file, None if stated is None else {METADATA_KEY: json.dumps(stated)})
     config = AdapterConfig.model_construct(
         **(dict(AdapterConfig(lora_rank=4, lora_alpha=1.0)) | {"init_lora": file})
     )
     second = attach_adapter(unet(), config, lycoris=None, spec=SPEC, seed=3)
     for key, tensor in first.state_dict().items():
-        expected = tensor * 4 if ".lora_B." in key else tensor
+        expected = tensor * alpha if ".lora_B." in key else tensor
         torch.testing.assert_close(second.state_dict()[key], expected)
