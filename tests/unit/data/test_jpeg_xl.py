@@ -46,6 +46,36 @@ def test_the_header_gives_the_size_upright_and_whether_it_is_animated(
     assert read_header(data) == (size, is_animated)
 
 
+def header_of(*fields: tuple[int, int]) -> bytes:
+    """A codestream with these (number, bits) after its two marker bytes, the least significant bit first."""
+    value, shift = 0, 0
+    for number, count in fields:
+        value |= number << shift
+        shift += count
+    return b"\xff\x0a" + value.to_bytes(20, "little")
+
+
+# A small square of 16 and of 64 pixels: small, height / 8 - 1, ratio 1:1.
+SQUARE_16, SQUARE_64 = (((1, 1), (edge // 8 - 1, 5), (1, 3)) for edge in (16, 64))
+# No default metadata, extra fields, orientation 1.
+FIELDS = ((0, 1), (1, 1), (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_animated"),
+    [
+        (((1, 1), *SQUARE_64, (0, 1), (1, 1)), True),
+        (((1, 1), *SQUARE_64, (0, 1), (0, 1), (1, 1)), False),
+        (((0, 1), (1, 1), (1, 1)), False),
+    ],
+    ids=["another size to show, animated", "another size to show", "a preview"],
+)
+def test_the_fields_before_the_animation_are_passed_over(
+    fields: tuple[tuple[int, int], ...], is_animated: bool
+) -> None:
+    assert read_header(header_of(*SQUARE_16, *FIELDS, *fields)) == ((16, 16), is_animated)
+
+
 @pytest.mark.parametrize("length", range(2, 4))
 def test_a_header_that_is_cut_off_is_an_error(length: int) -> None:
     with pytest.raises(OSError, match="cut off"):

@@ -35,11 +35,15 @@ def test_the_shards_of_a_folder_are_added_up_and_its_variants_are_not(tmp_path: 
     assert num_denoiser_weights(model(tmp_path), SPEC) == 15
 
 
-def test_another_denoiser_counts_instead_of_the_models(tmp_path: Path) -> None:
-    save(tmp_path / "unet/model.safetensors", a=(2,))
+@pytest.mark.parametrize(("family", "name"), [("sdxl", "unet"), ("flux", "transformer")])
+def test_another_denoiser_counts_instead_of_the_models(tmp_path: Path, family: str, name: str) -> None:
+    save(tmp_path / name / "model.safetensors", a=(2,))
     save(tmp_path / "other/model.safetensors", a=(7,))
-    other = model(tmp_path, pretrained_unet_model_name_or_path=str(tmp_path / "other"))
-    assert num_denoiser_weights(other, SPEC) == 7
+    own = {"model_family": family, "pretrained_model_name_or_path": str(tmp_path)}
+    other = {f"pretrained_{name}_model_name_or_path": str(tmp_path / "other")}
+    spec = registry.specs()[family]
+    assert num_denoiser_weights(ModelConfig.model_validate(own), spec) == 2
+    assert num_denoiser_weights(ModelConfig.model_validate(own | other), spec) == 7
 
 
 def test_of_a_single_file_the_denoiser_counts(tmp_path: Path) -> None:
