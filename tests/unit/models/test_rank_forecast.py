@@ -70,7 +70,8 @@ def test_a_diffusion_run_draws_every_timestep_alike(
         {"flow_schedule_shift": 3.0},
         {"flow_schedule_shift": 1.0, "flow_use_uniform_schedule": True},
         {"flow_schedule_shift": 2.0, "flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3.0},
-        {"flow_schedule_shift": 0, "flow_sigmoid_scale": 2.0},
+        {"flow_schedule_shift": 0},
+        {"flow_schedule_shift": 3.0, "flow_sigmoid_scale": 3.0},
     ],
     ids=str,
 )

@@ -56,6 +56,10 @@ def test_a_published_repository_has_its_published_size_and_another_none() -> Non
     assert num_denoiser_weights(model("somebody/else"), SPEC) is None
 
 
+def test_a_folder_without_weights_has_no_known_size(tmp_path: Path) -> None:
+    assert num_denoiser_weights(model(tmp_path), SPEC) is None
+
+
 @pytest.mark.parametrize("family", ["sdxl", "flux", "flux2"])
 def test_every_flavour_has_a_size(family: str) -> None:
     spec = registry.specs()[family]

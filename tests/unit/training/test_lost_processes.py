@@ -48,6 +48,7 @@ def test_ranks_of_other_hosts_are_named_when_all_run_here(
     monkeypatch: pytest.MonkeyPatch, ended: int
 ) -> None:
     """A process of another host may have the number of one that ended here."""
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
     assert "ranks 1 on other hosts" in message(monkeypatch, [(HERE, os.getpid()), ("elsewhere", ended)])
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.scales import rescaled
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
@@ -136,6 +137,17 @@ def test_file_with_a_multiplier_loads_at_the_strength_of_its_training_and_saves_
     # Without rank, alpha says nothing.
     keys = [key for key in before if values["algo"] != "lokr" or not key.endswith(".alpha")]
     assert all(torch.equal(again[key], before[key]) for key in keys)
+
+
+def test_factors_in_half_precision_are_rescaled_in_float32() -> None:
+    layer = {
+        "lora_up.weight": torch.tensor([[0.3]]).bfloat16(),
+        "lora_down.weight": torch.ones(1, 1).bfloat16(),
+    }
+    found = rescaled(layer, 0.3)
+    assert torch.equal(found["lora_up.weight"], layer["lora_up.weight"].float() * 0.3)
+    assert found["lora_down.weight"] is layer["lora_down.weight"]
+    assert rescaled(layer, 1) == layer
 
 
 def test_norms_carry_the_multiplier_in_their_differences(tmp_path: Path) -> None:

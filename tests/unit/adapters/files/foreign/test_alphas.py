@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
+from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
+from simpletuner.helpers.adapters.files.foreign.alphas import complete_alphas, config_of, stated_alpha
+from simpletuner.helpers.adapters.files.foreign.keys import split_keys
 from simpletuner.helpers.errors import AdapterError
 
 FILE = Path("adapter.safetensors")
@@ -74,3 +78,23 @@ def test_alpha_that_is_no_finite_number_is_refused(value: object) -> None:
 def test_config_of_a_component_leaves_out_those_of_the_others() -> None:
     metadata = {"unet.lora_alpha": 8, "text_encoder.lora_alpha": 2, "unet.r": 4}
     assert config_of({"unet", "transformer"}, metadata) == {"lora_alpha": 8, "r": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 1.0),
+        ({"alpha": 2}, 1.0),
+        ({"r": 4}, 1.0),
+        ({"alpha": 2, "r": 4}, 0.5),
+        ({"alpha": 2, "r": 0}, 1.0),
+    ],
+    ids=str,
+)
+def test_scale_of_a_lokr_of_two_whole_factors_is_in_the_first(config: dict[str, float], scale: float) -> None:
+    tensors = {"unet.proj.lokr_w1": torch.ones(2, 2), "unet.proj.lokr_w2": torch.ones(3, 3)}
+    stated = {f"unet.{key}": value for key, value in config.items()}
+    file = AdapterFile(FILE, tensors, {METADATA_KEY: json.dumps(stated)})
+    layer = complete_alphas(file, split_keys(file))["proj"]
+    assert torch.equal(layer["lokr_w1"], torch.full((2, 2), scale))
+    assert torch.equal(layer["lokr_w2"], torch.ones(3, 3))
