@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import decode_image, inspect_image
 from simpletuner.helpers.data.jpeg_xl import is_jpeg_xl, read_header
 from simpletuner.helpers.errors import DataError
+from tests.unit.data.icc_profiles import icc_profile
 
 # libjxl reads each as 40 x 24 before turning, with the orientation and animation named here.
 UPRIGHT, ANIMATED, TURNED, BOTH = (
@@ -100,6 +104,19 @@ class TestWithItsPackage:
         data = written(Image.fromarray(pixels), lossless=True)
         assert inspect_image(data) == Size(height=33, width=50)
         assert np.array_equal(np.asarray(decode_image(data)), pixels)
+
+    def test_the_profile_that_the_decoder_gives_is_applied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The package's encoder writes none."""
+        data = written(Image.new("RGB", (64, 64), (55, 55, 55)), lossless=True)
+        decoder = importlib.import_module("pillow_jxl").Decoder
+        profile = icc_profile("RGB", gamma=1.0)
+
+        def with_profile(**options: Any) -> Callable[[bytes], tuple[Any, ...]]:
+            decode = decoder(**options)
+            return lambda content: (*decode(content)[:3], profile, b"")
+
+        monkeypatch.setattr("pillow_jxl.Decoder", with_profile)
+        assert np.abs(np.asarray(decode_image(data)).astype(int) - 128).max() <= 1
 
     @pytest.mark.parametrize("size", [(1, 1), (64, 48), (120, 100), (513, 7), (8, 2000), (1025, 1024)])
     @pytest.mark.parametrize("use_container", [False, True])

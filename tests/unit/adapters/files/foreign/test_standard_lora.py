@@ -296,6 +296,7 @@ def test_file_that_cannot_be_read_is_refused_in_one_line_and_changes_nothing(
     [
         ("[1]", "list"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ('{"lora_alpha": "big"}', "no finite number"),
         ("x" * (1 << 20) + "x", "larger"),
     ],
