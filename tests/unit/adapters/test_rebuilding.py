@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.adapters.rebuilding import layers_with_bypass
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from tests.unit.adapters.attaching import attach
 
@@ -144,6 +145,20 @@ def test_on_half_precision_a_lora_adds_to_the_output_and_a_dora_cannot(
     file, _ = saved(tmp_path, "lora", **options)
     adapter = load_adapter(Layers().to(torch.bfloat16), file)
     assert [bool(module.bypass_mode) for module in adapter.network.loras] == [is_bypassed] * 2
+
+
+@pytest.mark.parametrize(
+    ("stated", "names"),
+    [
+        (["lycoris_first"], {"lycoris_first"}),
+        ([["lycoris_first"], 1, "lycoris_second"], {"lycoris_second"}),
+        ("x", ()),
+    ],
+    ids=str,
+)
+def test_only_texts_of_a_list_name_layers_with_bypass_mode(stated: Any, names: Any) -> None:
+    header = {adapter_file.OPTIONS_KEY: json.dumps({"bypass_mode": stated})}
+    assert layers_with_bypass(adapter_file.AdapterFile(Path("a"), {}, header)) == names
 
 
 @pytest.mark.parametrize(("groups", "is_bypassed"), [(1, True), (2, False)])

@@ -122,10 +122,15 @@ def test_the_named_checkpoint_is_kept_until_the_run_has_saved_its_own(folder: Pa
     assert start(folder, "checkpoint-3", **keys) == 8
 
 
-def test_the_checkpoint_just_saved_is_kept_beside_a_damaged_one_of_a_later_step(folder: Path) -> None:
+def test_the_checkpoint_just_saved_is_kept_beside_a_damaged_one_of_a_later_step(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (folder / "checkpoint-9" / "state").write_text("other")
-    assert start(folder, "latest", 7, checkpoints_total_limit=1) == 6
+    with caplog.at_level(logging.WARNING):
+        assert start(folder, "latest", 7, checkpoints_total_limit=1) == 6
     assert names(folder) == ["checkpoint-7", "checkpoint-9"]
+    assert "checkpoint-9" in caplog.text
+    assert "leaves" not in caplog.text, "a run leaves checkpoints by a name alone"
 
 
 def test_a_run_that_dies_while_it_saves_its_first_checkpoint_can_go_on(folder: Path) -> None:

@@ -80,10 +80,21 @@ def test_the_fields_before_the_animation_are_passed_over(
     assert read_header(header_of(*SQUARE_16, *FIELDS, *fields)) == ((16, 16), is_animated)
 
 
-@pytest.mark.parametrize("length", range(2, 4))
-def test_a_header_that_is_cut_off_is_an_error(length: int) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_four_orientations_exchange_width_and_height(orientation: int) -> None:
+    wide = ((1, 1), (16 // 8 - 1, 5), (0, 3), (64 // 8 - 1, 5))
+    data = header_of(*wide, (0, 1), (1, 1), (orientation - 1, 3))
+    assert read_header(data)[0] == ((64, 16) if orientation < 5 else (16, 64))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [UPRIGHT[:2], UPRIGHT[:3], header_of(*SQUARE_16, *FIELDS, (0, 1), (0, 1))[:4]],
+    ids=["everything", "the width", "the last bit"],
+)
+def test_a_header_that_is_cut_off_is_an_error(data: bytes) -> None:
     with pytest.raises(OSError, match="cut off"):
-        read_header(UPRIGHT[:length])
+        read_header(data)
 
 
 @pytest.mark.parametrize(

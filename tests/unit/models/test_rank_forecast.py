@@ -96,6 +96,15 @@ def test_a_dynamic_shift_follows_the_models_scheduler_and_the_size(tmp_path: Pat
     assert small is not None
     assert static is not None
     assert large < small < static
+    # 256 and 4,096 tokens of 16 x 16 px, the ends of the line: mu 0.5 and 1.15.
+    for found, mu in ((small, 0.5), (large, 1.15)):
+        assert found == expected_mean_rank(config, spec, scheduler={"shift": math.exp(mu)}, size=SQUARE)
+
+
+def test_a_dynamic_shift_of_a_family_without_one_is_unknown(tmp_path: Path) -> None:
+    spec = replace(registry.specs()["flux"], dynamic_shift=None)
+    dynamic = {"use_dynamic_shifting": True}
+    assert expected_mean_rank(run_of(tmp_path, "flux"), spec, scheduler=dynamic, size=SQUARE) is None
 
 
 @pytest.mark.parametrize("num_tokens", [16, 1024, 4096, 5000])

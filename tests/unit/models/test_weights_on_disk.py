@@ -88,6 +88,15 @@ def test_the_scheduler_is_read_or_unknown(tmp_path: Path) -> None:
         assert scheduler_config(model(tmp_path)) == expected
 
 
+def test_the_scheduler_of_a_single_file_is_that_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "named" / "scheduler").mkdir(parents=True)
+    (tmp_path / "named" / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
+    file = save(tmp_path / "a.safetensors", x=(1,))
+    assert scheduler_config(model(file)) is None
+    named = model(file, pretrained_config_name_or_path=str(tmp_path / "named"))
+    assert scheduler_config(named) == {"shift": 3.0}
+
+
 def test_the_markers_of_a_single_file_are_found(tmp_path: Path) -> None:
     assert markers(model(save(tmp_path / "a.safetensors", v_pred=(0,), x=(1,)))) == {"v_pred"}
     assert markers(model("somebody/else")) == frozenset()

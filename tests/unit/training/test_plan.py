@@ -85,6 +85,48 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
     assert "warning" not in text
 
 
+def test_images_without_a_caption_are_not_counted_among_those_with_one(folder: Path) -> None:
+    (folder / "images/b.txt").unlink()
+    assert "2 images have one" in lines(run_of(folder))
+
+
+@pytest.mark.parametrize(("number", "more"), [(6, ""), (7, " and 1 more")])
+def test_six_buckets_are_listed_and_the_others_counted(folder: Path, number: int, more: str) -> None:
+    for index in range(1, number):
+        Image.new("RGB", (128 + 64 * index, 128)).save(folder / "images" / f"wide{index}.png")
+    text = lines(run_of(folder))
+    assert f"{number} buckets: " in text
+    (listed,) = [line.partition("buckets: ")[2] for line in text.splitlines() if "buckets: " in line]
+    assert listed.partition(";")[0].count(": ") == 6
+    assert (" more;" in listed, f"{more};" in listed) == (bool(more), True)
+
+
+def test_steps_are_estimated_once_a_dataset_is_not_read_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "one").mkdir()
+    Image.new("RGB", (128, 128)).save(folder / "one" / "a.png")
+    data = [{"id": name, "instance_data_dir": str(folder / name)} for name in ("images", "one")]
+    config = run_of(folder, data_backend_config=data)
+    assert "about" not in lines(config)
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 2)
+    assert "about 30 epochs of 4 batches" in lines(config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"validation_prompt": "a dog", "validation_disable": True}, "no images"),
+        ({}, "no images"),
+        ({"checkpoint_step_interval": 0}, "a checkpoint at the end"),
+        ({"checkpoint_step_interval": 7}, "checkpoints every 7 steps"),
+    ],
+    ids=str,
+)
+def test_what_is_off_is_named_as_off(folder: Path, keys: dict[str, Any], part: str) -> None:
+    assert part in lines(run_of(folder, **keys))
+
+
 @pytest.mark.parametrize(
     ("keys", "warning"),
     [

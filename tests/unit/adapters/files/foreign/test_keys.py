@@ -17,3 +17,11 @@ def test_key_that_goes_on_after_a_known_part_is_refused(ending: str) -> None:
     key = f"unet.proj.{ending}"
     with pytest.raises(AdapterError, match=f"{key} is no tensor"):
         split_keys(AdapterFile(Path("a.safetensors"), {key: torch.ones(2, 2)}, {}))
+
+
+@pytest.mark.parametrize(
+    ("part", "program"), [("oft_R", "OneTrainer"), ("oft_R.weight", "OneTrainer"), ("vera_lambda_b", "VeRA")]
+)
+def test_tensor_that_nothing_here_computes_is_refused_with_its_program(part: str, program: str) -> None:
+    with pytest.raises(AdapterError, match=program):
+        split_keys(AdapterFile(Path("a.safetensors"), {f"unet.proj.{part}": torch.ones(2, 2)}, {}))
