@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
+from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
@@ -149,20 +149,14 @@ def _subtract_start(key: str, factor: Tensor, start: Tensor) -> Tensor:
     return torch.cat([factor, start]) if ".lora_A." in key else torch.cat([factor, -start], dim=1)
 
 
-def stated_alpha(config: Mapping[str, Any], path: str, *, prefix: str, rank: int) -> float:
-    """Alpha of a layer by the header of a LoRA in diffusers' format; its rank where none is stated."""
-    own = config.get(f"{prefix}.alpha_pattern") or {}
-    return float(own.get(get_pattern_key(list(own), path), config.get(f"{prefix}.lora_alpha", rank)))
-
-
 def _with_scale(stored: adapter_file.AdapterFile, scale: float, *, prefix: str) -> dict[str, Tensor]:
     """The file's factors under PEFT's keys, each B such that alpha / rank is `scale`, formed in float32."""
-    config, state = stored.entry(METADATA_KEY) or {}, {}
+    config, state = config_of({prefix}, stored.entry(METADATA_KEY) or {}), {}
     for key, tensor in stored.tensors.items():
         name = key.removeprefix(f"{prefix}.")
         if name.endswith(".lora_B.weight"):
             rank, path = tensor.shape[1], name.removesuffix(".lora_B.weight")
-            alpha = stated_alpha(config, path, prefix=prefix, rank=rank)
+            alpha = stated_alpha(path, config, rank=rank, path=stored.path)
             tensor = tensor.to(torch.float32) * (alpha / rank / scale)
         state[name] = tensor
     return state

@@ -37,7 +37,6 @@ _WEBP_COLOUR = (b"VP8 ", b"VP8L")
 _WEBP_PIXELS = (*_WEBP_COLOUR, b"ALPH")
 # An encoder pads its last byte or word. The files of libwebp lose pixels when six bytes are missing.
 _WEBP_TAIL_BYTES = 16
-_WEBP_SMALLEST_BYTES = 256
 
 # AV1's symbol probabilities adapt, so N zero bytes have a probability of about 256^-N. The longest run that
 # an encoder wrote in our tests has three.
@@ -167,7 +166,7 @@ def _webp_pixel_chunks(data: bytes) -> Iterator[tuple[int, int]]:
     offset = 12
     while offset + 8 <= len(data):
         kind, length = data[offset : offset + 4], int.from_bytes(data[offset + 4 : offset + 8], "little")
-        if kind in _WEBP_PIXELS and length >= _WEBP_SMALLEST_BYTES:
+        if kind in _WEBP_PIXELS:
             yield offset + 8, length
         if kind in _WEBP_COLOUR:
             return

@@ -140,7 +140,6 @@ class TrackerThread:
     def _fail(self, doing: str, error: BaseException) -> None:
         with self._changed:
             is_first, self._has_failed = not self._has_failed, True
-            self._waiting.clear()
         if is_first:
             logger.warning(
                 "%s failed to %s (%s: %s) and is removed from this run.",

@@ -127,6 +127,14 @@ def test_lycoris_algorithm_trains_saves_and_reloads_to_equal_output(
     assert set(model.state_dict()) == set(unet().state_dict())
 
 
+def test_denoiser_of_which_a_part_is_on_meta_is_refused(tmp_path: Path) -> None:
+    attach(unet(), TLORA).save(tmp_path / "a.safetensors", metadata={})
+    model = unet()
+    model.conv_out.to("meta")
+    with pytest.raises(AdapterError, match="on meta"):
+        load_adapter(model, tmp_path / "a.safetensors")
+
+
 def test_peft_target_that_matches_nothing_is_refused_beside_one_that_does() -> None:
     with pytest.raises(ConfigError, match="peft_lora_target_modules: nothing"):
         attach(unet(), peft_lora_target_modules="to_q,nothing")

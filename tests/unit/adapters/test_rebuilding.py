@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.adapters.rebuilding import layers_with_bypass
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from tests.unit.adapters.attaching import attach
 
@@ -120,6 +121,60 @@ def test_an_option_of_single_layers_is_loaded_and_one_that_an_older_file_does_no
     torch.testing.assert_close(loaded(file), expected)
     with pytest.raises(AdapterError, match=rf"a\.safetensors: .*\b{option}\b"):
         loaded(changed(file, older))
+
+
+def test_an_option_of_single_layers_that_their_tensors_show_is_loaded_from_an_older_file(
+    tmp_path: Path,
+) -> None:
+    file, expected = saved(tmp_path, "lora", {"name_algo_map": {"first": {"rs_lora": True}}})
+    torch.testing.assert_close(loaded(changed(file, older)), expected)
+
+
+@pytest.mark.parametrize("algo", ["lora", "tlora"])
+def test_a_tensor_of_lycoris_that_only_tells_its_dtype_is_passed_over(algo: str, tmp_path: Path) -> None:
+    file, expected = saved(tmp_path, algo)
+    torch.testing.assert_close(loaded(changed(file, put("dtype_tensor", torch.tensor(0.0)))), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_bypassed"), [({}, True), ({"weight_decompose": True}, False)], ids=["lora", "dora"]
+)
+def test_on_half_precision_a_lora_adds_to_the_output_and_a_dora_cannot(
+    options: dict[str, Any], is_bypassed: bool, tmp_path: Path
+) -> None:
+    file, _ = saved(tmp_path, "lora", **options)
+    adapter = load_adapter(Layers().to(torch.bfloat16), file)
+    assert [bool(module.bypass_mode) for module in adapter.network.loras] == [is_bypassed] * 2
+
+
+@pytest.mark.parametrize(
+    ("stated", "names"),
+    [
+        (["lycoris_first"], {"lycoris_first"}),
+        ([["lycoris_first"], 1, "lycoris_second"], {"lycoris_second"}),
+        ("x", ()),
+    ],
+    ids=str,
+)
+def test_only_texts_of_a_list_name_layers_with_bypass_mode(stated: Any, names: Any) -> None:
+    header = {adapter_file.OPTIONS_KEY: json.dumps({"bypass_mode": stated})}
+    assert layers_with_bypass(adapter_file.AdapterFile(Path("a"), {}, header)) == names
+
+
+@pytest.mark.parametrize(("groups", "is_bypassed"), [(1, True), (2, False)])
+def test_bypass_mode_is_not_for_grouped_convolutions(groups: int, is_bypassed: bool, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=groups)).requires_grad_(False).eval()
+    size = {"algo": "lora", "multiplier": 1.0, "linear_dim": 4, "linear_alpha": 2.0}
+    adapter = attach(model, size | {"bypass_mode": True, "apply_preset": {"target_name": [".*"]}})
+    adapter.save(tmp_path / "a.safetensors", metadata={})
+    adapter.detach()
+    stated = json.dumps({"bypass_mode": ["lycoris_0"]})
+    file = changed(
+        tmp_path / "a.safetensors", lambda _, header: header.update({adapter_file.OPTIONS_KEY: stated})
+    )
+    (module,) = load_adapter(model, file).network.loras
+    assert bool(module.bypass_mode) is is_bypassed
+    assert model(torch.zeros(1, 8, 5, 5)).shape == (1, 8, 3, 3)
 
 
 @pytest.mark.parametrize(

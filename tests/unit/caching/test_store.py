@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import threading
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from simpletuner.helpers.caching import store as store_module
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io import atomic
@@ -67,6 +69,25 @@ def test_a_truncated_entry_is_removed_and_counts_as_missing(store: TensorStore, 
     store.path(KEY).write_bytes(data[:length])
     assert store.get(KEY) is None
     assert not store.path(KEY).exists()
+
+
+@pytest.mark.reliability_row(18)
+def test_a_damaged_entry_that_another_process_removes_first_counts_as_missing(store: TensorStore) -> None:
+    put_example(store)
+    store.path(KEY).write_bytes(b"damaged")
+
+    class OtherProcess(logging.Handler):
+        """Removes the entry once it is reported, before this process does."""
+
+        def emit(self, _: logging.LogRecord) -> None:
+            store.path(KEY).unlink()
+
+    other = OtherProcess()
+    store_module.logger.addHandler(other)
+    try:
+        assert store.get(KEY) is None
+    finally:
+        store_module.logger.removeHandler(other)
 
 
 @pytest.mark.reliability_row(18)

@@ -96,6 +96,18 @@ def test_damaged_checkpoints_of_a_branch_are_passed_over_to_its_start(folder: Pa
     assert start(folder, "checkpoint-3") == 5
     (folder / "checkpoint-5" / "state").write_text("other")
     assert start(folder, "checkpoint-3") == 3
+    assert load_branch(folder) == Branch(start=3), "nothing of the damaged ones is in its past"
+
+
+def test_latest_stays_on_a_branch_of_which_only_the_start_is_intact(folder: Path) -> None:
+    start(folder, "checkpoint-3", 5)
+    (folder / "checkpoint-5" / "state").write_text("other")
+    assert start(folder, "latest", 7) == 3
+    assert start(folder, "latest") == 7, "not 9, which it left"
+
+
+def test_a_step_that_is_saved_again_is_listed_once_and_in_order() -> None:
+    assert Branch(3, (5, 9)).with_saved(7).with_saved(5) == Branch(3, (5, 7, 9))
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -108,6 +120,17 @@ def test_the_named_checkpoint_is_kept_until_the_run_has_saved_its_own(folder: Pa
     own = ["checkpoint-7", "checkpoint-8"][-limit:]
     assert names(folder) == sorted([BRANCH_FILE, *own])
     assert start(folder, "checkpoint-3", **keys) == 8
+
+
+def test_the_checkpoint_just_saved_is_kept_beside_a_damaged_one_of_a_later_step(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "checkpoint-9" / "state").write_text("other")
+    with caplog.at_level(logging.WARNING):
+        assert start(folder, "latest", 7, checkpoints_total_limit=1) == 6
+    assert names(folder) == ["checkpoint-7", "checkpoint-9"]
+    assert "checkpoint-9" in caplog.text
+    assert "leaves" not in caplog.text, "a run leaves checkpoints by a name alone"
 
 
 def test_a_run_that_dies_while_it_saves_its_first_checkpoint_can_go_on(folder: Path) -> None:

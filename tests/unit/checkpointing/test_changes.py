@@ -91,3 +91,8 @@ def test_a_run_without_changes_has_no_file(tmp_path: Path, checkpoint: Checkpoin
 def test_a_damaged_file_of_changes_is_an_empty_one(tmp_path: Path, content: str) -> None:
     (tmp_path / CHANGES_FILE).write_text(content)
     assert load_changes(tmp_path) == []
+
+
+def test_a_long_value_is_cut(checkpoint: Checkpoint) -> None:
+    (line,) = changes_since(checkpoint, resolved={**CONFIG, "seed": "x" * 1000}, data=DATA)
+    assert len(line) < 300

@@ -96,13 +96,28 @@ def share_of_wrong_rows(expected: Image.Image, found: Image.Image) -> float:
     return float((difference.max(axis=(1, 2)) > 8).mean())
 
 
-def tiff(width: int, strip: bytes, *, bits: int, zero_is_white: bool = False, compression: int = 1) -> bytes:
-    """A little-endian grey TIFF of one strip with one row."""
-    fields = {256: width, 257: 1, 258: bits, 259: compression, 262: 0 if zero_is_white else 1}
-    fields |= {273: 8, 277: 1, 278: 1, 279: len(strip)}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+def tiff(
+    width: int,
+    strip: bytes,
+    *,
+    height: int = 1,
+    bits: int,
+    zero_is_white: bool = False,
+    compression: int = 1,
+    num_strips: int = 1,
+) -> bytes:
+    """A little-endian grey TIFF of one strip, which its directory may list several times."""
+    lists = b"".join(struct.pack("<I", value) * num_strips for value in (8, len(strip)))
+    start = 8 + len(strip)
+    offsets, lengths = (8, len(strip)) if num_strips == 1 else (start, start + 4 * num_strips)
+    fields = {256: width, 257: height, 258: bits, 259: compression, 262: 0 if zero_is_white else 1}
+    fields |= {273: offsets, 277: 1, 278: height, 279: lengths}
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, num_strips if tag in (273, 279) else 1, value)
+        for tag, value in fields.items()
+    )
     directory = struct.pack("<H", len(fields)) + entries + bytes(4)
-    return struct.pack("<2sHI", b"II", 42, 8 + len(strip)) + strip + directory
+    return struct.pack("<2sHI", b"II", 42, start + len(lists)) + strip + lists + directory
 
 
 def screenshot(width: int = 320, height: int = 200) -> Image.Image:

@@ -8,15 +8,16 @@ import pytest
 
 from simpletuner.helpers.data.boxes import top_level_boxes
 
+EMPTY = struct.pack(">I4s", 8, b"free")
 SHORT = struct.pack(">I4s", 11, b"ftyp") + b"abc"
 LONG = struct.pack(">I4sQ", 1, b"mdat", 18) + b"xy"
 LAST = struct.pack(">I4s", 0, b"mdat") + b"to the end"
 
 
 def test_each_box_gives_its_kind_and_content_and_size_zero_reaches_the_end() -> None:
-    data = SHORT + LONG + LAST
+    data = SHORT + EMPTY + LONG + LAST
     found = [(kind, data[start:end]) for kind, start, end in top_level_boxes(data)]
-    assert found == [(b"ftyp", b"abc"), (b"mdat", b"xy"), (b"mdat", b"to the end")]
+    assert found == [(b"ftyp", b"abc"), (b"free", b""), (b"mdat", b"xy"), (b"mdat", b"to the end")]
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,14 @@ def test_a_caption_of_100_kb_is_cut_at_a_word_and_noted(tmp_path: Path, word: st
     assert captions.texts[0].endswith("cat") or word == "cat"
 
 
+@pytest.mark.reliability_row(15)
+def test_only_the_long_lines_of_a_text_are_cut(tmp_path: Path) -> None:
+    captions = captions_from_file(text_file(tmp_path, b"a dog\n" + b"cat " * 25_000))
+    assert captions.note == "shortened"
+    assert captions.texts[0] == "a dog"
+    assert 0 < len(captions.texts[1]) <= MAX_CAPTION_CHARACTERS
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

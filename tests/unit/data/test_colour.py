@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from simpletuner.helpers.data.colour import MAX_ICC_BYTES
 from simpletuner.helpers.data.images import decode_image
 from tests.unit.data.icc_profiles import (
     ADOBE_PRIMARIES,
@@ -158,6 +159,12 @@ def test_a_profile_that_cannot_be_of_these_pixels_counts_as_srgb(profile: bytes)
     assert np.array_equal(values_of(decode_image(data))[..., 0], VALUES)
 
 
+def test_a_profile_of_more_than_4_mib_counts_as_srgb() -> None:
+    profile = icc_profile("RGB", gamma=1.0) + bytes(MAX_ICC_BYTES)
+    data = encoded(in_mode("RGB"), "TIFF", icc_profile=profile)
+    assert np.array_equal(values_of(decode_image(data))[..., 0], VALUES)
+
+
 def lightness(value: float) -> float:
     """The sRGB grey of a CIE lightness from 8 to 100."""
     return float(srgb_encoded(((value + 16) / 116) ** 3))
@@ -178,7 +185,8 @@ def test_lab_pixels_become_the_same_colours_of_srgb() -> None:
     assert np.abs(values_of(decode_image(data)) - lightness(100 * 128 / 255)).max() <= 1
 
 
-TWELVE_BITS = bytes([0x00, 0x07, 0xFF, 0x40, 0x0F, 0xFF])
+# 0x109 is 16.502 of 255.
+TWELVE_BITS = bytes([0x00, 0x07, 0xFF, 0x10, 0x9F, 0xFF])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +196,7 @@ TWELVE_BITS = bytes([0x00, 0x07, 0xFF, 0x40, 0x0F, 0xFF])
         (1, bytes([0b10100000]), [1, 0, 1, 0, 0, 0, 0, 0], True),
         (8, bytes([0, 55, 128, 255]), [0, 55, 128, 255], False),
         (8, bytes([0, 55, 128, 255]), [0, 55, 128, 255], True),
-        (12, TWELVE_BITS, [0, 0x7FF, 0x400, 0xFFF], False),
+        (12, TWELVE_BITS, [0, 0x7FF, 0x109, 0xFFF], False),
         (16, np.array([0, 14135, 32896, 65535], "<u2").tobytes(), [0, 14135, 32896, 65535], False),
         (16, np.array([0, 14135, 32896, 65535], "<u2").tobytes(), [0, 14135, 32896, 65535], True),
     ],
@@ -200,7 +208,7 @@ def test_a_grey_tiff_is_read_from_its_own_black_to_its_own_white(
     share = np.array(values) / (2**bits - 1)
     expected = 255 * (1 - share if zero_is_white else share)
     decoded = decode_image(tiff(len(values), strip, bits=bits, zero_is_white=zero_is_white))
-    assert np.abs(values_of(decoded)[0, :, 0] - expected).max() <= 0.51
+    assert np.abs(values_of(decoded)[0, :, 0] - expected).max() <= 0.501
 
 
 def test_a_tiff_whose_zero_is_white_follows_its_profile_after_it_was_turned() -> None:

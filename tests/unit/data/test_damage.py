@@ -111,8 +111,15 @@ def test_a_strictly_decoded_jpeg_has_pillows_pixels(mode: str, options: dict[str
 
 @pytest.mark.parametrize(
     ("extra", "is_damage"),
-    [(b"\x37\x11", False), (b"\x37\x11\x52\x99" * 4, True), (bytes(64), False), (b"\xff" * 64, False)],
-    ids=["a few bytes", "a part of a scan", "zeros", "fill bytes"],
+    [
+        # libjpeg reads three more bytes of the scan and counts those after them.
+        (b"\x37\x11\x52\x99\x41\x23\x61", False),
+        (b"\x37\x11\x52\x99\x41\x23\x61\x35", True),
+        (b"\x37\x11\x52\x99" * 4, True),
+        (bytes(64), False),
+        (b"\xff" * 64, False),
+    ],
+    ids=["4 bytes", "5 bytes", "a part of a scan", "zeros", "fill bytes"],
 )
 def test_bytes_between_the_pixels_and_the_end_of_a_jpeg_are_damage_if_they_are_many(
     extra: bytes, is_damage: bool
@@ -121,6 +128,13 @@ def test_bytes_between_the_pixels_and_the_end_of_a_jpeg_are_damage_if_they_are_m
     reason = refused(decode_image, data[:-2] + extra + data[-2:], DataError)
     assert (reason is not None) == is_damage
     assert reason is None or "extraneous bytes" in reason
+
+
+def test_bytes_before_a_restart_of_a_jpeg_are_damage_even_if_its_end_is_padded() -> None:
+    data = encoded(photograph(64, 48), "JPEG", restart_marker_rows=1)
+    restart = data.index(b"\xff\xd1")
+    damaged = data[:restart] + bytes(64) + data[restart:-2] + bytes(64) + data[-2:]
+    assert "64 extraneous bytes" in str(refused(decode_image, damaged, DataError))
 
 
 def test_an_end_marker_in_a_preview_is_not_taken_for_the_images_own() -> None:
@@ -149,6 +163,15 @@ def test_zeros_in_the_alpha_of_a_webp_are_found() -> None:
     damaged = data[: start + length // 2] + bytes(length - length // 2) + data[start + length :]
     assert refused(decode_image, data, DataError) is None
     assert refused(decode_image, damaged, DataError) is not None
+
+
+def test_zeros_in_a_webp_are_found_behind_a_chunk_of_odd_length() -> None:
+    data = encoded(photograph(240, 160), "WEBP", quality=80, icc_profile=b"odd")
+    start = data.index(b"VP8 ") + 8
+    assert data[start - 12 : start - 8] == b"odd\0"
+    damaged = data[: -len(data[start:]) // 2].ljust(len(data), b"\0")
+    assert refused(decode_image, data, DataError) is None
+    assert "end before its data" in str(refused(decode_image, damaged, DataError))
 
 
 def test_zeros_in_the_exif_data_of_an_avif_are_no_damage_and_zeros_in_its_pixels_are() -> None:
@@ -182,3 +205,12 @@ def test_a_strip_that_inflates_without_end_is_refused_after_a_bounded_part_of_it
     began_s = time.process_time()
     assert "strips hold more" in str(refused(decode_image, bomb, DataError))
     assert time.process_time() - began_s < 2
+
+
+@pytest.mark.reliability_row(14)
+def test_strips_of_jpeg_without_end_are_refused_after_a_bounded_part_of_them() -> None:
+    strip = encoded(photograph(64, 48).convert("L"), "JPEG")
+    num_strips = (1 << 24) // (64 * 48) + 1  # more than 16 for each pixel of the smallest budget
+    data = tiff(64, strip, height=48, bits=8, compression=7, num_strips=num_strips)
+    assert "strips hold more" in str(refused(decode_image, data, DataError))
+    assert refused(decode_image, tiff(64, strip, height=48, bits=8, compression=7), DataError) is None

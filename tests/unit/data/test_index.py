@@ -46,6 +46,20 @@ def inspected(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return contents
 
 
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, inspected: list[bytes]) -> list[str]:
+    """The names of the files whose bytes were read."""
+    names: list[str] = []
+    original = index_module.read_bounded
+
+    def recorded(file: FoundFile, *, limit: int) -> bytes:
+        names.append(file.name)
+        return original(file, limit=limit)
+
+    monkeypatch.setattr(index_module, "read_bounded", recorded)
+    return names
+
+
 def found(folder: Path) -> FoundFile:
     return scan_folder(folder).images[0]
 
@@ -72,6 +86,15 @@ def test_an_unchanged_file_is_not_inspected_again(folder: Path, inspected: list[
     assert info(folder) == first
     assert len(inspected) == 1
     assert (folder.parent / "index.json").stat() == written
+
+
+def test_an_unchanged_file_is_not_even_read_again(folder: Path, read: list[str]) -> None:
+    assert not ImageIndex(folder.parent / "index.json").knows(found(folder))
+    info(folder)
+    assert ImageIndex(folder.parent / "index.json").knows(found(folder))
+    info(folder)
+    info(folder)
+    assert read == ["a.bmp"]
 
 
 @pytest.mark.reliability_row(17)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import decode_image, inspect_image
 from simpletuner.helpers.data.jpeg_xl import is_jpeg_xl, read_header
 from simpletuner.helpers.errors import DataError
+from tests.unit.data.icc_profiles import icc_profile
 
 # libjxl reads each as 40 x 24 before turning, with the orientation and animation named here.
 UPRIGHT, ANIMATED, TURNED, BOTH = (
@@ -46,10 +50,51 @@ def test_the_header_gives_the_size_upright_and_whether_it_is_animated(
     assert read_header(data) == (size, is_animated)
 
 
-@pytest.mark.parametrize("length", range(2, 4))
-def test_a_header_that_is_cut_off_is_an_error(length: int) -> None:
+def header_of(*fields: tuple[int, int]) -> bytes:
+    """A codestream with these (number, bits) after its two marker bytes, the least significant bit first."""
+    value, shift = 0, 0
+    for number, count in fields:
+        value |= number << shift
+        shift += count
+    return b"\xff\x0a" + value.to_bytes(20, "little")
+
+
+# A small square of 16 and of 64 pixels: small, height / 8 - 1, ratio 1:1.
+SQUARE_16, SQUARE_64 = (((1, 1), (edge // 8 - 1, 5), (1, 3)) for edge in (16, 64))
+# No default metadata, extra fields, orientation 1.
+FIELDS = ((0, 1), (1, 1), (0, 3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_animated"),
+    [
+        (((1, 1), *SQUARE_64, (0, 1), (1, 1)), True),
+        (((1, 1), *SQUARE_64, (0, 1), (0, 1), (1, 1)), False),
+        (((0, 1), (1, 1), (1, 1)), False),
+    ],
+    ids=["another size to show, animated", "another size to show", "a preview"],
+)
+def test_the_fields_before_the_animation_are_passed_over(
+    fields: tuple[tuple[int, int], ...], is_animated: bool
+) -> None:
+    assert read_header(header_of(*SQUARE_16, *FIELDS, *fields)) == ((16, 16), is_animated)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_four_orientations_exchange_width_and_height(orientation: int) -> None:
+    wide = ((1, 1), (16 // 8 - 1, 5), (0, 3), (64 // 8 - 1, 5))
+    data = header_of(*wide, (0, 1), (1, 1), (orientation - 1, 3))
+    assert read_header(data)[0] == ((64, 16) if orientation < 5 else (16, 64))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [UPRIGHT[:2], UPRIGHT[:3], header_of(*SQUARE_16, *FIELDS, (0, 1), (0, 1))[:4]],
+    ids=["everything", "the width", "the last bit"],
+)
+def test_a_header_that_is_cut_off_is_an_error(data: bytes) -> None:
     with pytest.raises(OSError, match="cut off"):
-        read_header(UPRIGHT[:length])
+        read_header(data)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +115,19 @@ class TestWithItsPackage:
         data = written(Image.fromarray(pixels), lossless=True)
         assert inspect_image(data) == Size(height=33, width=50)
         assert np.array_equal(np.asarray(decode_image(data)), pixels)
+
+    def test_the_profile_that_the_decoder_gives_is_applied(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The package's encoder writes none."""
+        data = written(Image.new("RGB", (64, 64), (55, 55, 55)), lossless=True)
+        decoder = importlib.import_module("pillow_jxl").Decoder
+        profile = icc_profile("RGB", gamma=1.0)
+
+        def with_profile(**options: Any) -> Callable[[bytes], tuple[Any, ...]]:
+            decode = decoder(**options)
+            return lambda content: (*decode(content)[:3], profile, b"")
+
+        monkeypatch.setattr("pillow_jxl.Decoder", with_profile)
+        assert np.abs(np.asarray(decode_image(data)).astype(int) - 128).max() <= 1
 
     @pytest.mark.parametrize("size", [(1, 1), (64, 48), (120, 100), (513, 7), (8, 2000), (1025, 1024)])
     @pytest.mark.parametrize("use_container", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,26 @@ def test_a_given_source_of_captions_is_named_alone(folder: Path) -> None:
     found = look(folder, caption_strategy="filename")
     assert found.captions == "filename"
     assert found.num_uncaptioned == 0
+
+
+def test_an_image_whose_caption_cannot_be_used_is_a_problem_and_in_no_bucket(folder: Path) -> None:
+    (folder / "a.png").rename(folder / os.fsdecode(b"\xff.png"))
+    found = look(folder, caption_strategy="filename")
+    assert [problem.partition(":")[0] for problem in found.problems] == ["d.png", r"\udcff.png"]
+    assert found.buckets == {Size(256, 256): 1, Size(384, 192): 1}
+
+
+def test_a_text_file_that_two_images_could_claim_is_a_problem(folder: Path) -> None:
+    Image.new("RGB", (64, 64)).save(folder / "a.webp")
+    (problem,) = [each for each in look(folder).problems if "a.txt" in each]
+    assert "a.png or a.webp" in problem
+
+
+def test_one_pixel_less_than_the_bucket_in_one_direction_is_an_enlargement(folder: Path) -> None:
+    Image.new("RGB", (447, 128)).save(folder / "e.png")
+    found = look(folder)
+    assert found.buckets[Size(128, 448)] == 1
+    assert found.enlarged == ("b.png", "e.png")
 
 
 def test_only_some_headers_are_read_unless_all_are_wanted(

@@ -14,6 +14,7 @@ from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.data.scan_report import listed
 from simpletuner.helpers.errors import DataError
 
 Planned = Callable[..., tuple[TrainingData, list[str]]]
@@ -82,17 +83,36 @@ def test_files_that_are_not_read_are_counted_in_one_line_by_kind(planned: Planne
     assert [(each.path, "no image" in each.reason) for each in data.skipped] == [("notes.txt", True)]
 
 
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("a.json", logging.WARNING), ("lost.txt", logging.WARNING), ("a.npz", logging.INFO)],
+)
+def test_only_files_that_may_hold_captions_are_a_warning(
+    planned: Planned, caplog: pytest.LogCaptureFixture, name: str, level: int
+) -> None:
+    planned({"a.png": "image", "a.txt": "a cat", name: "x"})
+    (record,) = [each for each in caplog.records if name in each.getMessage()]
+    assert record.levelno == level
+
+
 def test_many_images_of_one_unread_kind_are_one_line_with_their_number(
     planned: Planned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(image_files, "find_spec", lambda _: None)
-    phone = {f"{number:02}.heic": "image" for number in range(12)}
+    phone = {f"{number:02}.{'HEIC' if number == 11 else 'heic'}": "image" for number in range(12)}
     data, lines = planned({"a.png": "image", "00.txt": "a cat", "b.psd": "x"} | phone)
     line = line_with(lines, "skipped 12 .heic", "00.heic", "and 7 more", "pillow-heif", "[formats]")
-    assert "11.heic" not in line
+    assert "11.HEIC" not in line
     line_with(lines, "skipped 1 .psd", "b.psd", "save it as PNG")
     line_with(lines, "1 image (13 skipped)")
     assert {each.path for each in data.skipped} == {"b.psd", *phone}
+
+
+@pytest.mark.parametrize(("number", "last"), [(1, "0"), (5, "4"), (6, "and 1 more")])
+def test_five_texts_are_listed_and_the_others_counted(number: int, last: str) -> None:
+    parts = listed(str(index) for index in [*range(number), 0]).split("; ")
+    assert len(parts) == number
+    assert parts[-1] == last
 
 
 def test_masks_are_never_trained_and_named_as_conditioning_data_of_their_image(planned: Planned) -> None:

@@ -93,6 +93,7 @@ def test_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) ->
     (root / "loop.jpg").symlink_to(root / "loop.jpg")
     (root / "out.jpg").symlink_to(tmp_path / "outside.jpg")
     (root / "in.jpg").symlink_to(root / "a.jpg")
+    (root / "notes.md").symlink_to(tmp_path / "other" / "c.jpg")
     (root / "up").symlink_to(root)
     (root / "aside").symlink_to(tmp_path / "other")
     (root / "sub" / "loop").symlink_to(root / "sub")
@@ -107,6 +108,7 @@ def test_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) ->
         "aside": "it is a link to a folder",
         "sub/loop": "it is a link to a folder",
     }
+    assert scan.others == ("notes.md",)
 
 
 @pytest.mark.reliability_row(19)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,37 @@ def test_every_file_of_a_folder_is_on_the_disk_before_the_folder_has_its_name(
     assert len(everything) == 5, "folder, subfolder, two files and the manifest"
     assert {path.stat().st_ino for path in everything} <= before
     assert ("sync", tmp_path.stat().st_ino) in events[renamed:]
+
+
+@pytest.mark.reliability_row(2)
+def test_a_replaced_folder_stays_until_the_new_name_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "made", b"old")
+    removed_at: list[int] = []
+    remove = shutil.rmtree
+
+    def noted_remove(path: Path, **keywords: bool) -> None:
+        removed_at.append(len(events))
+        remove(path, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", noted_remove)
+    events = _note_syncs_and_renames(monkeypatch)
+    publish(tmp_path / "made", b"new")
+    renamed = events.index(("rename", (tmp_path / "made").stat().st_ino))
+    (before_removal,) = removed_at
+    assert ("sync", tmp_path.stat().st_ino) in events[renamed:before_removal]
+
+
+@pytest.mark.reliability_row(2)
+def test_the_name_of_a_folder_that_is_put_back_is_brought_to_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "made", b"old")
+    (tmp_path / "made").rename(tmp_path / ".replaced_00000000_made")
+    events = _note_syncs_and_renames(monkeypatch)
+    remove_leftovers(tmp_path)
+    assert events == [("rename", (tmp_path / "made").stat().st_ino), ("sync", tmp_path.stat().st_ino)]
 
 
 def test_write_bytes_honours_the_umask(tmp_path: Path) -> None:

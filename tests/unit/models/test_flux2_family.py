@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
+from scipy.special import logit
 
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.family import ModelFamily
+from simpletuner.helpers.models.flow_matching import SigmaDistribution, sample_sigma
 from simpletuner.helpers.models.registry import specs
 
 Make = Callable[..., ModelFamily]
@@ -42,6 +45,21 @@ def test_a_distilled_klein_is_sampled_without_guidance_and_negative_prompt(make:
     inputs = family.pipeline_inputs(text, text, validation=validation, size=Size(64, 80))
     assert inputs.keys() == {"prompt_embeds", "guidance_scale", "sigmas"}
     assert inputs["guidance_scale"] == 1.0
+
+
+def test_training_and_sampling_shift_the_noise_levels_by_the_number_of_tokens(make: Make) -> None:
+    # 64 x 80 px are 4 x 5 tokens. By hand, at 50 steps: mu = m10 + 40 / 190 * (m200 - m10), where
+    # m10 = 8.73809524e-05 * 20 + 1.89833333 and m200 = 0.00016927 * 20 + 0.45666666.
+    mu, family = 1.596917, make("flux2-dev")
+    noisy = family.add_noise(torch.zeros(1, 128, 4, 5), sample_indices=[3], seed=1)
+    assert noisy.sigmas is not None
+    drawn = sample_sigma(SigmaDistribution(), seed=1, sample_index=3)
+    assert logit(noisy.sigmas[0]) - logit(drawn) == pytest.approx(mu, abs=1e-5)
+    family.load_text_encoders()
+    (text,) = family.encode_prompts(["a cat"])
+    validation = ValidationConfig(validation_num_inference_steps=2)
+    inputs = family.pipeline_inputs(text, text, validation=validation, size=Size(64, 80))
+    assert inputs["sigmas"] == pytest.approx([1, 1 / (1 + math.exp(-mu))], abs=1e-6)
 
 
 def test_make_pipeline_refuses_what_dev_cannot_start_from(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from scipy.special import logit
 
 from simpletuner.helpers.configuration.schema.sections import NoiseConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.models.family import ModelFamily
-from simpletuner.helpers.models.flow_matching import timestep_input
+from simpletuner.helpers.models.flow_matching import SigmaDistribution, sample_sigma, timestep_input
 from simpletuner.helpers.models.flux.family import Flux, image_ids, pack, unpack
 from simpletuner.helpers.models.flux.tiny import save_tiny_flux
 
@@ -100,6 +102,20 @@ def test_masked_attention_makes_the_prediction_independent_of_the_padding(flux: 
     torch.testing.assert_close(*same, rtol=1e-5, atol=1e-6)
     different = [plain.predict(denoiser, noisy, each) for each in (batch, other)]
     assert (different[0] - different[1]).abs().max() > 1e-3
+
+
+def test_training_and_sampling_shift_the_noise_levels_by_the_number_of_tokens(flux: MakeFlux) -> None:
+    # 64 x 96 px are 4 x 6 tokens. By hand: mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (24 - 256).
+    mu, family = 0.460729, flux()
+    noisy = family.add_noise(torch.zeros(1, 4, 8, 12), sample_indices=[3], seed=1)
+    assert noisy.sigmas is not None
+    drawn = sample_sigma(SigmaDistribution(), seed=1, sample_index=3)
+    assert logit(noisy.sigmas[0]) - logit(drawn) == pytest.approx(mu, abs=1e-5)
+    family.load_text_encoders()
+    (text,) = family.encode_prompts(["a cat"])
+    validation = ValidationConfig(validation_num_inference_steps=2)
+    call = family.pipeline_inputs(text, text, validation=validation, size=Size(64, 96))
+    assert call["sigmas"] == pytest.approx([1, 1 / (1 + math.exp(-mu))], abs=1e-6)
 
 
 def test_negative_prompt_is_handed_over_only_for_a_second_pass(flux: MakeFlux) -> None:

@@ -29,14 +29,15 @@ from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
 SQUARE = Size(height=1024, width=1024)
 
 
-def run_of(folder: Path, family: str, *, rank: int = 32, min_rank: int = 1, **keys: Any) -> RunConfig:
+def run_of(folder: Path, family: str, *, rank: int = 32, **keys: Any) -> RunConfig:
     (folder / "images").mkdir(exist_ok=True)
     (folder / "images/a.png").touch()
     lycoris = {"algo": "tlora", "multiplier": 1.0, "linear_dim": rank, "linear_alpha": rank}
+    lycoris |= {key: keys.pop(key) for key in list(keys) if key.startswith("tlora_")}
     values = {
         "model_family": family,
         "lora_type": "lycoris",
-        "lycoris_config": lycoris | {"tlora_min_rank": min_rank},
+        "lycoris_config": {"tlora_min_rank": 1, **lycoris},
         "data_backend_config": [{"id": "a", "instance_data_dir": str(folder / "images")}],
         **keys,
     }
@@ -44,11 +45,23 @@ def run_of(folder: Path, family: str, *, rank: int = 32, min_rank: int = 1, **ke
     return load_config(folder / "config.json", families=registry.specs())
 
 
-def test_a_diffusion_run_draws_every_timestep_alike(tmp_path: Path) -> None:
-    config = run_of(tmp_path, "sdxl", rank=4)
+@pytest.mark.parametrize(
+    ("lycoris", "mean"),
+    [
+        ({}, 10 / 4),
+        ({"tlora_min_rank": 2}, (4 + 3 + 3 + 2) / 4),
+        ({"tlora_alpha": 2.0}, (4 + 2 + 1 + 1) / 4),
+        ({"tlora_schedule": "inclusive"}, (4 + 4 + 3 + 2) / 4),
+    ],
+    ids=["defaults", "min_rank", "alpha", "inclusive"],
+)
+def test_a_diffusion_run_draws_every_timestep_alike(
+    tmp_path: Path, lycoris: dict[str, Any], mean: float
+) -> None:
+    # Of 4 timesteps: shares 1, 3/4, 2/4, 1/4 of the ranks above min_rank, rounded down.
+    config = run_of(tmp_path, "sdxl", rank=4, **lycoris)
     spec = replace(registry.specs()["sdxl"], num_train_timesteps=4)
-    # Shares 1, 3/4, 2/4, 1/4 of 3 ranks above the first: 4, 3, 2, 1.
-    assert expected_mean_rank(config, spec, scheduler=None, size=SQUARE) == 2.5
+    assert expected_mean_rank(config, spec, scheduler=None, size=SQUARE) == mean
 
 
 @pytest.mark.parametrize(
@@ -57,7 +70,8 @@ def test_a_diffusion_run_draws_every_timestep_alike(tmp_path: Path) -> None:
         {"flow_schedule_shift": 3.0},
         {"flow_schedule_shift": 1.0, "flow_use_uniform_schedule": True},
         {"flow_schedule_shift": 2.0, "flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3.0},
-        {"flow_schedule_shift": 0, "flow_sigmoid_scale": 2.0},
+        {"flow_schedule_shift": 0},
+        {"flow_schedule_shift": 3.0, "flow_sigmoid_scale": 3.0},
     ],
     ids=str,
 )
@@ -82,6 +96,15 @@ def test_a_dynamic_shift_follows_the_models_scheduler_and_the_size(tmp_path: Pat
     assert small is not None
     assert static is not None
     assert large < small < static
+    # 256 and 4,096 tokens of 16 x 16 px, the ends of the line: mu 0.5 and 1.15.
+    for found, mu in ((small, 0.5), (large, 1.15)):
+        assert found == expected_mean_rank(config, spec, scheduler={"shift": math.exp(mu)}, size=SQUARE)
+
+
+def test_a_dynamic_shift_of_a_family_without_one_is_unknown(tmp_path: Path) -> None:
+    spec = replace(registry.specs()["flux"], dynamic_shift=None)
+    dynamic = {"use_dynamic_shifting": True}
+    assert expected_mean_rank(run_of(tmp_path, "flux"), spec, scheduler=dynamic, size=SQUARE) is None
 
 
 @pytest.mark.parametrize("num_tokens", [16, 1024, 4096, 5000])

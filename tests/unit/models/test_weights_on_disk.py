@@ -35,11 +35,15 @@ def test_the_shards_of_a_folder_are_added_up_and_its_variants_are_not(tmp_path: 
     assert num_denoiser_weights(model(tmp_path), SPEC) == 15
 
 
-def test_another_denoiser_counts_instead_of_the_models(tmp_path: Path) -> None:
-    save(tmp_path / "unet/model.safetensors", a=(2,))
+@pytest.mark.parametrize(("family", "name"), [("sdxl", "unet"), ("flux", "transformer")])
+def test_another_denoiser_counts_instead_of_the_models(tmp_path: Path, family: str, name: str) -> None:
+    save(tmp_path / name / "model.safetensors", a=(2,))
     save(tmp_path / "other/model.safetensors", a=(7,))
-    other = model(tmp_path, pretrained_unet_model_name_or_path=str(tmp_path / "other"))
-    assert num_denoiser_weights(other, SPEC) == 7
+    own = {"model_family": family, "pretrained_model_name_or_path": str(tmp_path)}
+    other = {f"pretrained_{name}_model_name_or_path": str(tmp_path / "other")}
+    spec = registry.specs()[family]
+    assert num_denoiser_weights(ModelConfig.model_validate(own), spec) == 2
+    assert num_denoiser_weights(ModelConfig.model_validate(own | other), spec) == 7
 
 
 def test_of_a_single_file_the_denoiser_counts(tmp_path: Path) -> None:
@@ -50,6 +54,10 @@ def test_of_a_single_file_the_denoiser_counts(tmp_path: Path) -> None:
 def test_a_published_repository_has_its_published_size_and_another_none() -> None:
     assert (num_denoiser_weights(model(SPEC.flavours["turbo"]), SPEC) or 0) > 2e9
     assert num_denoiser_weights(model("somebody/else"), SPEC) is None
+
+
+def test_a_folder_without_weights_has_no_known_size(tmp_path: Path) -> None:
+    assert num_denoiser_weights(model(tmp_path), SPEC) is None
 
 
 @pytest.mark.parametrize("family", ["sdxl", "flux", "flux2"])
@@ -78,6 +86,15 @@ def test_the_scheduler_is_read_or_unknown(tmp_path: Path) -> None:
     for content, expected in ((json.dumps({"shift": 3.0}), {"shift": 3.0}), ("[]", None), ("{", None)):
         file.write_text(content)
         assert scheduler_config(model(tmp_path)) == expected
+
+
+def test_the_scheduler_of_a_single_file_is_that_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "named" / "scheduler").mkdir(parents=True)
+    (tmp_path / "named" / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 3.0}))
+    file = save(tmp_path / "a.safetensors", x=(1,))
+    assert scheduler_config(model(file)) is None
+    named = model(file, pretrained_config_name_or_path=str(tmp_path / "named"))
+    assert scheduler_config(named) == {"shift": 3.0}
 
 
 def test_the_markers_of_a_single_file_are_found(tmp_path: Path) -> None:

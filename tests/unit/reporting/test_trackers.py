@@ -244,7 +244,12 @@ def test_tracker_that_hangs_delays_neither_a_step_nor_the_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, at: str
 ) -> None:
     released = Event()
-    hanging = Counting(at=at, act=released.wait)
+
+    def hang_and_fail() -> None:
+        released.wait()
+        raise ConnectionError("no news")
+
+    hanging = Counting(at=at, act=hang_and_fail)
     trackers = Trackers(JsonLines(tmp_path / "m.jsonl", resumed_step=0), [hanging], timeout_s=0.1)
     started_s = time.monotonic()
     with trackers:
@@ -257,6 +262,7 @@ def test_tracker_that_hangs_delays_neither_a_step_nor_the_end(
     assert ("0 rows" if at == "finish" else "3 rows") in warning
     assert steps_in(tmp_path / "m.jsonl") == [1, 2, 3]
     end_of(released)
+    assert warnings_in(caplog) == [warning], "the later error of an abandoned thread is no news"
 
 
 @pytest.mark.reliability_row(24)

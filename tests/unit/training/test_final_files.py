@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, SUMMARY_FILE
+from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.reporting.run_summary import load_summary
-from simpletuner.helpers.training.final_files import FinalFiles
+from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 
 
 @dataclass
@@ -71,3 +72,26 @@ def test_other_processes_help_to_gather_a_sharded_adapter_and_write_nothing(
     assert len(state.saved_to) == is_sharded
     assert not any(file.exists() for file in state.saved_to)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["none", "changed", "removed"])
+def test_only_a_damaged_adapter_is_written_again_and_is_then_the_sealed_one(
+    tmp_path: Path, damage: str
+) -> None:
+    files = make(tmp_path, State(), is_main_process=True)
+    files.save_adapter()
+    files.save_summary(grid=tmp_path / "grid.png", page=None)
+    (tmp_path / "checkpoint-6").mkdir()
+    (tmp_path / "checkpoint-6" / ADAPTER_FILE).write_bytes(b"of the checkpoint")
+    adapter = tmp_path / ADAPTER_FILE
+    sound = adapter.read_bytes()
+    if damage == "changed":
+        adapter.write_bytes(sound[:-1])
+    elif damage == "removed":
+        adapter.unlink()
+    for _ in range(2):
+        summary = load_summary(tmp_path)
+        assert summary is not None
+        restore_damaged(summary, tmp_path, checkpoint=tmp_path / "checkpoint-6", spec=SPEC)
+        assert adapter.read_bytes() == (sound if damage == "none" else b"of the checkpoint")
+        (tmp_path / "checkpoint-6" / ADAPTER_FILE).write_bytes(b"of another time")

@@ -17,7 +17,7 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training import device, plan
-from simpletuner.helpers.training.device import LARGEST_ON_CPU, device_name, refuse_cpu
+from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, device_name, refuse_cpu
 from simpletuner.helpers.training.plan import plan_lines
 
 TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8}
@@ -85,6 +85,48 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
     assert "warning" not in text
 
 
+def test_images_without_a_caption_are_not_counted_among_those_with_one(folder: Path) -> None:
+    (folder / "images/b.txt").unlink()
+    assert "2 images have one" in lines(run_of(folder))
+
+
+@pytest.mark.parametrize(("number", "more"), [(6, ""), (7, " and 1 more")])
+def test_six_buckets_are_listed_and_the_others_counted(folder: Path, number: int, more: str) -> None:
+    for index in range(1, number):
+        Image.new("RGB", (128 + 64 * index, 128)).save(folder / "images" / f"wide{index}.png")
+    text = lines(run_of(folder))
+    assert f"{number} buckets: " in text
+    (listed,) = [line.partition("buckets: ")[2] for line in text.splitlines() if "buckets: " in line]
+    assert listed.partition(";")[0].count(": ") == 6
+    assert (" more;" in listed, f"{more};" in listed) == (bool(more), True)
+
+
+def test_steps_are_estimated_once_a_dataset_is_not_read_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "one").mkdir()
+    Image.new("RGB", (128, 128)).save(folder / "one" / "a.png")
+    data = [{"id": name, "instance_data_dir": str(folder / name)} for name in ("images", "one")]
+    config = run_of(folder, data_backend_config=data)
+    assert "about" not in lines(config)
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 2)
+    assert "about 30 epochs of 4 batches" in lines(config)
+
+
+@pytest.mark.parametrize(
+    ("keys", "part"),
+    [
+        ({"validation_prompt": "a dog", "validation_disable": True}, "no images"),
+        ({}, "no images"),
+        ({"checkpoint_step_interval": 0}, "a checkpoint at the end"),
+        ({"checkpoint_step_interval": 7}, "checkpoints every 7 steps"),
+    ],
+    ids=str,
+)
+def test_what_is_off_is_named_as_off(folder: Path, keys: dict[str, Any], part: str) -> None:
+    assert part in lines(run_of(folder, **keys))
+
+
 @pytest.mark.parametrize(
     ("keys", "warning"),
     [
@@ -111,6 +153,14 @@ def test_a_run_of_many_steps_or_without_a_schedule_needs_no_max_train_steps(fold
     )
 
 
+@pytest.mark.parametrize(("epochs", "warns"), [(99, True), (100, False)])
+def test_t_lora_takes_a_hundred_steps_or_a_given_number(folder: Path, epochs: int, warns: bool) -> None:
+    keys = {"max_train_steps": None, "num_train_epochs": epochs, "gradient_accumulation_steps": 3}
+    text = lines(run_of(folder, **keys))
+    assert f"{epochs} steps of 3 images" in text
+    assert ("max_train_steps is not set" in text) is warns
+
+
 def test_the_examples_own_images_and_prompt_are_told_on_another_model_than_the_demos(folder: Path) -> None:
     data = [{"id": "mine", "instance_data_dir": "simpletuner/demo/photo", "instance_prompt": "sks cat"}]
     keys = {"data_backend_config": data, "validation_prompt": "a photo of sks cat on a beach"}
@@ -130,6 +180,17 @@ def test_the_examples_own_images_and_prompt_are_told_on_another_model_than_the_d
         ({"apply_preset": {"target_module": ["Flux2Attention"]}}, "Flux2Attention matches no layer of sdxl."),
         ({"linear_dim": 641}, "linear_dim 641 is above 640"),
         ({"linear_dim": 640}, None),
+        (
+            {"linear_dim": 641, "apply_preset": {"target_module": ["Attention", "UNetMidBlock2DCrossAttn"]}},
+            "linear_dim 641 is above 640",
+        ),
+        (
+            {
+                "linear_dim": 641,
+                "apply_preset": {"target_module": ["Attention"], "exclude_name": [".*down.*"]},
+            },
+            None,
+        ),
         ({"linear_dim": 1280, "apply_preset": {"target_module": ["UNetMidBlock2DCrossAttn"]}}, None),
         ({"apply_preset": {"target_name": ["mid_block.*"]}, "linear_dim": 641}, None),
     ],
@@ -194,6 +255,19 @@ def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> Non
     refuse_cpu(run_of(folder), torch.device("mps"), num_weights=large)
     refuse_cpu(run_of(folder), cpu, num_weights=LARGEST_ON_CPU)
     refuse_cpu(run_of(folder), cpu, num_weights=None)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (5_400_000, "5 million"),
+        (999_000_000, "999 million"),
+        (10**9, "1.0 billion"),
+        (2_570_000_000, "2.6 billion"),
+    ],
+)
+def test_weights_are_counted_in_billions_from_one_on(number: int, words: str) -> None:
+    assert billions(number) == words
 
 
 def test_the_device_is_named_in_words() -> None:

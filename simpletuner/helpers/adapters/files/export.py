@@ -17,6 +17,7 @@ from torch import Tensor
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, scales
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
+from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
@@ -33,7 +34,6 @@ from simpletuner.helpers.adapters.files.lora_conversion import (
     exact_lora,
     truncated_lora,
 )
-from simpletuner.helpers.adapters.peft_lora import stated_alpha
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
@@ -296,7 +296,7 @@ def _lycoris_layers(
 
 
 def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
-    config = stored.entry(METADATA_KEY) or {}
+    metadata = stored.entry(METADATA_KEY) or {}
     layers = {}
     for key in stored.tensors:
         prefix, _, path = key.removesuffix(".lora_A.weight").partition(".")
@@ -306,13 +306,14 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
             raise AdapterError(
                 f"{stored.path}: {key} is no tensor of a standard LoRA (DoRA cannot be exported)."
             )
-        if (init := config.get(f"{prefix}.init_lora_weights")) in CHANGE_THE_BASE:
+        config = config_of({prefix}, metadata)
+        if (init := config.get("init_lora_weights")) in CHANGE_THE_BASE:
             raise AdapterError(
                 f"{stored.path}: lora_init_type {init} changed the base weights: a tool that adds the LoRA "
                 "to the original weights would add its start too. Train with another lora_init_type."
             )
         down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
-        alpha = torch.tensor(stated_alpha(config, path, prefix=prefix, rank=down.shape[0]))
+        alpha = torch.tensor(stated_alpha(path, config, rank=down.shape[0], path=stored.path))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
         layers[path] = StoredLayer(key, parts, TLoraSpec("vanilla", "last", None))
     return layers

@@ -141,13 +141,21 @@ def test_value_that_is_not_finite_is_refused_naming_its_key(value: float, key: s
     refused(tmp_path / "a.safetensors", f"lycoris_proj.{key}")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
 @pytest.mark.reliability_row(23)
 def test_factors_of_a_dtype_that_no_adapter_has_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = layer_tensors()
     tensors["lycoris_proj.base_q"] = torch.zeros(4, 12).to(dtype)
     save_file(tensors, tmp_path / "a.safetensors")
     refused(tmp_path / "a.safetensors", rf"base_q\b.*{dtype}")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float16])
+def test_alpha_may_be_a_whole_number_of_any_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = layer_tensors() | {"lycoris_proj.alpha": torch.tensor(4).to(dtype)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert adapter_file.read(tmp_path / "a.safetensors").tensors["lycoris_proj.alpha"].dtype == dtype
+    assert load_adapter(Model().eval(), tmp_path / "a.safetensors").num_layers == 1
 
 
 @pytest.mark.parametrize(

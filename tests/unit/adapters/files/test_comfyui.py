@@ -92,6 +92,7 @@ def test_exported_file_is_named_and_a_vanilla_file_is_said_to_lose_its_schedule(
         (["unet.mid.lora_A.weight", "unet.mid.lora_B.weight"], comfyui.NO_ATTENTION),
         (["transformer.mid.lora_A.weight"], None),
         (["transformer.x.lora_A.weight", "transformer.x.lora_magnitude_vector"], comfyui.PEFT_DORA),
+        (["unet.x.lora_A.weight", "unet.x.lora_magnitude_vector"], comfyui.PEFT_DORA),
         (
             ["lycoris_single_transformer_blocks_0_proj_mlp.diff",
              "lycoris_single_transformer_blocks_0_proj_mlp.diff_b"],

@@ -118,6 +118,14 @@ def test_another_scale_changes_neither_the_delta_nor_what_is_said_of_it(
     assert errors[0] == pytest.approx(errors[1], rel=0.05, abs=1e-6)
 
 
+@pytest.mark.parametrize("wrong", [0, 1], ids=["down", "up"])
+def test_error_of_factors_of_which_one_is_wrong_is_that_of_their_product(wrong: int) -> None:
+    live = torch.eye(2, 3), torch.eye(4, 2)
+    written = tuple(factor * (1.5 if index == wrong else 1.0) for index, factor in enumerate(live))
+    assert relative_error(live, written) == pytest.approx(0.5)
+    assert relative_error(live, live) == 0
+
+
 def test_stated_error_holds_the_rounding_of_the_dtype() -> None:
     plain = exact_lora("proj", stored(trained_layer()), rank=4, dtype=torch.bfloat16)
     a, b = (factor.detach().double() for factor in trained_layer().lora_factors(4))
@@ -138,6 +146,17 @@ def test_bf16_keeps_a_small_delta_that_two_large_products_would_lose() -> None:
     a, b = (factor.detach() for factor in layer.lora_factors())
     assert plain.error < 5e-3
     assert relative_error((a, b), (down, up)) > 0.3
+
+
+def test_an_export_of_an_export_names_the_file_that_it_was_made_from(tmp_path: Path) -> None:
+    source, options = make_adapter_file(tmp_path, trigger="sks"), ExportOptions(layout="diffusers")
+    for index in range(2):
+        output = tmp_path / f"export-{index}.safetensors"
+        export_adapter(source, output, options, families=FAMILIES)
+        header = adapter_file.read(output).metadata
+        assert (header["exported_from"], header["trigger"]) == (source.name, "sks")
+        assert adapter_file.SCHEDULE_KEY not in header
+        source = output
 
 
 def test_error_of_an_adapter_without_effect_is_zero() -> None:
@@ -312,6 +331,21 @@ def test_a_file_in_diffusers_layout_is_exported_again_at_each_layers_own_scale(t
     assert alphas == {"lycoris_mid.alpha": 4.0, "lycoris_proj.alpha": 8.0}, "each layer's own rank"
     expected = load_file(direct)
     assert all(torch.equal(tensor, expected[key]) for key, tensor in load_file(twice).items())
+
+
+def test_export_of_a_peft_lora_has_the_scale_that_its_header_states(tmp_path: Path) -> None:
+    export_adapter(plain_file(tmp_path), tmp_path / "a.safetensors", ExportOptions(), families=FAMILIES)
+    content = adapter_file.read(tmp_path / "a.safetensors")
+    stated = {"unet.lora_alpha": 8, "unet.use_rslora": True, "unet.alpha_pattern": {"m.d": 2}}
+    header = {**content.metadata, METADATA_KEY: json.dumps(stated)}
+    adapter_file.write(tmp_path / "b.safetensors", content.tensors, metadata=header)
+    output, options = tmp_path / "out.safetensors", ExportOptions(layout="lycoris")
+    export_adapter(tmp_path / "b.safetensors", output, options, families=FAMILIES)
+    down, up, alpha = (
+        load_file(output)[f"lycoris_mid.{key}"] for key in ("lora_down.weight", "lora_up.weight", "alpha")
+    )
+    a, b = (content.tensors[f"unet.mid.lora_{factor}.weight"].double() for factor in "AB")
+    torch.testing.assert_close(dense(down, up, float(alpha)), b @ a * 8 / 4**0.5, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

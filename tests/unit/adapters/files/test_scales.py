@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.scales import rescaled
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
@@ -138,6 +139,17 @@ def test_file_with_a_multiplier_loads_at_the_strength_of_its_training_and_saves_
     assert all(torch.equal(again[key], before[key]) for key in keys)
 
 
+def test_factors_in_half_precision_are_rescaled_in_float32() -> None:
+    layer = {
+        "lora_up.weight": torch.tensor([[0.3]]).bfloat16(),
+        "lora_down.weight": torch.ones(1, 1).bfloat16(),
+    }
+    found = rescaled(layer, 0.3)
+    assert torch.equal(found["lora_up.weight"], layer["lora_up.weight"].float() * 0.3)
+    assert found["lora_down.weight"] is layer["lora_down.weight"]
+    assert rescaled(layer, 1) == layer
+
+
 def test_norms_carry_the_multiplier_in_their_differences(tmp_path: Path) -> None:
     file = tmp_path / "a.safetensors"
     preset = {"target_name": ["proj", "norm"]}
@@ -223,19 +235,29 @@ def test_standard_lora_carries_its_scale_in_its_factors(tmp_path: Path) -> None:
         assert torch.equal(tensor, own[key.removeprefix("unet.")] * scale)
 
 
-@pytest.mark.parametrize("states_alpha", [True, False])
-def test_standard_init_lora_keeps_the_effect_at_another_alpha(states_alpha: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stated", "alpha"),
+    [
+        ("own", 4.0),
+        (None, 4.0),
+        ({"unet.lora_alpha": 8, "unet.alpha_pattern": {".*": 2}}, 8.0),
+    ],
+    ids=["own", "nothing", "a pattern that names no layer"],
+)
+def test_standard_init_lora_keeps_the_effect_at_another_alpha(
+    stated: Any, alpha: float, tmp_path: Path
+) -> None:
     file = tmp_path / "a.safetensors"
     first = attach(unet(), lora_rank=4)
     for parameter in first.parameters():
         parameter.data += torch.randn_like(parameter) * 0.1
     first.save(file, metadata={})
-    if not states_alpha:
-        save_file(load_file(file), file)
+    if stated != "own":
+        save_file(load_file(file), file, None if stated is None else {METADATA_KEY: json.dumps(stated)})
     config = AdapterConfig.model_construct(
         **(dict(AdapterConfig(lora_rank=4, lora_alpha=1.0)) | {"init_lora": file})
     )
     second = attach_adapter(unet(), config, lycoris=None, spec=SPEC, seed=3)
     for key, tensor in first.state_dict().items():
-        expected = tensor * 4 if ".lora_B." in key else tensor
+        expected = tensor * alpha if ".lora_B." in key else tensor
         torch.testing.assert_close(second.state_dict()[key], expected)

@@ -87,6 +87,9 @@ def test_for_rank_lowers_the_minimum_with_the_maximum() -> None:
         {"max_rank": 4, "alpha": float("nan")},
         {"max_rank": 4, "num_timesteps": 0},
         {"max_rank": 4, "variant": "ceil"},
+        {"max_rank": 8.5},
+        {"max_rank": 4, "min_rank": 1.5},
+        {"max_rank": 4, "num_timesteps": 999.5},
     ],
 )
 def test_schedule_outside_its_range_is_refused(values: dict[str, object]) -> None:

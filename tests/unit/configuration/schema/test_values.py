@@ -64,6 +64,8 @@ def test_trackers_are_a_list_without_none_or_repetition(written: object, expecte
         ("beta2=0.99", {"betas": (0.9, 0.99)}),
         ({"beta1": "0.8", "beta2": 0.9}, {"betas": (0.8, 0.9)}),
         ({"betas": [0.5, 0.6]}, {"betas": (0.5, 0.6)}),
+        ("betas=[0.9]", {"betas": (0.9,)}),
+        ("betas=0.9,", {"betas": 0.9}),
         ("decouple=true,safeguard_warmup=False", {"decouple": True, "safeguard_warmup": False}),
         ("", {}),
         (None, {}),

@@ -125,6 +125,10 @@ def test_half_a_surrogate_pair_is_reported() -> None:
     assert is_about(problems[0], "line 1, column 7", "surrogate")
 
 
+def test_a_tab_within_a_text_is_read() -> None:
+    assert parsed('{"prompt": "a cat\ton a mat"}') == ({"prompt": "a cat\ton a mat"}, [])
+
+
 def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(b"\xef\xbb\xbf{}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,32 +27,55 @@ def complete_alphas(file: AdapterFile, foreign: ForeignLayers) -> dict[str, dict
     """
     config = _peft_config(file, foreign)
     return {
-        layer: parts if "alpha" in parts else parts | _scale(layer, parts, config, file=file)
+        layer: parts if "alpha" in parts else parts | _scale(layer, parts, config, path=file.path)
         for layer, parts in foreign.layers.items()
     }
 
 
+def stated_alpha(layer: str, config: Mapping[str, Any], *, rank: int, path: Path) -> float:
+    """Alpha of a layer by PEFT's configuration; its rank where none is stated.
+
+    Args:
+        layer: Path of the layer in the denoiser.
+        config: The configuration, as from `config_of`.
+        rank: Rank of the layer.
+        path: The adapter file, for messages.
+
+    Raises:
+        AdapterError: It is no finite number.
+    """
+    alpha = _stated(layer, config, ("lora_alpha", "alpha"), patterns="alpha_pattern", path=path)
+    if alpha is None:
+        return float(rank)
+    # With use_rslora PEFT divides by the root of the rank.
+    return alpha * math.sqrt(rank) if config.get("use_rslora") is True else alpha
+
+
+def config_of(components: Collection[str], metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's configuration of some components, from a header in which each key begins with its component."""
+    return {
+        key.partition(".")[2]: value for key, value in metadata.items() if key.partition(".")[0] in components
+    }
+
+
 def _scale(
-    layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], *, file: AdapterFile
+    layer: str, parts: Mapping[str, Tensor], config: Mapping[str, Any], *, path: Path
 ) -> dict[str, Tensor]:
     """A layer's alpha, or its first factor with the scale for a LoKr of two whole ones."""
-    rank, is_whole = rank_of(parts), "lokr_w1" in parts and "lokr_w2" in parts
-    alpha = _stated(layer, config, ("lora_alpha", "alpha"), patterns="alpha_pattern", file=file)
-    if is_whole:  # LyCORIS reads no scale there; PEFT divides by the rank of its configuration
-        stated = _stated(layer, config, ("r",), patterns="rank_pattern", file=file)
-        scale = alpha / stated if alpha is not None and stated else 1.0
+    if "lokr_w1" in parts and "lokr_w2" in parts:
+        # LyCORIS reads no scale there; PEFT divides by the rank of its configuration.
+        alpha = _stated(layer, config, ("alpha",), patterns="alpha_pattern", path=path)
+        rank = _stated(layer, config, ("r",), patterns="rank_pattern", path=path)
+        scale = alpha / rank if alpha is not None and rank else 1.0
         return {"lokr_w1": parts["lokr_w1"].float() * scale, "alpha": torch.tensor(1.0)}
-    if rank is None:
+    own_rank = rank_of(parts)
+    if own_rank is None:
         return {}
-    if alpha is None:
-        return {"alpha": torch.tensor(float(rank))}
-    if config.get("use_rslora") is True:  # PEFT then divides by the root of the rank
-        alpha *= math.sqrt(rank)
-    return {"alpha": torch.tensor(float(alpha))}
+    return {"alpha": torch.tensor(stated_alpha(layer, config, rank=own_rank, path=path))}
 
 
 def _stated(
-    layer: str, config: Mapping[str, Any], keys: Sequence[str], *, patterns: str, file: AdapterFile
+    layer: str, config: Mapping[str, Any], keys: Sequence[str], *, patterns: str, path: Path
 ) -> float | None:
     """A layer's number in PEFT's configuration: its own by pattern, else the common one."""
     own = config.get(patterns)
@@ -61,7 +85,7 @@ def _stated(
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterError(f"{file.path}: {keys[0]} of {layer} is {str(value)[:40]!r}, no finite number.")
+        raise AdapterError(f"{path}: {keys[0]} of {layer} is {str(value)[:40]!r}, no finite number.")
     return float(value)
 
 
@@ -80,9 +104,8 @@ def _peft_config(file: AdapterFile, foreign: ForeignLayers) -> Mapping[str, Any]
     """PEFT's configuration of the denoiser's layers, from the header or beside the file; {} without one."""
     metadata = file.entry(METADATA_KEY)
     if metadata is not None:
-        # diffusers puts the component's name before each key.
         names = {prefix.removesuffix(".") for prefix in foreign.prefixes} | {"unet", "transformer"}
-        return {key.partition(".")[2]: value for key, value in metadata.items() if key.split(".")[0] in names}
+        return config_of(names, metadata)
     if file.is_peft or any(key.startswith("base_model.") for key in file.tensors):
         return json_beside(file.path, SIDECAR) or {}
     return {}

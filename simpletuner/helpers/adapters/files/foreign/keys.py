@@ -49,7 +49,7 @@ _SPELLINGS = (
     (re.compile(r"\.base_q\.weight"), "base_q"),
     (re.compile(r"\.base_p\.weight"), "base_p"),
     (re.compile(r"\.base_lambda_buf"), "base_lambda"),
-    *((re.compile(re.escape(f".{part}")), part) for part in sorted(_PARTS, key=len, reverse=True)),
+    *((re.compile(re.escape(f".{part}")), part) for part in _PARTS),
 )
 _IN_PROCESSOR = {"down.weight": "lora_down.weight", "up.weight": "lora_up.weight"}
 _LAMBDAS = ("lambda_layer", "base_lambda")

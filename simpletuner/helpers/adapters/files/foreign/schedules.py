@@ -162,7 +162,7 @@ def _of_masked_locon(sought: _Sought) -> FoundSchedule | None:
     if not _is_true(arguments.get("use_timestep_mask", "")) or not sought.foreign.has("lora_up.weight"):
         return None
     schedule = sought.schedule(
-        min_rank=arguments.get("tlora_min_rank", max(1, sought.max_rank // 2)),
+        min_rank=arguments.get("tlora_min_rank", sought.max_rank // 2),
         alpha=arguments.get("tlora_alpha", 1.0),
     )
     return FoundSchedule(schedule, f"use_timestep_mask in its {NETWORK_ARGS}")

@@ -39,3 +39,10 @@ def test_magnitudes_of_a_joined_kronecker_product_are_refused() -> None:
     parts = {"lokr_w1": torch.ones(6, 4), "lokr_w2": torch.ones(5, 3), "dora_scale": torch.ones(30, 1)}
     with pytest.raises(AdapterError, match="dora_scale"):
         take_rows("qkv", parts, PARTS[0])
+
+
+def test_layer_of_its_own_keeps_parts_that_cannot_be_divided() -> None:
+    parts = {"oft_blocks": torch.ones(2, 3, 3), "alpha": torch.tensor(0.0)}
+    assert take_rows("a", parts, Target("a")) == parts
+    with pytest.raises(AdapterError, match="oft_blocks"):
+        take_rows("a", parts, PARTS[0])

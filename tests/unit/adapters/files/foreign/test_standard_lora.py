@@ -284,7 +284,7 @@ def test_file_that_cannot_be_read_is_refused_in_one_line_and_changes_nothing(
     model = make("flux")
     with pytest.raises(AdapterError, match=message) as caught:
         load_adapter(model, tmp_path / "a.safetensors")
-    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).count(str(tmp_path)) == 1
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
     assert not any("lycoris" in name for name, _ in model.named_modules())
@@ -296,6 +296,7 @@ def test_file_that_cannot_be_read_is_refused_in_one_line_and_changes_nothing(
     [
         ("[1]", "list"),
         ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ('{"lora_alpha": "big"}', "no finite number"),
         ("x" * (1 << 20) + "x", "larger"),
     ],

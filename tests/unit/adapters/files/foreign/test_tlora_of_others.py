@@ -506,8 +506,12 @@ def test_damaged_json_beside_a_file_is_named(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("header", "base", "min_rank"),
-    [({"algo": "tlora"}, True, 3), ({"algo": "locon", "use_timestep_mask": "true"}, False, 2)],
-    ids=["rounded up", "rounded down"],
+    [
+        ({"algo": "tlora"}, True, 3),
+        ({"algo": "locon", "use_timestep_mask": "true"}, False, 2),
+        ({"algo": "tlora", "use_timestep_mask": "true"}, True, 3),
+    ],
+    ids=["rounded up", "rounded down", "the mask of a locon is none of factors"],
 )
 def test_half_of_an_odd_rank_is_rounded_as_each_trainer_does(
     header: dict[str, str], base: bool, min_rank: int, tmp_path: Path
