@@ -18,6 +18,7 @@ from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.new_files import refuse_existing
+from simpletuner.helpers.io.redaction import redact_terminal
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
@@ -395,6 +396,7 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line; a SimpleTunerError ends it with its message and exit code."""
+    redact_terminal()
     try:
         app(prog_name="simpletuner")
     except SimpleTunerError as error:

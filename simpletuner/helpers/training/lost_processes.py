@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
 
-from simpletuner.helpers.errors import TrainingError, one_line_reason
+from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.io.names import one_line_reason
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

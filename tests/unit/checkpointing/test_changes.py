@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.checkpointing.changes import DATA_PART, changes_since, load_changes, record_changes
+from simpletuner.helpers.checkpointing.changes import (
+    DATA_PART,
+    changes_since,
+    hidden_facts,
+    load_changes,
+    record_changes,
+)
 from simpletuner.helpers.checkpointing.checkpoints import Checkpoint
+from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.io.run_folder import CHANGES_FILE, COMPATIBILITY_FILE, CONFIG_FILE
+from simpletuner.helpers.models import registry
 
 CONFIG = {
     "seed": 1,
@@ -91,3 +99,21 @@ def test_a_run_without_changes_has_no_file(tmp_path: Path, checkpoint: Checkpoin
 def test_a_damaged_file_of_changes_is_an_empty_one(tmp_path: Path, content: str) -> None:
     (tmp_path / CHANGES_FILE).write_text(content)
     assert load_changes(tmp_path) == []
+
+
+def test_another_value_of_an_environment_variable_is_a_change_that_does_not_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.chdir(repository)
+    (tmp_path / "a.png").write_bytes(b"not decoded here")
+    dataset = {"id": "a", "instance_data_dir": str(tmp_path), "instance_prompt": "{env:TOY_SUBJECT}"}
+    overrides = [f"data_backend_config={json.dumps([dataset])}", "tracker_run_name={env:TOY_SUBJECT}"]
+    facts = []
+    for value in ("first value", "other value"):
+        monkeypatch.setenv("TOY_SUBJECT", value)
+        config = load_config(Path("config/config.json"), overrides=overrides, families=registry.specs())
+        facts.append(hidden_facts(config))
+    first, other = facts
+    assert list(first) == list(other) == ["dataset a, instance_prompt, digest"]
+    assert first != other
+    assert "value" not in json.dumps(facts)

@@ -60,8 +60,8 @@ from simpletuner.helpers.configuration.schema.values import (
     sizes,
     trackers,
 )
-from simpletuner.helpers.configuration.text.problems import without
 from simpletuner.helpers.contracts import PredictionType, Size
+from simpletuner.helpers.io.redaction import redacted_json
 
 CHANGE_THE_BASE = ("olora", "pissa")
 """Values of lora_init_type: the adapter fits the base only after subtracting its start from it."""
@@ -533,8 +533,6 @@ class RunConfig(Section):
     validation: ValidationConfig
     compared_with: RunConfig | None = None
     """The run of validation_compared_config."""
-    hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
-    """Value of an environment variable -> its placeholder in `resolved`."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -547,6 +545,13 @@ class RunConfig(Section):
         It contains the lycoris json and the dataset json. Placeholders replace environment variables, so no
         secret is written to disk.
         """
+        resolved: dict[str, JsonValue] = redacted_json(self.filled())
+        if self.lycoris is not None:
+            resolved["lycoris_config"] = dict(self.lycoris.raw)
+        return resolved
+
+    def filled(self) -> dict[str, JsonValue]:
+        """The same without the lycoris json, and with the values of environment variables."""
         sections = (
             self.model,
             self.adapter,
@@ -569,7 +574,4 @@ class RunConfig(Section):
             flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
         del flat["prompts"], flat["lycoris_config"]
-        resolved = {key: without(value, self.hidden) for key, value in flat.items()}
-        if self.lycoris is not None:
-            resolved["lycoris_config"] = dict(self.lycoris.raw)
-        return resolved
+        return flat

@@ -14,6 +14,7 @@ from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
+from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -73,6 +74,8 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         raise NoRunError(
             f"{path} holds neither {METRICS_FILE} nor {CONFIG_FILE}. Give the output_dir of a run."
         )
+    config = _json(path / CONFIG_FILE)
+    hide_named(json.dumps(config))  # the paths of the run hold the values
     manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
     images = image_rows(
@@ -86,7 +89,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         step=step,
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
-        config=without_secrets(_json(path / CONFIG_FILE)),
+        config=without_secrets(config),
         manifest=manifest,
         images=images,
         adapter=_adapter(path),
