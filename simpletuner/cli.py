@@ -18,6 +18,7 @@ from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.new_files import refuse_existing
+from simpletuner.helpers.io.paths import portable
 from simpletuner.helpers.io.redaction import redact_terminal
 from simpletuner.helpers.models import registry
 
@@ -211,7 +212,7 @@ def sample_command(
         schedule=schedule_options(schedule) if schedule is not None else {},
         options=SAMPLE_OPTIONS,
     )
-    for file in sample(request, output=output, families=registry.specs()):
+    for file in sample(request, output=portable(output), families=registry.specs()):
         print(file)
 
 
@@ -320,7 +321,7 @@ def report_command(
     """Write report.html from the files of a run, finished or not."""
     from simpletuner.helpers.reporting.html_report.page import write_page
 
-    print(write_page(output_dir))
+    print(write_page(portable(output_dir)))
 
 
 @benchmark_app.command("tlora")

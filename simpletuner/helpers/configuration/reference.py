@@ -45,6 +45,7 @@ mistake at once.
   `--key` alone for true).
 - Input paths are relative to the working directory, then to the folder of `config.json`; output paths to the
   working directory.
+- A path may have `\\\\` for `/`, as Windows writes it, unless something has the name with the backslash.
 - `{env:VAR}` in a text is replaced by an environment variable. The value of a text or path is shown and
   written nowhere: messages, logs, caches, checkpoints, adapter files, reports and trackers hold the
   placeholder, digests tell whether the value changed. Limits: a value of less than 4 characters, a number

@@ -85,8 +85,9 @@ class RedactingStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write a text; returns its length."""
-        self._stream.write(redacted(text))
+        """Write a text, with escapes for what the stream's encoding lacks; returns its length."""
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(redacted(text).encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:

@@ -149,3 +149,10 @@ def test_the_terminal_is_wrapped_once_and_stays_itself(
         assert first.fileno() == file.fileno()
         assert not first.isatty()
         assert first.write("four") == 4
+
+
+def test_a_character_that_the_terminal_lacks_is_an_escape() -> None:
+    data = io.BytesIO()
+    stream = RedactingStream(io.TextIOWrapper(data, encoding="cp1252", write_through=True))
+    assert stream.write("\u2265 \udcff \u00e9") == 5
+    assert data.getvalue() == b"\\u2265 \\udcff \xe9"

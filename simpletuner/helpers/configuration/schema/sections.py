@@ -83,7 +83,7 @@ def _model_source(value: object, info: ValidationInfo) -> object:
         raise ValueError("is a file. Give a folder in diffusers' layout, or a .safetensors file.")
     if path is not None:
         return str(path)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or ":" in text or "\\" in text:
         raise ValueError("not found. Give an existing folder or file, or a repository written owner/name.")
     return text
 
@@ -460,7 +460,7 @@ def _no_file(value: object) -> object:
     Raises:
         ValueError: It is a path.
     """
-    if isinstance(value, str) and ("/" in value or "." in value):
+    if isinstance(value, str) and ("/" in value or "\\" in value or "." in value):
         raise ValueError(
             "is true or false, for the prompts of the package. Set user_prompt_library to the path."
         )

@@ -100,7 +100,10 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
 
 def relative_path(path: str | Path) -> str:
     """The path relative to the working directory; unchanged if it is outside."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # on another drive of Windows
+        return str(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 
