@@ -18,6 +18,8 @@ from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.new_files import refuse_existing
+from simpletuner.helpers.io.paths import portable
+from simpletuner.helpers.io.redaction import redact_terminal
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
@@ -210,7 +212,7 @@ def sample_command(
         schedule=schedule_options(schedule) if schedule is not None else {},
         options=SAMPLE_OPTIONS,
     )
-    for file in sample(request, output=output, families=registry.specs()):
+    for file in sample(request, output=portable(output), families=registry.specs()):
         print(file)
 
 
@@ -319,7 +321,7 @@ def report_command(
     """Write report.html from the files of a run, finished or not."""
     from simpletuner.helpers.reporting.html_report.page import write_page
 
-    print(write_page(output_dir))
+    print(write_page(portable(output_dir)))
 
 
 @benchmark_app.command("tlora")
@@ -395,6 +397,7 @@ def version() -> None:
 
 def main() -> None:
     """Run the command line; a SimpleTunerError ends it with its message and exit code."""
+    redact_terminal()
     try:
         app(prog_name="simpletuner")
     except SimpleTunerError as error:

@@ -140,7 +140,7 @@ def _failed_elsewhere(code: int) -> int:
         return code
     _say("Stopped by the launcher because another process of this run failed.")
     try:
-        return int((Path(folder) / EXIT_CODE).read_text())
+        return int((Path(folder) / EXIT_CODE).read_bytes())
     except (OSError, ValueError):
         return EXIT_FAILED
 
@@ -152,8 +152,8 @@ def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         # The launcher kills the first process when another one fails, maybe before the first can write.
         if is_first or code not in (0, EXIT_PREEMPTED):
-            with suppress(OSError), (Path(folder) / EXIT_CODE).open("w" if is_first else "x") as file:
-                file.write(f"{code}\n")  # the launch folder is gone when train.sh was killed
+            with suppress(OSError), (Path(folder) / EXIT_CODE).open("wb" if is_first else "xb") as file:
+                file.write(f"{code}\n".encode())  # the launch folder is gone when train.sh was killed
     if output_dir is None or not is_main_process():
         return
     record: dict[str, JsonValue] = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.io import redaction
 from simpletuner.helpers.io.logs import HANDLER_NAME
 
 # Before torch is imported by any test: two threads wait for each other in a spin on a busy machine, and the
@@ -50,6 +51,12 @@ def pytest_collection_finish() -> None:
 def repository() -> Path:
     """The repository's root."""
     return REPOSITORY
+
+
+@pytest.fixture(autouse=True)
+def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the values of environment variables that the configurations of other tests named."""
+    monkeypatch.setattr(redaction, "_hidden", {})
 
 
 @pytest.fixture(autouse=True)

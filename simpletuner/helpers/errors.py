@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-MAX_REASON_CHARACTERS = 300
-
 
 class SimpleTunerError(Exception):
     """A failure with a message that says where, what was found, what is allowed, what to do."""
@@ -53,8 +51,3 @@ class MissingDependencyError(SimpleTunerError):
 
 class TrainingError(SimpleTunerError):
     """Training cannot continue, for instance because the loss is not finite."""
-
-
-def one_line_reason(error: Exception) -> str:
-    """Message of a library's error on one line, cut to 300 characters."""
-    return " ".join(str(error).split())[:MAX_REASON_CHARACTERS]

@@ -18,6 +18,8 @@ BY_NAME: dict[str, str] = {
 PUBLIC_CONTRACT = {"_tlora_config", "_tlora_active", "_lycoris_wrapped_network"}
 TORCH_SWITCHES = {"requires_grad", "grad", "data"}
 FOREIGN_ATTRIBUTES: dict[str, str] = {
+    "simpletuner/helpers/io/redaction.py stdout": "all that writes to the terminal looks it up there",
+    "simpletuner/helpers/io/redaction.py stderr": "the same",
     "simpletuner/train.py daemon": "threading.Timer takes it as an attribute only",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shlex
 from pathlib import Path
 
@@ -187,15 +186,3 @@ def test_page_that_cannot_be_written_costs_a_warning_and_not_the_run(
     report = load_summary(run.output_dir)
     assert report is not None
     assert report.page is None
-
-
-def test_environment_variable_in_a_text_is_not_on_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(os.environ, "OWNER", "swordfish")
-    run = TinyRun(tmp_path)
-    keys = {"validation_prompt": "a photo by {env:OWNER}", "tracker_run_name": "run of {env:OWNER}"}
-    assert run.run(max_train_steps=1, **{**PICTURES, **keys}) == 0
-    for file in ("report.html", "run.json"):
-        assert "swordfish" not in (run.output_dir / file).read_text()
-    assert "a photo by {env:OWNER}" in Page(html_of(run)).text

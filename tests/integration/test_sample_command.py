@@ -144,3 +144,18 @@ def test_missing_file_is_one_message(
 ) -> None:
     assert command(monkeypatch, "sample", "--adapter", tmp_path / "none.safetensors", "--prompt", PROMPT) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_model_that_the_header_names_by_an_environment_variable_is_to_be_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TOY_MODELS", str(tiny_model().parent))
+    named, header = (
+        tmp_path / "named.safetensors",
+        {"base_model": "{env:TOY_MODELS}/a", "model_family": "sdxl"},
+    )
+    save_file(load_file(trained_adapter_file()), named, metadata=header)
+    assert command(monkeypatch, "sample", "--adapter", named, "--prompt", PROMPT, *small(tmp_path)) == 2
+    message = capsys.readouterr().err
+    assert "{env:TOY_MODELS}/a" in message
+    assert "--model" in message

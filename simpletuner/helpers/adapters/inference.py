@@ -16,7 +16,8 @@ from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptio
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.errors import AdapterError, one_line_reason
+from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.names import one_line_reason
 
 DENOISER_NAMES = ("unet", "transformer")
 PEFT_NAME = "default"

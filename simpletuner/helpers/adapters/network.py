@@ -29,7 +29,8 @@ from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import MAX_REASON_CHARACTERS, AdapterError, ConfigError
+from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.io.names import MAX_REASON_CHARACTERS
 
 logger = logging.getLogger(__name__)
 

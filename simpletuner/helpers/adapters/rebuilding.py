@@ -26,7 +26,8 @@ from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.values import is_off
-from simpletuner.helpers.errors import AdapterError, ConfigError, one_line_reason
+from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.io.names import one_line_reason
 
 # LyCORIS checks neither shapes nor whether a layer's tensors are complete.
 MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)

@@ -17,6 +17,7 @@ from torch import uint8
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import remove_leftovers, write_bytes
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.redaction import redacted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,13 +86,14 @@ class TensorStore:
         return isinstance(key, str) and self.get(key) is not None
 
     def put(self, key: str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-        """Write or replace an entry; the metadata is for people who look into the file.
+        """Write or replace an entry; the metadata, which is redacted, is for people who look into the file.
 
         Raises:
             StorageError: The entry cannot be written.
         """
         on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        fields = {**metadata, _KEY_FIELD: key, _DIGEST_FIELD: _digest(key, on_cpu)}
+        noted = {name: redacted(text) for name, text in metadata.items()}
+        fields = {**noted, _KEY_FIELD: key, _DIGEST_FIELD: _digest(key, on_cpu)}
         # Not durable: an entry that a power cut damages fails its digest and is encoded again.
         write_bytes(self.path(key), safetensors_torch.save(on_cpu, fields), durable=False)
 

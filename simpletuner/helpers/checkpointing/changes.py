@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -14,15 +15,17 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
 )
 from simpletuner.helpers.io.atomic import JsonValue, write_json
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import CHANGES_FILE, COMPATIBILITY_FILE, CONFIG_FILE
 
 if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.checkpoints import Checkpoint
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
 
 logger = logging.getLogger(__name__)
 
 DATA_PART = "data"
-"""Part of a checkpoint's compatibility file that may change; see `TrainingData.facts`."""
+"""Part of a checkpoint's compatibility file that may change; see `TrainingData.facts`, `hidden_facts`."""
 # Without effect on training, or refused on resume when they differ.
 _IGNORED = {
     *CheckpointConfig.model_fields,
@@ -46,7 +49,7 @@ def record_changes(output_dir: Path, resumed: Checkpoint | None, *, resolved: Va
         output_dir: Of the run.
         resumed: The checkpoint that the run goes on from; None at step 0.
         resolved: The configuration, as in the checkpoint's CONFIG_FILE.
-        data: The training data, as in the DATA_PART of its COMPATIBILITY_FILE.
+        data: The training data and the hidden settings, as in the DATA_PART of its COMPATIBILITY_FILE.
 
     Raises:
         StorageError: The file cannot be written.
@@ -59,6 +62,15 @@ def record_changes(output_dir: Path, resumed: Checkpoint | None, *, resolved: Va
     new: list[dict[str, Any]] = [{"step": step, "changes": lines}] if lines else []
     if earlier or new or (output_dir / CHANGES_FILE).exists():
         write_json(output_dir / CHANGES_FILE, [*earlier, *new])
+
+
+def hidden_facts(config: RunConfig) -> Values:
+    """A digest of each setting that holds the value of an environment variable, to find changes by."""
+    return {
+        f"{redacted(key)}, digest": hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+        for key, value in _flat(config.filled())
+        if (text := json.dumps(value)) != redacted(text)
+    }
 
 
 def changes_since(checkpoint: Checkpoint, *, resolved: Values, data: Values) -> list[str]:

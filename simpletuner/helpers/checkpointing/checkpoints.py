@@ -110,10 +110,14 @@ class Checkpoints:
             if checkpoint.step != self.saved_step:
                 # Renamed first: an interrupted removal must not leave half a checkpoint under its name.
                 removed = checkpoint.path.with_name(f"{REMOVED_PREFIX}{checkpoint.path.name}")
-                checkpoint.path.rename(removed)
-                crash_point("checkpoint.pruning")
-                shutil.rmtree(removed)
-                logger.info("Removed %s: checkpoints_total_limit is %d.", checkpoint.path, limit)
+                try:
+                    checkpoint.path.rename(removed)
+                    crash_point("checkpoint.pruning")
+                    shutil.rmtree(removed)
+                except PermissionError as error:  # on Windows also while a program has a file of it open
+                    logger.warning("%s cannot be removed now: %s.", checkpoint.path, error.strerror)
+                else:
+                    logger.info("Removed %s: checkpoints_total_limit is %d.", checkpoint.path, limit)
 
 
 def remove_unfinished(output_dir: Path) -> None:

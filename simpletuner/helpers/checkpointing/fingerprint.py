@@ -12,6 +12,9 @@ from simpletuner import __version__
 from simpletuner.helpers.adapters.files.adapter_file import weight_hash
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.configuration.schema.base import holds_text
+from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,9 +28,16 @@ if TYPE_CHECKING:
 # Adapter settings that may change on resume.
 SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
 
+_TEXTS = {"lycoris apply_preset"} | {
+    key for key in AdapterConfig.model_fields if holds_text(AdapterConfig, key)
+}
+
 
 def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
-    """Settings that must not change on resume, since the training state depends on them."""
+    """Settings that must not change on resume, since the training state depends on them.
+
+    A value of an environment variable in a text is a digest beside its placeholder.
+    """
     settings: dict[str, JsonValue] = {
         "model_family": config.model.model_family,
         "prediction_type": config.model.prediction_type,
@@ -37,8 +47,11 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
     }
     if config.lycoris is not None:
         chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
-        return settings | {f"lycoris {key}": value for key, value in chosen.items()}
-    return settings | config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
+        settings |= {f"lycoris {key}": value for key, value in chosen.items()}
+    else:
+        settings |= config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
+    texts = {key: redacted_json(settings[key], with_digest=True) for key in _TEXTS & settings.keys()}
+    return settings | texts
 
 
 def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
@@ -62,18 +75,18 @@ def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
 
 
 def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
-    """Metadata about the training, for the header of the adapter file."""
+    """Metadata about the training, redacted, for the header of the adapter file."""
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
     replaced = {key: value for key, value in config.model if key.startswith("pretrained_")}
     del replaced["pretrained_model_name_or_path"]
     metadata = {
         "software": f"simpletuner {__version__}",
-        "base_model": config.model.pretrained_model_name_or_path,
+        "base_model": redacted(config.model.pretrained_model_name_or_path),
         "model_family": config.model.model_family,
         "model_flavour": config.model.model_flavour,
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
-        **replaced,
+        **redacted_json(replaced),
         **non_default(config.noise),
         "optimizer": config.optimizer.optimizer,
         "learning_rate": config.optimizer.learning_rate,
@@ -86,7 +99,7 @@ def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
         },
         "seed": config.training.seed,
         "resolution": config.data.resolution,
-        "datasets": json.dumps(Counter(sample.dataset_id for sample in data.samples)),
-        "trigger_words": ", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets})),
+        "datasets": json.dumps(Counter(redacted(sample.dataset_id) for sample in data.samples)),
+        "trigger_words": redacted(", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets}))),
     }
     return {name: str(value) for name, value in metadata.items() if value not in (None, "")}

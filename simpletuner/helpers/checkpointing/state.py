@@ -87,7 +87,8 @@ class RunState:
         try:
             counters = json.loads((folder / COUNTERS_FILE).read_bytes())
             self.adapter.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
-            tensors = load_file(folder / OPTIMIZER_FILE)
+            # Copies: the optimiser keeps them, and Windows removes no file that is mapped into memory.
+            tensors = {name: value.clone() for name, value in load_file(folder / OPTIMIZER_FILE).items()}
             load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
             self.progress.load_state_dict(counters["progress"])
             if self.scaler is not None and counters["scaler"] is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.paths import with_slashes
 
 FILE = "config.json"
 DEFAULT = Path("config") / FILE
@@ -39,8 +40,8 @@ def find_config(path: Path) -> Path:
     Raises:
         ConfigError: There is none.
     """
-    for place in PLACES:
-        candidate = place / path
+    written = (path, Path(with_slashes(str(path))))
+    for candidate in (place / each for each in written for place in PLACES):
         files = (candidate, candidate.with_name(f"{candidate.name}.json"), candidate / FILE)
         found = next((file for file in files if file.is_file()), None)
         if found is not None:

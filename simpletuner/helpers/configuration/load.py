@@ -13,12 +13,24 @@ from pydantic import JsonValue
 from simpletuner.helpers.configuration.finding import FILE
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
-from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
+from simpletuner.helpers.configuration.loading.dataset_file import (
+    SWITCHES,
+    DatasetFile,
+    TextCacheEntry,
+    read_datasets,
+)
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
-from simpletuner.helpers.configuration.schema.base import PathContext, Section
-from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.lycoris import (
+    LayerArguments,
+    LycorisConfig,
+    TargetPreset,
+    algorithm_arguments,
+    layer_aliases,
+)
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
@@ -92,7 +104,7 @@ class Loader:
         self.chain = (*compared_by, path)
         """Each file names the next as validation_compared_config."""
         self.file = display(path)
-        self.environment = Environment(os.environ, problems)
+        self.environment = Environment(os.environ, problems, without_text=_keys_without_text)
         self.raw: Mapping[str, RawValue] = {}
         self.values: Mapping[str, object] = {}
         """Values of the user and the family's defaults, without inline files."""
@@ -164,7 +176,6 @@ class Loader:
                     update={"validation_resolution": sizes, "prompts": prompts}
                 ),
                 "compared_with": compared_with,
-                "hidden": self.environment.secrets,
             }
         )
         rules.check_comparison(run, self.source)
@@ -247,6 +258,14 @@ class Loader:
         advice = "Name the config.json of another run, or remove the key."
         self.source.add(key, f"{found}: a run cannot be compared with itself. {advice}")
         return None
+
+
+def _keys_without_text() -> frozenset[str]:
+    """Keys of the lycoris json and the dataset json that hold a number or a choice."""
+    adapter = (LycorisConfig, TargetPreset, LayerArguments, algorithm_arguments())
+    sections = (*adapter, DatasetConfig, TextCacheEntry)
+    keys = {key for section in sections for key in section.model_fields if not holds_text(section, key)}
+    return frozenset({*keys, *layer_aliases(), *SWITCHES} - {"apply_preset"})
 
 
 def own_output_dir(path: Path) -> Path:

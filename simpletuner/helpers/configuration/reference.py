@@ -45,8 +45,12 @@ mistake at once.
   `--key` alone for true).
 - Input paths are relative to the working directory, then to the folder of `config.json`; output paths to the
   working directory.
-- `{env:VAR}` in a text is replaced by an environment variable. Messages and written files hold the
-  placeholder, never the value.
+- A path may have `\\\\` for `/`, as Windows writes it, unless something has the name with the backslash.
+- `{env:VAR}` in a text is replaced by an environment variable. The value of a text or path is shown and
+  written nowhere: messages, logs, caches, checkpoints, adapter files, reports and trackers hold the
+  placeholder, digests tell whether the value changed. Limits: a value of less than 4 characters, a number
+  and a choice are shown; so are names of folders, for instance of `output_dir` in the log of wandb itself;
+  and `sample` needs `--model` for an adapter whose base model was named by a variable.
 - In paths, `{model_family}` and `{output_dir}` are replaced, in the dataset json also `{id}`.
 - A run writes its configuration to `config.resolved.json` in `output_dir` and in every checkpoint. That file
   includes the lycoris json and the dataset json and works with `--config`.

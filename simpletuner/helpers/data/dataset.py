@@ -29,11 +29,12 @@ from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
 from simpletuner.helpers.data.sampler import Bucket, Sampler
-from simpletuner.helpers.data.scan_report import SHOWN_CHARACTERS, shown
+from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
@@ -102,13 +103,12 @@ class TrainingData:
             "samples per batch of all processes": self.batch_size * self.num_processes
         }
         for plan in self._plans:
+            dataset = redacted(f"dataset {plan.config.id}")
             captions = sorted((image.sample.path, image.captions) for image in plan.images)
             facts |= {
-                f"dataset {plan.config.id}, number of images": len(plan.images),
-                f"dataset {plan.config.id}, hash of all images": _hash_of(
-                    sorted(image.digest for image in plan.images)
-                ),
-                f"dataset {plan.config.id}, hash of all captions": _hash_of([each for _, each in captions]),
+                f"{dataset}, number of images": len(plan.images),
+                f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
+                f"{dataset}, hash of all captions": _hash_of([each for _, each in captions]),
             }
         return facts
 
@@ -140,7 +140,7 @@ class TrainingData:
                 key=self._text_key(prompt),
                 name=f"Prompt {shown(prompt)}",
                 encoder="text encoder",
-                metadata={"prompt": printable(prompt[:SHOWN_CHARACTERS])},
+                metadata={"prompt": beginning(prompt)},
                 load=partial(str, prompt),
             )
             for prompt in (*self.captions(), *prompts)

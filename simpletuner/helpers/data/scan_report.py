@@ -19,6 +19,7 @@ from simpletuner.helpers.data.captions import (
 )
 from simpletuner.helpers.data.sources import FoundFile, Scan
 from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.io.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,12 @@ def listed(texts: Iterable[str]) -> str:
 
 def shown(text: str) -> str:
     """The beginning of a caption or prompt, quoted."""
-    return repr(printable(text[:SHOWN_CHARACTERS]))
+    return repr(beginning(text))
+
+
+def beginning(text: str) -> str:
+    """The beginning of a caption or prompt, redacted before it is cut."""
+    return printable(redacted(text)[:SHOWN_CHARACTERS])
 
 
 def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:

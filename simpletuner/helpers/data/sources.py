@@ -115,10 +115,8 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
         DataError: The file is larger, not regular or cannot be read; the message does not name it.
     """
     try:
-        # Non-blocking: a pipe may have replaced the file since the scan.
-        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as opened:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(file.path, "rb", opener=_open_at_once) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 raise DataError("it is not a regular file")
             data = opened.read(limit + 1)
     except OSError as error:
@@ -126,6 +124,15 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
     if len(data) > limit:
         raise DataError(f"it is over {limit} bytes")
     return data
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a pipe may have replaced it since the scan."""
+    try:
+        from os import O_NONBLOCK
+    except ImportError:  # Windows, which has no such pipes
+        return os.open(path, flags)
+    return os.open(path, flags | O_NONBLOCK)
 
 
 @dataclass(frozen=True, slots=True)

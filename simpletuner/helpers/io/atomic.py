@@ -20,6 +20,7 @@ from typing import Any
 
 from simpletuner.helpers.io.faults import check_space, crash_point, storage_error
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.process import is_running
 from simpletuner.helpers.io.run_folder import CHECKPOINT_MANIFEST_FILE
 
 _HOST = re.sub(r"[^A-Za-z0-9]+", "-", socket.gethostname())[:40] or "host"
@@ -156,8 +157,7 @@ def _partial_name() -> str:
 
 
 def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
+    with path.open("xb") as file:
         crash_point("file.created")
         file.write(data)
         file.flush()
@@ -227,15 +227,7 @@ def _sha256(path: Path) -> str:
 def _is_abandoned(host: str, pid: int, *, of_other_hosts: bool) -> bool:
     if host != _HOST:
         return of_other_hosts
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False
+    return not is_running(pid)
 
 
 def _remove(path: Path) -> None:
@@ -246,12 +238,16 @@ def _remove(path: Path) -> None:
 
 
 def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
+    with path.open("r+b") as file:  # Windows flushes no file that is open for reading only
         os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        from os import O_DIRECTORY
+    except ImportError:  # Windows, where a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY | O_DIRECTORY)
     try:
         # Some network file systems cannot fsync a folder and return EINVAL; then the rename must do.
         with _suppress_errno(errno.EINVAL):

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.faults import StorageError, storage_error
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.process import is_running
 from simpletuner.helpers.io.run_folder import LOCK_FILE, LOCK_HOLDER_FILE
 
 
@@ -50,13 +51,9 @@ def is_held(folder: Path) -> bool:
     """Whether a run seems to hold a folder. It takes no lock, which could keep a run out."""
     try:
         holder = json.loads((folder / LOCK_HOLDER_FILE).read_bytes())
-        if holder["host"] == socket.gethostname():
-            os.kill(int(holder["pid"]), 0)
-    except PermissionError:  # the process exists and belongs to another user
-        return True
+        return holder["host"] != socket.gethostname() or is_running(int(holder["pid"]))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return True
 
 
 def _holder(folder: Path) -> str:

@@ -12,6 +12,8 @@ from functools import cache
 from rich.console import Console
 from rich.text import Text
 
+from simpletuner.helpers.io.redaction import redact_terminal
+
 HANDLER_NAME = "simpletuner"
 _STYLES = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
 
@@ -66,7 +68,7 @@ class TerminalHandler(logging.Handler):
 def configure_logging(
     level: str = "INFO", *, main_process: bool = True, console: Console | None = None
 ) -> None:
-    """Log to standard error, one line per event; only the main process logs below level error.
+    """Log to standard error, redacted, one line per event; only the main process logs below level error.
 
     Call it before diffusers and transformers are imported: they read these environment variables on import.
     """
@@ -75,6 +77,7 @@ def configure_logging(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # torch has a handler of its own, and torchao's import makes it warn.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    redact_terminal()
     handler: logging.Handler
     if console is None and not sys.stderr.isatty():
         handler = logging.StreamHandler()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import unicodedata
 
+from simpletuner.helpers.io.redaction import redacted
+
 _NOT_ALLOWED = re.compile(r"[^\w.+-]+")
 _MAX_BYTES = 120
+MAX_REASON_CHARACTERS = 300
 
 
 def printable(text: str) -> str:
@@ -30,6 +33,11 @@ def file_name(text: str) -> str:
     while len(name.encode()) > _MAX_BYTES:
         name = name[:-1]
     return name or "unnamed"
+
+
+def one_line_reason(error: Exception) -> str:
+    """Message of a library's error on one line, redacted and cut to 300 characters."""
+    return redacted(" ".join(str(error).split()))[:MAX_REASON_CHARACTERS]
 
 
 def counted(number: int, noun: str, plural: str | None = None) -> str:

@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.io.names import one_line_reason
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,8 @@ import xxhash
 from safetensors import SafetensorError
 from torch import nn
 
-from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.io.names import one_line_reason
 from simpletuner.helpers.io.safetensors_file import read_header
 from simpletuner.helpers.models import hub
 from simpletuner.helpers.models.single_file import (

@@ -15,7 +15,8 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError, create
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.io.names import one_line_reason
 from simpletuner.helpers.io.safetensors_file import open_safetensors
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.redaction import redacted
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def check_finite_text(prompt: str, *encoded: Tensor, dtype: torch.dtype) -> None
     """
     if not all(bool(each.isfinite().all()) for each in encoded):
         raise DataError(
-            f"The prompt embeds of {prompt[:SHOWN_CHARACTERS]!r} are not finite in {dtype}. "
+            f"The prompt embeds of {redacted(prompt)[:SHOWN_CHARACTERS]!r} are not finite in {dtype}. "
             "Set mixed_precision to bf16 or no."
         )
 
@@ -48,5 +49,5 @@ class TruncationWarning:
             lengths[longest],
             self._encoder,
             self._limit,
-            prompts[longest][:SHOWN_CHARACTERS],
+            redacted(prompts[longest])[:SHOWN_CHARACTERS],
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -169,12 +167,6 @@ class StepAccumulator:
                 self._batches[index].samples, self._outputs[index].timesteps, strict=True
             )
         )
-
-
-def peak_memory_mib() -> float:
-    """Peak main memory of this process, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10  # bytes there, KiB elsewhere
 
 
 def peak_device_memory_mib(device: torch.device) -> float | None:

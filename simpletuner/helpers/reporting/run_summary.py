@@ -11,6 +11,7 @@ from typing import Any
 
 from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
 from simpletuner.helpers.io.names import counted
+from simpletuner.helpers.io.redaction import redacted_json
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, SUMMARY_FILE
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """Paths of a finished run's files."""
+    """Paths of a finished run's files; redacted when they are saved."""
 
     step: int
     adapter: str
@@ -47,7 +48,7 @@ class RunSummary:
 
     def save(self, output_dir: Path) -> None:
         """Mark the run in this folder as finished."""
-        write_json(output_dir / SUMMARY_FILE, asdict(self))
+        write_json(output_dir / SUMMARY_FILE, redacted_json(asdict(self)))
 
     def damage(self, output_dir: Path) -> list[str]:
         """One sentence for each adapter file that is missing or damaged; the export too."""

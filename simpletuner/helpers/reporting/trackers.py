@@ -22,6 +22,7 @@ from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.optional import require
+from simpletuner.helpers.io.redaction import PLACEHOLDER, redacted, redacted_json
 from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, TRACKIO_FILE, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.tracker_thread import QUIET_S, Tracker, TrackerThread
@@ -149,9 +150,10 @@ class Wandb:
         """Open the run, online or offline by WANDB_MODE."""
         id_file = self._output_dir / WANDB_FILE
         run_id = json.loads(id_file.read_bytes())["id"] if id_file.exists() else None
+        project = redacted(self._config.tracker_project_name)
         self._run = self._wandb.init(
-            project=self._config.tracker_project_name,
-            name=self._config.tracker_run_name,
+            project=PLACEHOLDER.sub(r"{\1}", project),  # it takes no colon
+            name=redacted_json(self._config.tracker_run_name),
             id=run_id,
             resume="allow" if run_id else None,
             dir=str(self._output_dir),
@@ -198,8 +200,8 @@ class Trackio:
         """Open the run, on this machine unless TRACKIO_SPACE_ID or TRACKIO_SERVER_URL names another place."""
         kept = json.loads(self._name_file.read_bytes())["name"] if self._name_file.exists() else None
         self._run = self._trackio.init(
-            project=self._config.tracker_project_name,
-            name=kept or self._config.tracker_run_name,
+            project=redacted(self._config.tracker_project_name),
+            name=kept or redacted_json(self._config.tracker_run_name),
             resume="allow" if kept else "never",
             config=self._settings,
             embed=False,

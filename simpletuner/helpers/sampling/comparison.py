@@ -19,6 +19,7 @@ from simpletuner.helpers.adapters.inference import (
 )
 from simpletuner.helpers.checkpointing.fingerprint import weight_hashes
 from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
         ) from error
     name = other.algorithm.title
     title = name if name != config.algorithm.title else f"{name} of {other.checkpoint.output_dir.name}"
-    return Comparison(title=title, adapter=adapter, digest=digest, sampler=sampler)
+    return Comparison(title=redacted(title), adapter=adapter, digest=digest, sampler=sampler)
 
 
 @dataclass(frozen=True, kw_only=True)

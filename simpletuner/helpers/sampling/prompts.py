@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import image_name
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class PromptSpec:
     @property
     def label(self) -> str:
         """Label of the image in a grid."""
-        return f"{self.text}\n{self.size}  seed {self.seed}"
+        return f"{redacted(self.text)}\n{self.size}  seed {self.seed}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:

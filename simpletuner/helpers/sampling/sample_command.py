@@ -29,6 +29,7 @@ from simpletuner.helpers.configuration.text.problems import Problems, nearest
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.new_files import unused
+from simpletuner.helpers.io.redaction import PLACEHOLDER
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -132,6 +133,12 @@ def sections_of(
     if MODEL_KEY in request.model:  # the components that the run swapped belong to the header's model
         values = {key: value for key, value in values.items() if not key.startswith("pretrained_")}
     values |= request.model
+    hidden = [str(value) for value in values.values() if PLACEHOLDER.search(str(value))]
+    if hidden:
+        raise ConfigError(
+            f"{request.adapter}: its header names the model by an environment variable of the training run: "
+            f"{', '.join(hidden)}. Give {request.options[MODEL_KEY]}."
+        )
     spec = _spec(values, request, families=families)
     problems = _OptionProblems(request.options)
     given = {*request.model, *request.validation, *request.precision}

@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
 from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.branch import Branch, save_branch
-from simpletuner.helpers.checkpointing.changes import DATA_PART, record_changes
+from simpletuner.helpers.checkpointing.changes import DATA_PART, hidden_facts, record_changes
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
     Checkpoints,
@@ -439,7 +439,7 @@ def build_checkpoints(
         compatibility={
             "settings": resume_fingerprint(config),
             "weights": weights,
-            DATA_PART: context.data.facts(),
+            DATA_PART: {**context.data.facts(), **hidden_facts(config)},
         },
         resolved=config.resolved(),
         is_main_process=context.accelerator.is_main_process,
@@ -544,7 +544,8 @@ def build_run_trackers(context: RunContext) -> Trackers:
     (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     save_branch(output_dir, context.branch)
     resolved = config.resolved()
-    record_changes(output_dir, context.resumed, resolved=resolved, data=context.data.facts())
+    facts = {**context.data.facts(), **hidden_facts(config)}
+    record_changes(output_dir, context.resumed, resolved=resolved, data=facts)
     write_json(output_dir / CONFIG_FILE, resolved)
     return build_trackers(
         config.tracking, output_dir=output_dir, settings=resolved, resumed_step=context.step

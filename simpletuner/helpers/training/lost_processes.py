@@ -11,12 +11,13 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
 
-from simpletuner.helpers.errors import TrainingError, one_line_reason
+from simpletuner.helpers.errors import TrainingError
+from simpletuner.helpers.io.names import one_line_reason
+from simpletuner.helpers.io.process import is_running
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,20 +72,8 @@ def _lost(processes: Sequence[Process]) -> list[int]:
     """Ranks of the ended processes on this host; waits a moment for the first."""
     here = {rank: pid for rank, (host, pid) in enumerate(processes) if host == socket.gethostname()}
     deadline_s = time.monotonic() + _ENDS_WITHIN_S
-    while not (lost := [rank for rank, pid in here.items() if not _runs(pid)]):
+    while not (lost := [rank for rank, pid in here.items() if not is_running(pid)]):
         if time.monotonic() > deadline_s:
             break
         time.sleep(0.05)
     return lost
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process runs; one that ended and waits for its parent does not."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user, or a system without /proc
-        return True
-    return state.split()[0] not in ("Z", "X")

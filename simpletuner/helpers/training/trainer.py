@@ -13,13 +13,9 @@ from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.contracts import MicroBatchOutput
 from simpletuner.helpers.errors import LoaderTimeoutError, TrainingError
+from simpletuner.helpers.io.process import peak_memory_mib
 from simpletuner.helpers.randomness import mix
-from simpletuner.helpers.reporting.metrics import (
-    StepAccumulator,
-    StepMetrics,
-    peak_device_memory_mib,
-    peak_memory_mib,
-)
+from simpletuner.helpers.reporting.metrics import StepAccumulator, StepMetrics, peak_device_memory_mib
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,6 +13,7 @@ from PIL import Image
 
 from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import (
     GRID_FILE,
     SCORES_FILE,
@@ -119,7 +120,7 @@ class Validation:
             "shots": [
                 {
                     "name": prompt.name,
-                    "prompt": prompt.text,
+                    "prompt": redacted(prompt.text),
                     "size": str(prompt.size),
                     "seed": prompt.seed,
                     "strength": prompt.strength,

@@ -20,6 +20,7 @@ from simpletuner.helpers.caching import store as store_module
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io import atomic
+from simpletuner.helpers.io.redaction import hide
 
 KEY, OTHER_KEY = content_key("one"), content_key("other")
 
@@ -178,3 +179,12 @@ def test_content_key_differs_whenever_a_part_or_its_end_differs(
 def test_content_key_is_the_same_on_every_machine() -> None:
     assert content_key("text", b"\x00", "ü") == content_key("text", "\0", "ü")
     assert content_key("cat") == xxhash.xxh3_128_hexdigest(b"3:cat")
+
+
+def test_text_in_an_entry_shows_no_value_of_an_environment_variable(store: TensorStore) -> None:
+    hide("a secret", "{env:KEY}")
+    store.put(KEY, {"latents": torch.zeros(1)}, metadata={"prompt": "a secret cat"})
+    data = store.path(KEY).read_bytes()
+    assert b"secret" not in data
+    assert b"{env:KEY} cat" in data
+    assert store.get(KEY) is not None

@@ -8,9 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.checkpointing.changes import DATA_PART, changes_since, load_changes, record_changes
+from simpletuner.helpers.checkpointing.changes import (
+    DATA_PART,
+    changes_since,
+    hidden_facts,
+    load_changes,
+    record_changes,
+)
 from simpletuner.helpers.checkpointing.checkpoints import Checkpoint
+from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.io.run_folder import CHANGES_FILE, COMPATIBILITY_FILE, CONFIG_FILE
+from simpletuner.helpers.models import registry
 
 CONFIG = {
     "seed": 1,
@@ -96,3 +104,21 @@ def test_a_damaged_file_of_changes_is_an_empty_one(tmp_path: Path, content: str)
 def test_a_long_value_is_cut(checkpoint: Checkpoint) -> None:
     (line,) = changes_since(checkpoint, resolved={**CONFIG, "seed": "x" * 1000}, data=DATA)
     assert len(line) < 300
+
+
+def test_another_value_of_an_environment_variable_is_a_change_that_does_not_show_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repository: Path
+) -> None:
+    monkeypatch.chdir(repository)
+    (tmp_path / "a.png").write_bytes(b"not decoded here")
+    dataset = {"id": "a", "instance_data_dir": str(tmp_path), "instance_prompt": "{env:TOY_SUBJECT}"}
+    overrides = [f"data_backend_config={json.dumps([dataset])}", "tracker_run_name={env:TOY_SUBJECT}"]
+    facts = []
+    for value in ("first value", "other value"):
+        monkeypatch.setenv("TOY_SUBJECT", value)
+        config = load_config(Path("config/config.json"), overrides=overrides, families=registry.specs())
+        facts.append(hidden_facts(config))
+    first, other = facts
+    assert list(first) == list(other) == ["dataset a, instance_prompt, digest"]
+    assert first != other
+    assert "value" not in json.dumps(facts)

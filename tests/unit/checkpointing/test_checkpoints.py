@@ -206,6 +206,27 @@ def crash_points_of_a_save(folder: Path) -> list[str]:
     return list(dict.fromkeys(passed))
 
 
+def test_checkpoint_that_cannot_be_removed_now_is_a_warning_and_goes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = make(tmp_path, checkpoints_total_limit=1)
+    save(checkpoints, 3)
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "checkpoint-3":
+            raise PermissionError(errno.EACCES, "in use", str(path))
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        save(checkpoints, 6)
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-6"]
+    assert "checkpoint-3 cannot be removed now: in use" in caplog.text
+    save(checkpoints, 9)
+    assert names(tmp_path) == ["checkpoint-9"]
+
+
 @pytest.mark.reliability_row(2)
 def test_save_that_dies_at_any_stage_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
     stages = crash_points_of_a_save(tmp_path / "stages")

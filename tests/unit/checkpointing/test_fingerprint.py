@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,25 @@ def test_what_is_written_or_how_fast_may_change_and_what_is_trained_may_not(
         )
 
     assert (settings(override) != settings()) == is_another_run
+
+
+def test_value_of_an_environment_variable_is_a_digest_in_texts_and_leaves_choices(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+    lycoris = {"algo": "tlora", "multiplier": 1, "linear_dim": 8, "linear_alpha": 8}
+    preset = {"target_name": ["{env:TOY_LAYER}"], "target_module": []}
+    overrides = [
+        f"lycoris_config={json.dumps({**lycoris, 'apply_preset': preset})}",
+        "tracker_run_name={env:TOY_RUN}",
+    ]
+    found = []
+    for layer, run in (("to_k.*", "tlora"), ("to_q.*", "another")):
+        monkeypatch.setenv("TOY_LAYER", layer)
+        monkeypatch.setenv("TOY_RUN", run)
+        config = load_config(Path("config/config.json"), overrides=overrides, families=registry.specs())
+        found.append(resume_fingerprint(config))
+    first, other = found
+    assert {key for key in first if first[key] != other[key]} == {"lycoris apply_preset"}
+    assert "to_" not in json.dumps(first["lycoris apply_preset"])
+    assert first["lycoris algo"] == "tlora"

@@ -230,3 +230,12 @@ def test_all_state_files_have_the_mode_of_the_umask(tmp_path: Path, umask: int) 
     finally:
         os.umask(previous)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "made").iterdir()} == {0o666 & ~umask}
+
+
+def test_loaded_state_leaves_its_files_free_to_be_removed(tmp_path: Path) -> None:
+    first, second = new_state(width=4), new_state(width=4)
+    train(first, 1)
+    first.save(tmp_path)
+    second.load(tmp_path)
+    mapped = Path("/proc/self/maps").read_text()
+    assert [file.name for file in tmp_path.iterdir() if str(file) in mapped] == []

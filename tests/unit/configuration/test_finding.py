@@ -36,6 +36,8 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("mine", "config/mine/config.json"),
         ("examples/toy", "config/examples/toy/config.json"),
         ("toy", "config/examples/toy/config.json"),
+        ("config\\mine", "config/mine/config.json"),
+        ("examples\\toy\\config.json", "config/examples/toy/config.json"),
     ],
 )
 def test_a_configuration_is_found_by_file_folder_or_name(given: str, file: str) -> None:

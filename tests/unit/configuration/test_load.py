@@ -317,6 +317,64 @@ def test_output_inside_a_dataset_is_refused(workspace: Workspace) -> None:
     assert "instance_data_dir of dataset photos" in message
 
 
+# A configuration that was written on Windows
+
+
+def test_backslashes_in_paths_separate_folders(workspace: Workspace) -> None:
+    workspace.image_folder("images/cats")
+    workspace.folder.joinpath("own", "adapter").mkdir(parents=True)
+    workspace.text("own/adapter/lycoris.json", json.dumps(workspace.lycoris))
+    workspace.datasets = [{"id": "photos", "instance_data_dir": ".\\images\\cats"}]
+    overrides = ("cache_dir_vae=cache\\vae", "pretrained_model_name_or_path=own\\adapter")
+    config = workspace.load(
+        *overrides, lycoris_config="own\\adapter\\lycoris.json", output_dir="output\\mine"
+    )
+    assert config.datasets[0].instance_data_dir == workspace.folder / "images" / "cats"
+    assert config.checkpoint.output_dir == workspace.folder / "output" / "mine"
+    assert config.data.cache_dir_vae == workspace.folder / "cache" / "vae"
+    assert config.model.pretrained_model_name_or_path == str(workspace.folder / "own" / "adapter")
+    assert config.lycoris is not None
+
+
+def test_a_name_that_holds_backslashes_is_found_as_it_is_written(workspace: Workspace) -> None:
+    workspace.image_folder("images/cats")
+    workspace.image_folder("images\\cats")
+    workspace.datasets = [{"id": "photos", "instance_data_dir": "images\\cats"}]
+    assert workspace.load().datasets[0].instance_data_dir == workspace.folder / "images\\cats"
+
+
+def test_paths_of_a_drive_are_refused_at_their_keys(workspace: Workspace) -> None:
+    workspace.datasets = [{"id": "photos", "instance_data_dir": "D:\\images"}]
+    message = workspace.problems(
+        output_dir="C:\\runs\\mine",
+        cache_dir_text="//server/cache",
+        cache_dir_vae="\\\\server\\cache",
+        pretrained_model_name_or_path="C:/model",
+        init_lora="C:\\a.safetensors",
+    )
+    for key in (
+        "output_dir",
+        "cache_dir_vae",
+        "pretrained_model_name_or_path",
+        "init_lora",
+        "instance_data_dir",
+    ):
+        assert key in message
+    assert "cache_dir_text" not in message
+    assert {path.name for path in workspace.folder.iterdir()} == {
+        "config.json",
+        "lycoris.json",
+        "data.json",
+        "images",
+    }
+
+
+@pytest.mark.parametrize("path", ["~\\images", "C:\new\table", "\\", "..\\..\\none", "images\\*"])
+def test_a_strange_path_is_one_problem(workspace: Workspace, path: str) -> None:
+    workspace.datasets = [{"id": "photos", "instance_data_dir": path}]
+    assert "photos.instance_data_dir" in workspace.problems()
+
+
 # The lycoris json and the dataset json may stand in config.json itself
 
 

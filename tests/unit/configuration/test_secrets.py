@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from simpletuner.helpers.io.redaction import redacted
+
 if TYPE_CHECKING:
     from conftest import Workspace
 
@@ -82,7 +84,6 @@ def test_the_value_is_not_in_the_resolved_configuration_but_its_placeholder(work
     assert SECRET not in text
     assert config.resolved()["validation_prompt"] == "a {env:TOY_SECRET}"
     assert config.resolved()["cache_dir_vae"] == str(workspace.folder / "{env:TOY_SECRET}" / "out" / "vae")
-    assert "hidden" not in repr(config)
     assert str(config.checkpoint.output_dir) == str(workspace.folder / SECRET / "out")
 
 
@@ -105,3 +106,30 @@ def test_a_secret_in_a_key_that_is_not_supported_is_not_shown(workspace: Workspa
     assert key in message
     assert "hub_tokn" in message
     assert SECRET not in message
+
+
+def test_a_number_or_a_choice_from_the_environment_is_no_secret(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_NUMBER", "1024")
+    monkeypatch.setenv("TOY_CROP", "center")
+    monkeypatch.setenv("TOY_SWITCH", "false")
+    workspace.datasets = [
+        {
+            "id": "photos",
+            "instance_data_dir": "images",
+            "resolution": "{env:TOY_NUMBER}",
+            "crop_style": "{env:TOY_CROP}",
+            "disabled": "{env:TOY_SWITCH}",
+        }
+    ]
+    workspace.load()
+    assert redacted("1024 center false") == "1024 center false"
+
+
+def test_the_values_of_a_compared_run_are_hidden_too(workspace: Workspace) -> None:
+    workspace.write()
+    workspace.config["output_dir"] = "other"
+    workspace.text("other.json", json.dumps({**workspace.config, "validation_prompt": "{env:TOY_SECRET}"}))
+    workspace.load(validation_compared_config="other.json", output_dir="mine", validation_prompt="a cat")
+    assert redacted(SECRET) == "{env:TOY_SECRET}"

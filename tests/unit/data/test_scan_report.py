@@ -14,8 +14,9 @@ from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.data.dataset import TrainingData
-from simpletuner.helpers.data.scan_report import listed
+from simpletuner.helpers.data.scan_report import listed, shown
 from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.redaction import hide
 
 Planned = Callable[..., tuple[TrainingData, list[str]]]
 
@@ -165,3 +166,8 @@ def test_the_start_says_how_many_captions_of_several_lines_are_whole_and_shows_o
 def test_a_folder_of_images_that_are_not_read_is_an_error_that_names_them(planned: Planned) -> None:
     with pytest.raises(DataError, match=r"no image .*a\.psd: its format is not read"):
         planned({"a.psd": "x"})
+
+
+def test_beginning_of_a_caption_is_redacted_before_it_is_cut() -> None:
+    hide("secret" * 20, "{env:KEY}")
+    assert shown("secret" * 20) == "'{env:KEY}'"

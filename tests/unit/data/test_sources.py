@@ -184,3 +184,13 @@ def test_read_bounded_refuses_a_larger_file_a_pipe_and_a_missing_one(tmp_path: P
     os.mkfifo(file.path)
     with pytest.raises(DataError, match="not a regular file"):
         read_bounded(file, limit=1)
+
+
+def test_a_file_is_read_byte_by_byte_where_no_open_is_without_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = b"\x89PNG\r\n\x1a\n"
+    (tmp_path / "a.png").write_bytes(content)
+    monkeypatch.delattr(os, "O_NONBLOCK")
+    (image,) = scan_folder(tmp_path).images
+    assert read_bounded(image, limit=100) == content

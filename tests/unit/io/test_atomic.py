@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -341,3 +343,40 @@ def test_remove_leftovers_keeps_those_of_living_writers_and_of_other_hosts(tmp_p
 
 def test_remove_leftovers_of_a_missing_folder_finds_nothing(tmp_path: Path) -> None:
     assert remove_leftovers(tmp_path / "none") == []
+
+
+def test_files_and_folders_are_written_where_a_folder_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = os.open
+
+    def open_file(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if dir_fd is None and Path(path).is_dir() and not Path(path).name.startswith(".replaced"):
+            raise PermissionError(errno.EACCES, "a folder cannot be opened", path)
+        return opened(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.delattr(os, "O_DIRECTORY")
+    monkeypatch.setattr(os, "open", open_file)
+    write_bytes(tmp_path / "file", b"one\ntwo\r\n\x1a")
+    publish(tmp_path / "folder", b"new")
+    publish(tmp_path / "folder", b"newer")
+    assert (tmp_path / "file").read_bytes() == b"one\ntwo\r\n\x1a"
+    assert verify_manifest(tmp_path / "folder") == []
+    assert (tmp_path / "folder" / "weights").read_bytes() == b"newer"
+
+
+def test_each_file_of_a_folder_is_flushed_through_a_writable_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_writable = []
+    flush = os.fsync
+
+    def note(descriptor: int) -> None:
+        access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        is_writable.append(access != os.O_RDONLY or stat.S_ISDIR(os.fstat(descriptor).st_mode))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    publish(tmp_path / "folder", b"new")
+    assert len(is_writable) > 3
+    assert all(is_writable)

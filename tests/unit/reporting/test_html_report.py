@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 from simpletuner.helpers.io.run_folder import CONFIG_FILE
 from simpletuner.helpers.reporting.html_report import gallery, writer
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart, nice_ticks
-from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run
+from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run, relative_path
 from simpletuner.helpers.reporting.html_report.markup import (
     HIDDEN,
     data_block,
@@ -589,3 +590,11 @@ def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
     assert float(found["during"][0]) == pytest.approx(record(int(found["during"][-1]))["loss"], rel=1e-3)
     assert found["after"][-1] == "50"
     assert found["alt"] == f"{NASTY}, base model, 32x32, seed 1"
+
+
+def test_path_on_another_drive_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_path: object) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr(os.path, "relpath", refuse)
+    assert relative_path(Path("D:/runs/mine")) == "D:/runs/mine"

@@ -15,7 +15,6 @@ from simpletuner.helpers.reporting.metrics import (
     StepAccumulator,
     StepMetrics,
     peak_device_memory_mib,
-    peak_memory_mib,
 )
 from simpletuner.helpers.reporting.smoothing import RunningMean
 
@@ -135,11 +134,7 @@ def test_metrics_read_the_device_once(accelerator: Accelerator, monkeypatch: pyt
     assert reads == ["tolist"]
 
 
-def test_peak_memory_holds_what_was_allocated() -> None:
-    before = peak_memory_mib()
-    assert 10 < before < 1 << 20
-    block = torch.ones(64 << 20)  # 256 MiB
-    assert peak_memory_mib() >= min(before + 1, block.nbytes / 2**20)
+def test_peak_memory_of_a_device_is_that_of_a_gpu() -> None:
     assert peak_device_memory_mib(torch.device("cpu")) is None
 
 

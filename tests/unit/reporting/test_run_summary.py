@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.io.run_folder import SUMMARY_FILE
 from simpletuner.helpers.reporting.run_summary import FinishedRun, RunSummary, load_summary
 
@@ -69,3 +70,11 @@ def test_finished_run_ends_well_and_says_where_everything_lies(caplog: pytest.Lo
         SUMMARY.page,
     ):
         assert str(place) in caplog.text
+
+
+def test_paths_of_a_summary_show_no_value_of_an_environment_variable(tmp_path: Path) -> None:
+    hide("my secret", "{env:KEY}")
+    replace(SUMMARY, adapter="my secret/a.safetensors").save(tmp_path)
+    found = load_summary(tmp_path)
+    assert found is not None
+    assert found.adapter == "{env:KEY}/a.safetensors"

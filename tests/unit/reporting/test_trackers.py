@@ -24,6 +24,7 @@ from PIL import Image
 from simpletuner.helpers.configuration.schema.sections import TrackingConfig
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.faults import StorageError
+from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.reporting import trackers as trackers_module
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.trackers import JsonLines, Trackers, build_trackers
@@ -347,7 +348,10 @@ def test_tensorboard_can_be_read_back(tmp_path: Path) -> None:
 
 
 def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path: Path) -> None:
-    config = TrackingConfig(report_to="wandb")
+    hide("my secret", "{env:KEY}")
+    config = TrackingConfig(
+        report_to="wandb", tracker_run_name="run of my secret", tracker_project_name="my secret"
+    )
     ids = []
     for step in (1, 2):
         trackers = build_trackers(config, output_dir=tmp_path, settings={"a": 1}, resumed_step=step - 1)
@@ -358,6 +362,9 @@ def test_wandb_offline_keeps_its_run_over_a_restart(tmp_path: Path) -> None:
         ids.append(json.loads((tmp_path / "wandb_run.json").read_bytes())["id"])
     assert ids[0] == ids[1]
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))
+    files = [file.read_bytes() for file in (tmp_path / "wandb").rglob("*") if file.is_file()]
+    assert any(b"run of {env:KEY}" in content for content in files)
+    assert not any(b"my secret" in content for content in files)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig, ValidationPrompt
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.sampling.prompts import expand_prompts
 
 PROMPTS = (
@@ -42,3 +43,10 @@ def test_seed_and_strength_of_the_validation_override_those_of_the_run() -> None
 
 def test_disabled_validation_has_no_prompts() -> None:
     assert expand_prompts(config(validation_disable=True), seed=7) == ()
+
+
+def test_label_of_an_image_shows_no_value_of_an_environment_variable() -> None:
+    hide("a cat", "{env:KEY}")
+    first = expand_prompts(config(), seed=7)[0]
+    assert first.text == "a cat"
+    assert first.label.startswith("{env:KEY}\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.paths import portable
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders
 
 RUNS = Path("output")
@@ -17,6 +18,7 @@ def find_adapter(path: Path) -> Path:
     Raises:
         AdapterError: There is no such file or folder, or the folder has no adapter.
     """
+    path = portable(path)
     if path.is_file():
         return path
     folder = path if path.is_dir() else RUNS / path

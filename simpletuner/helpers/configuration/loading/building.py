@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
-from simpletuner.helpers.configuration.text.problems import Problems, describe
+from simpletuner.helpers.configuration.text.problems import Problems, describe, shown
 
 S = TypeVar("S", bound=Section)
 
@@ -46,7 +46,7 @@ class Source:
 
     def reject(self, key: str, value: JsonValue, text: str) -> None:
         """Note a problem of a key and show its value."""
-        self.add(key, f"{self.problems.shown(value)}: {text}")
+        self.add(key, f"{shown(value)}: {text}")
 
     def with_names(self, **names: str) -> Source:
         """The same source with more {name} placeholders for paths."""
@@ -92,11 +92,11 @@ def _note(details: list[ErrorDetails], source: Source, *, ignoring: frozenset[st
         # A default_factory that was not called follows from another error.
         if keys & ignoring or error["type"] == "default_factory_not_called":
             continue
-        key, text = describe(error, show=source.problems.shown)
+        key, text = describe(error, show=shown)
         first = key.partition(".")[0].partition("[")[0]
         advice = UNSUPPORTED_VALUES.get((first, str(error["input"])))
         if advice and error["type"] == "literal_error":
-            found = source.problems.shown(error["input"])
+            found = shown(error["input"])
             text = f"{found}: known from SimpleTuner, not supported here. {advice}"
         source.problems.add(source.name_of(first), f"{source.prefix}{key}", text)
     return frozenset(invalid)

@@ -18,6 +18,7 @@ from simpletuner.helpers.configuration.schema.base import OutputPath, Section
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.configuration.text.problems import shown
 from simpletuner.helpers.io.names import counted
 
 INHERITED = (
@@ -30,6 +31,8 @@ INHERITED = (
 )
 _MULTILINE_SPLIT = "disable_multiline_split"
 """SimpleTuner's spelling of caption_lines: true is whole, false is choose."""
+SWITCHES = ("disabled", _MULTILINE_SPLIT)
+"""Keys that are true or false, besides those of a section."""
 _NO_TARGET = (
     "its images must not be trained on, and conditioning on them is not supported. Remove the entry, or set "
     '"disabled": true in it.'
@@ -131,7 +134,7 @@ def _with_caption_lines(values: Mapping[str, JsonValue], source: Source) -> Mapp
     lines = "whole" if is_whole else "choose"
     given = others.get("caption_lines", lines)
     if given != lines:
-        text = f"means caption_lines {lines}, but caption_lines is {source.problems.shown(given)}. Keep one."
+        text = f"means caption_lines {lines}, but caption_lines is {shown(given)}. Keep one."
         source.reject(_MULTILINE_SPLIT, values[_MULTILINE_SPLIT], text)
     return others | {"caption_lines": given}
 

@@ -24,11 +24,13 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     layer_aliases,
 )
 from simpletuner.helpers.configuration.schema.values import is_off
-from simpletuner.helpers.configuration.text.problems import unknown_key
+from simpletuner.helpers.configuration.text.problems import shown, unknown_key
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
 _PLACEHOLDERS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
+_TEXTS = "apply_preset"
+"""The key with texts, in which a variable of the environment may be a secret."""
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
@@ -44,6 +46,7 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     if not isinstance(values, dict) or not isinstance(raw, dict):
         source.add("", "must hold an object, {...}.")
         return None
+    stored = {key: raw[key] if key.removeprefix("--") == _TEXTS else value for key, value in values.items()}
     values = {key.removeprefix("--"): value for key, value in values.items() if value is not None}
     algorithms = _algorithms(values)
     arguments, fields = _split(values, source, algorithms)
@@ -60,7 +63,7 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     given = {
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
-    config = built.section.model_copy(update={"extra": given, "raw": raw})
+    config = built.section.model_copy(update={"extra": given, "raw": stored})
     for key, text in _idle(config).items():
         source.add(key, text)
     _check_multiplier(config, source, algorithms)
@@ -168,7 +171,7 @@ def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, Jso
         source.add(
             "use_data_init",
             f"{str(asked).lower()} means tlora_init {_INIT_OF_DATA[asked]}, but tlora_init is "
-            f"{source.problems.shown(init)}. Keep tlora_init and remove use_data_init.",
+            f"{shown(init)}. Keep tlora_init and remove use_data_init.",
         )
     return rest
 

@@ -30,7 +30,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     TrainingConfig,
     ValidationConfig,
 )
-from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.text.problems import nearest, shown
 from simpletuner.helpers.contracts import ModelSpec, Size
 
 _NOT_EXPORTED = ("use_tucker", "train_norm")
@@ -309,7 +309,7 @@ def check_comparison(run: RunConfig, source: Source) -> None:
     for name, value in run.model:
         theirs = getattr(other.model, name)
         if theirs != value and name != "model_flavour":  # which only names the default repository
-            found, here = source.problems.shown(theirs), source.problems.shown(value)
+            found, here = shown(theirs), shown(value)
             source.add(key, f"that run's {name} is {found}, here it is {here}. Name a run on the same model.")
     if other.checkpoint.output_dir == run.checkpoint.output_dir:
         source.add(key, "that run has the same output_dir. Change one of them.")

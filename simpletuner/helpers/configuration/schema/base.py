@@ -25,10 +25,13 @@ from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, c
 import simpletuner
 from simpletuner.helpers.choices.registry import Choice, Registry
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.io.paths import has_drive, portable, with_slashes
 
 _NONE_WORDS = frozenset({"", "none", "null"})
 _PACKAGE = Path(simpletuner.__file__).parent
 _DEMO = ("simpletuner", "demo")
+_ESCAPED = re.compile(r"[\b\f\n\r\t]")
+"""What JSON makes of a backslash before some letters."""
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -73,18 +76,20 @@ class PathContext:
     def input_path(self, text: str) -> Path | None:
         """Absolute path of an existing file or folder, from the working directory first; None if missing.
 
-        simpletuner/demo is found from everywhere, in the package.
+        simpletuner/demo is found from everywhere, in the package. Backslashes separate folders if nothing has
+        the name as it is written.
         """
-        relative = _expand_home(text)
         folders = [self.working_directory, *([self.config_folder] if self.config_folder else [])]
-        if relative.parts[:2] == _DEMO:
-            folders.append(_PACKAGE.parent)
-        candidates = (folder / relative for folder in folders)
+        candidates = []
+        for spelling in dict.fromkeys((text, with_slashes(text))):
+            relative = _expand_home(spelling)
+            package = [_PACKAGE.parent] if relative.parts[:2] == _DEMO else []
+            candidates += [folder / relative for folder in (*folders, *package)]
         return next((Path(os.path.abspath(path)) for path in candidates if path.exists()), None)
 
     def output_path(self, text: str) -> Path:
         """Absolute path in the working directory."""
-        return Path(os.path.abspath(self.working_directory / _expand_home(text)))
+        return Path(os.path.abspath(portable(self.working_directory / _expand_home(text))))
 
 
 def contradiction(key: str, text: str, *others: str) -> PydanticCustomError:
@@ -204,7 +209,7 @@ def _at_most(largest: int) -> Callable[[int], int]:
 
 def _expand_home(text: str) -> Path:
     try:
-        return Path(text).expanduser()
+        return Path(f"~/{text[2:]}" if text.startswith("~\\") else text).expanduser()
     except RuntimeError as error:
         raise ValueError("the user after ~ has no home folder. Write the whole path.") from error
 
@@ -258,7 +263,8 @@ def _existing(value: object, info: ValidationInfo) -> Path:
         folders = dict.fromkeys(
             [context.working_directory, context.config_folder or context.working_directory]
         )
-        raise ValueError(f"not found from {' or from '.join(map(str, folders))}.")
+        advice = " In JSON a backslash is written twice; / works too." if _ESCAPED.search(text) else ""
+        raise ValueError(f"not found from {' or from '.join(map(str, folders))}.{advice}")
     return path
 
 
@@ -266,6 +272,8 @@ def _output(value: object, info: ValidationInfo) -> Path:
     text, context = _text(value), path_context(info)
     if "://" in text:
         raise ValueError("remote storage is not supported. Give a folder on this machine.")
+    if has_drive(text) and os.name != "nt":
+        raise ValueError("is a path of Windows. Give a folder on this machine.")
     return context.output_path(context.expand(text))
 
 

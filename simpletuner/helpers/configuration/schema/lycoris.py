@@ -216,7 +216,7 @@ class LycorisConfig(Section):
     extra: Mapping[str, Scalar] = {}
     """Other arguments of the algorithm, under the names of LyCORIS's constructors."""
     raw: Mapping[str, JsonValue] = {}
-    """The user's json."""
+    """The user's json, with placeholders for environment variables in texts."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:

@@ -60,8 +60,8 @@ from simpletuner.helpers.configuration.schema.values import (
     sizes,
     trackers,
 )
-from simpletuner.helpers.configuration.text.problems import without
 from simpletuner.helpers.contracts import PredictionType, Size
+from simpletuner.helpers.io.redaction import redacted_json
 
 CHANGE_THE_BASE = ("olora", "pissa")
 """Values of lora_init_type: the adapter fits the base only after subtracting its start from it."""
@@ -83,7 +83,7 @@ def _model_source(value: object, info: ValidationInfo) -> object:
         raise ValueError("is a file. Give a folder in diffusers' layout, or a .safetensors file.")
     if path is not None:
         return str(path)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1:
+    if text.startswith((".", "/", "~")) or text.count("/") != 1 or ":" in text or "\\" in text:
         raise ValueError("not found. Give an existing folder or file, or a repository written owner/name.")
     return text
 
@@ -460,7 +460,7 @@ def _no_file(value: object) -> object:
     Raises:
         ValueError: It is a path.
     """
-    if isinstance(value, str) and ("/" in value or "." in value):
+    if isinstance(value, str) and ("/" in value or "\\" in value or "." in value):
         raise ValueError(
             "is true or false, for the prompts of the package. Set user_prompt_library to the path."
         )
@@ -538,8 +538,6 @@ class RunConfig(Section):
     validation: ValidationConfig
     compared_with: RunConfig | None = None
     """The run of validation_compared_config."""
-    hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
-    """Value of an environment variable -> its placeholder in `resolved`."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -552,6 +550,13 @@ class RunConfig(Section):
         It contains the lycoris json and the dataset json. Placeholders replace environment variables, so no
         secret is written to disk.
         """
+        resolved: dict[str, JsonValue] = redacted_json(self.filled())
+        if self.lycoris is not None:
+            resolved["lycoris_config"] = dict(self.lycoris.raw)
+        return resolved
+
+    def filled(self) -> dict[str, JsonValue]:
+        """The same without the lycoris json, and with the values of environment variables."""
         sections = (
             self.model,
             self.adapter,
@@ -574,7 +579,4 @@ class RunConfig(Section):
             flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
         del flat["prompts"], flat["lycoris_config"]
-        resolved = {key: without(value, self.hidden) for key, value in flat.items()}
-        if self.lycoris is not None:
-            resolved["lycoris_config"] = dict(self.lycoris.raw)
-        return resolved
+        return flat

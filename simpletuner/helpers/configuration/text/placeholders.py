@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.text.problems import SHORTEST_SECRET, Problems, shown
-
-_ENVIRONMENT = re.compile(r"\{env:([^{}]*)\}")
+from simpletuner.helpers.configuration.text.problems import Problems, shown
+from simpletuner.helpers.io.redaction import PLACEHOLDER, hide
 
 
 @dataclass
 class Environment:
-    """Replaces placeholders by environment variables and remembers which values may be secrets."""
+    """Replaces placeholders by environment variables, and hides the values that may be secrets."""
 
     variables: Mapping[str, str]
     problems: Problems
-    secrets: dict[str, str] = field(default_factory=dict)
-    """Value of each variable inside free text -> its placeholder."""
+    without_text: Callable[[], Container[str]] = tuple
+    """Keys of the lycoris json and the dataset json that hold a number or a choice."""
 
     def fill(self, value: JsonValue, *, source: str, key: str, is_text: bool = True) -> JsonValue:
         """Replace every placeholder at any depth; notes each variable that is not set.
@@ -29,10 +27,10 @@ class Environment:
             value: The value as written.
             source: The file, for messages.
             key: The key in the file, for messages.
-            is_text: Free text may hold a secret; a number or a choice cannot.
+            is_text: Free text may hold a secret; a number or a choice cannot, and is shown.
         """
         if isinstance(value, str):
-            return _ENVIRONMENT.sub(lambda match: self._value(match[1], source, key, is_text=is_text), value)
+            return PLACEHOLDER.sub(lambda match: self._value(match[1], source, key, is_text=is_text), value)
         if isinstance(value, list):
             return [
                 self.fill(each, source=source, key=f"{key}[{index}]", is_text=is_text)
@@ -53,7 +51,7 @@ class Environment:
             self.problems.add(source, key, text)
             return placeholder
         value = self.variables[name]
-        if is_text and len(value) >= SHORTEST_SECRET:
-            self.secrets[value] = placeholder
-            self.problems.hide(value, placeholder)
+        innermost = key.rpartition(".")[2].partition("[")[0].removeprefix("--")
+        if is_text and innermost not in self.without_text():
+            hide(value, placeholder)
         return value

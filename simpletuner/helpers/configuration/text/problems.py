@@ -12,14 +12,13 @@ from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.redaction import redacted
 
 _LONGEST_SHOWN = 60
 _WIDEST_KEY = 40
-SHORTEST_SECRET = 4
 # Of difflib's ratio: one letter of four wrong in a word, one of twenty in a name without separators.
 _SAME_WORD = 0.75
 _SAME_NAME = 0.95
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 _LIMITS = {
     "greater_than_equal": ("ge", "must be at least"),
@@ -39,11 +38,10 @@ _TYPE_MESSAGES = (
 
 
 class Problems:
-    """Collects problems by file and keeps secrets out of their message."""
+    """Collects problems by file."""
 
     def __init__(self) -> None:
         self._by_source: dict[str, dict[tuple[str, str], None]] = {}
-        self._secrets: dict[str, str] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._by_source.values()))
@@ -51,14 +49,6 @@ class Problems:
     def add(self, source: str, key: str, text: str) -> None:
         """Note a problem of a key; a repeated problem counts once."""
         self._by_source.setdefault(source, {})[key, text] = None
-
-    def hide(self, value: str, placeholder: str) -> None:
-        """Show a placeholder in place of a secret."""
-        self._secrets[value] = placeholder
-
-    def shown(self, value: JsonValue) -> str:
-        """The value as shortened JSON on one line, without secrets."""
-        return shown(without(value, self._secrets))
 
     def message(self) -> str:
         """One line per problem, below a heading per file."""
@@ -69,7 +59,7 @@ class Problems:
             lines += [
                 f"  {printable(key):<{width}}  {text}" if key else f"  {text}" for key, text in problems
             ]
-        return hide_all("\n".join(lines), self._secrets)
+        return redacted("\n".join(lines))
 
     def raise_if_any(self) -> None:
         """Raise if there is any problem.
@@ -81,28 +71,10 @@ class Problems:
             raise ConfigError(self.message())
 
 
-def hide_all(text: str, secrets: Mapping[str, str]) -> str:
-    """Replace each secret by its placeholder, and credentials in URLs by ***."""
-    for value in sorted(secrets, key=len, reverse=True):
-        text = text.replace(value, secrets[value])
-    return _CREDENTIALS.sub("***@", text)
-
-
-def without(value: JsonValue, secrets: Mapping[str, str]) -> JsonValue:
-    """Replace each secret in the texts of a value by its placeholder."""
-    if isinstance(value, str):
-        return hide_all(value, secrets)
-    if isinstance(value, list | tuple):
-        return [without(each, secrets) for each in value]
-    if isinstance(value, Mapping):
-        return {hide_all(str(key), secrets): without(each, secrets) for key, each in value.items()}
-    return value
-
-
 def shown(value: object) -> str:
-    """The value as shortened JSON on one line."""
+    """The value as shortened JSON on one line, redacted before it is cut."""
     try:
-        text = json.dumps(value, ensure_ascii=False, default=str)
+        text = redacted(json.dumps(value, ensure_ascii=False, default=str))
     except (ValueError, RecursionError):
         text = "..."
     text = printable(text)

@@ -14,6 +14,7 @@ from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
+from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -77,6 +78,8 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         raise NoRunError(
             f"{path} holds neither {METRICS_FILE} nor {CONFIG_FILE}. Give the output_dir of a run."
         )
+    config = _json(path / CONFIG_FILE)
+    hide_named(json.dumps(config))  # the paths of the run hold the values
     manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
     images = image_rows(
@@ -90,7 +93,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         step=step,
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
-        config=without_secrets(_json(path / CONFIG_FILE)),
+        config=without_secrets(config),
         manifest=manifest,
         images=images,
         clip_scores=_clip_scores(path / VALIDATION_FOLDER),
@@ -102,7 +105,10 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
 
 def relative_path(path: str | Path) -> str:
     """The path relative to the working directory; unchanged if it is outside."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except ValueError:  # on another drive of Windows
+        return str(path)
     return str(path) if relative.startswith(os.pardir) else relative
 
 

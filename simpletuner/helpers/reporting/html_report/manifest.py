@@ -14,7 +14,7 @@ from simpletuner import __version__
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.loading.rules import family_defaults
 from simpletuner.helpers.configuration.schema.base import Section
-from simpletuner.helpers.configuration.text.problems import without
+from simpletuner.helpers.io.redaction import redacted_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -51,21 +51,19 @@ def build_manifest(
     device: torch.device,
     num_processes: int,
 ) -> dict[str, Any]:
-    """Run information for the report, as JSON without secrets.
+    """Run information for the report, as JSON; texts of the configuration are redacted.
 
     `images` is the part on validation images, keys compared_with and shots.
     """
-    manifest = {
+    return {
         "version": 1,
         "max_steps": max_steps,
         "changed_keys": changed_keys(config, spec),
         "adapter": _adapter(adapter),
-        "datasets": [_dataset(each, data) for each in config.datasets],
+        "datasets": [redacted_json(_dataset(each, data)) for each in config.datasets],
         "environment": _environment(device, num_processes),
         **images,
     }
-    hidden: Any = without(manifest, config.hidden)
-    return dict(hidden)
 
 
 def changed_keys(config: RunConfig, spec: ModelSpec) -> list[str]:

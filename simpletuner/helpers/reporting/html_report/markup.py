@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from simpletuner.helpers.configuration.text.problems import hide_all
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.redaction import redacted
 
 HIDDEN = "(hidden)"
 _SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
@@ -18,8 +18,8 @@ _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)
 
 
 def escape(text: object) -> str:
-    """Escape text for an element or an attribute; control characters become visible escapes."""
-    return html.escape("\n".join(printable(line) for line in str(text).split("\n")))
+    """Redact and escape text for an element or an attribute; control characters become visible escapes."""
+    return html.escape("\n".join(printable(line) for line in redacted(str(text)).split("\n")))
 
 
 def without_secrets(value: Any) -> Any:
@@ -31,7 +31,7 @@ def without_secrets(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [without_secrets(each) for each in value]
-    return _SECRET_VALUE.sub(HIDDEN, hide_all(value, {})) if isinstance(value, str) else value
+    return _SECRET_VALUE.sub(HIDDEN, redacted(value)) if isinstance(value, str) else value
 
 
 def data_block(data: object) -> str:

@@ -48,3 +48,7 @@ def test_what_holds_no_adapter_is_refused(run: Path, name: str) -> None:
     Path("config").mkdir()
     with pytest.raises(AdapterError, match=name):
         find_adapter(Path(name))
+
+
+def test_an_adapter_is_found_by_a_path_with_backslashes(run: Path) -> None:
+    assert find_adapter(Path("output\\mine\\checkpoint-9")) == run / "checkpoint-9" / ADAPTER_FILE

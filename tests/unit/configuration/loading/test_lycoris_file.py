@@ -265,16 +265,18 @@ def test_entries_of_a_map_use_the_names_of_the_constructors(workspace: Workspace
     assert dumped == {"algo": "lora", "dim": 4, "alpha": 0.5, "weight_decompose": True}
 
 
-def test_the_json_is_kept_as_it_was_written(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOY_DIM", "6")
-    changes = {
-        "linear_dim": "{env:TOY_DIM}",
-        "apply_preset": {"target_module": ["Attention"], "lora_prefix": "lycoris"},
-    }
-    config = loaded(workspace, **changes)
-    assert config.linear_dim == 6
-    assert config.raw == workspace.lycoris
-    assert json.loads(json.dumps(dict(config.raw))) == workspace.lycoris
+def test_the_json_is_kept_as_it_was_written_but_for_numbers_of_the_environment(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_NUMBER", "6")
+    monkeypatch.setenv("TOY_CLASS", "Attention")
+    numbers = {"linear_dim": "{env:TOY_NUMBER}", "--multiplier": "{env:TOY_NUMBER}"}
+    preset = {"target_module": ["{env:TOY_CLASS}"], "lora_prefix": "lycoris"}
+    del workspace.lycoris["multiplier"]
+    config = loaded(workspace, **numbers, tlora_init="vanilla", apply_preset=preset)
+    assert (config.linear_dim, config.multiplier) == (6, 6)
+    assert config.raw == {**workspace.lycoris, "linear_dim": "6", "--multiplier": "6"}
+    assert json.loads(json.dumps(dict(config.raw)))["apply_preset"] == preset
 
 
 @pytest.mark.parametrize("key", ["algo", "multiplier", "linear_dim", "linear_alpha"])
