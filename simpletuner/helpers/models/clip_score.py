@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from simpletuner.helpers.errors import ModelError, one_line_reason
+from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.io.names import one_line_reason
 from simpletuner.helpers.models import hub
 
 KEY = "pretrained_evaluation_model_name_or_path"
