@@ -11,6 +11,7 @@ import numpy.typing as npt
 from simpletuner.helpers.randomness import mix
 
 _CACHED_NUMBERS = 1 << 24  # 64 MiB of permutations
+_CACHED_ORDERS = 1024  # of a dataset with few images: each is an object of some 400 bytes beside its numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ class Sampler:
         """A cached permutation: neighbouring batches need the same few."""
         order = self._orders.get((purpose, index))
         if order is None:
-            if sum(map(len, self._orders.values())) + length > _CACHED_NUMBERS:
+            num_numbers = sum(map(len, self._orders.values())) + length
+            if num_numbers > _CACHED_NUMBERS or len(self._orders) == _CACHED_ORDERS:
                 self._orders.clear()
             order = self._orders[purpose, index] = shuffled(self._seed, purpose, index, length=length)
         return order

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -93,6 +94,17 @@ def test_epochs_and_seeds_have_their_own_order() -> None:
     assert sorted(first) == sorted(second)
     assert first != second
     assert first != [other.draw(index).samples for index in range(64)]
+
+
+def test_memory_is_bounded_over_any_number_of_epochs() -> None:
+    order = sampler([1], batch_size=1)
+    tracemalloc.start()
+    try:
+        draws = {order.draw(index).samples for index in range(3000)}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert draws == {(0,)}
 
 
 def test_shuffled_is_the_same_on_every_machine() -> None:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -82,6 +83,27 @@ def test_log_is_read_past_an_incomplete_line_and_without_newer_fields(tmp_path: 
     assert log.column("loss").tolist() == [0.5, 0.25]
     assert np.isnan(log.column("memory_mib")).all()
     assert log.column("loss_by_band", "0-500")[1] == 0.25
+
+
+def test_log_field_that_begins_and_ends_in_the_middle_has_no_value_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": null}\n{"step": 4}\n')
+    assert np.isfinite(read_log(file).column("loss")).tolist() == [False, True, False, False]
+
+
+def test_page_of_a_longer_run_takes_hardly_more_memory(tmp_path: Path) -> None:
+    def peak_bytes(steps: int) -> int:
+        folder = SyntheticRun(tmp_path / str(steps), steps=steps, validations=0).write()
+        tracemalloc.start()
+        try:
+            write_page(folder)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few, many = 1000, 4000
+    peak_bytes(few)  # imports, and what is read once
+    assert (peak_bytes(many) - peak_bytes(few)) / (many - few) < 300, "bytes per step"
 
 
 @pytest.mark.parametrize(

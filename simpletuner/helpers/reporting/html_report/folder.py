@@ -142,7 +142,7 @@ def _state(path: Path, step: int) -> State:
 def _step(path: Path, log: Log) -> int:
     """The step of the newest checkpoint, of the last row or of the end, whichever is highest."""
     checkpoints = [checkpoint.step for checkpoint in current_checkpoints(path)]
-    rows = [int(line["step"]) for line in log.lines[-1:]]
+    rows = [int(step) for step in log.steps[-1:]]
     return max(*checkpoints, *rows, _finished_step(path), 0)
 
 

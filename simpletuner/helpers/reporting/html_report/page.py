@@ -67,7 +67,7 @@ def render_page(run: RunSnapshot) -> str:
 
 def _charts(run: RunSnapshot) -> str:
     log, steps = run.log, run.log.steps
-    if not log.lines:
+    if not log.num_rows:
         return ""
     loss, seconds = log.column("loss"), log.column("seconds")
     loss_chart = Chart(

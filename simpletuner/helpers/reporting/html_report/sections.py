@@ -105,7 +105,7 @@ def _adapter_and_base(run: RunSnapshot) -> str:
 
 def _headline(run: RunSnapshot) -> str:
     log, adapter = run.log, run.manifest.get("adapter", {})
-    if not log.lines:
+    if not log.num_rows:
         return "<p>No step is logged yet.</p>"
     steps = log.steps
     losses = downsample(steps, smooth(log.column("loss"))).means

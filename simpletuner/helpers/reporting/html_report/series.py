@@ -6,7 +6,10 @@ Shapes: N logged steps, K points of a curve.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The lines of metrics.jsonl, oldest first."""
+    """The numbers of metrics.jsonl, oldest step first: 8 bytes each, for a run may take millions of steps."""
 
-    lines: Sequence[dict[str, Any]]
+    num_rows: int
+    """N."""
+    columns: Mapping[tuple[str, ...], array[float]]
+    """Name of a field, or names of a nested one -> values; shorter where the last lines lack the field."""
 
     @property
     def steps(self) -> Floats:
@@ -35,7 +41,10 @@ class Log:
 
     def column(self, *names: str) -> Floats:
         """[N] values of a field or nested field; nan where a line lacks it."""
-        return np.array([_value(line, names) for line in self.lines], dtype=np.float64)
+        values = np.full(self.num_rows, np.nan)
+        known = self.columns.get(names, array("d"))
+        values[: len(known)] = known
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +63,23 @@ class Points:
 
 def read_log(file: Path) -> Log:
     """Read metrics.jsonl; incomplete lines of a killed run are skipped, a missing file is an empty log."""
-    try:
-        text = file.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return Log(())
-    return Log(tuple(_records(text.splitlines())))
+    columns: defaultdict[tuple[str, ...], array[float]] = defaultdict(lambda: array("d"))
+    num_rows = 0
+    with suppress(FileNotFoundError), file.open(encoding="utf-8", errors="replace") as lines:
+        for record in _records(lines):
+            for names, value in _numbers(record):
+                column = columns[names]
+                column.extend([np.nan] * (num_rows - len(column)))
+                column.append(value)
+            num_rows += 1
+    return Log(num_rows, columns)
 
 
 def smooth(values: Floats) -> Floats:
     """[N] running mean over about a twentieth of the run; nan stays nan and is ignored."""
     running = RunningMean(keep=1.0 - 1.0 / min(max(len(values) / 20, 5.0), 500.0))
-    return np.array([running.update(value) if value == value else np.nan for value in values.tolist()])
+    means = (running.update(value) if value == value else np.nan for value in values.data)
+    return np.fromiter(means, np.float64, count=len(values))
 
 
 def downsample(steps: Floats, values: Floats, *, max_points: int = MAX_POINTS) -> Points:
@@ -93,7 +108,7 @@ def _reduce(operation: np.ufunc, values: Floats, starts: NDArray[np.int64]) -> F
     return result
 
 
-def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+def _records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
@@ -103,8 +118,10 @@ def _records(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
             yield record
 
 
-def _value(line: dict[str, Any], names: tuple[str, ...]) -> float:
-    value: Any = line
-    for name in names:
-        value = value.get(name) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) else np.nan
+def _numbers(record: Mapping[str, Any], *outer: str) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The names of each number in a record, nested ones included, and its value."""
+    for name, value in record.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, *outer, name)
+        elif isinstance(value, int | float):
+            yield (*outer, name), float(value)
