@@ -96,7 +96,7 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
     """What a person may not have meant, from the configuration and the number of batches in an epoch."""
     steps = config.training.planned_steps(batches_per_epoch=batches)
-    found = [*_examples_own(config), *_prediction(config)]
+    found = [*_examples_own(config), *_prediction(config), *_sizes_without_effect(config)]
     if (
         config.training.max_train_steps is None
         and config.algorithm.name == "tlora"
@@ -149,6 +149,26 @@ def _examples_own(config: RunConfig) -> Iterator[str]:
             yield f"instance_prompt of dataset {dataset.id} is still the example's. Name your subject."
     if any(EXAMPLE_SUBJECT in prompt.text for prompt in config.validation.prompts):
         yield "validation_prompt is still the example's. Name your subject."
+
+
+def _sizes_without_effect(config: RunConfig) -> Iterator[str]:
+    """One line for each key of sizes that no other setting of its datasets reads."""
+    alone: dict[str, list[str]] = {}
+    for dataset in config.datasets:
+        size, target = dataset.maximum_image_size, dataset.target_downsample_size
+        unread = {
+            "maximum_image_size has no effect without target_downsample_size": bool(size and not target),
+            "target_downsample_size has no effect without maximum_image_size": bool(target and not size),
+            "crop_aspect_buckets has no effect without crop and crop_aspect closest or random": (
+                bool(dataset.crop_aspect_buckets) and not dataset.crops_to_buckets
+            ),
+            "max_upscale_threshold has no effect without crop and crop_aspect closest or random": (
+                dataset.max_upscale_threshold is not None and not dataset.crops_to_buckets
+            ),
+        }
+        for text in (text for text, is_unread in unread.items() if is_unread):
+            alone.setdefault(text, []).append(dataset.id)
+    yield from (f"{text} (dataset {', '.join(names)})." for text, names in alone.items())
 
 
 def _targets(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
@@ -240,6 +260,8 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
         if each.enlarged
         else "none is enlarged"
     )
+    if config.downsampling is not None:
+        grown = f"{each.num_downsampled} above maximum_image_size; {grown}"
     folder, buckets = printable(str(config.instance_data_dir)), ", ".join(sizes[:_SHOWN_BUCKETS])
     yield "images", f"{config.id}: {counted(each.num_images, 'image')} in {folder}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simpletuner.helpers.checkpointing.fingerprint import resume_fingerprint
 from simpletuner.helpers.configuration.load import load_config
@@ -33,3 +35,27 @@ def test_what_is_written_or_how_fast_may_change_and_what_is_trained_may_not(
         )
 
     assert (settings(override) != settings()) == is_another_run
+
+
+def test_a_maximum_of_image_sizes_is_part_of_the_fingerprint_when_it_has_an_effect(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def settings(**keys: object) -> dict[str, object]:
+        dataset = {"id": "x", "instance_data_dir": str(tmp_path), "resolution": 64, "crop": True, **keys}
+        values = {
+            "model_family": "sdxl",
+            "pretrained_model_name_or_path": "simpletuner/demo/sdxl",
+            "lora_type": "standard",
+            "data_backend_config": [dataset],
+        }
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return resume_fingerprint(load_config(tmp_path / "config.json", families=registry.specs()))
+
+    plain, both = settings(), {"maximum_image_size": 100, "target_downsample_size": 80}
+    assert settings(maximum_image_size=100) == plain
+    assert settings(**both, crop=False) == plain
+    assert settings(**both | {"target_downsample_size": 64}) == plain
+    added = {key: value for key, value in settings(**both).items() if key not in plain}
+    assert added == {"dataset x, maximum_image_size": 100, "dataset x, target_downsample_size": 80}

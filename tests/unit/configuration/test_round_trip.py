@@ -116,6 +116,9 @@ CONFIG = {
     "resolution": st.floats(32, 4096),
     "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
     "minimum_image_size": st.floats(0, 4096),
+    "maximum_image_size": st.none() | st.floats(16, 4096),
+    "target_downsample_size": st.none() | st.floats(4096, 16384),
+    "max_upscale_threshold": st.none() | SHARES,
     "aspect_bucket_alignment": st.sampled_from([8, 16, 32]),
     "aspect_bucket_rounding": st.integers(0, 9),
     "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
@@ -167,9 +170,16 @@ DATASET = {
     "resolution": st.floats(32, 4096),
     "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
     "minimum_image_size": st.floats(0, 4096),
+    "maximum_image_size": st.floats(16, 4096),
+    "target_downsample_size": st.floats(4096, 16384),
+    "max_upscale_threshold": SHARES,
     "crop": SWITCHES,
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
     "crop_aspect": st.sampled_from(["square", "preserve"]),
+    "crop_aspect_buckets": st.lists(st.floats(0.1, 10), max_size=3)
+    | st.floats(0, 1).map(
+        lambda weight: [{"aspect": 0.5, "weight": weight}, {"aspect": 2.0, "weight": 1 - weight}]
+    ),
     "caption_strategy": st.sampled_from(["textfile", "filename", "instance_prompt"]),
     "caption_lines": st.sampled_from(["choose", "whole"]),
     "instance_prompt": WORDS,

@@ -199,3 +199,31 @@ def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> Non
 def test_the_device_is_named_in_words() -> None:
     assert device_name(torch.device("cpu")).startswith("cpu, ")
     assert "Mac" in device_name(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "dataset", "unread"),
+    [
+        ({"maximum_image_size": 200}, {"crop": True}, ["maximum_image_size"]),
+        ({"target_downsample_size": 200}, {"crop": True}, ["target_downsample_size"]),
+        ({"maximum_image_size": 200, "target_downsample_size": 100}, {"crop": True}, []),
+        ({"maximum_image_size": 200, "target_downsample_size": 64}, {"crop": True}, []),
+        ({"maximum_image_size": 200, "target_downsample_size": 64}, {}, []),
+        ({"max_upscale_threshold": 0}, {"crop": True}, ["max_upscale_threshold"]),
+        ({}, {"crop_aspect": "random", "crop_aspect_buckets": [1]}, ["crop_aspect_buckets"]),
+        (
+            {"max_upscale_threshold": 0},
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1]},
+            [],
+        ),
+    ],
+)
+def test_a_size_without_effect_is_named_once_with_its_datasets(
+    folder: Path, keys: dict[str, Any], dataset: dict[str, Any], unread: list[str]
+) -> None:
+    datasets = [{"id": name, "instance_data_dir": str(folder / "images"), **dataset} for name in "xy"]
+    config = run_of(folder, data_backend_config=datasets, **keys)
+    spec = registry.specs()["sdxl"]
+    found = [text for text in plan.warnings_of(config, spec, batches=6) if "no effect" in text]
+    assert [text.split()[0] for text in found] == unread
+    assert all("(dataset x, y)" in text for text in found)

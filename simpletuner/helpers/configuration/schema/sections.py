@@ -29,6 +29,7 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalInputFile,
     OptionalNonNegativeNumber,
     OptionalPositiveNumber,
+    OptionalShare,
     OptionalText,
     OptionalWhole,
     OutputPath,
@@ -367,6 +368,15 @@ class DataConfig(Section):
     megapixels."""
     minimum_image_size: NonNegativeNumber = 0.0
     """Smaller images are skipped; in the unit of resolution_type, 0 keeps all."""
+    maximum_image_size: OptionalPositiveNumber = None
+    """With crop, larger images are resized to target_downsample_size before they are cropped; in the unit of
+    resolution_type. null resizes each image to the smallest size that its crop fits in."""
+    target_downsample_size: OptionalPositiveNumber = None
+    """Size of images above maximum_image_size before their crop, in the unit of resolution_type; at least
+    resolution."""
+    max_upscale_threshold: OptionalShare = None
+    """Largest enlargement for a bucket of crop_aspect_buckets: 0.2 is by a fifth of width and height, 0 none,
+    null any. An image without such a bucket is skipped."""
     aspect_bucket_alignment: OptionalCount = None
     """Training width and height are multiples of this many pixels. Default: the family's."""
     aspect_bucket_rounding: Decimals = 2
