@@ -226,6 +226,16 @@ def test_each_picture_is_shown_with_its_number_and_those_left_are_counted(run: T
         assert validation.images_left(2, max_steps=4) == number  # the one of step 4 is the final one
 
 
+def test_images_are_due_at_the_ends_of_epochs_beside_the_steps(run: TinyRun) -> None:
+    keys = {"gradient_accumulation_steps": 2, "validation_step_interval": 4, "validation_epoch_interval": 2}
+    with run.trainer(max_train_steps=9, **keys) as trainer:
+        validation, number = trainer.validation, len(trainer.validation.sampler.prompts)
+        assert trainer.data.batches_per_epoch == 3
+        assert [step for step in range(10) if validation.is_due(step)] == [3, 4, 6, 8, 9]
+        left = [validation.images_left(step, max_steps=9) // number for step in range(10)]
+        assert left == [5, 5, 5, 4, 3, 3, 2, 2, 1, 1]
+
+
 def test_tracker_is_given_the_pictures(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
     with run.trainer(max_train_steps=1) as trainer:

@@ -34,6 +34,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
     resume_fingerprint,
     weight_hashes,
 )
+from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
@@ -255,6 +256,7 @@ def build_components(
     prepared, prepared_optimizer = accelerator.prepare(
         denoiser, optimizer, device_placement=[not is_offloaded, True]
     )
+    epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
         adapter=adapter,
@@ -262,6 +264,7 @@ def build_components(
         title=config.algorithm.title,
         comparison=comparison,
         trackers=trackers,
+        epochs=epochs,
     )
     checkpoints = Checkpoints(
         config=config.checkpoint,
@@ -274,6 +277,7 @@ def build_components(
         resolved=config.resolved(),
         is_main_process=is_main_process,
         saved_step=None if context.resumed is None else context.resumed.step,
+        epochs=epochs,
         branch=context.branch,
     )
     return Trainer(
@@ -461,6 +465,22 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def build_epochs(context: RunContext, state: RunState) -> Epochs:
+    """Where the epochs of the run end, counted from the step that it goes on from.
+
+    Raises:
+        CheckpointError: The samples so far are no whole number of this run's batches.
+    """
+    training, progress = context.config.training, state.progress
+    global_batch = context.accelerator.num_processes * training.train_batch_size
+    return Epochs(
+        batches_per_epoch=context.data.batches_per_epoch,
+        batches_per_step=training.gradient_accumulation_steps,
+        step=progress.step,
+        batches=progress.micro_step(global_batch=global_batch),
+    )
 
 
 def build_page(context: RunContext, state: RunState, *, images: Mapping[str, Any]) -> RunPage:

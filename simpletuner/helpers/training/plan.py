@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
+from simpletuner.helpers.checkpointing.intervals import Epochs, due_steps
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
@@ -288,18 +289,31 @@ def _validation(config: RunConfig, *, batches: int) -> str:
     number = len(validation.prompts) * len(sizes) * validation.num_validation_images
     if validation.validation_disable or not number:
         return "no images"
-    every = validation.validation_step_interval
-    times = (steps - 1) // every if every else 0
-    when = f"every {counted(every, 'step')} and at the end" if times else "at the end"
+    every = _every(validation.validation_step_interval, validation.validation_epoch_interval)
+    per_step = config.training.gradient_accumulation_steps
+    epochs = Epochs(batches_per_epoch=max(1, batches), batches_per_step=per_step)
+    times = due_steps(
+        epochs,
+        steps=validation.validation_step_interval,
+        epochs=validation.validation_epoch_interval,
+        end=steps,
+    )
+    when = f"{every} and at the end" if times else "at the end"
     return f"{counted(number, 'image')} of {', '.join(map(str, sizes))} {when}"
 
 
+def _every(steps: int, epochs: int) -> str:
+    """The intervals of checkpoints or validations; empty without any."""
+    given = {"step": steps, "epoch": epochs}
+    return " and ".join(f"every {counted(number, noun)}" for noun, number in given.items() if number)
+
+
 def _written(config: RunConfig) -> str:
-    every = config.checkpoint.checkpoint_step_interval
+    every = _every(config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
     files = [
         ADAPTER_FILE,
         *([COMFYUI_FILE] if config.adapter.lora_format == "comfyui" else []),
-        f"checkpoints every {counted(every, 'step')}" if every else "a checkpoint at the end",
+        f"checkpoints {every}" if every else "a checkpoint at the end",
         METRICS_FILE,
         PAGE_FILE,
         *(TENSORBOARD_FOLDER if name == "tensorboard" else name for name in config.tracking.report_to),

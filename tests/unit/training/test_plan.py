@@ -63,6 +63,8 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
         validation_prompt="a dog",
         validation_resolution="64,64x128",
         validation_step_interval=50,
+        validation_epoch_interval=30,
+        checkpoint_epoch_interval=1,
         report_to="tensorboard",
         lora_format="comfyui",
     )
@@ -76,7 +78,8 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
         "3 images have one, for instance a.png: 'caption a'",
         "120 steps of 2 images",
         "60 epochs of 2 batches",
-        "2 images of 64x64, 64x128 every 50 steps and at the end",
+        "2 images of 64x64, 64x128 every 50 steps and every 30 epochs and at the end",
+        "checkpoints every 500 steps and every 1 epoch,",
         "pytorch_lora_weights_comfyui.safetensors",
         "tensorboard",
         str(folder / "output"),

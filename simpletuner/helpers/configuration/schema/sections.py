@@ -429,7 +429,10 @@ class CheckpointConfig(Section):
     """Folder of all files of the run except caches. Default: output/ and the name of the configuration's
     folder, output/mine for config/mine/config.json."""
     checkpoint_step_interval: CountOrZero = 500
-    """Optimiser steps between checkpoints; 0 saves only at the end."""
+    """Optimiser steps between checkpoints; 0 for none. The last step is always saved."""
+    checkpoint_epoch_interval: CountOrZero = 0
+    """Completed epochs between checkpoints, beside checkpoint_step_interval; 0 for none. An epoch that ends
+    within a step is complete after it."""
     checkpoints_total_limit: OptionalCount = 5
     """Number of checkpoints to keep, the newest; null or 0 keeps all."""
     resume_from_checkpoint: Annotated[
@@ -507,7 +510,10 @@ class ValidationConfig(Section):
     num_validation_images: Count = 1
     """Images per prompt and size."""
     validation_step_interval: CountOrZero = 100
-    """Optimiser steps between validations; 0 validates only at the end."""
+    """Optimiser steps between validations; 0 for none. The last step is always validated."""
+    validation_epoch_interval: CountOrZero = 0
+    """Completed epochs between validations, beside validation_step_interval; 0 for none. An epoch that ends
+    within a step is complete after it."""
     validation_on_startup: bool = False
     """Also validate before the first step."""
     validation_disable: bool = False
