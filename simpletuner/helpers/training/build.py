@@ -50,6 +50,7 @@ from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
+from simpletuner.helpers.models.recomputing import recompute_blocks
 from simpletuner.helpers.models.registry import load_family, specs
 from simpletuner.helpers.models.weights_on_disk import num_denoiser_weights
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
@@ -266,20 +267,7 @@ def build_components(
         trackers=trackers,
         epochs=epochs,
     )
-    checkpoints = Checkpoints(
-        config=config.checkpoint,
-        state=state,
-        compatibility={
-            "settings": resume_fingerprint(config),
-            "weights": weights,
-            DATA_PART: data.facts(),
-        },
-        resolved=config.resolved(),
-        is_main_process=is_main_process,
-        saved_step=None if context.resumed is None else context.resumed.step,
-        epochs=epochs,
-        branch=context.branch,
-    )
+    checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -444,7 +432,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     """Attach the adapter to the denoiser, in training mode."""
     config, accelerator = context.config, context.accelerator
     if config.training.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
+        recompute_blocks(denoiser, interval=config.training.gradient_checkpointing_interval or 1)
     denoiser.train()
     adapter = attach_adapter(
         denoiser,
@@ -465,6 +453,27 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def build_checkpoints(
+    context: RunContext, state: RunState, *, weights: Mapping[str, JsonValue], epochs: Epochs
+) -> Checkpoints:
+    """The checkpoints of the run; `weights` identifies the base model's."""
+    config = context.config
+    return Checkpoints(
+        config=config.checkpoint,
+        state=state,
+        compatibility={
+            "settings": resume_fingerprint(config),
+            "weights": weights,
+            DATA_PART: context.data.facts(),
+        },
+        resolved=config.resolved(),
+        is_main_process=context.accelerator.is_main_process,
+        saved_step=None if context.resumed is None else context.resumed.step,
+        epochs=epochs,
+        branch=context.branch,
+    )
 
 
 def build_epochs(context: RunContext, state: RunState) -> Epochs:

@@ -107,6 +107,9 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
             f"max_train_steps is not set, so the run takes {counted(steps, 'step')}. T-LoRA on few images "
             "takes several hundred: set it, for instance to 800."
         )
+    interval = config.training.gradient_checkpointing_interval or 1
+    if interval > 1 and not config.training.gradient_checkpointing:
+        found.append("gradient_checkpointing_interval has no effect without gradient_checkpointing.")
     warm_up = config.optimizer.lr_warmup_steps
     if warm_up > steps:
         found.append(

@@ -230,3 +230,14 @@ def test_a_size_without_effect_is_named_once_with_its_datasets(
     found = [text for text in plan.warnings_of(config, spec, batches=6) if "no effect" in text]
     assert [text.split()[0] for text in found] == unread
     assert all("(dataset x, y)" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "interval", "is_named"), [(False, 2, True), (True, 2, False), (False, 1, False)]
+)
+def test_an_interval_without_gradient_checkpointing_is_named(
+    folder: Path, checkpoints: bool, interval: int, is_named: bool
+) -> None:
+    config = run_of(folder, gradient_checkpointing=checkpoints, gradient_checkpointing_interval=interval)
+    found = plan.warnings_of(config, registry.specs()["sdxl"], batches=6)
+    assert any("gradient_checkpointing_interval" in text for text in found) == is_named

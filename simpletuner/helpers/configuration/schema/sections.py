@@ -293,6 +293,9 @@ class TrainingConfig(Section):
     """Forward and backward passes per optimiser step."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
+    gradient_checkpointing_interval: OptionalCount = None
+    """With gradient_checkpointing, recompute every block (null or 1), every second one (2), and so on; a
+    higher number takes less time and more memory."""
     seed: Seed = 42
     """Seed of every random choice."""
     caption_dropout_probability: Share = 0.0
