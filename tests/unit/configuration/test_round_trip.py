@@ -145,6 +145,7 @@ CONFIG = {
     "validation_guidance": RATES,
     "validation_guidance_real": RATES,
     "validation_guidance_rescale": SHARES,
+    "validation_no_cfg_until_timestep": COUNTS_OR_ZERO,
     "validation_num_inference_steps": COUNTS,
     "validation_seed": st.none() | st.integers(-(2**40), 2**40),
     "validation_noise_scheduler": st.none() | st.sampled_from(["ddim", "euler", "dpm++", "unipc"]),

@@ -502,6 +502,9 @@ class ValidationConfig(Section):
     validation_guidance_real: NonNegativeNumber = 1.0
     """Guidance by a second pass with the negative prompt, for models with a guidance embedding; 1 or below
     for none."""
+    validation_no_cfg_until_timestep: CountOrZero = 0
+    """Denoising steps, the first ones, without the second pass of validation_guidance_real; no effect without
+    that."""
     validation_guidance_rescale: Share = 0.0
     """Fraction of rescaling guided predictions to the spread of unguided ones, against overexposure."""
     validation_num_inference_steps: Count = 30
