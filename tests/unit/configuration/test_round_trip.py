@@ -135,6 +135,7 @@ CONFIG = {
     "report_to": st.lists(st.sampled_from(["wandb", "tensorboard"]), unique=True),
     "tracker_project_name": WORDS,
     "tracker_run_name": st.none() | WORDS,
+    "webhook_config": st.none() | st.just("webhooks.json"),
     "loader_timeout_seconds": st.floats(0, 1000),
     "tracker_timeout_seconds": st.floats(0, 1000),
     "validation_prompt": st.none() | WORDS,
@@ -232,6 +233,7 @@ LYCORIS_FILES = st.fixed_dictionaries(
 def loaded(workspace: Workspace) -> Iterator[Callable[..., RunConfig]]:
     """Loads a whole configuration."""
     workspace.text("start.safetensors", "")
+    workspace.text("webhooks.json", '{"webhook_type": "raw", "webhook_url": "https://a.example/b"}')
     workspace.text("prompts.json", '{"one": "a dog", "two": {"prompt": "a bird", "adapter_strength": 0.5}}')
 
     def load(

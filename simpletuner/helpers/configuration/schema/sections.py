@@ -15,7 +15,6 @@ from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.choices.samplers import SAMPLERS
-from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.schema.base import (
     Count,
     CountOrZero,
@@ -53,13 +52,13 @@ from simpletuner.helpers.configuration.schema.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     OptimizerArgument,
     is_off,
     optimizer_arguments,
     optimizer_problem,
     sizes,
-    trackers,
 )
 from simpletuner.helpers.configuration.text.problems import without
 from simpletuner.helpers.contracts import PredictionType, Size
@@ -446,19 +445,6 @@ class CheckpointConfig(Section):
     with ! behind it goes back at every start. null or none starts anew."""
 
 
-class TrackingConfig(Section):
-    """Trackers, besides the log in output_dir."""
-
-    report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], BeforeValidator(trackers)] = ()
-    """Trackers, a list or comma-separated; none for no tracker."""
-    tracker_project_name: str = "simpletuner"
-    """Project of the run in the tracker."""
-    tracker_run_name: OptionalText = None
-    """Name of the run in the tracker; null lets the tracker choose."""
-    tracker_timeout_seconds: NonNegativeNumber = 30.0
-    """Seconds that a finished run waits for its trackers, all together; 0 does not wait."""
-
-
 class ValidationPrompt(Section):
     """A prompt of validation images."""
 
@@ -590,7 +576,7 @@ class RunConfig(Section):
             }
             flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
-        del flat["prompts"], flat["lycoris_config"]
+        del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         resolved = {key: without(value, self.hidden) for key, value in flat.items()}
         if self.lycoris is not None:
             resolved["lycoris_config"] = dict(self.lycoris.raw)
