@@ -20,13 +20,13 @@ def test_a_run_tells_of_its_start_its_checkpoints_and_its_end(
     run = TinyRun(tmp_path)
     with receiving() as receiver:
         hook = {"webhook_type": "raw", "webhook_url": receiver.url}
-        assert run.run(max_train_steps=3, webhook_config=hook, tracker_run_name="cats") == 0
+        assert run.run(max_train_steps=4, webhook_config=hook, tracker_run_name="cats") == 0
         sent = [(each["message_type"], each["step"], each["prefix"]) for each in receiver.objects()]
         assert sent == [
             ("start", 0, "cats"),
             ("checkpoint", 2, "cats"),
-            ("checkpoint", 3, "cats"),
-            ("end", 3, "cats"),
+            ("checkpoint", 4, "cats"),  # due, and the last: saved once
+            ("end", 4, "cats"),
         ]
     written = [file for file in run.output_dir.rglob("*") if file.is_file()]
     assert len(written) > 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,6 +29,10 @@ class Epochs:
         batches = self.batches + (step - self.step) * self.batches_per_step
         return batches // self.batches_per_epoch
 
+    def end_of(self, epochs: int) -> int:
+        """The optimiser step after which this many epochs are complete."""
+        return self.step - (self.batches - epochs * self.batches_per_epoch) // self.batches_per_step
+
     def is_due(self, step: int, *, steps: int, epochs: int) -> bool:
         """Whether something is due after an optimiser step.
 
@@ -43,7 +48,16 @@ class Epochs:
         return bool(epochs) and self.completed(step) // epochs > self.completed(step - 1) // epochs
 
 
+def num_due(where: Epochs, *, after: int, before: int, steps: int, epochs: int) -> int:
+    """How many times something is due at the steps between two others."""
+    by_steps = max(0, (before - 1) // steps - after // steps) if steps else 0
+    ends = _ends_between_steps(where, steps=steps, epochs=epochs, before=before) if epochs else ()
+    return by_steps + len(ends) - bisect_right(ends, after)
+
+
 @lru_cache(maxsize=8)
-def due_steps(where: Epochs, *, steps: int, epochs: int, end: int) -> tuple[int, ...]:
-    """The steps before `end` at which something is due, in their order."""
-    return tuple(step for step in range(1, end) if where.is_due(step, steps=steps, epochs=epochs))
+def _ends_between_steps(where: Epochs, *, steps: int, epochs: int, before: int) -> tuple[int, ...]:
+    """The steps at which only the end of an epoch is due, in their order."""
+    first, last = where.completed(0) // epochs + 1, where.completed(before - 1) // epochs
+    ends = dict.fromkeys(where.end_of(number * epochs) for number in range(first, last + 1))
+    return tuple(end for end in ends if not steps or end % steps)

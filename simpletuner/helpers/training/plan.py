@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
-from simpletuner.helpers.checkpointing.intervals import Epochs, due_steps
+from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
@@ -292,16 +292,11 @@ def _validation(config: RunConfig, *, batches: int) -> str:
     number = len(validation.prompts) * len(sizes) * validation.num_validation_images
     if validation.validation_disable or not number:
         return "no images"
-    every = _every(validation.validation_step_interval, validation.validation_epoch_interval)
+    by_step, by_epoch = validation.validation_step_interval, validation.validation_epoch_interval
     per_step = config.training.gradient_accumulation_steps
     epochs = Epochs(batches_per_epoch=max(1, batches), batches_per_step=per_step)
-    times = due_steps(
-        epochs,
-        steps=validation.validation_step_interval,
-        epochs=validation.validation_epoch_interval,
-        end=steps,
-    )
-    when = f"{every} and at the end" if times else "at the end"
+    first = min([*([by_step] if by_step else []), *([epochs.end_of(by_epoch)] if by_epoch else []), steps])
+    when = f"{_every(by_step, by_epoch)} and at the end" if first < steps else "at the end"
     return f"{counted(number, 'image')} of {', '.join(map(str, sizes))} {when}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from simpletuner.helpers.checkpointing.intervals import Epochs, due_steps
+from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
 from simpletuner.helpers.io.atomic import remove_leftovers
 from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.run_folder import (
@@ -62,8 +61,8 @@ class Validation:
 
     def images_left(self, step: int, *, max_steps: int) -> int:
         """Number of images that a run of max_steps generates after this step."""
-        due = due_steps(self.epochs, **self._intervals(), end=max_steps)
-        return (len(due) - bisect_right(due, step) + 1) * len(self.sampler.prompts)
+        due = num_due(self.epochs, after=step, before=max_steps, **self._intervals())
+        return (due + 1) * len(self.sampler.prompts)
 
     def grid_file(self, step: int) -> Path:
         """Path of a step's grid."""

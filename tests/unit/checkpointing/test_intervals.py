@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
-from simpletuner.helpers.checkpointing.intervals import Epochs, due_steps
+from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
 
 # 3 batches in an epoch, 2 in a step: the epochs end after batches 3, 6, 9, ..., in steps 2, 3, 5, 6, 8, 9.
 ACCUMULATED = Epochs(batches_per_epoch=3, batches_per_step=2)
@@ -49,6 +51,31 @@ def test_ends_are_counted_from_the_batches_before_the_run_went_on() -> None:
     assert resumed.completed(9) == 3
 
 
-def test_due_steps_lists_those_before_an_end() -> None:
-    assert due_steps(ACCUMULATED, steps=4, epochs=2, end=9) == (3, 4, 6, 8)
-    assert due_steps(ACCUMULATED, steps=0, epochs=0, end=9) == ()
+@pytest.mark.parametrize(
+    "where",
+    [
+        ACCUMULATED,
+        Epochs(batches_per_epoch=4),
+        Epochs(batches_per_epoch=2, batches_per_step=5),
+        Epochs(batches_per_epoch=4, batches_per_step=2, step=5, batches=9),
+    ],
+    ids=["accumulated", "plain", "several in a step", "resumed"],
+)
+def test_num_due_counts_each_step_once(where: Epochs) -> None:
+    for steps, epochs, before in itertools.product((0, 1, 3, 4), (0, 1, 2, 3), (1, 2, 9, 12)):
+        for after in range(where.step, before + 1):
+            expected = len([step for step in due(where, steps=steps, epochs=epochs) if after < step < before])
+            found = num_due(where, after=after, before=before, steps=steps, epochs=epochs)
+            assert found == expected, (steps, epochs, before, after)
+
+
+def test_the_end_of_an_epoch_is_the_first_step_after_which_it_is_complete() -> None:
+    assert [ACCUMULATED.end_of(number) for number in range(1, 5)] == [2, 3, 5, 6]
+    for number in range(1, 9):
+        end = ACCUMULATED.end_of(number)
+        assert ACCUMULATED.completed(end - 1) < number <= ACCUMULATED.completed(end)
+
+
+def test_many_steps_take_no_time() -> None:
+    huge = 2**31 - 1
+    assert num_due(Epochs(), after=0, before=huge, steps=100, epochs=0) == huge // 100
