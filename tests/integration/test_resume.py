@@ -78,6 +78,23 @@ def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_checkpoints_at_the_ends_of_epochs_are_the_same_after_a_resume(
+    run: TinyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    # 3 images, 2 to a step: every second epoch ends in step 3, 6, ...; step 6 is due by the steps too.
+    keys = {
+        "gradient_accumulation_steps": 2,
+        "checkpoint_step_interval": 6,
+        "checkpoint_epoch_interval": 2,
+        "checkpoints_total_limit": None,
+    }
+    caplog.set_level(logging.INFO)
+    digest_after(run, 2, **keys)
+    digest_after(run, 7, **keys)
+    saved = [each.args[0].name for each in caplog.records if each.msg == "Saved %s"]
+    assert saved == ["checkpoint-2", "checkpoint-3", "checkpoint-6", "checkpoint-7"]
+
+
 @pytest.mark.reliability_row(6)
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     run: TinyRun, caplog: pytest.LogCaptureFixture

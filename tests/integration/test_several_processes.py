@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders
 from tests.integration.processes import start, start_ranks, wait_for_all
 from tests.integration.tiny_runs import TinyRun
 
@@ -78,7 +78,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("runs")
     # A large eps: where a gradient is nearly zero, Adam divides rounding by rounding.
     constant = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3"}
-    keys = {"max_train_steps": 3, **constant, **VARIANTS[request.param]}
+    saves = {"checkpoint_step_interval": 0, "checkpoint_epoch_interval": 1}
+    keys = {"max_train_steps": 3, **constant, **saves, **VARIANTS[request.param]}
     two = train(TinyRun(folder / "two", num_images=4), num_processes=2, train_batch_size=1, **keys)
     one = train(TinyRun(folder / "one", num_images=4), num_processes=1, train_batch_size=2, **keys)
     return two, one
@@ -93,6 +94,14 @@ def test_both_processes_start_and_end_with_the_same_adapter(runs: tuple[TinyRun,
     for name in ("start", "end"):
         first, second = tensors(two, f"{name}-0"), tensors(two, f"{name}-1")
         assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+def test_epochs_end_at_the_same_steps_on_two_processes_and_on_one(runs: tuple[TinyRun, TinyRun]) -> None:
+    for run in runs:
+        # 4 images are 2 batches of 2; the last step, 3, is saved in any case.
+        accumulates = "accumulation" in " ".join(json.loads((run.folder / "config.json").read_text()))
+        steps = [step for step, _ in checkpoint_folders(run.output_dir)]
+        assert steps == ([1, 2, 3] if accumulates else [2, 3])
 
 
 def test_two_processes_train_what_one_trains_with_the_same_samples(runs: tuple[TinyRun, TinyRun]) -> None:

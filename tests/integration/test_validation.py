@@ -82,9 +82,7 @@ def test_scores_of_a_validation_go_to_its_folder_the_trackers_and_the_report(
     events = EventAccumulator(str(run.output_dir / "tensorboard")).Reload()
     points = {event.step: event.value for event in events.Scalars("validation/clip_score")}
     assert points == pytest.approx(means)
-    assert read_run(run.output_dir).clip_scores.lines == tuple(
-        {"step": step, "clip_score": mean} for step, mean in means.items()
-    )
+    assert read_run(run.output_dir).clip_scores == pytest.approx(means)
     assert "CLIP score" in (run.output_dir / "report.html").read_text()
 
 
@@ -261,6 +259,16 @@ def test_each_picture_is_shown_with_its_number_and_those_left_are_counted(run: T
         left = [validation.images_left(step, max_steps=5) // number for step in range(6)]
         assert left == [3, 3, 2, 2, 1, 1]
         assert validation.images_left(2, max_steps=4) == number  # the one of step 4 is the final one
+
+
+def test_images_are_due_at_the_ends_of_epochs_beside_the_steps(run: TinyRun) -> None:
+    keys = {"gradient_accumulation_steps": 2, "validation_step_interval": 4, "validation_epoch_interval": 2}
+    with run.trainer(max_train_steps=9, **keys) as trainer:
+        validation, number = trainer.validation, len(trainer.validation.sampler.prompts)
+        assert trainer.data.batches_per_epoch == 3
+        assert [step for step in range(10) if validation.is_due(step)] == [3, 4, 6, 8, 9]
+        left = [validation.images_left(step, max_steps=9) // number for step in range(10)]
+        assert left == [5, 5, 5, 4, 3, 3, 2, 2, 1, 1]
 
 
 def test_tracker_is_given_the_pictures(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,36 @@ class MaskedDenoising:
 
 
 @contextmanager
+def one_pass_in_first_steps(denoiser: nn.Module, *, steps: int) -> Iterator[None]:
+    """Leave out the second pass of guidance in the first steps of a pipeline's call.
+
+    In these steps the pipeline's second call of the denoiser, with the negative prompt, gives the prediction
+    of its first call, with the prompt. So guidance changes nothing: p + scale * (p - p) is p.
+
+    Args:
+        denoiser: Of a pipeline that calls it twice in each step, with the prompt first.
+        steps: Number of denoising steps without a second pass.
+    """
+    replaced = denoiser._compiled_call_impl
+    run: Callable[..., Any] = denoiser._call_impl if replaced is None else replaced
+    num_calls, prediction = 0, None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_calls, prediction
+        is_second = num_calls % 2 == 1 and num_calls < 2 * steps
+        num_calls += 1
+        if not is_second:
+            prediction = run(*args, **kwargs)
+        return prediction
+
+    denoiser._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        denoiser._compiled_call_impl = replaced
+
+
+@contextmanager
 def _around_calls(
     denoiser: nn.Module, *, before: Callable[..., None], after: Callable[..., None]
 ) -> Iterator[None]:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
-    TrackingConfig,
     ValidationConfig,
 )
+from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import CHANGES_FILE, COMPATIBILITY_FILE, CONFIG_FILE

@@ -6,12 +6,13 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.checkpointing.branch import Branch, load_branch, save_branch
+from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.errors import CheckpointError, NothingToResumeError
 from simpletuner.helpers.io.atomic import (
     JsonValue,
@@ -63,13 +64,17 @@ class Checkpoints:
     is_main_process: bool
     saved_step: int | None = None
     """Step of the newest checkpoint that this run saved or resumed from."""
+    epochs: Epochs = field(default_factory=Epochs)
+    """Where epochs end, for checkpoint_epoch_interval."""
     branch: Branch | None = None
     """None unless the run went back to an earlier checkpoint."""
 
     def is_due(self, step: int) -> bool:
-        """Whether checkpoint_step_interval asks for a checkpoint after this optimiser step."""
-        interval = self.config.checkpoint_step_interval
-        return interval > 0 and step % interval == 0
+        """Whether an interval asks for a checkpoint after this optimiser step."""
+        config = self.config
+        return self.epochs.is_due(
+            step, steps=config.checkpoint_step_interval, epochs=config.checkpoint_epoch_interval
+        )
 
     def save(self) -> None:
         """Save the current step, once. Every process calls it.

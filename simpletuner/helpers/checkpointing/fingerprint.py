@@ -45,6 +45,11 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
         "optimizer": config.optimizer.optimizer,
         "lora_type": config.adapter.lora_type,
     }
+    for dataset in config.datasets:
+        if dataset.downsampling is not None:
+            maximum, target = dataset.downsampling
+            settings[f"dataset {dataset.id}, maximum_image_size"] = maximum
+            settings[f"dataset {dataset.id}, target_downsample_size"] = target
     if config.lycoris is not None:
         chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
         settings |= {f"lycoris {key}": value for key, value in chosen.items()}

@@ -22,6 +22,7 @@ from simpletuner.helpers.configuration.loading.dataset_file import (
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
+from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
@@ -40,11 +41,11 @@ from simpletuner.helpers.configuration.schema.sections import (
     OptimizerConfig,
     PrecisionConfig,
     RunConfig,
-    TrackingConfig,
     TrainingConfig,
     ValidationConfig,
     ValidationPrompt,
 )
+from simpletuner.helpers.configuration.schema.tracking import TrackingConfig, WebhookConfig
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.configuration.text.reading import read_json
@@ -62,7 +63,7 @@ SECTIONS: tuple[type[Section], ...] = (
     TrackingConfig,
     ValidationConfig,
 )
-COMPUTED_KEYS = frozenset({"prompts"})
+COMPUTED_KEYS = frozenset({"prompts", "webhooks"})
 KEYS = Keys(
     {key: section for section in SECTIONS for key in section.model_fields if key not in COMPUTED_KEYS}
 )
@@ -137,9 +138,11 @@ class Loader:
         adapter, data = self._section(AdapterConfig), self._section(DataConfig)
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
+        if "webhook_config" in self.raw:
+            hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
         lycoris, dataset_file = self._lycoris(adapter), self._datasets(data)
-        prompts = self._prompts(validation)
+        prompts, webhooks = self._prompts(validation), self._webhooks(tracking)
         if spec is not None:
             rules.check_model(model, spec, self.source)
             family_sections = (model, adapter, training, noise, validation)
@@ -156,6 +159,7 @@ class Loader:
         compared_with = self._compared_with(validation)
         if len(self.problems) or spec is None or data.section is None or validation.section is None:
             return None
+        assert tracking.section is not None, "without it there is a problem"
         text_cache = {"cache_dir_text": dataset_file.cache_dir_text} if dataset_file.cache_dir_text else {}
         sizes = validation.section.validation_resolution or (rules.training_size(data.section, spec),)
         run = RunConfig.model_validate(
@@ -171,7 +175,7 @@ class Loader:
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
                 "checkpoint": checkpoint.section,
-                "tracking": tracking.section,
+                "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
                 "validation": validation.section.model_copy(
                     update={"validation_resolution": sizes, "prompts": prompts}
                 ),
@@ -223,8 +227,13 @@ class Loader:
         with_library = section.validation_prompt_library
         return merge_prompts(section.validation_prompt, with_library=with_library, user=user)
 
+    def _webhooks(self, tracking: Validated[TrackingConfig]) -> tuple[WebhookConfig, ...]:
+        path = tracking.section.webhook_config if tracking.section is not None else None
+        content = self._content("webhook_config", path)
+        return read_webhooks(content[0], content[2]) if content is not None else ()
+
     def _is_inline_file(self, key: str) -> bool:
-        is_file = key in ("lycoris_config", "data_backend_config")
+        is_file = key in ("lycoris_config", "data_backend_config", "webhook_config")
         return is_file and isinstance(self.raw[key].value, dict | list)
 
     def _content(self, key: str, path: Path | None) -> tuple[JsonValue, JsonValue, Source] | None:

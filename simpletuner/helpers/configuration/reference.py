@@ -85,13 +85,26 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
         _section(TargetPreset),
     ]
     parts += [_section(algorithm_arguments()), _algorithms(), _section(LayerArguments)]
-    parts += ["## Prompt library\n", _PROMPT_LIBRARY, _other_names(), _not_supported()]
+    parts += ["## Prompt library\n", _PROMPT_LIBRARY, "## Webhooks\n", _WEBHOOKS]
+    parts += [_other_names(), _not_supported()]
     return "\n".join(parts)
 
 
 _PROMPT_LIBRARY = """\
 The json of `user_prompt_library`: an object of name and prompt, or of name and
 `{"prompt": "...", "adapter_strength": 0.8}`. A name may be used once; it names the images.
+"""
+
+
+_WEBHOOKS = """\
+The json of `webhook_config`: an object, or a list of objects. A message is sent when a run starts, saves a
+checkpoint, makes validation images, ends, is stopped or fails.
+
+- `webhook_type`: `"discord"`, a channel of Discord; `"raw"`, a POST request with a json object.
+- `webhook_url`, or `callback_url`: the address. It is in no log and no file that a run writes.
+- `log_level`: `"info"`, the default, and `"debug"` send all; `"warning"` and `"error"` failures alone;
+  `"critical"` nothing.
+- `message_prefix`: text before each message; without it `tracker_run_name`, else `tracker_project_name`.
 """
 
 

@@ -36,15 +36,39 @@ def bucket_size(
     landscape's.
     """
     longer, shorter = max(image_px.height, image_px.width), min(image_px.height, image_px.width)
-    aspect = round(longer / shorter, aspect_decimals)
-    if resolution_type == "pixel":
-        short = resolution
-    else:
-        short = math.sqrt(target_area_px(resolution, resolution_type) / aspect)
-    long_px, short_px = (nearest_multiple(edge, alignment) for edge in (short * aspect, short))
+    elongation = round(longer / shorter, aspect_decimals)
+    short_px, long_px = _edges(
+        elongation, resolution=resolution, resolution_type=resolution_type, alignment=alignment
+    )
     if image_px.height > image_px.width:
         return Size(height=long_px, width=short_px)
     return Size(height=short_px, width=long_px)
+
+
+def aspect_size(aspect: float, *, resolution: float, resolution_type: ResolutionType, alignment: int) -> Size:
+    """The bucket of an aspect, width / height, at a resolution; as `bucket_size`, with no rounding of it."""
+    short_px, long_px = _edges(
+        max(aspect, 1 / aspect), resolution=resolution, resolution_type=resolution_type, alignment=alignment
+    )
+    return Size(long_px, short_px) if aspect < 1 else Size(short_px, long_px)
+
+
+def _edges(
+    elongation: float, *, resolution: float, resolution_type: ResolutionType, alignment: int
+) -> tuple[int, int]:
+    """The short and the long edge of a bucket, in pixels."""
+    if resolution_type == "pixel":
+        short = resolution
+    else:
+        short = math.sqrt(target_area_px(resolution, resolution_type) / elongation)
+    return nearest_multiple(short, alignment), nearest_multiple(short * elongation, alignment)
+
+
+def scale_to(size: float, image_px: Size, resolution_type: ResolutionType) -> float:
+    """The factor that brings an image's shorter edge ("pixel") or area (other types) to a size."""
+    if resolution_type == "pixel":
+        return size / min(image_px.height, image_px.width)
+    return math.sqrt(target_area_px(size, resolution_type) / (image_px.height * image_px.width))
 
 
 def is_too_small(image_px: Size, minimum: float, resolution_type: ResolutionType) -> bool:
@@ -54,9 +78,25 @@ def is_too_small(image_px: Size, minimum: float, resolution_type: ResolutionType
     return image_px.height * image_px.width < target_area_px(minimum, resolution_type)
 
 
-def place(image_px: Size, target_px: Size, *, style: CropStyle, rng: Random) -> Placement:
-    """Resize an image to the smallest size of its aspect that covers the target, and crop to the target."""
-    scale = max(target_px.height / image_px.height, target_px.width / image_px.width)
+def enlargement(image_px: Size, target_px: Size) -> float:
+    """The factor that brings an image to the smallest size that covers the target; above 1 enlarges it."""
+    return max(target_px.height / image_px.height, target_px.width / image_px.width)
+
+
+def place(
+    image_px: Size, target_px: Size, *, style: CropStyle, rng: Random, least_scale: float = 0.0
+) -> Placement:
+    """Resize an image, its aspect kept, and crop it to the target.
+
+    Args:
+        image_px: Of the image.
+        target_px: Of the crop.
+        style: Position of the crop.
+        rng: Draws the position with style "random".
+        least_scale: Resize by this factor if the image then covers the target, else to the smallest size that
+            does.
+    """
+    scale = max(enlargement(image_px, target_px), least_scale)
     resized_px = Size(
         height=max(target_px.height, round(image_px.height * scale)),
         width=max(target_px.width, round(image_px.width * scale)),

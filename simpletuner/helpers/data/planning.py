@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.resolution import square_size
 from simpletuner.helpers.contracts import Sample, Size
-from simpletuner.helpers.data.buckets import bucket_size, is_too_small, place
+from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, with_instance_prompt
+from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
-from simpletuner.helpers.data.scan_report import listed, report_captions, report_files
+from simpletuner.helpers.data.scan_report import listed, report_captions, report_downsampled, report_files
 from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -47,6 +46,14 @@ class DatasetPlan:
     skipped: tuple[SkippedImage, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Usable:
+    file: FoundFile
+    info: ImageInfo
+    size: Size
+    placement: Placement
+
+
 def plan_dataset(
     config: DatasetConfig, *, index: ImageIndex, seed: int, alignment: int, aspect_decimals: int
 ) -> DatasetPlan:
@@ -55,7 +62,7 @@ def plan_dataset(
     Args:
         config: The dataset.
         index: Knows the images that earlier runs inspected.
-        seed: Selects the random crops, and the images if max_num_samples is set.
+        seed: Selects the random crops and shapes, and the images if max_num_samples is set.
         alignment: Width and height of buckets are multiples of this; pixels.
         aspect_decimals: Decimals to which aspect ratios are rounded before they are sorted into buckets.
 
@@ -68,56 +75,34 @@ def plan_dataset(
     _refuse_ambiguous(config, reader)
     report_files(config, scan, reader)
     skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
-    usable: list[tuple[FoundFile, ImageInfo, Size]] = []
+    cropping = Cropping(config=config, seed=seed, alignment=alignment, aspect_decimals=aspect_decimals)
+    usable: list[_Usable] = []
     for file in candidates(config, scan, seed):
         info = index.info(file)
-        reason = reader.unusable(file) or _size_problem(info.size, config)
-        if info.size is None or reason is not None:
-            why = info.problem or reason or "its size is unknown"
+        reason, found = reader.unusable(file), _placement(info.size, cropping, file)
+        if info.size is None or reason is not None or isinstance(found, str):
+            why = info.problem or reason or str(found)
             skipped.append(SkippedImage(config.id, printable(file.name), why))
         else:
-            usable.append((file, info, info.size))
+            usable.append(_Usable(file, info, info.size, found))
         if len(usable) == config.max_num_samples:
             break
     # After max_num_samples: the run that found the damage did not take another image either.
     skipped += [
-        SkippedImage(config.id, printable(file.name), info.problem)
-        for file, info, _ in usable
-        if info.problem
+        SkippedImage(config.id, printable(each.file.name), each.info.problem)
+        for each in usable
+        if each.info.problem
     ]
-    usable = [entry for entry in usable if entry[1].problem is None]
-    usable.sort(key=lambda entry: entry[0].name.split("/"))
+    usable = [each for each in usable if each.info.problem is None]
+    usable.sort(key=lambda each: each.file.name.split("/"))
     left_out = _left_out(config, scan)
     _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
     skipped += left_out
-    files = [file for file, _, _ in usable]
+    files = [each.file for each in usable]
     captions = _captions_of(config, files, reader=reader)
     report_captions(config, files, captions, reader=reader)
-    style = config.crop_style if config.crop else "center"
-    images = []
-    for (file, info, size), one in zip(usable, captions, strict=True):
-        target_px = bucket_of(size, config, alignment=alignment, aspect_decimals=aspect_decimals)
-        # Drawn once for a seed, because latents are cached.
-        rng = Random(f"{seed} crop {config.id} {file.name!r}")
-        placement = place(size, target_px, style=style, rng=rng)
-        sample = Sample(
-            dataset_id=config.id,
-            path=printable(file.name),
-            caption=one.texts[0],
-            original_px=size,
-            resized_px=placement.resized_px,
-            crop_top_left=placement.top_left,
-            target_px=target_px,
-        )
-        images.append(
-            PlannedImage(
-                file=file,
-                digest=info.digest,
-                sample=sample,
-                captions=one.texts,
-                is_read_anew=info.is_read_anew,
-            )
-        )
+    report_downsampled(config, sum(cropping.is_downsampled(each.size) for each in usable), len(usable))
+    images = [_planned(config, each, one) for each, one in zip(usable, captions, strict=True)]
     return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
 
 
@@ -141,17 +126,27 @@ def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPla
     return replace(plan, images=kept, skipped=(*plan.skipped, *skipped))
 
 
-def bucket_of(image_px: Size, config: DatasetConfig, *, alignment: int, aspect_decimals: int) -> Size:
-    """The bucket of an image: the size at which it is encoded."""
-    resolution, resolution_type = config.resolution, config.resolution_type
-    if config.crop and config.crop_aspect == "square":
-        return square_size(resolution=resolution, resolution_type=resolution_type, alignment=alignment)
-    return bucket_size(
-        image_px,
-        resolution=resolution,
-        resolution_type=resolution_type,
-        alignment=alignment,
-        aspect_decimals=aspect_decimals,
+def _placement(size: Size | None, cropping: Cropping, file: FoundFile) -> Placement | str:
+    """The resize and the crop of an image, or the reason why its size cannot be used."""
+    return "its size is unknown" if size is None else cropping.placement(size, name=file.name)
+
+
+def _planned(config: DatasetConfig, image: _Usable, captions: Captions) -> PlannedImage:
+    sample = Sample(
+        dataset_id=config.id,
+        path=printable(image.file.name),
+        caption=captions.texts[0],
+        original_px=image.size,
+        resized_px=image.placement.resized_px,
+        crop_top_left=image.placement.top_left,
+        target_px=image.placement.target_px,
+    )
+    return PlannedImage(
+        file=image.file,
+        digest=image.info.digest,
+        sample=sample,
+        captions=captions.texts,
+        is_read_anew=image.info.is_read_anew,
     )
 
 
@@ -176,20 +171,6 @@ def candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFi
         return scan.images
     order = shuffled(seed, f"max_num_samples\x1f{config.id}", 0, length=len(scan.images))
     return (scan.images[position] for position in order)
-
-
-def _size_problem(size: Size | None, config: DatasetConfig) -> str | None:
-    minimum = config.minimum_image_size
-    if size is None or not is_too_small(size, minimum, config.resolution_type):
-        return None
-    meaning = {
-        "pixel": "shorter edge in px",
-        "area": "megapixels",
-        "pixel_area": "edge in px of a square with its area",
-    }[config.resolution_type]
-    return (
-        f"{size} px is smaller than minimum_image_size {minimum:g} ({meaning}); lower it or remove the image"
-    )
 
 
 def _report_skipped(

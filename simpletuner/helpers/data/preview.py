@@ -7,15 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from random import Random
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
-from simpletuner.helpers.data.buckets import place
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, strategy_of
+from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, index_file
-from simpletuner.helpers.data.planning import bucket_of, candidates
+from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -37,6 +36,8 @@ class DatasetPreview:
     """Size -> number of the images read."""
     enlarged: tuple[str, ...]
     """Names of the images read that are smaller than their bucket."""
+    num_downsampled: int
+    """Images read that are resized to target_downsample_size before their crop."""
     problems: tuple[str, ...]
     """One sentence for each image read that cannot be used, and each caption."""
     captions: str
@@ -60,7 +61,7 @@ def preview(
         config: The dataset.
         data: The run's defaults.
         alignment: Width and height of buckets are multiples of this; pixels.
-        seed: Selects the images if max_num_samples is set.
+        seed: Selects the random shapes of crops, and the images if max_num_samples is set.
         reads_all: Read every image.
 
     Raises:
@@ -74,7 +75,10 @@ def preview(
     enlarged: list[str] = []
     problems = [f"{name}: {reason}" for name, reason in scan.skipped] + reader.conflicts()
     usable: list[FoundFile] = []
-    num_read = 0
+    num_read = num_downsampled = 0
+    cropping = Cropping(
+        config=config, seed=seed, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
+    )
     for file in found if reads_all else _within_limits(found, index):
         num_read += 1
         info = index.info(file)
@@ -82,12 +86,14 @@ def preview(
         if info.size is None or reason is not None:
             problems.append(f"{printable(file.name)}: {reason}")
             continue
+        placement = cropping.placement(info.size, name=file.name)
+        if isinstance(placement, str):
+            problems.append(f"{printable(file.name)}: {placement}")
+            continue
         usable.append(file)
-        bucket = bucket_of(
-            info.size, config, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
-        )
-        buckets[bucket] += 1
-        resized = place(info.size, bucket, style="center", rng=Random(0)).resized_px
+        buckets[placement.target_px] += 1
+        num_downsampled += cropping.is_downsampled(info.size)
+        resized = placement.resized_px
         if resized.width > info.size.width or resized.height > info.size.height:
             enlarged.append(printable(file.name))
     captions = _captions(reader, usable, problems)
@@ -98,6 +104,7 @@ def preview(
         num_read=num_read,
         buckets=buckets,
         enlarged=tuple(enlarged),
+        num_downsampled=num_downsampled,
         problems=tuple(problems),
         captions=_source(config, scan),
         num_uncaptioned=sum(not text for _, text in captions),

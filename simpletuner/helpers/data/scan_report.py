@@ -158,6 +158,22 @@ def report_captions(
     _report_lines(config, files, captions)
 
 
+def report_downsampled(config: DatasetConfig, number: int, total: int) -> None:
+    """Log how many images are above maximum_image_size, if that has an effect."""
+    if config.downsampling is None:
+        return
+    maximum, target = config.downsampling
+    logger.info(
+        "Dataset %s: %d of %s above maximum_image_size %g and resized to target_downsample_size %g before "
+        "cropping.",
+        config.id,
+        number,
+        counted(total, "image is", "images are"),
+        maximum,
+        target,
+    )
+
+
 def _source(reader: CaptionReader) -> str:
     suffixes = _text_suffixes()
     if isinstance(reader, TextFileCaptions):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -191,6 +192,12 @@ class ModelFamily(ABC):
             validation: Guidance and number of steps.
             size: Size of the image.
         """
+
+    def sampling_context(
+        self, pipeline: Any, *, validation: ValidationConfig
+    ) -> AbstractContextManager[None]:
+        """Entered around each call of a pipeline of this family, for what its arguments cannot say."""
+        return nullcontext()
 
     def _text_identity(self, *components: Component, settings: str) -> str:
         """Identity of the files of these components, other settings and the text encoders' precision."""

@@ -43,7 +43,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    kind: Literal["row", "validation"]
+    kind: Literal["row", "validation", "message"]
     run: Callable[[], None]
 
 
@@ -80,6 +80,10 @@ class TrackerThread:
         """Record the scores of validation images, soon."""
         self._put(_Call("row", partial(self._tracker.log_scores, step, scores)))
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the thread call a function of the tracker, after the calls that wait."""
+        self._put(_Call("message", function))
+
     def close(self) -> None:
         """Have the thread close the tracker after the calls that wait."""
         with self._changed:
@@ -99,11 +103,12 @@ class TrackerThread:
                 return
             self._has_failed = True  # a later error of the abandoned thread is no news
         logger.warning(
-            "%s was too slow%s: %d rows and %d validations are not recorded there. %s",
+            "%s was too slow%s: %d rows, %d validations and %d messages are not recorded there. %s",
             self.name,
             f" and had not ended {timeout_s:g} s after the run" if is_hanging else "",
             lost["row"],
             lost["validation"],
+            lost["message"],
             "They are in the output folder, in metrics.jsonl and validation/.",
         )
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -26,9 +27,10 @@ from simpletuner.helpers.io.redaction import PLACEHOLDER, redacted, redacted_jso
 from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, TRACKIO_FILE, WANDB_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.tracker_thread import QUIET_S, Tracker, TrackerThread
+from simpletuner.helpers.reporting.webhooks import Message, Webhook
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import TrackingConfig
+    from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -236,24 +238,35 @@ def _of_validation(scores: Mapping[str, float]) -> dict[str, float]:
 
 
 class Trackers:
-    """All trackers of a run: the local log, and those of report_to, each in a thread of its own."""
+    """All that records a run: the local log, and the trackers of report_to and the webhooks in threads."""
 
     def __init__(
-        self, log: JsonLines | None, trackers: Sequence[Tracker] = (), *, timeout_s: float = 30.0
+        self,
+        log: JsonLines | None,
+        trackers: Sequence[Tracker] = (),
+        *,
+        webhooks: Sequence[Webhook] = (),
+        timeout_s: float = 30.0,
     ) -> None:
         self._log = log
-        self._threads = [TrackerThread(tracker) for tracker in trackers]
+        self._tracker_threads = [TrackerThread(tracker) for tracker in trackers]
+        self._webhook_threads = {webhook: TrackerThread(webhook) for webhook in webhooks}
+        self._threads = [*self._tracker_threads, *self._webhook_threads.values()]
         self._timeout_s = timeout_s
 
     def start(self) -> None:
         """Open every tracker."""
-        for each in self._all():
-            each.start()
+        if self._log is not None:
+            self._log.start()
+        for thread in self._threads:
+            thread.start()
 
     def log(self, record: StepMetrics) -> None:
-        """Record one optimiser step everywhere."""
-        for each in self._all():
-            each.log(record)
+        """Record one optimiser step in the log and the trackers."""
+        if self._log is not None:
+            self._log.log(record)
+        for thread in self._tracker_threads:
+            thread.log(record)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Give validation images to the trackers; the output folder has them already."""
@@ -264,6 +277,11 @@ class Trackers:
         """Give the scores of validation images to the trackers; the output folder has them already."""
         for thread in self._threads:
             thread.log_scores(step, scores)
+
+    def notify(self, message: Message) -> None:
+        """Have every webhook send a message."""
+        for webhook, thread in self._webhook_threads.items():
+            thread.call(partial(webhook.send, message))
 
     def __enter__(self) -> Self:
         self.start()
@@ -293,14 +311,11 @@ class Trackers:
             thread.wait_until(deadline_s)
             thread.warn_of_losses(timeout_s=self._timeout_s)
 
-    def _all(self) -> list[JsonLines | TrackerThread]:
-        return [*self._threads] if self._log is None else [self._log, *self._threads]
-
 
 def build_trackers(
     config: TrackingConfig, *, output_dir: Path, settings: Mapping[str, object], resumed_step: int
 ) -> Trackers:
-    """The JSONL log and every tracker of `report_to`, not yet started.
+    """The JSONL log, every tracker of `report_to` and every webhook, not yet started.
 
     Raises:
         MissingDependencyError: The package of a tracker is not installed.
@@ -312,4 +327,6 @@ def build_trackers(
             tracker(config=config, output_dir=output_dir, settings=settings, resumed_step=resumed_step)
         )
     log = JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)
-    return Trackers(log, trackers, timeout_s=config.tracker_timeout_seconds)
+    name = config.tracker_run_name or config.tracker_project_name
+    webhooks = [Webhook(each, name=name) for each in config.webhooks]
+    return Trackers(log, trackers, webhooks=webhooks, timeout_s=config.tracker_timeout_seconds)

@@ -59,6 +59,7 @@ class ValidationSampler:
         Its name hashes everything the image depends on.
         """
         config = self.config
+        unguided = config.validation_no_cfg_until_timestep if config.validation_guidance_real > 1 else 0
         depends_on = (
             self.base_model,
             prompt.text,
@@ -69,6 +70,7 @@ class ValidationSampler:
             config.validation_num_inference_steps,
             config.validation_noise_scheduler,
             self.family.noise,  # the shift of the sampling schedule is in it
+            *([f"first {unguided} steps without guidance"] if unguided else []),
             *also_hashed,
         )
         digest = xxhash.xxh3_64_hexdigest(repr(depends_on).encode())
@@ -117,7 +119,8 @@ class ValidationSampler:
             size=prompt.size,
         )
         options = call_options(prompt, self.config)
-        image = pipeline(**inputs, **options, callback_on_step_end=self._check_preemption).images[0]
+        with self.family.sampling_context(pipeline, validation=self.config):
+            image = pipeline(**inputs, **options, callback_on_step_end=self._check_preemption).images[0]
         save_png(image, file)
 
     @contextmanager

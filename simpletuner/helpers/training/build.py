@@ -34,6 +34,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
     resume_fingerprint,
     weight_hashes,
 )
+from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
@@ -50,6 +51,7 @@ from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
+from simpletuner.helpers.models.recomputing import recompute_blocks
 from simpletuner.helpers.models.registry import load_family, specs
 from simpletuner.helpers.models.weights_on_disk import num_denoiser_weights
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
@@ -258,6 +260,7 @@ def build_components(
     prepared, prepared_optimizer = accelerator.prepare(
         denoiser, optimizer, device_placement=[not is_offloaded, True]
     )
+    epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
         adapter=adapter,
@@ -266,8 +269,9 @@ def build_components(
         comparison=comparison,
         trackers=trackers,
         scorer=context.scorer,
+        epochs=epochs,
     )
-    checkpoints = build_checkpoints(context, state, weights=weights)
+    checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -428,26 +432,6 @@ def build_sampler(
     )
 
 
-def build_checkpoints(
-    context: RunContext, state: RunState, *, weights: Mapping[str, JsonValue]
-) -> Checkpoints:
-    """The checkpoints of a run; `weights` identifies the base weights."""
-    config = context.config
-    return Checkpoints(
-        config=config.checkpoint,
-        state=state,
-        compatibility={
-            "settings": resume_fingerprint(config),
-            "weights": weights,
-            DATA_PART: {**context.data.facts(), **hidden_facts(config)},
-        },
-        resolved=config.resolved(),
-        is_main_process=context.accelerator.is_main_process,
-        saved_step=None if context.resumed is None else context.resumed.step,
-        branch=context.branch,
-    )
-
-
 def build_scorer(config: RunConfig, accelerator: Accelerator) -> ClipScorer | None:
     """The model of evaluation_type, on the main process of a run with validation images.
 
@@ -465,7 +449,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     """Attach the adapter to the denoiser, in training mode."""
     config, accelerator = context.config, context.accelerator
     if config.training.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]  # every diffusers model has it
+        recompute_blocks(denoiser, interval=config.training.gradient_checkpointing_interval or 1)
     denoiser.train()
     adapter = attach_adapter(
         denoiser,
@@ -486,6 +470,43 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def build_checkpoints(
+    context: RunContext, state: RunState, *, weights: Mapping[str, JsonValue], epochs: Epochs
+) -> Checkpoints:
+    """The checkpoints of the run; `weights` identifies the base model's."""
+    config = context.config
+    return Checkpoints(
+        config=config.checkpoint,
+        state=state,
+        compatibility={
+            "settings": resume_fingerprint(config),
+            "weights": weights,
+            DATA_PART: {**context.data.facts(), **hidden_facts(config)},
+        },
+        resolved=config.resolved(),
+        is_main_process=context.accelerator.is_main_process,
+        saved_step=None if context.resumed is None else context.resumed.step,
+        epochs=epochs,
+        branch=context.branch,
+    )
+
+
+def build_epochs(context: RunContext, state: RunState) -> Epochs:
+    """Where the epochs of the run end, counted from the step that it goes on from.
+
+    Raises:
+        CheckpointError: The samples so far are no whole number of this run's batches.
+    """
+    training, progress = context.config.training, state.progress
+    global_batch = context.accelerator.num_processes * training.train_batch_size
+    return Epochs(
+        batches_per_epoch=context.data.batches_per_epoch,
+        batches_per_step=training.gradient_accumulation_steps,
+        step=progress.step,
+        batches=progress.micro_step(global_batch=global_batch),
+    )
 
 
 def build_page(context: RunContext, state: RunState, *, images: Mapping[str, Any]) -> RunPage:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
+from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
@@ -96,7 +97,7 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
     """What a person may not have meant, from the configuration and the number of batches in an epoch."""
     steps = config.training.planned_steps(batches_per_epoch=batches)
-    found = [*_examples_own(config), *_prediction(config)]
+    found = [*_examples_own(config), *_prediction(config), *_sizes_without_effect(config)]
     if (
         config.training.max_train_steps is None
         and config.algorithm.name == "tlora"
@@ -106,6 +107,9 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
             f"max_train_steps is not set, so the run takes {counted(steps, 'step')}. T-LoRA on few images "
             "takes several hundred: set it, for instance to 800."
         )
+    interval = config.training.gradient_checkpointing_interval or 1
+    if interval > 1 and not config.training.gradient_checkpointing:
+        found.append("gradient_checkpointing_interval has no effect without gradient_checkpointing.")
     warm_up = config.optimizer.lr_warmup_steps
     if warm_up > steps:
         found.append(
@@ -149,6 +153,26 @@ def _examples_own(config: RunConfig) -> Iterator[str]:
             yield f"instance_prompt of dataset {dataset.id} is still the example's. Name your subject."
     if any(EXAMPLE_SUBJECT in prompt.text for prompt in config.validation.prompts):
         yield "validation_prompt is still the example's. Name your subject."
+
+
+def _sizes_without_effect(config: RunConfig) -> Iterator[str]:
+    """One line for each key of sizes that no other setting of its datasets reads."""
+    alone: dict[str, list[str]] = {}
+    for dataset in config.datasets:
+        size, target = dataset.maximum_image_size, dataset.target_downsample_size
+        unread = {
+            "maximum_image_size has no effect without target_downsample_size": bool(size and not target),
+            "target_downsample_size has no effect without maximum_image_size": bool(target and not size),
+            "crop_aspect_buckets has no effect without crop and crop_aspect closest or random": (
+                bool(dataset.crop_aspect_buckets) and not dataset.crops_to_buckets
+            ),
+            "max_upscale_threshold has no effect without crop and crop_aspect closest or random": (
+                dataset.max_upscale_threshold is not None and not dataset.crops_to_buckets
+            ),
+        }
+        for text in (text for text, is_unread in unread.items() if is_unread):
+            alone.setdefault(text, []).append(dataset.id)
+    yield from (f"{text} (dataset {', '.join(names)})." for text, names in alone.items())
 
 
 def _targets(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
@@ -240,6 +264,8 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
         if each.enlarged
         else "none is enlarged"
     )
+    if config.downsampling is not None:
+        grown = f"{each.num_downsampled} above maximum_image_size; {grown}"
     folder, buckets = printable(str(config.instance_data_dir)), ", ".join(sizes[:_SHOWN_BUCKETS])
     yield "images", f"{config.id}: {counted(each.num_images, 'image')} in {folder}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
@@ -266,18 +292,26 @@ def _validation(config: RunConfig, *, batches: int) -> str:
     number = len(validation.prompts) * len(sizes) * validation.num_validation_images
     if validation.validation_disable or not number:
         return "no images"
-    every = validation.validation_step_interval
-    times = (steps - 1) // every if every else 0
-    when = f"every {counted(every, 'step')} and at the end" if times else "at the end"
+    by_step, by_epoch = validation.validation_step_interval, validation.validation_epoch_interval
+    per_step = config.training.gradient_accumulation_steps
+    epochs = Epochs(batches_per_epoch=max(1, batches), batches_per_step=per_step)
+    first = min([*([by_step] if by_step else []), *([epochs.end_of(by_epoch)] if by_epoch else []), steps])
+    when = f"{_every(by_step, by_epoch)} and at the end" if first < steps else "at the end"
     return f"{counted(number, 'image')} of {', '.join(map(str, sizes))} {when}"
 
 
+def _every(steps: int, epochs: int) -> str:
+    """The intervals of checkpoints or validations; empty without any."""
+    given = {"step": steps, "epoch": epochs}
+    return " and ".join(f"every {counted(number, noun)}" for noun, number in given.items() if number)
+
+
 def _written(config: RunConfig) -> str:
-    every = config.checkpoint.checkpoint_step_interval
+    every = _every(config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
     files = [
         ADAPTER_FILE,
         *([COMFYUI_FILE] if config.adapter.lora_format == "comfyui" else []),
-        f"checkpoints every {counted(every, 'step')}" if every else "a checkpoint at the end",
+        f"checkpoints {every}" if every else "a checkpoint at the end",
         METRICS_FILE,
         PAGE_FILE,
         *(TENSORBOARD_FOLDER if name == "tensorboard" else name for name in config.tracking.report_to),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,11 @@ from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
 from simpletuner.helpers.contracts import MicroBatchOutput
 from simpletuner.helpers.errors import LoaderTimeoutError, TrainingError
+from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.process import peak_memory_mib
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.metrics import StepAccumulator, StepMetrics, peak_device_memory_mib
+from simpletuner.helpers.reporting.webhooks import Kind, Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.progress import Progress
     from simpletuner.helpers.checkpointing.state import RunState
     from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.tracking import Level
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
@@ -94,7 +98,8 @@ class Trainer:
             LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
             Preempted: With several processes, a stop signal arrived while this one's loader hung.
         """
-        with self.resources, self.trackers, self.page, self.display:
+        with self.resources, self.trackers, self._failure_notified(), self.page, self.display:
+            self._notify("start", f"Training from step {self.progress.step} to {self.max_steps}")
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
             self._take_steps(batches)
@@ -106,9 +111,13 @@ class Trainer:
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
+                self._notify(
+                    "stopped", f"Stopped by a signal at step {self.progress.step}; the next start goes on"
+                )
                 return EXIT_PREEMPTED
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")
             self.final_files.save_summary(grid=grid, page=page)
+            self._notify("end", f"Finished after {self.progress.step} steps")
             return 0
 
     def close(self) -> None:
@@ -200,8 +209,27 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save the current step; every process takes part."""
+        step, saved = self.progress.step, self.checkpoints.saved_step
         self.checkpoints.save()
+        if saved != step:
+            self._notify("checkpoint", f"Saved the checkpoint of step {step}")
         self.accelerator.wait_for_everyone()
+
+    def _notify(self, kind: Kind, text: str, *, level: Level = "info") -> None:
+        self.trackers.notify(Message(kind=kind, text=text, step=self.progress.step, level=level))
+
+    @contextmanager
+    def _failure_notified(self) -> Iterator[None]:
+        """Notify the webhooks of an error, which ends the run as without them."""
+        try:
+            yield
+        except Preempted as stopped:
+            self._notify("stopped", str(stopped))
+            raise
+        except BaseException as error:
+            text = printable(f"{type(error).__name__}: {error}")
+            self._notify("error", f"Step {self.progress.step}: {text}", level="error")
+            raise
 
     def _take_steps(self, batches: Iterator[Batch]) -> None:
         """Train until the last step or a stop signal.

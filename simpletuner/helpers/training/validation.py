@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
 from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.redaction import redacted
@@ -54,18 +55,18 @@ class Validation:
     """Another run's adapter; its images form a column before this run's."""
     trackers: Trackers
     scorer: ClipScorer | None = None
+    epochs: Epochs = field(default_factory=Epochs)
+    """Where epochs end, for validation_epoch_interval."""
     pipeline: Any = None
 
     def is_due(self, step: int) -> bool:
-        """Whether validation_step_interval asks for images after this optimiser step."""
-        every = self.sampler.config.validation_step_interval
-        return step > 0 and bool(every) and step % every == 0
+        """Whether an interval asks for images after this optimiser step."""
+        return self.epochs.is_due(step, **self._intervals())
 
     def images_left(self, step: int, *, max_steps: int) -> int:
         """Number of images that a run of max_steps generates after this step."""
-        every = self.sampler.config.validation_step_interval
-        due = (max_steps - 1) // every - step // every if every and step < max_steps else 0
-        return (max(0, due) + 1) * len(self.sampler.prompts)
+        due = num_due(self.epochs, after=step, before=max_steps, **self._intervals())
+        return (due + 1) * len(self.sampler.prompts)
 
     def grid_file(self, step: int) -> Path:
         """Path of a step's grid."""
@@ -130,6 +131,10 @@ class Validation:
                 for prompt in sampler.prompts
             ],
         }
+
+    def _intervals(self) -> dict[str, int]:
+        config = self.sampler.config
+        return {"steps": config.validation_step_interval, "epochs": config.validation_epoch_interval}
 
     def _generate_base_images(self) -> None:
         path = self.sampler.cached_path

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from simpletuner.helpers.checkpointing.fingerprint import resume_fingerprint
 from simpletuner.helpers.configuration.load import load_config
@@ -56,3 +57,27 @@ def test_value_of_an_environment_variable_is_a_digest_in_texts_and_leaves_choice
     assert {key for key in first if first[key] != other[key]} == {"lycoris apply_preset"}
     assert "to_" not in json.dumps(first["lycoris apply_preset"])
     assert first["lycoris algo"] == "tlora"
+
+
+def test_a_maximum_of_image_sizes_is_part_of_the_fingerprint_when_it_has_an_effect(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+
+    def settings(**keys: object) -> dict[str, object]:
+        dataset = {"id": "x", "instance_data_dir": str(tmp_path), "resolution": 64, "crop": True, **keys}
+        values = {
+            "model_family": "sdxl",
+            "pretrained_model_name_or_path": "simpletuner/demo/sdxl",
+            "lora_type": "standard",
+            "data_backend_config": [dataset],
+        }
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return resume_fingerprint(load_config(tmp_path / "config.json", families=registry.specs()))
+
+    plain, both = settings(), {"maximum_image_size": 100, "target_downsample_size": 80}
+    assert settings(maximum_image_size=100) == plain
+    assert settings(**both, crop=False) == plain
+    assert settings(**both | {"target_downsample_size": 64}) == plain
+    added = {key: value for key, value in settings(**both).items() if key not in plain}
+    assert added == {"dataset x, maximum_image_size": 100, "dataset x, target_downsample_size": 80}

@@ -70,6 +70,7 @@ CONFIG = {
     "train_batch_size": COUNTS,
     "gradient_accumulation_steps": COUNTS,
     "gradient_checkpointing": SWITCHES,
+    "gradient_checkpointing_interval": st.none() | COUNTS,
     "seed": st.integers(0, 2**63 - 1),
     "caption_dropout_probability": SHARES,
     "max_grad_norm": RATES,
@@ -116,6 +117,9 @@ CONFIG = {
     "resolution": st.floats(32, 4096),
     "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
     "minimum_image_size": st.floats(0, 4096),
+    "maximum_image_size": st.none() | st.floats(16, 4096),
+    "target_downsample_size": st.none() | st.floats(4096, 16384),
+    "max_upscale_threshold": st.none() | SHARES,
     "aspect_bucket_alignment": st.sampled_from([8, 16, 32]),
     "aspect_bucket_rounding": st.integers(0, 9),
     "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
@@ -125,11 +129,13 @@ CONFIG = {
     "text_encoder_batch_size": COUNTS,
     "output_dir": st.sampled_from(["out", "out/{model_family}"]),
     "checkpoint_step_interval": COUNTS_OR_ZERO,
+    "checkpoint_epoch_interval": COUNTS_OR_ZERO,
     "checkpoints_total_limit": st.none() | COUNTS,
     "resume_from_checkpoint": st.none() | st.sampled_from(["latest", "checkpoint-20"]),
     "report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), unique=True),
     "tracker_project_name": WORDS,
     "tracker_run_name": st.none() | WORDS,
+    "webhook_config": st.none() | st.just("webhooks.json"),
     "loader_timeout_seconds": st.floats(0, 1000),
     "tracker_timeout_seconds": st.floats(0, 1000),
     "validation_prompt": st.none() | WORDS,
@@ -140,11 +146,13 @@ CONFIG = {
     "validation_guidance": RATES,
     "validation_guidance_real": RATES,
     "validation_guidance_rescale": SHARES,
+    "validation_no_cfg_until_timestep": COUNTS_OR_ZERO,
     "validation_num_inference_steps": COUNTS,
     "validation_seed": st.none() | st.integers(-(2**40), 2**40),
     "validation_noise_scheduler": st.none() | st.sampled_from(["ddim", "euler", "dpm++", "unipc"]),
     "num_validation_images": COUNTS,
     "validation_step_interval": COUNTS_OR_ZERO,
+    "validation_epoch_interval": COUNTS_OR_ZERO,
     "validation_on_startup": SWITCHES,
     "validation_disable": SWITCHES,
     "disable_benchmark": SWITCHES,
@@ -169,9 +177,16 @@ DATASET = {
     "resolution": st.floats(32, 4096),
     "resolution_type": st.sampled_from(["pixel", "pixel_area"]),
     "minimum_image_size": st.floats(0, 4096),
+    "maximum_image_size": st.floats(16, 4096),
+    "target_downsample_size": st.floats(4096, 16384),
+    "max_upscale_threshold": SHARES,
     "crop": SWITCHES,
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
     "crop_aspect": st.sampled_from(["square", "preserve"]),
+    "crop_aspect_buckets": st.lists(st.floats(0.1, 10), max_size=3)
+    | st.floats(0, 1).map(
+        lambda weight: [{"aspect": 0.5, "weight": weight}, {"aspect": 2.0, "weight": 1 - weight}]
+    ),
     "caption_strategy": st.sampled_from(["textfile", "filename", "instance_prompt"]),
     "caption_lines": st.sampled_from(["choose", "whole"]),
     "instance_prompt": WORDS,
@@ -220,6 +235,7 @@ LYCORIS_FILES = st.fixed_dictionaries(
 def loaded(workspace: Workspace) -> Iterator[Callable[..., RunConfig]]:
     """Loads a whole configuration."""
     workspace.text("start.safetensors", "")
+    workspace.text("webhooks.json", '{"webhook_type": "raw", "webhook_url": "https://a.example/b"}')
     workspace.text("prompts.json", '{"one": "a dog", "two": {"prompt": "a bird", "adapter_strength": 0.5}}')
 
     def load(

@@ -718,6 +718,96 @@ def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
     assert pixels.max() == -1.0
 
 
+DOWNSAMPLING = {
+    "crop": True,
+    "crop_style": "center",
+    "maximum_image_size": 100,
+    "target_downsample_size": 128,
+}
+
+
+def test_pixels_of_an_image_above_the_maximum_are_cut_out_of_the_target(make: Make, tmp_path: Path) -> None:
+    # 256 px become 128, of which the middle 64 are used: the half that is white.
+    image = Image.new("RGB", (256, 256), "black")
+    image.paste("white", (64, 64, 192, 192))
+    (tmp_path / "photos").mkdir()
+    image.save(tmp_path / "photos" / "frame.png")
+    whole = load_pixels(make(tmp_path / "photos", crop=True)._images[0])
+    part = load_pixels(make(tmp_path / "photos", **DOWNSAMPLING)._images[0])
+    assert whole.shape == part.shape == (3, 64, 64)
+    assert whole[:, :10, :10].max() < -0.9
+    assert part[:, 3:-3, 3:-3].min() > 0.99
+
+
+def test_a_maximum_changes_the_cache_keys_of_the_images_above_it_alone(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    paint(tmp_path / "photos", "large.png", (256, 256))
+    paint(tmp_path / "photos", "small.png", (90, 90))
+
+    def keys(**options: object) -> list[str]:
+        data = make(tmp_path / "photos", **{"crop": True, "crop_style": "center", **options})
+        data.set_encoders(vae_identity="vae", text_identity="clip")
+        return [request.key for request in data.latents_requests()]
+
+    before = keys()
+    for without_effect in (
+        {"maximum_image_size": 100},
+        {"target_downsample_size": 128},
+        {"maximum_image_size": 100, "target_downsample_size": 64},
+        {"maximum_image_size": 300, "target_downsample_size": 128},
+        {"max_upscale_threshold": 0.5},
+    ):
+        assert keys(**without_effect) == before, without_effect
+    caplog.clear()
+    now = keys(**DOWNSAMPLING)
+    assert (now[0] != before[0], now[1] == before[1]) == (True, True)
+    counts = [each.args for each in caplog.records if "maximum_image_size" in each.getMessage()]
+    assert counts == [("photos", 1, "2 images are", 100.0, 128.0)]
+
+
+def test_an_image_that_every_bucket_enlarges_too_much_is_skipped(make: Make, tmp_path: Path) -> None:
+    paint(tmp_path / "photos", "large.png", (128, 64))
+    paint(tmp_path / "photos", "small.png", (32, 32))
+    keys = {
+        "crop": True,
+        "crop_aspect": "random",
+        "crop_aspect_buckets": [1.0, 2.0],
+        "resolution_type": "pixel",
+    }
+    data = make(tmp_path / "photos", **keys, max_upscale_threshold=0.5, batch_size=1)
+    assert [sample.path for sample in data.samples] == ["large.png"]
+    assert [each.path for each in data.skipped] == ["small.png"]
+    assert "max_upscale_threshold" in data.skipped[0].reason
+    assert len(make(tmp_path / "photos", **keys, batch_size=1).samples) == 2
+
+
+def test_random_shapes_are_the_same_in_every_run_and_go_into_buckets(make: Make, tmp_path: Path) -> None:
+    for number in range(12):
+        paint(tmp_path / "photos", f"{number:02}.png", (200, 200))
+    buckets = [{"aspect": 0.5, "weight": 0.5}, {"aspect": 2, "weight": 0.5}]
+
+    def sizes(seed: int) -> list[Size]:
+        data = make(
+            tmp_path / "photos",
+            crop=True,
+            crop_aspect="random",
+            crop_aspect_buckets=buckets,
+            resolution_type="pixel",
+            seed=seed,
+        )
+        return [sample.target_px for sample in data.samples]
+
+    assert set(sizes(1)) == {Size(64, 128), Size(128, 64)}
+    assert sizes(1) == sizes(1)
+    assert sizes(1) != sizes(2)
+    data = cached(make(tmp_path / "photos", crop=True, crop_aspect="random", crop_aspect_buckets=buckets))
+    for batch in taken(data, 4):
+        (size,) = {sample.target_px for sample in batch.samples}
+        assert batch.latents.shape[2:] == (size.height // 8, size.width // 8)
+
+
 def test_facts_change_with_the_images_the_captions_and_the_global_batch_alone(
     make: Make, photos: Path
 ) -> None:

@@ -49,6 +49,18 @@ def test_images_buckets_enlargement_captions_and_damage_are_counted(folder: Path
     assert not (folder.parent / "cache").exists(), "a preview writes nothing"
 
 
+def test_images_above_the_maximum_and_images_without_a_bucket_are_counted(folder: Path) -> None:
+    keys = {"crop": True, "maximum_image_size": 300, "target_downsample_size": 280}
+    assert look(folder, **keys).num_downsampled == 2
+    assert look(folder).num_downsampled == 0
+    buckets = {"crop_aspect": "closest", "crop_aspect_buckets": [0.5, 1, 2], "max_upscale_threshold": 0}
+    found = look(folder, crop=True, **buckets)
+    assert found.buckets == {Size(192, 384): 1, Size(384, 192): 1}
+    assert [problem.partition(":")[0] for problem in found.problems] == ["b.png", "d.png"]
+    small = look(folder, minimum_image_size=100)
+    assert [problem.partition(":")[0] for problem in small.problems] == ["b.png", "d.png"]
+
+
 def test_a_given_source_of_captions_is_named_alone(folder: Path) -> None:
     found = look(folder, caption_strategy="filename")
     assert found.captions == "filename"

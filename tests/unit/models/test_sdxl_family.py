@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
 
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import NoiseConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
+from simpletuner.helpers.data.buckets import Placement
+from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.sdxl.family import SDXL, time_ids
@@ -47,6 +51,40 @@ def test_time_ids_are_in_the_order_of_diffusers(stock: diffusers.StableDiffusion
     )
     assert torch.equal(time_ids([SAMPLE]), expected)
     assert expected.tolist() == [[300, 451, 3, 17, 64, 72]]
+
+
+def test_the_size_conditioning_of_a_crop_has_file_crop_and_bucket() -> None:
+    keys = {"resolution_type": "pixel_area", "resolution": 1024, "crop": True, "crop_style": "center"}
+    cases = {
+        # sqrt(1280^2 / 6e6) = 0.52255: 1567.7 x 1045.1, of which 544 x 21 are cut off.
+        "downsampled": (
+            {"maximum_image_size": 1536, "target_downsample_size": 1280},
+            [2000, 3000, 10, 272, 1024, 1024],
+        ),
+        # At an aspect of 2 1448.2 -> 1472 wide, 724.1 -> 704 high; 1472 / 3000 * 2000 = 981.3.
+        "closest": (
+            {"crop_aspect": "closest", "crop_aspect_buckets": [0.5, 2.0]},
+            [2000, 3000, 138, 0, 704, 1472],
+        ),
+        "random": (
+            {"crop_aspect": "random", "crop_aspect_buckets": [0.5]},
+            [2000, 3000, 0, 752, 1472, 704],
+        ),
+    }
+    for name, (own, expected) in cases.items():
+        config = DatasetConfig(id="x", instance_data_dir=Path.cwd(), **keys, **own)
+        found = Cropping(config=config, seed=1, alignment=64, aspect_decimals=2).placement(
+            Size(2000, 3000), name="a.png"
+        )
+        assert isinstance(found, Placement)
+        sample = replace(
+            SAMPLE,
+            original_px=Size(2000, 3000),
+            resized_px=found.resized_px,
+            crop_top_left=found.top_left,
+            target_px=found.target_px,
+        )
+        assert time_ids([sample]).tolist() == [expected], name
 
 
 def test_encode_prompts_gives_zeros_of_the_pipelines_shapes_for_the_empty_prompt(sdxl: MakeSDXL) -> None:

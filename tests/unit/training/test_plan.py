@@ -63,6 +63,8 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
         validation_prompt="a dog",
         validation_resolution="64,64x128",
         validation_step_interval=50,
+        validation_epoch_interval=30,
+        checkpoint_epoch_interval=1,
         report_to="tensorboard",
         lora_format="comfyui",
     )
@@ -76,7 +78,8 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
         "3 images have one, for instance a.png: 'caption a'",
         "120 steps of 2 images",
         "60 epochs of 2 batches",
-        "2 images of 64x64, 64x128 every 50 steps and at the end",
+        "2 images of 64x64, 64x128 every 50 steps and every 30 epochs and at the end",
+        "checkpoints every 500 steps and every 1 epoch,",
         "pytorch_lora_weights_comfyui.safetensors",
         "tensorboard",
         str(folder / "output"),
@@ -273,3 +276,42 @@ def test_weights_are_counted_in_billions_from_one_on(number: int, words: str) ->
 def test_the_device_is_named_in_words() -> None:
     assert device_name(torch.device("cpu")).startswith("cpu, ")
     assert "Mac" in device_name(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "dataset", "unread"),
+    [
+        ({"maximum_image_size": 200}, {"crop": True}, ["maximum_image_size"]),
+        ({"target_downsample_size": 200}, {"crop": True}, ["target_downsample_size"]),
+        ({"maximum_image_size": 200, "target_downsample_size": 100}, {"crop": True}, []),
+        ({"maximum_image_size": 200, "target_downsample_size": 64}, {"crop": True}, []),
+        ({"maximum_image_size": 200, "target_downsample_size": 64}, {}, []),
+        ({"max_upscale_threshold": 0}, {"crop": True}, ["max_upscale_threshold"]),
+        ({}, {"crop_aspect": "random", "crop_aspect_buckets": [1]}, ["crop_aspect_buckets"]),
+        (
+            {"max_upscale_threshold": 0},
+            {"crop": True, "crop_aspect": "random", "crop_aspect_buckets": [1]},
+            [],
+        ),
+    ],
+)
+def test_a_size_without_effect_is_named_once_with_its_datasets(
+    folder: Path, keys: dict[str, Any], dataset: dict[str, Any], unread: list[str]
+) -> None:
+    datasets = [{"id": name, "instance_data_dir": str(folder / "images"), **dataset} for name in "xy"]
+    config = run_of(folder, data_backend_config=datasets, **keys)
+    spec = registry.specs()["sdxl"]
+    found = [text for text in plan.warnings_of(config, spec, batches=6) if "no effect" in text]
+    assert [text.split()[0] for text in found] == unread
+    assert all("(dataset x, y)" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "interval", "is_named"), [(False, 2, True), (True, 2, False), (False, 1, False)]
+)
+def test_an_interval_without_gradient_checkpointing_is_named(
+    folder: Path, checkpoints: bool, interval: int, is_named: bool
+) -> None:
+    config = run_of(folder, gradient_checkpointing=checkpoints, gradient_checkpointing_interval=interval)
+    found = plan.warnings_of(config, registry.specs()["sdxl"], batches=6)
+    assert any("gradient_checkpointing_interval" in text for text in found) == is_named

@@ -59,7 +59,6 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
         "parquet csv huggingface",
         f"Write each caption into a text file beside its image. {_use('caption_strategy')}",
     ),
-    "crop_aspect": ("closest random", "Use square, or preserve for the nearest bucket."),
     "crop_style": ("face", "Use center, random or corner."),
     "report_to": ("trackio all comet_ml swanlab custom-tracker", _use("report_to", "none")),
     "mixed_precision": ("fp8 fp32", "Use bf16, fp16 or no, which is float32."),

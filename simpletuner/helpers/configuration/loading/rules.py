@@ -231,6 +231,13 @@ def check_offload(
     if trained is not None and not trained.gradient_checkpointing:
         text = "true: needs gradient_checkpointing. Set gradient_checkpointing to true."
         source.add("enable_group_offload", text)
+    trained = training.if_valid("gradient_checkpointing_interval")
+    if trained is not None and (trained.gradient_checkpointing_interval or 1) > 1:
+        text = (
+            f"{trained.gradient_checkpointing_interval}: enable_group_offload needs every block to be "
+            "recomputed. Set one of the two to 1 or false."
+        )
+        source.add("gradient_checkpointing_interval", text)
     compared = validation.if_valid("validation_compared_config")
     if compared is not None and compared.validation_compared_config is not None:
         text = "does not work with enable_group_offload. Remove one of the two."

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
 from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
     InputFolder,
@@ -14,6 +15,8 @@ from simpletuner.helpers.configuration.schema.base import (
     OneOf,
     OptionalCount,
     OptionalOutputPath,
+    OptionalPositiveNumber,
+    OptionalShare,
     OptionalText,
     PositiveNumber,
     Section,
@@ -28,6 +31,8 @@ CaptionLines = Literal["choose", "whole"]
 SMALLEST_EDGE_PX = 16
 LARGEST_EDGE_PX = 16_384
 LARGEST_AREA_MEGAPIXELS = 256.0
+BUCKETED_ASPECTS = ("closest", "random")
+"""Values of crop_aspect that take a bucket of crop_aspect_buckets."""
 _MAX_ID_LENGTH = 100
 
 
@@ -94,12 +99,26 @@ class DatasetConfig(Section):
     megapixels. Default: config.json's."""
     minimum_image_size: NonNegativeNumber = 0.0
     """Smaller images are skipped; in the unit of resolution_type, 0 keeps all. Default: config.json's."""
+    maximum_image_size: OptionalPositiveNumber = None
+    """With crop, larger images are resized to target_downsample_size before they are cropped; in the unit of
+    resolution_type. null resizes each image to the smallest size that its crop fits in. Default:
+    config.json's."""
+    target_downsample_size: OptionalPositiveNumber = None
+    """Size of images above maximum_image_size before their crop, in the unit of resolution_type; at least
+    resolution. Default: config.json's."""
+    max_upscale_threshold: OptionalShare = None
+    """Largest enlargement for a bucket of crop_aspect_buckets: 0.2 is by a fifth of width and height, 0 none,
+    null any. An image without such a bucket is skipped. Default: config.json's."""
     crop: bool = False
     """Crop by crop_aspect; false keeps each image's aspect ratio, in buckets."""
     crop_style: Annotated[CropStyle, BeforeValidator(_american)] = "random"
     """Position of the crop."""
-    crop_aspect: Literal["square", "preserve"] = "square"
-    """Shape of the crop: square, or preserve for the bucket nearest to the image's aspect ratio."""
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
+    """Shape of the crop: square; preserve, the bucket nearest to the image's aspect ratio; closest, the
+    nearest of crop_aspect_buckets; random, one of crop_aspect_buckets, drawn once for each image."""
+    crop_aspect_buckets: AspectBuckets = ()
+    """Width / height of the crops with closest and random: numbers, which random draws evenly, or objects
+    {"aspect", "weight"}, whose weights sum to 1."""
     caption_strategy: CaptionStrategy | None = None
     """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
     instance_prompt is set without prepend_instance_prompt, else filename. Default: config.json's."""
@@ -120,6 +139,43 @@ class DatasetConfig(Section):
     """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
+
+    @property
+    def crops_to_buckets(self) -> bool:
+        """Whether the shape of a crop comes from crop_aspect_buckets."""
+        return self.crop and self.crop_aspect in BUCKETED_ASPECTS
+
+    @property
+    def downsampling(self) -> tuple[float, float] | None:
+        """maximum_image_size and target_downsample_size if they have an effect, else None."""
+        maximum, target = self.maximum_image_size, self.target_downsample_size
+        if not self.crop or maximum is None or target is None or target == self.resolution:
+            return None
+        return maximum, target
+
+    @model_validator(mode="after")
+    def _can_crop(self) -> Self:
+        if self.crops_to_buckets and not self.crop_aspect_buckets:
+            raise contradiction(
+                "crop_aspect_buckets",
+                f'required by crop_aspect "{self.crop_aspect}". Give width / height of each, for instance '
+                "[0.67, 1.0, 1.5].",
+                "crop_aspect",
+            )
+        if self.downsampling is None:
+            return self
+        maximum, target = self.downsampling
+        for key, size in {"maximum_image_size": maximum, "target_downsample_size": target}.items():
+            if problem := resolution_problem(size, self.resolution_type):
+                raise contradiction(key, problem, "resolution_type")
+        if target < self.resolution:
+            raise contradiction(
+                "target_downsample_size",
+                f"{target:g} is below resolution {self.resolution:g}, the size of the crop. Raise it, or "
+                "remove it and maximum_image_size.",
+                "resolution",
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

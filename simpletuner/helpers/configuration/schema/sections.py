@@ -15,7 +15,6 @@ from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.choices.samplers import SAMPLERS
-from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.schema.base import (
     Count,
     CountOrZero,
@@ -29,6 +28,7 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalInputFile,
     OptionalNonNegativeNumber,
     OptionalPositiveNumber,
+    OptionalShare,
     OptionalText,
     OptionalWhole,
     OutputPath,
@@ -52,13 +52,13 @@ from simpletuner.helpers.configuration.schema.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     OptimizerArgument,
     is_off,
     optimizer_arguments,
     optimizer_problem,
     sizes,
-    trackers,
 )
 from simpletuner.helpers.contracts import PredictionType, Size
 from simpletuner.helpers.io.redaction import redacted_json
@@ -292,6 +292,9 @@ class TrainingConfig(Section):
     """Forward and backward passes per optimiser step."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a quarter more time."""
+    gradient_checkpointing_interval: OptionalCount = None
+    """With gradient_checkpointing, recompute every block (null or 1), every second one (2), and so on; a
+    higher number takes less time and more memory."""
     seed: Seed = 42
     """Seed of every random choice."""
     caption_dropout_probability: Share = 0.0
@@ -367,6 +370,15 @@ class DataConfig(Section):
     megapixels."""
     minimum_image_size: NonNegativeNumber = 0.0
     """Smaller images are skipped; in the unit of resolution_type, 0 keeps all."""
+    maximum_image_size: OptionalPositiveNumber = None
+    """With crop, larger images are resized to target_downsample_size before they are cropped; in the unit of
+    resolution_type. null resizes each image to the smallest size that its crop fits in."""
+    target_downsample_size: OptionalPositiveNumber = None
+    """Size of images above maximum_image_size before their crop, in the unit of resolution_type; at least
+    resolution."""
+    max_upscale_threshold: OptionalShare = None
+    """Largest enlargement for a bucket of crop_aspect_buckets: 0.2 is by a fifth of width and height, 0 none,
+    null any. An image without such a bucket is skipped."""
     aspect_bucket_alignment: OptionalCount = None
     """Training width and height are multiples of this many pixels. Default: the family's."""
     aspect_bucket_rounding: Decimals = 2
@@ -419,7 +431,10 @@ class CheckpointConfig(Section):
     """Folder of all files of the run except caches. Default: output/ and the name of the configuration's
     folder, output/mine for config/mine/config.json."""
     checkpoint_step_interval: CountOrZero = 500
-    """Optimiser steps between checkpoints; 0 saves only at the end."""
+    """Optimiser steps between checkpoints; 0 for none. The last step is always saved."""
+    checkpoint_epoch_interval: CountOrZero = 0
+    """Completed epochs between checkpoints, beside checkpoint_step_interval; 0 for none. An epoch that ends
+    within a step is complete after it."""
     checkpoints_total_limit: OptionalCount = 5
     """Number of checkpoints to keep, the newest; null or 0 keeps all."""
     resume_from_checkpoint: Annotated[
@@ -428,19 +443,6 @@ class CheckpointConfig(Section):
     """latest resumes from the newest intact checkpoint, if there is one. The name of a checkpoint folder goes
     back to that once: when the run has saved another after it, the same command goes on from there. The name
     with ! behind it goes back at every start. null or none starts anew."""
-
-
-class TrackingConfig(Section):
-    """Trackers, besides the log in output_dir."""
-
-    report_to: Annotated[tuple[Annotated[str, OneOf(TRACKERS)], ...], BeforeValidator(trackers)] = ()
-    """Trackers, a list or comma-separated; none for no tracker."""
-    tracker_project_name: str = "simpletuner"
-    """Project of the run in the tracker."""
-    tracker_run_name: OptionalText = None
-    """Name of the run in the tracker; null lets the tracker choose."""
-    tracker_timeout_seconds: NonNegativeNumber = 30.0
-    """Seconds that a finished run waits for its trackers, all together; 0 does not wait."""
 
 
 class ValidationPrompt(Section):
@@ -486,6 +488,9 @@ class ValidationConfig(Section):
     validation_guidance_real: NonNegativeNumber = 1.0
     """Guidance by a second pass with the negative prompt, for models with a guidance embedding; 1 or below
     for none."""
+    validation_no_cfg_until_timestep: CountOrZero = 0
+    """Denoising steps, the first ones, without the second pass of validation_guidance_real; no effect without
+    that."""
     validation_guidance_rescale: Share = 0.0
     """Fraction of rescaling guided predictions to the spread of unguided ones, against overexposure."""
     validation_num_inference_steps: Count = 30
@@ -497,7 +502,10 @@ class ValidationConfig(Section):
     num_validation_images: Count = 1
     """Images per prompt and size."""
     validation_step_interval: CountOrZero = 100
-    """Optimiser steps between validations; 0 validates only at the end."""
+    """Optimiser steps between validations; 0 for none. The last step is always validated."""
+    validation_epoch_interval: CountOrZero = 0
+    """Completed epochs between validations, beside validation_step_interval; 0 for none. An epoch that ends
+    within a step is complete after it."""
     validation_on_startup: bool = False
     """Also validate before the first step."""
     validation_disable: bool = False
@@ -578,5 +586,5 @@ class RunConfig(Section):
             }
             flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
-        del flat["prompts"], flat["lycoris_config"]
+        del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         return flat

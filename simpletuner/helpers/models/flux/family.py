@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
+from simpletuner.helpers.adapters.pipeline import one_pass_in_first_steps
 from simpletuner.helpers.contracts import Batch, NoisyBatch, PipelineType, Size, TextEmbeds
 from simpletuner.helpers.models.autoencoder import encode_scaled
 from simpletuner.helpers.models.family import NO_TEXT_ENCODERS, FamilyContext, ModelFamily
@@ -195,6 +197,15 @@ class Flux(ModelFamily):
             "sigmas": sampling_sigmas(validation.validation_num_inference_steps, shift),
             "joint_attention_kwargs": self._attention_arguments(prompt, num_tokens=num_tokens),
         }
+
+    def sampling_context(
+        self, pipeline: Any, *, validation: ValidationConfig
+    ) -> AbstractContextManager[None]:
+        """Real guidance begins after validation_no_cfg_until_timestep denoising steps."""
+        if validation.validation_guidance_real <= 1:
+            return nullcontext()
+        steps = validation.validation_no_cfg_until_timestep
+        return one_pass_in_first_steps(pipeline.transformer, steps=steps)
 
     def _shift(self, *, num_tokens: int) -> float:
         return shift_at(self.noise, self.components.scheduler.config, num_tokens=num_tokens)

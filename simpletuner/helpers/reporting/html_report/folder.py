@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from simpletuner.helpers.checkpointing.changes import load_changes
@@ -54,8 +55,8 @@ class RunSnapshot:
     manifest: Mapping[str, Any]
     """The content of run.json; empty for runs of earlier versions."""
     images: list[ImageRow]
-    clip_scores: Log
-    """One line per scored validation: its step and the mean of its images."""
+    clip_scores: Mapping[int, float]
+    """Step of each scored validation -> mean of its images."""
     adapter: Path | None
     """The final adapter, else that of the newest checkpoint."""
     comfyui: Path | None
@@ -119,16 +120,10 @@ def display_path(path: str | Path) -> str:
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
 
 
-def _clip_scores(validation: Path) -> Log:
+def _clip_scores(validation: Path) -> dict[int, float]:
     files = ((step, folder / SCORES_FILE) for step, folder in validation_step_folders(validation))
     found = ((step, _json(file).get("clip_score")) for step, file in files)
-    return Log(
-        tuple(
-            {"step": step, "clip_score": sum(scores.values()) / len(scores)}
-            for step, scores in found
-            if isinstance(scores, dict) and scores
-        )
-    )
+    return {step: fmean(each.values()) for step, each in found if isinstance(each, dict) and each}
 
 
 def _state(path: Path, step: int) -> State:

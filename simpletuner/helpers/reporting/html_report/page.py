@@ -95,9 +95,9 @@ def _charts(run: RunSnapshot) -> str:
         Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
-    scores = run.clip_scores
-    if scores.lines:
-        curve = _curve(scores.steps, scores.column("clip_score"), "mean of the images", colour=3)
+    if run.clip_scores:
+        scored, means = (np.array([*each], np.float64) for each in zip(*run.clip_scores.items(), strict=True))
+        curve = _curve(scored, means, "mean of the images", colour=3)
         note = "100 times the cosine of image and prompt."
         small.append(Chart("CLIP score of validation images", [curve], note=note))
     marks = tuple(change["step"] for change in run.changes)

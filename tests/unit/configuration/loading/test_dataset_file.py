@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from simpletuner.helpers.choices import image_files
+from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBucket
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 
 if TYPE_CHECKING:
@@ -77,6 +78,47 @@ def test_spellings_of_one_value_are_the_same(workspace: Workspace) -> None:
     assert (dataset.crop_style, dataset.caption_strategy) == ("center", "instanceprompt")
 
 
+def test_sizes_of_crops_are_inherited_and_overridden(workspace: Workspace) -> None:
+    workspace.datasets = [
+        {"id": "photos", "instance_data_dir": "images", "crop": True},
+        {
+            "id": "own",
+            "instance_data_dir": "images",
+            "crop": True,
+            "maximum_image_size": 3000,
+            "target_downsample_size": None,
+            "max_upscale_threshold": "0",
+        },
+    ]
+    inherited = {"maximum_image_size": 2048, "target_downsample_size": "1024", "max_upscale_threshold": 0.2}
+    photos, own = workspace.load(**inherited).datasets
+    assert (photos.downsampling, photos.max_upscale_threshold) == ((2048, 1024), 0.2)
+    assert (own.downsampling, own.max_upscale_threshold) == ((3000, 1024), 0)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"crop": False, "maximum_image_size": 2048, "target_downsample_size": 100},
+        {"crop": True, "maximum_image_size": 2048, "target_downsample_size": 512},
+        {"crop": True, "maximum_image_size": 2048},
+        {"crop": True, "target_downsample_size": 100},
+        {"crop": True, "maximum_image_size": 0, "target_downsample_size": 100},
+    ],
+)
+def test_a_maximum_without_effect_is_no_mistake(workspace: Workspace, keys: dict[str, object]) -> None:
+    assert loaded(workspace, **keys).downsampling is None
+
+
+def test_aspect_buckets_are_numbers_or_objects(workspace: Workspace) -> None:
+    numbers = loaded(workspace, crop_aspect_buckets=["0.5", 1, 1.5]).crop_aspect_buckets
+    assert numbers == (0.5, 1.0, 1.5)
+    thirds = [{"aspect": 0.5, "weight": 0.1}, {"aspect": "2", "weight": "0.2"}, {"aspect": 1, "weight": 0.7}]
+    found = loaded(workspace, crop_aspect_buckets=thirds).crop_aspect_buckets
+    assert found == tuple(AspectBucket(aspect=a, weight=w) for a, w in ((0.5, 0.1), (2, 0.2), (1, 0.7)))
+    assert loaded(workspace, crop_aspect="random", crop_aspect_buckets="").crop_aspect_buckets == ()
+
+
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
@@ -88,10 +130,33 @@ def test_spellings_of_one_value_are_the_same(workspace: Workspace) -> None:
         ({"repeats": -1}, "photos.repeats  -1: .* 0"),
         ({"probability": 0}, "photos.probability  0: .* 0"),
         ({"crop": "perhaps"}, 'photos.crop  "perhaps": .*true or false'),
+        ({"crop_aspect": "closest", "crop": True}, "photos.crop_aspect_buckets  required by .*closest"),
+        ({"crop_aspect": "random", "crop": True}, "photos.crop_aspect_buckets  required by .*random"),
+        ({"crop_aspect_buckets": 1.5}, r"photos.crop_aspect_buckets  1.5: .*list"),
+        ({"crop_aspect_buckets": [1024]}, "photos.crop_aspect_buckets  .*1024: .*1/32 to 32"),
+        ({"crop_aspect_buckets": [0.03]}, "photos.crop_aspect_buckets  .*0.03: .*1/32 to 32"),
+        ({"crop_aspect_buckets": ["wide"]}, "photos.crop_aspect_buckets  .*numbers"),
+        ({"crop_aspect_buckets": [True]}, "photos.crop_aspect_buckets  .*numbers"),
+        ({"crop_aspect_buckets": [{"aspect": 1}]}, "photos.crop_aspect_buckets  .*aspect and weight"),
+        ({"crop_aspect_buckets": [{"aspect": 1, "weight": 0.9}]}, "photos.crop_aspect_buckets  .*0.9.*1"),
         (
-            {"crop_aspect": "closest"},
-            'photos.crop_aspect  "closest": known from .*square.*preserve',
+            {"crop_aspect_buckets": [{"aspect": 1, "weight": -1}]},
+            "photos.crop_aspect_buckets  .*-1: .*0",
         ),
+        (
+            {"crop_aspect_buckets": [1.0, {"aspect": 1, "weight": 1}]},
+            "photos.crop_aspect_buckets  .*numbers and objects",
+        ),
+        ({"max_upscale_threshold": 20}, "photos.max_upscale_threshold  20: .*1"),
+        (
+            {"crop": True, "maximum_image_size": 2048, "target_downsample_size": 511},
+            "photos.target_downsample_size  511 is below resolution 512",
+        ),
+        (
+            {"crop": True, "maximum_image_size": 4, "target_downsample_size": 1024},
+            "photos.maximum_image_size  4: .*resolution_type",
+        ),
+        ({"maximum_image_size": -1}, "photos.maximum_image_size  -1: .* 0"),
         ({"crop_aspect": "squarr"}, 'photos.crop_aspect  "squarr": .*Did you mean square'),
         ({"type": "huggingface"}, 'photos.type  "huggingface": known from SimpleTuner.*local'),
         ({"dataset_type": "conditioning"}, 'photos.dataset_type  "conditioning": known from SimpleTuner'),

@@ -107,6 +107,7 @@ def test_a_lora_that_begins_by_changing_the_base_is_refused_on_a_quantised_one(
     [
         ({"group_offload_type": "block_level"}, "group_offload_type  block_level"),
         ({"gradient_checkpointing": False}, "enable_group_offload  true: needs gradient_checkpointing"),
+        ({"gradient_checkpointing_interval": 2}, "gradient_checkpointing_interval  2: "),
         ({"base_model_precision": "nf4-bnb"}, "nf4-bnb layers stay on the device."),
         ({"group_offload_use_stream": True}, "group_offload_use_stream  known from"),
     ],

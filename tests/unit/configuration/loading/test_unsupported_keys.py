@@ -212,7 +212,6 @@ def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace
     [
         ("tread_config", {"routes": []}, "token routing", "ControlNet"),
         ("t5_padding", "zero", "Flux.1", "family"),
-        ("validation_no_cfg_until_timestep", 2, "Flux.1", "family"),
         ("controlnet", True, "ControlNet is not supported", "TREAD"),
         ("eval_loss_disable", True, "Remove it", "Did you mean"),
         ("noise_scheduler", "flowmatch", "unknown key", "Did you mean"),

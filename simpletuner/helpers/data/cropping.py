@@ -1,0 +1,139 @@
+"""The bucket and the crop of one image, by the settings of its dataset."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from random import Random
+
+from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBucket
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.resolution import square_size
+from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.data.buckets import (
+    Placement,
+    aspect_size,
+    bucket_size,
+    enlargement,
+    is_too_small,
+    place,
+    scale_to,
+)
+
+# Above the rounding errors of a threshold such as 0.2, below the share of a pixel in the longest edge.
+_ROUNDING = 1e-9
+_UNITS = {
+    "pixel": "shorter edge in px",
+    "area": "megapixels",
+    "pixel_area": "edge in px of a square with its area",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cropping:
+    """How the images of one dataset are sorted into buckets, resized and cropped.
+
+    The shape and the position of a random crop depend on the seed, the dataset and the image's name alone,
+    because latents are cached.
+    """
+
+    config: DatasetConfig
+    seed: int
+    alignment: int
+    """Width and height of buckets are multiples of this; pixels."""
+    aspect_decimals: int
+    """Decimals to which the aspect ratios of images are rounded before they are sorted into buckets."""
+
+    def placement(self, image_px: Size, *, name: str) -> Placement | str:
+        """The resized size and the crop of an image, or the reason why its size cannot be used."""
+        config = self.config
+        if problem := self._too_small(image_px):
+            return problem
+        target_px = self._bucket(image_px, name)
+        if target_px is None:
+            return (
+                f"each bucket of crop_aspect_buckets enlarges its {image_px} px by more than "
+                f"max_upscale_threshold {config.max_upscale_threshold:g}; raise it or remove the image"
+            )
+        least_scale = 0.0
+        if config.downsampling is not None and self.is_downsampled(image_px):
+            least_scale = scale_to(config.downsampling[1], image_px, config.resolution_type)
+        return place(
+            image_px,
+            target_px,
+            style=config.crop_style if config.crop else "center",
+            rng=Random(f"{self.seed} crop {config.id} {name!r}"),
+            least_scale=least_scale,
+        )
+
+    def is_downsampled(self, image_px: Size) -> bool:
+        """Whether an image is above maximum_image_size, and target_downsample_size makes it smaller."""
+        return self.config.downsampling is not None and all(
+            scale_to(size, image_px, self.config.resolution_type) < 1 for size in self.config.downsampling
+        )
+
+    def _too_small(self, image_px: Size) -> str | None:
+        minimum, resolution_type = self.config.minimum_image_size, self.config.resolution_type
+        if not is_too_small(image_px, minimum, resolution_type):
+            return None
+        return (
+            f"{image_px} px is smaller than minimum_image_size {minimum:g} ({_UNITS[resolution_type]}); "
+            "lower it or remove the image"
+        )
+
+    def _bucket(self, image_px: Size, name: str) -> Size | None:
+        """The size at which an image is encoded; None if no bucket is left for it."""
+        config = self.config
+        if config.crops_to_buckets:
+            return self._chosen_bucket(image_px, name)
+        if config.crop and config.crop_aspect == "square":
+            return square_size(
+                resolution=config.resolution,
+                resolution_type=config.resolution_type,
+                alignment=self.alignment,
+            )
+        return bucket_size(
+            image_px,
+            resolution=config.resolution,
+            resolution_type=config.resolution_type,
+            alignment=self.alignment,
+            aspect_decimals=self.aspect_decimals,
+        )
+
+    def _chosen_bucket(self, image_px: Size, name: str) -> Size | None:
+        config = self.config
+        sizes = {aspect: self._aspect_size(aspect) for aspect in map(_aspect, config.crop_aspect_buckets)}
+        threshold = config.max_upscale_threshold
+        left = [
+            bucket
+            for bucket in config.crop_aspect_buckets
+            if threshold is None or enlargement(image_px, sizes[_aspect(bucket)]) <= 1 + threshold + _ROUNDING
+        ]
+        if config.crop_aspect == "random":
+            rng = Random(f"{self.seed} crop aspect {config.id} {name!r}")
+            chosen = _drawn(left, rng)
+        else:
+            aspect = image_px.width / image_px.height
+            chosen = min(left, key=lambda bucket: abs(_aspect(bucket) - aspect), default=None)
+        return None if chosen is None else sizes[_aspect(chosen)]
+
+    def _aspect_size(self, aspect: float) -> Size:
+        return aspect_size(
+            aspect,
+            resolution=self.config.resolution,
+            resolution_type=self.config.resolution_type,
+            alignment=self.alignment,
+        )
+
+
+def _aspect(bucket: float | AspectBucket) -> float:
+    return bucket.aspect if isinstance(bucket, AspectBucket) else bucket
+
+
+def _drawn(buckets: list[float | AspectBucket], rng: Random) -> float | AspectBucket | None:
+    """A bucket, drawn by the weights; evenly among numbers. None if all weights are zero."""
+    sums = list(accumulate(each.weight if isinstance(each, AspectBucket) else 1.0 for each in buckets))
+    if not sums or sums[-1] == 0:
+        return None
+    return buckets[bisect_right(sums, rng.random() * sums[-1])]
