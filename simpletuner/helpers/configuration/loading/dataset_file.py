@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.loading.translation import (
     tables,
     translate_values,
 )
-from simpletuner.helpers.configuration.schema.base import OutputPath, Section, holds_text
+from simpletuner.helpers.configuration.schema.base import OutputPath, Section, takes_empty_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -214,7 +214,7 @@ def _translations(
         owned=section.model_fields,
         known=section.model_fields,
         context=Context({**inherited, **renamed.values}),
-        takes_empty=lambda key: holds_text(section, key),
+        takes_empty=lambda key: takes_empty_text(section, key),
     )
     return translation.values, [*renamed.decisions, *translation.decisions]
 

@@ -86,6 +86,10 @@ def _is_foreign(key: str, context: Context) -> bool:
     return key in context.foreign
 
 
+def _is_unet(key: str, context: Context) -> bool:
+    return _is_foreign(key, context) and context.spec is not None and context.spec.denoiser_name == "unet"
+
+
 def _has_fixed_shift(key: str, context: Context) -> bool:
     is_read = context.spec is not None and key in context.spec.own_keys
     return is_read and not context.is_on("flow_schedule_auto_shift")
@@ -131,6 +135,7 @@ RELATIONS: Mapping[str, Callable[[str, Context], bool]] = MappingProxyType(
         "loss is l2": _is_squared_loss,
         "not singlora": _is_not_singlora,
         "not the family's": _is_foreign,
+        "a UNet": _is_unet,
         "fixed shift": _has_fixed_shift,
         "decays to lr_end": _decays,
         "polynomial": _is_polynomial,
