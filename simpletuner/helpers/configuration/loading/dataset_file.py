@@ -85,7 +85,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     decisions: list[Decision] = []
     first_with: dict[str, int] = {}
     num_images = 0
-    conditioning = _conditioning_data(entries)
+    conditioning = conditioning_data(entries)
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             source.reject(f"[{index}]", entry, "must be an object, {...}.")
@@ -117,7 +117,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
 
 
-def _conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
+def conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
     """Id -> the entry whose conditioning_data names it."""
     named: dict[str, str] = {}
     for index, entry in enumerate(entries):
