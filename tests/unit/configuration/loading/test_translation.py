@@ -366,5 +366,5 @@ def test_entries_of_caches_are_read_like_simpletuner_s(workspace: Workspace) -> 
 
 def test_a_relation_reads_texts_and_numbers() -> None:
     context = Context({"target_downsample_size": "1024", "resolution": 1024.0, "crop": "true"})
-    assert RELATIONS["scaled to the resolution"]("maximum_image_size", context)
+    assert RELATIONS["target_downsample_size equals resolution"]("maximum_image_size", context)
     assert not RELATIONS["no random crop"]("vae_cache_clear_each_epoch", context)
