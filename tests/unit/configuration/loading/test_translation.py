@@ -93,6 +93,12 @@ def test_every_entry_of_the_table_has_a_sentence_and_names_what_exists() -> None
     assert used - {None} == RELATIONS.keys()
 
 
+def test_a_lycoris_json_of_a_standard_adapter_is_not_read(workspace: Workspace) -> None:
+    run = workspace.load(lora_type="standard", lycoris_config="config/no_such_file.json")
+    assert idle(run) == {"lycoris_config"}
+    assert "lycoris_config" in workspace.problems(lora_type="lycoris")
+
+
 @pytest.mark.parametrize("key", ["optimizer", "--optimizer"])
 def test_adamw_bf16_is_adamw_with_its_arguments(workspace: Workspace, key: str) -> None:
     run = workspace.load(**{key: "adamw_bf16", "optimizer_config": "weight_decay=0.1"})
