@@ -85,6 +85,29 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
     assert "warning" not in text
 
 
+def test_what_became_of_simpletuner_s_keys_is_one_block(folder: Path) -> None:
+    dataset = {"id": "mine", "instance_data_dir": str(folder / "images"), "write_batch_size": 1}
+    text = lines(run_of(folder, optimizer="adamw_bf16", quantize_via="cpu", data_backend_config=[dataset]))
+    block = text[text.index("  keys ") :].splitlines()
+    assert block[0].split() == ["keys", "1", "key", "translated,", "2", "without", "effect", "here:"]
+    assert [line.split()[0] for line in block[1:4]] == ["optimizer", "quantize_via:", "write_batch_size:"]
+    defaults = next(line for line in block if line.startswith("  defaults"))
+    assert "max_grad_norm 1.0 (there 2.0)" in defaults
+    plain = lines(run_of(folder, defaults="ours"))
+    assert "  keys " not in plain
+    assert "  defaults " not in plain
+
+
+def test_a_flavour_with_another_model_under_its_name_is_a_warning(folder: Path) -> None:
+    spec = registry.specs()["flux2"]
+    keys = {"model_family": "flux2", "aspect_bucket_alignment": 16, "pretrained_model_name_or_path": None}
+    warned = plan.warnings_of(run_of(folder, model_flavour="klein-9b", **keys), spec, batches=1)
+    assert [text for text in warned if "klein-base-9b" in text]
+    for changes in ({"model_flavour": "klein-base-9b"}, {"model_flavour": "klein-9b", "defaults": "ours"}):
+        warned = plan.warnings_of(run_of(folder, **keys, **changes), spec, batches=1)
+        assert not [text for text in warned if "klein" in text]
+
+
 @pytest.mark.parametrize(
     ("keys", "warning"),
     [
