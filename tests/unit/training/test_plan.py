@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import device, plan
+from simpletuner.helpers.training import build, device, plan
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, device_name, refuse_cpu
 from simpletuner.helpers.training.plan import plan_lines
 
@@ -217,6 +218,21 @@ def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> Non
     refuse_cpu(run_of(folder), torch.device("mps"), num_weights=large)
     refuse_cpu(run_of(folder), cpu, num_weights=LARGEST_ON_CPU)
     refuse_cpu(run_of(folder), cpu, num_weights=None)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_used_where_it_is_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    monkeypatch.setattr(build, "Accelerator", lambda **_: SimpleNamespace(scaler=None))
+    products = torch.backends.cuda.matmul
+    before = products.allow_tf32
+    products.allow_tf32 = not allowed
+    try:
+        build.build_accelerator(run_of(folder, allow_tf32=allowed))
+        assert products.allow_tf32 is allowed
+    finally:
+        products.allow_tf32 = before
 
 
 def test_the_device_is_named_in_words() -> None:
