@@ -225,14 +225,13 @@ def test_tf32_is_used_where_it_is_allowed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
 ) -> None:
     monkeypatch.setattr(build, "Accelerator", lambda **_: SimpleNamespace(scaler=None))
-    products = torch.backends.cuda.matmul
-    before = products.allow_tf32
-    products.allow_tf32 = not allowed
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
     try:
         build.build_accelerator(run_of(folder, allow_tf32=allowed))
-        assert products.allow_tf32 is allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
     finally:
-        products.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_device_is_named_in_words() -> None:
