@@ -234,12 +234,12 @@ class Loader:
             return
         is_new = checkpoint.resume_from_checkpoint is None
         seed = None if is_new else stored_seed(checkpoint.output_dir)
-        self.values = {
-            **self.values,
-            "seed": random.SystemRandom().randrange(_DRAWN_SEEDS) if seed is None else seed,
-        }
-        how = "Drawn; a run that goes on keeps its own." if seed is None else "The run's own, which goes on."
-        self.decisions.append(Decision("seed", -1, "translated", f"seed: {self.values['seed']}", how))
+        how = "The run's own, which goes on."
+        if seed is None:
+            seed = random.SystemRandom().randrange(_DRAWN_SEEDS)
+            how = "Drawn for each new run; one that goes on keeps its own."
+        self.values = {**self.values, "seed": seed}
+        self.decisions.append(Decision("seed", -1, "translated", f"seed: {seed}", how))
 
     def _differences(self, context: Context, dataset_file: DatasetFile) -> Iterator[DifferingDefault]:
         """The defaults that SimpleTuner has otherwise, unless the configuration chooses."""
