@@ -316,8 +316,9 @@ def test_sizes_of_validation_images_are_those_that_are_made(
     assert "validation_resolution" in decided(run)
 
 
-def test_a_size_that_fits_is_no_decision(flux: Workspace) -> None:
-    assert not flux.load(validation_resolution="1024x768").decisions
+@pytest.mark.parametrize("size", ["1024x768", 64, "512"])
+def test_a_size_that_fits_is_no_decision(flux: Workspace, size: object) -> None:
+    assert not flux.load(validation_resolution=size).decisions
 
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao"])
