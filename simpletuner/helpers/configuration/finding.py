@@ -10,6 +10,8 @@ from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.paths import with_slashes
 
 FILE = "config.json"
+OTHER_FORMS = ("config.toml", "config.env")
+"""Names that a folder may hold in its place."""
 DEFAULT = Path("config") / FILE
 PLACES = (Path(), Path("config"), Path("config/examples"))
 """A name is looked for below each of these folders of the working directory."""
@@ -42,7 +44,8 @@ def find_config(path: Path) -> Path:
     """
     written = (path, Path(with_slashes(str(path))))
     for candidate in (place / each for each in written for place in PLACES):
-        files = (candidate, candidate.with_name(f"{candidate.name}.json"), candidate / FILE)
+        in_folder = (candidate / name for name in (FILE, *OTHER_FORMS))
+        files = (candidate, candidate.with_name(f"{candidate.name}.json"), *in_folder)
         found = next((file for file in files if file.is_file()), None)
         if found is not None:
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
@@ -10,6 +10,7 @@ from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler
@@ -41,7 +42,7 @@ _SHOWN_BUCKETS = 6
 
 
 def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -> Iterator[str]:
-    """Lines on model, adapter, data, steps, images and files of a run, then one line for each warning.
+    """Lines on model, adapter, data, steps, images, files and keys of a run, then one for each warning.
 
     Args:
         config: The run.
@@ -72,10 +73,18 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         ("validation", _validation(config, batches=batches)),
         ("writes", _written(config)),
     ]
+    rows += _block("keys", translation_lines(config)) + _block(
+        "defaults", default_lines(config.differing_defaults)
+    )
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
+
+
+def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Rows of which the first has the name."""
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:
@@ -97,7 +106,12 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
     """What a person may not have meant, from the configuration and the number of batches in an epoch."""
     steps = config.training.planned_steps(batches_per_epoch=batches)
-    found = [*_examples_own(config), *_prediction(config), *_sizes_without_effect(config)]
+    found = [
+        *_other_model(config),
+        *_examples_own(config),
+        *_prediction(config),
+        *_sizes_without_effect(config),
+    ]
     if (
         config.training.max_train_steps is None
         and config.algorithm.name == "tlora"
@@ -141,6 +155,16 @@ def _only_before(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
             f"no GPU was found, and this denoiser has {billions(weights)} weights: the run ends at its start "
             "unless allow_cpu is true."
         )
+
+
+def _other_model(config: RunConfig) -> Iterator[str]:
+    for each in config.differing_defaults:
+        if each.key == "model_flavour" and each.ours == config.model.model_flavour:
+            named = config.model.pretrained_model_name_or_path
+            yield (
+                f"model_flavour {each.ours} is {named} here; what is {each.ours} in SimpleTuner is "
+                f"{each.theirs} here. Name the one that you mean, or set defaults."
+            )
 
 
 def _examples_own(config: RunConfig) -> Iterator[str]:

@@ -41,6 +41,7 @@ BETAS = st.floats(0, 0.999)
 PRECISIONS = st.sampled_from(["no_change", "int8-torchao", "fp8-torchao", "nf4-bnb"])
 
 CONFIG = {
+    "defaults": st.sampled_from(["ours", "simpletuner"]),
     "model_flavour": st.sampled_from(["small", "large"]),
     "model_type": st.just("lora"),
     "pretrained_model_name_or_path": st.tuples(NAMES, NAMES).map("/".join),
@@ -71,6 +72,7 @@ CONFIG = {
     "gradient_accumulation_steps": COUNTS,
     "gradient_checkpointing": SWITCHES,
     "gradient_checkpointing_interval": st.none() | COUNTS,
+    "allow_tf32": SWITCHES,
     "seed": st.integers(0, 2**63 - 1),
     "caption_dropout_probability": SHARES,
     "max_grad_norm": RATES,
@@ -257,7 +259,7 @@ def test_every_key_takes_part_in_the_round_trip() -> None:
 
 def _same(first: RunConfig, second: RunConfig) -> None:
     paths = {"data": {"data_backend_config"}, "adapter": {"lycoris_config"}}
-    for name in RunConfig.model_fields.keys() - {"source"}:
+    for name in RunConfig.model_fields.keys() - {"source", "decisions", "differing_defaults"}:
         leaving_out = paths.get(name)
         if leaving_out is None:
             assert vars(first)[name] == vars(second)[name], name

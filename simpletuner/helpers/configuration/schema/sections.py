@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, Algorithm
 from simpletuner.helpers.choices.losses import LOSSES
@@ -41,7 +41,6 @@ from simpletuner.helpers.configuration.schema.base import (
     as_json,
     contradiction,
     none_word,
-    path_context,
     registry_of,
 )
 from simpletuner.helpers.configuration.schema.datasets import (
@@ -52,44 +51,34 @@ from simpletuner.helpers.configuration.schema.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model_source import (
+    FILE_SUFFIX,
+    ModelSource,
+    OptionalModelSource,
+)
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
+    DifferingDefault,
     OptimizerArgument,
     is_off,
     optimizer_arguments,
     optimizer_problem,
     sizes,
 )
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.contracts import PredictionType, Size
 from simpletuner.helpers.io.redaction import redacted_json
 
 CHANGE_THE_BASE = ("olora", "pissa")
 """Values of lora_init_type: the adapter fits the base only after subtracting its start from it."""
-FILE_SUFFIX = ".safetensors"
 Precision = Annotated[str, OneOf(PRECISIONS)]
 
 
-def _model_source(value: object, info: ValidationInfo) -> object:
-    if not isinstance(value, str | Path) or not str(value).strip():
-        raise ValueError("must be the folder or repository of a model, as text.")
-    text = path_context(info).expand(str(value))
-    if text.lower().endswith((".ckpt", ".pt", ".pth", ".bin", ".gguf")):
-        raise ValueError(
-            "must be a folder in diffusers' layout or a .safetensors file: pickles can run code, and GGUF is "
-            "for inference."
-        )
-    path = path_context(info).input_path(text)
-    if path is not None and path.is_file() and path.suffix != FILE_SUFFIX:
-        raise ValueError("is a file. Give a folder in diffusers' layout, or a .safetensors file.")
-    if path is not None:
-        return str(path)
-    if text.startswith((".", "/", "~")) or text.count("/") != 1 or ":" in text or "\\" in text:
-        raise ValueError("not found. Give an existing folder or file, or a repository written owner/name.")
-    return text
+class FileConfig(Section):
+    """The configuration itself."""
 
-
-ModelSource = Annotated[str, BeforeValidator(_model_source)]
-OptionalModelSource = Annotated[ModelSource | None, BeforeValidator(lambda value: value or None)]
+    defaults: Literal["ours", "simpletuner"] = "ours"
+    """Values of the keys that are left out: this program's, or SimpleTuner's where they differ."""
 
 
 class ModelConfig(Section):
@@ -222,6 +211,8 @@ class PrecisionConfig(Section):
     """block_level: a group is some neighbouring blocks; leaf_level: a group is one layer."""
     group_offload_blocks_per_group: Count = 1
     """Blocks per group with block_level."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
     allow_cpu: bool = False
     """Train a denoiser of more than 300 million weights without a GPU, which takes days."""
     vae_batch_size: Count = 1
@@ -531,6 +522,7 @@ class RunConfig(Section):
 
     source: Path
     """The config.json."""
+    file: FileConfig = FileConfig()
     model: ModelConfig
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
@@ -546,6 +538,10 @@ class RunConfig(Section):
     validation: ValidationConfig
     compared_with: RunConfig | None = None
     """The run of validation_compared_config."""
+    decisions: tuple[Decision, ...] = Field(default=(), repr=False, exclude=True)
+    """What became of every key of the files that does not stay as it is."""
+    differing_defaults: tuple[DifferingDefault, ...] = Field(default=(), repr=False, exclude=True)
+    """Keys that are left out and that SimpleTuner would give another value; none if `defaults` is given."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -566,6 +562,7 @@ class RunConfig(Section):
     def filled(self) -> dict[str, JsonValue]:
         """The same without the lycoris json, and with the values of environment variables."""
         sections = (
+            self.file,
             self.model,
             self.adapter,
             self.training,
