@@ -126,6 +126,15 @@ def test_the_demo_asks_for_what_its_one_picture_does_not_show(load: Load, reposi
         assert (pattern, colour) != (make.CHARACTER_BACKGROUND.pattern, make.CHARACTER_BACKGROUND.colour)
 
 
+def test_the_demo_on_a_photograph_asks_for_what_it_trains_and_is_short(load: Load) -> None:
+    config = load("examples/demo-photo/config.json")
+    (dataset,) = config.datasets
+    (caption,) = dataset.instance_data_dir.glob("*.txt")
+    assert [prompt.text for prompt in config.validation.prompts] == [caption.read_text().strip()]
+    assert config.training.max_train_steps * config.training.train_batch_size <= 120
+    assert config.training.max_train_steps % config.validation.validation_step_interval == 0
+
+
 def test_the_papers_recipe_is_the_papers(load: Load) -> None:
     config = load("examples/sdxl-tlora-paper/config.json")
     lycoris = config.lycoris
