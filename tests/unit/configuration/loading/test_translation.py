@@ -297,6 +297,10 @@ def test_group_offload_of_a_unet_is_leaf_level(sdxl: Workspace) -> None:
     assert "group_offload_type" in sdxl.problems(enable_group_offload=True, group_offload_type="block_level")
 
 
+def test_group_offload_of_a_transformer_stays_block_level(flux: Workspace) -> None:
+    assert flux.load(enable_group_offload=True).precision.group_offload_type == "block_level"
+
+
 @pytest.mark.parametrize(
     ("flavour", "says"), [("kontext", "edit pairs"), ("libreflux", "LibreFlux"), ("fluxbooru", "FluxBooru")]
 )
