@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,22 @@ def test_what_became_of_simpletuner_s_keys_is_one_block(folder: Path) -> None:
     plain = lines(run_of(folder, defaults="ours"))
     assert "  keys " not in plain
     assert "  defaults " not in plain
+
+
+def test_the_start_of_a_run_says_what_became_of_its_keys(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "expected_mean_rank", lambda *_, **__: None)
+    components = SimpleNamespace(scheduler=SimpleNamespace(config={}))
+    context: Any = SimpleNamespace(
+        config=run_of(folder, quantize_via="cpu"),
+        family=SimpleNamespace(spec=registry.specs()["sdxl"], components=components),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        data=SimpleNamespace(batches_per_epoch=1),
+    )
+    with caplog.at_level(logging.INFO):
+        build.report_plan(context)
+    assert "quantize_via: no effect" in caplog.text
 
 
 def test_a_flavour_with_another_model_under_its_name_is_a_warning(folder: Path) -> None:
