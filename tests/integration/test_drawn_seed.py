@@ -10,15 +10,17 @@ from tests.integration.tiny_runs import TinyRun
 
 SCRIPT = """
 import json, sys
+from contextlib import ExitStack
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training.build import build_accelerator, with_shared_seed
+from simpletuner.helpers.training.build import prepare_run
 config = load_config(Path(sys.argv[1]), families=registry.specs())
-accelerator = build_accelerator(config)
-seeds = [config.training.seed, with_shared_seed(config).training.seed]
-path = Path(sys.argv[1]).with_name(f"seeds-{accelerator.process_index}.json")
-path.write_text(json.dumps(seeds))
+with ExitStack() as resources:
+    context = prepare_run(config, resources)
+    seeds = [config.training.seed, context.config.training.seed]
+    path = Path(sys.argv[1]).with_name(f"seeds-{context.accelerator.process_index}.json")
+    path.write_text(json.dumps(seeds))
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,16 +133,33 @@ def test_what_is_off_is_named_as_off(folder: Path, keys: dict[str, Any], part: s
 
 
 def test_what_became_of_simpletuner_s_keys_is_one_block(folder: Path) -> None:
-    dataset = {"id": "mine", "instance_data_dir": str(folder / "images"), "write_batch_size": 1}
+    images = str(folder / "images")
+    dataset = {"id": "mine", "instance_data_dir": images, "write_batch_size": 1, "max_workers": 2}
     text = lines(run_of(folder, optimizer="adamw_bf16", quantize_via="cpu", data_backend_config=[dataset]))
     block = text[text.index("  keys ") :].splitlines()
-    assert block[0].split() == ["keys", "1", "key", "translated,", "2", "without", "effect", "here:"]
-    assert [line.split()[0] for line in block[1:4]] == ["optimizer", "quantize_via:", "write_batch_size:"]
+    assert " ".join(block[0].split()) == "keys 1 key translated, 3 without effect here:"
+    assert [line.split()[0] for line in block[1:4]] == ["optimizer", "quantize_via:", "write_batch_size,"]
     defaults = next(line for line in block if line.startswith("  defaults"))
     assert "max_grad_norm 1.0 (there 2.0)" in defaults
     plain = lines(run_of(folder, defaults="ours"))
     assert "  keys " not in plain
     assert "  defaults " not in plain
+
+
+def test_the_start_of_a_run_says_what_became_of_its_keys(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(build, "expected_mean_rank", lambda *_, **__: None)
+    components = SimpleNamespace(scheduler=SimpleNamespace(config={}))
+    context: Any = SimpleNamespace(
+        config=run_of(folder, quantize_via="cpu"),
+        family=SimpleNamespace(spec=registry.specs()["sdxl"], components=components),
+        accelerator=SimpleNamespace(device=torch.device("cpu")),
+        data=SimpleNamespace(batches_per_epoch=1),
+    )
+    with caplog.at_level(logging.INFO):
+        build.report_plan(context)
+    assert "quantize_via: no effect" in caplog.text
 
 
 def test_a_flavour_with_another_model_under_its_name_is_a_warning(folder: Path) -> None:

@@ -167,7 +167,9 @@ def _starts_another(token: str, keys: Keys) -> bool:
     if token.startswith("--"):
         return True
     name = _canonical(token.partition("=")[0])
-    return "=" in token and (name in keys.owners or name in unsupported_keys("config.json"))
+    table = tables(FILE)
+    others = name in unsupported_keys("config.json") or name in table.arguments
+    return "=" in token and (name in keys.owners or others or any(table.without_effect(name)))
 
 
 def _parse_value(key: str, text: str) -> JsonValue:

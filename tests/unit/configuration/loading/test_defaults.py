@@ -91,6 +91,13 @@ def test_the_shift_is_the_explicit_one_then_the_default_then_the_family_s(flux: 
     assert sdxl.noise.flow_schedule_shift is None
 
 
+def test_their_defaults_win_over_the_family_s(flux: Workspace) -> None:
+    changes = {"validation_prompt": "x", "defaults": "simpletuner"}
+    assert flux.load(**changes).validation.validation_guidance == 7.5
+    assert str(flux.load().validation.validation_resolution[0]) == "256x256"
+    assert flux.load(defaults="ours").validation.validation_guidance == 3.5
+
+
 def test_a_resolved_configuration_stays_as_it_is_with_their_defaults(flux: Workspace) -> None:
     resolved = flux.load(defaults="simpletuner", max_grad_norm=1.0, seed=5).resolved()
     flux.config = dict(resolved)

@@ -208,6 +208,12 @@ def test_an_empty_text_is_left_out(workspace: Workspace, key: str) -> None:
     assert run.training.train_batch_size == 1
 
 
+def test_a_key_without_effect_is_no_value_of_the_argument_before_it(workspace: Workspace) -> None:
+    assert "tracker_run_name" in workspace.problems("--tracker_run_name", "quantize_via=cpu")
+    assert "tracker_run_name" in workspace.problems("--tracker_run_name", "adam_beta1=0.8")
+    assert workspace.load("--tracker_run_name", "a=b").tracking.tracker_run_name == "a=b"
+
+
 def test_an_empty_text_stays_where_it_is_a_text(workspace: Workspace) -> None:
     run = workspace.load(validation_negative_prompt="", resume_from_checkpoint="")
     assert run.checkpoint.resume_from_checkpoint is None
@@ -295,6 +301,10 @@ def test_group_offload_of_a_unet_is_leaf_level(sdxl: Workspace) -> None:
     assert decided(run)["enable_group_offload"][1] == "group_offload_type: leaf_level"
     assert sdxl.load(enable_group_offload=False).precision.group_offload_type == "block_level"
     assert "group_offload_type" in sdxl.problems(enable_group_offload=True, group_offload_type="block_level")
+
+
+def test_group_offload_of_a_transformer_stays_block_level(flux: Workspace) -> None:
+    assert flux.load(enable_group_offload=True).precision.group_offload_type == "block_level"
 
 
 @pytest.mark.parametrize(
