@@ -19,6 +19,7 @@ from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
@@ -48,6 +49,7 @@ SECTIONS: tuple[type[Section], ...] = (
     DataConfig,
     CheckpointConfig,
     TrackingConfig,
+    PublishingConfig,
     ValidationConfig,
 )
 COMPUTED_KEYS = frozenset({"prompts"})
@@ -126,6 +128,7 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
+        publishing = self._section(PublishingConfig)
         lycoris, dataset_file = self._lycoris(adapter), self._datasets(data)
         prompts = self._prompts(validation)
         if spec is not None:
@@ -138,6 +141,7 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+        rules.check_repository(tracking, publishing, self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
@@ -160,6 +164,7 @@ class Loader:
                 "datasets": dataset_file.datasets,
                 "checkpoint": checkpoint.section,
                 "tracking": tracking.section,
+                "publishing": publishing.section,
                 "validation": validation.section.model_copy(
                     update={"validation_resolution": sizes, "prompts": prompts}
                 ),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.publishing.uploads import Uploads
     from simpletuner.helpers.reporting.html_report.writer import RunPage
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
     from simpletuner.helpers.reporting.trackers import Trackers
@@ -75,6 +76,7 @@ class Trainer:
     display: ProgressDisplay
     page: RunPage
     final_files: FinalFiles
+    uploads: Uploads
     preemption: Preemption
     max_steps: int
     resources: ExitStack
@@ -98,7 +100,7 @@ class Trainer:
             LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
             Preempted: With several processes, a stop signal arrived while this one's loader hung.
         """
-        with self.resources, self.trackers, self.page, self.display:
+        with self.resources, self.uploads, self.trackers, self.page, self.display:
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
             self._take_steps(batches)
@@ -109,10 +111,12 @@ class Trainer:
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
+                self.uploads.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
                 return EXIT_PREEMPTED
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")
             self.final_files.save_summary(grid=grid, page=page)
+            self.uploads.request()
             return 0
 
     def close(self) -> None:
@@ -205,6 +209,7 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Save the current step; every process takes part."""
         self.checkpoints.save()
+        self.uploads.add_checkpoint(self.progress.step)
         self.accelerator.wait_for_everyone()
 
     def _take_steps(self, batches: Iterator[Batch]) -> None:
