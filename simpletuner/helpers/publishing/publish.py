@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +27,7 @@ from simpletuner.helpers.publishing import hub
 from simpletuner.helpers.publishing.card import card_images, write_card
 from simpletuner.helpers.publishing.privacy import without_paths
 from simpletuner.helpers.publishing.run_files import RunFiles, read_run
-from simpletuner.helpers.publishing.state import Uploaded, load_uploaded
-
-logger = logging.getLogger(__name__)
+from simpletuner.helpers.publishing.state import Uploaded, load_uploaded, note_repository
 
 DEFAULT_NAME = "simpletuner"
 SCRATCH_PREFIX = "upload-"
@@ -84,8 +81,7 @@ def publish(
         name = repository_of(run, given=repository, last=uploaded.last)
         is_private = not public and bool(run.config.get("model_card_private", True))
         opened = hub.with_retries(lambda: hub.open_repository(name, private=is_private))
-        if opened.is_new:
-            uploaded.forget(opened.name)
+        note_repository(opened, uploaded)
         card = write_card(folder, families=families, repository=opened.name)
         with TemporaryDirectory(dir=folder / UPLOAD_FOLDER, prefix=SCRATCH_PREFIX) as scratch:
             return _upload(run, card, opened, uploaded=uploaded, scratch=Path(scratch))
@@ -139,12 +135,6 @@ def _upload(
     digests = {name: str(file_entry(file)["sha256"]) for name, file in files.items()}
     missing = uploaded.missing(repository.name, digests)
     if missing:
-        is_known = repository.name in uploaded.repositories
-        if not repository.is_new and not is_known:
-            logger.warning(
-                "The repository %s exists already: files of the same names there get a new version.",
-                repository.name,
-            )
         message = f"Adapter after {run.header.get('steps', 'unknown')} steps"
         hub.with_retries(
             lambda: hub.commit(repository, {name: files[name] for name in missing}, message=message)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.run_folder import UPLOAD_FOLDER, UPLOAD_STATE_FILE
+from simpletuner.helpers.publishing.hub import Repository
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -27,18 +31,30 @@ class Uploaded:
         known = self.repositories.get(repository, {})
         return [name for name, digest in digests.items() if known.get(name) != digest]
 
-    def forget(self, repository: str) -> None:
-        """Take a repository as empty: it was removed and made anew."""
-        self.repositories.pop(repository, None)
-
-    def add(self, repository: str, digests: dict[str, str]) -> None:
-        """Note an upload.
+    def add(self, repository: str, digests: dict[str, str], *, is_new: bool = False) -> None:
+        """Note an upload; a new repository has nothing of earlier ones.
 
         Raises:
             StorageError: The file cannot be written.
         """
-        self.repositories[repository] = self.repositories.pop(repository, {}) | digests
+        known = self.repositories.pop(repository, {})
+        self.repositories[repository] = digests if is_new else known | digests
         write_json(_file(self.folder), {"repositories": self.repositories})
+
+
+def note_repository(repository: Repository, uploaded: Uploaded) -> None:
+    """Note the repository of the uploads to come, and warn of one that holds other files.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    if not repository.is_new and repository.name not in uploaded.repositories:
+        logger.warning(
+            "The repository %s exists already: files of the same names there get a new version. Set another "
+            "hub_model_id to keep them apart.",
+            repository.name,
+        )
+    uploaded.add(repository.name, {}, is_new=repository.is_new)
 
 
 def load_uploaded(folder: Path) -> Uploaded:

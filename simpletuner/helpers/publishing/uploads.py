@@ -21,6 +21,7 @@ from simpletuner.helpers.io.atomic import link_or_copy
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
 from simpletuner.helpers.publishing import hub
 from simpletuner.helpers.publishing.run_files import waiting_adapters, waiting_folder
+from simpletuner.helpers.publishing.state import load_uploaded, note_repository
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def check_login(name: str, *, private: bool, output_dir: Path, wait_s: float = L
         thread.join(wait_s)
         answer = found[0] if found else PublishError(f"The hub gave no answer in {wait_s:g} s.")
         if isinstance(answer, hub.Repository):
+            note_repository(answer, load_uploaded(output_dir))
             kind = "private" if answer.is_private else "public"
             logger.info("Uploads go to %s (%s).", answer.address, kind)
             return True
@@ -93,7 +95,7 @@ class Uploads:
     repository: str | None = None
     public: bool = False
     should_stop: Callable[[], bool] = bool
-    """Whether a signal stops the run."""
+    """Whether a signal stops the run, which then waits no longer."""
     wait_s: float = FINISH_WAIT_S
     _changed: Condition = field(default_factory=Condition)
     _is_wanted: bool = False
@@ -142,10 +144,6 @@ class Uploads:
         with self._changed:
             self._is_wanted = self.is_enabled
             self._changed.notify()
-
-    def limit_wait(self, seconds: float) -> None:
-        """Have the end of the run wait no longer than this."""
-        self.wait_s = min(self.wait_s, seconds)
 
     def _too_many(self) -> list[Path]:
         return waiting_adapters(self.output_dir)[:-MOST_WAITING]

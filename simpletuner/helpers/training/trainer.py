@@ -111,7 +111,6 @@ class Trainer:
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
-                self.uploads.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
                 return EXIT_PREEMPTED
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")

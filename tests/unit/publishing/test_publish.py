@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,8 +77,11 @@ def test_nothing_of_this_machine_is_in_what_is_sent(run: Path, server: HubServer
     checkpoint(run, 2)
     upload(run)
     sent = b"".join([*server.bodies, *server.repos[NAME].files.values()])
-    for private in (str(tmp_path), "/private", socket.gethostname(), TOKEN, str(Path.home()) + "/"):
+    for private in (str(tmp_path), "/private", TOKEN, f"{Path.home()}/"):
         assert private.encode() not in sent, private
+    for name in ("README.md", "config.resolved.json"):
+        text = server.repos[NAME].files[name].decode()
+        assert not re.search(rf"\b{re.escape(socket.gethostname())}\b", text)
     config = json.loads(server.repos[NAME].files["config.resolved.json"])
     assert config["cache_dir_vae"] == "vae"
     assert config["data_backend_config"][0]["instance_data_dir"] == "photos"
@@ -273,10 +277,12 @@ def test_an_edited_card_is_uploaded_as_it_is(run: Path, server: HubServer) -> No
     assert server.repos[NAME].files["README.md"] == b"Mine."
 
 
-def run_command(server: HubServer, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
+def run_command(
+    server: HubServer, *arguments: str, token: str = TOKEN, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "simpletuner", "publish", *arguments],
-        env=os.environ | server.environment | {"HF_TOKEN": token},
+        env=os.environ | server.environment | {"HF_TOKEN": token} | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -297,3 +303,19 @@ def test_the_command_uploads_and_says_what(run: Path, server: HubServer) -> None
     refused = run_command(server, str(run), token="hf_anotheranotheranother")
     assert refused.returncode == 2
     assert "hf_another" not in refused.stdout + refused.stderr
+
+
+def test_the_client_uploads_by_its_newer_protocol_too_and_sends_no_telemetry(
+    run: Path, server: HubServer, tmp_path: Path
+) -> None:
+    done = run_command(server, str(run), HF_HUB_DISABLE_XET="0", HF_HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert server.has_chunks
+    files = server.repos[NAME].files
+    grid = (run / "validation" / "step-4" / "grid.png").read_bytes()
+    assert files["images/grid.png"].decode() == hashlib.sha256(grid).hexdigest()
+    stored = json.loads((run / "hub" / "uploaded.json").read_text())["repositories"][NAME]
+    assert files[ADAPTER].decode() == stored[ADAPTER]
+    known = re.compile(r"/(api/(whoami-v2|repos/create|validate-yaml|models/)|cas/)")
+    assert not [each for each in server.requests if not known.search(each)]
+    assert str(tmp_path).encode() not in b"".join(server.bodies)

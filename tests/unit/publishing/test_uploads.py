@@ -148,10 +148,17 @@ def test_offline_the_end_of_the_run_names_the_command(
     assert not server.requests
 
 
-def test_the_login_is_checked_and_the_repository_made_before_a_run(run: Path, server: HubServer) -> None:
+def test_the_login_is_checked_and_the_repository_made_before_a_run(
+    run: Path, server: HubServer, caplog: pytest.LogCaptureFixture
+) -> None:
     assert check_login("cat", private=True, output_dir=run)
     assert server.repos["somebody/cat"].private
     assert check_login("somebody/cat", private=True, output_dir=run)
+    assert not warnings(caplog)
+    server.add("somebody/other", private=True)
+    for _ in range(2):  # one warning: the second run goes on with its repository
+        assert check_login("other", private=True, output_dir=run)
+    assert len(warnings(caplog)) == 1
 
 
 @pytest.mark.parametrize(

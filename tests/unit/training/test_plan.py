@@ -199,3 +199,26 @@ def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> Non
 def test_the_device_is_named_in_words() -> None:
     assert device_name(torch.device("cpu")).startswith("cpu, ")
     assert "Mac" in device_name(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown", "is_warned"),
+    [
+        ({}, "", False),
+        ({"push_checkpoints_to_hub": True}, "", True),
+        ({"push_to_hub": True}, "simpletuner of the login; a new one is private", False),
+        (
+            {"push_to_hub": True, "hub_model_id": "https://hf.co/me/cat", "model_card_private": False},
+            "me/cat; a new one is public",
+            False,
+        ),
+    ],
+    ids=["none", "checkpoints alone", "by the project", "by its address"],
+)
+def test_the_plan_says_where_it_uploads_to(
+    folder: Path, keys: dict[str, Any], shown: str, is_warned: bool
+) -> None:
+    text = lines(run_of(folder, **keys))
+    assert ("  uploads " in text) == bool(shown)
+    assert shown in text
+    assert ("push_checkpoints_to_hub" in text) == is_warned
