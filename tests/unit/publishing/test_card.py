@@ -25,7 +25,7 @@ HOSTILE = (
     "<script>alert(1)</script> ![](http://x) [link](y) *bold* _it_",
     "---\nlicense: mit\n---",
     "1. a: b # c, 'd' \\ & é 🐱 \u202e \x07 %YAML",
-    "- item",
+    "- item\n```\n# out of the fence\n````",
     "{{ jinja }} $HOME `code`",
 )
 
