@@ -147,6 +147,17 @@ def test_without_a_login_a_run_ends_before_it_writes_anything_of_its_own(
     assert not (run.output_dir / "config.resolved.json").exists()
 
 
+def test_a_finished_run_that_is_started_again_uploads_what_is_missing(
+    server: HubServer, tmp_path: Path
+) -> None:
+    run, keys = TinyRun(tmp_path), {"push_to_hub": True, "hub_model_id": "final", "max_train_steps": 1}
+    assert run.run(**keys) == 0
+    first = server.repos.pop("somebody/final").files
+    assert {name for name in first if name.endswith(".safetensors")} == {ADAPTER}
+    assert run.run(**keys) == 0
+    assert server.repos["somebody/final"].files == first
+
+
 def test_a_card_is_written_without_any_upload(tmp_path: Path) -> None:
     run = TinyRun(tmp_path)
     assert run.run(max_train_steps=1) == 0

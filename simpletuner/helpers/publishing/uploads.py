@@ -34,7 +34,7 @@ QUIET_S = 1.0
 """A wait that is not worth a line."""
 LOGIN_WAIT_S = 30.0
 END_WAIT_S = 2.0
-"""For an upload that was told to end."""
+"""For the thread of an upload whose process was ended."""
 OFFLINE = "HF_HUB_OFFLINE is set"
 _POLL_S = 0.1
 
@@ -164,11 +164,9 @@ class Uploads:
             is_left, self._is_closing = self._is_busy(), True
             self._changed.notify()
         if (process := self._process) is not None:
-            process.terminate()
+            process.kill()  # what it left unfinished is in no file that anybody reads
         if self._thread is not None:
             self._thread.join(END_WAIT_S)
-        if (process := self._process) is not None:
-            process.kill()
         if is_left:
             self._problem = "it had not ended with the run"
         if self._problem:
@@ -216,7 +214,7 @@ class Uploads:
             return
         self._process = process
         if self._is_closing:  # since before there was a process to end
-            process.terminate()
+            process.kill()
         output, errors = process.communicate()
         self._process = None
         if self._is_closing:

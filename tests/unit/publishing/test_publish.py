@@ -242,7 +242,7 @@ def test_what_stays_is_reported_and_the_next_call_goes_on(
 
 
 def test_the_address_of_a_storage_is_reported_without_its_signature(run: Path, server: HubServer) -> None:
-    server.failures["PUT /storage/"] = [400] * 9
+    server.failures["PUT /storage/"] = [410] * 9
     with pytest.raises(PublishError) as caught:
         upload(run)
     assert "/storage/" in str(caught.value)

@@ -112,6 +112,7 @@ def test_a_checkpoint_may_be_removed_while_its_adapter_waits(
     ]
     assert uploads._is_wanted
     (run / "hub" / "checkpoint-10" / ADAPTER).unlink()
+    write_adapter(run / "checkpoint-10" / ADAPTER)
     uploads.add_checkpoint(10)  # saved once, uploaded once
     assert not (run / "hub" / "checkpoint-10" / ADAPTER).exists()
 
