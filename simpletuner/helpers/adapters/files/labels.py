@@ -140,7 +140,7 @@ def _trainer_labels(config: RunConfig) -> dict[str, object]:
             "ss_network_module": LYCORIS_MODULE,
             "ss_network_args": json.dumps({"algo": lycoris.algo}),
             "ss_network_dim": lycoris.linear_dim,
-            "ss_network_alpha": f"{lycoris.linear_alpha:g}",
+            "ss_network_alpha": f"{lycoris.linear_alpha * lycoris.multiplier:g}",
         }
     return {
         **network,

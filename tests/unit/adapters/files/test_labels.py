@@ -25,6 +25,7 @@ from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.registry import specs
 
 SIZE = Size(64, 64)
+LYCORIS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 4}
 
 
 def sample(caption: str, path: str = "a.png") -> Sample:
@@ -42,11 +43,10 @@ def config(folder: Path, **keys: object) -> RunConfig:
             "instance_prompt": "sks",
         }
     ]
-    lycoris = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 4}
     values = {
         "model_family": "sdxl",
         "lora_type": "lycoris",
-        "lycoris_config": lycoris,
+        "lycoris_config": LYCORIS,
         "data_backend_config": dataset,
         "output_dir": str(folder / "my-cat"),
         "resolution": 512,
@@ -94,6 +94,7 @@ def test_labels_state_the_model_the_network_and_the_training(tmp_path: Path) -> 
         ({"lora_type": "standard", "lora_rank": 6, "lora_alpha": 3}, "ss_network_alpha", "6"),
         ({"lora_type": "standard", "lora_rank": 6, "lora_init_type": "pissa"}, "ss_network_dim", "12"),
         ({"lora_type": "standard"}, "ss_network_module", None),
+        ({"lycoris_config": LYCORIS | {"multiplier": 0.5}}, "ss_network_alpha", "2"),
         ({"tracker_run_name": "third try"}, "modelspec.title", "third try"),
         ({"hub_model_id": "me/cat-lora", "tracker_run_name": "third try"}, "modelspec.title", "cat-lora"),
         ({"model_card_note": "A cat."}, "modelspec.description", "A cat."),
