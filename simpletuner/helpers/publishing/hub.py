@@ -79,7 +79,7 @@ def open_repository(name: str, *, private: bool) -> Repository:
         full_name = name if "/" in name else f"{owner}/{name}"
         is_new = _create(api, full_name, private=private)
         is_private = private if is_new else bool(api.model_info(full_name).private)
-    except (LocalTokenNotFoundError, TRANSPORT_ERROR, OSError, ValueError) as error:
+    except (LocalTokenNotFoundError, TRANSPORT_ERROR, OSError, ValueError, LookupError) as error:
         raise _explained(error, name) from error
     if private and not is_private:
         raise ConfigError(

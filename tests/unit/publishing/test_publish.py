@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -326,3 +327,14 @@ def test_the_client_uploads_by_its_newer_protocol_too_and_sends_no_telemetry(
     known = re.compile(r"/(api/(whoami-v2|repos/create|validate-yaml|models/)|cas/)")
     assert not [each for each in server.requests if not known.search(each)]
     assert str(tmp_path).encode() not in b"".join(server.bodies)
+
+
+def test_a_hub_that_never_answers_is_given_up(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.hangs = "whoami"
+    monkeypatch.setattr(client, "ANSWER_WAIT_S", 0.2)
+    try:
+        client.bound_waits()
+        with pytest.raises(PublishError, match="ReadTimeout"):
+            client.open_repository("cat", private=True)
+    finally:
+        set_client_factory(default_client_factory)
