@@ -314,6 +314,27 @@ def export_command(
             print(f"{error:.1e} {path}")
 
 
+@app.command("publish")
+def publish_command(
+    *,
+    output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", metavar="OWNER/NAME", help="Default: hub_model_id of the run."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Create a public repository, or upload to one.")
+    ] = False,
+) -> None:
+    """Upload a run's adapter and model card to the Hugging Face hub, or what is missing there."""
+    configure_logging(main_process=True)
+    from simpletuner.helpers.publishing.hub import bound_waits
+    from simpletuner.helpers.publishing.publish import publish
+
+    bound_waits()
+    print(publish(output_dir, families=registry.specs(), repository=repo, public=public).summary())
+
+
 @app.command("report")
 def report_command(
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],

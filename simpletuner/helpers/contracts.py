@@ -51,6 +51,26 @@ class FusedSlice:
 
 
 @dataclass(frozen=True, slots=True)
+class Licence:
+    """Licence of a published model, by the names of its model card on the hub."""
+
+    identifier: str
+    """The hub's identifier; "other" with a name and a link."""
+    name: str | None = None
+    link: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLabels:
+    """The names by which other programs know a model in the header of an adapter file."""
+
+    architecture: str
+    """Architecture ID of the metadata standard ModelSpec, without the /lora of an adapter."""
+    version: str
+    """ss_base_model_version, as other trainers write it."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Plain data about a family; the configuration is checked with it before torch is imported."""
 
@@ -91,9 +111,19 @@ class ModelSpec:
     lora_preset_key: str | None = None
     """Key of config.json that names a preset; None without presets."""
     target_aliases: Mapping[str, TargetAlias] = field(default_factory=dict)
+    licences: Mapping[str, Licence] = field(default_factory=dict)
+    """Flavour -> licence of its repository, where it is known."""
+    labels: Mapping[str, ModelLabels] = field(default_factory=dict)
+    """Flavour -> labels of its adapters; "" for a model of the family that is none of its flavours."""
+    original_code: str | None = None
+    """Address of the code whose layer names the original checkpoint has."""
     original_name: Callable[[str], str | FusedSlice] | None = None
     """Maps a layer's path in diffusers to its name in the original checkpoint, with its rows if the original
     joins several layers. Raises ValueError for an unknown layer path."""
+
+    def flavour_of(self, repository: str) -> str | None:
+        """The flavour whose model a repository is; None for another model, a folder or a file."""
+        return next((name for name, each in self.flavours.items() if each == repository), None)
 
 
 @dataclass(frozen=True, slots=True)

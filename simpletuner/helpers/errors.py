@@ -45,6 +45,10 @@ class NothingToResumeError(CheckpointError):
     exit_code = 3
 
 
+class PublishError(SimpleTunerError):
+    """Files cannot be uploaded."""
+
+
 class MissingDependencyError(SimpleTunerError):
     """An optional package is not installed; the message names the extra to install."""
 

@@ -23,6 +23,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "TextCacheEntry.cache_dir": _OPENED,
     "TrainingConfig.num_train_epochs": "read through TrainingConfig.planned_steps",
     "TrackingConfig.webhook_config": _OPENED,
+    "PublishingConfig.model_card_safe_for_work": "read from the resolved configuration, as the command does",
     "TextCacheEntry.default": "has one value; the key is accepted because users' files have it",
     "ValidationConfig.user_prompt_library": _OPENED,
     "ValidationConfig.validation_compared_config": _OPENED,

@@ -31,6 +31,7 @@ BROAD_EXCEPTS: dict[str, str] = {
     "caching/prefetch.py _serve": "what a thread raises is raised again where its result is used",
     "reporting/html_report/writer.py RunPage._best_effort": "a page must never end a run",
     "reporting/tracker_thread.py TrackerThread._work": "a tracker must never end a run",
+    "training/final_files.py FinalFiles._save_card": "a card must never end a run",
     "sampling/validation_sampler.py ValidationSampler.best_effort": "a validation must never end a run",
 }
 

@@ -55,6 +55,7 @@ PLACES = {
     "filelock": ("helpers/io/",),
     "huggingface_hub": ("helpers/models/", "helpers/publishing/"),
     "pydantic": ("helpers/configuration/",),
+    "yaml": ("helpers/publishing/",),
     "typer": ("cli.py",),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),
@@ -63,7 +64,12 @@ PLACES = {
 }
 
 # Distribution name where it differs from the import name.
-DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "lycoris": "lycoris-lora",
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+}
 # Brought by a declared dependency that cannot do without it.
 BROUGHT_BY = {"tokenizers": "transformers", "pydantic_core": "pydantic"}
 

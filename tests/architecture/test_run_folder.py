@@ -8,7 +8,10 @@ from tests.architecture.package_source import HELPERS, Module, assert_only, modu
 
 HOME = Module(HELPERS / "io" / "run_folder.py")
 # "module name" -> the other file that has the same name.
-OTHER_FILES: dict[str, str] = {}
+OTHER_FILES: dict[str, str] = {
+    "simpletuner/helpers/adapters/files/foreign/schedules.py lycoris_config.json": "of another program's run",
+    "simpletuner/helpers/configuration/examples.py README.md": "of the examples",
+}
 
 
 def test_no_other_module_writes_a_file_name_of_the_output_folder() -> None:

@@ -87,3 +87,10 @@ def test_a_quick_command_imports_no_heavy_library_and_does_little(command: str, 
     assert not {name.partition(".")[0] for name in own.modules} & HEAVY
     assert len(own.modules - libraries.modules) < MAX_MODULES
     assert own.num_calls < MAX_RATIO * libraries.num_calls
+
+
+def test_an_upload_imports_no_heavy_library() -> None:
+    own = start(
+        "\n    import simpletuner.helpers.publishing.publish, simpletuner.helpers.publishing.uploads\n"
+    )
+    assert not {name.partition(".")[0] for name in own.modules} & HEAVY

@@ -10,6 +10,7 @@ import xxhash
 
 from simpletuner import __version__
 from simpletuner.helpers.adapters.files.adapter_file import weight_hash
+from simpletuner.helpers.adapters.files.labels import labels_of_run
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.schema.base import holds_text
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.configuration.schema.sections import NoiseConfig, RunConfig
+    from simpletuner.helpers.contracts import ModelSpec
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
 
@@ -79,8 +81,17 @@ def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
     return values
 
 
-def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
-    """Metadata about the training, redacted, for the header of the adapter file."""
+def adapter_metadata(
+    config: RunConfig, data: TrainingData, *, spec: ModelSpec, scheduler: Mapping[str, object]
+) -> dict[str, str]:
+    """Metadata about the training, redacted, for the header of the adapter file.
+
+    Args:
+        config: The run.
+        data: Its samples.
+        spec: Its family.
+        scheduler: Configuration of the model's scheduler, for the prediction type.
+    """
     datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
     replaced = {key: value for key, value in config.model if key.startswith("pretrained_")}
     del replaced["pretrained_model_name_or_path"]
@@ -107,4 +118,11 @@ def adapter_metadata(config: RunConfig, data: TrainingData) -> dict[str, str]:
         "datasets": json.dumps(Counter(redacted(sample.dataset_id) for sample in data.samples)),
         "trigger_words": redacted(", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets}))),
     }
-    return {name: str(value) for name, value in metadata.items() if value not in (None, "")}
+    own = {name: str(value) for name, value in metadata.items() if value not in (None, "")}
+    prediction_type = config.model.prediction_type or scheduler.get("prediction_type")
+    return own | labels_of_run(
+        config,
+        spec,
+        samples=data.samples,
+        prediction_type=None if prediction_type is None else str(prediction_type),
+    )

@@ -44,6 +44,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
+from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
@@ -78,6 +79,7 @@ SECTIONS: tuple[type[Section], ...] = (
     DataConfig,
     CheckpointConfig,
     TrackingConfig,
+    PublishingConfig,
     ValidationConfig,
 )
 COMPUTED_KEYS = frozenset({"prompts", "webhooks"})
@@ -171,6 +173,7 @@ class Loader:
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
+        publishing = self._section(PublishingConfig)
         lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
         self.decisions += dataset_file.decisions
         prompts, webhooks = self._prompts(validation), self._webhooks(tracking)
@@ -184,6 +187,7 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+        rules.check_repository(tracking, publishing, self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
@@ -208,6 +212,7 @@ class Loader:
                 "datasets": dataset_file.datasets,
                 "checkpoint": checkpoint.section,
                 "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
+                "publishing": publishing.section,
                 "validation": validation.section.model_copy(
                     update={"validation_resolution": sizes, "prompts": prompts}
                 ),

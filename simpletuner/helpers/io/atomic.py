@@ -75,6 +75,29 @@ def write_json(path: Path, data: Json | Sequence[JsonValue]) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Replace a file by another's content, which stays when the other one is replaced or removed.
+
+    A hard link where the file system has them, else a copy.
+
+    Raises:
+        StorageError: The file cannot be written, or the other one not read.
+    """
+    partial = target.parent / _partial_name()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            try:
+                os.link(source, partial)
+            except OSError:
+                shutil.copyfile(source, partial)
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)  # a link to the file that target is already stays beside it
+    except OSError as error:
+        raise storage_error(target, error) from error
+
+
 @contextmanager
 def publish_folder(path: Path, *, needed: int | None = None) -> Iterator[Path]:
     """Yield a temporary folder; on exit it becomes `path`, complete and with a manifest.

@@ -17,10 +17,12 @@ from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.process import is_running
 from simpletuner.helpers.io.run_folder import LOCK_FILE, LOCK_HOLDER_FILE
 
+RUN_REMEDY = "Wait for that run to end, stop it, or set another output_dir."
+
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Lock an output folder for one run, and create it if it is missing.
+def run_lock(folder: Path, *, remedy: str = RUN_REMEDY) -> Iterator[None]:
+    """Lock a folder, an output folder for one run, and create it if it is missing; `remedy` ends the error.
 
     The operating system releases the lock when the process dies, so the next run can take it.
 
@@ -33,10 +35,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise StorageError(
-            f"{printable(str(folder))}: in use by {_holder(folder)}. "
-            "Wait for that run to end, stop it, or set another output_dir."
-        ) from error
+        raise StorageError(f"{printable(str(folder))}: in use by {_holder(folder)}. {remedy}") from error
     except OSError as error:
         raise storage_error(folder, error) from error
     try:

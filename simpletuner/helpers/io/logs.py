@@ -70,11 +70,14 @@ def configure_logging(
 ) -> None:
     """Log to standard error, redacted, one line per event; only the main process logs below level error.
 
-    Call it before diffusers and transformers are imported: they read these environment variables on import.
+    Call it before diffusers, transformers and the hub's client are imported: they read these environment
+    variables on import.
     """
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # The hub's client would send it the processor, the libraries and the speed of each transfer.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # torch has a handler of its own, and torchao's import makes it warn.
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     redact_terminal()

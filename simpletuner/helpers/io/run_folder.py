@@ -31,6 +31,16 @@ SUMMARY_FILE = "finished.json"
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
 
+# The model card, for people who get the adapter; the repository on the hub has the same names.
+CARD_FOLDER = "model-card"
+CARD_FILE = "README.md"
+CARD_IMAGES_FOLDER = "images"
+LYCORIS_FILE = "lycoris_config.json"
+
+UPLOAD_FOLDER = "hub"
+"""Adapters of checkpoints that wait for their upload, and UPLOAD_STATE_FILE."""
+UPLOAD_STATE_FILE = "uploaded.json"
+
 # In a checkpoint, beside CONFIG_FILE and ADAPTER_FILE.
 CHECKPOINT_MANIFEST_FILE = "manifest.json"
 COMPATIBILITY_FILE = "compatibility.json"
@@ -59,6 +69,11 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 def checkpoint_folders(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of each checkpoint, oldest step first."""
     return _numbered(output_dir, _CHECKPOINT)
+
+
+def grid_name(step: int) -> str:
+    """Name of the grid of this optimiser step's validation, where it stands with those of others."""
+    return f"grids/{_STEP}{step}.png"
 
 
 def validation_step_folder(validation: Path, step: int) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,41 @@ def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple
         }
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
+
+
+def read_metadata(path: Path, *, error: type[SimpleTunerError]) -> dict[str, str]:
+    """The texts in the header of a file, without torch; {} without any.
+
+    Raises:
+        SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
+    """
+    try:
+        metadata = json.loads(_header_bytes(path, error=error)).get("__metadata__", {})
+        return {str(key): str(value) for key, value in metadata.items()}
+    except (OSError, ValueError, RecursionError, AttributeError) as failure:
+        raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
+
+
+def with_metadata(path: Path, metadata: Mapping[str, str], *, error: type[SimpleTunerError]) -> bytes:
+    """The bytes of a file with other texts in its header.
+
+    Raises:
+        SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(_header_bytes(path, error=error)) | {"__metadata__": dict(metadata)}
+    except (OSError, ValueError, RecursionError, TypeError) as failure:
+        raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
+    return header_bytes(header) + data[start:]
+
+
+def header_bytes(header: Mapping[str, Any]) -> bytes:
+    """A header as it stands at the start of a file, its keys sorted: equal headers give equal bytes."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager

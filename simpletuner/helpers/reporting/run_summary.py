@@ -13,6 +13,7 @@ from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.redaction import redacted_json
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, SUMMARY_FILE
+from simpletuner.helpers.publishing.uploads import Uploads
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,9 @@ class RunSummary:
     """Whether ComfyUI reads the adapter file, and what to use instead; None for runs of earlier versions."""
     page: str | None = None
     """The HTML report; None when it could not be written, and for runs of earlier versions."""
+
+    card: str | None = None
+    """The model card; None when it could not be written, and for runs of earlier versions."""
 
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> size and SHA-256 of the adapter file and its export; empty for runs of earlier versions."""
@@ -68,6 +72,8 @@ class RunSummary:
             logger.info("Images:      %s", self.grid)
         if self.page is not None:
             logger.info("Report:      %s", self.page)
+        if self.card is not None:
+            logger.info("Model card:  %s", self.card)
         logger.info("Checkpoint:  %s", self.checkpoint)
         logger.info("Metrics:     %s", self.metrics)
         for tracker, folder in (self.trackers or {}).items():
@@ -89,9 +95,10 @@ class FinishedRun:
 
     summary: RunSummary
     max_steps: int
+    uploads: Uploads
 
     def run(self) -> int:
-        """Log that the run is finished and how to train on; returns exit code 0."""
+        """Log that the run is finished, upload what is missing; returns exit code 0."""
         step, wanted = self.summary.step, self.max_steps
         more = f"{counted(step, 'step')}, more than the {wanted} it is asked for"
         logger.info(
@@ -101,4 +108,6 @@ class FinishedRun:
             "" if step == wanted else f" above {step}",
         )
         self.summary.show()
+        with self.uploads:
+            self.uploads.request()
         return 0

@@ -59,6 +59,7 @@ from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
 from simpletuner.helpers.models.recomputing import recompute_blocks
 from simpletuner.helpers.models.registry import load_family, specs
 from simpletuner.helpers.models.weights_on_disk import num_denoiser_weights
+from simpletuner.helpers.publishing.uploads import Uploads, check_login
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
 from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
@@ -138,6 +139,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         if finished is not None:
             return finished
         report_plan(context)
+        check_uploads(context)
         trackers = build_run_trackers(context)
         prompts = expand_prompts(config.validation, seed=config.training.seed)
         fill_caches(
@@ -213,7 +215,40 @@ def finished_run(context: RunContext) -> FinishedRun | None:
         return None
     if context.accelerator.is_main_process:
         restore_damaged(summary, output_dir, checkpoint=resumed.path, spec=context.family.spec)
-    return FinishedRun(summary, context.max_steps)
+    return FinishedRun(summary, context.max_steps, build_uploads(context))
+
+
+def check_uploads(context: RunContext) -> None:
+    """Check the login of a run that uploads, and find or create its repository.
+
+    Raises:
+        ConfigError: There is no valid login, or it may not write there.
+    """
+    publishing = context.config.publishing
+    if publishing.push_to_hub and context.accelerator.is_main_process:
+        check_login(
+            repository_name(context.config),
+            private=publishing.model_card_private,
+            output_dir=context.config.checkpoint.output_dir,
+        )
+
+
+def build_uploads(context: RunContext) -> Uploads:
+    """The uploads of the run, on the main process; not yet started."""
+    config, publishing = context.config, context.config.publishing
+    return Uploads(
+        output_dir=config.checkpoint.output_dir,
+        is_enabled=publishing.push_to_hub and context.accelerator.is_main_process,
+        with_checkpoints=publishing.push_checkpoints_to_hub,
+        repository=repository_name(config),
+        public=not publishing.model_card_private,
+        should_stop=lambda: context.preemption.requested,
+    )
+
+
+def repository_name(config: RunConfig) -> str:
+    """owner/name, or name for the owner of the login."""
+    return config.publishing.hub_model_id or config.tracking.tracker_project_name
 
 
 def build_components(
@@ -260,7 +295,9 @@ def build_components(
         adapter=adapter,
         optimizer=optimizer,
         progress=Progress(),
-        metadata=adapter_metadata(config, data),
+        metadata=adapter_metadata(
+            config, data, spec=context.family.spec, scheduler=context.family.components.scheduler.config
+        ),
         scaler=accelerator.scaler,
     )
     if context.resumed is not None:
@@ -301,8 +338,10 @@ def build_components(
             output_dir=output_dir,
             state=state,
             is_main_process=is_main_process,
-            comfyui=context.family.spec if config.adapter.lora_format == "comfyui" else None,
+            spec=context.family.spec,
+            exports_to_comfyui=config.adapter.lora_format == "comfyui",
         ),
+        uploads=build_uploads(context),
         preemption=context.preemption,
         max_steps=context.max_steps,
         resources=resources.pop_all(),

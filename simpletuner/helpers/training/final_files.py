@@ -22,6 +22,7 @@ from simpletuner.helpers.io.run_folder import (
     WANDB_FOLDER,
     checkpoint_folder,
 )
+from simpletuner.helpers.publishing.card import write_card
 from simpletuner.helpers.reporting.run_summary import RunSummary
 
 if TYPE_CHECKING:
@@ -38,16 +39,16 @@ class FinalFiles:
     output_dir: Path
     state: RunState
     is_main_process: bool
-    comfyui: ModelSpec | None
-    """Export to ComfyUI's layout for this family; None exports nothing."""
+    spec: ModelSpec
+    exports_to_comfyui: bool = False
 
     def save_adapter(self) -> None:
         """Write the adapter file and its export. Every process calls it, to gather a sharded adapter."""
         adapter = self.output_dir / ADAPTER_FILE
         if self.is_main_process:
             self.state.save_adapter(adapter)
-            if self.comfyui is not None:
-                _export(self.output_dir, self.comfyui)
+            if self.exports_to_comfyui:
+                _export(self.output_dir, self.spec)
         elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
                 self.state.save_adapter(Path(scratch) / ADAPTER_FILE)
@@ -57,7 +58,7 @@ class FinalFiles:
         if not self.is_main_process:
             return
         step = self.state.progress.step
-        exported = None if self.comfyui is None else self.output_dir / COMFYUI_FILE
+        exported = self.output_dir / COMFYUI_FILE if self.exports_to_comfyui else None
         summary = RunSummary(
             step=step,
             adapter=str(self.output_dir / ADAPTER_FILE),
@@ -68,6 +69,7 @@ class FinalFiles:
             comfyui=None if exported is None else str(exported),
             comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
             page=None if page is None else str(page),
+            card=self._save_card(),
             trackers={
                 name: str(folder)
                 for name in (TENSORBOARD_FOLDER, WANDB_FOLDER)
@@ -77,6 +79,14 @@ class FinalFiles:
         summary.sealed(self.output_dir).save(self.output_dir)
         logger.info("Finished %s.", counted(step, "step"))
         summary.show()
+
+    def _save_card(self) -> str | None:
+        """Write the model card; None when that failed."""
+        try:
+            return str(write_card(self.output_dir, families={self.spec.name: self.spec}))
+        except Exception as error:  # noqa: BLE001 - named boundary: a card must never end a run
+            logger.warning("The model card was not written: %s: %s", type(error).__name__, error)
+            return None
 
 
 def restore_damaged(summary: RunSummary, output_dir: Path, *, checkpoint: Path, spec: ModelSpec) -> None:

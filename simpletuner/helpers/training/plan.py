@@ -76,6 +76,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     rows += _block("keys", translation_lines(config)) + _block(
         "defaults", default_lines(config.differing_defaults)
     )
+    if config.publishing.push_to_hub:
+        rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
@@ -112,6 +114,8 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         *_prediction(config),
         *_sizes_without_effect(config),
     ]
+    if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
+        found.append("push_checkpoints_to_hub uploads nothing without push_to_hub. Set push_to_hub to true.")
     if (
         config.training.max_train_steps is None
         and config.algorithm.name == "tlora"
@@ -341,3 +345,14 @@ def _written(config: RunConfig) -> str:
         *(TENSORBOARD_FOLDER if name == "tensorboard" else name for name in config.tracking.report_to),
     ]
     return f"{printable(str(config.checkpoint.output_dir))}: {', '.join(files)}"
+
+
+def _uploaded(config: RunConfig) -> str:
+    publishing = config.publishing
+    name = publishing.hub_model_id or config.tracking.tracker_project_name
+    owner = "" if "/" in name else " of the login"
+    kind = "private" if publishing.model_card_private else "public"
+    when = (
+        "every checkpoint and the finished run" if publishing.push_checkpoints_to_hub else "the finished run"
+    )
+    return f"{when}, to the repository {name}{owner}; a new one is {kind}"

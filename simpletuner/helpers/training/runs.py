@@ -12,7 +12,7 @@ from accelerate.utils import gather_object, release_memory
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.sampling.prompts import expand_prompts
-from simpletuner.helpers.training.build import build_trainer, finished_run, prepare_run
+from simpletuner.helpers.training.build import build_trainer, check_uploads, finished_run, prepare_run
 from simpletuner.helpers.training.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def _has_validations_left(config: RunConfig) -> bool:
         context = prepare_run(config, resources)
         context.preemption.check("checking the compared runs")
         has_steps_left = finished_run(context) is None
+        if has_steps_left:
+            check_uploads(context)
     _reset_accelerate()
     return has_steps_left
 

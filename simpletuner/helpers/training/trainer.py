@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.publishing.uploads import Uploads
     from simpletuner.helpers.reporting.html_report.writer import RunPage
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
     from simpletuner.helpers.reporting.trackers import Trackers
@@ -75,6 +76,7 @@ class Trainer:
     display: ProgressDisplay
     page: RunPage
     final_files: FinalFiles
+    uploads: Uploads
     preemption: Preemption
     max_steps: int
     resources: ExitStack
@@ -98,7 +100,7 @@ class Trainer:
             LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
             Preempted: With several processes, a stop signal arrived while this one's loader hung.
         """
-        with self.resources, self.trackers, self._failure_notified(), self.page, self.display:
+        with self.resources, self.uploads, self.trackers, self._failure_notified(), self.page, self.display:
             self._notify("start", f"Training from step {self.progress.step} to {self.max_steps}")
             self.validation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
@@ -118,6 +120,7 @@ class Trainer:
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")
             self.final_files.save_summary(grid=grid, page=page)
             self._notify("end", f"Finished after {self.progress.step} steps")
+            self.uploads.request()
             return 0
 
     def close(self) -> None:
@@ -213,6 +216,7 @@ class Trainer:
         self.checkpoints.save()
         if saved != step:
             self._notify("checkpoint", f"Saved the checkpoint of step {step}")
+        self.uploads.add_checkpoint(self.progress.step)
         self.accelerator.wait_for_everyone()
 
     def _notify(self, kind: Kind, text: str, *, level: Level = "info") -> None:

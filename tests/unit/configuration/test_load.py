@@ -493,3 +493,20 @@ def test_output_dir_of_a_compared_run_may_be_read_only(
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "finished")
     loaded = workspace.load(validation_compared_config="other.json")
     assert loaded.compared_with is not None
+
+
+def test_the_repository_is_named_by_hub_model_id_or_by_a_project_that_can_be_one(
+    workspace: Workspace,
+) -> None:
+    assert workspace.load(
+        push_to_hub=True, hub_model_id="https://huggingface.co/me/cat"
+    ).publishing.hub_model_id == ("me/cat")
+    workspace.load(push_to_hub=False, hub_model_id=None, tracker_project_name="my cats")
+    assert "tracker_project_name" in workspace.problems(push_to_hub=True)
+    assert "hub_model_id" in workspace.problems(hub_model_id="me//cat")
+
+
+def test_the_title_is_that_of_the_repository_the_run_or_the_folder(workspace: Workspace) -> None:
+    assert workspace.load(output_dir="out/cats").title == "cats"
+    assert workspace.load(tracker_run_name="try 2").title == "try 2"
+    assert workspace.load(hub_model_id="me/cat").title == "cat"

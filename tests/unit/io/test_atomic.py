@@ -17,6 +17,7 @@ import pytest
 
 from simpletuner.helpers.io import atomic
 from simpletuner.helpers.io.atomic import (
+    link_or_copy,
     publish_folder,
     remove_leftovers,
     verify_manifest,
@@ -380,3 +381,28 @@ def test_each_file_of_a_folder_is_flushed_through_a_writable_descriptor(
     publish(tmp_path / "folder", b"new")
     assert len(is_writable) > 3
     assert all(is_writable)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_linked_or_copied_file_stays_when_the_other_goes(
+    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no hard links here")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    source, target = tmp_path / "source", tmp_path / "folder" / "target"
+    source.write_bytes(b"first")
+    link_or_copy(source, target)
+    link_or_copy(source, target)
+    assert (source.stat().st_ino == target.stat().st_ino) == has_links
+    write_bytes(source, b"second")
+    assert target.read_bytes() == b"first"
+    link_or_copy(source, target)
+    source.unlink()
+    assert target.read_bytes() == b"second"
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    with pytest.raises(StorageError):
+        link_or_copy(source, target)
+    assert target.read_bytes() == b"second"

@@ -21,16 +21,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simpletuner.helpers.configuration.text.secrets import HIDDEN, without_secrets
 from simpletuner.helpers.io.run_folder import CONFIG_FILE
 from simpletuner.helpers.reporting.html_report import gallery, writer
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart, nice_ticks
 from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run, relative_path
 from simpletuner.helpers.reporting.html_report.markup import (
-    HIDDEN,
     data_block,
     format_duration,
     format_number,
-    without_secrets,
 )
 from simpletuner.helpers.reporting.html_report.page import write_page
 from simpletuner.helpers.reporting.html_report.series import Points, downsample, read_log, smooth

@@ -11,8 +11,10 @@ import pytest
 
 from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.io.run_folder import SUMMARY_FILE
+from simpletuner.helpers.publishing.uploads import Uploads
 from simpletuner.helpers.reporting.run_summary import FinishedRun, RunSummary, load_summary
 
+NO_UPLOADS = Uploads(output_dir=Path("output"), is_enabled=False)
 SUMMARY = RunSummary(
     step=6,
     adapter="a.safetensors",
@@ -50,7 +52,7 @@ def test_a_finished_run_longer_than_it_is_asked_for_names_both_numbers(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO):
-        FinishedRun(replace(SUMMARY, step=60), 1).run()
+        FinishedRun(replace(SUMMARY, step=60), 1, NO_UPLOADS).run()
     assert "6 of 1" not in caplog.text
     assert "60 steps, more than the 1" in caplog.text
     assert "max_train_steps above 60" in caplog.text
@@ -58,7 +60,7 @@ def test_a_finished_run_longer_than_it_is_asked_for_names_both_numbers(
 
 def test_finished_run_ends_well_and_says_where_everything_lies(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert FinishedRun(SUMMARY, 6).run() == 0
+        assert FinishedRun(SUMMARY, 6, NO_UPLOADS).run() == 0
     assert "step 6 of 6" in caplog.text
     assert "max_train_steps" in caplog.text
     for place in (

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, SUMMARY_FILE
+from simpletuner.helpers.models.registry import specs
 from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
@@ -30,7 +31,7 @@ class State:
 
 
 def make(folder: Path, state: State, *, is_main_process: bool) -> FinalFiles:
-    return FinalFiles(output_dir=folder, state=state, is_main_process=is_main_process, comfyui=None)
+    return FinalFiles(output_dir=folder, state=state, is_main_process=is_main_process, spec=specs()["sdxl"])
 
 
 def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_path: Path) -> None:

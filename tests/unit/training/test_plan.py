@@ -371,3 +371,26 @@ def test_an_interval_without_gradient_checkpointing_is_named(
     config = run_of(folder, gradient_checkpointing=checkpoints, gradient_checkpointing_interval=interval)
     found = plan.warnings_of(config, registry.specs()["sdxl"], batches=6)
     assert any("gradient_checkpointing_interval" in text for text in found) == is_named
+
+
+@pytest.mark.parametrize(
+    ("keys", "shown", "is_warned"),
+    [
+        ({}, "", False),
+        ({"push_checkpoints_to_hub": True}, "", True),
+        ({"push_to_hub": True}, "simpletuner of the login; a new one is private", False),
+        (
+            {"push_to_hub": True, "hub_model_id": "https://hf.co/me/cat", "model_card_private": False},
+            "me/cat; a new one is public",
+            False,
+        ),
+    ],
+    ids=["none", "checkpoints alone", "by the project", "by its address"],
+)
+def test_the_plan_says_where_it_uploads_to(
+    folder: Path, keys: dict[str, Any], shown: str, is_warned: bool
+) -> None:
+    text = lines(run_of(folder, **keys))
+    assert ("  uploads " in text) == bool(shown)
+    assert shown in text
+    assert ("push_checkpoints_to_hub" in text) == is_warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -15,14 +16,16 @@ import xxhash
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.files import labels
 from simpletuner.helpers.adapters.quantised import is_quantized
+from simpletuner.helpers.adapters.tlora import rank_schedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_bytes
-from simpletuner.helpers.io.safetensors_file import open_safetensors
+from simpletuner.helpers.io.safetensors_file import header_bytes, open_safetensors
 
 logger = logging.getLogger(__name__)
 
-SCHEDULE_KEY = "tlora_config"
+SCHEDULE_KEY = rank_schedule.SCHEDULE_KEY
 LYCORIS_KEY = "lycoris_config"
 METADATA_KEY = "lora_adapter_metadata"  # PEFT's configuration, which diffusers reads and writes
 HASH_KEY = "base_weights_hash"
@@ -159,7 +162,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, s
     """
     _refuse_non_finite(path, tensors)
     own = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
-    write_bytes(path, _with_sorted_header(save(own, metadata={"format": "pt"} | dict(metadata))))
+    write_bytes(path, _with_own_header(save(own, metadata={"format": "pt"} | dict(metadata))))
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -195,12 +198,13 @@ def warn_about_other_base(file: AdapterFile, here: Mapping[str, str]) -> None:
         )
 
 
-def _with_sorted_header(data: bytes) -> bytes:
-    """Sort the keys of a safetensors header; the library writes them in any order."""
+def _with_own_header(data: bytes) -> bytes:
+    """Sort the keys of the header, which the library writes in any order, and add the hash of the tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
-    text = json.dumps(json.loads(data[8:start]), sort_keys=True, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
-    return b"".join((len(text).to_bytes(8, "little"), text, memoryview(data)[start:]))
+    header = json.loads(data[8:start])
+    if labels.SPECIFICATION in header["__metadata__"]:
+        header["__metadata__"][labels.HASH] = f"0x{hashlib.sha256(memoryview(data)[start:]).hexdigest()}"
+    return header_bytes(header) + memoryview(data)[start:]
 
 
 def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

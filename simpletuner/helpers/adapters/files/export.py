@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.adapters.adapter import Adapter
-from simpletuner.helpers.adapters.files import adapter_file, comfyui, scales
+from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels, scales
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
@@ -195,6 +195,14 @@ def export_adapter(
         if fixed.band is not None:
             metadata["timesteps"] = json.dumps(fixed.band)
         metadata |= header_of(layers, options.layout, families[name])
+        metadata |= labels.labels_of_export(
+            stored.metadata,
+            families[name],
+            keeps_names=options.layout in ("diffusers", "lycoris"),
+            ranks=[layer.rank for layer in layers],
+            alphas=[layer.alpha for layer in layers],
+            has_other_layers=bool(renamed),
+        )
         target = _file_name(output, fixed.band)
         adapter_file.write(target, converted | renamed, metadata=metadata)
         exported = Exported(

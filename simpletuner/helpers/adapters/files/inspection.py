@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from simpletuner.helpers.adapters.files import adapter_file, comfyui
+from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels
 from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts, stated_schedule
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
@@ -167,7 +167,11 @@ def inspect(file: Path) -> Inspection:
         trigger_words=header.get("trigger_words"),
         targets=lycoris.get("apply_preset"),
         num_base_hashes=len(stored.entry(adapter_file.HASH_KEY) or {}),
-        training={key: value for key, value in header.items() if key not in SHOWN_ELSEWHERE},
+        training={
+            key: value
+            for key, value in header.items()
+            if key not in SHOWN_ELSEWHERE and not key.startswith(labels.PREFIXES)
+        },
         missing=tuple(_missing(reading, algorithm=algorithm, specs=specs)),
         left_out=_counts(reading.foreign.left_out.values()),
         comfyui=comfyui.advice({key: each.shape for key, each in stored.tensors.items()}, file=file),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Files hold the position.
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive", "cosine", "linear")
 ROUNDED: tuple[ScheduleVariant, ...] = ("cosine", "linear")
+SCHEDULE_KEY = "tlora_config"
+"""Of a schedule in an adapter file's header."""
 LARGEST = 2**20
 """Rank and number of timesteps; a table has an entry for each."""
 

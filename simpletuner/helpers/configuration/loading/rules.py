@@ -16,6 +16,7 @@ from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_V
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.resolution import (
     PIXELS_PER_MEGAPIXEL,
     nearest_multiple,
@@ -33,7 +34,8 @@ from simpletuner.helpers.configuration.schema.sections import (
     TrainingConfig,
     ValidationConfig,
 )
-from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
+from simpletuner.helpers.configuration.schema.values import is_off, repository_problem
 from simpletuner.helpers.configuration.text.problems import nearest, shown
 from simpletuner.helpers.contracts import ModelSpec, Size
 
@@ -291,6 +293,19 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
             source.add(
                 "validation_resolution", f"{size}: width and height must be multiples of {step}. Use {near}."
             )
+
+
+def check_repository(
+    tracking: Validated[TrackingConfig], publishing: Validated[PublishingConfig], source: Source
+) -> None:
+    """Check that tracker_project_name can name the repository where hub_model_id is not set."""
+    section = publishing.if_valid("push_to_hub", "hub_model_id")
+    project = tracking.if_valid("tracker_project_name")
+    if section is None or project is None or not section.push_to_hub or section.hub_model_id is not None:
+        return
+    if problem := repository_problem(project.tracker_project_name):
+        text = f"tracker_project_name {shown(project.tracker_project_name)} {problem}"
+        source.add("hub_model_id", f"{text} Set hub_model_id, or rename the project.")
 
 
 def check_output(

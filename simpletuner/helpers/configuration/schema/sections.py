@@ -56,6 +56,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
     ModelSource,
     OptionalModelSource,
 )
+from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
@@ -535,6 +536,7 @@ class RunConfig(Section):
     """Image datasets, without disabled ones."""
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
+    publishing: PublishingConfig
     validation: ValidationConfig
     compared_with: RunConfig | None = None
     """The run of validation_compared_config."""
@@ -547,6 +549,12 @@ class RunConfig(Section):
     def algorithm(self) -> Algorithm:
         """Algorithm of the adapter."""
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
+
+    @property
+    def title(self) -> str:
+        """Name of the adapter: that of the repository, of the tracker's run, or of the output folder."""
+        repository = (self.publishing.hub_model_id or "").rpartition("/")[2]
+        return repository or self.tracking.tracker_run_name or self.checkpoint.output_dir.name
 
     def resolved(self) -> dict[str, JsonValue]:
         """Every key and its value in one flat json object, which load_config can read.
@@ -572,6 +580,7 @@ class RunConfig(Section):
             self.data,
             self.checkpoint,
             self.tracking,
+            self.publishing,
             self.validation,
         )
         flat: dict[str, JsonValue] = {}

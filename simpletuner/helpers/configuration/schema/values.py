@@ -18,6 +18,10 @@ _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
 _BETAS = ("beta1", "beta2")
 _DEFAULT_BETAS = (0.9, 0.999)
 
+LONGEST_REPOSITORY = 96
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<![-.])", re.ASCII)
+_HUB_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?:models/)?", re.IGNORECASE)
+
 
 @dataclass(frozen=True, slots=True)
 class DifferingDefault:
@@ -78,6 +82,44 @@ def trackers(value: object) -> object:
         return names
     plain = [name.strip().lower() if isinstance(name, str) else name for name in names]
     return tuple(dict.fromkeys(name for name in plain if name not in ("", "none")))
+
+
+def hub_repository(value: object) -> object:
+    """A repository of the hub, owner/name or name, also from its address; None for no value.
+
+    Raises:
+        ValueError: The hub refuses such a name.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    address = _HUB_ADDRESS.match(text)
+    if address is not None:
+        parts = re.split(r"[?#]", text[address.end() :])[0].split("/")
+        # The address of a dataset or a space stays whole, which no repository's name is.
+        text = text if parts[0] in ("datasets", "spaces") else "/".join(parts[:2]).rstrip("/")
+    if not text:
+        return None
+    if problem := repository_problem(text):
+        raise ValueError(problem)
+    return text
+
+
+def repository_problem(name: str) -> str | None:
+    """Why the hub refuses a repository's name; None for a valid one.
+
+    Source: the rules of huggingface_hub's validate_repo_id.
+    """
+    if len(name) > LONGEST_REPOSITORY:
+        return f"has {len(name)} characters; a repository's name has at most {LONGEST_REPOSITORY}."
+    if not _REPOSITORY.fullmatch(name):
+        return (
+            "must be owner/name or name, of letters, digits, -, _ and . that begin with a letter, digit or _ "
+            "and do not end with - or a dot."
+        )
+    if "--" in name or ".." in name:
+        return "must not have -- or .. in it."
+    return "must not end with .git." if name.endswith(".git") else None
 
 
 def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from simpletuner.helpers.contracts import ModelSpec, TargetAlias
+from simpletuner.helpers.contracts import Licence, ModelLabels, ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
@@ -31,6 +31,17 @@ FLAVOURS: Mapping[str, FluxFlavour] = {
     "krea": FluxFlavour("black-forest-labs/FLUX.1-Krea-dev", has_guidance=True, text_tokens=512),
     "schnell": FluxFlavour("black-forest-labs/FLUX.1-schnell", has_guidance=False, text_tokens=256),
 }
+
+_NON_COMMERCIAL = {
+    name: Licence(
+        "other",
+        "flux-1-dev-non-commercial-license",
+        f"https://huggingface.co/{FLAVOURS[name].repository}/blob/main/LICENSE.md",
+    )
+    for name in ("dev", "krea")
+}
+# Models that others made of Flux.1 are of dev's architecture, but for those of schnell, which say so.
+_LABELS = dict.fromkeys(("dev", "krea", ""), ModelLabels("flux-1-dev", "flux1"))
 
 _CONTEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 _IMAGE = ("to_k", "to_q", "to_v", "to_out.0")
@@ -106,6 +117,9 @@ SPEC = ModelSpec(
         ),
     },
     original_name=original_name,
+    original_code="https://github.com/black-forest-labs/flux",
+    licences=_NON_COMMERCIAL | {"schnell": Licence("apache-2.0")},
+    labels=_LABELS | {"schnell": ModelLabels("flux-1-schnell", "flux1")},
     dynamic_shift=shift_by_tokens,
     num_weights=dict.fromkeys(FLAVOURS, 11_900_000_000),
     layer_sides={

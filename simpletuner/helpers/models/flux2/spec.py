@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from simpletuner.helpers.contracts import ModelSpec, TargetAlias
+from simpletuner.helpers.contracts import Licence, ModelLabels, ModelSpec, TargetAlias
 from simpletuner.helpers.models.flux2.key_names import original_name
 from simpletuner.helpers.models.key_groups import (
     FLOW_KEYS,
@@ -22,6 +22,20 @@ FLAVOURS: Mapping[str, Flavour] = {
     "klein-base-9b": Flavour("black-forest-labs/FLUX.2-klein-base-9B", has_guidance=False),
     "klein-4b": Flavour("black-forest-labs/FLUX.2-klein-4B", has_guidance=False),
     "klein-9b": Flavour("black-forest-labs/FLUX.2-klein-9B", has_guidance=False),
+}
+_NON_COMMERCIAL = {
+    name: Licence(
+        "other",
+        "flux-dev-non-commercial-license" if name == "dev" else "flux-non-commercial-license",
+        f"https://huggingface.co/{FLAVOURS[name].repository}/blob/main/LICENSE.md",
+    )
+    for name in ("dev", "klein-base-9b", "klein-9b")
+}
+_SIZES = {name: "dev" if name == "dev" else name[-2:] for name in FLAVOURS}
+_LABELS = {
+    "dev": ModelLabels("Flux.2-dev", "flux2"),
+    "4b": ModelLabels("flux.2-klein-4b", "flux2_klein_4b"),
+    "9b": ModelLabels("flux.2-klein-9b", "flux2_klein_9b"),
 }
 SHIFT_STEPS = 50
 """Number of steps for Flux.2's step-dependent shift; training has none, so it uses the pipeline default."""
@@ -83,6 +97,9 @@ SPEC = ModelSpec(
         "FeedForward": TargetAlias(modules=("Flux2FeedForward",)),
     },
     original_name=original_name,
+    original_code="https://github.com/black-forest-labs/flux2",
+    licences=_NON_COMMERCIAL | dict.fromkeys(("klein-base-4b", "klein-4b"), Licence("apache-2.0")),
+    labels={name: _LABELS[size] for name, size in _SIZES.items()},
     dynamic_shift=empirical_shift,
     layer_sides={
         name: dict.fromkeys(_IN_BLOCKS, width)

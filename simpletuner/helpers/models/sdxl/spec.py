@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from simpletuner.helpers.contracts import ModelSpec, TargetAlias
+from simpletuner.helpers.contracts import Licence, ModelLabels, ModelSpec, TargetAlias
 from simpletuner.helpers.models.key_groups import DIFFUSION_KEYS, UNET_KEYS
 from simpletuner.helpers.models.sdxl.key_names import original_name
 
@@ -46,6 +46,17 @@ SPEC = ModelSpec(
         "FeedForward": TargetAlias(modules=("FeedForward",)),
     },
     original_name=original_name,
+    original_code="https://github.com/Stability-AI/generative-models",
+    # Base 0.9's licence is not stated here: its card gives it no name.
+    licences={
+        "base-1.0": Licence("openrail++"),
+        "turbo": Licence(
+            "other",
+            "sai-nc-community",
+            "https://huggingface.co/stabilityai/sdxl-turbo/blob/main/LICENSE.md",
+        ),
+    },
+    labels=dict.fromkeys((*_FLAVOURS, ""), ModelLabels("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")),
     num_weights=dict.fromkeys(_FLAVOURS, 2_600_000_000),
     layer_sides=dict.fromkeys(_FLAVOURS, LAYER_SIDES),
 )

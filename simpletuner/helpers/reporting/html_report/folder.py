@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
+from simpletuner.helpers.configuration.text.secrets import without_secrets
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
 from simpletuner.helpers.io.redaction import hide_named
@@ -29,7 +30,6 @@ from simpletuner.helpers.io.run_folder import (
     validation_step_folders,
 )
 from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
-from simpletuner.helpers.reporting.html_report.markup import without_secrets
 from simpletuner.helpers.reporting.html_report.series import Log, read_log
 
 State = Literal["running", "finished", "stopped", "failed"]

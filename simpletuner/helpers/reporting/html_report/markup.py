@@ -5,33 +5,15 @@ from __future__ import annotations
 import html
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.redaction import redacted
-
-HIDDEN = "(hidden)"
-_SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
-_SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)[A-Za-z0-9_-]{12,}")
 
 
 def escape(text: object) -> str:
     """Redact and escape text for an element or an attribute; control characters become visible escapes."""
     return html.escape("\n".join(printable(line) for line in redacted(str(text)).split("\n")))
-
-
-def without_secrets(value: Any) -> Any:
-    """JSON with HIDDEN in place of access tokens and of values whose key names a secret."""
-    if isinstance(value, Mapping):
-        return {
-            key: HIDDEN if each and _SECRET_KEY.search(str(key)) else without_secrets(each)
-            for key, each in value.items()
-        }
-    if isinstance(value, list):
-        return [without_secrets(each) for each in value]
-    return _SECRET_VALUE.sub(HIDDEN, redacted(value)) if isinstance(value, str) else value
 
 
 def data_block(data: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simpletuner.helpers.configuration.schema.values import (
+    hub_repository,
     optimizer_arguments,
     optimizer_problem,
     sizes,
@@ -108,3 +109,65 @@ def test_arguments_that_an_optimizer_cannot_take_are_named(
 def test_arguments_of_their_own_optimizer_are_no_problem() -> None:
     assert optimizer_problem("adamw", {"betas": (0.9, 0.99), "weight_decay": 0, "eps": 1e-6}) is None
     assert optimizer_problem("prodigy", {"d_coef": 2.0, "use_bias_correction": True}) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("me/my-cat", "me/my-cat"),
+        (" my_cat.v2 ", "my_cat.v2"),
+        ("https://huggingface.co/me/my-cat", "me/my-cat"),
+        ("https://huggingface.co/me/my-cat/tree/main?x=1#y", "me/my-cat"),
+        ("http://www.huggingface.co/models/me/cat/", "me/cat"),
+        ("hf.co/me/cat", "me/cat"),
+        ("HTTPS://HuggingFace.co/cat", "cat"),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_repository_is_read_by_its_name_or_its_address(written: object, expected: str | None) -> None:
+    assert hub_repository(written) == expected
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("a b", "a/b/c", "a--b", "me/a..b", "-a", "a-", "me/.a", "me/a.", "a.git", "\u00e4", "me/", "/cat"),
+        "a" * 97,
+        "https://example.com/me/cat",
+        "https://huggingface.co/datasets/me/cat--dog",
+    ],
+)
+def test_a_repository_that_the_hub_refuses_is_refused(written: str) -> None:
+    with pytest.raises(ValueError, match=r"must|at most"):
+        hub_repository(written)
+
+
+def test_the_rules_of_repositories_are_those_of_the_client() -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    for name in (
+        "a b",
+        "a--b",
+        "a..b",
+        "-a",
+        "a-",
+        ".a",
+        "a.",
+        "a.git",
+        "me/-a",
+        "a" * 97,
+        "a_",
+        "_a",
+        "me/a_b.c-d",
+    ):
+        try:
+            validate_repo_id(name)
+            is_valid = True
+        except HFValidationError:
+            is_valid = False
+        try:
+            assert (hub_repository(name) == name) == is_valid, name
+        except ValueError:
+            assert not is_valid, name

@@ -1,0 +1,173 @@
+"""Commands and Python code that generate a run's first validation image with its adapter."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from simpletuner.helpers.contracts import ModelSpec
+
+FAMILY = "model_family"
+Config = Mapping[str, Any]
+"""The resolved configuration."""
+Manifest = Mapping[str, Any]
+"""The content of run.json; empty for runs of earlier versions."""
+
+
+def sample_command(config: Config, manifest: Manifest, *, adapter: str, model: str | None = None) -> str:
+    """The `simpletuner sample` command, of several lines.
+
+    Args:
+        config: The run's.
+        manifest: The run's.
+        adapter: The adapter file.
+        model: The base model, where the file's header does not name it.
+    """
+    image = example_image(config, manifest)
+    real = config.get("validation_guidance_real") or 1.0
+    options = {
+        "--adapter": adapter,
+        "--model": model,
+        "--prompt": image["prompt"],
+        "--size": f"{image['width']}x{image['height']}",
+        "--steps": image["steps"],
+        "--guidance": f"{image['guidance']:g}",
+        "--guidance-real": f"{real:g}" if real > 1 else None,
+        "--seed": image["seed"],
+        "--negative": config.get("validation_negative_prompt") or None,
+        "--scheduler": config.get("validation_noise_scheduler"),
+    }
+    parts = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    return " \\\n  ".join(["simpletuner sample", *parts])
+
+
+def pipeline_code(
+    config: Config, manifest: Manifest, *, model: str, adapter: str, spec: ModelSpec | None, imports: str = ""
+) -> str:
+    """Python code that loads the base model's pipeline and the adapter, and saves image.png.
+
+    Args:
+        config: The run's.
+        manifest: The run's.
+        model: Folder or repository of the base model.
+        adapter: Python expression of the adapter file's path.
+        spec: The family; None if it is unknown.
+        imports: A further line of imports from other packages.
+    """
+    image, is_flow = example_image(config, manifest), spec is not None and _is_flow(spec)
+    load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
+    loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        *([imports] if imports else []),
+        "",
+        f"from simpletuner.helpers.adapters.inference import {load}",
+        "",
+        *_pipeline(model, loading),
+        *_scheduler(config, is_flow=is_flow),
+        f"{load}(pipeline, {adapter})",
+        *_image(config, image, is_flow=is_flow),
+    ]
+    return "\n".join(lines)
+
+
+def diffusers_code(
+    config: Config, manifest: Manifest, *, model: str, source: str, file: str, spec: ModelSpec | None
+) -> str:
+    """Python code for a LoRA that diffusers loads by itself; `source` is its repository or folder."""
+    image, is_flow = example_image(config, manifest), spec is not None and _is_flow(spec)
+    loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
+    lines = [
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        *_pipeline(model, loading),
+        *_scheduler(config, is_flow=is_flow),
+        f"pipeline.load_lora_weights({source!r}, weight_name={file!r})",
+        *_image(config, image, is_flow=is_flow),
+    ]
+    return "\n".join(lines)
+
+
+def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """Prompt, size and sampling settings of the first validation image, else of one close to training."""
+    prompt: Mapping[str, Any] = next(iter(manifest.get("shots", [])), {})
+    prompts = [
+        each["instance_prompt"]
+        for each in config.get("data_backend_config", [])
+        if each.get("instance_prompt")
+    ]
+    captions = [text for each in manifest.get("datasets", []) for _, text in each["captions"]]
+    sizes = [prompt.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
+    width, height = next(str(size) for size in sizes if size).split("x")
+    seeds = [prompt.get("seed"), config.get("validation_seed"), config.get("seed"), 0]
+    texts = [prompt.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
+    return {
+        "prompt": next(text for text in texts if text),
+        "width": int(width),
+        "height": int(height),
+        "steps": config.get("validation_num_inference_steps", 30),
+        "guidance": config.get("validation_guidance", 7.5),
+        "seed": next(seed for seed in seeds if seed is not None),
+    }
+
+
+def _pipeline(model: str, loading: Mapping[str, object]) -> list[str]:
+    return [
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        'dtype = torch.bfloat16 if device == "cuda" else torch.float32',
+        "pipeline = DiffusionPipeline.from_pretrained(",
+        f"    {model!r},",
+        "    dtype=dtype,",
+        *(f"    {key}={value!r}," for key, value in loading.items()),
+        ").to(device)",
+    ]
+
+
+def _image(config: Config, image: Mapping[str, Any], *, is_flow: bool) -> list[str]:
+    return [
+        "image = pipeline(",
+        f"    prompt={image['prompt']!r},",
+        *_negative(config, is_flow=is_flow),
+        f"    width={image['width']},",
+        f"    height={image['height']},",
+        f"    num_inference_steps={image['steps']},",
+        f"    guidance_scale={image['guidance']},",
+        f"    generator=torch.Generator().manual_seed({image['seed']}),",
+        ").images[0]",
+        'image.save("image.png")',
+    ]
+
+
+def _scheduler(config: Config, *, is_flow: bool) -> list[str]:
+    """Lines that give the pipeline the run's scheduler settings where they differ from the model's."""
+    changes = {key: config[key] for key in ("prediction_type", "rescale_betas_zero_snr") if config.get(key)}
+    if is_flow:
+        changes = {}
+        if config.get("flow_schedule_auto_shift"):
+            changes = {"use_dynamic_shifting": True}
+        elif config.get("flow_schedule_shift") is not None:
+            changes = {"use_dynamic_shifting": False, "shift": config["flow_schedule_shift"] or 1.0}
+    if not changes:
+        return []
+    given = ", ".join(f"{key}={value!r}" for key, value in changes.items())
+    return [
+        "pipeline.scheduler = type(pipeline.scheduler).from_config(",
+        f"    pipeline.scheduler.config, {given}",
+        ")",
+    ]
+
+
+def _negative(config: Config, *, is_flow: bool) -> list[str]:
+    """The negative prompt, for pipelines with a second guidance pass."""
+    negative = config.get("validation_negative_prompt")
+    if not is_flow:
+        return [f"    negative_prompt={negative!r},"] if negative else []
+    real = config.get("validation_guidance_real") or 1.0
+    return [f"    negative_prompt={negative!r},", f"    true_cfg_scale={real},"] if real > 1 else []
+
+
+def _is_flow(spec: ModelSpec) -> bool:
+    return "flow_matching" in spec.prediction_types
