@@ -35,7 +35,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # test against circles besides.
 NESTED = {
     "adapters": ("tlora", "files", "network", "inference"),
-    "configuration": ("text", "schema", "loading", "load", "reference"),
+    "configuration": ("text", "schema", "loading", "load", "reference", "migration"),
     "reporting": ("metrics", "html_report"),
     "training": ("trainer", "build", "runs"),
 }
@@ -55,6 +55,7 @@ PLACES = {
     "filelock": ("helpers/io/",),
     "huggingface_hub": ("helpers/models/", "helpers/publishing/"),
     "pydantic": ("helpers/configuration/",),
+    "yaml": ("helpers/configuration/migration/",),
     "typer": ("cli.py",),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),
@@ -62,7 +63,12 @@ PLACES = {
 }
 
 # Distribution name where it differs from the import name.
-DISTRIBUTIONS = {"PIL": "pillow", "lycoris": "lycoris-lora", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "lycoris": "lycoris-lora",
+    "huggingface_hub": "huggingface-hub",
+    "yaml": "pyyaml",
+}
 # Brought by a declared dependency that cannot do without it.
 BROUGHT_BY = {"tokenizers": "transformers", "pydantic_core": "pydantic"}
 
