@@ -18,6 +18,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "DataConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "DataConfig.data_backend_config": _OPENED,
     "DatasetConfig.cache_dir_vae": "read through DataConfig.latents_folder",
+    "RunConfig.decisions": "read through translation_lines",
     "ModelConfig.model_type": "has one value; the key is accepted because users' files have it",
     "TextCacheEntry.cache_dir": _OPENED,
     "TrainingConfig.num_train_epochs": "read through TrainingConfig.planned_steps",

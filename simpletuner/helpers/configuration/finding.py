@@ -9,6 +9,8 @@ from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.errors import ConfigError
 
 FILE = "config.json"
+OTHER_FORMS = ("config.toml", "config.env")
+"""Names that a folder may hold in its place."""
 DEFAULT = Path("config") / FILE
 PLACES = (Path(), Path("config"), Path("config/examples"))
 """A name is looked for below each of these folders of the working directory."""
@@ -41,7 +43,8 @@ def find_config(path: Path) -> Path:
     """
     for place in PLACES:
         candidate = place / path
-        files = (candidate, candidate.with_name(f"{candidate.name}.json"), candidate / FILE)
+        in_folder = (candidate / name for name in (FILE, *OTHER_FORMS))
+        files = (candidate, candidate.with_name(f"{candidate.name}.json"), *in_folder)
         found = next((file for file in files if file.is_file()), None)
         if found is not None:
             return found

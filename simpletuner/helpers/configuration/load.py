@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.finding import FILE
+from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.configuration.finding import FILE, OTHER_FORMS
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
+from simpletuner.helpers.configuration.loading.config_forms import read_config
 from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile, read_datasets
+from simpletuner.helpers.configuration.loading.defaults import (
+    CHOICE,
+    THEIRS,
+    differences,
+    their_defaults,
+)
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
-from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
+from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
+    FileConfig,
     ModelConfig,
     NoiseConfig,
     OptimizerConfig,
@@ -33,12 +45,16 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
     ValidationPrompt,
 )
+from simpletuner.helpers.configuration.schema.values import DifferingDefault
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.configuration.text.reading import read_json
 from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.io.run_folder import CONFIG_FILE
 
 SECTIONS: tuple[type[Section], ...] = (
+    FileConfig,
     ModelConfig,
     AdapterConfig,
     TrainingConfig,
@@ -54,6 +70,7 @@ COMPUTED_KEYS = frozenset({"prompts"})
 KEYS = Keys(
     {key: section for section in SECTIONS for key in section.model_fields if key not in COMPUTED_KEYS}
 )
+_DRAWN_SEEDS = 1 << 31
 _PLACEHOLDERS = {"model_family": "?", "pretrained_model_name_or_path": "unknown/unknown"}
 
 S = TypeVar("S", bound=Section)
@@ -94,6 +111,9 @@ class Loader:
         self.file = display(path)
         self.environment = Environment(os.environ, problems)
         self.raw: Mapping[str, RawValue] = {}
+        self.built: list[Section] = []
+        self.decisions: list[Decision] = []
+        """What became of every key that does not stay as it is."""
         self.values: Mapping[str, object] = {}
         """Values of the user and the family's defaults, without inline files."""
         self.source = Source(
@@ -104,29 +124,47 @@ class Loader:
 
     def load(self, overrides: Sequence[str] = ()) -> RunConfig | None:
         """Load one config.json; returns None if errors prevent building the RunConfig."""
-        content = read_json(self.path, source=self.file, problems=self.problems)
+        content, left_out = read_config(self.path, source=self.file, problems=self.problems)
         if content is None:
             return None
         if not isinstance(content, dict):
             self.source.add("", "must hold an object, {...}.")
             return None
-        self.raw = merge_layers(content, overrides, KEYS, file=self.file, environment=self.environment)
+        layers = merge_layers(
+            content,
+            overrides,
+            KEYS,
+            file=self.file,
+            environment=self.environment,
+            families=self.families,
+        )
+        self.raw = layers.raw
+        self.decisions += [*left_out, *layers.decisions]
         spec = rules.family_of(self.raw, self.families, self.source)
         defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
         defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
+        if "group_offload_type" in defaults:
+            kind = f"group_offload_type: {defaults['group_offload_type']}"
+            text = "The only kind that a UNet has."
+            self.decisions.append(Decision("enable_group_offload", True, "translated", kind, text))
+        context = Context({key: raw.value for key, raw in self.raw.items()}, spec)
+        if context.text(CHOICE) == THEIRS:
+            defaults |= their_defaults(self.raw, context)
         self.values = defaults | {
             key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)
         }
         self.source = self.source.with_names(model_family=str(self.values.get("model_family", "")))
-        checkpoint = self._section(CheckpointConfig)
+        file, checkpoint = self._section(FileConfig), self._section(CheckpointConfig)
         if checkpoint.section is not None:
             self.source = self.source.with_names(output_dir=str(checkpoint.section.output_dir))
+            self._draw_seed(checkpoint.section)
         model = self._section(ModelConfig, placeholders=_PLACEHOLDERS)
         adapter, data = self._section(AdapterConfig), self._section(DataConfig)
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
-        lycoris, dataset_file = self._lycoris(adapter), self._datasets(data)
+        lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
+        self.decisions += dataset_file.decisions
         prompts = self._prompts(validation)
         if spec is not None:
             rules.check_model(model, spec, self.source)
@@ -149,6 +187,7 @@ class Loader:
         run = RunConfig.model_validate(
             {
                 "source": Path(os.path.abspath(self.path)),
+                "file": file.section,
                 "model": model.section,
                 "adapter": adapter.section,
                 "lycoris": lycoris,
@@ -165,16 +204,44 @@ class Loader:
                 ),
                 "compared_with": compared_with,
                 "hidden": self.environment.secrets,
+                "decisions": tuple(self.decisions),
+                "differing_defaults": tuple(self._differences(context, dataset_file)),
             }
         )
         rules.check_comparison(run, self.source)
         return run
 
+    def _draw_seed(self, checkpoint: CheckpointConfig) -> None:
+        """Replace the seed -1 by the seed of the run that goes on, else by a drawn one."""
+        if str(self.values.get("seed")).strip() != "-1":
+            return
+        is_new = checkpoint.resume_from_checkpoint is None
+        seed = None if is_new else stored_seed(checkpoint.output_dir)
+        self.values = {
+            **self.values,
+            "seed": random.SystemRandom().randrange(_DRAWN_SEEDS) if seed is None else seed,
+        }
+        how = "Drawn; a run that goes on keeps its own." if seed is None else "The run's own, which goes on."
+        self.decisions.append(Decision("seed", -1, "translated", f"seed: {self.values['seed']}", how))
+
+    def _differences(self, context: Context, dataset_file: DatasetFile) -> Iterator[DifferingDefault]:
+        """The defaults that SimpleTuner has otherwise, unless the configuration chooses."""
+        if CHOICE in self.raw:
+            return
+        datasets: list[object] = [dict(dataset) for dataset in dataset_file.datasets]
+        everything = {key: value for section in self.built for key, value in section}
+        values = {**everything, "data_backend_config": datasets}
+        yield from differences(self.raw, replace(context, values=values), values=everything)
+
     def _section(self, section: type[S], *, placeholders: Mapping[str, object] | None = None) -> Validated[S]:
         own = {key: self.values[key] for key in section.model_fields if key in self.values}
-        return build(section, own, self.source, placeholders=placeholders)
+        built = build(section, own, self.source, placeholders=placeholders)
+        self.built += [built.section] if built.section is not None else []
+        return built
 
-    def _lycoris(self, adapter: Validated[AdapterConfig]) -> LycorisConfig | None:
+    def _lycoris(
+        self, adapter: Validated[AdapterConfig], precision: Validated[PrecisionConfig]
+    ) -> LycorisConfig | None:
         section = adapter.section
         if section is None:
             return None
@@ -186,6 +253,12 @@ class Loader:
         content = self._content("lycoris_config", section.lycoris_config)
         if content is not None:
             value, raw, source = content
+            quantised = precision.if_valid("base_model_precision")
+            chosen = UNCHANGED if quantised is None else quantised.base_model_precision
+            added, decisions = complete_lycoris(value, precision=chosen)
+            self.decisions += decisions
+            if isinstance(value, dict) and isinstance(raw, dict):
+                value, raw = value | added, raw | added
             return read_lycoris(value, source, raw=raw)
         if "lycoris_config" not in self.raw:
             text = "required by lora_type lycoris. Give the path of the lycoris json."
@@ -249,10 +322,20 @@ class Loader:
         return None
 
 
+def stored_seed(output_dir: Path) -> int | None:
+    """The seed of the run in an output folder; None if there is none."""
+    try:
+        resolved = json.loads((output_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    seed = resolved.get("seed") if isinstance(resolved, dict) else None
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 else None
+
+
 def own_output_dir(path: Path) -> Path:
     """The output folder of a configuration that sets none: output/mine for config/mine/config.json."""
     folder = Path(os.path.abspath(path)).parent.name
-    return Path("output", folder if path.name == FILE else f"{folder}-{path.stem}")
+    return Path("output", folder if path.name in (FILE, *OTHER_FORMS) else f"{folder}-{path.stem}")
 
 
 def display(path: Path) -> str:

@@ -15,7 +15,8 @@ from simpletuner.helpers.choices.registry import Registry
 from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
 from simpletuner.helpers.configuration.loading.dataset_file import INHERITED, TextCacheEntry
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
-from simpletuner.helpers.configuration.loading.layers import ALIASES
+from simpletuner.helpers.configuration.loading.layers import FILE
+from simpletuner.helpers.configuration.loading.translation import tables
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
 from simpletuner.helpers.configuration.schema.base import Section, registry_of
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -215,7 +216,9 @@ def _algorithms() -> str:
 
 def _other_names() -> str:
     lines = ["## Other names\n", "| also accepted | key |", "|---|---|"]
-    return "\n".join([*lines, *(f"| `{old}` | `{new}` |" for old, new in ALIASES.items())]) + "\n"
+    return (
+        "\n".join([*lines, *(f"| `{old}` | `{new}` |" for old, new in tables(FILE).aliases.items())]) + "\n"
+    )
 
 
 def _not_supported() -> str:

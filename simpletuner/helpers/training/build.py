@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
@@ -39,6 +43,7 @@ from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.loading.rules import training_size
+from simpletuner.helpers.configuration.translation_lines import translation_lines
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.errors import CheckpointError, ConfigError
 from simpletuner.helpers.io.atomic import write_json
@@ -124,6 +129,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
     """
     with ExitStack() as resources:  # closed if a step below fails, else passed to the trainer
         context = prepare_run(config, resources)
+        config = context.config
         finished = finished_run(context)
         if finished is not None:
             return finished
@@ -145,6 +151,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     """Check and build everything that needs no weights: device, output folder, checkpoint, data."""
     check_packages(config)
     accelerator = build_accelerator(config)
+    config = with_shared_seed(config)
     check_distribution(config, accelerator)
     device = accelerator.device
     # Before a model is downloaded; below once more, of a repository whose size is known only then.
@@ -176,6 +183,8 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
 def report_plan(context: RunContext) -> None:
     """Log the device, the expected mean active rank, and what a person may not have meant."""
     config, family = context.config, context.family
+    for text in translation_lines(config):
+        logger.info("%s", text)
     name, precision = device_name(context.accelerator.device), config.precision.mixed_precision
     logger.info("Device: %s; mixed_precision %s.", name, precision)
     mean_rank = expected_mean_rank(
@@ -343,6 +352,13 @@ def build_accelerator(config: RunConfig) -> Accelerator:
             "Set mixed_precision to bf16 or no."
         )
     return accelerator
+
+
+def with_shared_seed(config: RunConfig) -> RunConfig:
+    """The configuration with the seed of the first process: a drawn one differs between them."""
+    seeds = [config.training.seed]
+    broadcast_object_list(seeds)
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seeds[0]})})
 
 
 def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler
@@ -40,7 +41,7 @@ _SHOWN_BUCKETS = 6
 
 
 def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -> Iterator[str]:
-    """Lines on model, adapter, data, steps, images and files of a run, then one line for each warning.
+    """Lines on model, adapter, data, steps, images, files and keys of a run, then one for each warning.
 
     Args:
         config: The run.
@@ -71,10 +72,18 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         ("validation", _validation(config, batches=batches)),
         ("writes", _written(config)),
     ]
+    rows += _block("keys", translation_lines(config)) + _block(
+        "defaults", default_lines(config.differing_defaults)
+    )
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
+
+
+def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Rows of which the first has the name."""
+    return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
 def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:

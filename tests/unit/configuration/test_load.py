@@ -151,7 +151,7 @@ def _items(section: object) -> list[tuple[str, object]]:
         ("gradient_checkpointing", 2, "2: .*true or false"),
         ("caption_dropout_probability", 1.5, "1.5: .*at most 1"),
         ("lora_dropout", 1, "1: .*below 1"),
-        ("seed", -1, "-1: .*at least 0"),
+        ("seed", -2, "-2: .*at least 0"),
         ("lr_scheduler", "cosin", '"cosin": .*Did you mean cosine'),
         ("tracker_project_name", [], r"\[\]: .*text"),
         ("output_dir", 3, "3: .*path"),

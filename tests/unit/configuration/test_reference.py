@@ -8,7 +8,7 @@ import pytest
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS
 from simpletuner.helpers.configuration.load import KEYS
-from simpletuner.helpers.configuration.loading.layers import ALIASES
+from simpletuner.helpers.configuration.loading.translation import tables
 from simpletuner.helpers.configuration.loading.unsupported_keys import unsupported_keys
 from simpletuner.helpers.configuration.reference import reference
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -38,7 +38,7 @@ def test_every_key_has_a_row(page: str, table: dict[str, object]) -> None:
 
 def test_every_algorithm_alias_and_unsupported_key_is_named(page: str) -> None:
     unsupported = [*unsupported_keys("config.json"), *unsupported_keys("dataset")]
-    for name in [*ALGORITHMS, *ALIASES, *unsupported]:
+    for name in [*ALGORITHMS, *tables("config.json").aliases, *unsupported]:
         assert f"`{name}`" in page
     assert "`extra`" not in page
     assert "`raw`" not in page

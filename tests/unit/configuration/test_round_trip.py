@@ -41,6 +41,7 @@ BETAS = st.floats(0, 0.999)
 PRECISIONS = st.sampled_from(["no_change", "int8-torchao", "fp8-torchao", "nf4-bnb"])
 
 CONFIG = {
+    "defaults": st.sampled_from(["ours", "simpletuner"]),
     "model_flavour": st.sampled_from(["small", "large"]),
     "model_type": st.just("lora"),
     "pretrained_model_name_or_path": st.tuples(NAMES, NAMES).map("/".join),
@@ -239,7 +240,7 @@ def test_every_key_takes_part_in_the_round_trip() -> None:
 
 def _same(first: RunConfig, second: RunConfig) -> None:
     paths = {"data": {"data_backend_config"}, "adapter": {"lycoris_config"}}
-    for name in RunConfig.model_fields.keys() - {"source"}:
+    for name in RunConfig.model_fields.keys() - {"source", "decisions", "differing_defaults"}:
         leaving_out = paths.get(name)
         if leaving_out is None:
             assert vars(first)[name] == vars(second)[name], name

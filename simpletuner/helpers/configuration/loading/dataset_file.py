@@ -13,11 +13,18 @@ from pydantic import JsonValue
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
-from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
-from simpletuner.helpers.configuration.schema.base import OutputPath, Section
+from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.translation import (
+    File,
+    rename_keys,
+    tables,
+    translate_values,
+)
+from simpletuner.helpers.configuration.schema.base import OutputPath, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.io.names import counted
 
 INHERITED = (
@@ -28,12 +35,11 @@ INHERITED = (
     "caption_lines",
     "instance_prompt",
 )
-_MULTILINE_SPLIT = "disable_multiline_split"
-"""SimpleTuner's spelling of caption_lines: true is whole, false is choose."""
 _NO_TARGET = (
     "its images must not be trained on, and conditioning on them is not supported. Remove the entry, or set "
     '"disabled": true in it.'
 )
+_LATENTS = "cache_dir_vae names the folder of latents."
 _SWITCHES = {
     "true": True,
     "1": True,
@@ -65,15 +71,18 @@ class DatasetFile:
     datasets: tuple[DatasetConfig, ...]
     cache_dir_text: Path | None
     """cache_dir of the text_embeds entry."""
+    decisions: tuple[Decision, ...] = ()
+    """What became of every key that does not stay as it is."""
 
 
 def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
     """Check a dataset json; leaves out disabled and invalid entries and notes every problem."""
     if not isinstance(entries, list):
         source.add("", "must hold an array of objects, [{...}].")
-        return DatasetFile((), None)
+        return DatasetFile((), None, ())
     datasets: list[DatasetConfig] = []
     text_caches: list[TextCacheEntry] = []
+    decisions: list[Decision] = []
     first_with: dict[str, int] = {}
     num_images = 0
     conditioning = _conditioning_data(entries)
@@ -91,14 +100,21 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             own.reject("id", identity, f"[{first_with[identity]}] has this id too. Change one.")
         elif isinstance(identity, str):
             first_with[identity] = index
-        if values.get("dataset_type") == "text_embeds":
-            text_caches.append(_text_cache(values, own))
-        elif dataset := _image_dataset(values, own, data=data, owner=conditioning.get(str(identity))):
-            datasets.append(dataset)
-        num_images += values.get("dataset_type") != "text_embeds"
+        kind = values.get("dataset_type")
+        if kind == "image_embeds" and values.get("type", "local") == "local":
+            found = [Decision(f"{own.prefix}dataset_type", kind, "no effect", "", _LATENTS)]
+        elif kind == "text_embeds":
+            text_cache, found = _text_cache(values, own)
+            text_caches.append(text_cache)
+        else:
+            owner = conditioning.get(str(identity))
+            dataset, found = _image_dataset(values, own, data=data, owner=owner)
+            datasets += [dataset] if dataset is not None else []
+        decisions += found
+        num_images += kind not in ("text_embeds", "image_embeds")
     if num_images == 0:
         source.add("", "no enabled image dataset. Add one.")
-    return DatasetFile(tuple(datasets), _chosen(text_caches, source))
+    return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
 
 
 def _conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
@@ -119,23 +135,6 @@ def _is_image(values: Mapping[str, JsonValue]) -> bool:
     return values.get("dataset_type", "image") == "image" and is_off(values.get("conditioning_type"))
 
 
-def _with_caption_lines(values: Mapping[str, JsonValue], source: Source) -> Mapping[str, JsonValue]:
-    """The values with caption_lines in place of disable_multiline_split."""
-    if _MULTILINE_SPLIT not in values:
-        return values
-    others = {key: value for key, value in values.items() if key != _MULTILINE_SPLIT}
-    is_whole = _SWITCHES.get(str(values[_MULTILINE_SPLIT]).strip().lower())
-    if is_whole is None:
-        source.reject(_MULTILINE_SPLIT, values[_MULTILINE_SPLIT], "must be true or false.")
-        return others
-    lines = "whole" if is_whole else "choose"
-    given = others.get("caption_lines", lines)
-    if given != lines:
-        text = f"means caption_lines {lines}, but caption_lines is {source.problems.shown(given)}. Keep one."
-        source.reject(_MULTILINE_SPLIT, values[_MULTILINE_SPLIT], text)
-    return others | {"caption_lines": given}
-
-
 def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
     value = values.get("disabled", False)
     disabled = _SWITCHES.get(str(value).strip().lower())
@@ -146,18 +145,18 @@ def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
 
 def _image_dataset(
     values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig], owner: str | None
-) -> DatasetConfig | None:
+) -> tuple[DatasetConfig | None, list[Decision]]:
     """Check an entry of images; `owner` is the entry whose conditioning_data it is."""
     if owner is not None and _is_image(values):
         source.reject("id", values["id"], f"is conditioning_data of {owner}: {_NO_TARGET}")
-        return None
-    values = _with_caption_lines(values, source)
-    known = _known(values, DatasetConfig, source)
+        return None, []
+    values = dict(values)
     for key in ("cache_dir", "default"):
-        if key in values and _SWITCHES.get(str(values[key]).lower()) is not False:
+        if _SWITCHES.get(str(values.pop(key, False)).strip().lower()) is not False:
             advice = "Use cache_dir_vae." if key == "cache_dir" else "Remove it."
             source.add(key, f"belongs to an entry with dataset_type text_embeds. {advice}")
     inherited: dict[str, object] = dict(data.section) if data.section is not None else {}
+    known, decisions = _translated(values, source, is_text=False, inherited=inherited)
     complete = {key: inherited[key] for key in INHERITED if key in inherited} | known
     identity = known.get("id")
     if isinstance(identity, str):
@@ -168,32 +167,73 @@ def _image_dataset(
     built = build(DatasetConfig, complete, source, placeholders=placeholders)
     if dataset := built.if_valid("instance_data_dir"):
         _check_folder(dataset, source)
-    return built.section if not built.invalid_keys else None
+    return built.section if not built.invalid_keys else None, decisions
 
 
-def _known(values: Mapping[str, JsonValue], section: type[Section], source: Source) -> dict[str, JsonValue]:
-    """The values of the section's keys; notes every unknown key."""
-    for key, value in values.items():
-        if key in TextCacheEntry.model_fields or key in DatasetConfig.model_fields:
-            continue
-        if problem := key_problem("dataset", key, value, known=section.model_fields):
-            source.add(key, problem)
-    return {key: value for key, value in values.items() if key in section.model_fields}
+def translate_entry(
+    entry: Mapping[str, JsonValue], *, prefix: str, inherited: Mapping[str, object]
+) -> tuple[dict[str, JsonValue], list[Decision]]:
+    """An entry in our names, and what became of each other key.
+
+    Args:
+        entry: The entry as written.
+        prefix: Precedes each key in the decisions.
+        inherited: Values of config.json.
+    """
+    given = {key.removeprefix("--"): value for key, value in entry.items() if value is not None}
+    is_text = given.get("dataset_type") == "text_embeds"
+    fixed: dict[str, JsonValue] = {
+        key: given[key] for key in ("type", "dataset_type", "disabled") if key in given and is_text
+    }
+    others = {key: value for key, value in given.items() if key not in fixed}
+    values, decisions = _translations(others, is_text=is_text, inherited=inherited)
+    return {**fixed, **values}, [replace(each, key=f"{prefix}{each.key}") for each in decisions]
 
 
-def _text_cache(values: Mapping[str, JsonValue], source: Source) -> TextCacheEntry:
+def _translated(
+    values: Mapping[str, JsonValue], source: Source, *, is_text: bool, inherited: Mapping[str, object]
+) -> tuple[dict[str, JsonValue], list[Decision]]:
+    """The values of the section's keys, and what became of the others; notes each that is refused."""
+    known, decisions = _translations(values, is_text=is_text, inherited=inherited)
+    for each in decisions:
+        if each.outcome == "not translated":
+            source.add(each.key, each.text)
+    return known, [replace(each, key=f"{source.prefix}{each.key}") for each in decisions]
+
+
+def _translations(
+    values: Mapping[str, JsonValue], *, is_text: bool, inherited: Mapping[str, object]
+) -> tuple[dict[str, JsonValue], list[Decision]]:
+    """The values of an entry, of text embeds or of images, in our names, and what became of the others."""
+    section: type[Section] = TextCacheEntry if is_text else DatasetConfig
+    file: File = "text_embeds" if is_text else "dataset"
+    renamed = rename_keys(file, values.items())
+    translation = translate_values(
+        file,
+        renamed.values,
+        owned=section.model_fields,
+        known=section.model_fields,
+        context=Context({**inherited, **renamed.values}),
+        takes_empty=lambda key: holds_text(section, key),
+    )
+    return translation.values, [*renamed.decisions, *translation.decisions]
+
+
+def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCacheEntry, list[Decision]]:
     storage, identity = values.get("type", "local"), values.get("id")
     if storage != "local":
         advice = UNSUPPORTED_VALUES.get(("type", str(storage)), "Use local.")
         source.reject("type", storage, f"not supported here. {advice}")
-    known = _known(values, TextCacheEntry, source)
+    others = {key: value for key, value in values.items() if key not in ("type", "dataset_type", "disabled")}
     image_keys = DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()
-    for key in values:
-        if key in image_keys - {"type", "dataset_type", "disabled"}:
-            source.add(key, "belongs to an image dataset. Remove it.")
+    without_effect = tables("text_embeds").without_effect
+    for key in [key for key in others if key in image_keys and not any(without_effect(key))]:
+        source.add(key, "belongs to an image dataset. Remove it.")
+        del others[key]
+    known, decisions = _translated(others, source, is_text=True, inherited={})
     if isinstance(identity, str):
         source = source.with_names(id=identity)
-    return build(TextCacheEntry, known, source).section or TextCacheEntry()
+    return build(TextCacheEntry, known, source).section or TextCacheEntry(), decisions
 
 
 def _chosen(entries: list[TextCacheEntry], source: Source) -> Path | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -15,11 +17,11 @@ from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.choices.trackers import TRACKERS
 
 _OPTIMIZERS = (
-    "adamw_bf16 adamw_schedulefree adamw_schedulefree+aggressive adamw_schedulefree+no_kahan adamw8bit "
+    "adamw_schedulefree adamw_schedulefree+aggressive adamw_schedulefree+no_kahan adamw8bit "
     "bnb-adamw8bit bnb-adamw bnb-adamw-paged bnb-adamw8bit-paged bnb-adagrad bnb-adagrad8bit bnb-rmsprop "
     "bnb-rmsprop8bit bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged bnb-ademamix bnb-ademamix8bit "
-    "bnb-lamb optimi-adamw optimi-lion optimi-stableadamw optimi-ranger optimi-adan optimi-adam "
-    "optimi-radam optimi-sgd optimi-lamb adafactor lion soap stableadamw torch-adafactor torch-adamw "
+    "bnb-lamb optimi-lion optimi-stableadamw optimi-ranger optimi-adan optimi-adam "
+    "optimi-radam optimi-sgd optimi-lamb adafactor lion soap stableadamw torch-adafactor "
     "ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 optimum-adamw prodigy_plus came muon dion ranger8bit "
     "deepspeed-adamw"
 )
@@ -27,10 +29,7 @@ _PRECISION_KEYS = (
     "base_model_precision",
     *(f"text_encoder_{number}_precision" for number in range(1, 5)),
 )
-_PRECISIONS = (
-    "int8-quanto int4-quanto int2-quanto fp8-quanto fp8uz-quanto int4-torchao fp4-bnb int8-bnb "
-    "nf4-sdnq int8-sdnq fp16 bf16 fp32"
-)
+_PRECISIONS = "int2-quanto fp8uz-quanto int4-torchao fp4-bnb int8-bnb nf4-sdnq fp16 bf16 fp32"
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
     "loss_type": LOSSES,
@@ -46,13 +45,18 @@ def _use(key: str, *others: str) -> str:
     return f"Use {'one of ' if len(names) > 1 else ''}{', '.join(names)}."
 
 
+def _repository(name: str) -> str:
+    return f"Remove it, and set pretrained_model_name_or_path to its repository, {name}."
+
+
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "optimizer": (_OPTIMIZERS, _use("optimizer")),
     "loss_type": ("huber smooth_l1", _use("loss_type")),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
+    "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (
-        "conditioning eval video audio image_embeds conditioning_image_embeds caption distillation_cache",
+        "conditioning eval video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',
     ),
     "caption_strategy": (
@@ -61,7 +65,7 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     ),
     "crop_aspect": ("closest random", "Use square, or preserve for the nearest bucket."),
     "crop_style": ("face", "Use center, random or corner."),
-    "report_to": ("trackio all comet_ml swanlab custom-tracker", _use("report_to", "none")),
+    "report_to": ("trackio comet_ml swanlab custom-tracker", _use("report_to", "none")),
     "mixed_precision": ("fp8 fp32", "Use bf16, fp16 or no, which is float32."),
     **dict.fromkeys(_PRECISION_KEYS, (_PRECISIONS, _use("base_model_precision"))),
     "lora_init_type": ("loftq pissa_niter_16 corda eva orthogonal", "Use default, gaussian, olora or pissa."),
@@ -71,8 +75,12 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
         "Use null, the model's own sampler, or name one that its family has.",
     ),
 }
+_REPOSITORIES: Mapping[str, str] = json.loads(
+    Path(__file__).with_name("translation.json").read_text(encoding="utf-8")
+)["repositories"]
 UNSUPPORTED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
-    {
+    {("model_flavour", flavour): _repository(name) for flavour, name in _REPOSITORIES.items()}
+    | {
         (key, value): advice
         for key, (values, advice) in _VALUE_ADVICE.items()
         for value in values.split()

@@ -5,25 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem, unsupported_keys
+from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.translation import (
+    File,
+    rename_keys,
+    tables,
+    translate_values,
+)
+from simpletuner.helpers.configuration.loading.unsupported_keys import unsupported_keys
 from simpletuner.helpers.configuration.schema.base import Section, admits_none, holds_text
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.configuration.text.reading import parse_json
+from simpletuner.helpers.contracts import ModelSpec
 
-ALIASES: Mapping[str, str] = MappingProxyType(
-    {
-        "validation_steps": "validation_step_interval",
-        "checkpointing_steps": "checkpoint_step_interval",
-        "save_total_limit": "checkpoints_total_limit",
-        "model_flavor": "model_flavour",
-    }
-)
-"""Older name of a key -> its name."""
+FILE: File = "config.json"
+"""Kind of file, in the tables of translation."""
 COMMAND_LINE = "command line"
 _NUMBER = re.compile(r"-\.?\d")
 _SWITCH_WORDS = frozenset({"true", "false", "yes", "no", "on", "off", "0", "1"})
@@ -52,6 +53,16 @@ class Keys:
         return key in self.owners and self.owners[key].model_fields[key].annotation is bool
 
 
+@dataclass(frozen=True)
+class Layers:
+    """config.json and the command line in one."""
+
+    raw: Mapping[str, RawValue]
+    """The supported keys."""
+    decisions: tuple[Decision, ...]
+    """What became of every key that does not stay as it is."""
+
+
 def merge_layers(
     values: Mapping[str, JsonValue],
     overrides: Sequence[str],
@@ -59,42 +70,64 @@ def merge_layers(
     *,
     file: str,
     environment: Environment,
-) -> dict[str, RawValue]:
+    families: Mapping[str, ModelSpec],
+) -> Layers:
     """The supported keys of config.json and the command line, which wins; notes every other key.
 
     A null removes the key, so that it takes its default, unless null is among its values.
     """
-    given = _parse_overrides(overrides, keys, environment.problems)
-    layers = _supported(values.items(), keys, source=file, environment=environment)
-    layers |= _supported(given.items(), keys, source=COMMAND_LINE, environment=environment)
-    return {
-        key: raw for key, raw in layers.items() if raw.value is not None or admits_none(keys.owners[key], key)
-    }
-
-
-def _supported(
-    items: Iterable[tuple[str, JsonValue]], keys: Keys, *, source: str, environment: Environment
-) -> dict[str, RawValue]:
     problems = environment.problems
-    supported: dict[str, RawValue] = {}
-    spellings: dict[str, str] = {}
-    for spelling, value in items:
-        key = _canonical(spelling)
-        if key in spellings:
-            problems.add(source, spelling, f"given twice, as {spellings[key]} and as {spelling}. Keep one.")
-        spellings[key] = spelling
-        if key in keys.owners:
-            is_text = holds_text(keys.owners[key], key)
-            filled = environment.fill(value, source=source, key=key, is_text=is_text)
-            supported[key] = RawValue(filled, value, source)
-        elif problem := key_problem("config.json", key, value, known=[*keys.owners, *ALIASES]):
-            problems.add(source, key, problem)
-    return supported
+    given: dict[str, RawValue] = {}
+    decisions: list[Decision] = []
+    for source, layer in ((file, values), (COMMAND_LINE, _parse_overrides(overrides, keys, problems))):
+        renamed = rename_keys(FILE, layer.items())
+        spelt = {name for key in layer for name in (key, key.removeprefix("--"))}
+        decisions += _noted(renamed.decisions, dict.fromkeys(spelt, source), problems)
+        for key, value in renamed.values.items():
+            is_text = key in keys.owners and holds_text(keys.owners[key], key)
+            is_filled = key in keys.owners or key in tables(FILE).arguments
+            filled = environment.fill(value, source=source, key=key, is_text=is_text) if is_filled else value
+            given[key] = RawValue(filled, value, source)
+    given = {key: raw for key, raw in given.items() if raw.value is not None or _is_none_a_value(key, keys)}
+    family = given["model_family"].value if "model_family" in given else None
+    spec = families.get(family) if isinstance(family, str) else None
+    everyone = frozenset().union(*(each.own_keys for each in families.values()))
+    present = {key: raw.value for key, raw in given.items()}
+    translation = translate_values(
+        FILE,
+        present,
+        owned=keys.owners,
+        known=[*keys.owners, *tables(FILE).aliases],
+        context=Context(present, spec, everyone - spec.own_keys if spec is not None else frozenset()),
+        takes_empty=lambda key: holds_text(keys.owners[key], key),
+    )
+    decisions += _noted(translation.decisions, {key: each.source for key, each in given.items()}, problems)
+    raw = {
+        key: given[key]
+        if key in given and given[key].value == value
+        else RawValue(value, value, given[key].source if key in given else file)
+        for key, value in translation.values.items()
+    }
+    return Layers(raw, tuple(decisions))
+
+
+def _is_none_a_value(key: str, keys: Keys) -> bool:
+    return key in keys.owners and admits_none(keys.owners[key], key)
+
+
+def _noted(
+    decisions: Iterable[Decision], sources: Mapping[str, str], problems: Problems
+) -> Iterator[Decision]:
+    """The decisions, with a problem noted for each key that cannot be translated."""
+    for each in decisions:
+        if each.outcome == "not translated":
+            problems.add(sources[each.key], each.key, each.text)
+        yield each
 
 
 def _canonical(spelling: str) -> str:
     key = spelling.removeprefix("--")
-    return ALIASES.get(key, key)
+    return tables(FILE).aliases.get(key, key)
 
 
 def _parse_overrides(overrides: Sequence[str], keys: Keys, problems: Problems) -> dict[str, JsonValue]:

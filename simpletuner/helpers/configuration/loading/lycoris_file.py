@@ -13,8 +13,9 @@ from simpletuner.helpers.choices.algorithms import (
     argument_aliases,
     idle_options,
 )
+from simpletuner.helpers.choices.precisions import PRECISIONS
 from simpletuner.helpers.configuration.loading.building import Source, build
-from simpletuner.helpers.configuration.loading.unsupported_keys import key_problem
+from simpletuner.helpers.configuration.loading.translation import refusal
 from simpletuner.helpers.configuration.schema.lycoris import (
     COMPUTED_FIELDS,
     TLORA_FIELDS,
@@ -24,11 +25,14 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     layer_aliases,
 )
 from simpletuner.helpers.configuration.schema.values import is_off
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.problems import unknown_key
 
 FIELDS = frozenset(LycorisConfig.model_fields) - COMPUTED_FIELDS
 MAPS = ("module_algo_map", "name_algo_map")
 _PLACEHOLDERS = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 1 << 20, "linear_alpha": 1.0}
+FULL_DIMENSION = 10_000
+"""A rank above that of every layer: LoKr then splits no factor."""
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
@@ -65,6 +69,36 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
         source.add(key, text)
     _check_multiplier(config, source, algorithms)
     return config
+
+
+def complete_lycoris(values: JsonValue, *, precision: str) -> tuple[dict[str, JsonValue], list[Decision]]:
+    """What a lycoris json of SimpleTuner leaves to LyCORIS and must be said here, with the reasons.
+
+    Args:
+        values: The json.
+        precision: base_model_precision, a name in PRECISIONS.
+    """
+    if not isinstance(values, dict):
+        return {}, []
+    algorithms = _algorithms(values)
+    records = [ALGORITHMS[algo] for algo in algorithms]
+    added: dict[str, JsonValue] = {}
+    decisions: list[Decision] = []
+    if values.get("algo") == "lokr" and values.get("linear_dim") is None:
+        added["linear_dim"] = FULL_DIMENSION
+        text = "Left out: the full dimension, as with full_matrix."
+        decisions.append(Decision("linear_dim", None, "translated", f"linear_dim: {FULL_DIMENSION}", text))
+    needs_bypass = (
+        bool(records)
+        and PRECISIONS[precision].needs_bypass_mode
+        and values.get("bypass_mode") is None
+        and all("bypass_mode" in record.arguments and not record.needs_dense_weight for record in records)
+    )
+    if needs_bypass and is_off(values.get("weight_decompose")) and is_off(values.get("dora_wd")):
+        added["bypass_mode"] = True
+        text = f"Left out: {precision} weights cannot be added to."
+        decisions.append(Decision("bypass_mode", None, "translated", "bypass_mode: true", text))
+    return added, decisions
 
 
 def _idle(config: LycorisConfig) -> dict[str, str]:
@@ -139,7 +173,7 @@ def _split(
         elif name in ARGUMENTS:
             if not is_off(value):
                 source.add(key, _not_taken(name, algorithms))
-        elif problem := key_problem("lycoris", key, value, known=known):
+        elif problem := refusal("lycoris", key, value, known=known):
             source.add(key, problem)
     return arguments, fields
 
@@ -189,7 +223,7 @@ def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
         if key in TargetPreset.model_fields:
             continue
         value = preset.pop(key)
-        if problem := key_problem("apply_preset", key, value, known=TargetPreset.model_fields):
+        if problem := refusal("apply_preset", key, value, known=TargetPreset.model_fields):
             source.add(f"{prefix}{key}", problem)
     for name in MAPS:
         entries = preset.get(name)

@@ -6,10 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import JsonValue
+
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
 from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
+from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -30,6 +33,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     TrainingConfig,
     ValidationConfig,
 )
+from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import ModelSpec, Size
 
@@ -69,7 +73,13 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
         defaults["pretrained_model_name_or_path"] = spec.flavours.get(
             str(flavour), spec.flavours[spec.default_flavour]
         )
+    if spec.denoiser_name == "unet" and not is_off(_value(raw, "enable_group_offload")):
+        defaults["group_offload_type"] = "leaf_level"
     return {key: value for key, value in defaults.items() if key not in raw}
+
+
+def _value(raw: Mapping[str, RawValue], key: str) -> JsonValue:
+    return raw[key].value if key in raw else None
 
 
 def check_model(model: Validated[ModelConfig], spec: ModelSpec, source: Source) -> None:
@@ -80,7 +90,9 @@ def check_model(model: Validated[ModelConfig], spec: ModelSpec, source: Source) 
     flavour, prediction_type = section.model_flavour, section.prediction_type
     if flavour is not None and flavour not in spec.flavours:
         allowed, hint = ", ".join(spec.flavours), nearest(flavour, spec.flavours)
-        source.reject("model_flavour", flavour, f"must be one of {allowed}.{hint}")
+        advice = UNSUPPORTED_VALUES.get(("model_flavour", flavour))
+        known = f"known from SimpleTuner, not supported here. {advice}"
+        source.reject("model_flavour", flavour, known if advice else f"must be one of {allowed}.{hint}")
     if prediction_type not in (None, *spec.prediction_types):
         allowed = ", ".join(spec.prediction_types)
         source.reject("prediction_type", prediction_type, f"{spec.name} predicts {allowed}.")

@@ -53,6 +53,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
 )
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.values import (
+    DifferingDefault,
     OptimizerArgument,
     is_off,
     optimizer_arguments,
@@ -60,6 +61,7 @@ from simpletuner.helpers.configuration.schema.values import (
     sizes,
     trackers,
 )
+from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.problems import without
 from simpletuner.helpers.contracts import PredictionType, Size
 
@@ -90,6 +92,13 @@ def _model_source(value: object, info: ValidationInfo) -> object:
 
 ModelSource = Annotated[str, BeforeValidator(_model_source)]
 OptionalModelSource = Annotated[ModelSource | None, BeforeValidator(lambda value: value or None)]
+
+
+class FileConfig(Section):
+    """The configuration itself."""
+
+    defaults: Literal["ours", "simpletuner"] = "ours"
+    """Values of the keys that are left out: this program's, or SimpleTuner's where they differ."""
 
 
 class ModelConfig(Section):
@@ -518,6 +527,7 @@ class RunConfig(Section):
 
     source: Path
     """The config.json."""
+    file: FileConfig = FileConfig()
     model: ModelConfig
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
@@ -535,6 +545,10 @@ class RunConfig(Section):
     """The run of validation_compared_config."""
     hidden: Mapping[str, str] = Field(default={}, repr=False, exclude=True)
     """Value of an environment variable -> its placeholder in `resolved`."""
+    decisions: tuple[Decision, ...] = Field(default=(), repr=False, exclude=True)
+    """What became of every key of the files that does not stay as it is."""
+    differing_defaults: tuple[DifferingDefault, ...] = Field(default=(), repr=False, exclude=True)
+    """Keys that are left out and that SimpleTuner would give another value; none if `defaults` is given."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -548,6 +562,7 @@ class RunConfig(Section):
         secret is written to disk.
         """
         sections = (
+            self.file,
             self.model,
             self.adapter,
             self.training,

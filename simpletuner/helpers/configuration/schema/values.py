@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.registry import ArgumentType
@@ -16,6 +17,16 @@ LARGEST_IMAGE_PX = 8192
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
 _BETAS = ("beta1", "beta2")
 _DEFAULT_BETAS = (0.9, 0.999)
+
+
+@dataclass(frozen=True, slots=True)
+class DifferingDefault:
+    """A key that is left out and that SimpleTuner would give another value."""
+
+    key: str
+    ours: str
+    theirs: str
+
 
 _OFF = ("false", "none", "null", "", "0", "0.0", "off", "no")
 

@@ -44,29 +44,34 @@ def read_json(path: Path, *, source: str, problems: Problems) -> JsonValue | Non
     Comments, trailing and missing commas, duplicate keys (the last one counts) and Python's True, False and
     None are problems too, but the value is returned, so that the rest of the file can be checked.
     """
+    text = read_text(path, source=source, problems=problems)
+    return None if text is None else parse_json(text, source=source, problems=problems)
+
+
+def read_text(path: Path, *, source: str, problems: Problems) -> str | None:
+    """The text of a file; None once the reason why it cannot be read is noted under `source`."""
     try:
         if path.stat().st_size > LARGEST_FILE_BYTES:
             problems.add(source, "", f"larger than {LARGEST_FILE_BYTES >> 20} MiB. Check the path.")
             return None
         text = path.read_bytes().decode("utf-8-sig")
+        if text.strip() != "null":
+            return text
+        problems.add(source, "", "null: must hold an object, {...}, or an array, [...].")
     except FileNotFoundError:
         problems.add(source, "", "not found. Check the path.")
-        return None
     except OSError as error:
         problems.add(source, "", f"cannot be read: {error.strerror}.")
-        return None
     except UnicodeDecodeError as error:
         found = f"0x{error.object[error.start]:02x}"
         problems.add(source, "", f"not UTF-8: byte {error.start} is {found}. Save it as UTF-8.")
-        return None
-    if text.strip() == "null":
-        problems.add(source, "", "null: must hold an object, {...}, or an array, [...].")
-        return None
-    return parse_json(text, source=source, problems=problems)
+    return None
 
 
-def parse_json(text: str, *, source: str, problems: Problems) -> JsonValue | None:
-    """The value of a JSON text, like `read_json`."""
+def parse_json(
+    text: str, *, source: str, problems: Problems, on_second: Callable[[str], None] | None = None
+) -> JsonValue | None:
+    """The value of a JSON text, like `read_json`; `on_second` gets a second value that follows."""
 
     def report(position: int, message: str) -> None:
         line = text.count("\n", 0, position) + 1
@@ -74,15 +79,15 @@ def parse_json(text: str, *, source: str, problems: Problems) -> JsonValue | Non
         problems.add(source, f"line {line}, column {column}", message)
 
     try:
-        return _Parser(text, report).document()
+        return _Parser(text, report, on_second).document()
     except _MalformedError as error:
         report(error.position, error.text)
         return None
 
 
 class _Parser:
-    def __init__(self, text: str, report: Report) -> None:
-        self.text, self.report = text, report
+    def __init__(self, text: str, report: Report, on_second: Callable[[str], None] | None) -> None:
+        self.text, self.report, self.on_second = text, report, on_second
         self.position, self.depth = 0, 0
 
     def document(self) -> JsonValue:
@@ -91,7 +96,9 @@ class _Parser:
             raise _MalformedError(self.position, "the file is empty.")
         value = self.value()
         self.skip_space()
-        if self.peek():
+        if self.peek() in ("{", "[") and self.on_second is not None:
+            self.on_second(self.text[self.position :])
+        elif self.peek():
             raise _MalformedError(self.position, f"{shown(self.peek())} after the end of the JSON.")
         return value
 

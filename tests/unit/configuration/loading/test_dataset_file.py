@@ -342,7 +342,7 @@ def test_of_several_text_embeds_entries_the_default_counts(workspace: Workspace)
         ({"instance_data_dir": "images"}, "t.instance_data_dir  "),
         ({"cache_dri": "x"}, "t.cache_dri  unknown key. Did you mean cache_dir?"),
         ({"type": "aws"}, 't.type  "aws": '),
-        ({"write_batch_size": 128}, "t.write_batch_size  known from SimpleTuner"),
+        ({"csv": {"path": "x"}}, "t.csv  known from SimpleTuner"),
     ],
 )
 def test_a_text_embeds_entry_takes_no_other_keys(

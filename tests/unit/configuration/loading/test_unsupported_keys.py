@@ -12,8 +12,8 @@ import pytest
 from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading import unsupported_keys as module
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
-from simpletuner.helpers.configuration.loading.layers import ALIASES
-from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
+from simpletuner.helpers.configuration.loading.translation import tables
+from simpletuner.helpers.configuration.loading.unsupported_keys import Table, UnsupportedKey, unsupported_keys
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig, TargetPreset
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -87,51 +87,60 @@ def rows(message: str) -> dict[str, str]:
     return dict(line.split(maxsplit=1) for line in lines)
 
 
+def without_relation(table: Table) -> dict[str, UnsupportedKey]:
+    """The keys that are refused at every value that switches something on."""
+    effects = tables(table).without_effect
+    return {
+        key: entry
+        for key, entry in unsupported_keys(table).items()
+        if not any(each.relation for each in effects(key))
+    }
+
+
 def test_every_name_of_config_json_is_known() -> None:
-    unsupported = unsupported_keys("config.json")
-    names, tables = CONFIG_NAMES.split(), (KEYS.owners, ALIASES, unsupported)
+    table = tables("config.json")
+    names, known = CONFIG_NAMES.split(), {*KEYS.owners, *table.aliases, *unsupported_keys("config.json")}
     assert len(names) > 160
-    assert not [name for name in names if sum(name in table for table in tables) != 1]
+    assert not [name for name in names if name not in known and not any(table.without_effect(name))]
 
 
 def test_every_name_of_the_dataset_json_is_known() -> None:
-    unsupported = unsupported_keys("dataset")
-    names = DATASET_NAMES.split()
+    names, known = DATASET_NAMES.split(), {*DatasetConfig.model_fields, *unsupported_keys("dataset")}
     assert len(names) > 50
-    assert not [name for name in names if (name in DatasetConfig.model_fields) + (name in unsupported) != 1]
+    assert not [
+        name for name in names if name not in known and not any(tables("dataset").without_effect(name))
+    ]
 
 
 def test_no_supported_key_is_called_unsupported() -> None:
     assert SUPPORTED.keys() == set(get_args(Table))
     in_both = {table: keys & unsupported_keys(table).keys() for table, keys in SUPPORTED.items()}
     assert not any(in_both.values()), in_both
-    assert set(ALIASES.values()) <= KEYS.owners.keys()
 
 
-def test_every_key_stands_in_one_group_with_advice_and_harmless_values_in_lower_case() -> None:
+def test_every_key_stands_in_one_group_with_advice() -> None:
     path = Path(module.__file__).with_name("unsupported_keys.json")
-    tables = json.loads(path.read_text(encoding="utf-8"))
-    assert tables.keys() == set(get_args(Table))
+    groups_of = json.loads(path.read_text(encoding="utf-8"))
+    assert groups_of.keys() == set(get_args(Table))
     offenders = []
-    for table, groups in tables.items():
+    for table, groups in groups_of.items():
         keys = [key for group in groups for key in group["keys"]]
         offenders += [(table, key) for key in set(keys) if keys.count(key) > 1]
         offenders += [(table, group["advice"]) for group in groups if not group["advice"].endswith(".")]
-        values = [value for group in groups for value in group.get("harmless_values", ())]
-        offenders += [(table, value) for value in values if value != value.lower().strip()]
-        names = {name for group in groups for name in group}
-        offenders += [(table, name) for name in names - {"advice", "keys", "harmless_values"}]
+        offenders += [(table, name) for group in groups for name in group.keys() - {"advice", "keys"}]
     assert not offenders
 
 
 def test_every_unsupported_key_is_named_with_its_advice(workspace: Workspace) -> None:
-    unsupported = unsupported_keys("config.json")
+    unsupported = without_relation("config.json")
+    # These belong to a key that is supported, and need it.
+    unsupported = {key: entry for key, entry in unsupported.items() if not key.startswith("group_offload")}
     found = rows(workspace.problems(**dict.fromkeys(unsupported, "something")))
     assert found == {key: UNSUPPORTED + entry.advice for key, entry in unsupported.items()}
 
 
 def test_every_unsupported_key_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
-    unsupported = unsupported_keys("dataset")
+    unsupported = without_relation("dataset")
     dataset = {"id": "photos", "instance_data_dir": "images"}
     workspace.datasets = [dataset | dict.fromkeys(unsupported, "something")]
     found = rows(workspace.problems())
@@ -148,16 +157,6 @@ def test_every_unsupported_key_of_the_lycoris_json_is_named_with_its_advice(work
         for prefix, table in tables.items()
         for key, entry in table.items()
     }
-
-
-def test_every_harmless_value_is_no_problem_and_others_of_its_key_are(workspace: Workspace) -> None:
-    unsupported = unsupported_keys("config.json")
-    harmless = [(key, value) for key, entry in unsupported.items() for value in entry.harmless_values]
-    assert len(harmless) > 40
-    assert not [(key, value) for key, value in harmless if unsupported[key].problem(value.upper())]
-    assert not [key for key, _ in harmless if unsupported[key].problem("something else") is None]
-    changes = {"quantize_via": "cpu", "attention_mechanism": "diffusers", "offload_during_startup": True}
-    assert not changes.keys() & workspace.load(**changes).resolved().keys()
 
 
 @pytest.mark.parametrize(
@@ -212,9 +211,7 @@ def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace
     [
         ("tread_config", {"routes": []}, "token routing", "ControlNet"),
         ("t5_padding", "zero", "Flux.1", "family"),
-        ("validation_no_cfg_until_timestep", 2, "Flux.1", "family"),
         ("controlnet", True, "ControlNet is not supported", "TREAD"),
-        ("eval_loss_disable", True, "Remove it", "Did you mean"),
         ("noise_scheduler", "flowmatch", "unknown key", "Did you mean"),
         ("caption_tag_dropout", 0.1, "unknown key", "Did you mean"),
     ],
