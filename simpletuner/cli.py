@@ -375,21 +375,22 @@ def migrate_command(
         str,
         typer.Argument(
             metavar="FILE_OR_COMMAND",
-            help="A toml, yaml or json of another program, a script, or a command line in quotes.",
+            help="A toml, yaml or json of another program, a script, a command line in quotes, or a "
+            "folder of SimpleTuner's.",
         ),
     ],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder of the written files.")],
     overwrite: Overwrite = False,
 ) -> None:
-    """Translate a training file of kohya's scripts, ai-toolkit, OneTrainer or diffusers' examples."""
-    from simpletuner.helpers.configuration.migration.detection import translate
+    """Translate files of kohya's scripts, ai-toolkit, OneTrainer, diffusers' examples or SimpleTuner."""
+    from simpletuner.helpers.configuration.migration.detection import is_command, translate
     from simpletuner.helpers.configuration.migration.report import summary
     from simpletuner.helpers.configuration.migration.writing import write_migration
     from simpletuner.helpers.data.preview import header_size
 
     specs = registry.specs()
     draft = translate(source, specs=specs, header_size=header_size)
-    name = source if "\n" not in source and Path(source).is_file() else "a command line"
+    name = "a command line" if is_command(source) else source
     written = write_migration(draft, to, source=name, specs=specs, overwrite=overwrite)
     print(f"{draft.program}, {summary(draft)}.")
     for file in written.files:

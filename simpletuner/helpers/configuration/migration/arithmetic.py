@@ -105,7 +105,7 @@ def one_trainer_bucket(image: Size, resolution: int, *, step: int = 64) -> Size:
     sizes = {}
     for aspect in _ONE_TRAINER_ASPECTS:
         short, long = resolution / math.sqrt(aspect), resolution * math.sqrt(aspect)
-        edges = round(short / step) * step, round(long / step) * step
+        edges = max(1, round(short / step)) * step, max(1, round(long / step)) * step
         sizes[edges] = Size(height=edges[0], width=edges[1])
         sizes[edges[::-1]] = Size(height=edges[1], width=edges[0])
     aspect = image.height / image.width

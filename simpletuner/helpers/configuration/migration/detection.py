@@ -23,11 +23,24 @@ from simpletuner.helpers.configuration.migration.kohya import (
 from simpletuner.helpers.configuration.migration.onetrainer import is_one_trainer, read_one_trainer
 from simpletuner.helpers.configuration.migration.paths import HeaderSize, Place
 from simpletuner.helpers.configuration.migration.reading import read_structured, read_text
+from simpletuner.helpers.configuration.migration.simpletuner_files import (
+    FILES,
+    is_simpletuner,
+    read_simpletuner,
+)
 from simpletuner.helpers.configuration.migration.table import PROGRAMS, load_table
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
+_LONGEST_PATH = 1000
 _STRUCTURED = (".toml", ".yaml", ".yml", ".json")
+
+
+def is_command(source: str) -> bool:
+    """Whether a text is a command line, not a path."""
+    if "\n" not in source and len(source) < _LONGEST_PATH and Path(source).exists():
+        return False
+    return ".py" in source and any(each.isspace() for each in source.strip())
 
 
 def translate(source: str, *, specs: Mapping[str, ModelSpec], header_size: HeaderSize) -> Draft:
@@ -41,14 +54,18 @@ def translate(source: str, *, specs: Mapping[str, ModelSpec], header_size: Heade
     Raises:
         ConfigError: It is no file of a known program, of another model family, or damaged.
     """
+    if is_command(source):
+        return _of_command(source, Place(Path.cwd(), header_size), specs)
     path = Path(source)
-    if "\n" not in source and len(source) < 1000 and path.is_file():
+    if path.is_dir():
+        path = _file_in(path)
+    if path.is_file():
         place = Place(path.resolve().parent, header_size)
+        if path.suffix.lower() == ".env":
+            return read_simpletuner(path, place, specs)
         if path.suffix.lower() not in _STRUCTURED:
             return _of_command(read_text(path), place, specs)
         return _of_content(read_structured(path), path, place=place, specs=specs)
-    if ".py" in source and any(each.isspace() for each in source.strip()):
-        return _of_command(source, Place(Path.cwd(), header_size), specs)
     raise ConfigError(
         f"{source}: no such file. Give a toml, yaml or json of another program, a script with its command "
         "line, or the command line in quotes."
@@ -64,6 +81,8 @@ def _of_content(content: JsonValue, path: Path, *, place: Place, specs: Mapping[
         )
         raise ConfigError(f"{path}: {text}")
     with_place = _Source(path)
+    if is_simpletuner(content):
+        return read_simpletuner(path, place, specs)
     if is_ai_toolkit(content):
         return with_place(read_ai_toolkit, content, place, specs)
     if is_one_trainer(content):
@@ -88,6 +107,18 @@ def _of_content(content: JsonValue, path: Path, *, place: Place, specs: Mapping[
         f"{path}: not known as a file of {', '.join(load_table(each).program for each in PROGRAMS)}. It may "
         "be cut off, or of another program."
     )
+
+
+def _file_in(folder: Path) -> Path:
+    """SimpleTuner's file in a folder.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    found = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if found is None:
+        raise ConfigError(f"{folder}: has none of {', '.join(FILES)}. Name the file itself.")
+    return found
 
 
 class _Source:

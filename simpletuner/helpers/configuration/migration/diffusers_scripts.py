@@ -233,7 +233,7 @@ def _optimizer(settings: Settings, defaults: Mapping[str, Any]) -> None:
         settings.decide(
             "scale_lr", "translated", ours=f"learning_rate: {rate * factor:g}", text=f"{rate:g} x {factor}."
         )
-        rate *= factor
+        rate = float(f"{rate * factor:.12g}")
     settings.put("learning_rate", "learning_rate", rate, text="")
     settings.put("lr_warmup_steps", "lr_warmup_steps", settings.whole("lr_warmup_steps"), text="")
 

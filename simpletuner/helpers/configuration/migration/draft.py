@@ -198,7 +198,8 @@ class Settings:
 
     def _by_row(self, key: str, row: Row, into: dict[str, JsonValue] | None) -> None:
         if row.is_computed:
-            self.skip(key, UNUSED)
+            if key in self.values:
+                self.skip(key, UNUSED)
         elif row.outcome in ("no effect", "not translated"):
             self.skip(key, outcome=row.outcome)
         elif row.values:

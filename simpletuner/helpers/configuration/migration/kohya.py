@@ -171,6 +171,7 @@ def _optimizer(settings: Settings) -> None:
         for old, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
             if settings.flag(old):
                 settings.values["optimizer_type"] = name
+                settings.decide(old, "translated", ours=f"as optimizer_type {name}", text="")
     arguments = arguments_of(_words(settings.items("optimizer_args")))
     # Defaults of prodigyopt that differ from ours.
     prodigy = {"use_bias_correction": False, "safeguard_warmup": False}

@@ -63,7 +63,10 @@ def report(draft: Draft, *, source: str, files: Sequence[Path], to_do: Sequence[
 
 
 def _length(draft: Draft) -> Iterator[str]:
-    length = draft.length
+    length, steps = draft.length, draft.config.get("max_train_steps")
+    if length is None and steps:
+        yield f"{steps} optimiser steps, as the file says."
+        return
     if length is None:
         yield (
             f"{draft.program} counts epochs, and the images are not here: the run has the same epochs, and "
@@ -125,7 +128,7 @@ def documentation_tables() -> str:
             ]
             lines += [_documented(row) for row in rows]
             lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def _documented(row: Row) -> str:

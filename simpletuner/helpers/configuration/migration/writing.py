@@ -12,6 +12,7 @@ from simpletuner.helpers.configuration.finding import FILE
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.migration.draft import Draft
 from simpletuner.helpers.configuration.migration.report import report
+from simpletuner.helpers.configuration.schema.sections import FILE_SUFFIX
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.atomic import write_json, write_text
@@ -67,9 +68,16 @@ def write_migration(
         write_json(path, content)
     write_json(folder / FILE, config)
     problems = _problems(folder / FILE, specs)
-    to_do = (*draft.to_do, *problems)
+    to_do = (*draft.to_do, *_missing_files(config), *problems)
     write_text(folder / REPORT_FILE, report(draft, source=source, files=files[:-1], to_do=to_do))
     return Written(config=folder / FILE, files=files, to_do=to_do, is_valid=not problems)
+
+
+def _missing_files(config: Mapping[str, JsonValue]) -> list[str]:
+    """Checkpoints that are not here; the loader takes a path with one slash for a repository."""
+    paths = ((key, str(value)) for key, value in config.items() if key.startswith("pretrained_"))
+    missing = [(key, path) for key, path in paths if path.endswith(FILE_SUFFIX) and not Path(path).exists()]
+    return [f"{key}: {path} is not here. Correct the path." for key, path in missing]
 
 
 def _problems(config: Path, specs: Mapping[str, ModelSpec]) -> list[str]:

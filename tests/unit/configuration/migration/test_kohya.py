@@ -181,6 +181,15 @@ def test_every_key_of_the_command_is_decided_once(dog: Path) -> None:
     assert set(options) | {"train_data_dir", "network_module", "resolution", "caption_extension"} <= set(keys)
 
 
+def test_a_default_of_the_program_is_written_or_named_where_it_differs(dog: Path) -> None:
+    draft = migrate(kohya(dog, NETWORK, {}))
+    given = {"num_repeats", "class_tokens", "image_dir"}
+    left_out = {
+        each.key for each in draft.decisions if each.outcome == "not translated" and each.key not in given
+    }
+    assert left_out == {"network_train_unet_only"}
+
+
 def test_a_secret_is_not_shown(dog: Path) -> None:
     draft = migrate(kohya(dog, NETWORK, {"wandb_api_key": "abcdef0123", "huggingface_token": "hf_zzz"}))
     assert "abcdef0123" not in str(draft.decisions)
