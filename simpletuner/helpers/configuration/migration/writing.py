@@ -68,16 +68,19 @@ def write_migration(
         write_json(path, content)
     write_json(folder / FILE, config)
     problems = _problems(folder / FILE, specs)
-    to_do = (*draft.to_do, *_missing_files(config), *problems)
+    missing = [
+        text for key, text in _missing_files(config).items() if not any(key in each for each in problems)
+    ]
+    to_do = (*draft.to_do, *missing, *problems)
     write_text(folder / REPORT_FILE, report(draft, source=source, files=files[:-1], to_do=to_do))
-    return Written(config=folder / FILE, files=files, to_do=to_do, is_valid=not problems)
+    return Written(config=folder / FILE, files=files, to_do=to_do, is_valid=not problems and not missing)
 
 
-def _missing_files(config: Mapping[str, JsonValue]) -> list[str]:
-    """Checkpoints that are not here; the loader takes a path with one slash for a repository."""
+def _missing_files(config: Mapping[str, JsonValue]) -> dict[str, str]:
+    """Key -> sentence on a checkpoint that is not here; the loader may take its path for a repository."""
     paths = ((key, str(value)) for key, value in config.items() if key.startswith("pretrained_"))
     missing = [(key, path) for key, path in paths if path.endswith(FILE_SUFFIX) and not Path(path).exists()]
-    return [f"{key}: {path} is not here. Correct the path." for key, path in missing]
+    return {key: f"{key}: {path} is not here. Correct the path." for key, path in missing}
 
 
 def _problems(config: Path, specs: Mapping[str, ModelSpec]) -> list[str]:
