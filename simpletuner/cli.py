@@ -408,11 +408,15 @@ def config_reference(
         typer.Option("--output", metavar="FILE", help=f"Write to a file, for instance {REFERENCE}."),
     ] = None,
     overwrite: Overwrite = False,
+    simpletuner: Annotated[
+        bool, typer.Option("--simpletuner", help="The page for people who come from SimpleTuner.")
+    ] = False,
 ) -> None:
     """Print the reference page of the configuration keys."""
     from simpletuner.helpers.configuration.reference import reference
+    from simpletuner.helpers.configuration.simpletuner_page import simpletuner_page
 
-    page = reference(registry.specs())
+    page = simpletuner_page() if simpletuner else reference(registry.specs())
     if output is None:
         print(page, end="")
     else:

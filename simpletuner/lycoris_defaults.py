@@ -22,3 +22,7 @@ def default_lycoris_config(algo: str) -> dict[str, object]:
         **deepcopy(dict(ALGORITHMS[algo].defaults)),
         "apply_preset": {"target_module": ["Attention", "FeedForward"]},
     }
+
+
+lycoris_defaults: dict[str, dict[str, object]] = {algo: default_lycoris_config(algo) for algo in ALGORITHMS}
+"""Algorithm -> a lycoris json to start from, under the name that other programs import."""

@@ -12,18 +12,30 @@ from pydantic import JsonValue
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.configuration.load import KEYS, display
 from simpletuner.helpers.configuration.loading.config_forms import read_config
-from simpletuner.helpers.configuration.loading.dataset_file import translate_entry
+from simpletuner.helpers.configuration.loading.dataset_file import conditioning_data, translate_entry
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
-from simpletuner.helpers.configuration.text.problems import Problems
+from simpletuner.helpers.configuration.text.problems import Problems, shown
 from simpletuner.helpers.configuration.text.reading import read_json
 from simpletuner.helpers.contracts import ModelSpec
 
 _DATASETS, _LYCORIS = "data_backend_config", "lycoris_config"
+_NO_TARGETS = frozenset(
+    {
+        "type",
+        "dataset_type",
+        "conditioning_type",
+        "source_dataset_id",
+        "is_regularisation_data",
+        "is_regularization_data",
+        "slider_strength",
+    }
+)
+"""Keys of a dataset that, where they are refused, say that its images are no plain training targets."""
 
 
 @dataclass(frozen=True)
@@ -65,45 +77,92 @@ def translate_run(path: Path, *, families: Mapping[str, ModelSpec]) -> Translate
     decisions += _refused_values(config)
     context = PathContext(config_folder=Path(os.path.abspath(path)).parent)
     names = {key: str(config.get(key, "")) for key in ("model_family", "output_dir")}
-    files = {
-        key: _content(config.pop(key, None), replace(context, names=names), problems)
-        for key in (_DATASETS, _LYCORIS)
-    }
+    context = replace(context, names=names)
+    entries = _content(_DATASETS, config, context, problems=problems, decisions=decisions)
+    lycoris = _content(_LYCORIS, config, context, problems=problems, decisions=decisions)
     problems.raise_if_any()
+    decisions = [*_same(content, config, decisions), *decisions]
     datasets: list[dict[str, JsonValue]] = []
-    entries = files[_DATASETS]
-    for index, entry in enumerate(entries if isinstance(entries, list) else ()):
-        if isinstance(entry, dict):
-            values, found = translate_entry(entry, prefix=f"{entry.get('id', index)}.", inherited=config)
-            datasets.append(values)
-            decisions += found
-    lycoris = files[_LYCORIS]
-    if isinstance(lycoris, dict):
-        precision = str(config.get("base_model_precision", UNCHANGED))
-        chosen = precision if precision in PRECISIONS else UNCHANGED
-        added, found = complete_lycoris(lycoris, precision=chosen)
-        lycoris = lycoris | added
+    if isinstance(entries, list):
+        datasets, found = _datasets(entries, inherited=config)
         decisions += found
+    if not isinstance(lycoris, dict):
+        return TranslatedRun(config, datasets, None, tuple(decisions))
+    decisions += _same(lycoris, lycoris, [], prefix="lycoris.")
+    precision = str(config.get("base_model_precision", UNCHANGED))
+    added, found = complete_lycoris(lycoris, precision=precision if precision in PRECISIONS else UNCHANGED)
+    return TranslatedRun(config, datasets, lycoris | added, (*decisions, *found))
+
+
+def _datasets(
+    entries: list[JsonValue], *, inherited: Mapping[str, object]
+) -> tuple[list[dict[str, JsonValue]], list[Decision]]:
+    """The entries in our names, without those whose images must not be trained on as they stand."""
+    kept: list[dict[str, JsonValue]] = []
+    decisions: list[Decision] = []
+    owners = conditioning_data(entries)
+    for index, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            continue
+        prefix = f"{entry.get('id', index)}."
+        values, found = translate_entry(entry, prefix=prefix, inherited=inherited)
+        found += _refused_values(values, prefix=prefix)
+        refused = {each.key.removeprefix(prefix) for each in found if each.outcome == "not translated"}
+        is_left_out = bool(refused & _NO_TARGETS) or str(entry.get("id")) in owners
+        if is_left_out:
+            text = "The entry is left out: its images would be trained on as they stand."
+            found.append(Decision(f"{prefix}id", entry.get("id"), "not translated", "", text))
+        else:
+            kept.append(values)
+        decisions += [*_same(entry, values, found, prefix=prefix), *found]
+    return kept, decisions
+
+
+def _same(
+    given: Mapping[str, JsonValue],
+    ours: Mapping[str, JsonValue],
+    decisions: list[Decision],
+    *,
+    prefix: str = "",
+) -> list[Decision]:
+    """A decision for each key of a file that stays as it is."""
     decided = {each.key for each in decisions}
-    same = [Decision(key, value, "same", f"{key}", "") for key, value in config.items() if key not in decided]
-    return TranslatedRun(
-        config, datasets, lycoris if isinstance(lycoris, dict) else None, (*same, *decisions)
-    )
+    names = dict.fromkeys(key.removeprefix("--") for key in given)
+    return [
+        Decision(f"{prefix}{key}", ours[key], "same", f"{key}: {shown(ours[key])}", "")
+        for key in names
+        if key in ours and f"{prefix}{key}" not in decided
+    ]
 
 
-def _refused_values(config: dict[str, JsonValue]) -> list[Decision]:
+def _refused_values(values: dict[str, JsonValue], *, prefix: str = "") -> list[Decision]:
     """Take out the values that are known from SimpleTuner and not supported here."""
     refused = {
         key: UNSUPPORTED_VALUES[key, str(value)]
-        for key, value in config.items()
+        for key, value in values.items()
         if (key, str(value)) in UNSUPPORTED_VALUES
     }
-    return [Decision(key, config.pop(key), "not translated", "", advice) for key, advice in refused.items()]
+    return [
+        Decision(f"{prefix}{key}", values.pop(key), "not translated", "", advice)
+        for key, advice in refused.items()
+    ]
 
 
-def _content(value: JsonValue, context: PathContext, problems: Problems) -> JsonValue:
-    """The content of a file that a key names, or the value itself where it stands in the key's place."""
+def _content(
+    key: str,
+    config: dict[str, JsonValue],
+    context: PathContext,
+    *,
+    problems: Problems,
+    decisions: list[Decision],
+) -> JsonValue:
+    """Take the key of a file out of config; the content of the file, or the value in its place."""
+    value = config.pop(key, None)
     if not isinstance(value, str):
         return value
     path = context.input_path(context.expand(value))
-    return None if path is None else read_json(path, source=display(path), problems=problems)
+    if path is None:
+        decisions.append(Decision(key, value, "not translated", "", "The file is not found."))
+        return None
+    decisions.append(Decision(key, value, "translated", f"{key}: a file beside config.json", ""))
+    return read_json(path, source=display(path), problems=problems)

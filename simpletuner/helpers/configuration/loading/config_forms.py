@@ -74,6 +74,12 @@ def _names() -> Mapping[str, Any]:
     return names
 
 
+def environment_names() -> Mapping[str, str]:
+    """SimpleTuner's variable of config.env -> its key."""
+    names: Mapping[str, str] = _names()["keys"]
+    return names
+
+
 def _from_env(text: str) -> tuple[JsonValue, list[Decision]]:
     """The keys of SimpleTuner's variables; others have no effect there either."""
     names = _names()

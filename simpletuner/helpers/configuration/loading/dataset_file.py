@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.loading.translation import (
     tables,
     translate_values,
 )
-from simpletuner.helpers.configuration.schema.base import OutputPath, Section, holds_text
+from simpletuner.helpers.configuration.schema.base import OutputPath, Section, takes_empty_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -85,7 +85,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     decisions: list[Decision] = []
     first_with: dict[str, int] = {}
     num_images = 0
-    conditioning = _conditioning_data(entries)
+    conditioning = conditioning_data(entries)
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             source.reject(f"[{index}]", entry, "must be an object, {...}.")
@@ -117,7 +117,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
 
 
-def _conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
+def conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
     """Id -> the entry whose conditioning_data names it."""
     named: dict[str, str] = {}
     for index, entry in enumerate(entries):
@@ -214,7 +214,7 @@ def _translations(
         owned=section.model_fields,
         known=section.model_fields,
         context=Context({**inherited, **renamed.values}),
-        takes_empty=lambda key: holds_text(section, key),
+        takes_empty=lambda key: takes_empty_text(section, key),
     )
     return translation.values, [*renamed.decisions, *translation.decisions]
 

@@ -16,7 +16,7 @@ from simpletuner.helpers.configuration.loading.translation import (
     translate_values,
 )
 from simpletuner.helpers.configuration.loading.unsupported_keys import unsupported_keys
-from simpletuner.helpers.configuration.schema.base import Section, admits_none, holds_text
+from simpletuner.helpers.configuration.schema.base import Section, admits_none, holds_text, takes_empty_text
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems
@@ -99,7 +99,7 @@ def merge_layers(
         owned=keys.owners,
         known=[*keys.owners, *tables(FILE).aliases],
         context=Context(present, spec, everyone - spec.own_keys if spec is not None else frozenset()),
-        takes_empty=lambda key: holds_text(keys.owners[key], key),
+        takes_empty=lambda key: takes_empty_text(keys.owners[key], key),
     )
     decisions += _noted(translation.decisions, {key: each.source for key, each in given.items()}, problems)
     raw = {

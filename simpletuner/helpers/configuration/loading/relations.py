@@ -86,6 +86,10 @@ def _is_foreign(key: str, context: Context) -> bool:
     return key in context.foreign
 
 
+def _is_unet(key: str, context: Context) -> bool:
+    return _is_foreign(key, context) and context.spec is not None and context.spec.denoiser_name == "unet"
+
+
 def _has_fixed_shift(key: str, context: Context) -> bool:
     is_read = context.spec is not None and key in context.spec.own_keys
     return is_read and not context.is_on("flow_schedule_auto_shift")
@@ -121,21 +125,22 @@ def _lacks_caption_strategy(_key: str, context: Context) -> bool:
 
 RELATIONS: Mapping[str, Callable[[str, Context], bool]] = MappingProxyType(
     {
-        "scaled to the resolution": _is_scaled_to_resolution,
-        "not cropped, or scaled to the resolution": _is_whole_or_scaled,
+        "target_downsample_size equals resolution": _is_scaled_to_resolution,
+        "no crop, or target_downsample_size equals resolution": _is_whole_or_scaled,
         "no random crop": _has_no_random_crop,
-        "one crop aspect": _has_one_crop_aspect,
-        "nothing quantised": _is_unquantised,
-        "no real guidance": _has_no_real_guidance,
-        "not prodigy": _is_not_prodigy,
-        "loss is l2": _is_squared_loss,
-        "not singlora": _is_not_singlora,
-        "not the family's": _is_foreign,
-        "fixed shift": _has_fixed_shift,
-        "decays to lr_end": _decays,
-        "polynomial": _is_polynomial,
-        "standard adapter": _is_standard,
-        "validates": _has_prompts,
-        "a dataset without one": _lacks_caption_strategy,
+        "another crop_aspect": _has_one_crop_aspect,
+        "base_model_precision no_change": _is_unquantised,
+        "validation_guidance_real of 1 or less": _has_no_real_guidance,
+        "another optimizer": _is_not_prodigy,
+        "loss_type l2": _is_squared_loss,
+        "another peft_lora_mode": _is_not_singlora,
+        "another kind of model": _is_foreign,
+        "on a UNet": _is_unet,
+        "flow matching without flow_schedule_auto_shift": _has_fixed_shift,
+        "a schedule that decays to lr_end": _decays,
+        "lr_scheduler polynomial": _is_polynomial,
+        "lora_type standard": _is_standard,
+        "with validation images": _has_prompts,
+        "a dataset without caption_strategy": _lacks_caption_strategy,
     }
 )

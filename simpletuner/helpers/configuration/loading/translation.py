@@ -16,14 +16,16 @@ from pydantic import JsonValue
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.loading.relations import RELATIONS, Context
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
-from simpletuner.helpers.configuration.schema.values import is_off, optimizer_arguments
+from simpletuner.helpers.configuration.schema.values import is_off, optimizer_arguments, sizes
 from simpletuner.helpers.configuration.text.decisions import Decision, Outcome
 from simpletuner.helpers.configuration.text.problems import shown, unknown_key
+from simpletuner.helpers.contracts import Size
 
 File = Literal["config.json", "dataset", "text_embeds", "lycoris", "apply_preset"]
+_SMALLEST_EDGE = 128
+_ONE_MEGAPIXEL = 1024
 OFF = "Off, as here."
 """What becomes of a key that is not supported here, at a value that asks for nothing."""
-AS_HERE = "As here."
 
 
 @dataclass(frozen=True)
@@ -223,13 +225,14 @@ def translate_values(
         if key not in owned:
             decisions.append(_of_unowned(file, key, value, known=known, context=context))
             continue
-        entry = next((each for each in table.owned if key in each.keys), None)
-        if entry is not None and entry.holds(key, value, context):
+        idle = (each for each in table.owned if key in each.keys and each.holds(key, value, context))
+        entry = next(idle, None)
+        if entry is not None:
             decisions.append(Decision(key, value, "no effect", "", entry.text))
         elif value == "" and not takes_empty(key):
             decisions.append(Decision(key, value, "no effect", "", "Empty, so as if it were left out."))
         else:
-            ours[key], decision = _respelt(table, key, value)
+            ours[key], decision = _respelt(table, key, value, context=context)
             decisions += [decision] if decision is not None else []
     decisions += _gather_arguments(table, values, ours)
     return Translation(ours, tuple(decisions))
@@ -266,12 +269,14 @@ def _table_of(file: File) -> Table:
     return "dataset" if file == "text_embeds" else file
 
 
-def _respelt(table: Tables, key: str, value: JsonValue) -> tuple[JsonValue, Decision | None]:
+def _respelt(
+    table: Tables, key: str, value: JsonValue, *, context: Context
+) -> tuple[JsonValue, Decision | None]:
     """A value in our spelling, and the decision if it is another one."""
     if key in table.functions:
         name, text = table.functions[key]
         outcome: Outcome = "translated"
-        respelt = FUNCTIONS[name](value)
+        respelt = FUNCTIONS[name](value, context)
     else:
         respelt, outcome, text = value, "translated", ""
     for entry in table.renamed:
@@ -323,7 +328,7 @@ def _plain(value: object) -> JsonValue:
     return list(value) if isinstance(value, tuple) else cast("JsonValue", value)
 
 
-def _installed_trackers(value: JsonValue) -> JsonValue:
+def _installed_trackers(value: JsonValue, _context: Context) -> JsonValue:
     """Every tracker that is installed for "all"; other values as they are."""
     if _lowered(value) != "all":
         return value
@@ -334,7 +339,7 @@ def _installed_trackers(value: JsonValue) -> JsonValue:
     ]
 
 
-def _owner_and_name(value: JsonValue) -> JsonValue:
+def _owner_and_name(value: JsonValue, _context: Context) -> JsonValue:
     """owner/name of the address of a repository; other values as they are."""
     marker = "huggingface.co/"
     if not isinstance(value, str) or marker not in value:
@@ -342,6 +347,33 @@ def _owner_and_name(value: JsonValue) -> JsonValue:
     return "/".join(value.partition(marker)[2].split("/")[:2])
 
 
-FUNCTIONS: Mapping[str, Callable[[JsonValue], JsonValue]] = MappingProxyType(
-    {"installed trackers": _installed_trackers, "owner and name": _owner_and_name}
+def _made_sizes(value: JsonValue, context: Context) -> JsonValue:
+    """Sizes of validation images as SimpleTuner makes them; others as they are.
+
+    A single number below 128 is in megapixels there, 1 for 1024 pixels. The pipelines of transformers round
+    a size down to what the model takes.
+    """
+    number = context.number("validation_resolution")
+    if number is not None and 0 < number < _SMALLEST_EDGE:
+        return _ONE_MEGAPIXEL if int(number) == 1 else int(number) * 1000 // 8 * 8
+    whole: JsonValue = value if number is None or not number.is_integer() else int(number)
+    plain = value if _lowered(value) == _lowered(whole) else whole
+    try:
+        found = sizes(whole)
+    except ValueError:
+        return value
+    if context.spec is None or context.spec.denoiser_name == "unet":
+        return plain
+    step = context.spec.minimum_alignment
+    made = [Size(height=each.height // step * step, width=each.width // step * step) for each in found]
+    fits = list(found) == made or not all(each.height and each.width for each in made)
+    return plain if fits else ",".join(map(str, made))
+
+
+FUNCTIONS: Mapping[str, Callable[[JsonValue, Context], JsonValue]] = MappingProxyType(
+    {
+        "installed trackers": _installed_trackers,
+        "owner and name": _owner_and_name,
+        "sizes as made": _made_sizes,
+    }
 )

@@ -148,6 +148,11 @@ def holds_text(section: type[Section], key: str) -> bool:
     return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, (str, Path))
 
 
+def takes_empty_text(section: type[Section], key: str) -> bool:
+    """Whether an empty text may be a value of a key; else it means that the key is left out."""
+    return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, (str,))
+
+
 def _mentions(annotation: object, types: tuple[type, ...]) -> bool:
     return annotation in types or any(_mentions(each, types) for each in get_args(annotation))
 

@@ -1,0 +1,117 @@
+"""A SimpleTuner run in our names, with a decision for every key."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from simpletuner.helpers.configuration.simpletuner_run import translate_run
+from simpletuner.helpers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from conftest import Workspace
+
+
+def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
+    workspace.config |= {
+        "--optimizer": "adamw_bf16",
+        "seed": 7,
+        "write_batch_size": 64,
+        "model_type": "full",
+        "offset_noise": True,
+        "hub_model_id": "me/mine",
+        "base_model_precision": "int8-quanto",
+        "validation_prompt": "a {env:THING}",
+    }
+    workspace.lycoris = {"algo": "lokr", "multiplier": 1.0, "linear_alpha": 1}
+    workspace.datasets = [
+        {"id": "photos", "instance_data_dir": "images", "write_batch_size": 1, "repeats": 3},
+        {"id": "t", "type": "local", "dataset_type": "text_embeds", "cache_dir": "cache", "default": True},
+    ]
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert run.config == {
+        "model_family": "toy",
+        "lora_type": "lycoris",
+        "max_train_steps": 10,
+        "optimizer": "adamw",
+        "optimizer_config": {"betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01},
+        "seed": 7,
+        "base_model_precision": "int8-torchao",
+        "validation_prompt": "a {env:THING}",
+    }
+    assert run.datasets == [
+        {"id": "photos", "instance_data_dir": "images", "repeats": 3},
+        {"id": "t", "type": "local", "dataset_type": "text_embeds", "cache_dir": "cache", "default": True},
+    ]
+    assert run.lycoris == workspace.lycoris | {"linear_dim": 10_000, "bypass_mode": True}
+    outcomes = {each.key: each.outcome for each in run.decisions}
+    same = ["model_family", "lora_type", "max_train_steps", "seed", "validation_prompt"]
+    same += [f"photos.{key}" for key in ("id", "instance_data_dir", "repeats")]
+    same += [f"t.{key}" for key in ("id", "type", "dataset_type", "cache_dir", "default")]
+    same += [f"lycoris.{key}" for key in ("algo", "multiplier", "linear_alpha")]
+    translated = ["optimizer", "base_model_precision", "linear_dim", "bypass_mode"]
+    translated += ["data_backend_config", "lycoris_config"]
+    assert outcomes == {
+        **dict.fromkeys(same, "same"),
+        **dict.fromkeys(translated, "translated"),
+        **dict.fromkeys(["write_batch_size", "hub_model_id", "photos.write_batch_size"], "no effect"),
+        **dict.fromkeys(["offset_noise", "model_type"], "not translated"),
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"conditioning_type": "reference_strict"},
+        {"is_regularisation_data": True},
+        {"dataset_type": "eval"},
+        {"type": "aws"},
+    ],
+    ids=range(4),
+)
+def test_an_entry_that_is_no_training_target_is_left_out(
+    workspace: Workspace, changes: dict[str, object]
+) -> None:
+    workspace.datasets.append({"id": "others", "instance_data_dir": "images"} | changes)
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert [entry["id"] for entry in run.datasets] == ["photos"]
+    assert "others.id" in {each.key for each in run.decisions if each.outcome == "not translated"}
+
+
+def test_an_entry_that_another_names_as_its_condition_is_left_out(workspace: Workspace) -> None:
+    workspace.datasets = [
+        {"id": "photos", "instance_data_dir": "images", "conditioning_data": ["before"]},
+        {"id": "before", "instance_data_dir": "images"},
+    ]
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert [entry["id"] for entry in run.datasets] == ["photos"]
+
+
+def test_a_file_that_is_named_and_not_there_is_a_decision(workspace: Workspace) -> None:
+    path = workspace.write()
+    (workspace.folder / "data.json").unlink()
+    run = translate_run(path, families=workspace.families)
+    assert not run.datasets
+    assert "data_backend_config" in {each.key for each in run.decisions if each.outcome == "not translated"}
+
+
+def test_what_was_translated_is_valid(workspace: Workspace) -> None:
+    workspace.config |= {"optimizer": "adamw_bf16", "validation_steps": 5, "lr_warmup_steps": ""}
+    run = translate_run(workspace.write(), families=workspace.families)
+    workspace.config = {**run.config, "data_backend_config": run.datasets, "lycoris_config": run.lycoris}
+    assert workspace.load().validation.validation_step_interval == 5
+    assert not workspace.load().decisions
+
+
+def test_a_file_that_cannot_be_read_is_an_error(workspace: Workspace) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        translate_run(workspace.text("config.json", "[]"), families=workspace.families)
+    with pytest.raises(ConfigError, match="not found"):
+        translate_run(workspace.folder / "no.json", families=workspace.families)
+    workspace.config |= {"data_backend_config": "data.json"}
+    path = workspace.write()
+    workspace.text("data.json", json.dumps([])[:1])
+    with pytest.raises(ConfigError, match=r"data\.json"):
+        translate_run(path, families=workspace.families)
