@@ -23,6 +23,7 @@ from simpletuner.helpers.configuration.loading.defaults import (
     THEIRS,
     differences,
     their_defaults,
+    their_flavour,
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
@@ -141,15 +142,7 @@ class Loader:
         self.raw = layers.raw
         self.decisions += [*left_out, *layers.decisions]
         spec = rules.family_of(self.raw, self.families, self.source)
-        defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
-        defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
-        if "group_offload_type" in defaults:
-            kind = f"group_offload_type: {defaults['group_offload_type']}"
-            text = "The only kind that a UNet has."
-            self.decisions.append(Decision("enable_group_offload", True, "translated", kind, text))
-        context = Context({key: raw.value for key, raw in self.raw.items()}, spec)
-        if context.text(CHOICE) == THEIRS:
-            defaults |= their_defaults(self.raw, context)
+        defaults, context = self._defaults(spec)
         self.values = defaults | {
             key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)
         }
@@ -211,18 +204,42 @@ class Loader:
         rules.check_comparison(run, self.source)
         return run
 
+    def _defaults(self, spec: ModelSpec | None) -> tuple[dict[str, object], Context]:
+        """The values of keys that are left out, and what relations between keys look at."""
+        theirs: dict[str, object] = {}
+        raw = dict(self.raw)
+        context = Context({key: each.value for key, each in raw.items()}, spec)
+        if context.text(CHOICE) == THEIRS:
+            theirs |= their_defaults(raw, context)
+            flavour = theirs.pop("model_flavour", None) or context.values.get("model_flavour")
+            if flavour is not None:
+                named = their_flavour(str(flavour))
+                raw["model_flavour"] = RawValue(named, named, self.source.name_of("model_flavour"))
+                if named != context.values.get("model_flavour", named):
+                    text = "Another model under the same name."
+                    ours = f"model_flavour: {named}"
+                    self.decisions.append(Decision("model_flavour", str(flavour), "translated", ours, text))
+            self.raw = raw
+        defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
+        defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
+        if "group_offload_type" in defaults:
+            kind = f"group_offload_type: {defaults['group_offload_type']}"
+            text = "The only kind that a UNet has."
+            self.decisions.append(Decision("enable_group_offload", True, "translated", kind, text))
+        return defaults | theirs, context
+
     def _draw_seed(self, checkpoint: CheckpointConfig) -> None:
         """Replace the seed -1 by the seed of the run that goes on, else by a drawn one."""
         if str(self.values.get("seed")).strip() != "-1":
             return
         is_new = checkpoint.resume_from_checkpoint is None
         seed = None if is_new else stored_seed(checkpoint.output_dir)
-        self.values = {
-            **self.values,
-            "seed": random.SystemRandom().randrange(_DRAWN_SEEDS) if seed is None else seed,
-        }
-        how = "Drawn; a run that goes on keeps its own." if seed is None else "The run's own, which goes on."
-        self.decisions.append(Decision("seed", -1, "translated", f"seed: {self.values['seed']}", how))
+        how = "The run's own, which goes on."
+        if seed is None:
+            seed = random.SystemRandom().randrange(_DRAWN_SEEDS)
+            how = "Drawn for each new run; one that goes on keeps its own."
+        self.values = {**self.values, "seed": seed}
+        self.decisions.append(Decision("seed", -1, "translated", f"seed: {seed}", how))
 
     def _differences(self, context: Context, dataset_file: DatasetFile) -> Iterator[DifferingDefault]:
         """The defaults that SimpleTuner has otherwise, unless the configuration chooses."""
@@ -231,6 +248,8 @@ class Loader:
         datasets: list[object] = [dict(dataset) for dataset in dataset_file.datasets]
         everything = {key: value for section in self.built for key, value in section}
         values = {**everything, "data_backend_config": datasets}
+        if "pretrained_model_name_or_path" not in self.raw:
+            del values["pretrained_model_name_or_path"]
         yield from differences(self.raw, replace(context, values=values), values=everything)
 
     def _section(self, section: type[S], *, placeholders: Mapping[str, object] | None = None) -> Validated[S]:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading.config_forms import environment_names
-from simpletuner.helpers.configuration.loading.defaults import Default, differing_defaults
+from simpletuner.helpers.configuration.loading.defaults import Default, differing_defaults, their_flavours
 from simpletuner.helpers.configuration.loading.translation import File, NoEffect, Tables, tables
 
 _INTRODUCTION = """\
@@ -67,6 +67,10 @@ the file or the command line says wins over both.
 | key | SimpleTuner | here | for |
 |---|---|---|---|
 """
+_FLAVOURS = """\
+Some flavours have the same name and another model: SimpleTuner's {names}. With `"defaults": "simpletuner"`
+they are what they are there; without it `validate` and the start of a run say so, if the file names no model.
+"""
 _TITLES: dict[File, str] = {
     "config.json": "config.json",
     "dataset": "Dataset json, entries of images",
@@ -86,7 +90,13 @@ out.
 def simpletuner_page() -> str:
     """The page as markdown."""
     parts = [_INTRODUCTION, _DEFAULTS + "\n".join(map(_default_row, differing_defaults())) + "\n"]
-    parts += ["## Other spellings\n", *_spellings(tables("config.json")), _LYCORIS]
+    flavours = ", ".join(f"`{theirs}` is `{ours}` here" for theirs, ours in their_flavours().items())
+    parts += [
+        _FLAVOURS.format(names=flavours),
+        "## Other spellings\n",
+        *_spellings(tables("config.json")),
+        _LYCORIS,
+    ]
     parts += ["## Keys without effect here\n"]
     for file in get_args(File):
         table = tables(file)
@@ -104,7 +114,8 @@ def _default_row(default: Default) -> str:
     if not ours:
         field = KEYS.owners[default.key].model_fields[default.key]
         ours = _code(field.default)
-    theirs = default.shown or _code(default.theirs)
+    by_family = ", ".join(f"{_code(value)} for {name}" for name, value in default.families.items())
+    theirs = default.shown or by_family or _code(default.theirs)
     return f"| `{default.key}` | {theirs} | {ours} | {default.relation or 'every run'} |"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.configuration.load import KEYS, display
 from simpletuner.helpers.configuration.loading.config_forms import read_config
 from simpletuner.helpers.configuration.loading.dataset_file import conditioning_data, translate_entry
+from simpletuner.helpers.configuration.loading.defaults import CHOICE, THEIRS, their_flavour
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris
@@ -81,7 +82,7 @@ def translate_run(path: Path, *, families: Mapping[str, ModelSpec]) -> Translate
     entries = _content(_DATASETS, config, context, problems=problems, decisions=decisions)
     lycoris = _content(_LYCORIS, config, context, problems=problems, decisions=decisions)
     problems.raise_if_any()
-    decisions = [*_same(content, config, decisions), *decisions]
+    decisions = [*_same(content, config, decisions), *decisions, *_with_their_defaults(config)]
     datasets: list[dict[str, JsonValue]] = []
     if isinstance(entries, list):
         datasets, found = _datasets(entries, inherited=config)
@@ -92,6 +93,19 @@ def translate_run(path: Path, *, families: Mapping[str, ModelSpec]) -> Translate
     precision = str(config.get("base_model_precision", UNCHANGED))
     added, found = complete_lycoris(lycoris, precision=precision if precision in PRECISIONS else UNCHANGED)
     return TranslatedRun(config, datasets, lycoris | added, (*decisions, *found))
+
+
+def _with_their_defaults(config: dict[str, JsonValue]) -> Iterator[Decision]:
+    """Choose SimpleTuner's defaults, and name the model of its flavour."""
+    flavour = str(config.get("model_flavour"))
+    if their_flavour(flavour) != flavour:
+        config["model_flavour"] = their_flavour(flavour)
+        ours, text = f"model_flavour: {shown(config['model_flavour'])}", "Another model under the same name."
+        yield Decision("model_flavour", flavour, "translated", ours, text)
+    if CHOICE not in config:
+        config[CHOICE] = THEIRS
+        text = "Keys that the file leaves out have SimpleTuner's values."
+        yield Decision(CHOICE, None, "translated", f"{CHOICE}: {shown(THEIRS)}", text)
 
 
 def _datasets(

@@ -331,6 +331,7 @@ def build_accelerator(config: RunConfig) -> Accelerator:
         ConfigError: The device cannot train in this mixed_precision.
     """
     precision = config.precision.mixed_precision
+    torch.set_float32_matmul_precision("high" if config.precision.allow_tf32 else "highest")
     try:
         accelerator = Accelerator(
             mixed_precision=precision,

@@ -109,7 +109,12 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
     """What a person may not have meant, from the configuration and the number of batches in an epoch."""
     steps = config.training.planned_steps(batches_per_epoch=batches)
-    found = [*_examples_own(config), *_prediction(config), *_repeated_folders(config)]
+    found = [
+        *_other_model(config),
+        *_examples_own(config),
+        *_prediction(config),
+        *_repeated_folders(config),
+    ]
     if (
         config.training.max_train_steps is None
         and config.algorithm.name == "tlora"
@@ -172,6 +177,16 @@ def _only_before(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
             f"no GPU was found, and this denoiser has {billions(weights)} weights: the run ends at its start "
             "unless allow_cpu is true."
         )
+
+
+def _other_model(config: RunConfig) -> Iterator[str]:
+    for each in config.differing_defaults:
+        if each.key == "model_flavour" and each.ours == config.model.model_flavour:
+            named = config.model.pretrained_model_name_or_path
+            yield (
+                f"model_flavour {each.ours} is {named} here; what is {each.ours} in SimpleTuner is "
+                f"{each.theirs} here. Name the one that you mean, or set defaults."
+            )
 
 
 def _examples_own(config: RunConfig) -> Iterator[str]:

@@ -71,6 +71,7 @@ CONFIG = {
     "train_batch_size": COUNTS,
     "gradient_accumulation_steps": COUNTS,
     "gradient_checkpointing": SWITCHES,
+    "allow_tf32": SWITCHES,
     "seed": st.integers(0, 2**63 - 1),
     "caption_dropout_probability": SHARES,
     "max_grad_norm": RATES,

@@ -40,6 +40,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
         "seed": 7,
         "base_model_precision": "int8-torchao",
         "validation_prompt": "a {env:THING}",
+        "defaults": "simpletuner",
     }
     assert run.datasets == [
         {"id": "photos", "instance_data_dir": "images", "repeats": 3},
@@ -52,7 +53,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
     same += [f"t.{key}" for key in ("id", "type", "dataset_type", "cache_dir", "default")]
     same += [f"lycoris.{key}" for key in ("algo", "multiplier", "linear_alpha")]
     translated = ["optimizer", "base_model_precision", "linear_dim", "bypass_mode"]
-    translated += ["data_backend_config", "lycoris_config"]
+    translated += ["data_backend_config", "lycoris_config", "defaults"]
     assert outcomes == {
         **dict.fromkeys(same, "same"),
         **dict.fromkeys(translated, "translated"),
@@ -102,7 +103,7 @@ def test_what_was_translated_is_valid(workspace: Workspace) -> None:
     run = translate_run(workspace.write(), families=workspace.families)
     workspace.config = {**run.config, "data_backend_config": run.datasets, "lycoris_config": run.lycoris}
     assert workspace.load().validation.validation_step_interval == 5
-    assert not workspace.load().decisions
+    assert [each.key for each in workspace.load().decisions] == ["seed"]
 
 
 def test_a_file_that_cannot_be_read_is_an_error(workspace: Workspace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import device, plan
+from simpletuner.helpers.training import build, device, plan
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, device_name, refuse_cpu
 from simpletuner.helpers.training.plan import plan_lines
 
@@ -83,6 +84,29 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
     ):
         assert part in text
     assert "warning" not in text
+
+
+def test_what_became_of_simpletuner_s_keys_is_one_block(folder: Path) -> None:
+    dataset = {"id": "mine", "instance_data_dir": str(folder / "images"), "write_batch_size": 1}
+    text = lines(run_of(folder, optimizer="adamw_bf16", quantize_via="cpu", data_backend_config=[dataset]))
+    block = text[text.index("  keys ") :].splitlines()
+    assert block[0].split() == ["keys", "1", "key", "translated,", "2", "without", "effect", "here:"]
+    assert [line.split()[0] for line in block[1:4]] == ["optimizer", "quantize_via:", "write_batch_size:"]
+    defaults = next(line for line in block if line.startswith("  defaults"))
+    assert "max_grad_norm 1.0 (there 2.0)" in defaults
+    plain = lines(run_of(folder, defaults="ours"))
+    assert "  keys " not in plain
+    assert "  defaults " not in plain
+
+
+def test_a_flavour_with_another_model_under_its_name_is_a_warning(folder: Path) -> None:
+    spec = registry.specs()["flux2"]
+    keys = {"model_family": "flux2", "aspect_bucket_alignment": 16, "pretrained_model_name_or_path": None}
+    warned = plan.warnings_of(run_of(folder, model_flavour="klein-9b", **keys), spec, batches=1)
+    assert [text for text in warned if "klein-base-9b" in text]
+    for changes in ({"model_flavour": "klein-base-9b"}, {"model_flavour": "klein-9b", "defaults": "ours"}):
+        warned = plan.warnings_of(run_of(folder, **keys, **changes), spec, batches=1)
+        assert not [text for text in warned if "klein" in text]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +232,20 @@ def test_a_large_denoiser_trains_on_the_cpu_only_if_allowed(folder: Path) -> Non
     refuse_cpu(run_of(folder), torch.device("mps"), num_weights=large)
     refuse_cpu(run_of(folder), cpu, num_weights=LARGEST_ON_CPU)
     refuse_cpu(run_of(folder), cpu, num_weights=None)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_used_where_it_is_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    monkeypatch.setattr(build, "Accelerator", lambda **_: SimpleNamespace(scaler=None))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        build.build_accelerator(run_of(folder, allow_tf32=allowed))
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_the_device_is_named_in_words() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ class Default:
     """A key whose default differs."""
 
     key: str
-    theirs: JsonValue
+    theirs: JsonValue = None
+    families: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Family -> theirs, if that depends on it."""
     relation: str = ""
     """Name in RELATIONS: the runs that it changes; empty for every run."""
     ours: str = ""
@@ -32,17 +34,33 @@ class Default:
     shown: str = ""
     """Theirs in words; empty for the value itself."""
 
+    def of(self, context: Context) -> JsonValue:
+        """Their value for the model family; None where it is none of SimpleTuner's."""
+        if not self.families:
+            return self.theirs
+        return self.families.get(context.spec.name) if context.spec is not None else None
+
 
 @cache
 def differing_defaults() -> tuple[Default, ...]:
     """The table, in the order of the page."""
-    path = Path(__file__).with_name("translation.json")
-    return tuple(Default(**each) for each in json.loads(path.read_text(encoding="utf-8"))["defaults"])
+    return tuple(Default(**each) for each in _content()["defaults"])
 
 
 def their_defaults(given: Container[str], context: Context) -> dict[str, JsonValue]:
     """SimpleTuner's values of the keys that are left out, as far as the run depends on them."""
-    return {each.key: each.theirs for each in _left_out(given, context)}
+    return {each.key: value for each, value in _left_out(given, context)}
+
+
+def their_flavour(flavour: str) -> str:
+    """Our name of SimpleTuner's flavour, which has another model under some of our names."""
+    return their_flavours().get(flavour, flavour)
+
+
+def their_flavours() -> Mapping[str, str]:
+    """SimpleTuner's flavour -> our name of its model, where ours has another one under that name."""
+    flavours: Mapping[str, str] = _content()["flavours"]
+    return flavours
 
 
 def differences(
@@ -55,13 +73,26 @@ def differences(
         context: All values, and the family.
         values: Key -> value of the run.
     """
-    for each in _left_out(given, context):
-        if values.get(each.key) != each.theirs:
+    flavour = str(values.get("model_flavour"))
+    is_read = "model_flavour" in given and "pretrained_model_name_or_path" not in given
+    if is_read and their_flavour(flavour) != flavour:
+        yield DifferingDefault("model_flavour", ours=flavour, theirs=their_flavour(flavour))
+    for each, theirs in _left_out(given, context):
+        if values.get(each.key) != theirs:
             ours = each.ours or f"{values.get(each.key)}"
-            yield DifferingDefault(each.key, ours=ours, theirs=each.shown or f"{each.theirs}")
+            yield DifferingDefault(each.key, ours=ours, theirs=each.shown or f"{theirs}")
 
 
-def _left_out(given: Container[str], context: Context) -> Iterator[Default]:
+def _left_out(given: Container[str], context: Context) -> Iterator[tuple[Default, JsonValue]]:
     for each in differing_defaults():
-        if each.key not in given and (not each.relation or RELATIONS[each.relation](each.key, context)):
-            yield each
+        is_read = not each.relation or RELATIONS[each.relation](each.key, context)
+        theirs = each.of(context)
+        if each.key not in given and is_read and theirs is not None:
+            yield each, theirs
+
+
+@cache
+def _content() -> Mapping[str, Any]:
+    path = Path(__file__).with_name("translation.json")
+    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

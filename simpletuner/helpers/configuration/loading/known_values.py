@@ -29,7 +29,11 @@ _PRECISION_KEYS = (
     "base_model_precision",
     *(f"text_encoder_{number}_precision" for number in range(1, 5)),
 )
-_PRECISIONS = "int2-quanto fp8uz-quanto int4-torchao fp4-bnb int8-bnb nf4-sdnq fp16 bf16 fp32"
+_PRECISIONS = (
+    "int2-quanto fp8uz-quanto int4-torchao int8dq-torchao int8dq-int4-torchao fp8wo-torchao fp8-int4-torchao "
+    "fp8-native fp8-transformerengine fp4-bnb fp8-bnb int8-bnb nf4-sdnq uint8-sdnq int16-sdnq uint16-sdnq "
+    "fp16-sdnq fp8-sdnq int6-sdnq int5-sdnq uint5-sdnq uint4-sdnq uint3-sdnq uint2-sdnq fp16 bf16 fp32"
+)
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
     "loss_type": LOSSES,

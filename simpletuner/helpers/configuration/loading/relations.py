@@ -107,6 +107,14 @@ def _is_standard(_key: str, context: Context) -> bool:
     return context.text("lora_type") in ("", "standard")
 
 
+def _is_given_as_standard(_key: str, context: Context) -> bool:
+    return context.text("lora_type") == "standard"
+
+
+def _names_no_model(_key: str, context: Context) -> bool:
+    return not context.is_on("pretrained_model_name_or_path")
+
+
 def _has_prompts(_key: str, context: Context) -> bool:
     prompts = ("validation_prompt", "validation_prompt_library", "user_prompt_library")
     return not context.is_on("validation_disable") and any(map(context.is_on, prompts))
@@ -140,6 +148,8 @@ RELATIONS: Mapping[str, Callable[[str, Context], bool]] = MappingProxyType(
         "a schedule that decays to lr_end": _decays,
         "lr_scheduler polynomial": _is_polynomial,
         "lora_type standard": _is_standard,
+        "lora_type given as standard": _is_given_as_standard,
+        "without a model or its flavour": _names_no_model,
         "with validation images": _has_prompts,
         "a dataset without caption_strategy": _lacks_caption_strategy,
     }

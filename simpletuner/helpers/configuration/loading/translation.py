@@ -16,13 +16,13 @@ from pydantic import JsonValue
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.loading.relations import RELATIONS, Context
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
+from simpletuner.helpers.configuration.schema.datasets import SMALLEST_EDGE_PX
 from simpletuner.helpers.configuration.schema.values import is_off, optimizer_arguments, sizes
 from simpletuner.helpers.configuration.text.decisions import Decision, Outcome
 from simpletuner.helpers.configuration.text.problems import shown, unknown_key
 from simpletuner.helpers.contracts import Size
 
 File = Literal["config.json", "dataset", "text_embeds", "lycoris", "apply_preset"]
-_SMALLEST_EDGE = 128
 _ONE_MEGAPIXEL = 1024
 OFF = "Off, as here."
 """What becomes of a key that is not supported here, at a value that asks for nothing."""
@@ -350,11 +350,11 @@ def _owner_and_name(value: JsonValue, _context: Context) -> JsonValue:
 def _made_sizes(value: JsonValue, context: Context) -> JsonValue:
     """Sizes of validation images as SimpleTuner makes them; others as they are.
 
-    A single number below 128 is in megapixels there, 1 for 1024 pixels. The pipelines of transformers round
-    a size down to what the model takes.
+    A small number is in megapixels there, 1 for 1024 pixels. The pipelines of transformers round a size down
+    to what the model takes.
     """
     number = context.number("validation_resolution")
-    if number is not None and 0 < number < _SMALLEST_EDGE:
+    if number is not None and 1 <= number < SMALLEST_EDGE_PX:
         return _ONE_MEGAPIXEL if int(number) == 1 else int(number) * 1000 // 8 * 8
     whole: JsonValue = value if number is None or not number.is_integer() else int(number)
     plain = value if _lowered(value) == _lowered(whole) else whole

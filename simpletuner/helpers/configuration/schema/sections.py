@@ -231,6 +231,8 @@ class PrecisionConfig(Section):
     """block_level: a group is some neighbouring blocks; leaf_level: a group is one layer."""
     group_offload_blocks_per_group: Count = 1
     """Blocks per group with block_level."""
+    allow_tf32: bool = False
+    """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
     allow_cpu: bool = False
     """Train a denoiser of more than 300 million weights without a GPU, which takes days."""
     vae_batch_size: Count = 1

@@ -118,3 +118,22 @@ def test_a_run_folder_without_a_seed_is_no_run_that_goes_on(workspace: Workspace
     folder.mkdir(parents=True)
     (folder / CONFIG_FILE).write_text(text)
     assert workspace.load().training.seed > 1
+
+
+def test_the_model_of_a_file_that_names_none_is_said_or_theirs(flux: Workspace) -> None:
+    assert "model_flavour" in listed(flux.load())
+    assert flux.load(defaults="simpletuner").model.model_flavour == "krea"
+    assert flux.load(model_family="flux2").model.pretrained_model_name_or_path.endswith("klein-base-9B")
+    named = flux.load(defaults=None, pretrained_model_name_or_path="somebody/model")
+    assert "model_flavour" not in listed(named)
+
+
+def test_a_flavour_with_another_model_under_its_name(flux: Workspace) -> None:
+    run = flux.load(model_family="flux2", model_flavour="klein-9b")
+    assert run.model.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-klein-9B"
+    assert "model_flavour" in listed(run)
+    theirs = flux.load(defaults="simpletuner")
+    assert theirs.model.pretrained_model_name_or_path == "black-forest-labs/FLUX.2-klein-base-9B"
+    assert theirs.model.model_flavour == "klein-base-9b"
+    assert "model_flavour" in {each.key for each in theirs.decisions}
+    assert "model_flavour" not in listed(flux.load(defaults=None, model_flavour="klein-base-9b"))

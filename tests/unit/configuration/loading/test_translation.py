@@ -93,6 +93,12 @@ def test_every_entry_of_the_table_has_a_sentence_and_names_what_exists() -> None
     assert used - {None} == RELATIONS.keys()
 
 
+def test_a_lycoris_json_of_a_standard_adapter_is_not_read(workspace: Workspace) -> None:
+    run = workspace.load(lora_type="standard", lycoris_config="config/no_such_file.json")
+    assert idle(run) == {"lycoris_config"}
+    assert "lycoris_config" in workspace.problems(lora_type="lycoris")
+
+
 @pytest.mark.parametrize("key", ["optimizer", "--optimizer"])
 def test_adamw_bf16_is_adamw_with_its_arguments(workspace: Workspace, key: str) -> None:
     run = workspace.load(**{key: "adamw_bf16", "optimizer_config": "weight_decay=0.1"})
@@ -159,6 +165,12 @@ def test_a_format_without_an_equal_is_refused_with_the_nearest(workspace: Worksp
     assert "nf4-bnb" in workspace.problems(base_model_precision="int2-quanto")
 
 
+def test_tf32_is_off_where_either_key_says_so(workspace: Workspace) -> None:
+    assert workspace.load(disable_tf32=True).precision.allow_tf32 is False
+    assert "disable_tf32" in workspace.problems(allow_tf32=True)
+    assert workspace.load(disable_tf32=None).precision.allow_tf32 is True
+
+
 def test_all_trackers_are_those_that_are_installed(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,7 +219,7 @@ def test_an_empty_text_stays_where_it_is_a_text(workspace: Workspace) -> None:
     [
         {"write_batch_size": 128, "max_workers": "32", "torch_num_threads": 8, "aws_max_pool_connections": 1},
         {"compress_disk_cache": True, "keep_vae_loaded": True, "quantize_via": "pipeline"},
-        {"allow_tf32": True, "disable_tf32": True, "set_grads_to_none": True, "i_know_what_i_am_doing": True},
+        {"disable_tf32": False, "set_grads_to_none": True, "i_know_what_i_am_doing": True},
         {"base_model_default_dtype": "bf16", "inference_scheduler_timestep_spacing": "trailing"},
         {"gradient_checkpointing_backend": "torch", "num_eval_images": 4, "grounding": False},
         {"validation_disable_unconditional": False, "accelerate_extra_args": "--x", "smoldit": "false"},
@@ -304,8 +316,9 @@ def test_sizes_of_validation_images_are_those_that_are_made(
     assert "validation_resolution" in decided(run)
 
 
-def test_a_size_that_fits_is_no_decision(flux: Workspace) -> None:
-    assert not flux.load(validation_resolution="1024x768").decisions
+@pytest.mark.parametrize("size", ["1024x768", 64, "512"])
+def test_a_size_that_fits_is_no_decision(flux: Workspace, size: object) -> None:
+    assert not flux.load(validation_resolution=size).decisions
 
 
 @pytest.mark.parametrize("precision", ["int8-quanto", "fp8-torchao"])
