@@ -73,9 +73,10 @@ def fit_to_quantised(draft: Draft) -> None:
     """Set what an adapter needs on a quantised base, and what group offloading needs."""
     precision = str(draft.config.get("base_model_precision", UNCHANGED))
     if draft.config.get("enable_group_offload"):
-        draft.config["gradient_checkpointing"] = True
+        draft.change("gradient_checkpointing", True, "enable_group_offload needs it; the result is the same.")
         if not PRECISIONS[precision].works_with_group_offload:
-            draft.config["base_model_precision"] = "int8-torchao"
+            precision = "int8-torchao"
+            draft.change("base_model_precision", precision, "enable_group_offload cannot move 4-bit weights.")
     lycoris = draft.lycoris
     if lycoris is None or not PRECISIONS[precision].needs_bypass_mode:
         return

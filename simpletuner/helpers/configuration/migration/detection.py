@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,12 @@ from simpletuner.helpers.configuration.migration.table import PROGRAMS, load_tab
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
-_LONGEST_PATH = 1000
 _STRUCTURED = (".toml", ".yaml", ".yml", ".json")
 
 
 def is_command(source: str) -> bool:
     """Whether a text is a command line, not a path."""
-    if "\n" not in source and len(source) < _LONGEST_PATH and Path(source).exists():
+    if os.path.exists(source):  # unlike Path.exists it takes a text that is too long for a path
         return False
     return ".py" in source and any(each.isspace() for each in source.strip())
 
@@ -57,9 +57,9 @@ def translate(source: str, *, specs: Mapping[str, ModelSpec], header_size: Heade
     if is_command(source):
         return _of_command(source, Place(Path.cwd(), header_size), specs)
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         path = _file_in(path)
-    if path.is_file():
+    if os.path.isfile(path):
         place = Place(path.resolve().parent, header_size)
         if path.suffix.lower() == ".env":
             return read_simpletuner(path, place, specs)

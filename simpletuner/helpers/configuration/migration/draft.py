@@ -47,6 +47,19 @@ class Draft:
         """Set the content of the lycoris json."""
         self.lycoris = lycoris
 
+    def change(self, key: str, value: JsonValue, text: str) -> None:
+        """Set one of our keys to another value than was decided, and say why in its decision."""
+        if self.config.get(key) == value:
+            return
+        self.config[key] = value
+        ours = f"{key}: {shown(value)}"
+        self.decisions = [
+            replace(each, outcome="approximate", ours=ours, text=text)
+            if each.ours.startswith(f"{key}: ")
+            else each
+            for each in self.decisions
+        ]
+
     def withdraw(self, key: str, text: str) -> None:
         """Take one of our keys back, and the decision with it."""
         if key not in self.config:

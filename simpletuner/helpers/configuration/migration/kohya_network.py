@@ -84,10 +84,8 @@ def _plain(settings: Settings, family: str, given: Mapping[str, JsonValue]) -> d
         if settings.has("network_dropout"):
             settings.decide("network_dropout", "translated", ours=f"lora_dropout: {dropout:g}")
     if targets.get("joined") and is_off(given.get(str(targets["joined"]))):
-        left_out["split_qkv"] = (
-            "q, k and v have a LoRA each here, where kohya's scripts have one for the three."
-        )
-        settings.values.setdefault("network_args", [])
+        text = "q, k and v have a LoRA each here, where kohya's scripts have one for the three."
+        settings.decide("network_module", "approximate", ours="lora_type", text=text)
     return left_out
 
 
@@ -114,11 +112,7 @@ def _lycoris(settings: Settings, family: str, given: dict[str, JsonValue], *, de
         raise settings.error("network_args", f"algo {shown(algo)} is not known here. Known are {known}.")
     presets = facts["lycoris_presets"][family]
     # kohya's own loha and lokr adapt what its plain LoRA adapts.
-    own = (
-        "attn-mlp"
-        if default == algo != "lora" and settings.text("network_module") in facts["own_algorithms"]
-        else "full"
-    )
+    own = "attn-mlp" if settings.text("network_module") in facts["own_algorithms"] else "full"
     wanted = str(given.pop("preset", own))
     left_out = (
         {}

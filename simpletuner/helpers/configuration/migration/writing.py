@@ -88,5 +88,5 @@ def _problems(config: Path, specs: Mapping[str, ModelSpec]) -> list[str]:
         load_config(config, families=specs)
     except ConfigError as error:
         lines = str(error).splitlines()
-        return [line.strip() for line in lines if line.startswith("  ")] or lines
+        return [" ".join(line.split()) for line in lines if line.startswith("  ")] or lines
     return []

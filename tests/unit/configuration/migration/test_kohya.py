@@ -359,6 +359,13 @@ def test_a_setting_of_flux_becomes_ours(
     assert {key: config.get(key) for key in ours} == ours
 
 
+def test_what_group_offloading_needs_is_said_where_it_is_decided(dog: Path) -> None:
+    found = decision(
+        migrate(kohya(dog, "flux_train_network", {"blocks_to_swap": 18})), "gradient_checkpointing"
+    )
+    assert (found.outcome, found.ours) == ("approximate", "gradient_checkpointing: true")
+
+
 @pytest.mark.parametrize(
     ("file", "flavour", "guided"),
     [("flux1-dev.safetensors", "dev", True), ("flux1-schnell.safetensors", "schnell", False)],
@@ -385,6 +392,13 @@ def test_a_single_kind_of_block_is_a_target_of_lycoris(dog: Path) -> None:
     draft = migrate(kohya(dog, "flux_train_network", options))
     assert draft.lycoris is not None
     assert draft.lycoris["apply_preset"] == {"target_module": ["FluxSingleTransformerBlock"]}
+
+
+@pytest.mark.parametrize(("split", "outcome"), [("True", "translated"), ("False", "approximate")])
+def test_layers_that_kohya_joins_have_a_lora_each(dog: Path, split: str, outcome: str) -> None:
+    options = {"network_module": "networks.lora_flux", "network_args": [f"split_qkv={split}"]}
+    draft = migrate(kohya(dog, "flux_train_network", options))
+    assert decision(draft, "network_module").outcome == outcome
 
 
 # Sample prompts.

@@ -223,6 +223,23 @@ def test_another_kind_of_run_is_an_error(
         migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
 
 
+def test_four_bits_give_way_to_eight_where_layers_move(folder: Path, tmp_path: Path) -> None:
+    part = {"weight_dtype": "NFLOAT_4", "offload_fraction": 0.5}
+    file = one_trainer(
+        tmp_path / "run.json",
+        [_concept(folder)],
+        model_type="FLUX_DEV_1",
+        base_model_name="black-forest-labs/FLUX.1-dev",
+        transformer=part,
+        peft_type="LOKR",
+    )
+    draft = migrate(file)
+    assert draft.config["base_model_precision"] == "int8-torchao"
+    assert draft.lycoris is not None
+    assert draft.lycoris["bypass_mode"] is True
+    assert decision(draft, "transformer.weight_dtype").ours == 'base_model_precision: "int8-torchao"'
+
+
 @pytest.mark.parametrize("key", ["ema", "masked_training", "offset_noise_weight", "text_encoder.train"])
 def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, key: str) -> None:
     value: object = "GPU" if key == "ema" else True

@@ -93,7 +93,14 @@ def test_a_bad_file_ends_the_command_with_its_message(
     assert not Path("config/mine").exists()
 
 
-@pytest.mark.parametrize("source", ["nowhere.toml", "nothing at all"], ids=["file", "words"])
+def test_a_long_command_line_is_not_taken_for_a_path(workspace: Path) -> None:
+    words = {f"a_key_of_a_fork_{index}": "x" * 20 for index in range(60)}
+    assert migrate(kohya(Path("train"), SCRIPT, words)).config["model_family"] == "sdxl"
+
+
+@pytest.mark.parametrize(
+    "source", ["nowhere.toml", "nothing at all", "x" * 5000], ids=["file", "words", "too long for a path"]
+)
 def test_a_source_that_is_not_there_is_an_error(workspace: Path, source: str) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         migrate(source)
