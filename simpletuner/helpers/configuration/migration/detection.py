@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
@@ -16,11 +16,11 @@ from simpletuner.helpers.configuration.migration.draft import Draft
 from simpletuner.helpers.configuration.migration.kohya import (
     KohyaRun,
     flat,
-    from_graphical,
     is_dataset_file,
     read_kohya,
     script_of,
 )
+from simpletuner.helpers.configuration.migration.kohya_graphical import read_graphical
 from simpletuner.helpers.configuration.migration.onetrainer import is_one_trainer, read_one_trainer
 from simpletuner.helpers.configuration.migration.paths import HeaderSize, Place
 from simpletuner.helpers.configuration.migration.reading import read_structured, read_text
@@ -33,6 +33,7 @@ from simpletuner.helpers.configuration.migration.table import PROGRAMS, load_tab
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
+T = TypeVar("T")
 _STRUCTURED = (".toml", ".yaml", ".yml", ".json")
 
 
@@ -88,8 +89,8 @@ def _of_content(content: JsonValue, path: Path, *, place: Place, specs: Mapping[
     if is_one_trainer(content):
         return with_place(read_one_trainer, content, place, specs)
     if "LoRA_type" in content:
-        script, values = from_graphical(content)
-        return with_place(read_kohya, KohyaRun(script, values, place, specs, is_preset=True))
+        graphical = with_place(read_graphical, content)
+        return with_place(read_kohya, KohyaRun(graphical.script, graphical.values, place, specs, graphical))
     if "model_list" in content or "num_cpu_threads_per_process" in content:
         raise ConfigError(
             f"{path}: kohya's graphical program, without LoRA_type: it trains the whole model. Only adapters "
@@ -127,7 +128,7 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def __call__(self, reader: Callable[..., Draft], *arguments: object) -> Draft:
+    def __call__(self, reader: Callable[..., T], *arguments: object) -> T:
         try:
             return reader(*arguments)
         except ConfigError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue
 
@@ -16,6 +15,7 @@ from simpletuner.helpers.configuration.migration.adapters import (
 )
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.kohya_data import put_data
+from simpletuner.helpers.configuration.migration.kohya_graphical import Graphical, decide_rest
 from simpletuner.helpers.configuration.migration.kohya_network import put_network
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompts_of_text, put_prompts
@@ -23,7 +23,6 @@ from simpletuner.helpers.configuration.migration.reading import read_text
 from simpletuner.helpers.configuration.migration.table import load_table
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
-from simpletuner.helpers.configuration.text.problems import shown
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
@@ -46,8 +45,8 @@ class KohyaRun:
     values: Mapping[str, JsonValue]
     place: Place
     specs: Mapping[str, ModelSpec]
-    is_preset: bool = False
-    """Whether model and images may be missing, for the user to supply."""
+    graphical: Graphical | None = None
+    """The json of the graphical program; model and images may be missing in it, for the user to supply."""
 
 
 def flat(content: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
@@ -112,12 +111,14 @@ def read_kohya(run: KohyaRun) -> Draft:
     _optimizer(settings)
     _memory(settings, family)
     alignment = run.specs[family].minimum_alignment
-    put_data(settings, run.place, is_preset=run.is_preset, alignment=alignment)
+    put_data(settings, run.place, is_preset=run.graphical is not None, alignment=alignment)
     _schedule(settings)
     _saving(settings, run.place)
     _noise(settings)
     _samples(settings, run)
     settings.finish()
+    if run.graphical is not None:
+        decide_rest(run.graphical, draft)
     for key in table.facts["without_guidance"].get(str(draft.config.get("model_flavour")), ()):
         draft.withdraw(key, "This model has no guidance embedding.")
     fit_to_quantised(draft)
@@ -128,7 +129,7 @@ def _model(settings: Settings, run: KohyaRun, family: str) -> None:
     key, draft = "pretrained_model_name_or_path", settings.draft
     spec = run.specs[family]
     path = run.place.path(settings.text(key))
-    if not path and not run.is_preset:
+    if not path and run.graphical is None:
         raise ConfigError(f"{key} is missing: this is no whole configuration of kohya's scripts.")
     if not path:
         text = f"Not in the preset: the repository of {spec.default_flavour} is used."
@@ -385,40 +386,3 @@ def _prompts(given: str, place: Place) -> list[SamplePrompt]:
         return prompts_of_text(read_text(path))
     # The graphical program has the prompts themselves in its json.
     return prompts_of_text(given) if " " in given and not path.is_file() and path.suffix == "" else []
-
-
-def from_graphical(values: Mapping[str, JsonValue]) -> tuple[str, dict[str, JsonValue]]:
-    """(Script, the script's settings) of a json of the graphical program.
-
-    Raises:
-        ConfigError: It is of a kind that is not known here.
-    """
-    facts: Mapping[str, Any] = load_table("kohya").facts["graphical"]
-    kind = str(values.get("LoRA_type", ""))
-    network = facts["network"].get(kind)
-    if network is None:
-        known = ", ".join(facts["network"])
-        raise ConfigError(f"LoRA_type: {shown(kind)}: not known here. Known are {known}.")
-    passed: dict[str, JsonValue] = {
-        facts["names"].get(key, key): value
-        for key, value in values.items()
-        if key not in facts["not_passed_on"] and key not in facts["booleans"] and value not in ("", None)
-    }
-    passed |= {theirs: True for ours, theirs in facts["booleans"].items() if values.get(ours)}
-    given = {name: values.get(name) for name in network.get("arguments", ())}
-    arguments: list[JsonValue] = [f"{name}={value}" for name, value in given.items() if not is_off(value)]
-    if "algo" in network:
-        arguments += [f"algo={network['algo']}", f"preset={values.get('LyCORIS_preset') or 'full'}"]
-    passed |= {"network_module": network["module"], "network_args": arguments}
-    if not passed.get("max_train_epochs") and not passed.get("max_train_steps"):
-        passed["max_train_epochs"] = values.get("epoch", 1)
-    percent = values.get("lr_warmup")
-    if not is_off(percent) and is_off(passed.get("lr_warmup_steps")):
-        passed["lr_warmup_steps"] = float(str(percent)) / 100
-    if is_off(values.get("text_encoder_lr")):
-        passed["network_train_unet_only"] = True
-    script = next((name for box, name in facts["scripts"].items() if values.get(box)), "train_network")
-    zero_is_none = {
-        key: value for key, value in passed.items() if not (key in facts["zero_is_none"] and is_off(value))
-    }
-    return script, zero_is_none

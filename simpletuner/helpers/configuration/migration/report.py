@@ -22,6 +22,7 @@ TITLES: dict[Outcome, str] = {
 """Outcome -> heading, in the order of the page."""
 PLACES = {
     "command": "command line, toml",
+    "graphical": "the graphical program's own",
     "dataset": "datasets",
     "process": "process",
     "run": "run",

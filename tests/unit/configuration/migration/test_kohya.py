@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -576,19 +577,49 @@ def test_a_value_that_is_no_number_is_an_error_with_its_key(dog: Path, key: str,
 
 
 def test_a_preset_of_the_graphical_program_needs_no_model_and_no_images(tmp_path: Path) -> None:
-    file = toml(
-        tmp_path / "preset.json",
-        '{"LoRA_type": "LyCORIS/LoKr", "sdxl": true, "network_dim": 8, "network_alpha": 1, "conv_dim": 4, '
-        '"conv_alpha": 1, "factor": 8, "epoch": 4, "lr_warmup": 10, "lr_scheduler": "cosine", '
-        '"optimizer": "Prodigy", "learning_rate": 1.0, "unet_lr": 1.0, "text_encoder_lr": 0, '
-        '"max_resolution": "1024,1024", "enable_bucket": true, "noise_offset": 0, "min_snr_gamma": 5}',
-    )
-    draft = migrate(file)
+    keys = {
+        "LoRA_type": "LyCORIS/LoKr",
+        "sdxl": True,
+        "network_dim": 8,
+        "network_alpha": 1,
+        "conv_dim": 4,
+        "conv_alpha": 1,
+        "factor": 8,
+        "epoch": 4,
+        "lr_warmup": 10,
+        "lr_scheduler": "cosine",
+        "optimizer": "Prodigy",
+        "learning_rate": 1.0,
+        "unet_lr": 1.0,
+        "text_encoder_lr": 0,
+        "max_resolution": "1024,1024",
+        "enable_bucket": True,
+        "noise_offset": 0,
+        "min_snr_gamma": 5,
+        "down_lr_weight": "1,1,1",
+        "additional_parameters": "",
+        "unit": 4,
+    }
+    draft = migrate(toml(tmp_path / "preset.json", json.dumps(keys)))
     assert draft.lycoris is not None
     assert (draft.lycoris["algo"], draft.lycoris["factor"]) == ("lokr", 8)
-    assert draft.config["num_train_epochs"] == 4
-    assert draft.config["optimizer"] == "prodigy"
-    assert draft.config["pretrained_model_name_or_path"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    ours = {
+        "num_train_epochs": 4,
+        "optimizer": "prodigy",
+        "pretrained_model_name_or_path": "stabilityai/stable-diffusion-xl-base-1.0",
+        "snr_gamma": 5,
+    }
+    assert {key: draft.config[key] for key in ours} == ours
     assert draft.datasets[0]["resolution"] == 1024
     assert any("instance_data_dir" in each for each in draft.to_do)
-    assert decision(draft, "network_train_unet_only").outcome == "translated"
+    outcomes = {
+        "network_train_unet_only": "translated",
+        "factor": "translated",
+        "epoch": "translated",
+        "down_lr_weight": "not translated",
+        "additional_parameters": "no effect",
+        "unit": "no effect",
+    }
+    assert {key: decision(draft, key).outcome for key in outcomes} == outcomes
+    renamed = {"optimizer": "optimizer_type", "max_resolution": "resolution"}
+    assert {renamed.get(key, key) for key in keys} <= {each.key for each in draft.decisions}
