@@ -210,8 +210,11 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     if images is None or not images:
         dataset.draws = None
     elif dataset.draws is not None:
-        buckets = _buckets_of(levels, resolution)
-        dataset.draws += [Draws(buckets(size), times) for size in place.sizes(images)]
+        if dataset.batch_size == 1:  # each image is a batch, whatever its size: none is opened
+            dataset.draws.append(Draws(resolution, len(images) * times))
+        else:
+            buckets = _buckets_of(levels, resolution)
+            dataset.draws += [Draws(buckets(size), times) for size in place.sizes(images)]
         if len(place.images(folder, with_subfolders=True) or []) > len(images):
             draft.to_do.append(
                 f"Move the subfolders of {folder} away: kohya's scripts do not read them, this does."

@@ -99,8 +99,7 @@ def _concept(own: Settings, settings: Settings, place: Place) -> list[Draws] | N
     if not images:
         return None
     total = int(balancing) if samples else math.floor(len(images) * balancing)
-    by_aspect = settings.flag("aspect_ratio_bucketing")
-    return _draws(place.sizes(images), total, edge=edges[0], by_aspect=by_aspect)
+    return _draws(images, total, place=place, settings=settings, edge=int(edges[0]))
 
 
 def _is_left_out(own: Settings) -> bool:
@@ -127,17 +126,17 @@ def _images(own: Settings, place: Place, folder: str) -> list[Path] | None:
     return images
 
 
-def _draws(sizes: Sequence[Size], total: int, *, edge: float, by_aspect: bool) -> list[Draws]:
+def _draws(images: Sequence[Path], total: int, *, place: Place, settings: Settings, edge: int) -> list[Draws]:
     """An epoch of images: each equally often, or `total` of them spread evenly."""
-    times = total / len(sizes) if sizes else 0
+    if not settings.flag("aspect_ratio_bucketing") or settings.whole("batch_size", 1) == 1:
+        # One bucket, or one image to a batch: the sizes do not matter, and none is opened.
+        return [Draws(Size(height=edge, width=edge), total)]
+    buckets = [one_trainer_bucket(size, edge) for size in place.sizes(images)]
+    times = total / len(buckets) if buckets else 0
     if times == int(times):
-        return [Draws(_bucket(size, edge, by_aspect=by_aspect), int(times)) for size in sizes]
-    chosen = [sizes[index * len(sizes) // max(1, total) % len(sizes)] for index in range(total)]
-    return [Draws(_bucket(size, edge, by_aspect=by_aspect), 1) for size in chosen]
-
-
-def _bucket(size: Size, edge: float, *, by_aspect: bool) -> Size:
-    return one_trainer_bucket(size, int(edge)) if by_aspect else Size(height=int(edge), width=int(edge))
+        return [Draws(bucket, int(times)) for bucket in buckets]
+    chosen = (buckets[index * len(buckets) // total % len(buckets)] for index in range(total))
+    return [Draws(bucket, 1) for bucket in chosen]
 
 
 def _put_share(entry: dict[str, JsonValue], share: float, *, num_sizes: int) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
 
+from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.errors import ConfigError
 from tests.unit.configuration.migration.foreign_files import ai_toolkit, decision, images, migrate, toml
 
@@ -80,6 +82,22 @@ def test_a_setting_becomes_ours(
 ) -> None:
     draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], **{section: keys}))
     assert {key: draft.config.get(key) for key in ours} == ours
+
+
+def test_every_key_of_a_job_is_decided_once(folder: Path, tmp_path: Path) -> None:
+    file = ai_toolkit(
+        tmp_path / "job.json",
+        [{"folder_path": str(folder), "flip_x": True, "odd": 1}],
+        train={"ema_config": {"use_ema": True}, "noise_offset": 0.1, "odd": 2},
+        sample={"prompts": ["a"], "neg": "", "walk_seed": True},
+    )
+    keys = [each.key for each in migrate(file).decisions]
+    process = json.loads(file.read_text())["config"]["process"][0]
+    entry = process.pop("datasets")[0]
+    given = {f"process[0].{key}" for key, _ in flattened(process)}
+    given |= {f"process[0].datasets[0].{key}" for key in entry}
+    assert len(keys) == len(set(keys))
+    assert given <= set(keys)
 
 
 def test_each_resolution_is_a_dataset_of_all_images(folder: Path, tmp_path: Path) -> None:

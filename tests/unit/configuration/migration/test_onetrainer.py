@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.errors import ConfigError
 from tests.unit.configuration.migration.foreign_files import decision, images, migrate, one_trainer
 
@@ -82,6 +83,15 @@ def test_epochs_become_one_trainers_number_of_steps(
     assert draft.length.samples == steps * batch * accumulation
 
 
+# Six square images and three wide ones, in buckets of their own: 1 + 0 whole batches of 4, or 3 of 3.
+@pytest.mark.parametrize(("batch", "bucketing", "steps"), [(4, True, 1), (3, True, 3), (4, False, 2)])
+def test_the_rest_of_each_bucket_is_left_out(tmp_path: Path, batch: int, bucketing: bool, steps: int) -> None:
+    folder = images(images(tmp_path / "dog", 6), 3, size=(256, 64))
+    keys = {"batch_size": batch, "epochs": 1, "aspect_ratio_bucketing": bucketing, "resolution": "512"}
+    draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
+    assert draft.config["max_train_steps"] == steps
+
+
 @pytest.mark.parametrize(
     ("keys", "ours"),
     [
@@ -149,6 +159,25 @@ def test_a_preset_without_concepts_names_what_is_missing(tmp_path: Path) -> None
     assert len(draft.datasets) == 1
     assert any("instance_data_dir" in each for each in draft.to_do)
     assert not any(each.key.startswith("concepts[") for each in draft.decisions)
+
+
+def test_every_key_of_a_run_is_decided_once(folder: Path, tmp_path: Path) -> None:
+    file = one_trainer(
+        tmp_path / "run.json",
+        [_concept(folder, image={"enable_random_flip": True, "odd": 1}, loss_weight=2.0)],
+        unet={"weight_dtype": "FLOAT_16", "stop_training_after": 3},
+        optimizer={"optimizer": "ADAMW_8BIT", "weight_decay": 0.1, "fused": False},
+        ema="GPU",
+        odd=1,
+        cloud={"enabled": False},
+    )
+    keys = [each.key for each in migrate(file).decisions]
+    content = json.loads(file.read_text())
+    concept = dict(flattened(content.pop("concepts")[0]))
+    given = {"cloud", *(key for key, _ in flattened(content) if not key.startswith("cloud."))}
+    given |= {f"concepts[0].{key}" for key in concept}
+    assert len(keys) == len(set(keys))
+    assert given <= set(keys)
 
 
 @pytest.mark.parametrize(
