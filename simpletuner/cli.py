@@ -391,6 +391,39 @@ def examples_copy(
     print(f"Then check it: simpletuner validate --config {config}")
 
 
+@app.command("migrate")
+def migrate_command(
+    *,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE_OR_COMMAND",
+            help="A toml, yaml or json of another program, a script, a command line in quotes, or a "
+            "folder of SimpleTuner's.",
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder of the written files.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Translate files of kohya's scripts, ai-toolkit, OneTrainer, diffusers' examples or SimpleTuner."""
+    from simpletuner.helpers.configuration.migration.detection import is_command, translate
+    from simpletuner.helpers.configuration.migration.report import summary
+    from simpletuner.helpers.configuration.migration.writing import write_migration
+    from simpletuner.helpers.data.preview import header_size
+
+    specs = registry.specs()
+    draft = translate(source, specs=specs, header_size=header_size)
+    name = "a command line" if is_command(source) else source
+    written = write_migration(draft, to, source=name, specs=specs, overwrite=overwrite)
+    print(f"{draft.program}, {summary(draft)}.")
+    for file in written.files:
+        print(f"  {file}")
+    state = "valid" if written.is_valid else "written, but not valid yet"
+    print(f"{written.config}: {state}.")
+    for line in written.to_do:
+        print(f"  to do       {line}")
+
+
 @app.command("config-reference")
 def config_reference(
     output: Annotated[

@@ -35,7 +35,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # test against circles besides.
 NESTED = {
     "adapters": ("tlora", "files", "network", "inference"),
-    "configuration": ("text", "schema", "loading", "load", "reference"),
+    "configuration": ("text", "schema", "loading", "load", "reference", "migration"),
     "reporting": ("metrics", "html_report"),
     "training": ("trainer", "build", "runs"),
 }
@@ -55,7 +55,7 @@ PLACES = {
     "filelock": ("helpers/io/",),
     "huggingface_hub": ("helpers/models/", "helpers/publishing/"),
     "pydantic": ("helpers/configuration/",),
-    "yaml": ("helpers/publishing/",),
+    "yaml": ("helpers/configuration/migration/", "helpers/publishing/"),
     "typer": ("cli.py",),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),

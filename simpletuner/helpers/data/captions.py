@@ -177,7 +177,7 @@ def files_beside(image: FoundFile, scan: Scan, *, suffixes: tuple[str, ...]) -> 
 
 
 def captions_from_file(file: FoundFile | None, *, lines: CaptionLines = "choose") -> Captions:
-    """The captions in a text file: one per line without blank lines, or the whole text.
+    """The captions in a text file: one per line without blank lines, the first of them, or the whole text.
 
     A text that parses as a JSON object or array is one caption. Lines end at a line feed, with or without a
     carriage return; other characters that Unicode counts as line ends stay in the caption.
@@ -192,6 +192,7 @@ def captions_from_file(file: FoundFile | None, *, lines: CaptionLines = "choose"
     texts = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not texts:
         return Captions(texts=("",), note="empty")
+    texts = texts[:1] if lines == "first" else texts
     if all(len(text) <= MAX_CAPTION_CHARACTERS for text in texts):
         return Captions(texts=texts)
     return Captions(texts=tuple(shortened(text) for text in texts), note="shortened")

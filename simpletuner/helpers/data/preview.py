@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, strategy_of
 from simpletuner.helpers.data.cropping import Cropping
+from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
@@ -110,6 +112,14 @@ def preview(
         num_uncaptioned=sum(not text for _, text in captions),
         example=example,
     )
+
+
+def header_size(file: Path) -> Size | None:
+    """The size of an image from its header, EXIF orientation applied; None if it cannot be used."""
+    try:
+        return inspect_image(file.read_bytes())
+    except (DataError, OSError):
+        return None
 
 
 def _within_limits(files: list[FoundFile], index: ImageIndex) -> Iterator[FoundFile]:

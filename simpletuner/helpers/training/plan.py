@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
 from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.configuration.loading.rules import training_size
+from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
@@ -38,6 +40,8 @@ from simpletuner.helpers.training.packages import check_packages
 DEMO = Path(simpletuner.__file__).parent / "demo"
 EXAMPLE_SUBJECT = "sks cat"
 FEWEST_TLORA_STEPS = 100
+MOST_REPEATS = 999
+"""A larger number before a folder's name is a year."""
 _SHOWN_BUCKETS = 6
 
 
@@ -112,6 +116,7 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         *_other_model(config),
         *_examples_own(config),
         *_prediction(config),
+        *_repeated_folders(config),
         *_sizes_without_effect(config),
     ]
     if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
@@ -135,6 +140,28 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
             "never reached. Lower it."
         )
     return found
+
+
+def _repeated_folders(config: RunConfig) -> Iterator[str]:
+    """Folders named like 10_sks dog, whose number is how often kohya's scripts take each image."""
+    theirs = "which kohya's scripts take {} times an epoch"
+    for dataset in config.datasets:
+        folder = dataset.instance_data_dir
+        own = repeated_folder(folder.name)
+        if own is not None and own[0] <= MOST_REPEATS and own[0] - 1 != dataset.repeats:
+            yield (
+                f'instance_data_dir of dataset {dataset.id} is "{printable(folder.name)}", '
+                f'{theirs.format(own[0])}. Set "repeats": {own[0] - 1} for that; it is {dataset.repeats}.'
+            )
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        inner = [(name, found[0]) for name in names if (found := repeated_folder(name))]
+        if own is None and inner:
+            name, times = inner[0]
+            yield (
+                f'instance_data_dir of dataset {dataset.id} holds "{printable(name)}", '
+                f"{theirs.format(times)}. Make a dataset of each such folder, with "
+                f'"repeats": {times - 1} here, or use simpletuner migrate.'
+            )
 
 
 def rank_line(mean_rank: float, config: RunConfig) -> str:

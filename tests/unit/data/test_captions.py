@@ -63,7 +63,12 @@ def test_a_whole_text_is_one_caption(tmp_path: Path, data: bytes) -> None:
     assert captions_from_file(text_file(tmp_path, data), lines="whole").texts == ("a cat\non a mat",)
 
 
-@pytest.mark.parametrize("lines", ["choose", "whole"])
+@pytest.mark.parametrize("data", [b"a cat\na dog", b"\r\n \na cat\r\na dog\na cat"])
+def test_the_first_line_with_a_word_is_the_caption(tmp_path: Path, data: bytes) -> None:
+    assert captions_from_file(text_file(tmp_path, data), lines="first").texts == ("a cat",)
+
+
+@pytest.mark.parametrize("lines", ["choose", "first", "whole"])
 @pytest.mark.parametrize(
     "text",
     ['{\n  "caption": "a cat"\n}', '[\n"a cat",\n"a dog"\n]', "{\n}", '{\n"seed": ' + "1" * 5000 + "\n}"],

@@ -189,6 +189,20 @@ def test_what_a_person_may_not_have_meant_is_a_warning(
     assert warning in lines(run_of(folder, **keys))
 
 
+@pytest.mark.parametrize(("repeats", "warned"), [(0, True), (9, False)])
+def test_a_folder_of_kohyas_names_its_repeats(folder: Path, repeats: int, warned: bool) -> None:
+    kohyas = (folder / "images").rename(folder / "10_sks dog")
+    entry = {"id": "mine", "instance_data_dir": str(kohyas), "repeats": repeats}
+    assert ('"repeats": 9' in lines(run_of(folder, data_backend_config=[entry]))) is warned
+
+
+def test_a_folder_of_kohyas_folders_names_the_datasets_to_make(folder: Path) -> None:
+    (folder / "images" / "10_sks dog").mkdir()
+    text = lines(run_of(folder))
+    assert '"10_sks dog"' in text
+    assert '"repeats": 9' in text
+
+
 def test_a_run_of_many_steps_or_without_a_schedule_needs_no_max_train_steps(folder: Path) -> None:
     assert "not set" not in lines(run_of(folder, max_train_steps=None, num_train_epochs=100)).replace(
         "caption_strategy is not set", ""

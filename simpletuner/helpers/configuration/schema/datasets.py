@@ -26,7 +26,7 @@ from simpletuner.helpers.configuration.schema.base import (
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
 
-CaptionLines = Literal["choose", "whole"]
+CaptionLines = Literal["choose", "first", "whole"]
 
 SMALLEST_EDGE_PX = 16
 LARGEST_EDGE_PX = 16_384
@@ -123,9 +123,9 @@ class DatasetConfig(Section):
     """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
     instance_prompt is set without prepend_instance_prompt, else filename. Default: config.json's."""
     caption_lines: CaptionLines = "choose"
-    """Lines of a text file: choose, each line is a caption and one is drawn each time; whole, the text is one
-    caption. A JSON object or array is always whole. SimpleTuner's disable_multiline_split: true is whole.
-    Default: config.json's."""
+    """Lines of a text file: choose, each line is a caption and one is drawn each time; first, the first line
+    is the caption; whole, the text is one caption. A JSON object or array is always whole. SimpleTuner's
+    disable_multiline_split: true is whole. Default: config.json's."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt. Default:
     config.json's."""

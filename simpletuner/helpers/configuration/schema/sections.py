@@ -379,8 +379,8 @@ class DataConfig(Section):
     """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
     instance_prompt is set without prepend_instance_prompt, else filename."""
     caption_lines: CaptionLines = "choose"
-    """Lines of a text file: choose, each line is a caption and one is drawn each time; whole, the text is one
-    caption. A JSON object or array is always whole."""
+    """Lines of a text file: choose, each line is a caption and one is drawn each time; first, the first line
+    is the caption; whole, the text is one caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
     cache_dir_vae: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/vae"))

@@ -1,0 +1,1 @@
+"""Other programs' training files, translated to a config.json, a dataset json and a lycoris json."""

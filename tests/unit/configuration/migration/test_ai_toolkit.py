@@ -1,0 +1,227 @@
+"""ai-toolkit: what each kind of setting becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from simpletuner.helpers.configuration.migration.reading import flattened
+from simpletuner.helpers.errors import ConfigError
+from tests.unit.configuration.migration.foreign_files import ai_toolkit, decision, images, migrate, toml
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return images(tmp_path / "dog", 3, caption="a dog")
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "ours"),
+    [
+        ("train", {"steps": 100}, {"max_train_steps": 100, "gradient_accumulation_steps": 1}),
+        (
+            "train",
+            {"steps": 100, "gradient_accumulation_steps": 4},
+            {"max_train_steps": 25, "gradient_accumulation_steps": 4, "checkpoint_step_interval": 250},
+        ),
+        (
+            "train",
+            {"steps": 100, "gradient_accumulation": 4},
+            {"max_train_steps": 100, "gradient_accumulation_steps": 4, "checkpoint_step_interval": 1000},
+        ),
+        ("train", {"lr": 1e-4, "unet_lr": 5e-5}, {"learning_rate": 5e-5}),
+        ("train", {"lr": "1e-4"}, {"learning_rate": 1e-4}),
+        ("train", {"optimizer": "adamw8bit"}, {"optimizer": "adamw", "optimizer_config": {"eps": 1e-6}}),
+        (
+            "train",
+            {"optimizer": "adamw", "optimizer_params": {"weight_decay": 1e-4}},
+            {"optimizer_config": {"eps": 1e-6, "weight_decay": 1e-4}},
+        ),
+        ("train", {"optimizer": "prodigy", "lr": 1e-4}, {"optimizer": "prodigy", "learning_rate": 1.0}),
+        ("train", {"dtype": "fp16"}, {"mixed_precision": "fp16"}),
+        (
+            "train",
+            {"lr_scheduler": "constant_with_warmup", "lr_scheduler_params": {"num_warmup_steps": 9}},
+            {"lr_warmup_steps": 9},
+        ),
+        ("train", {"min_snr_gamma": 5.0}, {"snr_gamma": 5.0}),
+        ("train", {"disable_sampling": True}, {"validation_disable": True}),
+        ("network", {"linear": 32, "linear_alpha": 16}, {"lora_rank": 32, "lora_alpha": 16}),
+        ("network", {"rank": 4}, {"lora_rank": 4}),
+        ("network", {"dropout": 0.2}, {"lora_dropout": 0.2}),
+        (
+            "save",
+            {"save_every": 250, "max_step_saves_to_keep": 4},
+            {"checkpoint_step_interval": 250, "checkpoints_total_limit": 4},
+        ),
+        (
+            "model",
+            {"quantize": True},
+            {"base_model_precision": "fp8-torchao", "text_encoder_2_precision": "fp8-torchao"},
+        ),
+        ("model", {"quantize": True, "quantize_te": False}, {"text_encoder_1_precision": None}),
+        ("model", {"quantize": True, "qtype": "qint8"}, {"base_model_precision": "int8-torchao"}),
+        (
+            "model",
+            {"layer_offloading": True},
+            {"enable_group_offload": True, "group_offload_type": "leaf_level"},
+        ),
+        (
+            "logging",
+            {"use_wandb": True, "project_name": "dogs"},
+            {"report_to": "wandb", "tracker_project_name": "dogs"},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_a_setting_becomes_ours(
+    folder: Path, tmp_path: Path, section: str, keys: dict[str, object], ours: dict[str, JsonValue]
+) -> None:
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], **{section: keys}))
+    assert {key: draft.config.get(key) for key in ours} == ours
+
+
+def test_every_key_of_a_job_is_decided_once(folder: Path, tmp_path: Path) -> None:
+    file = ai_toolkit(
+        tmp_path / "job.json",
+        [{"folder_path": str(folder), "flip_x": True, "odd": 1}],
+        train={"ema_config": {"use_ema": True}, "noise_offset": 0.1, "odd": 2},
+        sample={"prompts": ["a"], "neg": "", "walk_seed": True},
+    )
+    keys = [each.key for each in migrate(file).decisions]
+    process = json.loads(file.read_text())["config"]["process"][0]
+    entry = process.pop("datasets")[0]
+    given = {f"process[0].{key}" for key, _ in flattened(process)}
+    given |= {f"process[0].datasets[0].{key}" for key in entry}
+    assert len(keys) == len(set(keys))
+    assert given <= set(keys)
+
+
+def test_each_resolution_is_a_dataset_of_all_images(folder: Path, tmp_path: Path) -> None:
+    entry = {"folder_path": str(folder), "resolution": [512, 768, 1024], "num_repeats": 3}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [entry]))
+    found = [(each["id"], each["resolution"], each["repeats"]) for each in draft.datasets]
+    assert found == [("dog-512", 512, 2), ("dog-768", 768, 2), ("dog-1024", 1024, 2)]
+    assert {each["caption_lines"] for each in draft.datasets} == {"whole"}
+    assert draft.config["aspect_bucket_alignment"] == 64
+
+
+def test_the_average_is_named_as_what_would_have_been_saved(folder: Path, tmp_path: Path) -> None:
+    train = {"ema_config": {"use_ema": True, "ema_decay": 0.99}}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train))
+    found = decision(draft, "process[0].train.ema_config.use_ema")
+    assert (found.outcome, found.ours) == ("not translated", "")
+    assert "averaged" in found.text
+    assert decision(draft, "process[0].train.ema_config.ema_decay").outcome == "no effect"
+
+
+@pytest.mark.parametrize(
+    ("way", "ours"),
+    [
+        ("sigmoid", {"flow_schedule_shift": 0}),
+        ("linear", {"flow_use_uniform_schedule": True, "flow_schedule_shift": 0}),
+        ("weighted", {"flow_use_uniform_schedule": True, "flow_schedule_shift": 0}),
+        ("shift", {"flow_use_uniform_schedule": True, "flow_schedule_auto_shift": True}),
+    ],
+)
+def test_noise_levels_of_flow_matching_become_ours(
+    folder: Path, tmp_path: Path, way: str, ours: dict[str, JsonValue]
+) -> None:
+    model = {"name_or_path": "black-forest-labs/FLUX.1-dev", "arch": "flux"}
+    file = ai_toolkit(
+        tmp_path / "job.json", [{"folder_path": str(folder)}], model=model, train={"timestep_type": way}
+    )
+    config = migrate(file).config
+    assert (config["model_family"], config["model_flavour"]) == ("flux", "dev")
+    assert {key: config.get(key) for key in ours} == ours
+
+
+def test_a_network_of_named_layers_is_lycoris(folder: Path, tmp_path: Path) -> None:
+    network = {"network_kwargs": {"only_if_contains": ["blocks.7.proj_out"]}}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], network=network))
+    assert draft.lycoris is not None
+    assert draft.lycoris["apply_preset"] == {"target_name": [r".*blocks\.7\.proj_out.*"], "target_module": []}
+
+
+def test_a_lokr_of_full_rank_keeps_its_factor(folder: Path, tmp_path: Path) -> None:
+    network = {"type": "lokr", "lokr_factor": 8}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], network=network))
+    assert draft.lycoris is not None
+    assert (draft.lycoris["algo"], draft.lycoris["factor"], draft.lycoris["linear_dim"]) == (
+        "lokr",
+        8,
+        10_000,
+    )
+
+
+def test_the_trigger_word_stands_before_captions_and_in_prompts(folder: Path, tmp_path: Path) -> None:
+    sample = {"prompts": ["[trigger] on a beach"], "sample_every": 50, "width": 64, "height": 96, "seed": 4}
+    file = ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], sample=sample)
+    file.write_text(
+        file.read_text().replace('"type": "sd_trainer"', '"type": "sd_trainer", "trigger_word": "sks"')
+    )
+    draft = migrate(file)
+    assert draft.datasets[0]["instance_prompt"] == "sks"
+    assert draft.datasets[0]["prepend_instance_prompt"] is True
+    ours = {
+        "validation_prompt": "sks on a beach",
+        "validation_resolution": "64x96",
+        "validation_seed": 4,
+        "validation_step_interval": 50,
+        "validation_on_startup": True,
+    }
+    assert {key: draft.config[key] for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "found"),
+    [
+        ("model", {"arch": "qwen_image"}, "qwen_image"),
+        ("model", {"arch": "flux_kontext"}, "edit pairs"),
+        ("model", {"arch": None}, "arch"),
+        ("train", {"train_unet": False}, "train_unet"),
+        ("network", {"type": "lorm"}, "network.type"),
+        ("train", {"gradient_accumulation_steps": -1}, "gradient_accumulation_steps"),
+    ],
+    ids=["family", "edit pairs", "none", "no denoiser", "network", "whole epoch"],
+)
+def test_another_kind_of_job_is_an_error(
+    folder: Path, tmp_path: Path, section: str, keys: dict[str, object], found: str
+) -> None:
+    file = ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], **{section: keys})
+    with pytest.raises(ConfigError, match=found):
+        migrate(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("config:\n  a: &here [1]\n  b: *here\n", "line 2.*'here'"),
+        ("job: extension\nconfig:\n  process: [\n", "line"),
+        ("job: extension\nconfig:\n  process:\n    - type: sd_trainer\n", "arch|datasets"),
+        ("- 1\n- 2\n", "list"),
+    ],
+    ids=["anchor", "cut off", "no datasets", "a list"],
+)
+def test_half_a_yaml_or_one_with_anchors_is_one_clear_error(tmp_path: Path, text: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=found) as error:
+        migrate(toml(tmp_path / "job.yaml", text))
+    assert "job.yaml" in str(error.value)
+
+
+def test_numbers_with_an_exponent_are_numbers(folder: Path, tmp_path: Path) -> None:
+    text = f"""
+    job: extension
+    config:
+      name: mine
+      process:
+        - type: sd_trainer
+          network: {{type: lora, linear: 4}}
+          datasets: [{{folder_path: "{folder}"}}]
+          train: {{steps: 10, lr: 1e-4}}
+          model: {{name_or_path: a/b, is_xl: true}}
+    """
+    assert migrate(toml(tmp_path / "job.yaml", text)).config["learning_rate"] == 1e-4

@@ -1,0 +1,198 @@
+"""diffusers' example scripts: what each kind of option becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import JsonValue
+
+from simpletuner.helpers.configuration.migration.draft import Draft
+from simpletuner.helpers.errors import ConfigError
+from tests.unit.configuration.migration.foreign_files import arguments, decision, images, migrate
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return images(tmp_path / "dog", 5)
+
+
+def _migrate(folder: Path, script: str = "train_dreambooth_lora_sdxl", **options: object) -> Draft:
+    given = {
+        "pretrained_model_name_or_path": "a/b",
+        "instance_data_dir": folder.as_posix(),
+        "instance_prompt": "a photo of sks dog",
+        **options,
+    }
+    return migrate(f"accelerate launch {script}.py {arguments(given)}")
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        (
+            {},
+            {
+                "lora_rank": 4,
+                "lora_alpha": 4,
+                "train_batch_size": 4,
+                "learning_rate": 1e-4,
+                "lr_scheduler": "constant",
+            },
+        ),
+        ({"rank": 16}, {"lora_rank": 16, "lora_alpha": 16}),
+        ({"use_dora": True}, {"use_dora": True}),
+        ({"max_train_steps": 500}, {"max_train_steps": 500}),
+        ({"lr_scheduler": "cosine"}, {"lr_warmup_steps": 500}),
+        ({"lr_warmup_steps": 0}, {"lr_warmup_steps": None}),
+        (
+            {
+                "learning_rate": 1e-4,
+                "scale_lr": True,
+                "train_batch_size": 2,
+                "gradient_accumulation_steps": 3,
+            },
+            {"learning_rate": 6e-4},
+        ),
+        ({"use_8bit_adam": True}, {"optimizer": "adamw"}),
+        (
+            {"optimizer": "prodigy", "prodigy_safeguard_warmup": False, "learning_rate": 1},
+            {"optimizer": "prodigy", "learning_rate": 1},
+        ),
+        (
+            {"adam_weight_decay": 0.01},
+            {"optimizer_config": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}},
+        ),
+        ({"snr_gamma": 5.0}, {"snr_gamma": 5.0}),
+        ({"mixed_precision": "fp16"}, {"mixed_precision": "fp16"}),
+        (
+            {"checkpointing_steps": 50, "checkpoints_total_limit": 2},
+            {"checkpoint_step_interval": 50, "checkpoints_total_limit": 2},
+        ),
+        ({"output_kohya_format": True}, {"lora_format": "comfyui"}),
+        (
+            {"validation_prompt": "a dog", "validation_epochs": 3},
+            {"validation_prompt": "a dog", "num_validation_images": 4, "validation_step_interval": 6},
+        ),
+        ({"report_to": "wandb"}, {"report_to": "wandb"}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else None,
+)
+def test_an_option_becomes_ours(folder: Path, options: dict[str, object], ours: dict[str, JsonValue]) -> None:
+    config = _migrate(folder, **options).config
+    assert {key: config.get(key) for key in ours} == ours
+
+
+def test_images_are_cropped_to_squares_of_the_shorter_edge(folder: Path) -> None:
+    entry = _migrate(folder, resolution=64, repeats=3, center_crop=True).datasets[0]
+    ours = {
+        "resolution": 64,
+        "resolution_type": "pixel",
+        "crop": True,
+        "crop_aspect": "square",
+        "crop_style": "center",
+        "repeats": 2,
+        "caption_strategy": "instanceprompt",
+        "instance_prompt": "a photo of sks dog",
+    }
+    assert {key: entry[key] for key in ours} == ours
+
+
+# 5 images: batches of 2 are 3 with the rest, 2 without; the Flux.2 scripts leave the rest out.
+@pytest.mark.parametrize(
+    ("script", "options", "steps", "samples"),
+    [
+        ("train_dreambooth_lora_sdxl", {"num_train_epochs": 3}, 9, 15),
+        ("train_dreambooth_lora_sdxl", {"num_train_epochs": 3, "gradient_accumulation_steps": 2}, 6, 15),
+        ("train_dreambooth_lora_sdxl", {"num_train_epochs": 1, "repeats": 3}, 8, 15),
+        ("train_dreambooth_lora_flux", {"num_train_epochs": 3}, 9, 15),
+        ("train_dreambooth_lora_flux2", {"num_train_epochs": 3}, 6, 12),
+    ],
+)
+def test_epochs_become_the_scripts_number_of_steps(
+    folder: Path, script: str, options: dict[str, object], steps: int, samples: int
+) -> None:
+    draft = _migrate(folder, script, train_batch_size=2, **options)
+    assert draft.config["max_train_steps"] == steps
+    assert draft.length is not None
+    assert draft.length.samples == samples
+
+
+def test_the_text_to_image_script_has_defaults_of_its_own(folder: Path) -> None:
+    draft = _migrate(
+        folder, "train_text_to_image_lora_sdxl", instance_data_dir=None, train_data_dir=folder.as_posix()
+    )
+    assert draft.config["train_batch_size"] == 16
+    assert draft.config["max_train_steps"] == 100
+    assert draft.datasets[0]["resolution"] == 1024
+
+
+def test_a_dataset_of_the_hub_is_left_to_the_user(folder: Path) -> None:
+    draft = _migrate(
+        folder, instance_data_dir=None, dataset_name="someone/dogs", caption_column="text", num_train_epochs=2
+    )
+    assert draft.datasets[0]["instance_data_dir"] == "datasets/dogs"
+    assert draft.datasets[0]["caption_strategy"] == "textfile"
+    assert draft.config["num_train_epochs"] == 2
+    assert any("someone/dogs" in each for each in draft.to_do)
+
+
+@pytest.mark.parametrize(
+    ("script", "model", "ours"),
+    [
+        (
+            "train_dreambooth_lora_flux",
+            "black-forest-labs/FLUX.1-dev",
+            {
+                "model_flavour": "dev",
+                "flux_guidance_value": 3.5,
+                "flow_use_uniform_schedule": True,
+                "flow_schedule_shift": 0,
+            },
+        ),
+        (
+            "train_dreambooth_lora_flux",
+            "black-forest-labs/FLUX.1-schnell",
+            {"model_flavour": "schnell", "flux_guidance_value": None},
+        ),
+        (
+            "train_dreambooth_lora_flux2_klein",
+            "black-forest-labs/FLUX.2-klein-base-9B",
+            {"model_flavour": "klein-base-9b", "flux_guidance_value": None},
+        ),
+    ],
+)
+def test_flow_matching_is_drawn_as_in_the_scripts(
+    folder: Path, script: str, model: str, ours: dict[str, JsonValue]
+) -> None:
+    config = _migrate(folder, script, pretrained_model_name_or_path=model).config
+    assert {key: config.get(key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    "key", ["with_prior_preservation", "train_text_encoder", "noise_offset", "push_to_hub"]
+)
+def test_what_is_left_out_is_named(folder: Path, key: str) -> None:
+    found = decision(_migrate(folder, **{key: 0.1 if key == "noise_offset" else True}), key)
+    assert found.outcome == "not translated"
+    assert found.text
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train_dreambooth_lora_flux_kontext",
+        "train_dreambooth_lora_sd3",
+        "train_text_to_image_sdxl",
+        "train_mine",
+    ],
+)
+def test_another_script_is_an_error_that_names_it(folder: Path, script: str) -> None:
+    with pytest.raises(ConfigError, match=script):
+        _migrate(folder, script)
+
+
+@pytest.mark.parametrize("key", ["pretrained_model_name_or_path", "instance_data_dir"])
+def test_half_a_call_is_an_error_that_names_the_missing_option(folder: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        _migrate(folder, **{key: None})
