@@ -38,6 +38,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
         "optimizer": "adamw",
         "optimizer_config": {"betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01},
         "seed": 7,
+        "hub_model_id": "me/mine",
         "base_model_precision": "int8-torchao",
         "validation_prompt": "a {env:THING}",
         "defaults": "simpletuner",
@@ -48,7 +49,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
     ]
     assert run.lycoris == workspace.lycoris | {"linear_dim": 10_000, "bypass_mode": True}
     outcomes = {each.key: each.outcome for each in run.decisions}
-    same = ["model_family", "lora_type", "max_train_steps", "seed", "validation_prompt"]
+    same = ["model_family", "lora_type", "max_train_steps", "seed", "hub_model_id", "validation_prompt"]
     same += [f"photos.{key}" for key in ("id", "instance_data_dir", "repeats")]
     same += [f"t.{key}" for key in ("id", "type", "dataset_type", "cache_dir", "default")]
     same += [f"lycoris.{key}" for key in ("algo", "multiplier", "linear_alpha")]
@@ -57,7 +58,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
     assert outcomes == {
         **dict.fromkeys(same, "same"),
         **dict.fromkeys(translated, "translated"),
-        **dict.fromkeys(["write_batch_size", "hub_model_id", "photos.write_batch_size"], "no effect"),
+        **dict.fromkeys(["write_batch_size", "photos.write_batch_size"], "no effect"),
         **dict.fromkeys(["offset_noise", "model_type"], "not translated"),
     }
 

@@ -11,7 +11,6 @@ from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.contracts import ModelSpec
 
 _FIXED_CROPS = ("center", "centre", "corner")
-_MANY_ASPECTS = ("closest", "random")
 _DECAYING = ("polynomial", "cosine", "cosine_with_restarts", "sine")
 """Schedules of SimpleTuner that end at lr_end."""
 
@@ -44,22 +43,9 @@ class Context:
         return not is_off(self.values.get(key))
 
 
-def _is_scaled_to_resolution(_key: str, context: Context) -> bool:
-    target = context.number("target_downsample_size")
-    return target is not None and target == context.number("resolution")
-
-
-def _is_whole_or_scaled(key: str, context: Context) -> bool:
-    return not context.is_on("crop") or _is_scaled_to_resolution(key, context)
-
-
 def _has_no_random_crop(_key: str, context: Context) -> bool:
     is_fixed = context.text("crop_style") in _FIXED_CROPS and context.text("crop_aspect") != "random"
     return not context.is_on("crop") or is_fixed
-
-
-def _has_one_crop_aspect(_key: str, context: Context) -> bool:
-    return not context.is_on("crop") or context.text("crop_aspect") not in _MANY_ASPECTS
 
 
 def _is_unquantised(_key: str, context: Context) -> bool:
@@ -133,10 +119,7 @@ def _lacks_caption_strategy(_key: str, context: Context) -> bool:
 
 RELATIONS: Mapping[str, Callable[[str, Context], bool]] = MappingProxyType(
     {
-        "target_downsample_size equals resolution": _is_scaled_to_resolution,
-        "no crop, or target_downsample_size equals resolution": _is_whole_or_scaled,
         "no random crop": _has_no_random_crop,
-        "another crop_aspect": _has_one_crop_aspect,
         "base_model_precision no_change": _is_unquantised,
         "validation_guidance_real of 1 or less": _has_no_real_guidance,
         "another optimizer": _is_not_prodigy,

@@ -275,9 +275,9 @@ def test_keys_of_another_kind_of_model_have_no_effect(flux: Workspace) -> None:
 
 def test_no_real_guidance_makes_its_start_idle(flux: Workspace) -> None:
     assert "validation_no_cfg_until_timestep" in idle(flux.load(validation_no_cfg_until_timestep=2))
-    message = flux.problems(validation_guidance_real=3.0)
-    assert "validation_no_cfg_until_timestep" in message
-    assert "Flux.1" in message
+    run = flux.load(validation_guidance_real=3.0)
+    assert "validation_no_cfg_until_timestep" not in idle(run)
+    assert run.validation.validation_no_cfg_until_timestep == 2
 
 
 def test_every_layer_of_flux_is_the_default_of_other_families(flux: Workspace) -> None:
@@ -388,6 +388,10 @@ def test_entries_of_caches_are_read_like_simpletuner_s(workspace: Workspace) -> 
 
 
 def test_a_relation_reads_texts_and_numbers() -> None:
-    context = Context({"target_downsample_size": "1024", "resolution": 1024.0, "crop": "true"})
-    assert RELATIONS["target_downsample_size equals resolution"]("maximum_image_size", context)
+    for value in ("1.0", 1, 0.5):
+        context = Context({"validation_guidance_real": value, "crop": "true"})
+        assert RELATIONS["validation_guidance_real of 1 or less"]("", context)
+    assert not RELATIONS["validation_guidance_real of 1 or less"](
+        "", Context({"validation_guidance_real": "2"})
+    )
     assert not RELATIONS["no random crop"]("vae_cache_clear_each_epoch", context)
