@@ -41,7 +41,8 @@ BETAS = st.floats(0, 0.999)
 PRECISIONS = st.sampled_from(["no_change", "int8-torchao", "fp8-torchao", "nf4-bnb"])
 
 CONFIG = {
-    "defaults": st.sampled_from(["ours", "simpletuner"]),
+    # SimpleTuner's learning_rate may lie below the lr_end that is drawn here.
+    "defaults": st.just("ours"),
     "model_flavour": st.sampled_from(["small", "large"]),
     "model_type": st.just("lora"),
     "pretrained_model_name_or_path": st.tuples(NAMES, NAMES).map("/".join),

@@ -72,8 +72,8 @@ def _is_foreign(key: str, context: Context) -> bool:
     return key in context.foreign
 
 
-def _is_unet(_key: str, context: Context) -> bool:
-    return context.spec is not None and context.spec.denoiser_name == "unet"
+def _is_unet(key: str, context: Context) -> bool:
+    return _is_foreign(key, context) and context.spec is not None and context.spec.denoiser_name == "unet"
 
 
 def _has_fixed_shift(key: str, context: Context) -> bool:
