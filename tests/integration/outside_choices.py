@@ -114,7 +114,6 @@ OPTIMIZERS.register(
         summary="Smaller signs.",
         build="weavers:Shrinking",
         arguments={"decay": "number"},
-        group_state=("size",),
         default_learning_rate=0.01,
     )
 )

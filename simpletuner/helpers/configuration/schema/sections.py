@@ -320,12 +320,18 @@ class TrainingConfig(Section):
         return self
 
 
+def _arguments(value: object, info: ValidationInfo) -> dict[str, OptimizerArgument]:
+    record = OPTIMIZERS.get(info.data.get("optimizer", ""))
+    has_betas = record is not None and "betas" in record.arguments
+    return optimizer_arguments(value, betas=record.betas if record is not None and has_betas else ())
+
+
 class OptimizerConfig(Section):
     """The optimiser and its learning rate."""
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """The optimiser."""
-    optimizer_config: Annotated[Mapping[str, OptimizerArgument], BeforeValidator(optimizer_arguments)] = {}
+    optimizer_config: Annotated[Mapping[str, OptimizerArgument], BeforeValidator(_arguments)] = {}
     """Further arguments, "weight_decay=0.01,eps=1e-8" or an object."""
     learning_rate: PositiveNumber = Field(
         default_factory=lambda values: OPTIMIZERS[values.get("optimizer", "adamw")].default_learning_rate
