@@ -69,6 +69,8 @@ def test_optimiser_trains_and_resumes_with_its_group_state(run: TinyRun, tmp_pat
     assert run.run(**keys, max_train_steps=2) == 0
     with run.trainer(**keys) as trainer:
         assert trainer.optimizer.param_groups[0]["size"] == 0.25
+        counts = [state["counts"] for state in trainer.optimizer.state.values()]
+        assert {(each.dtype, *each.tolist()) for each in counts} == {(torch.int32, 2, 2, 2)}
         assert trainer.run() == 0
     assert run.log()[2:] == whole.log()[2:]
 

@@ -190,6 +190,9 @@ OPTIMIZERS = Registry(
             "eps2": "number",
         },
         betas=(0.9, 0.999, 0.9999),
+        # Its averages start at 0 without a correction: 11 times AdamW's step at the start and at step 100, 4
+        # times at step 1,000.
+        default_learning_rate=2e-5,
     ),
     Optimizer(
         name="stableadamw",
