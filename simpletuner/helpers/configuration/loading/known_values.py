@@ -25,7 +25,6 @@ _OPTIMIZERS: Mapping[str, str] = {
     "adafactor": "torch-adafactor",
     "adamw_schedulefree": "adamw_schedulefree+aggressive adamw_schedulefree+no_kahan",
     "muon": "soap dion",
-    "prodigy": "prodigy8bit",
 }
 _PRECISION_KEYS = (
     "base_model_precision",

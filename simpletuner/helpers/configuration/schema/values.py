@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS, Optimizer
 from simpletuner.helpers.choices.registry import ArgumentType
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import Size
@@ -94,18 +94,20 @@ def optimizer_arguments(value: object, *, betas: Sequence[float]) -> dict[str, O
 
 
 def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]) -> str | None:
-    """The first argument that the optimiser does not take, with the reason; None if it takes all."""
-    record = OPTIMIZERS[optimizer]
+    """The arguments that the optimiser does not take, each with the reason; None if it takes all."""
+    problems = [_problem(OPTIMIZERS[optimizer], name, value) for name, value in arguments.items()]
+    return " ".join(problem for problem in problems if problem) or None
+
+
+def _problem(record: Optimizer, name: str, value: OptimizerArgument) -> str | None:
     known = record.arguments
-    for name, value in arguments.items():
-        if name in ("lr", "learning_rate"):
-            return f"{name} is not set here. Use the key learning_rate."
-        if name not in known:
-            return f"{name} is no argument of {optimizer}.{nearest(name, known)} It takes {', '.join(known)}."
-        if reason := _argument_problem(value, known[name], num_betas=len(record.betas)):
-            return f"{name} {reason}"
-    betas = arguments.get("betas")
-    if record.has_averages and isinstance(betas, tuple) and betas[0] == 0:
+    if name in ("lr", "learning_rate"):
+        return f"{name} is not set here. Use the key learning_rate."
+    if name not in known:
+        return f"{name} is no argument of {record.name}.{nearest(name, known)} It takes {', '.join(known)}."
+    if reason := _argument_problem(value, known[name], num_betas=len(record.betas)):
+        return f"{name} {reason}"
+    if record.has_averages and isinstance(value, tuple) and value[0] == 0:
         return "beta1 must be above 0: the averages are computed with 1 / beta1."
     return None
 

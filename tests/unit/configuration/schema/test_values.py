@@ -118,6 +118,12 @@ def test_arguments_that_an_optimizer_cannot_take_are_named(
     assert text in str(optimizer_problem(optimizer, arguments))
 
 
+def test_every_wrong_argument_is_named() -> None:
+    text = str(optimizer_problem("came", {"eps": 1e-8, "weight_decay": -1}))
+    assert "eps2" in text
+    assert "weight_decay must" in text
+
+
 def test_arguments_of_their_own_optimizer_are_no_problem() -> None:
     assert optimizer_problem("adamw", {"betas": (0.9, 0.99), "weight_decay": 0, "eps": 1e-6}) is None
     assert optimizer_problem("prodigy", {"d_coef": 2.0, "use_bias_correction": True}) is None
