@@ -24,6 +24,8 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
     "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",
+    "simpletuner/helpers/training/muon.py param_groups": "the parts of one optimiser share its groups",
+    "simpletuner/helpers/training/muon.py state": "the parts of one optimiser share its state",
 }
 
 # "module function", below simpletuner/helpers -> the boundary that must outlive whatever fails behind it.

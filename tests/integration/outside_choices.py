@@ -30,7 +30,10 @@ STEPS_SAMPLED: list[float] = []
 
 
 class Shrinking(TorchOptimizer):
-    """Steps along the sign of the gradient, smaller by `decay` each time; the size is kept in the group."""
+    """Steps along the sign of the gradient, smaller by `decay` each time; the size is kept in the group.
+
+    It counts the steps of each parameter in whole numbers.
+    """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, decay: float = 0.9) -> None:
         super().__init__(params, {"lr": lr, "decay": decay, "size": 1.0})
@@ -41,6 +44,8 @@ class Shrinking(TorchOptimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.sub_(parameter.grad.sign() * group["lr"] * group["size"])
+                    counts = self.state[parameter].setdefault("counts", torch.zeros(3, dtype=torch.int32))
+                    counts += 1
             group["size"] *= group["decay"]
 
 
@@ -114,7 +119,6 @@ OPTIMIZERS.register(
         summary="Smaller signs.",
         build="weavers:Shrinking",
         arguments={"decay": "number"},
-        group_state=("size",),
         default_learning_rate=0.01,
     )
 )

@@ -16,6 +16,7 @@ SCRIPTS = [
     "bench_step",
     "bench_own_python",
     "bench_images",
+    "bench_optimizers",
 ]
 
 

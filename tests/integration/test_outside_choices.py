@@ -22,7 +22,7 @@ from simpletuner.helpers.choices.precisions import PRECISIONS
 from simpletuner.helpers.choices.samplers import SAMPLERS, samplers_of
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.reference import reference
-from simpletuner.helpers.errors import ConfigError, MissingDependencyError
+from simpletuner.helpers.errors import CheckpointError, ConfigError, MissingDependencyError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.html_report.page import write_page
 from simpletuner.lycoris_defaults import default_lycoris_config
@@ -69,8 +69,26 @@ def test_optimiser_trains_and_resumes_with_its_group_state(run: TinyRun, tmp_pat
     assert run.run(**keys, max_train_steps=2) == 0
     with run.trainer(**keys) as trainer:
         assert trainer.optimizer.param_groups[0]["size"] == 0.25
+        counts = [state["counts"] for state in trainer.optimizer.state.values()]
+        assert {(each.dtype, *each.tolist()) for each in counts} == {(torch.int32, 2, 2, 2)}
         assert trainer.run() == 0
     assert run.log()[2:] == whole.log()[2:]
+
+
+def test_optimiser_that_no_checkpoint_can_hold_ends_the_run_at_its_first_step(
+    run: TinyRun, weavers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = weavers.Shrinking.step
+
+    def odd_step(self: Any, closure: None = None) -> None:
+        step(self)
+        self.param_groups[0]["seen"] = {1}
+
+    monkeypatch.setattr(weavers.Shrinking, "step", odd_step)
+    with run.trainer(optimizer="shrinking") as trainer:
+        with pytest.raises(CheckpointError, match=r"seen .*set"):
+            trainer.run()
+        assert trainer.progress.step == 1
 
 
 def test_optimiser_checks_its_own_arguments(run: TinyRun) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
+from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from tests.integration.processes import wait_for_all
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TLORA, TinyRun, start, start_pair, wait_for_steps
@@ -62,8 +63,9 @@ def run(tmp_path: Path) -> TinyRun:
         ([3], {"gradient_accumulation_steps": 2, "train_batch_size": 2}),
         ([3], {"lora_type": "standard", "lora_dropout": 0.3, "lora_rank": 4}),
         ([3], {"optimizer": "prodigy", "learning_rate": 1.0}),
+        ([3], {"optimizer": "bnb-adamw8bit", "optimizer_config": "min_8bit_size=16"}),
     ],
-    ids=["once", "often", "accumulating", "dropout", "prodigy"],
+    ids=["once", "often", "accumulating", "dropout", "prodigy", "8-bit"],
 )
 @pytest.mark.reliability_row(4)
 def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
@@ -93,6 +95,33 @@ def test_checkpoints_at_the_ends_of_epochs_are_the_same_after_a_resume(
     digest_after(run, 7, **keys)
     saved = [each.args[0].name for each in caplog.records if each.msg == "Saved %s"]
     assert saved == ["checkpoint-2", "checkpoint-3", "checkpoint-6", "checkpoint-7"]
+
+
+@pytest.mark.parametrize("name", ["adamw_schedulefree", "prodigyplus"])
+def test_images_show_averages_and_leave_the_trained_weights(
+    run: TinyRun, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"optimizer": name, "learning_rate": 1.0 if name == "prodigyplus" else 1e-2}
+    keys |= {"gradient_accumulation_steps": 2}
+    whole, expected = whole_run(**keys)
+    shown: list[list[torch.Tensor]] = []
+
+    def note(sampler: ValidationSampler, *args: object, **options: object) -> None:
+        shown.append([weight.detach().clone() for weight in trainer.adapter.parameters()])
+
+    monkeypatch.setattr(ValidationSampler, "generate_all", note)
+    keys |= PICTURES | {"validation_step_interval": 1, "disable_benchmark": True}
+    for steps in (3, 6):
+        with run.trainer(max_train_steps=steps, lr_scheduler="constant_with_warmup", **keys) as trainer:
+            trainer.run()
+            trained = [weight.detach().clone() for weight in trainer.adapter.parameters()]
+            with trainer.state.averages():
+                assert all(map(torch.equal, shown[-1], trainer.adapter.parameters()))
+            assert not any(map(torch.equal, shown[-1], trained))
+            digest = trainer.state_digest()
+    assert digest == expected
+    ours, theirs = (load_file(each.output_dir / "pytorch_lora_weights.safetensors") for each in (run, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.reliability_row(6)

@@ -8,8 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from simpletuner.helpers.io.optional import require
 
-ArgumentType = Literal["boolean", "count", "positive", "number", "fraction", "factor", "betas"]
-"""number: 0 or above; fraction: 0 to 1; factor: 1 or above, or -1; betas: two numbers from 0 to below 1."""
+ArgumentType = Literal[
+    "boolean", "count", "count or zero", "positive", "number", "fraction", "factor", "betas"
+]
+"""number: 0 or above; fraction: 0 to 1; factor: 1 or above, or -1; betas: numbers from 0 to below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.translation_lines import translation_lines
@@ -74,7 +75,7 @@ from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
-from simpletuner.helpers.training.optimizers import build_optimizer
+from simpletuner.helpers.training.optimizers import build_optimizer, weights_for_use
 from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
 from simpletuner.helpers.training.trainer import Trainer
@@ -291,6 +292,7 @@ def build_components(
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
     optimizer = build_optimizer(adapter.parameters(), config.optimizer)
+    averages = partial(weights_for_use, optimizer, config.optimizer)
     state = RunState(
         adapter=adapter,
         optimizer=optimizer,
@@ -299,12 +301,14 @@ def build_components(
             config, data, spec=context.family.spec, scheduler=context.family.components.scheduler.config
         ),
         scaler=accelerator.scaler,
+        averages=averages,
     )
     if context.resumed is not None:
         resume(state, context.resumed)
     schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=context.max_steps, step=context.step)
+    # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
     prepared, prepared_optimizer = accelerator.prepare(
-        denoiser, optimizer, device_placement=[not is_offloaded, True]
+        denoiser, optimizer, device_placement=[not is_offloaded, False]
     )
     epochs = build_epochs(context, state)
     validation = Validation(
@@ -316,6 +320,7 @@ def build_components(
         trackers=trackers,
         scorer=context.scorer,
         epochs=epochs,
+        averages=averages,
     )
     checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
@@ -413,6 +418,7 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     if distribution != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
+    sharded = [name for name, record in OPTIMIZERS.items() if record.trains_shards]
     problems = {
         "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
         "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
@@ -420,6 +426,9 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         ),
         "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
             config.lycoris is None or config.lycoris.algo != "tlora"
+        ),
+        f"FSDP does not train with {config.optimizer.optimizer}. Set optimizer to {' or '.join(sharded)}": (
+            not OPTIMIZERS[config.optimizer.optimizer].trains_shards
         ),
         "FSDP generates no validation images. Set validation_disable to true": bool(
             config.validation.prompts and not config.validation.validation_disable

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 
@@ -26,3 +29,31 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig)
         arguments["fused"] = parameters[0].device.type in record.fused_devices
     optimizer: type[Optimizer] = record.load()
     return optimizer(parameters, **arguments)
+
+
+def weights_for_use(optimizer: Optimizer, config: OptimizerConfig) -> AbstractContextManager[None]:
+    """Context for images and adapter files: the averages of a schedule-free optimiser, else as trained."""
+    has_averages = OPTIMIZERS[config.optimizer].has_averages
+    return averaged_weights(optimizer) if has_averages else nullcontext()
+
+
+@contextmanager
+def averaged_weights(optimizer: Any) -> Iterator[None]:
+    """The averages of a schedule-free optimiser in place of the trained weights, which stay as they are.
+
+    The averages are computed in copies: switching the weights there and back changes their last bits.
+    """
+    groups = optimizer.param_groups
+    parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    trained, entries = [parameter.data for parameter in parameters], [dict(group) for group in groups]
+    try:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.data = parameter.data.clone()
+        optimizer.eval()
+        yield
+    finally:
+        for parameter, weight in zip(parameters, trained, strict=True):
+            parameter.data = weight
+        for group, values in zip(groups, entries, strict=True):
+            group.update(values)

@@ -84,6 +84,8 @@ class Trainer:
     metrics: StepAccumulator = field(default_factory=StepAccumulator)
     skipped_steps: int = 0
     """Consecutive optimiser steps that the gradient scaler skipped."""
+    is_state_checked: bool = False
+    """A checkpoint can hold the optimiser's state, which is there from the first step on."""
     stop_agreed: bool = False
     """In the last step, some process had received a signal."""
 
@@ -95,7 +97,7 @@ class Trainer:
 
         Raises:
             TrainingError: A loss or gradient is not finite.
-            CheckpointError: A checkpoint cannot be written.
+            CheckpointError: A checkpoint cannot be written, or cannot hold the optimiser's state.
             StorageError: The same, for lack of space or permission.
             LoaderTimeoutError: The loader took longer than loader_timeout_seconds.
             Preempted: With several processes, a stop signal arrived while this one's loader hung.
@@ -257,6 +259,9 @@ class Trainer:
     def _after_step(self, metrics: StepMetrics) -> None:
         """Log, save and validate, in that order."""
         step = metrics.step
+        if not self.is_state_checked:
+            self.state.check_optimizer()
+            self.is_state_checked = True
         self.display.update(metrics)
         self.trackers.log(metrics)
         if self.should_stop or self.checkpoints.is_due(step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +57,8 @@ class Validation:
     scorer: ClipScorer | None = None
     epochs: Epochs = field(default_factory=Epochs)
     """Where epochs end, for validation_epoch_interval."""
+    averages: Callable[[], AbstractContextManager[None]] = nullcontext
+    """The context in which the adapter has the weights for use."""
     pipeline: Any = None
 
     def is_due(self, step: int) -> bool:
@@ -148,7 +150,7 @@ class Validation:
     def _validate(self, step: int, validation_type: ValidationType) -> None:
         grid_file = self.grid_file(step)
         files = {prompt: image_file(grid_file.parent, prompt.name) for prompt in self.sampler.prompts}
-        with self._pipeline(validation_type):
+        with self._pipeline(validation_type), self.averages():
             self.sampler.generate_all(
                 self.pipeline, files, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
             )

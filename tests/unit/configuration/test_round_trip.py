@@ -82,7 +82,6 @@ CONFIG = {
     "optimizer_config": st.fixed_dictionaries(
         {}, optional={"eps": RATES, "weight_decay": SHARES, "betas": st.lists(BETAS, min_size=2, max_size=2)}
     ),
-    "learning_rate": st.floats(1e-3, 1e3),
     "lr_scheduler": st.sampled_from(
         ["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "sine"]
     ),
@@ -173,6 +172,7 @@ CONFIG = {
 ALWAYS = {
     "model_family": st.just("toy"),
     "seed": st.integers(0, 2**63 - 1),  # SimpleTuner's defaults draw one
+    "learning_rate": st.floats(1e-3, 1e3),
     "instance_prompt": WORDS,
     "lora_type": st.sampled_from(["standard", "lycoris"]),
     "lycoris_config": st.just("lycoris.json"),

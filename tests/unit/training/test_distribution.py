@@ -43,13 +43,15 @@ def test_other_ways_are_refused_by_name(kind: DistributedType, config: RunConfig
 
 def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
     with_pictures = config.validation.model_copy(update={"validation_disable": False})
-    wrong: dict[str, Any] = {"lycoris": None, "validation": with_pictures}
+    optimizer = config.optimizer.model_copy(update={"optimizer": "came"})
+    wrong: dict[str, Any] = {"lycoris": None, "validation": with_pictures, "optimizer": optimizer}
     found = accelerator(DistributedType.FSDP, version=1, through_one=True)
     with pytest.raises(ConfigError) as caught:
         check_distribution(config.model_copy(update=wrong), found)
     for remedy in (
         "fsdp_version to 2",
         "algo to tlora",
+        "optimizer to adamw or prodigy",
         "validation_disable to true",
         "fsdp_cpu_ram_efficient_loading to false",
     ):

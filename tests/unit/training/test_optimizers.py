@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.training.optimizers import build_optimizer
@@ -58,3 +59,45 @@ def test_prodigy_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(__import__("sys").modules, "prodigyopt", None)
     with pytest.raises(MissingDependencyError, match=r"simpletuner-t\[optim\]"):
         build_optimizer(parameters(), OptimizerConfig(optimizer="prodigy"))
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("AdamW", "adamw"),
+        ("adamw8bit", "bnb-adamw8bit"),
+        ("AdamW8bit", "bnb-adamw8bit"),
+        ("PagedAdamW8bit", "bnb-adamw8bit-paged"),
+        ("Adafactor", "adafactor"),
+        ("Lion", "lion"),
+        ("Lion8bit", "bnb-lion8bit"),
+        ("lion8bit", "bnb-lion8bit"),
+        ("Prodigy", "prodigy"),
+        ("optimi-stableadamw", "stableadamw"),
+        ("AdamWScheduleFree", "adamw_schedulefree"),
+        ("CAME", "came"),
+        ("DAdaptAdam", "dadaptation"),
+        ("dadapt", "dadaptation"),
+    ],
+)
+def test_spellings_of_other_programs_name_the_same_optimiser(written: str, name: str) -> None:
+    assert OptimizerConfig(optimizer=written).optimizer == name
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimiser_takes_its_arguments_and_a_rate(name: str) -> None:
+    optimizer = build_optimizer(
+        parameters(), OptimizerConfig(optimizer=name, learning_rate=0.5, optimizer_config="weight_decay=0.25")
+    )
+    for group in optimizer.param_groups:
+        assert (float(group["lr"]), group["weight_decay"]) == (0.5, 0.25)
+
+
+def test_adafactor_steps_at_the_configured_rate_whatever_the_size_of_the_weights() -> None:
+    large, small = (torch.nn.Parameter(torch.full((4, 4), size)) for size in (100.0, 0.0))
+    optimizer = build_optimizer([large, small], OptimizerConfig(optimizer="adafactor", learning_rate=0.5))
+    for weight in (large, small):
+        weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(100.0 - large.detach(), -small.detach())
+    torch.testing.assert_close(small.detach(), torch.full((4, 4), -0.5))

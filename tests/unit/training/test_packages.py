@@ -18,6 +18,7 @@ from tests.integration.tiny_runs import TinyRun
         ({"base_model_precision": "int8-torchao"}, "base_model_precision int8-torchao needs torchao"),
         ({"text_encoder_1_precision": "nf4-bnb"}, "text_encoder_1_precision nf4-bnb needs bitsandbytes"),
         ({"optimizer": "prodigy"}, "optimizer prodigy needs prodigyopt"),
+        ({"optimizer": "AdamW8bit"}, "optimizer bnb-adamw8bit needs bitsandbytes"),
         ({"report_to": "tensorboard"}, "report_to tensorboard needs tensorboard"),
     ],
 )

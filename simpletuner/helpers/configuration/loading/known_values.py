@@ -16,15 +16,18 @@ from simpletuner.helpers.choices.registry import Registry
 from simpletuner.helpers.choices.samplers import SAMPLERS
 from simpletuner.helpers.choices.trackers import TRACKERS
 
-_OPTIMIZERS = (
-    "adamw_schedulefree adamw_schedulefree+aggressive adamw_schedulefree+no_kahan adamw8bit "
-    "bnb-adamw8bit bnb-adamw bnb-adamw-paged bnb-adamw8bit-paged bnb-adagrad bnb-adagrad8bit bnb-rmsprop "
-    "bnb-rmsprop8bit bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged bnb-ademamix bnb-ademamix8bit "
-    "bnb-lamb optimi-lion optimi-stableadamw optimi-ranger optimi-adan optimi-adam "
-    "optimi-radam optimi-sgd optimi-lamb adafactor lion soap stableadamw torch-adafactor "
-    "ao-adamw8bit ao-adamw4bit ao-adamfp8 ao-adamwfp8 optimum-adamw prodigy_plus came muon dion ranger8bit "
-    "deepspeed-adamw"
-)
+# What stands here resumes as another run, or does what another optimiser does with less.
+_OPTIMIZERS: Mapping[str, str] = {
+    "adamw": "bnb-adamw bnb-adamw-paged optimum-adamw deepspeed-adamw "
+    "optimi-adam optimi-radam optimi-adan optimi-ranger optimi-sgd optimi-lamb bnb-lamb bnb-adagrad "
+    "bnb-rmsprop bnb-ademamix",
+    "bnb-adamw8bit": "bnb-adagrad8bit bnb-rmsprop8bit bnb-ademamix8bit ranger8bit ao-adamfp8 ao-adamwfp8",
+    "lion": "bnb-lion bnb-lion-paged",
+    "bnb-lion8bit": "bnb-lion8bit-paged",
+    "adafactor": "torch-adafactor",
+    "adamw_schedulefree": "adamw_schedulefree+aggressive adamw_schedulefree+no_kahan",
+    "muon": "soap dion",
+}
 _PRECISION_KEYS = (
     "base_model_precision",
     *(f"text_encoder_{number}_precision" for number in range(1, 5)),
@@ -54,7 +57,6 @@ def _repository(name: str) -> str:
 
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
-    "optimizer": (_OPTIMIZERS, _use("optimizer")),
     "loss_type": ("huber smooth_l1", _use("loss_type")),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
     "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
@@ -88,6 +90,11 @@ UNSUPPORTED_VALUES: Mapping[tuple[str, str], str] = MappingProxyType(
         for key, (values, advice) in _VALUE_ADVICE.items()
         for value in values.split()
         if value not in _REGISTRIES.get(key, ())
+    }
+    | {
+        ("optimizer", value): f"Use {name}."
+        for name, values in _OPTIMIZERS.items()
+        for value in values.split()
     }
 )
 """(key, value) -> advice."""

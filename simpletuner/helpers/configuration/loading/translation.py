@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS, Optimizer
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.loading.relations import RELATIONS, Context
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
@@ -297,16 +298,24 @@ def _gather_arguments(
     defaults = {name: value for each in entries for name, value in each.arguments.get(key, {}).items()}
     if not parts and not defaults:
         return
+    record = OPTIMIZERS.named(ours.get("optimizer", "adamw")) or OPTIMIZERS["adamw"]
+    for name in [each for each in parts if not _takes(record, table.arguments[each])]:
+        text = f"The optimiser {record.name} has no such argument."
+        yield Decision(name, parts.pop(name), "no effect", "", text)
+
+    def read(value: object) -> dict[str, Any]:
+        return dict(optimizer_arguments(value, betas=record.betas if "betas" in record.arguments else ()))
+
     try:
-        arguments = optimizer_arguments(ours.get(key))
-        given = {name: optimizer_arguments({table.arguments[name]: value}) for name, value in parts.items()}
+        arguments = read(ours.get(key))
+        given = {name: read({table.arguments[name]: value}) for name, value in parts.items()}
     except ValueError as error:
         if not parts:
             return  # the section says what is wrong with optimizer_config
         first = next(iter(parts))
         yield Decision(first, parts[first], "not translated", "", f"cannot be put into {key}: {error}")
         return
-    merged = _merged_arguments({table.arguments[name]: value for name, value in parts.items()})
+    merged = read({table.arguments[name]: value for name, value in parts.items()})
     for name, value in parts.items():
         (argument,) = given[name]
         found = arguments.get(argument, merged[argument])
@@ -316,12 +325,15 @@ def _gather_arguments(
         else:
             setting = f"{key}: {table.arguments[name]}={value}"
             yield Decision(name, value, "translated", setting, table.argument_text)
-    whole = _merged_arguments(defaults) | merged | arguments
-    ours[key] = {name: _plain(value) for name, value in whole.items()}
+    whole = read(defaults) | merged | arguments
+    if whole or key in ours:
+        ours[key] = {name: _plain(value) for name, value in whole.items()}
 
 
-def _merged_arguments(arguments: Mapping[str, JsonValue]) -> dict[str, Any]:
-    return dict(optimizer_arguments(dict(arguments)))
+def _takes(record: Optimizer, argument: str) -> bool:
+    """Whether an optimiser has an argument; beta1 and beta2 are parts of betas."""
+    is_beta = argument in ("beta1", "beta2") and "betas" in record.arguments
+    return is_beta or argument in record.arguments
 
 
 def _plain(value: object) -> JsonValue:

@@ -61,8 +61,8 @@ from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
     OptimizerArgument,
+    arguments_of_optimizer,
     is_off,
-    optimizer_arguments,
     optimizer_problem,
     sizes,
 )
@@ -320,7 +320,7 @@ class OptimizerConfig(Section):
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """The optimiser."""
-    optimizer_config: Annotated[Mapping[str, OptimizerArgument], BeforeValidator(optimizer_arguments)] = {}
+    optimizer_config: Annotated[Mapping[str, OptimizerArgument], BeforeValidator(arguments_of_optimizer)] = {}
     """Further arguments, "weight_decay=0.01,eps=1e-8" or an object."""
     learning_rate: PositiveNumber = Field(
         default_factory=lambda values: OPTIMIZERS[values.get("optimizer", "adamw")].default_learning_rate

@@ -7,16 +7,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from pydantic import ValidationInfo
+
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS, Optimizer
 from simpletuner.helpers.choices.registry import ArgumentType
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.contracts import Size
 
 OptimizerArgument = bool | int | float | str | tuple[float, ...]
 LARGEST_IMAGE_PX = 8192
+_NUMBERS = {2: "two", 3: "three"}
 _SIZE = re.compile(r"\s*(\d+)\s*(?:[xX]\s*(\d+)\s*)?")
-_BETAS = ("beta1", "beta2")
-_DEFAULT_BETAS = (0.9, 0.999)
 
 LONGEST_REPOSITORY = 96
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<![-.])", re.ASCII)
@@ -122,8 +123,23 @@ def repository_problem(name: str) -> str | None:
     return "must not end with .git." if name.endswith(".git") else None
 
 
-def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
-    """Arguments from "name=value,name=value" or an object; beta1 and beta2 become betas.
+def arguments_of_optimizer(value: object, info: ValidationInfo) -> dict[str, OptimizerArgument]:
+    """The value of optimizer_config, beside a valid optimizer.
+
+    Raises:
+        ValueError: See `optimizer_arguments`.
+    """
+    record = OPTIMIZERS.get(info.data.get("optimizer", ""))
+    has_betas = record is not None and "betas" in record.arguments
+    return optimizer_arguments(value, betas=record.betas if record is not None and has_betas else ())
+
+
+def optimizer_arguments(value: object, *, betas: Sequence[float]) -> dict[str, OptimizerArgument]:
+    """Arguments from "name=value,name=value" or an object; beta1, beta2 and so on become betas.
+
+    Args:
+        value: As it stands in the configuration.
+        betas: Their defaults in the optimiser; empty if it has no argument betas.
 
     Raises:
         ValueError: A part is not name=value, or a value is not a number, true, false, a text or a list.
@@ -134,37 +150,49 @@ def optimizer_arguments(value: object) -> dict[str, OptimizerArgument]:
     if not isinstance(pairs, Mapping):
         raise ValueError('must be an object or a text such as "weight_decay=0.01,eps=1e-8".')
     arguments = {str(name): _argument(each) for name, each in pairs.items()}
-    single = {name: arguments.pop(name) for name in _BETAS if name in arguments}
+    every = {f"beta{index}": beta for index, beta in enumerate(betas, start=1)}
+    single = {name: arguments.pop(name) for name in every if name in arguments}
     if single:
         if "betas" in arguments:
             raise ValueError("gives betas twice. Keep betas, or beta1 and beta2.")
-        both = dict(zip(_BETAS, _DEFAULT_BETAS, strict=True)) | single
-        arguments["betas"] = tuple(_number(both[name]) for name in _BETAS)
+        arguments["betas"] = tuple(_number(beta) for beta in (every | single).values())
     return arguments
 
 
 def optimizer_problem(optimizer: str, arguments: Mapping[str, OptimizerArgument]) -> str | None:
-    """The first argument that the optimiser does not take, with the reason; None if it takes all."""
-    known = OPTIMIZERS[optimizer].arguments
-    for name, value in arguments.items():
-        if name in ("lr", "learning_rate"):
-            return f"{name} is not set here. Use the key learning_rate."
-        if name not in known:
-            return f"{name} is no argument of {optimizer}.{nearest(name, known)} It takes {', '.join(known)}."
-        if reason := _argument_problem(value, known[name]):
-            return f"{name} {reason}"
+    """The arguments that the optimiser does not take, each with the reason; None if it takes all."""
+    problems = [_problem(OPTIMIZERS[optimizer], name, value) for name, value in arguments.items()]
+    return " ".join(problem for problem in problems if problem) or None
+
+
+def _problem(record: Optimizer, name: str, value: OptimizerArgument) -> str | None:
+    known = record.arguments
+    if name in ("lr", "learning_rate"):
+        return f"{name} is not set here. Use the key learning_rate."
+    if name not in known:
+        return f"{name} is no argument of {record.name}.{nearest(name, known)} It takes {', '.join(known)}."
+    if reason := _argument_problem(value, known[name], num_betas=len(record.betas)):
+        return f"{name} {reason}"
+    if record.has_averages and isinstance(value, tuple) and value[0] == 0:
+        return "beta1 must be above 0: the averages are computed with 1 / beta1."
     return None
 
 
-def _argument_problem(value: OptimizerArgument, argument_type: ArgumentType) -> str | None:
+def _argument_problem(value: OptimizerArgument, argument_type: ArgumentType, *, num_betas: int) -> str | None:
     if argument_type == "boolean":
         return None if isinstance(value, bool) else "must be true or false."
     if argument_type == "betas":
-        fits = isinstance(value, tuple) and len(value) == 2 and all(0 <= beta < 1 for beta in value)
-        return None if fits else "must be two numbers from 0 to below 1."
+        fits = isinstance(value, tuple) and len(value) == num_betas and all(0 <= beta < 1 for beta in value)
+        return None if fits else f"must be {_NUMBERS[num_betas]} numbers from 0 to below 1."
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         return "must be a number of at least 0."
-    return None
+    fits, requirement = {
+        "count": (isinstance(value, int) and value > 0, "a whole number of at least 1"),
+        "count or zero": (isinstance(value, int), "a whole number of at least 0"),
+        "positive": (value > 0, "a number above 0"),
+        "fraction": (value < 1, "a number from 0 to below 1"),
+    }.get(argument_type, (True, ""))
+    return None if fits else f"must be {requirement}."
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -131,6 +131,10 @@ def test_single_arguments_go_into_optimizer_config(workspace: Workspace) -> None
 
 
 def test_an_argument_that_contradicts_optimizer_config_is_an_error(workspace: Workspace) -> None:
+    run = workspace.load(optimizer="lion", adam_beta1=0.8, adam_epsilon=1e-8)
+    assert run.optimizer.optimizer_config == {"betas": (0.8, 0.99)}
+    assert decided(run)["adam_epsilon"][0] == "no effect"
+    assert workspace.load(optimizer="adafactor", adam_beta2=0.9).optimizer.optimizer_config == {}
     message = workspace.problems(adam_epsilon=1e-8, optimizer_config={"eps": 1e-6})
     assert "adam_epsilon" in message
     assert "optimizer_config" in message

@@ -73,7 +73,7 @@ def test_trackers_are_a_list_without_none_or_repetition(written: object, expecte
     ],
 )
 def test_optimizer_arguments_become_python_values(written: object, expected: dict[str, object]) -> None:
-    read = optimizer_arguments(written)
+    read = optimizer_arguments(written, betas=(0.9, 0.999))
     assert read == expected
     assert [type(value) for value in read.values()] == [type(value) for value in expected.values()]
 
@@ -83,7 +83,14 @@ def test_optimizer_arguments_become_python_values(written: object, expected: dic
 )
 def test_malformed_optimizer_arguments_are_refused(written: object) -> None:
     with pytest.raises(ValueError, match=r"must be|twice|values must|lists must"):
-        optimizer_arguments(written)
+        optimizer_arguments(written, betas=(0.9, 0.999))
+
+
+def test_single_betas_take_the_place_of_the_defaults_of_their_optimizer() -> None:
+    assert optimizer_arguments("beta1=0.5", betas=(0.9, 0.99)) == {"betas": (0.5, 0.99)}
+    assert optimizer_arguments("beta3=0.5", betas=(0.9, 0.99)) == {"beta3": 0.5}
+    assert optimizer_arguments("beta3=0.5", betas=(0.9, 0.99, 0.999)) == {"betas": (0.9, 0.99, 0.5)}
+    assert optimizer_arguments("beta1=0.5", betas=()) == {"beta1": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -98,6 +105,14 @@ def test_malformed_optimizer_arguments_are_refused(written: object) -> None:
         ("adamw", {"betas": (0.9,)}, "betas must be two numbers"),
         ("adamw", {"betas": (0.9, 1.0)}, "betas must be two numbers"),
         ("prodigy", {"decouple": 1}, "decouple must be true or false."),
+        ("prodigy", {"d0": 0}, "d0 must be a number above 0."),
+        ("came", {"betas": (0.9, 0.99)}, "betas must be three numbers"),
+        ("adafactor", {"beta1": 1.0}, "beta1 must be a number from 0 to below 1."),
+        ("bnb-adamw8bit", {"min_8bit_size": 0}, "min_8bit_size must be a whole number of at least 1."),
+        ("bnb-adamw8bit", {"min_8bit_size": 4096.5}, "min_8bit_size must be a whole number of at least 1."),
+        ("prodigyplus", {"prodigy_steps": 1.5}, "prodigy_steps must be a whole number of at least 0."),
+        ("prodigyplus", {"betas": (0.0, 0.99)}, "beta1 must be above 0"),
+        ("lion", {"eps": 1e-8}, "eps is no argument of lion."),
     ],
 )
 def test_arguments_that_an_optimizer_cannot_take_are_named(
@@ -106,9 +121,17 @@ def test_arguments_that_an_optimizer_cannot_take_are_named(
     assert text in str(optimizer_problem(optimizer, arguments))
 
 
+def test_every_wrong_argument_is_named() -> None:
+    text = str(optimizer_problem("came", {"eps": 1e-8, "weight_decay": -1}))
+    assert "eps2" in text
+    assert "weight_decay must" in text
+
+
 def test_arguments_of_their_own_optimizer_are_no_problem() -> None:
     assert optimizer_problem("adamw", {"betas": (0.9, 0.99), "weight_decay": 0, "eps": 1e-6}) is None
     assert optimizer_problem("prodigy", {"d_coef": 2.0, "use_bias_correction": True}) is None
+    assert optimizer_problem("prodigyplus", {"prodigy_steps": 0, "betas": (0.5, 0.99)}) is None
+    assert optimizer_problem("adamw", {"betas": (0.0, 0.99)}) is None
 
 
 @pytest.mark.parametrize(
