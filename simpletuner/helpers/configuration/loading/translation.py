@@ -331,9 +331,8 @@ def _gather_arguments(
 
 
 def _takes(record: Optimizer, argument: str) -> bool:
-    """Whether an optimiser has an argument; beta1 and beta2 are parts of betas."""
-    is_beta = argument in ("beta1", "beta2") and "betas" in record.arguments
-    return is_beta or argument in record.arguments
+    """Whether an optimiser has an argument of Adam; beta1 and beta2 are parts of betas."""
+    return ("betas" if argument in ("beta1", "beta2") else argument) in record.arguments
 
 
 def _plain(value: object) -> JsonValue:
