@@ -272,7 +272,7 @@ def _train(settings: Settings, family: str) -> None:
         "train.optimizer",
         arguments,
         arguments_key="train.optimizer_params",
-        defaults={"prodigy": prodigy, "adamw": {"eps": 1e-6}},
+        defaults={"prodigy": prodigy, "adamw": {"eps": 1e-6}, "bnb-adamw8bit": {"eps": 1e-6}},
     )
     note = ""
     if draft.config["optimizer"] == "prodigy" and rate < 0.1:

@@ -201,9 +201,7 @@ def _optimizer(settings: Settings, defaults: Mapping[str, Any]) -> None:
     draft = settings.draft
     if settings.flag("use_8bit_adam") and settings.text("optimizer").lower() == "adamw":
         settings.values["optimizer"] = "adamw8bit"
-        settings.decide(
-            "use_8bit_adam", "approximate", ours="optimizer: adamw", text="The state has 32 bits here."
-        )
+        settings.decide("use_8bit_adam", "translated", ours="optimizer: bnb-adamw8bit", text="")
     arguments: dict[str, JsonValue] = {
         "beta1": settings.number("adam_beta1", 0.9),
         "beta2": settings.number("adam_beta2", 0.999),

@@ -293,9 +293,8 @@ def _interval(settings: Settings, keys: tuple[str, str], ours: str, *, otherwise
         text = f"{number} x {per_epoch:,} steps of an epoch."
         settings.put(epochs, ours, number * per_epoch, text=text)
     elif settings.flag(epochs):
-        text = f"The steps of an epoch are not known without the images: set {ours}."
-        settings.decide(epochs, "not translated", text=text)
-        settings.draft.to_do.append(f"Set {ours}: the file gives it in epochs, and the images are not here.")
+        settings.put(epochs, ours.replace("_step_", "_epoch_"), settings.whole(epochs))
+        settings.draft.config.setdefault(ours, 0)
     if settings.flag(steps) and ours not in settings.draft.config:
         settings.put(steps, ours, settings.whole(steps))
     settings.draft.config.setdefault(ours, otherwise)

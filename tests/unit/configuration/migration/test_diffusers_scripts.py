@@ -54,7 +54,7 @@ def _migrate(folder: Path, script: str = "train_dreambooth_lora_sdxl", **options
             },
             {"learning_rate": 6e-4},
         ),
-        ({"use_8bit_adam": True}, {"optimizer": "adamw"}),
+        ({"use_8bit_adam": True}, {"optimizer": "bnb-adamw8bit"}),
         (
             {"optimizer": "prodigy", "prodigy_safeguard_warmup": False, "learning_rate": 1},
             {"optimizer": "prodigy", "learning_rate": 1},

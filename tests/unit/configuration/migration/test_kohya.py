@@ -58,9 +58,12 @@ def dog(tmp_path: Path) -> Path:
                 "optimizer_config": {"use_bias_correction": False, "safeguard_warmup": False, "d_coef": 2},
             },
         ),
-        ({"optimizer_type": "AdamW8bit"}, {"optimizer": "adamw"}),
+        ({"optimizer_type": "AdamW8bit"}, {"optimizer": "bnb-adamw8bit"}),
+        ({"optimizer_type": "Lion"}, {"optimizer": "lion"}),
+        ({"optimizer_type": "PagedAdamW8bit"}, {"optimizer": "bnb-adamw8bit-paged"}),
+        ({"optimizer_type": "Adafactor"}, {"optimizer": "adafactor"}),
         ({"use_8bit_adam": True}, {"optimizer": "adamw"}),
-        ({"optimizer_type": "DAdaptAdam", "learning_rate": 1}, {"optimizer": "prodigy", "learning_rate": 1}),
+        ({"optimizer_type": "DAdaptAdam", "learning_rate": 1}, {"optimizer": "dadaptation", "learning_rate": 1}),
         ({"min_snr_gamma": 5}, {"snr_gamma": 5}),
         ({"v_parameterization": True, "zero_terminal_snr": True}, {"prediction_type": "v_prediction"}),
         ({"mixed_precision": "bf16", "full_bf16": True}, {"mixed_precision": "bf16"}),
@@ -273,7 +276,8 @@ def test_folders_that_are_not_here_are_named(tmp_path: Path) -> None:
     assert draft.config["num_train_epochs"] == 3
     assert "max_train_steps" not in draft.config
     assert any("elsewhere" in each for each in draft.to_do)
-    assert any("checkpoint_step_interval" in each for each in draft.to_do)
+    intervals = {key: value for key, value in draft.config.items() if key.startswith("checkpoint_")}
+    assert intervals == {"checkpoint_epoch_interval": 1, "checkpoint_step_interval": 0}
 
 
 def test_a_windows_path_is_written_with_slashes(dog: Path) -> None:
