@@ -114,9 +114,7 @@ def test_peft_lora_trains_the_named_layers_and_diffusers_loads_all_of_them(
             {"model_flavour": "schnell", "flux_guidance_value": 3.5},
             "model_flavour schnell has no guidance embedding",
         ),
-        ({"validation_resolution": "100x64"}, "100x64: width and height must be multiples of 16. Use 96x64."),
         ({"aspect_bucket_alignment": 24}, "24: must be a multiple of 16. Use 64."),
-        ({"snr_gamma": 5}, "snr_gamma  means nothing to model_family flux. Remove it."),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr  means nothing to model_family flux."),
         ({"pretrained_t5_model_name_or_path": "t5.safetensors"}, "t5.safetensors is a single file"),
         ({"text_encoder_3_precision": "int8-torchao"}, "flux has 2 text encoders"),
@@ -146,11 +144,22 @@ def test_what_flux_has_not_is_refused_while_the_configuration_is_read(
     assert "1 problem" in str(caught.value)
 
 
-def test_keys_of_flow_matching_are_refused_for_a_diffusion_model(tmp_path: Path) -> None:
+def test_keys_of_flow_matching_do_nothing_in_a_diffusion_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         TinyRun(tmp_path).config(flow_schedule_shift=3, flux_guidance_value=3.5, validation_guidance_real=2)
-    assert str(caught.value).count("means nothing to model_family sdxl. Remove it.") == 3
-    assert TinyRun(tmp_path).config(flow_schedule_shift=None, flux_guidance_value=1).noise.snr_gamma is None
+    assert str(caught.value).count("means nothing to model_family sdxl. Remove it.") == 1
+    config = TinyRun(tmp_path).config(flow_schedule_shift=3, flux_guidance_value=3.5)
+    idle = {each.key for each in config.decisions if each.outcome == "no effect"}
+    assert idle == {"flow_schedule_shift", "flux_guidance_value"}
+    assert config.noise.flow_schedule_shift is None
+
+
+def test_keys_of_diffusion_have_no_effect_and_sizes_are_those_that_the_pipeline_makes(tmp_path: Path) -> None:
+    config = FLUX.run(tmp_path).config(snr_gamma=5, validation_resolution="100x64")
+    outcomes = {each.key: each.outcome for each in config.decisions}
+    assert outcomes == {"snr_gamma": "no effect", "validation_resolution": "translated"}
+    assert config.noise.snr_gamma is None
+    assert [str(size) for size in config.validation.validation_resolution] == ["96x64"]
 
 
 def test_a_resolved_configuration_reads_back(tmp_path: Path) -> None:

@@ -112,4 +112,4 @@ def test_a_cached_image_depends_on_the_steps_only_with_real_guidance(tmp_path: P
 
 def test_the_key_is_accepted_without_effect_by_another_family(tmp_path: Path) -> None:
     config = TinyRun(tmp_path).config(validation_no_cfg_until_timestep=2)
-    assert config.validation.validation_no_cfg_until_timestep == 2
+    assert [each.key for each in config.decisions] == ["validation_no_cfg_until_timestep"]

@@ -120,9 +120,10 @@ def adapter_metadata(
     }
     own = {name: str(value) for name, value in metadata.items() if value not in (None, "")}
     prediction_type = config.model.prediction_type or scheduler.get("prediction_type")
-    return own | labels_of_run(
+    labels = labels_of_run(
         config,
         spec,
         samples=data.samples,
         prediction_type=None if prediction_type is None else str(prediction_type),
     )
+    return own | {name: redacted(value) for name, value in labels.items()}

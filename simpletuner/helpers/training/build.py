@@ -6,17 +6,11 @@ import logging
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    broadcast_object_list,
-)
 from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.network import attach_adapter
@@ -42,12 +36,11 @@ from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.preemption import Preemption
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
-from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.translation_lines import translation_lines
 from simpletuner.helpers.data.dataset import TrainingData
-from simpletuner.helpers.errors import CheckpointError, ConfigError
+from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.names import counted
@@ -69,6 +62,11 @@ from simpletuner.helpers.reporting.trackers import Trackers, build_trackers
 from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
+from simpletuner.helpers.training.accelerator import (
+    build_accelerator,
+    check_distribution,
+    with_shared_seed,
+)
 from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.device import device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
@@ -95,8 +93,6 @@ logger = logging.getLogger(__name__)
 WEIGHT_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL_MODEL = 50_000_000
 """Number of weights; the demo's model has five million."""
-# The other processes wait while the main process validates.
-PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,84 +358,6 @@ def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:
     num_weights = sum(weight.numel() for weight in denoiser.parameters())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ and num_weights < SMALL_MODEL:
         torch.set_num_threads(1)
-
-
-def build_accelerator(config: RunConfig) -> Accelerator:
-    """Devices, processes and precision.
-
-    Raises:
-        ConfigError: The device cannot train in this mixed_precision.
-    """
-    precision = config.precision.mixed_precision
-    torch.set_float32_matmul_precision("high" if config.precision.allow_tf32 else "highest")
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
-            ],
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"mixed_precision {precision} does not run on this device: {error} "
-            "Set mixed_precision to bf16 or no."
-        ) from error
-    # On a CPU accelerate ignores fp16: no autocast and no scaler, but float16 weights.
-    if precision == "fp16" and accelerator.scaler is None:
-        raise ConfigError(
-            f"mixed_precision fp16 does not train on {accelerator.device.type}. "
-            "Set mixed_precision to bf16 or no."
-        )
-    return accelerator
-
-
-def with_shared_seed(config: RunConfig) -> RunConfig:
-    """The configuration with the seed of the first process: a drawn one differs between them."""
-    seeds = [config.training.seed]
-    broadcast_object_list(seeds)
-    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seeds[0]})})
-
-
-def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
-    """Refuse settings that do not work with several processes.
-
-    Raises:
-        ConfigError: The message names the setting and its remedy.
-    """
-    distribution = accelerator.distributed_type
-    if config.precision.enable_group_offload and accelerator.num_processes > 1:
-        raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
-    if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ConfigError(
-            f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."
-        )
-    if distribution != DistributedType.FSDP:
-        return
-    plugin = accelerator.state.fsdp_plugin
-    sharded = [name for name, record in OPTIMIZERS.items() if record.trains_shards]
-    problems = {
-        "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
-        "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
-            config.precision.base_model_precision != UNCHANGED
-        ),
-        "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
-            config.lycoris is None or config.lycoris.algo != "tlora"
-        ),
-        f"FSDP does not train with {config.optimizer.optimizer}. Set optimizer to {' or '.join(sharded)}": (
-            not OPTIMIZERS[config.optimizer.optimizer].trains_shards
-        ),
-        "FSDP generates no validation images. Set validation_disable to true": bool(
-            config.validation.prompts and not config.validation.validation_disable
-        ),
-        "FSDP loads weights in every process. Set fsdp_cpu_ram_efficient_loading to false": bool(
-            plugin.cpu_ram_efficient_loading
-        ),
-    }
-    found = [message for message, is_wrong in problems.items() if is_wrong]
-    if found:
-        raise ConfigError(". ".join(found) + ".")
 
 
 def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:

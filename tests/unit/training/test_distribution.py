@@ -13,7 +13,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training.build import check_distribution
+from simpletuner.helpers.training.accelerator import check_distribution
 
 
 def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = False) -> Accelerator:

@@ -18,7 +18,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import build, device, plan
+from simpletuner.helpers.training import accelerator, build, device, plan
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, device_name, refuse_cpu
 from simpletuner.helpers.training.plan import plan_lines
 
@@ -333,11 +333,11 @@ def test_weights_are_counted_in_billions_from_one_on(number: int, words: str) ->
 def test_tf32_is_used_where_it_is_allowed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, allowed: bool
 ) -> None:
-    monkeypatch.setattr(build, "Accelerator", lambda **_: SimpleNamespace(scaler=None))
+    monkeypatch.setattr(accelerator, "Accelerator", lambda **_: SimpleNamespace(scaler=None))
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        build.build_accelerator(run_of(folder, allow_tf32=allowed))
+        accelerator.build_accelerator(run_of(folder, allow_tf32=allowed))
         assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
     finally:
         torch.set_float32_matmul_precision(before)

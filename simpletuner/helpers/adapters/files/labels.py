@@ -17,6 +17,7 @@ from pathlib import Path
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, RunConfig
 from simpletuner.helpers.contracts import ModelSpec, Sample
+from simpletuner.helpers.io.redaction import redacted
 
 SPECIFICATION = "modelspec.sai_model_spec"
 HASH = "modelspec.hash_sha256"
@@ -94,7 +95,7 @@ def tag_counts(samples: Sequence[Sample], *, triggers: Sequence[str] = ()) -> di
 
     A caption that repeats its file's name is not counted.
     """
-    captions = [each.caption for each in samples if each.caption and not _is_file_name(each)]
+    captions = [redacted(each.caption) for each in samples if each.caption and not _is_file_name(each)]
     lists = [tags for caption in captions if (tags := _tags(caption, triggers=triggers))]
     if not lists or len(lists) < SHARE_OF_TAGS * len(captions):
         return {}

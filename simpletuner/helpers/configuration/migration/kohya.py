@@ -168,7 +168,7 @@ def _text_encoders(settings: Settings) -> None:
 
 
 def _optimizer(settings: Settings) -> None:
-    if not settings.text("optimizer_type"):
+    if not settings.has("optimizer_type"):
         for old, name in (("use_8bit_adam", "AdamW8bit"), ("use_lion_optimizer", "Lion")):
             if settings.flag(old):
                 settings.values["optimizer_type"] = name

@@ -17,9 +17,9 @@ from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.atomic import write_json, write_text
 from simpletuner.helpers.io.new_files import refuse_existing
+from simpletuner.helpers.io.run_folder import LYCORIS_FILE
 
 DATASETS_FILE = "multidatabackend.json"
-LYCORIS_FILE = "lycoris_config.json"
 PROMPTS_FILE = "prompts.json"
 REPORT_FILE = "MIGRATION.md"
 

@@ -34,7 +34,11 @@ def folder(tmp_path: Path) -> Path:
         ),
         ("train", {"lr": 1e-4, "unet_lr": 5e-5}, {"learning_rate": 5e-5}),
         ("train", {"lr": "1e-4"}, {"learning_rate": 1e-4}),
-        ("train", {"optimizer": "adamw8bit"}, {"optimizer": "bnb-adamw8bit", "optimizer_config": {"eps": 1e-6}}),
+        (
+            "train",
+            {"optimizer": "adamw8bit"},
+            {"optimizer": "bnb-adamw8bit", "optimizer_config": {"eps": 1e-6}},
+        ),
         (
             "train",
             {"optimizer": "adamw", "optimizer_params": {"weight_decay": 1e-4}},

@@ -1,0 +1,102 @@
+"""The accelerator of a run, and what does not work with several processes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
+from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
+
+# The other processes wait while the main process validates.
+PROCESS_GROUP_TIMEOUT = timedelta(hours=6)
+
+
+def build_accelerator(config: RunConfig) -> Accelerator:
+    """Devices, processes and precision.
+
+    Raises:
+        ConfigError: The device cannot train in this mixed_precision.
+    """
+    precision = config.precision.mixed_precision
+    torch.set_float32_matmul_precision("high" if config.precision.allow_tf32 else "highest")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+                InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT),
+            ],
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"mixed_precision {precision} does not run on this device: {error} "
+            "Set mixed_precision to bf16 or no."
+        ) from error
+    # On a CPU accelerate ignores fp16: no autocast and no scaler, but float16 weights.
+    if precision == "fp16" and accelerator.scaler is None:
+        raise ConfigError(
+            f"mixed_precision fp16 does not train on {accelerator.device.type}. "
+            "Set mixed_precision to bf16 or no."
+        )
+    return accelerator
+
+
+def with_shared_seed(config: RunConfig) -> RunConfig:
+    """The configuration with the seed of the first process: a drawn one differs between them."""
+    seeds = [config.training.seed]
+    broadcast_object_list(seeds)
+    return config.model_copy(update={"training": config.training.model_copy(update={"seed": seeds[0]})})
+
+
+def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
+    """Refuse settings that do not work with several processes.
+
+    Raises:
+        ConfigError: The message names the setting and its remedy.
+    """
+    distribution = accelerator.distributed_type
+    if config.precision.enable_group_offload and accelerator.num_processes > 1:
+        raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
+    if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."
+        )
+    if distribution != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    sharded = [name for name, record in OPTIMIZERS.items() if record.trains_shards]
+    problems = {
+        "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
+        "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
+            config.precision.base_model_precision != UNCHANGED
+        ),
+        "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
+            config.lycoris is None or config.lycoris.algo != "tlora"
+        ),
+        f"FSDP does not train with {config.optimizer.optimizer}. Set optimizer to {' or '.join(sharded)}": (
+            not OPTIMIZERS[config.optimizer.optimizer].trains_shards
+        ),
+        "FSDP generates no validation images. Set validation_disable to true": bool(
+            config.validation.prompts and not config.validation.validation_disable
+        ),
+        "FSDP loads weights in every process. Set fsdp_cpu_ram_efficient_loading to false": bool(
+            plugin.cpu_ram_efficient_loading
+        ),
+    }
+    found = [message for message, is_wrong in problems.items() if is_wrong]
+    if found:
+        raise ConfigError(". ".join(found) + ".")
