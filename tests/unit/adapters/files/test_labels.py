@@ -21,6 +21,7 @@ from simpletuner.helpers.adapters.files.labels import (
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import Sample, Size
+from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.registry import specs
 
@@ -196,3 +197,10 @@ def test_the_hash_is_that_of_the_tensors_alone(tmp_path: Path) -> None:
     assert [file.metadata[HASH] for file in files] == [expected, expected]
     adapter_file.write(tmp_path / "three.safetensors", tensors, metadata={})
     assert HASH not in adapter_file.read(tmp_path / "three.safetensors").metadata
+
+
+def test_tags_hold_no_value_of_the_environment(tmp_path: Path) -> None:
+    hide("first name, last name", "{env:OWNER}")
+    found = labels(config(tmp_path), "sks, first name, last name, red hat", "sks, first name, last name")
+    assert "name" not in found["ss_tag_frequency"]
+    assert "red hat" in found["ss_tag_frequency"]
