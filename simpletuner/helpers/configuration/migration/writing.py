@@ -54,7 +54,8 @@ def write_migration(
     contents: dict[Path, dict[str, JsonValue] | list[dict[str, JsonValue]]] = {
         folder / DATASETS_FILE: draft.datasets
     }
-    config: dict[str, JsonValue] = dict(draft.config)
+    # The draft has the other program's defaults already.
+    config: dict[str, JsonValue] = {"defaults": "ours", **draft.config}
     config["data_backend_config"] = (folder / DATASETS_FILE).as_posix()
     if draft.lycoris is not None:
         contents[folder / LYCORIS_FILE] = draft.lycoris

@@ -51,6 +51,7 @@ def test_the_command_writes_a_valid_configuration(
     run = load_config(Path("config/mine/config.json"), families=registry.specs())
     assert run.lycoris is not None
     assert run.lycoris.algo == "loha"
+    assert not run.differing_defaults, "they are kohya's, not SimpleTuner's"
     assert [prompt.text for prompt in run.validation.prompts] == ["a cat", "a dog"]
     assert [dataset.repeats for dataset in run.datasets] == [9]
     page = Path("config/mine/MIGRATION.md").read_text()
@@ -128,5 +129,6 @@ def test_a_folder_of_simpletuners_is_translated(workspace: Path) -> None:
         draft, Path("config/new"), source="old", specs=registry.specs(), overwrite=False
     )
     assert written.is_valid, written.to_do
+    assert json.loads(written.config.read_text())["defaults"] == "simpletuner"
     assert counts(draft.decisions)["same"] > 0
     assert sum(counts(draft.decisions).values()) == len(draft.decisions)
