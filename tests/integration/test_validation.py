@@ -91,6 +91,12 @@ def test_missing_model_of_the_scores_ends_the_run_before_it_loads_weights(run: T
         run.run(evaluation_type="clip", pretrained_evaluation_model_name_or_path="nobody/nothing")
 
 
+def test_finished_run_needs_no_model_for_its_scores(run: TinyRun) -> None:
+    assert run.run(max_train_steps=1, validation_disable=True) == 0
+    keys = {"evaluation_type": "clip", "pretrained_evaluation_model_name_or_path": "nobody/nothing"}
+    assert run.run(max_train_steps=1, **keys) == 0
+
+
 def test_every_prompt_size_and_seed_has_its_picture(run: TinyRun) -> None:
     library = run.folder / "prompts.json"
     library.write_text(json.dumps({"a/../b": "one", "two": {"prompt": "two", "adapter_strength": 0.5}}))

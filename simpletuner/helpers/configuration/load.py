@@ -6,12 +6,14 @@ import json
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.finding import FILE, OTHER_FORMS
 from simpletuner.helpers.configuration.loading import rules
@@ -29,6 +31,7 @@ from simpletuner.helpers.configuration.loading.defaults import (
     differences,
     their_defaults,
     their_flavour,
+    their_optimizers,
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
@@ -60,10 +63,10 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationPrompt,
 )
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig, WebhookConfig
-from simpletuner.helpers.configuration.schema.values import DifferingDefault
+from simpletuner.helpers.configuration.schema.values import DifferingDefault, optimizer_arguments
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
-from simpletuner.helpers.configuration.text.problems import Problems
+from simpletuner.helpers.configuration.text.problems import Problems, shown
 from simpletuner.helpers.configuration.text.reading import read_json
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.io.run_folder import CONFIG_FILE
@@ -239,6 +242,7 @@ class Loader:
                     text = "Another model under the same name."
                     ours = f"model_flavour: {named}"
                     self.decisions.append(Decision("model_flavour", str(flavour), "translated", ours, text))
+            self._adopt_optimizer(raw)
             self.raw = raw
         defaults: dict[str, object] = {"output_dir": str(own_output_dir(self.path))}
         defaults |= _PLACEHOLDERS if spec is None else rules.family_defaults(self.raw, spec)
@@ -247,6 +251,32 @@ class Loader:
             text = "The only kind that a UNet has."
             self.decisions.append(Decision("enable_group_offload", True, "translated", kind, text))
         return defaults | theirs, context
+
+    def _adopt_optimizer(self, raw: dict[str, RawValue]) -> None:
+        """Put what SimpleTuner does with the optimiser in place of what the name means here."""
+        record = OPTIMIZERS.named(raw["optimizer"].value) if "optimizer" in raw else None
+        found = their_optimizers().get(record.name) if record is not None else None
+        if record is None or found is None:
+            return
+
+        def put(key: str, value: Any, text: str) -> None:
+            given = raw[key].value if key in raw else None
+            raw[key] = RawValue(value, value, self.source.name_of(key))
+            if given != value:
+                decision = Decision(key, given, "translated", f"{key}: {shown(value)}", text)
+                self.decisions.append(decision)
+
+        if found.ours:
+            put("optimizer", found.ours, "SimpleTuner's optimiser of that name.")
+        if found.learning_rate is not None:
+            put("learning_rate", found.learning_rate, "SimpleTuner's rate of that optimiser.")
+        if found.arguments:
+            written = raw["optimizer_config"].value if "optimizer_config" in raw else None
+            with suppress(ValueError):  # the section says what is wrong with it
+                given = optimizer_arguments(written, betas=record.betas)
+                plain = {key: list(each) if isinstance(each, tuple) else each for key, each in given.items()}
+                text = "SimpleTuner's arguments of that optimiser, where the file gives no others."
+                put("optimizer_config", {**found.arguments, **plain}, text)
 
     def _draw_seed(self, checkpoint: CheckpointConfig) -> None:
         """Replace the seed -1 by the seed of the run that goes on, else by a drawn one."""

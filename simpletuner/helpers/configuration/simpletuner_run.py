@@ -174,7 +174,8 @@ def _content(
     value = config.pop(key, None)
     if not isinstance(value, str):
         return value
-    path = context.input_path(context.expand(value))
+    filled = str(Environment(os.environ, Problems()).fill(value, source="", key=key))
+    path = context.input_path(context.expand(filled))
     if path is None:
         decisions.append(Decision(key, value, "not translated", "", "The file is not found."))
         return None

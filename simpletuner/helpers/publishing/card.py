@@ -21,6 +21,7 @@ from simpletuner.helpers.contracts import Licence, ModelSpec
 from simpletuner.helpers.errors import PublishError
 from simpletuner.helpers.io.atomic import link_or_copy, write_text
 from simpletuner.helpers.io.names import counted
+from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import (
     CARD_FILE,
     CARD_FOLDER,
@@ -167,8 +168,9 @@ def _sections(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) 
 
 
 def _title(run: RunFiles, repository: str | None) -> str:
-    names = [(repository or "").rpartition("/")[2], run.config.get("tracker_run_name"), run.folder.name]
-    return str(next(name for name in names if name))
+    folder = Path(redacted(str(run.folder)))
+    names = [redacted(repository or "").rpartition("/")[2], run.config.get("tracker_run_name"), folder.name]
+    return redacted(str(next(name for name in names if name)))
 
 
 def _summary(run: RunFiles) -> str:

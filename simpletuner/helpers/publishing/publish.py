@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from simpletuner.helpers.errors import ConfigError, PublishError
 from simpletuner.helpers.io.atomic import file_entry, link_or_copy, write_bytes, write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.names import counted
+from simpletuner.helpers.io.redaction import PLACEHOLDER
 from simpletuner.helpers.io.run_folder import (
     CARD_FILE,
     COMFYUI_FILE,
@@ -93,14 +95,23 @@ def repository_of(run: RunFiles, *, given: str | None, last: str | None) -> str:
     Raises:
         ConfigError: It is no name of a repository.
     """
-    configured = str(run.config.get("hub_model_id") or "")
-    # The file holds placeholders in place of the values of environment variables.
-    known = None if "{" in configured else configured or None
-    name = given or known or last or run.config.get("tracker_project_name") or DEFAULT_NAME
+    name = given or _configured(run) or last or run.config.get("tracker_project_name") or DEFAULT_NAME
     try:
         return str(hub_repository(str(name)))
     except ValueError as error:
         raise ConfigError(f"The repository {name} {error} Give another with --repo.") from error
+
+
+def _configured(run: RunFiles) -> str:
+    """hub_model_id of the run, with the values of environment variables in place of their placeholders."""
+    written = str(run.config.get("hub_model_id") or "")
+    missing = [name for name in PLACEHOLDER.findall(written) if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"hub_model_id is {written}, and the environment variable {missing[0]} is not set. Set it, or "
+            "give the repository with --repo."
+        )
+    return PLACEHOLDER.sub(lambda match: os.environ[match[1]], written)
 
 
 def files_of(run: RunFiles, card: Path, *, scratch: Path) -> dict[str, Path]:

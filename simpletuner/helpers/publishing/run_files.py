@@ -10,6 +10,7 @@ from typing import Any
 
 from simpletuner.helpers.configuration.text.secrets import without_secrets
 from simpletuner.helpers.errors import PublishError
+from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
@@ -76,6 +77,7 @@ def read_run(folder: Path) -> RunFiles:
     config, manifest = (_json(folder / name) for name in (CONFIG_FILE, RUN_MANIFEST_FILE))
     if not config:
         raise PublishError(f"{folder} holds no readable {CONFIG_FILE}. Give the output_dir of a run.")
+    hide_named(json.dumps(config))  # the paths of the run hold the values
     waiting = {_in_repository(path): path for path in waiting_adapters(folder)}
     saved = [(step, path / ADAPTER_FILE) for step, path in checkpoint_folders(folder)]
     newest = {_name(step): path for step, path in saved if path.exists()}

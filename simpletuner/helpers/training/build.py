@@ -105,7 +105,7 @@ class RunContext:
     resumed: Checkpoint | None
     family: ModelFamily
     data: TrainingData
-    scorer: ClipScorer | None
+    scorer: ClipScorer | None = None
 
     @property
     def max_steps(self) -> int:
@@ -135,6 +135,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         finished = finished_run(context)
         if finished is not None:
             return finished
+        context = replace(context, scorer=build_scorer(config, context.accelerator))
         report_plan(context)
         check_uploads(context)
         trackers = build_run_trackers(context)
@@ -180,7 +181,6 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
         resumed=resumed,
         family=family,
         data=data,
-        scorer=build_scorer(config, accelerator),
     )
 
 

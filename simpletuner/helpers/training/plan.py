@@ -8,6 +8,7 @@ from pathlib import Path
 
 import simpletuner
 from simpletuner.helpers.checkpointing.intervals import Epochs
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.sections import RunConfig
@@ -129,6 +130,12 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         found.append(
             f"max_train_steps is not set, so the run takes {counted(steps, 'step')}. T-LoRA on few images "
             "takes several hundred: set it, for instance to 800."
+        )
+    optimizer = config.optimizer
+    if OPTIMIZERS[optimizer.optimizer].has_averages and not optimizer.lr_scheduler.startswith("constant"):
+        found.append(
+            f"lr_scheduler {optimizer.lr_scheduler} lowers the rate of {optimizer.optimizer}, which averages "
+            "the weights instead. Set it to constant_with_warmup."
         )
     interval = config.training.gradient_checkpointing_interval or 1
     if interval > 1 and not config.training.gradient_checkpointing:

@@ -117,3 +117,21 @@ def test_a_file_that_cannot_be_read_is_an_error(workspace: Workspace) -> None:
     workspace.text("data.json", json.dumps([])[:1])
     with pytest.raises(ConfigError, match=r"data\.json"):
         translate_run(path, families=workspace.families)
+
+
+def test_a_file_is_found_by_a_variable_which_stays_as_it_is_written(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOY_DATA", "data")
+    path = workspace.write()
+    config = json.loads(path.read_text())
+    name = config["data_backend_config"]
+    assert name.startswith("data")
+    config |= {
+        "data_backend_config": name.replace("data", "{env:TOY_DATA}", 1),
+        "validation_prompt": "{env:TOY_DATA}",
+    }
+    path.write_text(json.dumps(config))
+    run = translate_run(path, families=workspace.families)
+    assert run.datasets
+    assert run.config["validation_prompt"] == "{env:TOY_DATA}"

@@ -123,14 +123,19 @@ def test_checkpoints_are_uploaded_by_step_though_they_were_removed(run: Path, se
 
 
 def test_the_repository_is_that_of_the_command_of_the_run_or_of_the_last_upload(
-    tmp_path: Path, server: HubServer
+    tmp_path: Path, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path / "run", hub_model_id="my-cat")
     upload(run)
     upload(run, repository="https://huggingface.co/somebody/other")
     assert server.repos.keys() == {"somebody/my-cat", "somebody/other"}
-    write_run(run, hub_model_id="{env:HUB}/cat")
+    write_run(run, hub_model_id=None)
     assert upload(run).address.endswith("somebody/other")
+    write_run(run, hub_model_id="somebody/{env:HUB_CAT}")
+    with pytest.raises(ConfigError, match="HUB_CAT"):
+        upload(run)
+    monkeypatch.setenv("HUB_CAT", "grey-cat")
+    assert upload(run).address.endswith("somebody/grey-cat")
     with pytest.raises(ConfigError):
         upload(run, repository="a//b")
 

@@ -408,3 +408,13 @@ def test_the_plan_says_where_it_uploads_to(
     assert ("  uploads " in text) == bool(shown)
     assert shown in text
     assert ("push_checkpoints_to_hub" in text) == is_warned
+
+
+@pytest.mark.parametrize(("schedule", "is_warned"), [("cosine", True), ("constant_with_warmup", False)])
+def test_a_schedule_that_decays_beside_averages_is_a_warning(
+    folder: Path, schedule: str, is_warned: bool
+) -> None:
+    spec = registry.specs()["sdxl"]
+    for optimizer, counts in (("adamw_schedulefree", is_warned), ("adamw", False)):
+        found = plan.warnings_of(run_of(folder, optimizer=optimizer, lr_scheduler=schedule), spec, batches=6)
+        assert any("averages" in text for text in found) == counts

@@ -146,7 +146,7 @@ def _trainer_labels(config: RunConfig) -> dict[str, object]:
     return {
         **network,
         "ss_output_name": config.title,
-        "ss_sd_model_name": Path(model).name if Path(model).is_absolute() else model,
+        "ss_sd_model_name": Path(redacted(model)).name if Path(model).is_absolute() else model,
         "ss_optimizer": config.optimizer.optimizer,
         "ss_learning_rate": config.optimizer.learning_rate,
         "ss_lr_scheduler": config.optimizer.lr_scheduler,

@@ -57,6 +57,24 @@ def their_flavour(flavour: str) -> str:
     return their_flavours().get(flavour, flavour)
 
 
+@dataclass(frozen=True)
+class TheirOptimizer:
+    """What SimpleTuner does under the name of an optimiser here."""
+
+    ours: str = ""
+    """The same optimiser here, if its name is another."""
+    learning_rate: float | None = None
+    """Used whatever the configuration says; None for the configured one."""
+    arguments: Mapping[str, JsonValue] = field(default_factory=dict)
+    """Those that differ from the defaults here."""
+
+
+@cache
+def their_optimizers() -> Mapping[str, TheirOptimizer]:
+    """Name -> what differs; source: SimpleTuner's table of optimisers."""
+    return {name: TheirOptimizer(**each) for name, each in _content()["optimizers"].items()}
+
+
 def their_flavours() -> Mapping[str, str]:
     """SimpleTuner's flavour -> our name of its model, where ours has another one under that name."""
     flavours: Mapping[str, str] = _content()["flavours"]

@@ -16,7 +16,7 @@ from simpletuner.helpers.configuration.text.problems import shown
 from simpletuner.helpers.errors import ConfigError
 
 HIDDEN = "***"
-_SECRET = re.compile(r"(api_key|access_key|secret|password|(hf|hub|huggingface|auth)_token)", re.IGNORECASE)
+SECRET = re.compile(r"(api_key|access_key|secret|password|(hf|hub|huggingface|auth)_token)", re.IGNORECASE)
 UNKNOWN = "Not known here, so the run goes without it."
 UNUSED = "It has no meaning beside the other settings, or is not read here."
 
@@ -147,7 +147,7 @@ class Settings:
 
     def error(self, key: str, text: str) -> ConfigError:
         """An error about the value of a key."""
-        found = HIDDEN if _SECRET.search(key) else shown(self.value(key))
+        found = HIDDEN if SECRET.search(key) else shown(self.value(key))
         return ConfigError(f"{self.place}{key}: {found}: {text}")
 
     def decide(self, key: str, outcome: Outcome, *, ours: str = "", text: str = "") -> None:
@@ -158,7 +158,7 @@ class Settings:
         given = key in self.values
         if not given and self.value(key) is None and not text:
             return
-        value = HIDDEN if given and _SECRET.search(key) else self.value(key)
+        value = HIDDEN if given and SECRET.search(key) else self.value(key)
         note = "" if given else "Not in the file: the program's default."
         whole = " ".join(filter(None, (note, text)))
         place = f"{self.place}{key}"

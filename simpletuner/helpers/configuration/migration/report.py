@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from simpletuner.helpers.configuration.migration.draft import Draft
+from simpletuner.helpers.configuration.migration.draft import HIDDEN, SECRET, Draft
 from simpletuner.helpers.configuration.migration.table import PROGRAMS, Row, load_table
 from simpletuner.helpers.configuration.text.decisions import Decision, Outcome
 from simpletuner.helpers.configuration.text.problems import shown
@@ -93,8 +93,10 @@ def _table(decisions: Sequence[Decision]) -> Iterator[str]:
     yield "| key | value | here | why |"
     yield "|---|---|---|---|"
     for each in decisions:
-        ours = f"`{_cell(each.ours)}`" if each.ours else ""
-        yield f"| `{_cell(each.key)}` | `{_cell(shown(each.value))}` | {ours} | {_cell(each.text)} |"
+        is_secret = SECRET.search(each.key) is not None
+        ours = f"`{_cell(each.ours)}`" if each.ours and not is_secret else ""
+        value = HIDDEN if is_secret and each.value else shown(each.value)
+        yield f"| `{_cell(each.key)}` | `{_cell(value)}` | {ours} | {_cell(each.text)} |"
 
 
 def _cell(text: str) -> str:

@@ -68,7 +68,7 @@ from simpletuner.helpers.configuration.schema.values import (
 )
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.contracts import PredictionType, Size
-from simpletuner.helpers.io.redaction import redacted_json
+from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 CHANGE_THE_BASE = ("olora", "pissa")
 """Values of lora_init_type: the adapter fits the base only after subtracting its start from it."""
@@ -552,9 +552,10 @@ class RunConfig(Section):
 
     @property
     def title(self) -> str:
-        """Name of the adapter: that of the repository, of the tracker's run, or of the output folder."""
-        repository = (self.publishing.hub_model_id or "").rpartition("/")[2]
-        return repository or self.tracking.tracker_run_name or self.checkpoint.output_dir.name
+        """Name of the adapter, redacted: of the repository, the tracker's run, or the output folder."""
+        repository = redacted(self.publishing.hub_model_id or "").rpartition("/")[2]
+        run = redacted(self.tracking.tracker_run_name or "")
+        return repository or run or Path(redacted(str(self.checkpoint.output_dir))).name
 
     def resolved(self) -> dict[str, JsonValue]:
         """Every key and its value in one flat json object, which load_config can read.

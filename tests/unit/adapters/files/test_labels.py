@@ -204,3 +204,20 @@ def test_tags_hold_no_value_of_the_environment(tmp_path: Path) -> None:
     found = labels(config(tmp_path), "sks, first name, last name, red hat", "sks, first name, last name")
     assert "name" not in found["ss_tag_frequency"]
     assert "red hat" in found["ss_tag_frequency"]
+
+
+def test_names_cut_from_a_value_of_the_environment_stay_hidden(tmp_path: Path) -> None:
+    model = tmp_path / "clients" / "clientmodel"
+    model.mkdir(parents=True)
+    hide(str(model), "{env:MODEL}")
+    hide(str(tmp_path / "clients" / "clientfolder"), "{env:OUT}")
+    found = labels(
+        config(
+            tmp_path,
+            pretrained_model_name_or_path=str(model),
+            output_dir=str(tmp_path / "clients" / "clientfolder"),
+        ),
+        "sks",
+    )
+    assert "client" not in json.dumps(found)
+    assert found["ss_output_name"] == "{env:OUT}"

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.load import KEYS
-from simpletuner.helpers.configuration.loading.defaults import differing_defaults
+from simpletuner.helpers.configuration.loading.defaults import differing_defaults, their_optimizers
 from simpletuner.helpers.io.run_folder import CONFIG_FILE
 from simpletuner.helpers.models import registry
 
@@ -144,3 +145,25 @@ def test_a_flavour_with_another_model_under_its_name(flux: Workspace) -> None:
     assert theirs.model.model_flavour == "klein-base-9b"
     assert "model_flavour" in {each.key for each in theirs.decisions}
     assert "model_flavour" not in listed(flux.load(defaults=None, model_flavour="klein-base-9b"))
+
+
+def test_an_optimizer_is_simpletuners_with_its_defaults(workspace: Workspace) -> None:
+    run = workspace.load(defaults="simpletuner", optimizer="prodigy", learning_rate=1e-4)
+    assert (run.optimizer.optimizer, run.optimizer.learning_rate) == ("prodigyplus", 1.0)
+    changed = {each.key: each.value for each in run.decisions if each.outcome == "translated"}
+    assert (changed["optimizer"], changed["learning_rate"]) == ("prodigy", 1e-4)
+    again = workspace.load(**run.resolved())
+    assert again.optimizer == run.optimizer
+    workspace.config["learning_rate"] = 1e-4
+    run = workspace.load(optimizer="muon", optimizer_config="eps=1e-6")
+    assert run.optimizer.optimizer_config == {"eps": 1e-6, "weight_decay": 0.1}
+    assert run.optimizer.learning_rate == 1e-4
+    ours = workspace.load(defaults="ours", optimizer="prodigy", optimizer_config="")
+    assert (ours.optimizer.optimizer, ours.optimizer.optimizer_config) == ("prodigy", {})
+
+
+def test_every_optimizer_of_the_table_exists_with_its_arguments() -> None:
+    for name, each in their_optimizers().items():
+        record = OPTIMIZERS[name]
+        assert each.arguments.keys() <= record.arguments.keys()
+        assert not each.ours or each.ours in OPTIMIZERS

@@ -111,7 +111,7 @@ def test_adamw_bf16_is_adamw_with_its_arguments(workspace: Workspace, key: str) 
 def test_other_names_of_adamw(workspace: Workspace, name: str) -> None:
     run = workspace.load(optimizer=name)
     assert run.optimizer.optimizer == "adamw"
-    assert bool(run.optimizer.optimizer_config) == (name == "adamw-bf16")
+    assert bool(run.optimizer.optimizer_config) == (name in ("adamw-bf16", "optimi-adamw"))
 
 
 def test_the_command_line_s_optimiser_does_not_get_the_arguments_of_the_file_s(workspace: Workspace) -> None:

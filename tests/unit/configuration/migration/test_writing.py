@@ -120,6 +120,7 @@ def test_a_folder_of_simpletuners_is_translated(workspace: Path) -> None:
         "--data_backend_config": "config/old/data.json",
         "--max_train_steps": 10,
         "--use_ema": True,
+        "--hub_token": "hf_sesame",
         "--pretrained_model_name_or_path": "a/b",
     }
     (folder / "config.json").write_text(json.dumps(keys))
@@ -130,5 +131,8 @@ def test_a_folder_of_simpletuners_is_translated(workspace: Path) -> None:
     )
     assert written.is_valid, written.to_do
     assert json.loads(written.config.read_text())["defaults"] == "simpletuner"
+    page = written.files[-1].read_text()
+    assert "| `hub_token` | `***` |" in page
+    assert "sesame" not in page
     assert counts(draft.decisions)["same"] > 0
     assert sum(counts(draft.decisions).values()) == len(draft.decisions)
