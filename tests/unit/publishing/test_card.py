@@ -198,6 +198,15 @@ def test_the_card_holds_no_path(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
+def test_a_folder_named_by_the_environment_gives_no_heading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "clients" / "clientfolder"
+    monkeypatch.setenv("CARD_OUTPUT", str(folder))
+    write_run(folder, output_dir="{env:CARD_OUTPUT}", hub_model_id=None, tracker_run_name=None)
+    assert "clientfolder" not in card_of(folder)
+
+
 def test_a_folder_that_is_none_of_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PublishError):
         card_of(tmp_path)
