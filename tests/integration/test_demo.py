@@ -18,7 +18,8 @@ from tests.integration.processes import start
 
 pytestmark = pytest.mark.timeout(900)  # two runs, on a machine that may be busy
 STEPS = 10
-"""Instead of the demo's own number, for both runs."""
+SHORTER = {"max_train_steps": STEPS, "validation_num_inference_steps": 3}
+"""Instead of the demo's own numbers, for both runs."""
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def finished(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     (folder / "simpletuner").symlink_to(repository / "simpletuner")
     shutil.copytree(repository / "config", folder / "config")
     for file in ("config.json", "examples/demo-lora/config.json"):
-        shorter = json.loads((folder / "config" / file).read_text()) | {"max_train_steps": STEPS}
+        shorter = json.loads((folder / "config" / file).read_text()) | SHORTER
         (folder / "config" / file).write_text(json.dumps(shorter))
     command = [sys.executable, "-m", "simpletuner.train"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=840, check=False)
