@@ -13,10 +13,11 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.names import one_line_reason
-from simpletuner.helpers.models import hub
+from simpletuner.helpers.models.loading import ModelSource, search
 
 KEY = "pretrained_evaluation_model_name_or_path"
-_FILES = ("*.json", "*.txt", "model*.safetensors")
+_WEIGHTS = "model*.safetensors"
+_FILES = ("*.json", "*.txt", _WEIGHTS)
 
 
 class ClipScorer:
@@ -32,16 +33,10 @@ class ClipScorer:
         Raises:
             ModelError: It cannot be found, or has no weights as safetensors.
         """
-        folder = Path(source)
-        if not folder.is_dir():
-            local = hub.cached(source, revision=None, patterns=_FILES, key=KEY)
-            is_whole = local is not None and any(local.glob("model*.safetensors"))
-            folder = (
-                local
-                if local is not None and is_whole
-                else hub.downloaded(source, revision=None, patterns=_FILES, key=KEY)
-            )
-        if not any(folder.glob("model*.safetensors")):
+        folder, is_whole = search(
+            ModelSource(source, key=KEY), _FILES, look=lambda root: any(root.glob(_WEIGHTS)) or None
+        )
+        if not is_whole:
             raise ModelError(
                 f"{KEY} {source}: holds no model.safetensors. Name a CLIP model in transformers' layout with "
                 "its weights as safetensors."

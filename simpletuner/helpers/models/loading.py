@@ -140,7 +140,7 @@ def read_model_index(source: ModelSource) -> Config:
             f"{source} is a file; this family reads only denoiser and VAE from single files. Give a model "
             "folder in the diffusers layout (with model_index.json) or a repository."
         )
-    root, index = _search(source, ["model_index.json"], look=_file("model_index.json"))
+    root, index = search(source, ["model_index.json"], look=_file("model_index.json"))
     if index is not None:
         return read_config(index)
     if (config := root / "config.json").is_file():
@@ -176,9 +176,7 @@ def find_component(
     if has_weights and source.variant is not None and not strict_variant:
         variants.append(None)
     for variant in variants:
-        root, found = _search(
-            source, wanted.patterns(variant), look=partial(wanted.found_in, variant=variant)
-        )
+        root, found = search(source, wanted.patterns(variant), look=partial(wanted.found_in, variant=variant))
         if found is not None:
             if has_weights and variant != source.variant:
                 logger.warning(
@@ -209,7 +207,7 @@ def find_in_file(name: str, file: ModelSource, *, prefix: str, configuration: Mo
 def guess_subfolder(source: ModelSource, *, usual: str) -> str:
     """The usual subfolder if the source is a model, "" if it is the component itself."""
     patterns = ["config.json", f"{usual}/config.json"]
-    root, config = _search(source, patterns, look=_file("config.json"))
+    root, config = search(source, patterns, look=_file("config.json"))
     return "" if config is not None and not (root / usual).is_dir() else usual
 
 
@@ -288,7 +286,7 @@ def class_of(config: Config) -> str:
     return "an unknown class"
 
 
-def _search(
+def search(
     source: ModelSource, patterns: Sequence[str], *, look: Callable[[Path], Found | None]
 ) -> tuple[Path, Found | None]:
     """Call `look` on the local folder, else on the cached snapshot, else on the downloaded one.

@@ -166,8 +166,7 @@ class Wandb:
 
     def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
-        curves = {f"train/{name}": value for name, value in record.curves.items()}
-        self._run.log(curves, step=record.step)
+        self._run.log(_named("train", record.curves), step=record.step)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Upload images at a step."""
@@ -176,7 +175,7 @@ class Wandb:
 
     def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Add one point to the curve of each score."""
-        self._run.log(_of_validation(scores), step=step)
+        self._run.log(_named("validation", scores), step=step)
 
     def finish(self) -> None:
         """Close the run."""
@@ -214,8 +213,7 @@ class Trackio:
 
     def log(self, record: StepMetrics) -> None:
         """Add one point to each curve."""
-        curves = {f"train/{name}": value for name, value in record.curves.items()}
-        self._run.log(curves, step=record.step)
+        self._run.log(_named("train", record.curves), step=record.step)
 
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Add images at a step."""
@@ -226,15 +224,15 @@ class Trackio:
 
     def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Add one point to the curve of each score."""
-        self._run.log(_of_validation(scores), step=step)
+        self._run.log(_named("validation", scores), step=step)
 
     def finish(self) -> None:
         """Close the run."""
         self._run.finish()
 
 
-def _of_validation(scores: Mapping[str, float]) -> dict[str, float]:
-    return {f"validation/{name}": value for name, value in scores.items()}
+def _named(group: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{group}/{name}": value for name, value in values.items()}
 
 
 class Trackers:

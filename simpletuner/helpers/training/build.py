@@ -118,6 +118,11 @@ class RunContext:
         return 0 if self.resumed is None else self.resumed.step
 
     @property
+    def data_facts(self) -> dict[str, JsonValue]:
+        """What a checkpoint holds of the data, for the comparison on resume."""
+        return {**self.data.facts(), **hidden_facts(self.config)}
+
+    @property
     def branch(self) -> Branch | None:
         """The branch that the run is on, if it went back to an earlier checkpoint."""
         return branch_from(self.resumed, self.config.checkpoint)
@@ -466,7 +471,7 @@ def build_checkpoints(
         compatibility={
             "settings": resume_fingerprint(config),
             "weights": weights,
-            DATA_PART: {**context.data.facts(), **hidden_facts(config)},
+            DATA_PART: context.data_facts,
         },
         resolved=config.resolved(),
         is_main_process=context.accelerator.is_main_process,
@@ -548,8 +553,7 @@ def build_run_trackers(context: RunContext) -> Trackers:
     (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     save_branch(output_dir, context.branch)
     resolved = config.resolved()
-    facts = {**context.data.facts(), **hidden_facts(config)}
-    record_changes(output_dir, context.resumed, resolved=resolved, data=facts)
+    record_changes(output_dir, context.resumed, resolved=resolved, data=context.data_facts)
     write_json(output_dir / CONFIG_FILE, resolved)
     return build_trackers(
         config.tracking, output_dir=output_dir, settings=resolved, resumed_step=context.step

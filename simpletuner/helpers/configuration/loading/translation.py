@@ -18,7 +18,12 @@ from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.configuration.loading.relations import RELATIONS, Context
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
 from simpletuner.helpers.configuration.schema.datasets import SMALLEST_EDGE_PX
-from simpletuner.helpers.configuration.schema.values import is_off, optimizer_arguments, sizes
+from simpletuner.helpers.configuration.schema.values import (
+    hub_repository,
+    is_off,
+    optimizer_arguments,
+    sizes,
+)
 from simpletuner.helpers.configuration.text.decisions import Decision, Outcome
 from simpletuner.helpers.configuration.text.problems import shown, unknown_key
 from simpletuner.helpers.contracts import Size
@@ -352,10 +357,12 @@ def _installed_trackers(value: JsonValue, _context: Context) -> JsonValue:
 
 def _owner_and_name(value: JsonValue, _context: Context) -> JsonValue:
     """owner/name of the address of a repository; other values as they are."""
-    marker = "huggingface.co/"
-    if not isinstance(value, str) or marker not in value:
+    if not isinstance(value, str) or "://" not in value:
         return value
-    return "/".join(value.partition(marker)[2].split("/")[:2])
+    try:
+        return cast("JsonValue", hub_repository(value))
+    except ValueError:
+        return value  # the section says what is wrong with it
 
 
 def _made_sizes(value: JsonValue, context: Context) -> JsonValue:
