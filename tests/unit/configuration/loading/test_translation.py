@@ -404,3 +404,10 @@ def test_a_relation_reads_texts_and_numbers() -> None:
         "", Context({"validation_guidance_real": "2"})
     )
     assert not RELATIONS["no random crop"]("vae_cache_clear_each_epoch", context)
+
+
+def test_the_address_of_a_dataset_is_no_repository(workspace: Workspace) -> None:
+    message = workspace.problems(hub_model_id="https://huggingface.co/datasets/me/cat")
+    assert "hub_model_id" in message
+    run = workspace.load(hub_model_id="https://huggingface.co/me/cat/tree/main")
+    assert decided(run)["hub_model_id"] == ("translated", 'hub_model_id: "me/cat"')
