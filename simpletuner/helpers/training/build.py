@@ -70,9 +70,9 @@ from simpletuner.helpers.training.accelerator import (
 from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.device import device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
-from simpletuner.helpers.training.losses import build_loss
 from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
+from simpletuner.helpers.training.objective import build_objective
 from simpletuner.helpers.training.optimizers import build_optimizer, weights_for_use
 from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
@@ -333,7 +333,7 @@ def build_components(
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
-        loss=build_loss(config.training),
+        objective=build_objective(config, context.family),
         state=state,
         checkpoints=checkpoints,
         validation=validation,

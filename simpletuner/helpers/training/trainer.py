@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.final_files import FinalFiles
-    from simpletuner.helpers.training.losses import Loss
+    from simpletuner.helpers.training.objective import Objective
     from simpletuner.helpers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Trainer:
     data: TrainingData
     optimizer: AcceleratedOptimizer
     lr_schedule: LambdaLR
-    loss: Loss
+    objective: Objective
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
@@ -172,14 +172,13 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> MicroBatchOutput:
         """Forward and backward of one micro-batch; gradients are applied by the caller."""
-        seed = self.config.training.seed
         # Dropout takes no generator, so the global one is seeded: a resumed run draws the same.
-        torch.manual_seed(mix(seed, "dropout", batch.sample_indices[0]))
-        noisy = self.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=seed)
+        torch.manual_seed(mix(self.config.training.seed, "dropout", batch.sample_indices[0]))
+        noisy = self.objective.add_noise(batch)
         # Until backward ends: gradient checkpointing runs the forward again.
         with self.adapter.rank_mask_for(noisy.timesteps):
             prediction = self.family.predict(self.denoiser, noisy, batch)
-            sample_losses = self.loss(prediction, noisy.target, noisy.weight)  # [B]
+            sample_losses = self.objective.sample_losses(prediction, noisy)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
         output = MicroBatchOutput(
