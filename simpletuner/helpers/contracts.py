@@ -5,6 +5,7 @@ Shapes: B batch, ... the axes of one sample's latents, L text tokens, D text wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
@@ -223,6 +224,17 @@ class NoisyBatch:
     diffusion."""
     guidance: tuple[float, ...] | None = None
     """B guidance scales for a denoiser with a guidance embedding, else None."""
+    signal_scales: tuple[float, ...] = ()
+    """B factors of the clean latents in the noisy ones: sqrt(abar), or 1 - sigma for flow matching."""
+    noise_scales: tuple[float, ...] = ()
+    """B factors of the noise in them: sqrt(1 - abar), or sigma for flow matching."""
+
+    @property
+    def noise_to_signal(self) -> tuple[float, ...]:
+        """B ratios of the two factors; infinite for noise alone."""
+        assert len(self.noise_scales) == len(self.timesteps), "the family's add_noise gives no scales"
+        pairs = zip(self.noise_scales, self.signal_scales, strict=True)
+        return tuple(noise / signal if signal else math.inf for noise, signal in pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from simpletuner.helpers.configuration.schema.sections import NoiseConfig, RunConfig
+    from simpletuner.helpers.configuration.schema.noise import NoiseConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import ModelSpec
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue

@@ -47,6 +47,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
@@ -54,7 +55,6 @@ from simpletuner.helpers.configuration.schema.sections import (
     DataConfig,
     FileConfig,
     ModelConfig,
-    NoiseConfig,
     OptimizerConfig,
     PrecisionConfig,
     RunConfig,
@@ -190,6 +190,7 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+        rules.check_noise(noise, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere

@@ -6,49 +6,29 @@ Shapes: B batch, ... the axes of one sample's latents (of any number).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
-from scipy.special import betaincinv
 from torch import Tensor
 
 from simpletuner.helpers.choices.samplers import SAMPLERS
-from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_sample
 from simpletuner.helpers.models.loading import Component, quiet
+from simpletuner.helpers.models.noise_levels import SigmaDistribution, shift_sigma
+from simpletuner.helpers.models.noise_levels import distribution_of as distribution_of
+from simpletuner.helpers.models.noising import Level, draw_noise, generator_of, mix_noise
 from simpletuner.helpers.models.shift import shift_at as shift_at  # families outside import it from here
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import NoiseConfig
+    from simpletuner.helpers.configuration.schema.noise import NoiseConfig
+    from simpletuner.helpers.contracts import NoisyBatch
 
 NUM_TRAIN_TIMESTEPS = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class SigmaDistribution:
-    """Distribution of sigma before the shift."""
-
-    name: Literal["sigmoid", "uniform", "beta"] = "sigmoid"
-    scale: float = 1.0
-    """sigma = sigmoid(scale * standard normal)."""
-    alpha: float = 2.0
-    beta: float = 2.0
-    """Parameters of the beta distribution."""
-
-
-def distribution_of(noise: NoiseConfig) -> SigmaDistribution:
-    """Distribution of sigma that the configuration sets."""
-    if noise.flow_use_uniform_schedule:
-        return SigmaDistribution("uniform")
-    if noise.flow_use_beta_schedule:
-        return SigmaDistribution(
-            "beta", alpha=noise.flow_beta_schedule_alpha, beta=noise.flow_beta_schedule_beta
-        )
-    return SigmaDistribution("sigmoid", scale=noise.flow_sigmoid_scale)
+SMALLEST_SHARE = 2.0**-54
+"""In place of a drawn 0, of which a normal distribution has no quantile."""
 
 
 def add_noise(
@@ -66,35 +46,28 @@ def add_noise(
 
     Source: Lipman et al., arXiv:2210.02747; Liu et al., arXiv:2209.03003.
     """
-    assert len(sample_indices) == len(latents), (
-        f"{len(sample_indices)} sample indices for {len(latents)} samples"
-    )
-    clean = latents.float()
-    noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:]).to(clean.device)
     sigmas = tuple(
-        shift_sigma(sample_sigma(distribution, seed=seed, sample_index=sample_index), shift)
+        sample_sigma(distribution, shift=shift, seed=seed, sample_index=sample_index)
         for sample_index in sample_indices
     )
-    sigma = per_sample(torch.tensor(sigmas, dtype=torch.float32).to(clean.device), clean)
-    return NoisyBatch(
-        latents=(1 - sigma) * clean + sigma * noise,
-        target=noise - clean,
-        timesteps=tuple(map(sigma_to_timestep, sigmas)),
-        weight=torch.ones(len(clean), device=clean.device),
-        sigmas=sigmas,
-    )
+    levels = [Level(sigma_to_timestep(sigma), signal_scale=1 - sigma, noise_scale=sigma) for sigma in sigmas]
+    noise = draw_noise(sample_indices, seed=seed, shape=latents.shape[1:])
+    return replace(mix_noise(latents, noise, levels, target=velocity), sigmas=sigmas)
 
 
-def sample_sigma(distribution: SigmaDistribution, *, seed: int, sample_index: int) -> float:
-    """Sigma in [0, 1] of one sample index, before the shift."""
-    generator = generator_of(seed, "sigma", sample_index)
-    if distribution.name == "sigmoid":
-        normal = torch.randn((), generator=generator, dtype=torch.float64)
-        return float(torch.sigmoid(distribution.scale * normal))
-    uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
-    if distribution.name == "uniform":
-        return uniform
-    return float(betaincinv(distribution.alpha, distribution.beta, uniform))
+def velocity(clean: Tensor, noise: Tensor, *, signal_scale: Tensor, noise_scale: Tensor) -> Tensor:
+    """The velocity from image to noise, the same at every noise level."""
+    return noise - clean
+
+
+def sample_sigma(distribution: SigmaDistribution, *, shift: float, seed: int, sample_index: int) -> float:
+    """Sigma in [0, 1] of one sample index, after the shift, rounded to float32."""
+    if distribution.turns is not None:
+        share = (sample_index % distribution.turns + 0.5) / distribution.turns
+    else:
+        generator = generator_of(seed, "sigma", sample_index)
+        share = float(torch.rand((), generator=generator, dtype=torch.float64)) or SMALLEST_SHARE
+    return float(np.float32(distribution.sigma_at(share, shift=shift)))
 
 
 def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: int) -> tuple[float, ...]:
@@ -106,14 +79,6 @@ def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: in
         float(torch.rand((), generator=generator_of(seed, "guidance", each))) for each in sample_indices
     )
     return tuple(low + (high - low) * share for share in shares)
-
-
-def shift_sigma(sigma: float, shift: float) -> float:
-    """Sigma after the shift, rounded to float32.
-
-    Source: Esser et al., arXiv:2403.03206, equation 23.
-    """
-    return float(np.float32(shift * sigma / (1 + (shift - 1) * sigma)))
 
 
 def sigma_to_timestep(sigma: float) -> int:
@@ -129,7 +94,8 @@ def timestep_input(sigmas: Sequence[float], *, dtype: torch.dtype) -> Tensor:
 
 def sampling_sigmas(num_steps: int, shift: float) -> list[float]:
     """Sigma of each sampling step, from 1 down, with the same shift as in training."""
-    return [shift_sigma(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+    sigmas = [shift_sigma(float(sigma), shift) for sigma in np.linspace(1.0, 1 / num_steps, num_steps)]
+    return [float(np.float32(sigma)) for sigma in sigmas]
 
 
 def unshifted_sampler(component: Component, *, name: str | None = None) -> SchedulerMixin:

@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-DIFFUSION_KEYS = frozenset({"snr_gamma", "rescale_betas_zero_snr", "validation_guidance_rescale"})
+DIFFUSION_KEYS = frozenset(
+    {
+        "snr_gamma",
+        "use_soft_min_snr",
+        "soft_min_snr_sigma_data",
+        "debiased_estimation_loss",
+        "offset_noise",
+        "noise_offset",
+        "noise_offset_probability",
+        "multires_noise_iterations",
+        "multires_noise_discount",
+        "timestep_bias_strategy",
+        "timestep_bias_multiplier",
+        "timestep_bias_begin",
+        "timestep_bias_end",
+        "timestep_bias_portion",
+        "rescale_betas_zero_snr",
+        "validation_guidance_rescale",
+    }
+)
 FLOW_KEYS = frozenset(
     {
         "flow_sigmoid_scale",
+        "flow_sigmoid_mean",
         "flow_use_uniform_schedule",
         "flow_use_beta_schedule",
         "flow_beta_schedule_alpha",
         "flow_beta_schedule_beta",
+        "flow_use_mode_schedule",
+        "flow_mode_schedule_scale",
+        "flow_cubic_schedule_weights",
+        "flow_custom_timesteps",
+        "flow_timesteps_mode",
         "flow_schedule_shift",
         "flow_schedule_auto_shift",
     }

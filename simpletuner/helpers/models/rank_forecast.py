@@ -5,17 +5,18 @@ It follows from rank schedule, noise levels and their shift, in plain floats on 
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.models.noise_levels import distribution_of, timestep_weights
 from simpletuner.helpers.models.shift import static_shift
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-    from simpletuner.helpers.configuration.schema.sections import NoiseConfig, RunConfig
+    from simpletuner.helpers.configuration.schema.noise import NoiseConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import ModelSpec, Size
 
 NUM_POINTS = 2000
@@ -40,32 +41,20 @@ def expected_mean_rank(
         return None
     num_timesteps = spec.num_train_timesteps
     if "flow_matching" not in spec.prediction_types:
-        return _mean_rank(lycoris, dict.fromkeys(range(num_timesteps), 1.0), num_timesteps)
+        return _mean_rank(
+            lycoris, dict(enumerate(timestep_weights(config.noise, num_timesteps))), num_timesteps
+        )
     shift = _shift(config.noise, spec, scheduler=scheduler, size=size)
     if shift is None:
         return None
-    weights: dict[int, float] = {}
-    for sigma, weight in sigma_weights(config.noise):
-        timestep = int(num_timesteps * shift * sigma / (1 + (shift - 1) * sigma))
-        weights[timestep] = weights.get(timestep, 0.0) + weight
-    return _mean_rank(lycoris, weights, num_timesteps)
+    distribution = distribution_of(config.noise)
+    sigmas = [distribution.sigma_at((index + 0.5) / NUM_POINTS, shift=shift) for index in range(NUM_POINTS)]
+    return _mean_rank(lycoris, Counter(int(num_timesteps * sigma) for sigma in sigmas), num_timesteps)
 
 
 def is_low(mean_rank: float, lycoris: LycorisConfig) -> bool:
     """Whether most of the ranks are idle in most steps."""
     return mean_rank < LOW_SHARE * lycoris.linear_dim
-
-
-def sigma_weights(noise: NoiseConfig) -> list[tuple[float, float]]:
-    """(sigma, weight) of NUM_POINTS points of the configured distribution, before the shift."""
-    shares = [(index + 0.5) / NUM_POINTS for index in range(NUM_POINTS)]
-    if noise.flow_use_uniform_schedule:
-        return [(share, 1.0) for share in shares]
-    if noise.flow_use_beta_schedule:
-        a, b = noise.flow_beta_schedule_alpha - 1, noise.flow_beta_schedule_beta - 1
-        return [(share, share**a * (1 - share) ** b) for share in shares]
-    normal = NormalDist()
-    return [(1 / (1 + math.exp(-noise.flow_sigmoid_scale * normal.inv_cdf(share))), 1.0) for share in shares]
 
 
 def _mean_rank(lycoris: LycorisConfig, weights: Mapping[int, float], num_timesteps: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import NoiseConfig
+    from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 
 
 @dataclass(frozen=True, slots=True)

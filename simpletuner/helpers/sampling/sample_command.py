@@ -18,9 +18,9 @@ from simpletuner.helpers.adapters.inference import (
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.sections import (
     ModelConfig,
-    NoiseConfig,
     PrecisionConfig,
     ValidationConfig,
     ValidationPrompt,

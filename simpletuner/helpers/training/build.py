@@ -333,7 +333,7 @@ def build_components(
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
-        objective=build_objective(config, context.family),
+        objective=build_objective(config, context.family, state.progress),
         state=state,
         checkpoints=checkpoints,
         validation=validation,

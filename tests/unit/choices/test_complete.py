@@ -15,7 +15,7 @@ import torch
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, STANDARD, argument_aliases
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
-from simpletuner.helpers.choices.losses import LOSSES
+from simpletuner.helpers.choices.losses import HUBER_SCHEDULES, LOSSES, Loss
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
@@ -35,6 +35,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
     "lr_scheduler": LR_SCHEDULES,
     "loss_type": LOSSES,
+    "huber_schedule": HUBER_SCHEDULES,
     "validation_noise_scheduler": SAMPLERS,
     "base_model_precision": PRECISIONS,
     **{f"text_encoder_{number}_precision": PRECISIONS for number in range(1, 5)},
@@ -186,9 +187,19 @@ def test_arguments_of_a_schedule_are_those_of_its_function(name: str) -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_takes_prediction_target_and_weight(name: str) -> None:
     prediction, target = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    losses = LOSSES[name].load()(prediction, target, torch.tensor([1.0, 2.0]))
+    record = LOSSES[name]
+    has_threshold = isinstance(record, Loss) and record.has_threshold
+    options = {"threshold": torch.full((2,), 0.5)} if has_threshold else {}
+    losses = record.load()(prediction, target, torch.tensor([1.0, 2.0]), **options)
     assert losses.tolist() == [losses[0].item(), 2 * losses[0].item()]
-    assert LOSSES[name].load()(target, target, torch.ones(2)).tolist() == [0.0, 0.0]
+    assert losses[0] > 0
+    assert record.load()(target, target, torch.ones(2), **options).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", HUBER_SCHEDULES)
+def test_a_huber_schedule_takes_c_the_time_and_the_ratio(name: str) -> None:
+    threshold = HUBER_SCHEDULES[name].load()(0.25, time=1.0, noise_to_signal=float("inf"))
+    assert threshold == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("name", [name for name in PRECISIONS if name != UNCHANGED])

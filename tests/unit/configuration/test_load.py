@@ -437,8 +437,8 @@ def _num_calls(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("value", ["L2", " l2 ", False, "", "none", 0])
-def test_loss_type_takes_every_spelling_of_its_one_loss(workspace: Workspace, value: object) -> None:
-    assert workspace.load(loss_type=value).training.loss_type == "l2"
+def test_loss_type_takes_every_spelling_of_the_squared_loss(workspace: Workspace, value: object) -> None:
+    assert workspace.load(loss_type=value).noise.loss_type == "l2"
 
 
 @pytest.mark.parametrize("algo", [["tlora"], {"a": 1}])

@@ -29,7 +29,8 @@ def load(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "examples/demo-lora/config.json", "examples/demo-photo/config.json"]
+    "name",
+    ["config.json", *(f"examples/demo-{name}/config.json" for name in ("lora", "losses", "photo"))],
 )
 def test_every_configuration_of_the_demo_is_valid(name: str, load: Load) -> None:
     assert isinstance(load(name), RunConfig)
@@ -61,7 +62,7 @@ def test_every_example_trains_captions_beside_the_users_images_and_crops_none(
 
 def test_the_list_has_every_example(repository: Path) -> None:
     folders = {path.parent.name for path in (repository / "config" / "examples").glob("*/config.json")}
-    assert folders == {"demo-lora", "demo-photo", *examples()}
+    assert folders == {"demo-lora", "demo-losses", "demo-photo", *examples()}
 
 
 def test_every_family_has_an_example_of_each_kind(load: Load) -> None:

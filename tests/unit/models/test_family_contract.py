@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, TextEmbeds
 from simpletuner.helpers.errors import DataError, ModelError
 from simpletuner.helpers.models.family import ModelFamily

@@ -12,11 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from scipy import stats
 
-from simpletuner.helpers.configuration.schema.sections import NoiseConfig
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.diffusion import draw_noise
 from simpletuner.helpers.models.flow_matching import (
-    SigmaDistribution,
     add_noise,
     distribution_of,
     draw_guidance,
@@ -26,9 +24,10 @@ from simpletuner.helpers.models.flow_matching import (
     sigma_to_timestep,
     unshifted_sampler,
 )
+from simpletuner.helpers.models.noising import draw_noise
 from simpletuner.helpers.models.shift import DynamicShift, dynamic_shift, static_shift
 
-SIGMOID = SigmaDistribution()
+SIGMOID = distribution_of(NoiseConfig())
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
 
 
@@ -86,12 +85,34 @@ def test_sampling_levels_are_those_of_the_stock_scheduler(shift: float) -> None:
     torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=0, atol=2e-7)
 
 
+def mode_cdf(sigma: Any) -> Any:
+    """Share of noise levels below sigma: 1 minus the share at which equation 20 gives sigma, by bisection."""
+
+    def share_of(level: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            found = 1 - middle - 1.2 * (math.cos(math.pi / 2 * middle) ** 2 - 1 + middle)
+            low, high = (middle, high) if found > level else (low, middle)
+        return 1 - low
+
+    return np.vectorize(share_of)(sigma)
+
+
 @pytest.mark.parametrize(
     ("keys", "cumulative"),
     [
         ({}, lambda s: stats.norm.cdf(np.log(s / (1 - s)))),
         ({"flow_sigmoid_scale": 2.0}, lambda s: stats.norm.cdf(np.log(s / (1 - s)) / 2)),
+        ({"flow_sigmoid_mean": -1.0}, lambda s: stats.norm.cdf(np.log(s / (1 - s)) + 1)),
         ({"flow_use_uniform_schedule": True}, stats.uniform.cdf),
+        ({"flow_use_mode_schedule": True, "flow_mode_schedule_scale": 0.0}, stats.uniform.cdf),
+        ({"flow_use_mode_schedule": True, "flow_mode_schedule_scale": 1.2}, mode_cdf),
+        ({"flow_cubic_schedule_weights": [1.0, 3.0]}, lambda s: (s + s * s) / 2),
+        (
+            {"min_timestep": 250, "max_timestep": 750, "flow_use_uniform_schedule": True},
+            stats.uniform(0.25, 0.5).cdf,
+        ),
         (
             {
                 "flow_use_beta_schedule": True,
@@ -101,13 +122,13 @@ def test_sampling_levels_are_those_of_the_stock_scheduler(shift: float) -> None:
             stats.beta(3.0, 1.5).cdf,
         ),
     ],
-    ids=["sigmoid", "wide sigmoid", "uniform", "beta"],
+    ids=["sigmoid", "wide sigmoid", "low", "uniform", "mode 0", "mode", "linear", "range", "beta"],
 )
 def test_noise_levels_follow_the_distribution_that_was_asked_for(
     keys: dict[str, object], cumulative: object
 ) -> None:
     distribution = distribution_of(NoiseConfig.model_validate(keys))
-    drawn = [sample_sigma(distribution, seed=3, sample_index=index) for index in range(2000)]
+    drawn = [sample_sigma(distribution, shift=1.0, seed=3, sample_index=index) for index in range(2000)]
     assert stats.kstest(drawn, cumulative).pvalue > 0.01
 
 
@@ -163,3 +184,45 @@ def test_guidance_is_constant_or_drawn_for_each_sample() -> None:
 def test_a_sampler_of_another_noise_process_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name}.*euler"):
         unshifted_sampler(cast(Any, None), name=name)
+
+
+def test_levels_of_a_batch_are_the_factors_of_its_mixture() -> None:
+    noisy = add_noise(
+        torch.zeros(3, 1, 1, 1), distribution=SIGMOID, shift=3.0, sample_indices=range(3), seed=7
+    )
+    assert noisy.sigmas is not None
+    assert noisy.noise_scales == noisy.sigmas
+    assert noisy.signal_scales == tuple(1 - sigma for sigma in noisy.sigmas)
+    assert noisy.noise_to_signal == tuple(sigma / (1 - sigma) for sigma in noisy.sigmas)
+
+
+@pytest.mark.parametrize("levels", [[0.25, 0.5, 1.0], [250, 500, 1000]], ids=["sigmas", "timesteps"])
+def test_custom_timesteps_are_drawn_alike_without_a_shift(levels: list[float]) -> None:
+    distribution = distribution_of(NoiseConfig(flow_custom_timesteps=levels))
+    drawn = [sample_sigma(distribution, shift=3.0, seed=1, sample_index=index) for index in range(900)]
+    counts = {level: drawn.count(level) for level in (0.25, 0.5, 1.0)}
+    assert sum(counts.values()) == 900
+    assert all(abs(number - 300) < 57 for number in counts.values())  # four standard deviations
+
+
+def test_custom_timesteps_in_turn_follow_the_sample_index() -> None:
+    noise = NoiseConfig(flow_custom_timesteps=[0.5, 0.1, 1.0], flow_timesteps_mode="round-robin")
+    noisy = add_noise(
+        torch.zeros(4, 1, 1, 1),
+        distribution=distribution_of(noise),
+        shift=3.0,
+        sample_indices=[7, 2, 3, 4],
+        seed=1,
+    )
+    assert noisy.timesteps == (100, 1000, 500, 100)
+
+
+def test_a_timestep_range_holds_after_the_shift() -> None:
+    noise = NoiseConfig(min_timestep=200, max_timestep=600)
+    distribution = distribution_of(noise)
+    drawn = [
+        sigma_to_timestep(sample_sigma(distribution, shift=8.0, seed=1, sample_index=index))
+        for index in range(500)
+    ]
+    assert 200 <= min(drawn) < 300
+    assert 590 < max(drawn) <= 600

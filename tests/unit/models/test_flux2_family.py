@@ -11,11 +11,12 @@ import pytest
 import torch
 from scipy.special import logit
 
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.family import ModelFamily
-from simpletuner.helpers.models.flow_matching import SigmaDistribution, sample_sigma
+from simpletuner.helpers.models.flow_matching import distribution_of, sample_sigma
 from simpletuner.helpers.models.registry import specs
 
 Make = Callable[..., ModelFamily]
@@ -53,7 +54,7 @@ def test_training_and_sampling_shift_the_noise_levels_by_the_number_of_tokens(ma
     mu, family = 1.596917, make("flux2-dev")
     noisy = family.add_noise(torch.zeros(1, 128, 4, 5), sample_indices=[3], seed=1)
     assert noisy.sigmas is not None
-    drawn = sample_sigma(SigmaDistribution(), seed=1, sample_index=3)
+    drawn = sample_sigma(distribution_of(NoiseConfig()), shift=1.0, seed=1, sample_index=3)
     assert logit(noisy.sigmas[0]) - logit(drawn) == pytest.approx(mu, abs=1e-5)
     family.load_text_encoders()
     (text,) = family.encode_prompts(["a cat"])

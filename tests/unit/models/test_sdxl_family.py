@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.sections import NoiseConfig
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.diffusion import draw_noise
+from simpletuner.helpers.models.noising import draw_noise
 from simpletuner.helpers.models.sdxl.family import SDXL, time_ids
 
 MakeSDXL = Callable[..., SDXL]

@@ -1,10 +1,23 @@
-"""The weighted squared error, against numbers worked out by hand."""
+"""Losses and their thresholds, against numbers worked out by hand."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 
-from simpletuner.helpers.training.losses import weighted_mse
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
+from simpletuner.helpers.contracts import NoisyBatch
+from simpletuner.helpers.training.losses import (
+    build_loss,
+    constant_threshold,
+    exponential_threshold,
+    threshold_by_snr,
+    weighted_huber,
+    weighted_mse,
+    weighted_smooth_l1,
+)
 
 
 def test_weighted_mse_of_two_samples_is_the_mean_of_their_weighted_means() -> None:
@@ -40,3 +53,72 @@ def test_weighted_mse_scales_each_samples_gradient_by_its_weight() -> None:
     weighted_mse(prediction, torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 4.0])).mean().backward()
     assert prediction.grad is not None
     assert prediction.grad.flatten().tolist() == [1.0, 4.0]  # d/dx of w x^2 / 2 at x = 1
+
+
+def test_huber_and_smooth_l1_match_hand_computed_values() -> None:
+    # Errors 3 with c = 4, and 0.6 with c = 0.8: the roots are 5 and 1.
+    prediction, target = torch.tensor([[[3.0, 0.0]], [[0.6, 0.6]]]), torch.zeros(2, 1, 2)
+    weight, threshold = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 0.8])
+    smooth = weighted_smooth_l1(prediction, target, weight, threshold=threshold)
+    # 2 (5 - 4) and 0, of which the mean is 1; 2 (1 - 0.8) twice, times the weight 2.
+    torch.testing.assert_close(smooth, torch.tensor([1.0, 0.8]))
+    huber = weighted_huber(prediction, target, weight, threshold=threshold)
+    torch.testing.assert_close(huber, torch.tensor([4.0, 0.64]))
+
+
+def test_huber_is_squared_for_small_and_absolute_for_large_errors() -> None:
+    c = torch.tensor([0.5])
+    for error, expected in ((1e-5, 1e-10), (1e4, 2 * 0.5 * (1e4 - 0.5))):
+        found = weighted_huber(torch.tensor([[error]]), torch.zeros(1, 1), torch.ones(1), threshold=c)
+        assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("huber_c", "ratio", "expected"),
+    [(0.1, 0.0, 1.0), (0.1, 1.0, 0.9 / 4 + 0.1), (0.2, 3.0, 0.8 / 16 + 0.2), (0.1, float("inf"), 0.1)],
+)
+def test_threshold_by_snr_matches_hand_computed_values(huber_c: float, ratio: float, expected: float) -> None:
+    assert threshold_by_snr(huber_c, time=0.5, noise_to_signal=ratio) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("time", "expected"), [(0.0, 1.0), (0.5, 0.1), (1.0, 0.01), (0.25, 0.1**0.5)])
+def test_exponential_threshold_matches_hand_computed_values(time: float, expected: float) -> None:
+    assert exponential_threshold(0.01, time=time, noise_to_signal=7.0) == pytest.approx(expected)
+    assert constant_threshold(0.01, time=time, noise_to_signal=7.0) == 0.01
+
+
+BATCH = NoisyBatch(
+    latents=torch.zeros(2, 1, 1),
+    target=torch.zeros(2, 1, 1),
+    timesteps=(250, 500),
+    weight=torch.tensor([1.0, 3.0]),
+    signal_scales=(1.0, 0.0),
+    noise_scales=(0.0, 1.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("keys", "thresholds"),
+    [
+        ({}, (1.0, 0.1)),  # the noise-to-signal ratios are 0 and infinite
+        ({"huber_schedule": "exponential", "huber_c": 0.0001}, (0.1, 0.01)),
+        ({"huber_schedule": "constant", "huber_c": 0.3}, (0.3, 0.3)),
+    ],
+    ids=["snr", "exponential", "constant"],
+)
+@pytest.mark.parametrize(
+    ("loss_type", "function"), [("huber", weighted_huber), ("smooth_l1", weighted_smooth_l1)]
+)
+def test_each_sample_has_the_threshold_of_its_noise_level(
+    keys: dict[str, Any], thresholds: tuple[float, float], loss_type: str, function: Any
+) -> None:
+    loss = build_loss(NoiseConfig(loss_type=loss_type, **keys), num_timesteps=1000)
+    prediction = torch.tensor([0.5, 2.0]).view(2, 1, 1)
+    # 250 and 500 of 1,000 timesteps: 0.0001 to the powers of 1/4 and 1/2.
+    expected = function(prediction, BATCH.target, BATCH.weight, threshold=torch.tensor(thresholds))
+    torch.testing.assert_close(loss(prediction, BATCH), expected)
+
+
+def test_the_default_loss_is_squared() -> None:
+    loss = build_loss(NoiseConfig(), num_timesteps=1000)
+    assert loss(torch.tensor([0.5, 2.0]).view(2, 1, 1), BATCH).tolist() == [0.25, 12.0]

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
-from simpletuner.helpers.choices.losses import LOSSES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS
 from simpletuner.helpers.choices.registry import Registry
@@ -39,7 +38,6 @@ _PRECISIONS = (
 )
 _REGISTRIES: Mapping[str, Registry[Any]] = {
     "optimizer": OPTIMIZERS,
-    "loss_type": LOSSES,
     "caption_strategy": CAPTION_SOURCES,
     "report_to": TRACKERS,
     "validation_noise_scheduler": SAMPLERS,
@@ -57,7 +55,6 @@ def _repository(name: str) -> str:
 
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
-    "loss_type": ("huber smooth_l1", _use("loss_type")),
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
     "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),

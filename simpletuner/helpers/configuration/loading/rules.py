@@ -16,6 +16,7 @@ from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_V
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.resolution import (
     PIXELS_PER_MEGAPIXEL,
@@ -116,6 +117,13 @@ def check_family(
                 source.add(key, f"means nothing to model_family {spec.name}. Remove it.")
     for key, problem in (spec.problems(values) if spec.problems is not None else {}).items():
         source.add(key, problem)
+
+
+def check_noise(noise: Validated[NoiseConfig], source: Source) -> None:
+    """Check that the keys of noise, noise levels and loss weights fit together."""
+    for keys, text in noise_problems(noise.section) if noise.section is not None else ():
+        if noise.if_valid(*keys) is not None:
+            source.add(keys[0], text)
 
 
 def check_lora_preset(

@@ -20,10 +20,12 @@ from simpletuner.helpers.configuration.migration.adapters import (
 )
 from simpletuner.helpers.configuration.migration.arithmetic import Length
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
+from simpletuner.helpers.configuration.migration.noise import put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system, unique_id
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompt_of_line, put_prompts
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
@@ -296,15 +298,19 @@ def _train(settings: Settings, family: str) -> None:
 def _timesteps(settings: Settings, family: str) -> None:
     facts, draft, key = load_table("ai-toolkit").facts, settings.draft, "train.timestep_type"
     linear = [each for each in ("train.linear_timesteps", "train.linear_timesteps2") if settings.flag(each)]
-    if family not in facts["flow_families"]:
+    way = "linear" if linear else settings.text(key).lower()
+    is_flow = family in facts["flow_families"]
+    _noise(settings, is_flow=is_flow, has_range=not is_flow or way in ("linear", "weighted"))
+    if not is_flow:
         if settings.has(key):
             settings.decide(key, "no effect", text="Of flow matching.")
+        if settings.has("train.content_or_style"):
+            settings.skip("train.content_or_style")
         return
-    way = "linear" if linear else settings.text(key).lower()
     for each in linear:
         settings.skip(each, outcome="approximate")
     if way in ("linear", "weighted"):
-        draft.config.update({"flow_use_uniform_schedule": True, "flow_schedule_shift": 0})
+        draft.config.update({**_linear_levels(settings), "flow_schedule_shift": 0})
         outcome: Outcome = "approximate" if way == "weighted" else "translated"
         text = settings.rows[key].text if way == "weighted" else ""
         settings.decide(key, outcome, ours="flow_use_uniform_schedule: true", text=text)
@@ -318,6 +324,39 @@ def _timesteps(settings: Settings, family: str) -> None:
         draft.config["flow_schedule_shift"] = 0
         text = "Not known here: noise levels are those of sigmoid; the result differs."
         settings.decide(key, "not translated", text=text)
+
+
+def _noise(settings: Settings, *, is_flow: bool, has_range: bool) -> None:
+    if settings.has("train.noise_offset") and not is_flow:
+        put_offset_noise(settings, "train.noise_offset")
+    if has_range:
+        _timestep_range(settings)
+    for key in ("train.noise_offset", "train.min_denoising_steps", "train.max_denoising_steps"):
+        if settings.has(key):
+            settings.skip(key)
+
+
+def _linear_levels(settings: Settings) -> dict[str, JsonValue]:
+    """Uniform noise levels, or those of the cube of a uniform number u: u³ or 1 - u³."""
+    key = "train.content_or_style"
+    shapes: dict[str, tuple[float, float]] = {"style": (1 / 3, 1.0), "content": (1.0, 1 / 3)}
+    if (shape := shapes.get(settings.text(key).lower())) is None:
+        return {"flow_use_uniform_schedule": True}
+    first, second = shape
+    settings.decide(key, "translated", ours="flow_use_beta_schedule: true", text="")
+    return {
+        "flow_use_beta_schedule": True,
+        "flow_beta_schedule_alpha": number(first),
+        "flow_beta_schedule_beta": number(second),
+    }
+
+
+def _timestep_range(settings: Settings) -> None:
+    """ai-toolkit counts denoising steps, from the most noise; here are timesteps."""
+    ends = (("train.max_denoising_steps", "min_timestep"), ("train.min_denoising_steps", "max_timestep"))
+    for key, ours in ends:
+        if settings.has(key) and not settings.rows[key].is_noop(settings.value(key)):
+            settings.put(key, ours, min(max(NUM_TIMESTEPS - settings.whole(key), 0), NUM_TIMESTEPS))
 
 
 def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *, alignment: int) -> None:

@@ -18,6 +18,7 @@ from simpletuner.helpers.configuration.migration.adapters import (
 from simpletuner.helpers.configuration.migration.arithmetic import Length, steps_per_epoch
 from simpletuner.helpers.configuration.migration.command_line import Command
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
+from simpletuner.helpers.configuration.migration.noise import levels_of_scheme, put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, unique_id
 from simpletuner.helpers.configuration.migration.table import load_table
 from simpletuner.helpers.configuration.text.decisions import Outcome
@@ -240,6 +241,8 @@ def _noise(settings: Settings, family: str) -> None:
     facts, draft = load_table("diffusers").facts, settings.draft
     keys = ("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "guidance_scale")
     if family not in facts["flow_families"]:
+        if settings.has("noise_offset"):
+            put_offset_noise(settings, "noise_offset")
         for key in keys:
             if settings.has(key):
                 settings.decide(key, "no effect", text="Of flow matching.")
@@ -247,28 +250,24 @@ def _noise(settings: Settings, family: str) -> None:
     # The scripts draw from the scheduler's noise levels before a number of steps is set: unshifted.
     draft.config["flow_schedule_shift"] = 0
     way = settings.text("weighting_scheme").lower()
-    outcome: Outcome
-    mean, spread = settings.number("logit_mean"), settings.number("logit_std", 1.0)
-    if way == "logit_normal":
-        draft.config["flow_sigmoid_scale"] = spread
-        outcome = "translated" if mean == 0 else "approximate"
-        text = "" if mean == 0 else "The mean of the normal number is 0 here."
-        settings.decide("weighting_scheme", outcome, ours=f"flow_sigmoid_scale: {spread:g}", text=text)
-    else:
-        draft.config["flow_use_uniform_schedule"] = True
-        text = (
-            "" if way == "none" else "Noise levels are uniform, and all weigh the same; the result differs."
-        )
-        outcome = "translated" if way == "none" else "not translated"
-        settings.decide("weighting_scheme", outcome, ours="flow_use_uniform_schedule: true", text=text)
-    for key in ("logit_mean", "logit_std", "mode_scale"):
+    levels = levels_of_scheme(
+        way,
+        mean=settings.number("logit_mean"),
+        spread=settings.number("logit_std", 1.0),
+        scale=settings.number("mode_scale", 1.29),
+    )
+    draft.config.update(levels or {"flow_use_uniform_schedule": True})
+    outcome: Outcome = "translated" if levels else "not translated"
+    text = "" if levels else "Noise levels are uniform, and all weigh the same; the result differs."
+    settings.decide("weighting_scheme", outcome, ours=", ".join(levels), text=text)
+    for key, scheme in (
+        ("logit_mean", "logit_normal"),
+        ("logit_std", "logit_normal"),
+        ("mode_scale", "mode"),
+    ):
         if settings.has(key):
-            settings.decide(
-                key,
-                "translated" if way == "logit_normal" else "no effect",
-                ours="flow_sigmoid_scale",
-                text="",
-            )
+            counts = bool(levels) and way == scheme
+            settings.decide(key, "translated" if counts else "no effect", ours=", ".join(levels), text="")
     flavour = str(draft.config.get("model_flavour", ""))
     if flavour not in facts["without_guidance"]:
         settings.put("guidance_scale", facts["guidance_key"], settings.number("guidance_scale"), text="")

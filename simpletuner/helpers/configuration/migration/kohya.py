@@ -17,6 +17,7 @@ from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.kohya_data import put_data
 from simpletuner.helpers.configuration.migration.kohya_graphical import Graphical, decide_rest
 from simpletuner.helpers.configuration.migration.kohya_network import put_network
+from simpletuner.helpers.configuration.migration.noise import levels_of_scheme, put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompts_of_text, put_prompts
 from simpletuner.helpers.configuration.migration.reading import read_text
@@ -26,6 +27,12 @@ from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 
+# Keys that mean nothing beside the values of others.
+_DEPENDENT = (
+    *("noise_offset_random_strength", "adaptive_noise_scale", "multires_noise_discount"),
+    *("ip_noise_gamma_random_strength", "huber_schedule", "huber_c", "huber_scale"),
+    *("weighting_scheme", "logit_mean", "logit_std", "mode_scale"),
+)
 # Keys of a run that no dataset file has.
 _OF_A_RUN = (
     "pretrained_model_name_or_path",
@@ -304,19 +311,53 @@ def _interval(settings: Settings, keys: tuple[str, str], ours: str, *, otherwise
 
 
 def _noise(settings: Settings) -> None:
-    for key in ("noise_offset", "adaptive_noise_scale", "multires_noise_iterations", "ip_noise_gamma"):
-        if settings.has(key):
+    _noise_itself(settings)
+    for key in ("min_timestep", "max_timestep"):
+        if key in settings.rows and settings.has(key):
+            settings.put(key, key, settings.whole(key))
+    if settings.text("loss_type") in ("huber", "smooth_l1"):
+        for key in ("huber_schedule", "huber_c"):
+            if settings.has(key):
+                settings.put(key, key, settings.value(key))
+        settings.skip("huber_scale")
+    if "timestep_sampling" in settings.rows:
+        _noise_levels(settings)
+    for key in _DEPENDENT:
+        if key in settings.rows and settings.has(key):
+            settings.decide(key, "no effect", text="What it belongs to is off.")
+
+
+def _noise_itself(settings: Settings) -> None:
+    iterations, discount = "multires_noise_iterations", "multires_noise_discount"
+    if "noise_offset" in settings.rows and settings.has("noise_offset"):
+        put_offset_noise(settings, "noise_offset")
+    if iterations in settings.rows and settings.flag(iterations):
+        settings.put(iterations, iterations, settings.whole(iterations))
+        settings.put(discount, discount, settings.number(discount, 0.3))
+    if settings.flag("ip_noise_gamma"):
+        settings.put("ip_noise_gamma", "input_perturbation", settings.number("ip_noise_gamma"))
+    for switch, key in (
+        ("noise_offset", "noise_offset_random_strength"),
+        ("noise_offset", "adaptive_noise_scale"),
+        ("ip_noise_gamma", "ip_noise_gamma_random_strength"),
+    ):
+        if settings.has(key) and settings.flag(switch):
             settings.skip(key)
-    for key in ("noise_offset_random_strength", "multires_noise_discount", "ip_noise_gamma_random_strength"):
-        if settings.has(key):
-            settings.decide(key, "no effect", text="Of a kind of noise that is off or not translated.")
-    if "timestep_sampling" not in settings.rows:
-        return
+
+
+def _noise_levels(settings: Settings) -> None:
     draft, way = settings.draft, settings.text("timestep_sampling").lower()
     shift = settings.number("discrete_flow_shift")
     shifted = way in ("sigma", "shift")
+    scheme = settings.text("weighting_scheme").lower() if way == "sigma" else ""
+    levels = levels_of_scheme(
+        scheme,
+        mean=settings.number("logit_mean"),
+        spread=settings.number("logit_std", 1.0),
+        scale=settings.number("mode_scale", 1.29),
+    )
     ways: dict[str, dict[str, JsonValue]] = {
-        "sigma": {"flow_use_uniform_schedule": True, "flow_schedule_shift": shift},
+        "sigma": {**(levels or {"flow_use_uniform_schedule": True}), "flow_schedule_shift": shift},
         "uniform": {"flow_use_uniform_schedule": True, "flow_schedule_shift": 0},
         "sigmoid": {"flow_schedule_shift": 0},
         "shift": {"flow_schedule_shift": shift},
@@ -330,6 +371,11 @@ def _noise(settings: Settings) -> None:
         settings.decide(
             "timestep_sampling", "not translated", text="Not known here: the model's own shift is used."
         )
+    for key in ("weighting_scheme", "logit_mean", "logit_std", "mode_scale"):
+        if settings.has(key) and way == "sigma" and not levels:
+            settings.skip(key)
+        elif settings.has(key) and scheme:
+            settings.decide(key, "translated", ours=", ".join(levels), text="")
     if settings.has("discrete_flow_shift"):
         outcome: Outcome = "translated" if shifted else "no effect"
         settings.decide("discrete_flow_shift", outcome, ours="flow_schedule_shift", text="")

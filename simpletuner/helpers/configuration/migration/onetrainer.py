@@ -17,11 +17,14 @@ from simpletuner.helpers.configuration.migration.adapters import (
     put_optimizer,
 )
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
+from simpletuner.helpers.configuration.migration.noise import put_offset_noise
 from simpletuner.helpers.configuration.migration.onetrainer_data import list_of, put_concepts
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, put_prompts
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
+from simpletuner.helpers.configuration.schema.noise import MODE_SCALES
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
@@ -332,12 +335,16 @@ def _schedule(settings: Settings) -> None:
         settings.put("learning_rate_min_factor", "lr_end", end, text="A share of the learning rate.")
 
 
-def _noise(settings: Settings, family: str) -> None:
-    facts, draft = load_table("onetrainer").facts, settings.draft
+def _loss_weights(settings: Settings, *, is_flow: bool) -> None:
     function = settings.text("loss_weight_fn").upper()
-    if function == "MIN_SNR_GAMMA" and family not in facts["flow_families"]:
+    if function == "MIN_SNR_GAMMA" and not is_flow:
         settings.put("loss_weight_strength", "snr_gamma", settings.number("loss_weight_strength"))
         settings.decide("loss_weight_fn", "translated", ours="snr_gamma", text="")
+    elif function == "DEBIASED_ESTIMATION" and not is_flow:
+        is_epsilon = not settings.flag("force_v_prediction")
+        text = "" if is_epsilon else "1 / (SNR + 1) here, the root of that in OneTrainer."
+        outcome: Outcome = "translated" if is_epsilon else "approximate"
+        settings.put("loss_weight_fn", "debiased_estimation_loss", True, outcome=outcome, text=text)
     elif settings.has("loss_weight_fn") and function != "CONSTANT":
         settings.decide(
             "loss_weight_fn", "not translated", text="All samples weigh the same; the result differs."
@@ -345,6 +352,17 @@ def _noise(settings: Settings, family: str) -> None:
     for key in ("loss_weight_fn", "loss_weight_strength"):
         if settings.has(key):
             settings.decide(key, "no effect", text="Every sample weighs the same, as here.")
+
+
+def _noise(settings: Settings, family: str) -> None:
+    draft, is_flow = settings.draft, family in load_table("onetrainer").facts["flow_families"]
+    _loss_weights(settings, is_flow=is_flow)
+    if settings.has("offset_noise_weight"):
+        if is_flow:
+            settings.skip("offset_noise_weight")
+        else:
+            put_offset_noise(settings, "offset_noise_weight")
+    _timestep_range(settings, is_flow=is_flow)
     keys = (
         "timestep_distribution",
         "noising_weight",
@@ -352,7 +370,7 @@ def _noise(settings: Settings, family: str) -> None:
         "timestep_shift",
         "dynamic_timestep_shifting",
     )
-    if family in facts["flow_families"]:
+    if is_flow:
         outcome, text = _flow(settings)
     else:
         uniform = settings.text("timestep_distribution").upper() == "UNIFORM"
@@ -372,6 +390,22 @@ def _noise(settings: Settings, family: str) -> None:
             )
 
 
+def _timestep_range(settings: Settings, *, is_flow: bool) -> None:
+    is_shifted = settings.flag("dynamic_timestep_shifting") or settings.number("timestep_shift", 1.0) != 1
+    for key, ours in (("min_noising_strength", "min_timestep"), ("max_noising_strength", "max_timestep")):
+        row = settings.rows[key]
+        if not settings.has(key) or row.is_noop(settings.value(key)):
+            continue
+        is_exact = not (is_flow and is_shifted)
+        settings.put(
+            key,
+            ours,
+            int(NUM_TIMESTEPS * settings.number(key)),
+            outcome="translated" if is_exact else "approximate",
+            text="" if is_exact else row.text,
+        )
+
+
 def _flow(settings: Settings) -> tuple[Outcome, str]:
     """Write the distribution of noise levels; returns the outcome and what differs."""
     draft, way = settings.draft, settings.text("timestep_distribution").upper()
@@ -384,8 +418,15 @@ def _flow(settings: Settings) -> tuple[Outcome, str]:
         draft.config["flow_use_uniform_schedule"] = True
     elif way in ("LOGIT_NORMAL", "SIGMOID"):
         draft.config["flow_sigmoid_scale"] = number(weight + 1 if way == "LOGIT_NORMAL" else 1.0)
-        if bias or way == "SIGMOID":
-            return "approximate", "The mean of the normal number is 0 here."
+        if way == "SIGMOID":
+            return (
+                "approximate",
+                "The sigmoid of a normal number here, a sigmoid as the density in OneTrainer.",
+            )
+        if bias:
+            draft.config["flow_sigmoid_mean"] = number(bias)
+    elif way == "HEAVY_TAIL" and MODE_SCALES[0] <= weight <= MODE_SCALES[1]:
+        draft.config.update({"flow_use_mode_schedule": True, "flow_mode_schedule_scale": number(weight)})
     elif way == "BETA":
         draft.config.update(
             {

@@ -27,6 +27,8 @@ from simpletuner.helpers.choices.registry import Choice, Registry
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.paths import has_drive, portable, with_slashes
 
+NUM_TIMESTEPS = 1000
+"""Timesteps of every model: keys that are timesteps lie in [0, 1000]."""
 _NONE_WORDS = frozenset({"", "none", "null"})
 _PACKAGE = Path(simpletuner.__file__).parent
 _DEMO = ("simpletuner", "demo")
@@ -292,10 +294,12 @@ Number = Annotated[float, BeforeValidator(_number)]
 PositiveNumber = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegativeNumber = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Field(gt=0, le=1), BeforeValidator(_number)]
 OptionalShare = Annotated[Share | None, BeforeValidator(none_word)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_at_most(2**63 - 1))]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole_number)]
+Timestep = Annotated[int, Field(ge=0, le=NUM_TIMESTEPS), BeforeValidator(_whole_number)]
 Decimals = Annotated[int, Field(ge=0, le=9), BeforeValidator(_whole_number)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]

@@ -10,7 +10,6 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, Algorithm
-from simpletuner.helpers.choices.losses import LOSSES
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
@@ -26,7 +25,6 @@ from simpletuner.helpers.configuration.schema.base import (
     OneOf,
     OptionalCount,
     OptionalInputFile,
-    OptionalNonNegativeNumber,
     OptionalPositiveNumber,
     OptionalShare,
     OptionalText,
@@ -41,7 +39,6 @@ from simpletuner.helpers.configuration.schema.base import (
     as_json,
     contradiction,
     none_word,
-    registry_of,
 )
 from simpletuner.helpers.configuration.schema.datasets import (
     CaptionLines,
@@ -56,13 +53,13 @@ from simpletuner.helpers.configuration.schema.model_source import (
     ModelSource,
     OptionalModelSource,
 )
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
     OptimizerArgument,
     arguments_of_optimizer,
-    is_off,
     optimizer_problem,
     sizes,
 )
@@ -130,63 +127,6 @@ class ModelConfig(Section):
             raise contradiction(key, text, "pretrained_model_name_or_path")
         if self.pretrained_config_name_or_path.endswith(FILE_SUFFIX):
             raise contradiction(key, "is a file. Give a folder in diffusers' layout, or a repository.")
-        return self
-
-
-class NoiseConfig(Section):
-    """Noise levels in training, their loss weights, and the guidance embedding."""
-
-    snr_gamma: OptionalPositiveNumber = None
-    """Gamma of min-SNR loss weights, usually 5; null or 0 for equal weights."""
-    flow_sigmoid_scale: PositiveNumber = 1.0
-    """Noise levels are the sigmoid of a normal number times this; larger is wider. All keys that begin with
-    flow are for flow matching."""
-    flow_use_uniform_schedule: bool = False
-    """Draw noise levels uniformly instead."""
-    flow_use_beta_schedule: bool = False
-    """Draw noise levels from a beta distribution instead."""
-    flow_beta_schedule_alpha: PositiveNumber = 2.0
-    """First parameter of the beta distribution; above the second it prefers high noise."""
-    flow_beta_schedule_beta: PositiveNumber = 2.0
-    """Second parameter of the beta distribution."""
-    flow_schedule_shift: OptionalNonNegativeNumber = None
-    """Shift of noise levels in training and sampling; above 1 is more noise, 0 and 1 do not shift. null takes
-    the shift of the model's own scheduler."""
-    flow_schedule_auto_shift: bool = False
-    """Shift by the number of image tokens, not by the model's own scheduler."""
-    flux_guidance_mode: Literal["constant", "random-range"] = "constant"
-    """Guidance embedding in training: constant, flux_guidance_value; random-range, uniform between
-    flux_guidance_min and flux_guidance_max."""
-    flux_guidance_value: NonNegativeNumber = 1.0
-    """Guidance with constant."""
-    flux_guidance_min: NonNegativeNumber = 0.0
-    """Lowest guidance with random-range."""
-    flux_guidance_max: NonNegativeNumber = 4.0
-    """Highest guidance with random-range."""
-    flux_attention_masked_training: bool = False
-    """Mask padding tokens in attention during training and validation."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.flow_use_uniform_schedule and self.flow_use_beta_schedule:
-            raise contradiction(
-                "flow_use_beta_schedule",
-                "cannot be set with flow_use_uniform_schedule. Remove one of them.",
-                "flow_use_uniform_schedule",
-            )
-        if self.flow_schedule_auto_shift and self.flow_schedule_shift is not None:
-            raise contradiction(
-                "flow_schedule_shift",
-                f"{self.flow_schedule_shift:g} has no effect with flow_schedule_auto_shift. Remove one.",
-                "flow_schedule_auto_shift",
-            )
-        low, high = self.flux_guidance_min, self.flux_guidance_max
-        if low > high:
-            raise contradiction(
-                "flux_guidance_min",
-                f"{low:g} is above flux_guidance_max {high:g}. Lower it.",
-                "flux_guidance_max",
-            )
         return self
 
 
@@ -266,13 +206,8 @@ class AdapterConfig(Section):
         return self
 
 
-def _loss(value: object) -> object:
-    """SimpleTuner's spellings: l2 in any case, or switched off."""
-    return "l2" if is_off(value) or str(value).strip().lower() == "l2" else value
-
-
 class TrainingConfig(Section):
-    """Length of the run, batches, gradients and loss."""
+    """Length of the run, batches and gradients."""
 
     max_train_steps: OptionalCount = None
     """Optimiser steps of the run; null or 0 uses num_train_epochs."""
@@ -295,8 +230,6 @@ class TrainingConfig(Section):
     """Bound on the gradient, by grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
     """norm: clip by global norm; value: clip each element."""
-    loss_type: Annotated[str, OneOf(LOSSES), BeforeValidator(_loss)] = "l2"
-    """Loss of the prediction."""
 
     def planned_steps(self, *, batches_per_epoch: int) -> int:
         """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
@@ -586,12 +519,7 @@ class RunConfig(Section):
         )
         flat: dict[str, JsonValue] = {}
         for section in sections:
-            registries = {key: registry_of(type(section), key) for key in type(section).model_fields}
-            # A choice of one is no setting: its key is accepted, but not written.
-            fixed = {
-                key for key, registry in registries.items() if registry is not None and len(registry) == 1
-            }
-            flat |= {key: value for key, value in as_json(section).items() if key not in fixed}
+            flat |= as_json(section)
         flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
         del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         return flat

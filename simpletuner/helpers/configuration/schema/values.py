@@ -74,6 +74,13 @@ def _size(part: object) -> Size:
     return Size(height=height, width=width)
 
 
+def numbers(value: object) -> object:
+    """Numbers from "0.1,0.5", the same in brackets, a single number or a list of these."""
+    if isinstance(value, str):
+        return [part for part in value.strip(" []").split(",") if part.strip()]
+    return [value] if isinstance(value, int | float) else value
+
+
 def trackers(value: object) -> object:
     """Tracker names from a comma-separated text or a list, without "none"."""
     if value is None:

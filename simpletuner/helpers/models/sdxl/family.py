@@ -57,7 +57,7 @@ class SDXL(ModelFamily):
         self._schedule = DiffusionSchedule(
             training_alpha_bars(self.components.scheduler, zero_snr=self._zero_snr),
             prediction=self._prediction,
-            snr_gamma=context.noise.snr_gamma,
+            noise=context.noise,
         )
         self._truncation_warning = TruncationWarning(limit=CLIP_TOKENS)
 

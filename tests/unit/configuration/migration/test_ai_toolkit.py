@@ -52,6 +52,17 @@ def folder(tmp_path: Path) -> Path:
             {"lr_warmup_steps": 9},
         ),
         ("train", {"min_snr_gamma": 5.0}, {"snr_gamma": 5.0}),
+        (
+            "train",
+            {"noise_offset": 0.05},
+            {"offset_noise": True, "noise_offset": 0.05, "noise_offset_probability": 1.0},
+        ),
+        (
+            "train",
+            {"min_denoising_steps": 100, "max_denoising_steps": 600},
+            {"min_timestep": 400, "max_timestep": 900},
+        ),
+        ("train", {"content_or_style": "style"}, {"flow_use_beta_schedule": None}),
         ("train", {"disable_sampling": True}, {"validation_disable": True}),
         ("network", {"linear": 32, "linear_alpha": 16}, {"lora_rank": 32, "lora_alpha": 16}),
         ("network", {"rank": 4}, {"lora_rank": 4}),
@@ -129,14 +140,33 @@ def test_the_average_is_named_as_what_would_have_been_saved(folder: Path, tmp_pa
         ("linear", {"flow_use_uniform_schedule": True, "flow_schedule_shift": 0}),
         ("weighted", {"flow_use_uniform_schedule": True, "flow_schedule_shift": 0}),
         ("shift", {"flow_use_uniform_schedule": True, "flow_schedule_auto_shift": True}),
+        (
+            {"timestep_type": "linear", "content_or_style": "style"},
+            {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 1 / 3, "flow_beta_schedule_beta": 1},
+        ),
+        (
+            {"timestep_type": "linear", "content_or_style": "content", "max_denoising_steps": 900},
+            {
+                "flow_use_beta_schedule": True,
+                "flow_beta_schedule_alpha": 1,
+                "flow_beta_schedule_beta": 1 / 3,
+                "min_timestep": 100,
+            },
+        ),
+        ({"content_or_style": "style", "max_denoising_steps": 900}, {"min_timestep": None}),
+        ({"noise_offset": 0.1}, {"offset_noise": None}),
     ],
+    ids=str,
 )
 def test_noise_levels_of_flow_matching_become_ours(
-    folder: Path, tmp_path: Path, way: str, ours: dict[str, JsonValue]
+    folder: Path, tmp_path: Path, way: str | dict[str, object], ours: dict[str, JsonValue]
 ) -> None:
     model = {"name_or_path": "black-forest-labs/FLUX.1-dev", "arch": "flux"}
     file = ai_toolkit(
-        tmp_path / "job.json", [{"folder_path": str(folder)}], model=model, train={"timestep_type": way}
+        tmp_path / "job.json",
+        [{"folder_path": str(folder)}],
+        model=model,
+        train={"timestep_type": way} if isinstance(way, str) else way,
     )
     config = migrate(file).config
     assert (config["model_family"], config["model_flavour"]) == ("flux", "dev")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 import pytest
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.migration.draft import Draft
+from simpletuner.helpers.configuration.migration.noise import levels_of_scheme
+from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models.noise_levels import distribution_of
 from tests.unit.configuration.migration.foreign_files import arguments, decision, images, migrate
 
 
@@ -64,6 +70,10 @@ def _migrate(folder: Path, script: str = "train_dreambooth_lora_sdxl", **options
             {"optimizer_config": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}},
         ),
         ({"snr_gamma": 5.0}, {"snr_gamma": 5.0}),
+        (
+            {"noise_offset": 0.1},
+            {"offset_noise": True, "noise_offset": 0.1, "noise_offset_probability": 1.0},
+        ),
         ({"mixed_precision": "fp16"}, {"mixed_precision": "fp16"}),
         (
             {"checkpointing_steps": 50, "checkpoints_total_limit": 2},
@@ -170,10 +180,45 @@ def test_flow_matching_is_drawn_as_in_the_scripts(
 
 
 @pytest.mark.parametrize(
-    "key", ["with_prior_preservation", "train_text_encoder", "noise_offset", "push_to_hub"]
+    ("options", "ours"),
+    [
+        (
+            {"weighting_scheme": "logit_normal", "logit_mean": 1.0, "logit_std": 2.0},
+            {"flow_sigmoid_mean": -1, "flow_sigmoid_scale": 2, "flow_use_uniform_schedule": None},
+        ),
+        (
+            {"weighting_scheme": "logit_normal"},
+            {"flow_sigmoid_scale": 1, "flow_sigmoid_mean": None, "flow_schedule_shift": 0},
+        ),
+        (
+            {"weighting_scheme": "mode", "mode_scale": 1.2},
+            {"flow_use_mode_schedule": True, "flow_mode_schedule_scale": 1.2},
+        ),
+        ({"weighting_scheme": "sigma_sqrt"}, {"flow_use_uniform_schedule": True}),
+    ],
+    ids=str,
 )
+def test_a_weighting_scheme_becomes_noise_levels(
+    folder: Path, options: dict[str, Any], ours: dict[str, JsonValue]
+) -> None:
+    model = {"pretrained_model_name_or_path": "black-forest-labs/FLUX.1-dev"}
+    config = _migrate(folder, "train_dreambooth_lora_flux", **model, **options).config
+    assert {key: config.get(key) for key in ours} == ours
+
+
+def test_levels_of_the_scripts_are_those_of_their_formula() -> None:
+    # Their place in the list of timesteps is u = sigmoid(mean + std * normal), and sigma is 1 - u there.
+    keys = levels_of_scheme("logit_normal", mean=0.7, spread=1.5, scale=0)
+    distribution = distribution_of(NoiseConfig.model_validate(keys))
+    normal = NormalDist()
+    for share in (0.1, 0.5, 0.8):
+        place = 1 / (1 + math.exp(-(0.7 + 1.5 * normal.inv_cdf(share))))
+        assert distribution.sigma_at(1 - share, shift=1.0) == pytest.approx(1 - place)
+
+
+@pytest.mark.parametrize("key", ["with_prior_preservation", "train_text_encoder", "push_to_hub"])
 def test_what_is_left_out_is_named(folder: Path, key: str) -> None:
-    found = decision(_migrate(folder, **{key: 0.1 if key == "noise_offset" else True}), key)
+    found = decision(_migrate(folder, **{key: True}), key)
     assert found.outcome == "not translated"
     assert found.text
 

@@ -38,6 +38,16 @@ def _concept(folder: Path, **keys: object) -> dict[str, object]:
         ({"layer_offload_fraction": 0.5}, {"enable_group_offload": True, "group_offload_type": "leaf_level"}),
         ({"gradient_checkpointing": "OFF"}, {"gradient_checkpointing": False}),
         ({"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}, {"snr_gamma": 5.0}),
+        ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"debiased_estimation_loss": True}),
+        (
+            {"offset_noise_weight": 0.05},
+            {"offset_noise": True, "noise_offset": 0.05, "noise_offset_probability": 1.0},
+        ),
+        (
+            {"min_noising_strength": 0.1, "max_noising_strength": 0.9},
+            {"min_timestep": 100, "max_timestep": 900},
+        ),
+        ({"min_noising_strength": 0.0, "max_noising_strength": 1.0}, {"max_timestep": None}),
         ({"force_v_prediction": True}, {"prediction_type": "v_prediction"}),
         ({"learning_rate_scheduler": "COSINE"}, {"lr_scheduler": "cosine", "lr_warmup_steps": 200}),
         ({"learning_rate_warmup_steps": 0.25, "epochs": 4}, {"lr_warmup_steps": 7}),
@@ -215,9 +225,18 @@ def test_a_layer_filter_becomes_targets(
             {"timestep_distribution": "BETA", "noising_weight": 2.0, "noising_bias": 3.0},
             {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 2.0, "flow_beta_schedule_beta": 3.0},
         ),
+        (
+            {"timestep_distribution": "LOGIT_NORMAL", "noising_weight": 1.0, "noising_bias": -0.5},
+            {"flow_sigmoid_scale": 2, "flow_sigmoid_mean": -0.5},
+        ),
+        (
+            {"timestep_distribution": "HEAVY_TAIL", "noising_weight": 1.5},
+            {"flow_use_mode_schedule": True, "flow_mode_schedule_scale": 1.5},
+        ),
+        ({"offset_noise_weight": 0.1}, {"offset_noise": None}),
         ({"transformer": {"guidance_scale": 1.0}}, {"flux_guidance_value": 1.0}),
     ],
-    ids=["normal", "uniform", "beta", "guidance"],
+    ids=["normal", "uniform", "beta", "mean", "heavy tail", "offset", "guidance"],
 )
 def test_noise_levels_of_flow_matching_become_ours(
     folder: Path, tmp_path: Path, keys: dict[str, object], ours: dict[str, JsonValue]
@@ -269,7 +288,7 @@ def test_four_bits_give_way_to_eight_where_layers_move(folder: Path, tmp_path: P
     assert decision(draft, "transformer.weight_dtype").ours == 'base_model_precision: "int8-torchao"'
 
 
-@pytest.mark.parametrize("key", ["ema", "masked_training", "offset_noise_weight", "text_encoder.train"])
+@pytest.mark.parametrize("key", ["ema", "masked_training", "perturbation_noise_weight", "text_encoder.train"])
 def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, key: str) -> None:
     value: object = "GPU" if key == "ema" else True
     keys = {"text_encoder": {"train": True}} if "." in key else {key: value}

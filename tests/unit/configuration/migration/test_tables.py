@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.choices.losses import LOSSES
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS
@@ -19,6 +20,7 @@ from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.models import registry
 
 REGISTRIES = {
+    "loss_type": LOSSES,
     "optimizer": OPTIMIZERS,
     "lr_scheduler": LR_SCHEDULES,
     "validation_noise_scheduler": SAMPLERS,

@@ -41,7 +41,7 @@ def test_the_command_writes_a_valid_configuration(
         "network_module": "lycoris.kohya",
         "network_args": ["algo=loha"],
         "sample_prompts": prompts.as_posix(),
-        "noise_offset": 0.1,
+        "flip_aug": True,
         "max_train_epochs": 2,
     }
     command = kohya(workspace / "train", SCRIPT, options)
@@ -55,7 +55,7 @@ def test_the_command_writes_a_valid_configuration(
     assert [prompt.text for prompt in run.validation.prompts] == ["a cat", "a dog"]
     assert [dataset.repeats for dataset in run.datasets] == [9]
     page = Path("config/mine/MIGRATION.md").read_text()
-    assert "| `noise_offset` |" in page.partition("## Not translated")[2].partition("##")[0]
+    assert "flip_aug` |" in page.partition("## Not translated")[2].partition("##")[0]
     assert "| optimiser steps | 60 | 60 |" in page
     assert "| images in all | 60 | 60 |" in page
 
