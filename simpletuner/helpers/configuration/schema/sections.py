@@ -57,6 +57,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
     OptionalModelSource,
 )
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
@@ -528,6 +529,7 @@ class RunConfig(Section):
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
     training: TrainingConfig
+    regularisation: RegularisationConfig
     optimizer: OptimizerConfig
     noise: NoiseConfig
     precision: PrecisionConfig
@@ -575,6 +577,7 @@ class RunConfig(Section):
             self.model,
             self.adapter,
             self.training,
+            self.regularisation,
             self.optimizer,
             self.noise,
             self.precision,
