@@ -198,6 +198,8 @@ class Batch:
     samples: tuple[Sample, ...]
     sample_indices: tuple[int, ...]
     """Global index of each sample in the run; its noise and timestep derive from it."""
+    is_regularisation: bool = False
+    """The samples, all of one dataset, keep what the model knows; so do those of the other processes."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -67,6 +67,7 @@ KEPT_NAMES: dict[str, str] = {
 # "module word" -> why it stands in a text there.
 KEPT: dict[str, str] = {
     "simpletuner/demo/comparison/concepts.py toy": "a prompt, and the embedded model knows the word",
+    "simpletuner/demo/regularisation.py toy": "the same",
     "simpletuner/helpers/models/tiny_parts.py picture": "a word of the tiny tokenizer",
     "simpletuner/helpers/models/tiny_parts.py studio": "a word of the tiny tokenizer",
     "simpletuner/helpers/reporting/html_report/gallery.py pictures": "a CSS class",

@@ -21,6 +21,8 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/io/redaction.py stdout": "all that writes to the terminal looks it up there",
     "simpletuner/helpers/io/redaction.py stderr": "the same",
     "simpletuner/train.py daemon": "threading.Timer takes it as an attribute only",
+    "simpletuner/helpers/adapters/network.py forward": "LyCORIS puts it in place of the layer's",
+    "simpletuner/helpers/adapters/peft_lora.py _disable_adapters": "PEFT's own switch freezes factors too",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
     "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -48,7 +48,16 @@ class Adapter(ABC):
 
     @abstractmethod
     def set_strength(self, strength: float) -> None:
-        """Scale the adapter's contribution; 0 gives the base model."""
+        """Scale the adapter's contribution; at 0 the layers compute what they do without it, bit for bit."""
+
+    @contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """The base model in place of the adapted one; afterwards the strength of training, 1."""
+        self.set_strength(0.0)
+        try:
+            yield
+        finally:
+            self.set_strength(1.0)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -197,6 +198,7 @@ class LycorisAdapter(Adapter):
         for module in stock:
             layer = module.org_module[0]
             module.to(device=layer.weight.device, dtype=torch.float32).train(layer.training)
+            module.forward = partial(_forward_unless_off, module, type(module).forward)
         self.network.apply_to()
         self._attachments.extend(Attachment(module.org_module[0], module) for module in stock)
 
@@ -226,7 +228,7 @@ class LycorisAdapter(Adapter):
         return [p for module in self.network.loras for p in module.parameters() if p.requires_grad]
 
     def set_strength(self, strength: float) -> None:
-        """Scale the adapter's contribution; 0 gives the base model."""
+        """Scale the adapter's contribution; at 0 the layers compute what they do without it, bit for bit."""
         self.network.set_multiplier(self._multiplier * strength)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -334,6 +336,16 @@ class LycorisAdapter(Adapter):
         for attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
+
+
+def _forward_unless_off(
+    module: Any, forward: Callable[..., Tensor], x: Tensor, *args: Any, **options: Any
+) -> Tensor:
+    """A LyCORIS module's forward; at multiplier 0, where some still change the weights, the base layer's."""
+    if module.multiplier == 0:
+        output: Tensor = module.org_forward(x, *args, **options)
+        return output
+    return forward(module, x, *args, **options)
 
 
 def _first_reason(error: Exception) -> str:

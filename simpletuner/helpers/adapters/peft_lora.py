@@ -77,9 +77,13 @@ class PeftAdapter(Adapter):
         return [p for layer in self.layers for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
 
     def set_strength(self, strength: float) -> None:
-        """Scale the adapter's contribution; 0 gives the base model."""
+        """Scale the adapter's contribution; at 0 the layers compute what they do without it, bit for bit.
+
+        At a scale of 0 DoRA still rescales the weights, and dropout still draws.
+        """
         for layer in self.layers:
             layer.set_scale(ADAPTER_NAME, strength)
+            layer._disable_adapters = strength == 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """The LoRA weights under PEFT's keys."""

@@ -14,6 +14,7 @@ from simpletuner.helpers.adapters.files.labels import labels_of_run
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.schema.base import holds_text
+from simpletuner.helpers.configuration.schema.datasets import subjects_of
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.io.redaction import redacted, redacted_json
 
@@ -93,7 +94,7 @@ def adapter_metadata(
         spec: Its family.
         scheduler: Configuration of the model's scheduler, for the prediction type.
     """
-    datasets = [dataset for dataset in config.datasets if dataset.instance_prompt]
+    prompts = {str(each.instance_prompt) for each in subjects_of(config.datasets) if each.instance_prompt}
     replaced = {key: value for key, value in config.model if key.startswith("pretrained_")}
     del replaced["pretrained_model_name_or_path"]
     metadata = {
@@ -117,7 +118,7 @@ def adapter_metadata(
         "seed": config.training.seed,
         "resolution": config.data.resolution,
         "datasets": json.dumps(Counter(redacted(sample.dataset_id) for sample in data.samples)),
-        "trigger_words": redacted(", ".join(sorted({str(dataset.instance_prompt) for dataset in datasets}))),
+        "trigger_words": redacted(", ".join(sorted(prompts))),
     }
     own = {name: str(value) for name, value in metadata.items() if value not in (None, "")}
     prediction_type = config.model.prediction_type or scheduler.get("prediction_type")

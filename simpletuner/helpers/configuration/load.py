@@ -49,6 +49,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
 )
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
@@ -76,6 +77,7 @@ SECTIONS: tuple[type[Section], ...] = (
     ModelConfig,
     AdapterConfig,
     TrainingConfig,
+    RegularisationConfig,
     OptimizerConfig,
     NoiseConfig,
     PrecisionConfig,
@@ -172,6 +174,7 @@ class Loader:
         model = self._section(ModelConfig, placeholders=_PLACEHOLDERS)
         adapter, data = self._section(AdapterConfig), self._section(DataConfig)
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
+        regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
@@ -192,6 +195,7 @@ class Loader:
             rules.check_validation(validation, spec, self.source)
         rules.check_noise(noise, self.source)
         rules.check_repository(tracking, publishing, self.source)
+        rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
@@ -209,6 +213,7 @@ class Loader:
                 "adapter": adapter.section,
                 "lycoris": lycoris,
                 "training": training.section,
+                "regularisation": regularisation.section,
                 "optimizer": optimizer.section,
                 "noise": noise.section,
                 "precision": precision.section,

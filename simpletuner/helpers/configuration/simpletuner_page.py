@@ -41,7 +41,9 @@ Every key of such a file has one of four fates:
   silence.
 
 Images that are the condition of others (`conditioning_type`, `source_dataset_id`, or named by another
-entry's `conditioning_data`) and regularisation images are never trained on: such an entry ends the run.
+entry's `conditioning_data`) are never trained on: such an entry ends the run.
+[Regularisation](regularisation.md) images (`is_regularisation_data`) are trained towards the base model's
+prediction, as in SimpleTuner.
 
 ## What the run prints
 

@@ -31,8 +31,6 @@ _NO_TARGETS = frozenset(
         "dataset_type",
         "conditioning_type",
         "source_dataset_id",
-        "is_regularisation_data",
-        "is_regularization_data",
         "slider_strength",
     }
 )

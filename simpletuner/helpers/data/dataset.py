@@ -28,7 +28,7 @@ from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
-from simpletuner.helpers.data.sampler import Bucket, Sampler
+from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
@@ -69,6 +69,8 @@ class TrainingData:
     """Width and height of buckets are multiples of this, unless aspect_bucket_alignment is set; pixels."""
     caption_dropout: float = 0.0
     """Share of draws that train without a caption."""
+    balances_regularisation: bool = False
+    """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
@@ -208,6 +210,7 @@ class TrainingData:
             text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
             samples=samples,
             sample_indices=sample_indices,
+            is_regularisation=samples[0].dataset_id in self._regularisation,
         )
 
     def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
@@ -279,7 +282,15 @@ class TrainingData:
     def _follow(self, plans: Sequence[DatasetPlan]) -> None:
         """Take samples and order from the datasets' plans."""
         self._plans = plans
-        self._buckets = [bucket for plan in plans for bucket in _buckets_of(plan)]
+        factors = draws_per_image(
+            [plan.config for plan in plans],
+            [len(plan.images) for plan in plans],
+            balances=self.balances_regularisation,
+        )
+        self._buckets = [
+            bucket for plan, draws in zip(plans, factors, strict=True) for bucket in _buckets_of(plan, draws)
+        ]
+        self._regularisation = {plan.config.id for plan in plans if plan.config.is_regularisation_data}
         self._sampler = Sampler(
             [bucket for bucket, _ in self._buckets],
             seed=self.seed,
@@ -361,15 +372,17 @@ def _log_plan(plan: DatasetPlan) -> None:
     )
 
 
-def _buckets_of(plan: DatasetPlan) -> list[tuple[Bucket, list[PlannedImage]]]:
-    """The buckets of a dataset by size; batches never mix datasets, because repeats differ."""
+def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[PlannedImage]]]:
+    """The buckets of a dataset by size, with `draws` of each image in an epoch.
+
+    Batches never mix datasets, because repeats and targets differ.
+    """
     members: dict[str, list[PlannedImage]] = {}
     for image in sorted(plan.images, key=lambda image: image.sample.target_px):
         members.setdefault(f"{plan.config.id} {image.sample.target_px}", []).append(image)
-    share = (plan.config.repeats + 1) * plan.config.probability
     return [
         (
-            Bucket(name=name, num_samples=len(images), samples_per_epoch=max(1, round(len(images) * share))),
+            Bucket(name=name, num_samples=len(images), samples_per_epoch=max(1, round(len(images) * draws))),
             images,
         )
         for name, images in members.items()

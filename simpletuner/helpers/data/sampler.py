@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from simpletuner.helpers.randomness import mix
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 
 _CACHED_NUMBERS = 1 << 24  # 64 MiB of permutations
 _CACHED_ORDERS = 1024  # of a dataset with few images: each is an object of some 400 bytes beside its numbers
@@ -22,7 +26,7 @@ class Bucket:
     """Seeds its order: two buckets of one name have the same order."""
     num_samples: int
     samples_per_epoch: int
-    """Requested draws: num_samples * (repeats + 1) * probability, rounded."""
+    """Requested draws: num_samples * draws_per_image, rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,30 @@ class Draw:
     bucket: int
     samples: tuple[int, ...]
     """Positions in the bucket."""
+
+
+def draws_per_image(
+    datasets: Sequence[DatasetConfig], num_images: Sequence[float], *, balances: bool
+) -> list[float]:
+    """How often an epoch draws each image of a dataset, for all datasets: by repeats and probability.
+
+    Args:
+        datasets: Their settings.
+        num_images: The number of images of each.
+        balances: Scale the draws of regularisation images, so that there are as many as of the others, as in
+            kohya's scripts.
+    """
+    draws = [(each.repeats + 1) * each.probability for each in datasets]
+    totals = {True: 0.0, False: 0.0}
+    for dataset, number, each in zip(datasets, num_images, draws, strict=True):
+        totals[dataset.is_regularisation_data] += number * each
+    if not balances or not totals[True] or not totals[False]:
+        return draws
+    scale = totals[False] / totals[True]
+    return [
+        each * scale if dataset.is_regularisation_data else each
+        for dataset, each in zip(datasets, draws, strict=True)
+    ]
 
 
 def shuffled(seed: int, purpose: str, index: int, *, length: int) -> npt.NDArray[np.int32]:

@@ -199,7 +199,10 @@ def _licence_text(run: RunFiles, spec: ModelSpec | None) -> str:
 
 def _triggers(run: RunFiles) -> list[str]:
     datasets = run.config.get("data_backend_config") or []
-    found = [each.get("instance_prompt") for each in datasets if isinstance(each, Mapping)]
+    subjects = [
+        each for each in datasets if isinstance(each, Mapping) and not each.get("is_regularisation_data")
+    ]
+    found = [each.get("instance_prompt") for each in subjects]
     return sorted({str(each) for each in found if each})
 
 

@@ -97,7 +97,7 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
     prompts = [
         each["instance_prompt"]
         for each in config.get("data_backend_config", [])
-        if each.get("instance_prompt")
+        if each.get("instance_prompt") and not each.get("is_regularisation_data")
     ]
     captions = [text for each in manifest.get("datasets", []) for _, text in each["captions"]]
     sizes = [prompt.get("size"), *config.get("validation_resolution", ()), "1024x1024"]

@@ -34,6 +34,9 @@ class StepMetrics:
     step: int
     epoch: int
     loss: float
+    """With the weights of the samples, regularisation among them."""
+    prior_loss: float | None = None
+    """The part of regularisation samples, with prior_loss_weight; None in a step without any."""
     lr: float
     grad_norm: float | None
     """Before clipping; None when it overflowed and the gradient scaler skipped the step."""
@@ -80,6 +83,8 @@ class StepAccumulator:
         self._batches.append(batch)
         self._outputs.append(output)
         self.record("loss", output.loss, reduction="mean")
+        if batch.is_regularisation:
+            self.record("prior_loss", output.loss, reduction="mean")
 
     def record(self, name: str, value: float | Tensor | None, *, reduction: Reduction = "last") -> None:
         """Record a field of StepMetrics; `reduce` reads tensors, which are scalars, from the device.

@@ -76,6 +76,7 @@ from simpletuner.helpers.training.objective import build_objective
 from simpletuner.helpers.training.optimizers import build_optimizer, weights_for_use
 from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
+from simpletuner.helpers.training.regularisation import build_regularisation
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 
@@ -334,6 +335,7 @@ def build_components(
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         objective=build_objective(config, context.family, state.progress),
+        regularisation=build_regularisation(config, context.family, adapter),
         state=state,
         checkpoints=checkpoints,
         validation=validation,
@@ -398,6 +400,7 @@ def build_data(
         process_index=accelerator.process_index,
         pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
+        balances_regularisation=config.regularisation.regularisation_target == "data",
         watch=watch,
     )
 

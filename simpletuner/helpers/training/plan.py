@@ -16,7 +16,7 @@ from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
-from simpletuner.helpers.data.sampler import Bucket, Sampler
+from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
@@ -96,12 +96,15 @@ def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
 
 def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:
     """Batches of one process in an epoch, in proportion to the images that were read; 0 without images."""
+    configs = [each.config for each in previews]
+    # Those in buckets are usable; the images that were not read are counted in proportion.
+    parts = [each.num_images / max(1, each.num_read) for each in previews]
+    numbers = [sum(each.buckets.values()) * part for each, part in zip(previews, parts, strict=True)]
+    balances = config.regularisation.regularisation_target == "data"
+    draws = draws_per_image(configs, numbers, balances=balances)
     buckets = [
-        Bucket(str(size), number, max(1, round(number * factor)))
-        for each in previews
-        for factor in [
-            (each.config.repeats + 1) * each.config.probability * each.num_images / max(1, each.num_read)
-        ]
+        Bucket(str(size), number, max(1, round(number * factor * part)))
+        for each, factor, part in zip(previews, draws, parts, strict=True)
         for size, number in each.buckets.items()
     ]
     if not buckets:
@@ -329,7 +332,9 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     if config.downsampling is not None:
         grown = f"{each.num_downsampled} above maximum_image_size; {grown}"
     folder, buckets = printable(str(config.instance_data_dir)), ", ".join(sizes[:_SHOWN_BUCKETS])
-    yield "images", f"{config.id}: {counted(each.num_images, 'image')} in {folder}"
+    number = counted(each.num_images, "image")
+    kind = f"{number} of regularisation" if config.is_regularisation_data else number
+    yield "images", f"{config.id}: {kind} in {folder}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.final_files import FinalFiles
     from simpletuner.helpers.training.objective import Objective
+    from simpletuner.helpers.training.regularisation import Regularisation
     from simpletuner.helpers.training.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Trainer:
     optimizer: AcceleratedOptimizer
     lr_schedule: LambdaLR
     objective: Objective
+    regularisation: Regularisation
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
@@ -175,6 +177,7 @@ class Trainer:
         # Dropout takes no generator, so the global one is seeded: a resumed run draws the same.
         torch.manual_seed(mix(self.config.training.seed, "dropout", batch.sample_indices[0]))
         noisy = self.objective.add_noise(batch)
+        noisy = self.regularisation.applied_to(noisy, batch, denoiser=self.denoiser)
         # Until backward ends: gradient checkpointing runs the forward again.
         with self.adapter.rank_mask_for(noisy.timesteps):
             prediction = self.family.predict(self.denoiser, noisy, batch)

@@ -77,6 +77,8 @@ CONFIG = {
     "caption_dropout_probability": SHARES,
     "max_grad_norm": RATES,
     "grad_clip_method": st.sampled_from(["norm", "value"]),
+    "regularisation_target": st.sampled_from(["base", "data"]),
+    "prior_loss_weight": st.floats(0, 10),
     "optimizer": st.sampled_from(["adamw", "prodigy"]),
     "optimizer_config": st.fixed_dictionaries(
         {}, optional={"eps": RATES, "weight_decay": SHARES, "betas": st.lists(BETAS, min_size=2, max_size=2)}
@@ -214,6 +216,7 @@ DATASET = {
     "maximum_image_size": st.floats(16, 4096),
     "target_downsample_size": st.floats(4096, 16384),
     "max_upscale_threshold": SHARES,
+    "is_regularisation_data": st.just(False),  # alone it is refused
     "crop": SWITCHES,
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
     "crop_aspect": st.sampled_from(["square", "preserve"]),

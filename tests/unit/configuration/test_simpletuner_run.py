@@ -67,7 +67,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
     "changes",
     [
         {"conditioning_type": "reference_strict"},
-        {"is_regularisation_data": True},
+        {"source_dataset_id": "photos"},
         {"dataset_type": "eval"},
         {"type": "aws"},
     ],
@@ -80,6 +80,13 @@ def test_an_entry_that_is_no_training_target_is_left_out(
     run = translate_run(workspace.write(), families=workspace.families)
     assert [entry["id"] for entry in run.datasets] == ["photos"]
     assert "others.id" in {each.key for each in run.decisions if each.outcome == "not translated"}
+
+
+def test_regularisation_data_stays(workspace: Workspace) -> None:
+    workspace.datasets.append({"id": "class", "instance_data_dir": "images", "is_regularization_data": True})
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert run.datasets[-1]["id"] == "class"
+    assert run.datasets[-1]["is_regularisation_data"] is True
 
 
 def test_an_entry_that_another_names_as_its_condition_is_left_out(workspace: Workspace) -> None:

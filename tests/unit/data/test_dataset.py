@@ -231,6 +231,41 @@ def test_one_image_fills_a_batch_of_eight_and_says_so(
     assert re.search(r"1 bucket has .* batch of 8.*one 64x64 \(1\)", caplog.text)
 
 
+@pytest.mark.parametrize(
+    ("balances", "per_epoch"), [(False, (6, 2)), (True, (6, 6))], ids=["as is", "balanced"]
+)
+def test_regularisation_images_are_drawn_as_often_as_others_if_that_is_asked(
+    tmp_path: Path, balances: bool, per_epoch: tuple[int, int]
+) -> None:
+    for folder, number in (("subject", 3), ("class", 2)):
+        for index in range(number):
+            paint(tmp_path / folder, f"{index}.png")
+    common = {"resolution": 64}
+    datasets = [
+        DatasetConfig(id="subject", instance_data_dir=tmp_path / "subject", repeats=1, **common),
+        DatasetConfig(
+            id="class", instance_data_dir=tmp_path / "class", is_regularisation_data=True, **common
+        ),
+    ]
+    data = cached(
+        TrainingData(
+            datasets,
+            DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text"),
+            seed=42,
+            batch_size=2,
+            pixel_alignment=64,
+            balances_regularisation=balances,
+        )
+    )
+    batches = taken(data, data.batches_per_epoch)
+    drawn = Counter(sample.dataset_id for batch in batches for sample in batch.samples)
+    assert (drawn["subject"], drawn["class"]) == per_epoch
+    for batch in batches:
+        assert {sample.dataset_id for sample in batch.samples} == {
+            "class" if batch.is_regularisation else "subject"
+        }
+
+
 @pytest.mark.reliability_row(29)
 def test_two_datasets_and_several_buckets_never_mix_in_a_batch(make: Make, tmp_path: Path) -> None:
     for folder in ("a", "b"):

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpletuner.helpers.data.sampler import Bucket, Sampler, shuffled
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
 from tests.counted import lines_run
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -122,3 +123,30 @@ def test_shuffled_is_uniform_enough() -> None:
 def test_a_far_place_among_a_million_samples_is_found_without_a_walk_to_it(index: int) -> None:
     order = sampler([10**6], batch_size=1)
     assert lines_run(lambda: order.draw(index)) < 1000
+
+
+def dataset(name: str, **keys: object) -> DatasetConfig:
+    return DatasetConfig.model_construct(id=name, **{"repeats": 0, "probability": 1.0, **keys})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "balanced"),
+    [((4, 3, 1), [3.0, 3.0, 3.0]), ((4, 1, 1), [3.0, 6.0, 6.0]), ((4, 40, 8), [3.0, 0.25, 0.25])],
+    ids=["fewer", "one each", "more"],
+)
+def test_an_epoch_draws_as_many_regularisation_images_as_others(
+    numbers: tuple[int, ...], balanced: list[float]
+) -> None:
+    keeps = {"is_regularisation_data": True}
+    datasets = [dataset("subject", repeats=2), dataset("class", **keeps), dataset("other", **keeps)]
+    assert draws_per_image(datasets, numbers, balances=True) == balanced
+    subject, *others = (number * draws for number, draws in zip(numbers, balanced, strict=True))
+    assert sum(others) == subject
+    assert draws_per_image(datasets, numbers, balances=False) == [3.0, 1.0, 1.0]
+    assert draws_per_image(datasets[:1], numbers[:1], balances=True) == [3.0]
+
+
+def test_balanced_datasets_keep_their_own_proportion() -> None:
+    keeps = {"is_regularisation_data": True}
+    datasets = [dataset("subject"), dataset("often", repeats=2, **keeps), dataset("seldom", **keeps)]
+    assert draws_per_image(datasets, [8, 2, 2], balances=True) == [1.0, 3.0, 1.0]

@@ -69,6 +69,7 @@ def test_json_lines_hold_one_object_for_each_step(tmp_path: Path) -> None:
         "step": 1,
         "epoch": 0,
         "loss": 0.5,
+        "prior_loss": None,
         "lr": 1e-4,
         "grad_norm": 2.0,
         "mean_active_rank": None,

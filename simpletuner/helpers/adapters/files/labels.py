@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from simpletuner.helpers.configuration.loading.rules import training_size
+from simpletuner.helpers.configuration.schema.datasets import subjects_of
 from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, RunConfig
 from simpletuner.helpers.contracts import ModelSpec, Sample
 from simpletuner.helpers.io.redaction import redacted
@@ -47,14 +48,17 @@ def labels_of_run(
         samples: Its images, whose captions are counted if they are tags.
         prediction_type: Of the denoiser, where it is known.
     """
-    triggers = sorted({str(each.instance_prompt) for each in config.datasets if each.instance_prompt})
+    subjects = {each.id: each.instance_prompt for each in subjects_of(config.datasets)}
+    triggers = sorted({prompt for prompt in subjects.values() if prompt})
+    trained = [sample for sample in samples if sample.dataset_id in subjects]
     return {
         key: str(value)
         for key, value in {
             **_specification(config, spec, triggers=triggers, prediction_type=prediction_type),
             **_trainer_labels(config),
-            "ss_num_train_images": len(samples),
-            "ss_tag_frequency": _as_json(tag_counts(samples, triggers=triggers)),
+            "ss_num_train_images": len(trained),
+            "ss_num_reg_images": len(samples) - len(trained) or None,
+            "ss_tag_frequency": _as_json(tag_counts(trained, triggers=triggers)),
             "ss_v_parameterization": True if prediction_type == "v_prediction" else None,
             "ss_zero_terminal_snr": config.model.rescale_betas_zero_snr or None,
         }.items()

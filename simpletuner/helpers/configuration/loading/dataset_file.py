@@ -117,9 +117,17 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             datasets += [dataset] if dataset is not None else []
         decisions += found
         num_images += kind not in ("text_embeds", "image_embeds")
+    _check_subject(datasets, num_images, source)
+    return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
+
+
+def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:
+    """Check that some images are trained on, beside those that keep what the model knows."""
     if num_images == 0:
         source.add("", "no enabled image dataset. Add one.")
-    return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
+    elif len(datasets) == num_images and all(each.is_regularisation_data for each in datasets):
+        text = "every image dataset has is_regularisation_data, so nothing is learnt. Add one without it."
+        source.add("", text)
 
 
 def conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
@@ -163,6 +171,8 @@ def _image_dataset(
     inherited: dict[str, object] = dict(data.section) if data.section is not None else {}
     known, decisions = _translated(values, source, is_text=False, inherited=inherited)
     complete = {key: inherited[key] for key in INHERITED if key in inherited} | known
+    if "instance_prompt" not in known and not is_off(known.get("is_regularisation_data")):
+        complete.pop("instance_prompt", None)  # that of config.json names the subject
     identity = known.get("id")
     if isinstance(identity, str):
         source = source.with_names(id=identity)

@@ -18,6 +18,7 @@ from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.resolution import (
     PIXELS_PER_MEGAPIXEL,
     nearest_multiple,
@@ -314,6 +315,27 @@ def check_repository(
     if problem := repository_problem(project.tracker_project_name):
         text = f"tracker_project_name {shown(project.tracker_project_name)} {problem}"
         source.add("hub_model_id", f"{text} Set hub_model_id, or rename the project.")
+
+
+def check_regularisation(
+    regularisation: Validated[RegularisationConfig],
+    adapter: Validated[AdapterConfig],
+    datasets: Sequence[DatasetConfig],
+    *,
+    source: Source,
+) -> None:
+    """Check that the model without the adapter is the base model, where its prediction is the target."""
+    section = regularisation.if_valid("regularisation_target")
+    trained = adapter.if_valid("lora_type", "lora_init_type")
+    if section is None or trained is None or section.regularisation_target != "base":
+        return
+    changes_base = trained.lora_type == STANDARD.name and trained.lora_init_type in CHANGE_THE_BASE
+    if changes_base and any(dataset.is_regularisation_data for dataset in datasets):
+        source.add(
+            "lora_init_type",
+            f"{trained.lora_init_type} changes the base weights, whose prediction is the target of "
+            "is_regularisation_data. Use default or gaussian, or set regularisation_target to data.",
+        )
 
 
 def check_output(

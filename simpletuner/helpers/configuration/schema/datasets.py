@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
@@ -137,6 +138,9 @@ class DatasetConfig(Section):
     """Additional passes over each image in an epoch; 0 is one pass."""
     probability: PositiveNumber = 1.0
     """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
+    is_regularisation_data: bool = False
+    """The images keep what the model knows of the subject's class: regularisation_target of config.json says
+    what they are trained towards. Their captions name the class, without the subject's own word."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
 
@@ -195,3 +199,8 @@ class DatasetConfig(Section):
                 "caption_strategy",
             )
         return self
+
+
+def subjects_of(datasets: Iterable[DatasetConfig]) -> list[DatasetConfig]:
+    """The datasets that teach something new: those without is_regularisation_data."""
+    return [dataset for dataset in datasets if not dataset.is_regularisation_data]

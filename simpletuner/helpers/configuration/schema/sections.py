@@ -55,6 +55,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
 )
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
@@ -461,6 +462,7 @@ class RunConfig(Section):
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
     training: TrainingConfig
+    regularisation: RegularisationConfig
     optimizer: OptimizerConfig
     noise: NoiseConfig
     precision: PrecisionConfig
@@ -508,6 +510,7 @@ class RunConfig(Section):
             self.model,
             self.adapter,
             self.training,
+            self.regularisation,
             self.optimizer,
             self.noise,
             self.precision,

@@ -91,6 +91,11 @@ def _charts(run: RunSnapshot) -> str:
     small = [
         Chart("Learning rate", [_curve(steps, log.column("lr"), "rate", colour=3)]),
         Chart("Mean active rank", _both(steps, log.column("mean_active_rank"), colour=4)),
+        Chart(
+            "Loss of regularisation images",
+            [_curve(steps, smooth(log.column("prior_loss")), "smoothed", colour=3)],
+            note="Part of the loss above.",
+        ),
         Chart("Gradient norm", _both(steps, log.column("grad_norm"), colour=2), note="Before clipping."),
         Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),

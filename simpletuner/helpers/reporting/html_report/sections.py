@@ -53,7 +53,8 @@ def render_datasets(run: RunSnapshot) -> str:
     """Images, captions and buckets of each dataset."""
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
     configured = run.config.get("data_backend_config", [])
-    return "\n".join(_dataset(each, known.get(each.get("id"), {})) for each in configured)
+    target = run.config.get("regularisation_target")
+    return "\n".join(_dataset(each, known.get(each.get("id"), {}), target=target) for each in configured)
 
 
 def render_changes(run: RunSnapshot) -> str:
@@ -140,8 +141,11 @@ def _parameters(adapter: Mapping[str, Any]) -> str | None:
     return f"{size} parameters in {format_count(adapter.get('layers', 0), 'layer')}"
 
 
-def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
-    repeats = config.get("repeats", 0)
+def _dataset(config: Mapping[str, Any], known: Mapping[str, Any], *, target: str | None) -> str:
+    draws = f"{(config.get('repeats', 0) + 1) * config.get('probability', 1):g} x each image"
+    keeps_class = bool(config.get("is_regularisation_data"))
+    if keeps_class and target == "data":
+        draws = "as many as of the other images"
     entries = [
         ("folder", display_path(config["instance_data_dir"]) if config.get("instance_data_dir") else None),
         ("images", known.get("images")),
@@ -153,7 +157,8 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any]) -> str:
             "crop",
             f"{config.get('crop_style')}, {config.get('crop_aspect')}" if config.get("crop") else "none",
         ),
-        ("draws per epoch", f"{(repeats + 1) * config.get('probability', 1):g} x each image"),
+        ("regularisation", f"towards {target}" if keeps_class else None),
+        ("draws per epoch", draws),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),
     ]

@@ -272,9 +272,7 @@ def edit_pair(**conditions: object) -> list[object]:
     return [target, {"id": "before", "instance_data_dir": "images"} | conditions]
 
 
-@pytest.mark.parametrize(
-    "key", ["conditioning_type", "source_dataset_id", "is_regularisation_data", "is_regularization_data"]
-)
+@pytest.mark.parametrize("key", ["conditioning_type", "source_dataset_id"])
 @pytest.mark.parametrize("dataset_type", [{}, {"dataset_type": "image"}])
 def test_an_entry_that_is_no_training_target_is_to_be_removed(
     workspace: Workspace, key: str, dataset_type: dict[str, object]
@@ -327,6 +325,48 @@ def test_an_entry_whose_conditioning_is_switched_off_is_trained_on(
 ) -> None:
     workspace.datasets = edit_pair(**conditions)
     assert len(workspace.load().datasets) == 2
+
+
+@pytest.mark.parametrize("key", ["is_regularisation_data", "is_regularization_data"])
+def test_regularisation_data_stands_beside_the_subject(workspace: Workspace, key: str) -> None:
+    subject, others = edit_pair(**{key: True})
+    workspace.datasets = [subject, others]
+    run = workspace.load()
+    assert [dataset.is_regularisation_data for dataset in run.datasets] == [False, True]
+    assert run.regularisation.regularisation_target == "base"
+    assert run.regularisation.prior_loss_weight == 1.0
+    for datasets in ([others], [others, subject | {"disabled": True}]):
+        workspace.datasets = datasets
+        assert "is_regularisation_data" in refused_as_is(workspace)
+
+
+def test_regularisation_data_has_no_instance_prompt_but_its_own(workspace: Workspace) -> None:
+    subject, others = edit_pair(is_regularisation_data=True)
+    workspace.datasets = [subject, others]
+    prompt = "a photo of sks cat"
+    assert [each.instance_prompt for each in workspace.load(instance_prompt=prompt).datasets] == [
+        prompt,
+        None,
+    ]
+    assert "before.instance_prompt" in workspace.problems(
+        instance_prompt=prompt, caption_strategy="instanceprompt"
+    )
+    workspace.datasets = [subject, others | {"instance_prompt": "a photo of a cat"}]
+    found = workspace.load(instance_prompt=prompt, caption_strategy="instanceprompt").datasets
+    assert found[1].instance_prompt == "a photo of a cat"
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_in_the_base_weights_leaves_no_base_model_to_keep_to(
+    workspace: Workspace, start: str
+) -> None:
+    workspace.datasets = edit_pair(is_regularisation_data=True)
+    changes = {"lora_type": "standard", "lora_init_type": start}
+    workspace.without("lycoris_config")
+    assert "lora_init_type" in workspace.problems(**changes)
+    assert workspace.load(**changes, regularisation_target="data").datasets[1].is_regularisation_data
+    workspace.datasets = edit_pair()
+    assert workspace.load(**changes)
 
 
 @pytest.mark.parametrize("name", ["a.JPG", "b.webp", "c.jpeg"])

@@ -367,7 +367,7 @@ IMAGES = {"id": "photos", "instance_data_dir": "images"}
     [
         {"write_batch_size": 128, "cache_file_suffix": "x", "text_embeds": "t", "skip_file_discovery": "vae"},
         {"metadata_backend": "discovery", "preserve_data_backend_cache": True, "ignore_epochs": True},
-        {"vae_cache_clear_each_epoch": True, "start_epoch": 1, "is_regularisation_data": False},
+        {"vae_cache_clear_each_epoch": True, "start_epoch": 1},
         {"vae_cache_clear_each_epoch": True},
     ],
     ids=range(4),

@@ -105,11 +105,11 @@ def test_every_name_of_config_json_is_known() -> None:
 
 
 def test_every_name_of_the_dataset_json_is_known() -> None:
-    names, known = DATASET_NAMES.split(), {*DatasetConfig.model_fields, *unsupported_keys("dataset")}
+    table = tables("dataset")
+    names = DATASET_NAMES.split()
+    known = {*DatasetConfig.model_fields, *table.aliases, *unsupported_keys("dataset")}
     assert len(names) > 50
-    assert not [
-        name for name in names if name not in known and not any(tables("dataset").without_effect(name))
-    ]
+    assert not [name for name in names if name not in known and not any(table.without_effect(name))]
 
 
 def test_no_supported_key_is_called_unsupported() -> None:
