@@ -19,7 +19,7 @@ from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
-from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 

@@ -13,8 +13,8 @@ from simpletuner.helpers.adapters.files.adapter_file import weight_hash
 from simpletuner.helpers.adapters.files.labels import labels_of_run
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import holds_text
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 if TYPE_CHECKING:

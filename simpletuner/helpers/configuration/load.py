@@ -38,6 +38,7 @@ from simpletuner.helpers.configuration.loading.lycoris_file import complete_lyco
 from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
@@ -49,7 +50,6 @@ from simpletuner.helpers.configuration.schema.lycoris import (
 )
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.sections import (
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     FileConfig,

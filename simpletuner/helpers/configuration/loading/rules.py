@@ -14,6 +14,7 @@ from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import RawValue
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -24,8 +25,6 @@ from simpletuner.helpers.configuration.schema.resolution import (
     square_size,
 )
 from simpletuner.helpers.configuration.schema.sections import (
-    CHANGE_THE_BASE,
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
