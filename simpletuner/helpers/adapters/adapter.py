@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from simpletuner.helpers.errors import AdapterError
+
+FULL_STRENGTH = 1.0
 
 
 class Adapter(ABC):
@@ -49,6 +51,18 @@ class Adapter(ABC):
     @abstractmethod
     def set_strength(self, strength: float) -> None:
         """Scale the adapter's contribution; 0 gives the base model."""
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Scale the adapter's contribution for a forward and its backward, which may repeat the forward."""
+        if strength == FULL_STRENGTH:
+            yield
+            return
+        self.set_strength(strength)
+        try:
+            yield
+        finally:
+            self.set_strength(FULL_STRENGTH)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

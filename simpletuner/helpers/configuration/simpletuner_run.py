@@ -33,7 +33,6 @@ _NO_TARGETS = frozenset(
         "source_dataset_id",
         "is_regularisation_data",
         "is_regularization_data",
-        "slider_strength",
     }
 )
 """Keys of a dataset that, where they are refused, say that its images are no plain training targets."""

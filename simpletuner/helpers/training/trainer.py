@@ -177,7 +177,7 @@ class Trainer:
         torch.manual_seed(mix(seed, "dropout", batch.sample_indices[0]))
         noisy = self.family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=seed)
         # Until backward ends: gradient checkpointing runs the forward again.
-        with self.adapter.rank_mask_for(noisy.timesteps):
+        with self.adapter.rank_mask_for(noisy.timesteps), self.adapter.at_strength(batch.strength):
             prediction = self.family.predict(self.denoiser, noisy, batch)
             sample_losses = self.loss(prediction, noisy.target, noisy.weight)  # [B]
             loss = sample_losses.mean()

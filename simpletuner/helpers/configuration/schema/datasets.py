@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
@@ -14,6 +15,7 @@ from simpletuner.helpers.configuration.schema.base import (
     NonNegativeNumber,
     OneOf,
     OptionalCount,
+    OptionalNumber,
     OptionalOutputPath,
     OptionalPositiveNumber,
     OptionalShare,
@@ -139,6 +141,10 @@ class DatasetConfig(Section):
     """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
+    slider_strength: OptionalNumber = None
+    """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
+    another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
+    one."""
 
     @property
     def crops_to_buckets(self) -> bool:
@@ -195,3 +201,8 @@ class DatasetConfig(Section):
                 "caption_strategy",
             )
         return self
+
+
+def slider_strengths(datasets: Iterable[DatasetConfig]) -> tuple[float, ...]:
+    """The strengths of a slider's datasets, each once and ascending; empty without a slider."""
+    return tuple(sorted({each.slider_strength for each in datasets if each.slider_strength is not None}))
