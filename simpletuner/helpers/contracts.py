@@ -89,6 +89,8 @@ class ModelSpec:
     """Edge of a square image, in pixels."""
     lora_targets: tuple[str, ...]
     """Default PEFT target module names."""
+    slider_targets: tuple[str, ...] = ()
+    """PEFT target module names of sliders, which leave text alone."""
     denoiser_name: str = "unet"
     """Folder of the denoiser in the diffusers layout, and the prefix of its keys in LoRA files."""
     num_train_timesteps: int = 1000
@@ -200,6 +202,8 @@ class Batch:
     """Global index of each sample in the run; its noise and timestep derive from it."""
     is_regularisation: bool = False
     """The samples, all of one dataset, keep what the model knows; so do those of the other processes."""
+    strength: float = 1.0
+    """Strength of the adapter in forward and backward, the same for all samples."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -13,6 +13,7 @@ _OPENED = "names a file or a rule that is read while the configuration is loaded
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
 READ_WHILE_LOADING: dict[str, str] = {
     "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
+    "AdapterConfig.slider_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.lycoris_config": _OPENED,
     "DataConfig.aspect_bucket_alignment": "read through DataConfig.alignment",
     "DataConfig.cache_dir_vae": "read through DataConfig.latents_folder",

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.network import attach_adapter
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.models.sdxl.spec import SPEC
 
 LYCORIS_JSON = {

@@ -9,8 +9,8 @@ import torch
 
 from simpletuner import cli
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 
 

@@ -21,8 +21,8 @@ from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.flux import spec as flux

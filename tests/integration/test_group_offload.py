@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.attachment import CHILD_PREFIX
 from simpletuner.helpers.adapters.network import attach_adapter
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig, Precision, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import Precision, PrecisionConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.flux.spec import SPEC as FLUX
 from simpletuner.helpers.models.flux.tiny import make_transformer

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.errors import AdapterError
 
+FULL_STRENGTH = 1.0
+
 
 class Adapter(ABC):
     """One adapter attached to one denoiser, which contains the adapter's modules."""
@@ -58,6 +60,18 @@ class Adapter(ABC):
             yield
         finally:
             self.set_strength(1.0)
+
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Scale the adapter's contribution for a forward and its backward, which may repeat the forward."""
+        if strength == FULL_STRENGTH:
+            yield
+            return
+        self.set_strength(strength)
+        try:
+            yield
+        finally:
+            self.set_strength(FULL_STRENGTH)
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

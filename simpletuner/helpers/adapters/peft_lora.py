@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +22,16 @@ from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
-from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, AdapterConfig
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
+from simpletuner.helpers.io.names import counted
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
+_KEY = "peft_lora_target_modules"
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LoraLayer)
 
 
 class PeftAdapter(Adapter):
@@ -37,27 +45,32 @@ class PeftAdapter(Adapter):
 
     def __init__(self, denoiser: Any, config: AdapterConfig, *, spec: ModelSpec, seed: int) -> None:
         self.denoiser, self.prefix = denoiser, spec.denoiser_name
-        wanted = list(config.peft_lora_target_modules or spec.lora_targets)
+        wanted = config.peft_lora_target_modules or spec.lora_targets
+        alpha = config.lora_alpha or config.lora_rank
+        self.scale = alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha or config.lora_rank,  # type: ignore[arg-type]  # a float is right at run time
+            lora_alpha=alpha,  # type: ignore[arg-type]  # a float is right at run time
             lora_dropout=config.lora_dropout,
             init_lora_weights=True if config.lora_init_type == "default" else config.lora_init_type,
             use_dora=config.use_dora,
-            target_modules=wanted,
+            use_rslora=config.use_rslora,
+            target_modules=_of_pattern(wanted, denoiser) if isinstance(wanted, str) else list(wanted),
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
                 denoiser.add_adapter(lora, adapter_name=ADAPTER_NAME)
             except ValueError as error:  # PEFT found no layer, or does not support its class
-                message = no_match_message(wanted, denoiser, key="peft_lora_target_modules")
+                names = [wanted] if isinstance(wanted, str) else wanted
+                message = no_match_message(names, denoiser, key=_KEY)
                 raise ConfigError(f"{message} PEFT's reason: {error}") from error
         layers = (module for module in denoiser.modules() if isinstance(module, LoraLayer))
         # A removed adapter leaves empty wrappers behind.
         self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
-        if tuple(wanted) != spec.lora_targets:  # a family's default targets cover several models
+        # A family's default targets cover several models.
+        if not isinstance(wanted, str) and wanted != spec.lora_targets:
             self._refuse_idle(wanted)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -70,7 +83,7 @@ class PeftAdapter(Adapter):
         paths = [path for path, module in self.denoiser.named_modules() if id(module) in own]
         idle = [name for name in wanted if not any(f".{path}".endswith(f".{name}") for path in paths)]
         if idle:
-            raise ConfigError(no_match_message(idle, self.denoiser, key="peft_lora_target_modules"))
+            raise ConfigError(no_match_message(idle, self.denoiser, key=_KEY))
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, layer by layer."""
@@ -106,8 +119,7 @@ class PeftAdapter(Adapter):
             AdapterError: The file's layers or ranks differ.
         """
         stored = in_diffusers_layout(adapter_file.read(file), self.denoiser, prefix=self.prefix)
-        own = self.denoiser.peft_config[ADAPTER_NAME]
-        state = _with_scale(stored, own.lora_alpha / own.r, prefix=self.prefix)
+        state = _with_scale(stored, self.scale, prefix=self.prefix)
         try:
             self.load_state_dict(state)
         except AdapterError as error:
@@ -129,15 +141,15 @@ class PeftAdapter(Adapter):
         state = self.state_dict()
         if self._start:
             state = {key: _subtract_start(key, factor, self._start[key]) for key, factor in state.items()}
-            config = replace(config, r=2 * config.r, lora_alpha=2 * config.lora_alpha, init_lora_weights=True)
-        scale = config.lora_alpha / config.r
-        config = replace(config, lora_alpha=config.r)
+            config = replace(config, r=2 * config.r, init_lora_weights=True)
+        # Readers of the header would scale by the root of the rank once more.
+        config = replace(config, lora_alpha=config.r, use_rslora=False)
         metadata = dict(metadata) | {
             adapter_file.VERSION_KEY: adapter_file.VERSION,
             METADATA_KEY: lora_metadata(config, prefix=self.prefix),
         }
         tensors = {
-            f"{self.prefix}.{key}": tensor * scale if ".lora_B." in key else tensor
+            f"{self.prefix}.{key}": tensor * self.scale if ".lora_B." in key else tensor
             for key, tensor in state.items()
         }
         adapter_file.write(file, tensors, metadata=metadata)
@@ -145,6 +157,22 @@ class PeftAdapter(Adapter):
     def detach(self) -> None:
         """Remove the LoRA layers from the denoiser."""
         self.denoiser.delete_adapters(ADAPTER_NAME)
+
+
+def _of_pattern(pattern: str, denoiser: nn.Module) -> str:
+    """A regular expression of the layers alone that another one matches among a model's modules.
+
+    Raises:
+        ConfigError: It matches no layer.
+    """
+    layers = {path: module for path, module in denoiser.named_modules() if isinstance(module, _LAYERS)}
+    # A removed adapter leaves empty wrappers behind.
+    wrappers = tuple(f"{path}." for path, module in layers.items() if isinstance(module, LoraLayer))
+    paths = [path for path in layers if re.fullmatch(pattern, path) and not path.startswith(wrappers)]
+    if not paths:
+        raise ConfigError(no_match_message([pattern], denoiser, key=_KEY))
+    logger.info("%s %s matches %s.", _KEY, pattern, counted(len(paths), "layer"))
+    return "|".join(map(re.escape, paths))
 
 
 def _subtract_start(key: str, factor: Tensor, start: Tensor) -> Tensor:

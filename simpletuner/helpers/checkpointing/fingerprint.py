@@ -13,9 +13,9 @@ from simpletuner.helpers.adapters.files.adapter_file import weight_hash
 from simpletuner.helpers.adapters.files.labels import labels_of_run
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import holds_text
 from simpletuner.helpers.configuration.schema.datasets import subjects_of
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 if TYPE_CHECKING:
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from simpletuner.helpers.io.atomic import JsonValue
 
 # Adapter settings that may change on resume.
-SAFE_ADAPTER_KEYS = {"lora_dropout", "lora_format", "lycoris_config", "init_lora"}
+SAFE_ADAPTER_KEYS = {
+    *("lora_dropout", "lora_format", "lycoris_config", "init_lora"),
+    "slider_lora_target",  # peft_lora_target_modules has its layers
+}
 
 _TEXTS = {"lycoris apply_preset"} | {
     key for key in AdapterConfig.model_fields if holds_text(AdapterConfig, key)
@@ -54,11 +57,15 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
             maximum, target = dataset.downsampling
             settings[f"dataset {dataset.id}, maximum_image_size"] = maximum
             settings[f"dataset {dataset.id}, target_downsample_size"] = target
+        if dataset.slider_strength is not None:
+            settings[f"dataset {dataset.id}, slider_strength"] = dataset.slider_strength
     if config.lycoris is not None:
         chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
         settings |= {f"lycoris {key}": value for key, value in chosen.items()}
     else:
-        settings |= config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS)
+        # Checkpoints of older versions have no use_rslora.
+        unset = set() if config.adapter.use_rslora else {"use_rslora"}
+        settings |= config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS | unset)
     texts = {key: redacted_json(settings[key], with_digest=True) for key in _TEXTS & settings.keys()}
     return settings | texts
 

@@ -35,6 +35,8 @@ class Algorithm(Choice):
     """Changes the layer's weight unless bypass_mode is set; False for one that always adds to the output."""
     takes_multiplier: bool = True
     """Its effect is proportional to a tensor of its files, into which they fold a multiplier other than 1."""
+    is_proportional: bool = True
+    """Its effect on a layer's output is proportional to its strength, but for DISPROPORTIONATE arguments."""
     exports_to_comfyui: bool = False
     """Its layers are two factors, written as a LoRA, or have tensors that ComfyUI reads under other names."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
@@ -112,6 +114,8 @@ ARGUMENTS: dict[str, Argument] = {
     "block_size": Argument(type="count", description="DyLoRA: ranks that are trained at a time."),
 }
 """Name in LyCORIS's constructors -> argument."""
+DISPROPORTIONATE = ("weight_decompose", "rescaled")
+"""Arguments with which the effect is not proportional to the strength: the magnitudes have none."""
 DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
 
 
@@ -259,6 +263,7 @@ ALGORITHMS = Registry(
         arguments=_ORTHOGONAL,
         defaults=_size(10, 1.0, constraint=0.0, rescaled=False),
         takes_multiplier=False,
+        is_proportional=False,
         rank_axes={".oft_blocks": None},
     ),
     Algorithm(

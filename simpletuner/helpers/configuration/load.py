@@ -35,11 +35,12 @@ from simpletuner.helpers.configuration.loading.defaults import (
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
-from simpletuner.helpers.configuration.loading.prompts import merge_prompts, read_library
+from simpletuner.helpers.configuration.loading.prompts import at_both_ends, merge_prompts, read_library
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.lycoris import (
     LayerArguments,
     LycorisConfig,
@@ -51,7 +52,6 @@ from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.sections import (
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     FileConfig,
@@ -182,13 +182,14 @@ class Loader:
         publishing = self._section(PublishingConfig)
         lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
         self.decisions += dataset_file.decisions
-        prompts, webhooks = self._prompts(validation), self._webhooks(tracking)
+        prompts, webhooks = self._prompts(validation, dataset_file), self._webhooks(tracking)
         if spec is not None:
             rules.check_model(model, spec, self.source)
             family_sections = (model, adapter, training, noise, validation)
             rules.check_family(family_sections, spec, families=self.families, source=self.source)
             rules.check_lora_preset(self.raw, adapter, spec=spec, source=self.source)
             rules.check_format(adapter, lycoris, spec=spec, source=self.source)
+            rules.check_slider(adapter, lycoris, datasets=dataset_file.datasets, source=self.source)
             rules.check_precision(precision, adapter, lycoris, spec=spec, source=self.source)
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
@@ -351,14 +352,18 @@ class Loader:
             self.source.add("data_backend_config", text)
         return DatasetFile((), None)
 
-    def _prompts(self, validation: Validated[ValidationConfig]) -> tuple[ValidationPrompt, ...]:
+    def _prompts(
+        self, validation: Validated[ValidationConfig], dataset_file: DatasetFile
+    ) -> tuple[ValidationPrompt, ...]:
         section = validation.section
         if section is None:
             return ()
         content = self._content("user_prompt_library", section.user_prompt_library)
         user = read_library(content[0], content[2]) if content is not None else ()
         with_library = section.validation_prompt_library
-        return merge_prompts(section.validation_prompt, with_library=with_library, user=user)
+        prompts = merge_prompts(section.validation_prompt, with_library=with_library, user=user)
+        strengths = slider_strengths(dataset_file.datasets)
+        return at_both_ends(prompts, strengths, factor=section.validation_lycoris_strength)
 
     def _webhooks(self, tracking: Validated[TrackingConfig]) -> tuple[WebhookConfig, ...]:
         path = tracking.section.webhook_config if tracking.section is not None else None

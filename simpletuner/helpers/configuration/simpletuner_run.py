@@ -31,7 +31,6 @@ _NO_TARGETS = frozenset(
         "dataset_type",
         "conditioning_type",
         "source_dataset_id",
-        "slider_strength",
     }
 )
 """Keys of a dataset that, where they are refused, say that its images are no plain training targets."""

@@ -22,7 +22,7 @@ from simpletuner.helpers.caching.latents import latents_key, read_latents
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
@@ -30,6 +30,7 @@ from simpletuner.helpers.data.index import ImageIndex, content_digest, index_fil
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import beginning, shown
+from simpletuner.helpers.data.sliders import slider_problems, turn_of
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
@@ -91,6 +92,7 @@ class TrainingData:
             each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
         }
         self._vae_identity = self._text_identity = ""
+        self._strengths = slider_strengths(active)
         self.damaged = {}
         self._follow([self._plan(each) for each in active])
 
@@ -211,7 +213,15 @@ class TrainingData:
             samples=samples,
             sample_indices=sample_indices,
             is_regularisation=samples[0].dataset_id in self._regularisation,
+            strength=self._strength(images[0].sample.dataset_id, draw.turn),
         )
+
+    def _strength(self, dataset_id: str, turn: int) -> float:
+        """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn."""
+        if not self._strengths:
+            return 1.0
+        own = next(each.slider_strength for each in self.datasets if each.id == dataset_id)
+        return self._strengths[turn % len(self._strengths)] if own is None else own
 
     def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
         folder = printable(str(self._text_store.folder))
@@ -301,6 +311,7 @@ class TrainingData:
         self.skipped = tuple(each for plan in plans for each in plan.skipped)
         self.batches_per_epoch = self._sampler.batches_per_epoch
         self._log_epoch()
+        self._log_slider()
 
     def _log_epoch(self) -> None:
         size = self.batch_size * self.num_processes
@@ -326,6 +337,16 @@ class TrainingData:
             if repeated
             else "",
         )
+
+    def _log_slider(self) -> None:
+        strengths = {plan.config.id: plan.config.slider_strength for plan in self._plans}
+        draws: Counter[float] = Counter()
+        for bucket, images in self._buckets:
+            strength = strengths[images[0].sample.dataset_id]
+            if strength is not None:
+                draws[strength] += bucket.samples_per_epoch
+        for text in slider_problems(draws):
+            logger.warning("%s", text)
 
 
 def _hash_of(value: object) -> str:
@@ -382,7 +403,12 @@ def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[Plan
         members.setdefault(f"{plan.config.id} {image.sample.target_px}", []).append(image)
     return [
         (
-            Bucket(name=name, num_samples=len(images), samples_per_epoch=max(1, round(len(images) * draws))),
+            Bucket(
+                name=name,
+                num_samples=len(images),
+                samples_per_epoch=max(1, round(len(images) * draws)),
+                group=turn_of(plan.config),
+            ),
             images,
         )
         for name, images in members.items()

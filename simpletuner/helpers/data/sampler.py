@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,8 @@ class Bucket:
     num_samples: int
     samples_per_epoch: int
     """Requested draws: num_samples * draws_per_image, rounded."""
+    group: int = 0
+    """The batches of an epoch alternate between the groups, in ascending order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Draw:
     bucket: int
     samples: tuple[int, ...]
     """Positions in the bucket."""
+    turn: int
+    """Number of the batch among all of its bucket."""
 
 
 def draws_per_image(
@@ -80,7 +85,8 @@ class Sampler:
 
     Each bucket is an endless sequence of shuffled passes over its samples, and each epoch takes the next
     whole batches of it, so the last batch of an epoch may begin the next pass. After whole epochs the draws
-    of two samples of a bucket differ by at most one.
+    of two samples of a bucket differ by at most one. The batches of each group are spread evenly over an
+    epoch.
     """
 
     def __init__(self, buckets: Sequence[Bucket], *, seed: int, batch_size: int) -> None:
@@ -91,6 +97,8 @@ class Sampler:
         self._batch_size = batch_size
         self._num_batches = tuple(max(1, -(-bucket.samples_per_epoch // batch_size)) for bucket in buckets)
         self._starts = np.cumsum([0, *self._num_batches])
+        self._groups = np.repeat([bucket.group for bucket in buckets], self._num_batches)
+        self._num_groups = len({bucket.group for bucket in buckets})
         self._orders: dict[tuple[str, int], npt.NDArray[np.int32]] = {}
 
     @property
@@ -101,12 +109,19 @@ class Sampler:
     def draw(self, index: int) -> Draw:
         """The global batch with this number, computed without the earlier ones."""
         epoch, position = divmod(index, self.batches_per_epoch)
-        entry = int(self._order("epoch", epoch, self.batches_per_epoch)[position])
+        entry = int(self._epoch_order(epoch)[position])
         bucket = int(np.searchsorted(self._starts, entry, side="right")) - 1
         batch = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
         first = batch * self._batch_size
         samples = tuple(self._sample(bucket, first + slot) for slot in range(self._batch_size))
-        return Draw(epoch=epoch, bucket=bucket, samples=samples)
+        return Draw(epoch=epoch, bucket=bucket, samples=samples, turn=batch)
+
+    def _epoch_order(self, epoch: int) -> npt.NDArray[np.int32]:
+        """The epoch's batches, shuffled within each group; groups of equal size take strict turns."""
+        order = self._order("epoch", epoch, self.batches_per_epoch)
+        if self._num_groups == 1:
+            return order
+        return self._cached("turns", epoch, partial(_in_turns, order, self._groups[order]))
 
     def _sample(self, bucket: int, turn: int) -> int:
         """The sample of one turn in the bucket's endless sequence."""
@@ -115,11 +130,27 @@ class Sampler:
         return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position])
 
     def _order(self, purpose: str, index: int, length: int) -> npt.NDArray[np.int32]:
-        """A cached permutation: neighbouring batches need the same few."""
+        make = partial(shuffled, self._seed, purpose, index, length=length)
+        return self._cached(purpose, index, make)
+
+    def _cached(
+        self, purpose: str, index: int, make: Callable[[], npt.NDArray[np.int32]]
+    ) -> npt.NDArray[np.int32]:
+        """A cached order: neighbouring batches need the same few."""
         order = self._orders.get((purpose, index))
         if order is None:
-            num_numbers = sum(map(len, self._orders.values())) + length
+            order = make()
+            num_numbers = sum(map(len, self._orders.values())) + len(order)
             if num_numbers > _CACHED_NUMBERS or len(self._orders) == _CACHED_ORDERS:
                 self._orders.clear()
-            order = self._orders[purpose, index] = shuffled(self._seed, purpose, index, length=length)
+            self._orders[purpose, index] = order
         return order
+
+
+def _in_turns(order: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """The entries of an order, each group spread evenly over it without a change of its own order."""
+    due = np.empty(len(order))
+    for group in np.unique(groups):
+        members = np.flatnonzero(groups == group)
+        due[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return order[np.lexsort((groups, due))]

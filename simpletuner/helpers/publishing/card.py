@@ -42,7 +42,7 @@ SHOWN_TIMESTEPS = 4
 EXPORTED = ("tlora", "lora", STANDARD.name)
 """Algorithms that `simpletuner export` converts for diffusers."""
 LOCAL_MODEL = "path/to/the/base/model"
-STANDARD_SETTINGS = ("lora_rank", "lora_alpha", "lora_init_type", "use_dora")
+STANDARD_SETTINGS = ("lora_rank", "lora_alpha", "lora_init_type", "use_dora", "use_rslora")
 SETTINGS = (
     *("model_family", "model_flavour", "lora_type", *STANDARD_SETTINGS),
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "train_batch_size"),
@@ -215,6 +215,8 @@ def _gallery(run: RunFiles) -> str:
     rows = []
     for (prompt, _), name in zip(run.images, card_images(run), strict=False):
         facts = f"{prompt.get('size', '')}, seed {prompt.get('seed', '')}"
+        if (strength := prompt.get("strength", 1)) != 1:
+            facts += f", strength {strength:g}"
         rows.append(f"| ![]({name}) | {escape(prompt.get('prompt') or '(no prompt)')} | {escape(facts)} |")
     head = "| image | prompt | size and seed |\n| --- | --- | --- |\n"
     return head + "\n".join(rows) + f"\n\n![]({CARD_IMAGES_FOLDER}/{GRID_FILE})"

@@ -30,7 +30,8 @@ class PromptSpec:
     @property
     def label(self) -> str:
         """Label of the image in a grid."""
-        return f"{redacted(self.text)}\n{self.size}  seed {self.seed}"
+        strength = "" if self.strength == 1 else f"  strength {self.strength:g}"
+        return f"{redacted(self.text)}\n{self.size}  seed {self.seed}{strength}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
+from simpletuner.helpers.data.sliders import slider_problems
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
@@ -85,6 +87,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
+    problems += slider_problems(slider_draws(previews))
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
 
@@ -111,6 +114,16 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
         return 0
     size = config.training.train_batch_size
     return Sampler(buckets, seed=config.training.seed, batch_size=size).batches_per_epoch
+
+
+def slider_draws(previews: Sequence[DatasetPreview]) -> Counter[float]:
+    """Strength of a slider -> images that an epoch draws at it."""
+    draws: Counter[float] = Counter()
+    for each in previews:
+        if each.config.slider_strength is not None:
+            share = (each.config.repeats + 1) * each.config.probability
+            draws[each.config.slider_strength] += max(1, round(each.num_images * share))
+    return draws
 
 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
@@ -336,6 +349,8 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     kind = f"{number} of regularisation" if config.is_regularisation_data else number
     yield "images", f"{config.id}: {kind} in {folder}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
+    if config.slider_strength is not None:
+        yield "", f"slider_strength {config.slider_strength:g}"
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
     number = f"{counted(captioned, 'image has one', 'images have one')}{part}"

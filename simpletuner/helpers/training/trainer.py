@@ -179,7 +179,7 @@ class Trainer:
         noisy = self.objective.add_noise(batch)
         noisy = self.regularisation.applied_to(noisy, batch, denoiser=self.denoiser)
         # Until backward ends: gradient checkpointing runs the forward again.
-        with self.adapter.rank_mask_for(noisy.timesteps):
+        with self.adapter.rank_mask_for(noisy.timesteps), self.adapter.at_strength(batch.strength):
             prediction = self.family.predict(self.denoiser, noisy, batch)
             sample_losses = self.objective.sample_losses(prediction, noisy)  # [B]
             loss = sample_losses.mean()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
+from simpletuner.helpers.adapters.adapter import FULL_STRENGTH
 from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
 from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ValidationType = Literal["base_model", "intermediary", "final"]
-FULL_STRENGTH = 1.0
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from simpletuner.helpers.adapters.network import attach_adapter
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.models.sdxl.spec import SPEC
 

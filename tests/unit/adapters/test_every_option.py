@@ -21,9 +21,9 @@ from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter,
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models.sdxl.spec import SPEC

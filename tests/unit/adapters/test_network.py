@@ -27,8 +27,8 @@ from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.spec import INITS
 from simpletuner.helpers.configuration.loading.building import Source
 from simpletuner.helpers.configuration.loading.lycoris_file import read_lycoris
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
 from simpletuner.helpers.configuration.text.problems import Problems
 from simpletuner.helpers.contracts import TargetAlias
 from simpletuner.helpers.errors import AdapterError, ConfigError

@@ -117,6 +117,10 @@ def test_a_contradiction_with_a_value_that_is_itself_wrong_is_not_reported(works
         ("report_to", "wandb, tensorboard", ("wandb", "tensorboard")),
         ("report_to", "none", ()),
         ("peft_lora_target_modules", "to_k,to_q", ("to_k", "to_q")),
+        ("peft_lora_target_modules", '["to_k", " to_out.0"]', ("to_k", "to_out.0")),
+        ("peft_lora_target_modules", "blocks.0.to_k", ("blocks.0.to_k",)),
+        ("peft_lora_target_modules", r".*attn1\.to_[qk]", r".*attn1\.to_[qk]"),
+        ("peft_lora_target_modules", "[a-c].*[qk]", "[a-c].*[qk]"),
         ("tracker_run_name", 5, "5"),
         ("caption_strategy", "instance_prompt", "instanceprompt"),
         ("optimizer_config", "weight_decay=1e-4", {"weight_decay": 1e-4}),
@@ -510,3 +514,30 @@ def test_the_title_is_that_of_the_repository_the_run_or_the_folder(workspace: Wo
     assert workspace.load(output_dir="out/cats").title == "cats"
     assert workspace.load(tracker_run_name="try 2").title == "try 2"
     assert workspace.load(hub_model_id="me/cat").title == "cat"
+
+
+def test_target_layers_are_read_from_a_file(workspace: Workspace) -> None:
+    workspace.text("layers.json", '["to_k", "to_q"]')
+    config = workspace.load(peft_lora_target_modules="layers.json")
+    assert config.adapter.peft_lora_target_modules == ("to_k", "to_q")
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (r".*to_(q|k", "character 6"),
+        ("other.json", "other.json"),
+        ("layers.json", "array"),
+        ("broken.json", "broken.json"),
+        ('["to_q", 5]', "array"),
+    ],
+)
+def test_target_layers_that_cannot_be_read_are_refused(
+    workspace: Workspace, written: str, found: str
+) -> None:
+    workspace.text("layers.json", '{"to_k": 1}')
+    workspace.text("broken.json", "[")
+    message = workspace.problems(peft_lora_target_modules=written)
+    assert "config.json: 1 problem" in message
+    assert "  peft_lora_target_modules  " in message
+    assert found in message

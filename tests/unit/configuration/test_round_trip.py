@@ -63,7 +63,10 @@ CONFIG = {
     "lora_dropout": st.floats(0, 0.99),
     "lora_init_type": st.sampled_from(["default", "gaussian"]),
     "use_dora": SWITCHES,
-    "peft_lora_target_modules": st.lists(NAMES, min_size=1, max_size=3),
+    "use_rslora": SWITCHES,
+    "peft_lora_target_modules": st.lists(NAMES, min_size=1, max_size=3)
+    | st.sampled_from([r".*attn\d\.to_[qkv]", "(a|b).*"]),
+    "slider_lora_target": st.just(False),
     "flux_lora_target": st.none() | WORDS,
     "lora_format": st.just("diffusers"),
     "init_lora": st.none() | st.just("start.safetensors"),
@@ -232,6 +235,7 @@ DATASET = {
     "repeats": COUNTS_OR_ZERO,
     "probability": RATES,
     "max_num_samples": st.none() | COUNTS_OR_ZERO,
+    "slider_strength": st.none() | st.just(0),
 }
 LYCORIS = {
     "tlora_min_rank": st.integers(1, 8),

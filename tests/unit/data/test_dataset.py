@@ -871,3 +871,36 @@ def test_facts_change_with_the_images_the_captions_and_the_global_batch_alone(
     assert {key for key in two if two[key] != make(photos).facts()[key]} == {
         "samples per batch of all processes"
     }
+
+
+def test_batches_of_a_slider_have_their_dataset_s_strength_and_neutral_ones_each_of_them(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strengths = {"more": 0.5, "less": -0.25, "plain": None}
+    for name in strengths:
+        for number in range(4):
+            paint(tmp_path / name, f"{number}.png", caption="a")
+
+    def made(**options: object) -> TrainingData:
+        data = make(*(tmp_path / name for name in strengths), **options)
+        data.datasets = [
+            each.model_copy(update={"slider_strength": strengths[each.id]}) for each in data.datasets
+        ]
+        data.__post_init__()
+        return data
+
+    data = cached(made())
+    drawn = [(batch.samples[0].dataset_id, batch.strength) for batch in islice(data.batches(), 12)]
+    assert [name for name, _ in drawn] == ["more", "less", "plain"] * 4
+    assert {each for each in drawn if each[0] != "plain"} == {("more", 0.5), ("less", -0.25)}
+    assert Counter(strength for name, strength in drawn if name == "plain") == {0.5: 2, -0.25: 2}
+    later = [(batch.samples[0].dataset_id, batch.strength) for batch in islice(data.batches(start=5), 7)]
+    assert later == drawn[5:]
+    for rank in range(2):
+        part = cached(made(batch_size=1, num_processes=2, process_index=rank))
+        assert [batch.strength for batch in islice(part.batches(), 12)] == [each for _, each in drawn]
+    assert "4 at slider_strength -0.25, 4 at slider_strength 0.5" in caplog.text
+
+
+def test_batches_without_a_slider_have_full_strength(make: Make, photos: Path) -> None:
+    assert {batch.strength for batch in islice(cached(make(photos)).batches(), 4)} == {1.0}

@@ -150,3 +150,57 @@ def test_balanced_datasets_keep_their_own_proportion() -> None:
     keeps = {"is_regularisation_data": True}
     datasets = [dataset("subject"), dataset("often", repeats=2, **keeps), dataset("seldom", **keeps)]
     assert draws_per_image(datasets, [8, 2, 2], balances=True) == [1.0, 3.0, 1.0]
+
+
+def in_groups(groups: list[int], sizes: list[int], *, seed: int = 0, batch_size: int = 2) -> Sampler:
+    buckets = [
+        Bucket(name=str(place), num_samples=size, samples_per_epoch=size, group=group)
+        for place, (group, size) in enumerate(zip(groups, sizes, strict=True))
+    ]
+    return Sampler(buckets, seed=seed, batch_size=batch_size)
+
+
+def test_groups_of_equal_size_take_strict_turns_in_every_epoch() -> None:
+    groups = [1, 0, 2, 0]
+    order = in_groups(groups, [12, 6, 12, 6])
+    drawn = [groups[order.draw(index).bucket] for index in range(3 * order.batches_per_epoch)]
+    assert drawn == [0, 1, 2] * 18
+    epochs = [
+        [order.draw(index).samples for index in range(start, start + 18)]
+        for start in range(0, 54, order.batches_per_epoch)
+    ]
+    assert epochs[0] != epochs[1]
+    assert {sample for epoch in epochs for samples in epoch for sample in samples} == set(range(12))
+
+
+def test_a_smaller_group_is_spread_over_the_epoch() -> None:
+    groups = [0, 1]
+    order = in_groups(groups, [24, 6])
+    drawn = [groups[order.draw(index).bucket] for index in range(order.batches_per_epoch)]
+    assert [place for place, group in enumerate(drawn) if group == 1] == [2, 7, 12]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 40))
+def test_groups_change_the_order_of_an_epoch_and_nothing_else(
+    members: list[tuple[int, int]], index: int
+) -> None:
+    groups, sizes = [group for group, _ in members], [size for _, size in members]
+    turns, plain = in_groups(groups, sizes), in_groups([0] * len(sizes), sizes)
+    if len(set(groups)) == 1:
+        assert turns.draw(index) == plain.draw(index)
+    length = plain.batches_per_epoch
+
+    def epoch(order: Sampler) -> list[tuple[int, int, tuple[int, ...]]]:
+        draws = [order.draw(each) for each in range(length, 2 * length)]
+        return sorted((draw.bucket, draw.turn, draw.samples) for draw in draws)
+
+    assert epoch(turns) == epoch(plain)
+    assert in_groups(groups, sizes).draw(index) == turns.draw(index)
+
+
+def test_orders_of_turns_are_kept_within_the_limit_of_all_orders() -> None:
+    order = in_groups([0, 1], [2, 2])
+    for epoch in range(1100):
+        order.draw(epoch * order.batches_per_epoch)
+        assert len(order._orders) <= 1024

@@ -211,3 +211,13 @@ def test_a_folder_that_is_none_of_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PublishError):
         card_of(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_images_of_a_slider_say_their_strength(run: Path) -> None:
+    manifest = json.loads((run / "run.json").read_text())
+    for shot, strength in zip(manifest["shots"], (-0.5, 1.0), strict=True):
+        shot["strength"] = strength
+    (run / "run.json").write_text(json.dumps(manifest))
+    text = card_of(run)
+    assert "| 64x64, seed 7, strength -0.5 |" in text
+    assert "| 64x64, seed 7 |" in text

@@ -50,3 +50,10 @@ def test_label_of_an_image_shows_no_value_of_an_environment_variable() -> None:
     first = expand_prompts(config(), seed=7)[0]
     assert first.text == "a cat"
     assert first.label.startswith("{env:KEY}\n")
+
+
+def test_label_names_a_strength_other_than_one() -> None:
+    full, half = (
+        expand_prompts(config(validation_lycoris_strength=value), seed=7)[0].label for value in (1, -0.5)
+    )
+    assert half == f"{full}  strength -0.5"

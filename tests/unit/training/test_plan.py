@@ -418,3 +418,15 @@ def test_a_schedule_that_decays_beside_averages_is_a_warning(
     for optimizer, counts in (("adamw_schedulefree", is_warned), ("adamw", False)):
         found = plan.warnings_of(run_of(folder, optimizer=optimizer, lr_scheduler=schedule), spec, batches=6)
         assert any("averages" in text for text in found) == counts
+
+
+def test_the_plan_says_the_strengths_of_a_slider_and_that_they_do_not_balance(folder: Path) -> None:
+    entry = {"instance_data_dir": str(folder / "images")}
+    more, less = entry | {"id": "more", "slider_strength": 0.5}, entry | {"id": "less"}
+    text = lines(run_of(folder, data_backend_config=[more, less | {"slider_strength": -0.5}]))
+    assert "slider_strength 0.5\n" in text
+    assert "slider_strength -0.5\n" in text
+    assert "balance" not in text
+    text = lines(run_of(folder, data_backend_config=[more, less | {"slider_strength": -0.5, "repeats": 1}]))
+    assert "6 at slider_strength -0.5, 3 at slider_strength 0.5" in text
+    assert "positive in every" in lines(run_of(folder, data_backend_config=[more, less]))

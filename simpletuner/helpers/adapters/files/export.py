@@ -38,7 +38,7 @@ from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS, StoredLayer
-from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import counted

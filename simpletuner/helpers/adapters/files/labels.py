@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from simpletuner.helpers.configuration.loading.rules import training_size
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE
 from simpletuner.helpers.configuration.schema.datasets import subjects_of
-from simpletuner.helpers.configuration.schema.sections import CHANGE_THE_BASE, RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec, Sample
 from simpletuner.helpers.io.redaction import redacted
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from pydantic import JsonValue
 
@@ -34,6 +34,28 @@ def merge_prompts(
     if with_library:
         every += [ValidationPrompt(name=name, text=text) for name, text in LIBRARY.items()]
     return tuple({each.name: each for each in (*every, *user)}.values())
+
+
+def at_both_ends(
+    prompts: Iterable[ValidationPrompt], strengths: Sequence[float], *, factor: float
+) -> tuple[ValidationPrompt, ...]:
+    """The prompts, each without a strength of its own at the lowest and the highest of a slider.
+
+    Args:
+        prompts: The prompts.
+        strengths: The slider's, ascending; empty without a slider.
+        factor: Multiplies them.
+    """
+    ends = tuple(dict.fromkeys((strengths[0], strengths[-1]))) if strengths else ()
+    return tuple(
+        each
+        for prompt in prompts
+        for each in (
+            [prompt.model_copy(update={"strength": end * factor}) for end in ends]
+            if ends and prompt.strength is None
+            else [prompt]
+        )
+    )
 
 
 def read_library(values: JsonValue, source: Source) -> tuple[ValidationPrompt, ...]:

@@ -8,13 +8,14 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, DISPROPORTIONATE, STANDARD
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
 from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import RawValue
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -26,8 +27,6 @@ from simpletuner.helpers.configuration.schema.resolution import (
     square_size,
 )
 from simpletuner.helpers.configuration.schema.sections import (
-    CHANGE_THE_BASE,
-    AdapterConfig,
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -65,7 +64,7 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
     """The family's values of keys that the user left out."""
     defaults: dict[str, object] = {
         "aspect_bucket_alignment": spec.pixel_alignment,
-        "peft_lora_target_modules": _preset_targets(raw, spec) or spec.lora_targets,
+        "peft_lora_target_modules": _named_targets(raw, spec) or spec.lora_targets,
         "validation_guidance": spec.default_guidance,
     }
     in_area = "resolution_type" in raw and raw["resolution_type"].value == "area"
@@ -130,7 +129,14 @@ def check_noise(noise: Validated[NoiseConfig], source: Source) -> None:
 def check_lora_preset(
     raw: Mapping[str, RawValue], adapter: Validated[AdapterConfig], *, spec: ModelSpec, source: Source
 ) -> None:
-    """Check that the family has the preset, and that peft_lora_target_modules agrees with it."""
+    """Check that the family has the named target layers, and that peft_lora_target_modules agrees."""
+    section = adapter.if_valid("lora_type", "slider_lora_target")
+    if section is not None and section.slider_lora_target and section.lora_type == STANDARD.name:
+        has_preset = spec.lora_preset_key is not None and not is_off(_value(raw, spec.lora_preset_key))
+        _check_slider_target(
+            section, spec, preset=spec.lora_preset_key if has_preset else None, source=source
+        )
+        return
     key = spec.lora_preset_key
     if key is None or key not in raw or raw[key].value is None:
         return
@@ -145,7 +151,22 @@ def check_lora_preset(
             source.add(key, "names other layers than peft_lora_target_modules. Remove one of the two.")
 
 
-def _preset_targets(raw: Mapping[str, RawValue], spec: ModelSpec) -> tuple[str, ...] | None:
+def _check_slider_target(
+    adapter: AdapterConfig, spec: ModelSpec, *, preset: str | None, source: Source
+) -> None:
+    key, modules = "slider_lora_target", adapter.peft_lora_target_modules
+    if not spec.slider_targets:
+        source.add(key, f"{spec.name} has no such layers here. Name them in peft_lora_target_modules.")
+    elif modules is not None and set(modules) != set(spec.slider_targets):
+        source.add(key, "names other layers than peft_lora_target_modules. Remove one of the two.")
+    elif preset is not None:
+        source.add(key, f"names other layers than {preset}. Remove one of the two.")
+
+
+def _named_targets(raw: Mapping[str, RawValue], spec: ModelSpec) -> tuple[str, ...] | None:
+    """The layers that slider_lora_target or the family's preset names."""
+    if not is_off(_value(raw, "slider_lora_target")):
+        return spec.slider_targets
     key = spec.lora_preset_key
     return spec.lora_presets.get(str(raw[key].value)) if key is not None and key in raw else None
 
@@ -178,6 +199,36 @@ def check_format(
     if reasons:
         text = f"comfyui: {'; '.join(reasons)}. Change that, or set lora_format to diffusers."
         source.add("lora_format", text)
+
+
+def check_slider(
+    adapter: Validated[AdapterConfig],
+    lycoris: LycorisConfig | None,
+    *,
+    datasets: Sequence[DatasetConfig],
+    source: Source,
+) -> None:
+    """Check that the adapter's effect is proportional to its strength where datasets have slider_strength."""
+    section = adapter.if_valid("lora_type", "use_dora", "lora_init_type")
+    if section is None or not slider_strengths(datasets):
+        return
+    text = "its effect is not proportional to the strength, which slider_strength of a dataset sets"
+    if section.lora_type == STANDARD.name:
+        if section.use_dora:
+            source.add("use_dora", f"true: {text}. Set it to false.")
+        if section.lora_init_type in CHANGE_THE_BASE:
+            source.add("lora_init_type", f"{section.lora_init_type}: {text}. Use default or gaussian.")
+    elif lycoris is not None:
+        entries = [lycoris.extra, *map(dict, lycoris.apply_preset.entries)]
+        algorithms = {lycoris.algo, *(str(each["algo"]) for each in entries if each.get("algo"))}
+        unfit = sorted(name for name in algorithms if not ALGORITHMS[name].is_proportional)
+        unfit += [name for name in DISPROPORTIONATE if any(each.get(name) for each in entries)]
+        if unfit:
+            others = ", ".join(name for name, each in ALGORITHMS.items() if each.is_proportional)
+            without = " and ".join(DISPROPORTIONATE)
+            source.add(
+                "lycoris_config", f"{', '.join(unfit)}: {text}. Use one of {others}, without {without}."
+            )
 
 
 def check_precision(

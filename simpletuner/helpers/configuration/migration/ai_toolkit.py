@@ -378,6 +378,7 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
             rates.append(own.number("caption_dropout_rate"))
             steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
+    _drop_full_strengths(draft.datasets)
     if not draft.datasets:
         raise ConfigError("config.process[0].datasets has no images but regularisation images.")
     rate = max(rates) if len(set(rates)) == 1 else round(sum(rates) / len(rates), 4)
@@ -392,6 +393,13 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         settings.skip("trigger_word", outcome="approximate")
 
 
+def _drop_full_strengths(datasets: Sequence[dict[str, JsonValue]]) -> None:
+    """Remove slider_strength where every dataset has 1: without it a dataset beside a slider is neutral."""
+    if all(each["slider_strength"] == 1 for each in datasets):
+        for each in datasets:
+            del each["slider_strength"]
+
+
 def _dataset(own: Settings, place: Place, *, trigger: str) -> None:
     draft = own.draft
     key = "folder_path" if own.has("folder_path") else "dataset_path"
@@ -399,6 +407,7 @@ def _dataset(own: Settings, place: Place, *, trigger: str) -> None:
     entry: dict[str, JsonValue] = {"type": "local"}
     own.put(key, "instance_data_dir", folder, into=entry)
     own.put("num_repeats", "repeats", max(0, own.whole("num_repeats") - 1), into=entry)
+    own.put("network_weight", "slider_strength", number(own.number("network_weight")), into=entry)
     entry["resolution_type"] = "pixel_area"
     square = own.flag("square_crop") or not own.flag("buckets")
     random = own.flag("random_crop")

@@ -15,6 +15,7 @@ from simpletuner.helpers.configuration.schema.base import (
     NonNegativeNumber,
     OneOf,
     OptionalCount,
+    OptionalNumber,
     OptionalOutputPath,
     OptionalPositiveNumber,
     OptionalShare,
@@ -143,6 +144,10 @@ class DatasetConfig(Section):
     what they are trained towards. Their captions name the class, without the subject's own word."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
+    slider_strength: OptionalNumber = None
+    """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
+    another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
+    one."""
 
     @property
     def crops_to_buckets(self) -> bool:
@@ -204,3 +209,8 @@ class DatasetConfig(Section):
 def subjects_of(datasets: Iterable[DatasetConfig]) -> list[DatasetConfig]:
     """The datasets that teach something new: those without is_regularisation_data."""
     return [dataset for dataset in datasets if not dataset.is_regularisation_data]
+
+
+def slider_strengths(datasets: Iterable[DatasetConfig]) -> tuple[float, ...]:
+    """The strengths of a slider's datasets, each once and ascending; empty without a slider."""
+    return tuple(sorted({each.slider_strength for each in datasets if each.slider_strength is not None}))

@@ -83,6 +83,7 @@ SPEC = ModelSpec(
     minimum_alignment=16,
     default_resolution=1024,
     lora_targets=(*_IMAGE, *_CONTEXT),
+    slider_targets=_IMAGE,
     denoiser_name="transformer",
     own_keys=FLOW_KEYS
     | GUIDANCE_KEYS

@@ -86,6 +86,7 @@ SPEC = ModelSpec(
         # Full paths: "to_out" alone would also match the list around a double block's "to_out.0".
         *(f"single_transformer_blocks.{index}.attn.to_out" for index in range(MOST_SINGLE_BLOCKS)),
     ),
+    slider_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj"),
     denoiser_name="transformer",
     own_keys=FLOW_KEYS | GUIDANCE_KEYS | TRANSFORMER_KEYS,
     default_guidance=4.0,

@@ -39,6 +39,10 @@ SPEC = ModelSpec(
     minimum_alignment=8,
     default_resolution=1024,
     lora_targets=("to_k", "to_q", "to_v", "to_out.0"),
+    slider_targets=(
+        *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "proj_in", "proj_out", "conv_in"),
+        *("conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
+    ),
     num_text_encoders=2,
     own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path"},
     target_aliases={

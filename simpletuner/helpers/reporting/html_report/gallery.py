@@ -36,7 +36,7 @@ class ImageRow:
 
     prompt: str
     details: str
-    """Size and seed for display."""
+    """Size, seed and a strength other than 1, for display."""
     fixed: tuple[tuple[str, Path], ...]
     """(title, file) of the images that training does not change: base model, other adapter."""
     by_step: dict[int, Path]
@@ -193,8 +193,8 @@ def _row(
     fixed = {title: folder / BASE_FOLDER / str(file) for title, file in names.items() if file}
     details = [
         str(prompt[key]) if key == "size" else f"{key} {prompt[key]}"
-        for key in ("size", "seed")
-        if key in prompt
+        for key in ("size", "seed", "strength")
+        if key in prompt and (key, prompt[key]) != ("strength", 1)
     ]
     return ImageRow(
         prompt=str(prompt.get("prompt", "")),

@@ -16,7 +16,7 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.scales import rescaled
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_adapter, load_adapter
 from simpletuner.helpers.adapters.peft_lora import METADATA_KEY
-from simpletuner.helpers.configuration.schema.sections import AdapterConfig
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.models.sdxl.spec import SPEC
 from simpletuner.helpers.models.sdxl.tiny import make_unet

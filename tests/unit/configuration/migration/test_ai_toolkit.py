@@ -124,6 +124,22 @@ def test_each_resolution_is_a_dataset_of_all_images(folder: Path, tmp_path: Path
     assert draft.config["aspect_bucket_alignment"] == 64
 
 
+@pytest.mark.parametrize(
+    ("weights", "ours"),
+    [((None, -0.5), [1, -0.5]), ((1, None), [None, None]), ((2.0, -1), [2, -1])],
+    ids=["one", "full", "both"],
+)
+def test_weights_of_datasets_are_strengths_of_a_slider(
+    folder: Path, tmp_path: Path, weights: tuple[float | None, ...], ours: list[float | None]
+) -> None:
+    entries = [
+        {"folder_path": str(folder)} | ({} if weight is None else {"network_weight": weight})
+        for weight in weights
+    ]
+    draft = migrate(ai_toolkit(tmp_path / "job.json", entries))
+    assert [each.get("slider_strength") for each in draft.datasets] == ours
+
+
 def test_the_average_is_named_as_what_would_have_been_saved(folder: Path, tmp_path: Path) -> None:
     train = {"ema_config": {"use_ema": True, "ema_decay": 0.99}}
     draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train))

@@ -131,6 +131,7 @@ def test_a_lora_with_convolutions_is_lycoris(dog: Path) -> None:
 
 def test_a_lycoris_network_keeps_its_arguments_but_for_idle_ones(dog: Path) -> None:
     given = ["algo=lokr", "preset=attn-mlp", "factor=8", "dora_wd=True", "rank_dropout_scale=True", "odd=1"]
+    given.append("rs_lora=True")
     draft = migrate(
         kohya(
             dog, NETWORK, {"network_module": "lycoris.kohya", "network_dropout": 0.1, "network_args": given}
@@ -139,6 +140,7 @@ def test_a_lycoris_network_keeps_its_arguments_but_for_idle_ones(dog: Path) -> N
     assert draft.lycoris is not None
     assert draft.lycoris["factor"] == 8
     assert draft.lycoris["weight_decompose"] is True
+    assert draft.lycoris["rs_lora"] is True
     assert "dropout" not in draft.lycoris
     assert "rank_dropout_scale" not in draft.lycoris
     found = decision(draft, "network_args")
