@@ -17,6 +17,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "DataConfig.aspect_bucket_alignment": "read through DataConfig.alignment",
     "DataConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "DataConfig.data_backend_config": _OPENED,
+    "DatasetConfig.enable_wildcard": "read by its name, as the switch of a caption step",
     "DatasetConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "RunConfig.decisions": "read through translation_lines",
     "ModelConfig.model_type": "has one value; the key is accepted because users' files have it",

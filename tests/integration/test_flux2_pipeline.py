@@ -20,12 +20,8 @@ from simpletuner.helpers.adapters.inference import remove_from_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
-from simpletuner.helpers.configuration.schema.sections import (
-    ModelConfig,
-    NoiseConfig,
-    PrecisionConfig,
-    ValidationConfig,
-)
+from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import PipelineType, Size
 from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.flux2 import pipeline as bundled

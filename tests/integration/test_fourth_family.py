@@ -23,12 +23,8 @@ from safetensors.torch import load_file
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.schema.sections import (
-    ModelConfig,
-    NoiseConfig,
-    PrecisionConfig,
-    ValidationConfig,
-)
+from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE

@@ -47,13 +47,13 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
     FileConfig,
-    ModelConfig,
     NoiseConfig,
     OptimizerConfig,
     PrecisionConfig,

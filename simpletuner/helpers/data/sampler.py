@@ -33,6 +33,8 @@ class Draw:
     bucket: int
     samples: tuple[int, ...]
     """Positions in the bucket."""
+    passes: tuple[int, ...]
+    """How often each of them was drawn before."""
 
 
 def shuffled(seed: int, purpose: str, index: int, *, length: int) -> npt.NDArray[np.int32]:
@@ -77,14 +79,15 @@ class Sampler:
         bucket = int(np.searchsorted(self._starts, entry, side="right")) - 1
         batch = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
         first = batch * self._batch_size
-        samples = tuple(self._sample(bucket, first + slot) for slot in range(self._batch_size))
-        return Draw(epoch=epoch, bucket=bucket, samples=samples)
+        turns = [self._sample(bucket, first + slot) for slot in range(self._batch_size)]
+        samples, passes = zip(*turns, strict=True)
+        return Draw(epoch=epoch, bucket=bucket, samples=samples, passes=passes)
 
-    def _sample(self, bucket: int, turn: int) -> int:
-        """The sample of one turn in the bucket's endless sequence."""
+    def _sample(self, bucket: int, turn: int) -> tuple[int, int]:
+        """The sample of one turn in the bucket's endless sequence, and the number of the pass."""
         name, num_samples = self._buckets[bucket].name, self._buckets[bucket].num_samples
         pass_index, position = divmod(turn, num_samples)
-        return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position])
+        return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position]), pass_index
 
     def _order(self, purpose: str, index: int, length: int) -> npt.NDArray[np.int32]:
         """A cached permutation: neighbouring batches need the same few."""

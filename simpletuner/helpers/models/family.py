@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
     from simpletuner.helpers.configuration.schema.sections import (
-        ModelConfig,
         NoiseConfig,
         PrecisionConfig,
         ValidationConfig,

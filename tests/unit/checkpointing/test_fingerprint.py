@@ -81,3 +81,18 @@ def test_a_maximum_of_image_sizes_is_part_of_the_fingerprint_when_it_has_an_effe
     assert settings(**both | {"target_downsample_size": 64}) == plain
     added = {key: value for key, value in settings(**both).items() if key not in plain}
     assert added == {"dataset x, maximum_image_size": 100, "dataset x, target_downsample_size": 80}
+
+
+def test_the_length_of_prompts_is_part_of_the_fingerprint_unless_it_is_the_default(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+
+    def settings(length: int) -> dict[str, object]:
+        given = ("lora_type=standard", "validation_compared_config=", f"max_token_length={length}")
+        return resume_fingerprint(
+            load_config(Path("config/config.json"), overrides=given, families=registry.specs())
+        )
+
+    assert "max_token_length" not in settings(75)
+    assert settings(150) == settings(75) | {"max_token_length": 150}

@@ -33,7 +33,8 @@ except ModelError as error:
 """
 MODEL_PROBE = """
 import torch
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, NoiseConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.sections import NoiseConfig, PrecisionConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.sdxl.family import SDXL

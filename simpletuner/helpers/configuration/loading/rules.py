@@ -16,6 +16,7 @@ from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_V
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.resolution import (
     PIXELS_PER_MEGAPIXEL,
@@ -28,7 +29,6 @@ from simpletuner.helpers.configuration.schema.sections import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
-    ModelConfig,
     PrecisionConfig,
     RunConfig,
     TrainingConfig,

@@ -20,8 +20,11 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalText,
     PositiveNumber,
     Section,
+    Share,
     contradiction,
 )
+from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
+from simpletuner.helpers.configuration.schema.values import is_off
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
@@ -72,6 +75,13 @@ def _folder_name(value: object) -> object:
             "without a dot, hyphen or space at the start."
         )
     return value
+
+
+def _switched(value: object) -> object:
+    """caption_shuffle as a switch: true enables it, a value that is off is its default."""
+    if value is True or (isinstance(value, str) and value.strip().lower() == "true"):
+        return {"enable": True}
+    return {} if is_off(value) else value
 
 
 CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
@@ -133,12 +143,34 @@ class DatasetConfig(Section):
     """Prepend instance_prompt to each caption."""
     only_instance_prompt: bool = False
     """Use instance_prompt as every caption, instead of caption_strategy."""
+    caption_filter_list: CaptionFilters = ()
+    """Terms and regular expressions to remove from captions, and s/search/replacement/ entries to replace: a
+    list, or the path of a .txt file with one on each line or a .json array."""
+    caption_prefix: str = ""
+    """Text before each caption, separated by a blank."""
+    caption_suffix: str = ""
+    """Text after each caption, separated by a blank."""
+    enable_wildcard: bool = False
+    """Draw one of the alternatives in braces, {red|blue}, for each variant of a caption; {{ and }} are plain
+    braces."""
+    caption_shuffle: Annotated[CaptionShuffle, BeforeValidator(_switched)] = CaptionShuffle()
+    """Orders of a caption's tags: an object with the keys of CaptionShuffle."""
+    caption_tag_dropout_rate: Share = 0.0
+    """Share of tags that each variant of a caption lacks; the tags that caption_shuffle keeps in place are
+    never dropped."""
+    caption_dropout_probability: OptionalShare = None
+    """Fraction of samples trained without their caption. Default: config.json's."""
     repeats: CountOrZero = 0
     """Additional passes over each image in an epoch; 0 is one pass."""
     probability: PositiveNumber = 1.0
     """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
+
+    @property
+    def arranges_tags(self) -> bool:
+        """Whether caption_shuffle changes captions by itself."""
+        return self.caption_shuffle.enable or self.caption_shuffle.keep_separator is not None
 
     @property
     def crops_to_buckets(self) -> bool:
