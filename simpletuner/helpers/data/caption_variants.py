@@ -58,8 +58,7 @@ class TagProblems:
         if self.unsplit:
             yield (
                 f"caption_shuffle.split_on is {shuffle.split_on}, and {self._share(self.unsplit)} no tags so "
-                f"separated: {listed(self.unsplit)}. Change split_on, or remove caption_shuffle and "
-                "caption_tag_dropout_rate"
+                f"separated: {listed(self.unsplit)}. Change split_on, or remove caption_shuffle"
             )
         if self.kept:
             key = "position_start" if shuffle.keep_separator is None else "position_start or keep_separator"
@@ -130,7 +129,7 @@ class CaptionPlan:
                 text = self._changed(caption, fixed, CaptionDraw(self.seed, 0, (name, 0)))
                 tags = tags_of(text, shuffle)
                 num_captions += bool(text)
-                if text and len(tags) == 1:
+                if text and len(tags) == 1 and shuffle.enable:
                     unsplit.append(printable(name))
                 elif text and not tags.free:
                     kept.append(printable(name))

@@ -105,7 +105,8 @@ def test_captions_without_tags_are_named(make: Make) -> None:
     [
         ({"caption_shuffle": {"enable": True}}, ["a cat", "a dog"], True),
         ({"caption_shuffle": {"enable": True, "position_start": 3}}, ["a, b, c", "a"], True),
-        ({"caption_tag_dropout_rate": 0.1}, ["a cat"], True),
+        ({"caption_tag_dropout_rate": 0.1}, ["a cat"], False),
+        ({"caption_tag_dropout_rate": 0.1, "caption_shuffle": {"position_start": 1}}, ["a cat", "b"], True),
         ({"caption_shuffle": {"enable": True}}, ["a cat", "a, b"], False),
         ({"caption_shuffle": {"enable": True}}, ["", ""], False),
         ({"caption_shuffle": {"enable": True, "split_on": "space"}}, ["a cat"], False),
