@@ -94,7 +94,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
 
 
 def _refuse(previews: Sequence[DatasetPreview]) -> None:
-    """Refuse what the run would refuse of the captions, all at once.
+    """Refuse what the run would refuse of the captions, all at once; tags only if every caption was read.
 
     Raises:
         DataError: Of one dataset or of several.
@@ -102,7 +102,7 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
     problems = [
         f"Dataset {each.config.id!r}: {'; '.join(each.tags.lines())}."
         for each in previews
-        if each.tags.is_error
+        if each.tags.is_error and each.is_whole
     ]
     several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
     problems += filter(None, [limit_problem(several)])

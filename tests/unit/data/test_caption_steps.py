@@ -77,6 +77,7 @@ def test_a_step_is_off_by_default_and_leaves_captions_alone(config: Config, step
         (["s/cat/dog/g"], "cat cat", "dog dog"),
         ([r"s/(\w+) cat/cat of \1/"], "tabby cat", "cat of tabby"),
         ([r"s/and\/or/or/"], "this and/or that", "this or that"),
+        ([r"s/or/and\/or/"], "this or that", "this and/or that"),
         (["s/cat/dog/", "dog"], "a cat on", "a on"),
         (["dog"], "a  cat ", "a  cat "),
     ],
@@ -100,6 +101,11 @@ def test_a_wildcard_gives_each_alternative_equally_often(config: Config) -> None
     colors, animals = ("red ", "blue ", ""), ("cat", "dog")
     assert counts.keys() == {f"a {color}{animal}" for color in colors for animal in animals}
     assert all(400 < count < 600 for count in counts.values())
+
+
+def test_each_wildcard_is_drawn_by_itself(config: Config) -> None:
+    texts = {wildcards_drawn("{a|b} {a|b}", config(), draw(number)) for number in range(40)}
+    assert texts == {"a a", "a b", "b a", "b b"}
 
 
 @pytest.mark.parametrize(

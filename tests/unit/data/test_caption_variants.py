@@ -108,6 +108,7 @@ def test_captions_without_tags_are_named(make: Make) -> None:
         ({"caption_tag_dropout_rate": 0.1}, ["a cat"], False),
         ({"caption_tag_dropout_rate": 0.1, "caption_shuffle": {"position_start": 1}}, ["a cat", "b"], True),
         ({"caption_shuffle": {"enable": True}}, ["a cat", "a, b"], False),
+        ({"caption_shuffle": {"enable": True, "keep_separator": "|||"}}, ["a, b |||", "c, d ||| "], True),
         ({"caption_shuffle": {"enable": True}}, ["", ""], False),
         ({"caption_shuffle": {"enable": True, "split_on": "space"}}, ["a cat"], False),
         ({}, ["a cat"], False),

@@ -455,3 +455,11 @@ def test_what_the_run_refuses_of_captions_is_refused_at_once(
         lines(config)
     for part in ("'one': caption_shuffle.split_on", "'two': caption_shuffle.split_on", "12 variants"):
         assert part in str(caught.value)
+
+
+def test_tags_of_captions_that_were_not_read_may_be_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 2)
+    config = with_captions(folder, "a cat", caption_shuffle={"enable": True})
+    assert "warning     dataset mine: caption_shuffle.split_on" in lines(config)

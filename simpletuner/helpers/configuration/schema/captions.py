@@ -75,7 +75,7 @@ def caption_filter(entry: str) -> CaptionFilter:
     replaces = parts[0] == "s" and len(parts) > 2
     if replaces and (len(parts) > 4 or (len(parts) == 4 and parts[3].strip() not in ("", "g"))):
         raise ValueError(r"must be s/search/replacement/, with \/ for a slash inside.")
-    search = parts[1].replace(r"\/", "/") if replaces else entry
+    search = parts[1] if replaces else entry
     replacement = parts[2].replace(r"\/", "/") if replaces else ""
     if not search:
         raise ValueError("is empty. Remove it.")
