@@ -656,6 +656,10 @@ def test_any_file_name_trains_and_is_shown_on_one_line(
     assert len(data.samples) == 6
     assert all(sample.path.isprintable() for sample in data.samples)
     assert len({sample.path for batch in taken(data, 3) for sample in batch.samples}) == 6
+    shuffle = {"enable": True, "split_on": "space"}
+    prompt = {"caption_strategy": "instanceprompt", "instance_prompt": "a cat"}
+    shuffled = make(tmp_path / "photos", **prompt, caption_shuffle=shuffle)
+    assert set(shuffled.captions()) == {"a cat", "cat a"}
     named = make(tmp_path / "photos", caption_strategy="filename")
     assert [each.reason for each in named.skipped] == ["its name is its caption and is not UTF-8; rename it"]
 
