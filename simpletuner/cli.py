@@ -134,8 +134,10 @@ def validate(
     # Its image library is not for the other commands.
     from simpletuner.helpers.training.plan import plan_lines
 
+    # All of it first: what the data makes impossible is an error, and nothing is valid then.
+    lines = list(plan_lines(run, registry.specs()[run.model.model_family], reads_all=data))
     print(f"{file}: valid.")
-    for line in plan_lines(run, registry.specs()[run.model.model_family], reads_all=data):
+    for line in lines:
         print(line)
 
 

@@ -11,4 +11,5 @@ def mix(seed: int, purpose: str, *indices: int | str) -> int:
     Random values of a sample therefore depend neither on the number of processes nor on interruptions.
     """
     text = "\x1f".join([str(seed), purpose, *map(str, indices)])
-    return xxhash.xxh3_64_intdigest(text.encode()) >> 1
+    # Names of files need not be UTF-8.
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogateescape")) >> 1

@@ -20,8 +20,9 @@ from simpletuner.helpers.adapters.inference import remove_from_pipeline
 from simpletuner.helpers.adapters.network import LycorisAdapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, PrecisionConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import PipelineType, Size
 from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.flux2 import pipeline as bundled

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, PrecisionConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import Batch, NoisyBatch, Size, TextEmbeds
 from simpletuner.helpers.errors import ConfigError, ModelError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from simpletuner.helpers.choices.samplers import SAMPLERS
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, PrecisionConfig, ValidationConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig, ValidationConfig
 from simpletuner.helpers.contracts import PipelineType, Size, TextEmbeds
 from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.sdxl import pipeline as bundled

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
     from simpletuner.helpers.configuration.schema.noise import NoiseConfig
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import ModelSpec
@@ -52,6 +53,7 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
         "optimizer": config.optimizer.optimizer,
         "lora_type": config.adapter.lora_type,
     }
+    settings |= _prompt_length(config.model)
     for dataset in config.datasets:
         if dataset.downsampling is not None:
             maximum, target = dataset.downsampling
@@ -90,6 +92,11 @@ def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
     return values
 
 
+def _prompt_length(model: ModelConfig) -> dict[str, JsonValue]:
+    """max_token_length if it differs from the default."""
+    return model.model_dump(mode="json", include={"max_token_length"}, exclude_defaults=True)
+
+
 def adapter_metadata(
     config: RunConfig, data: TrainingData, *, spec: ModelSpec, scheduler: Mapping[str, object]
 ) -> dict[str, str]:
@@ -111,6 +118,7 @@ def adapter_metadata(
         "model_flavour": config.model.model_flavour,
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
+        **_prompt_length(config.model),
         **redacted_json(replaced),
         **non_default(config.noise),
         "optimizer": config.optimizer.optimizer,

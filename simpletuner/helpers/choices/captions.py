@@ -1,8 +1,9 @@
-"""Sources of captions: the values of `caption_strategy`."""
+"""Sources of captions, the values of `caption_strategy`, and the steps that change captions."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from simpletuner.helpers.choices.registry import Choice, Registry
 
@@ -41,6 +42,70 @@ CAPTION_SOURCES = Registry(
         needs_instance_prompt=True,
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionStep(Choice):
+    """A change of captions; `build` names a function (caption, dataset, draw) -> caption."""
+
+    switch: str
+    """Attribute of a dataset's configuration that is truthy if the step is on."""
+    varies: Literal["never", "by order", "by variant", "by sample"] = "never"
+    """What another draw of the same caption needs: by order, another order of caption_shuffle; by variant,
+    another of caption_variants; by sample, nothing: it is drawn each time, and no text of its own results."""
+
+
+_STEPS = "simpletuner.helpers.data.caption_steps"
+
+CAPTION_STEPS = Registry(
+    CaptionStep(
+        name="filter",
+        summary="Remove and replace by caption_filter_list.",
+        build=f"{_STEPS}:filtered",
+        switch="caption_filter_list",
+    ),
+    CaptionStep(
+        name="prefix",
+        summary="Put caption_prefix before the caption.",
+        build=f"{_STEPS}:prefixed",
+        switch="caption_prefix",
+    ),
+    CaptionStep(
+        name="suffix",
+        summary="Put caption_suffix after the caption.",
+        build=f"{_STEPS}:suffixed",
+        switch="caption_suffix",
+    ),
+    CaptionStep(
+        name="wildcard",
+        summary="Draw one of the alternatives in braces, with enable_wildcard.",
+        build=f"{_STEPS}:wildcards_drawn",
+        switch="enable_wildcard",
+        varies="by variant",
+    ),
+    CaptionStep(
+        name="tag dropout",
+        summary="Drop tags at caption_tag_dropout_rate.",
+        build=f"{_STEPS}:tags_dropped",
+        switch="caption_tag_dropout_rate",
+        varies="by variant",
+    ),
+    CaptionStep(
+        name="shuffle",
+        summary="Shuffle the tags by caption_shuffle.",
+        build=f"{_STEPS}:shuffled",
+        switch="arranges_tags",
+        varies="by order",
+    ),
+    CaptionStep(
+        name="caption dropout",
+        summary="Train without the caption at caption_dropout_probability.",
+        build=f"{_STEPS}:caption_dropped",
+        switch="caption_dropout_probability",
+        varies="by sample",
+    ),
+)
+"""In the order in which they are taken."""
 
 
 def caption_suffixes() -> tuple[str, ...]:

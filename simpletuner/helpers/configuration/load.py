@@ -48,6 +48,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
@@ -55,7 +56,6 @@ from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
     DataConfig,
     FileConfig,
-    ModelConfig,
     OptimizerConfig,
     PrecisionConfig,
     RunConfig,

@@ -10,6 +10,7 @@ from typing import Any, cast
 from pydantic import JsonValue
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
+from simpletuner.helpers.choices.captions import CAPTION_STEPS
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.registry import Registry
 from simpletuner.helpers.configuration.load import COMPUTED_KEYS, SECTIONS
@@ -19,6 +20,7 @@ from simpletuner.helpers.configuration.loading.layers import FILE
 from simpletuner.helpers.configuration.loading.translation import tables
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, unsupported_keys
 from simpletuner.helpers.configuration.schema.base import Section, registry_of
+from simpletuner.helpers.configuration.schema.captions import CaptionShuffle
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
     COMPUTED_FIELDS,
@@ -77,6 +79,8 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
     parts += [
         _section(DatasetConfig),
         f"Inherited from config.json: {_codes(INHERITED)}.\n",
+        _section(CaptionShuffle),
+        _caption_steps(),
         _section(TextCacheEntry),
     ]
     parts += [
@@ -223,6 +227,15 @@ def _preset_lines(spec: ModelSpec) -> list[str]:
 def _abbreviated(names: Iterable[str]) -> list[str]:
     """The names without repetition, with N in place of the block number."""
     return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
+
+
+def _caption_steps() -> str:
+    lines = ["What becomes of a caption, in this order:\n"]
+    lines += [
+        f"{number}. {step.name}: {step.summary}"
+        for number, step in enumerate(CAPTION_STEPS.values(), start=1)
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _algorithms() -> str:

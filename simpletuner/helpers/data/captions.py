@@ -152,6 +152,17 @@ def caption_reader(config: DatasetConfig, scan: Scan) -> CaptionReader:
     )
 
 
+def read_captions(file: FoundFile, config: DatasetConfig, reader: CaptionReader) -> Captions:
+    """The captions of an image, with instance_prompt before each if that is set.
+
+    Raises:
+        DataError: They cannot be used; the message names the file and the reason.
+    """
+    captions = reader.read(file)
+    prepends = config.prepend_instance_prompt and reader.can_prepend
+    return with_instance_prompt(captions, reader.instance_prompt) if prepends else captions
+
+
 def strategy_of(config: DatasetConfig, scan: Scan) -> str:
     """The caption_strategy of a dataset, chosen by its files and instance_prompt if it is not set."""
     if config.only_instance_prompt:

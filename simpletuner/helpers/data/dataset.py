@@ -25,6 +25,7 @@ from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
+from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
@@ -42,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 # In the keys of images from which earlier versions read other pixels; those of all others stay valid.
 _READ_ANEW = "colours 2"
-_MIX_RANGE = 1 << 63
 _SHOWN = 5
 
 
@@ -55,8 +55,8 @@ class TrainingData:
     of processes with the same global batch size see the same global batches.
 
     Raises:
-        DataError: A dataset has no usable image, a caption cannot be used, or a cache folder lies inside a
-            dataset's folder.
+        DataError: A dataset has no usable image, a caption cannot be used, captions have too many variants,
+            or a cache folder lies inside a dataset's folder.
     """
 
     datasets: Sequence[DatasetConfig]
@@ -69,7 +69,7 @@ class TrainingData:
     pixel_alignment: int
     """Width and height of buckets are multiples of this, unless aspect_bucket_alignment is set; pixels."""
     caption_dropout: float = 0.0
-    """Share of draws that train without a caption."""
+    """Share of draws that train without a caption, of datasets that set none."""
     balances_regularisation: bool = False
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
@@ -95,11 +95,19 @@ class TrainingData:
         self._strengths = slider_strengths(active)
         self.damaged = {}
         self._follow([self._plan(each) for each in active])
+        several = {
+            plan.config.id: sum(len(variants) for image in plan.images for variants in image.captions)
+            for plan in self._plans
+            if plan.caption_plan.num_variants > 1
+        }
+        if problem := limit_problem(several):
+            raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
-        """Every caption once, in the order of the images; "" first when captions are dropped."""
-        texts = [text for image in self._images for text in image.captions]
-        return tuple(dict.fromkeys(["", *texts] if self.caption_dropout > 0 else texts))
+        """Every variant of a caption once, in the order of the images; "" first when captions are dropped."""
+        texts = [text for image in self._images for variants in image.captions for text in variants]
+        drops = any(plan.caption_plan.config.caption_dropout_probability for plan in self._plans)
+        return tuple(dict.fromkeys(["", *texts] if drops else texts))
 
     def facts(self) -> dict[str, JsonValue]:
         """Number and identity of the images and captions, and the global batch size, to find changes by."""
@@ -108,7 +116,7 @@ class TrainingData:
         }
         for plan in self._plans:
             dataset = redacted(f"dataset {plan.config.id}")
-            captions = sorted((image.sample.path, image.captions) for image in plan.images)
+            captions = sorted((image.sample.path, sum(image.captions, ())) for image in plan.images)
             facts |= {
                 f"{dataset}, number of images": len(plan.images),
                 f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
@@ -206,7 +214,8 @@ class TrainingData:
         start = index * self.batch_size * self.num_processes + first
         sample_indices = tuple(range(start, start + self.batch_size))
         images = [members[member] for member in own]
-        samples = tuple(map(self._with_caption, images, sample_indices))
+        passes = draw.passes[first : first + self.batch_size]
+        samples = tuple(map(self._with_caption, images, passes, sample_indices))
         return Batch(
             latents=torch.stack([self._latents(image) for image in images]),
             text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
@@ -236,12 +245,13 @@ class TrainingData:
             self.damaged[image.digest] = str(error)
             return None
 
-    def _with_caption(self, image: PlannedImage, sample_index: int) -> Sample:
-        """The image's sample with the caption that the global sample index selects."""
-        if mix(self.seed, "caption dropout", sample_index) < self.caption_dropout * _MIX_RANGE:
-            return replace(image.sample, caption="")
+    def _with_caption(self, image: PlannedImage, pass_index: int, sample_index: int) -> Sample:
+        """The image's sample with a caption drawn by the global sample index, in the variant of this pass."""
         choice = mix(self.seed, "caption choice", sample_index) % len(image.captions)
-        return replace(image.sample, caption=image.captions[choice])
+        variants = image.captions[choice]
+        plan = self._caption_plans[image.sample.dataset_id]
+        caption = plan.of_sample(variants[pass_index % len(variants)], sample_index)
+        return replace(image.sample, caption=caption)
 
     def _latents(self, image: PlannedImage) -> Tensor:
         store = self._latents_stores[image.sample.dataset_id]
@@ -284,6 +294,9 @@ class TrainingData:
             seed=self.seed,
             alignment=self.data.alignment(self.pixel_alignment),
             aspect_decimals=self.data.aspect_bucket_rounding,
+            caption_plan=caption_plan(
+                config, self.data, seed=self.seed, caption_dropout=self.caption_dropout
+            ),
         )
         index.save()
         _log_plan(plan)
@@ -292,6 +305,7 @@ class TrainingData:
     def _follow(self, plans: Sequence[DatasetPlan]) -> None:
         """Take samples and order from the datasets' plans."""
         self._plans = plans
+        self._caption_plans = {plan.config.id: plan.caption_plan for plan in plans}
         factors = draws_per_image(
             [plan.config for plan in plans],
             [len(plan.images) for plan in plans],

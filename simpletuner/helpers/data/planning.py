@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import Placement
-from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, with_instance_prompt
+from simpletuner.helpers.data.caption_variants import CaptionPlan, limit_problem
+from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, read_captions
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sampler import shuffled
@@ -29,9 +30,9 @@ class PlannedImage:
     digest: str
     """Of the file's bytes."""
     sample: Sample
-    """With the first caption."""
-    captions: tuple[str, ...]
-    """Each draw of the image takes one of them."""
+    """With the first variant of the first caption."""
+    captions: tuple[tuple[str, ...], ...]
+    """The variants of each caption; each draw of the image takes one of one."""
     is_read_anew: bool = False
     """Whether earlier versions read other pixels from it, so that the latents they cached are stale."""
 
@@ -41,6 +42,7 @@ class DatasetPlan:
     """The images of one dataset."""
 
     config: DatasetConfig
+    caption_plan: CaptionPlan
     images: tuple[PlannedImage, ...]
     """In the order of their names; never empty."""
     skipped: tuple[SkippedImage, ...]
@@ -55,7 +57,13 @@ class _Usable:
 
 
 def plan_dataset(
-    config: DatasetConfig, *, index: ImageIndex, seed: int, alignment: int, aspect_decimals: int
+    config: DatasetConfig,
+    *,
+    index: ImageIndex,
+    seed: int,
+    alignment: int,
+    aspect_decimals: int,
+    caption_plan: CaptionPlan,
 ) -> DatasetPlan:
     """Scan a dataset's folder, inspect its images and read its captions; log each skipped image.
 
@@ -65,10 +73,11 @@ def plan_dataset(
         seed: Selects the random crops and shapes, and the images if max_num_samples is set.
         alignment: Width and height of buckets are multiples of this; pixels.
         aspect_decimals: Decimals to which aspect ratios are rounded before they are sorted into buckets.
+        caption_plan: What becomes of the captions.
 
     Raises:
-        DataError: The folder cannot be read, no image can be used, a caption is not UTF-8 text, or two images
-            claim one text file.
+        DataError: The folder cannot be read, no image can be used, a caption is not UTF-8 text, two images
+            claim one text file, no caption has tags to shuffle, or there are too many variants.
     """
     scan = scan_folder(config.instance_data_dir)
     reader = caption_reader(config, scan)
@@ -102,8 +111,12 @@ def plan_dataset(
     captions = _captions_of(config, files, reader=reader)
     report_captions(config, files, captions, reader=reader)
     report_downsampled(config, sum(cropping.is_downsampled(each.size) for each in usable), len(usable))
-    images = [_planned(config, each, one) for each, one in zip(usable, captions, strict=True)]
-    return DatasetPlan(config=config, images=tuple(images), skipped=tuple(skipped))
+    _check_captions(files, captions, caption_plan)
+    images = [
+        _planned(config, each, caption_plan.variants(one.texts, image=each.file.name))
+        for each, one in zip(usable, captions, strict=True)
+    ]
+    return DatasetPlan(config=config, caption_plan=caption_plan, images=tuple(images), skipped=tuple(skipped))
 
 
 def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPlan:
@@ -131,11 +144,29 @@ def _placement(size: Size | None, cropping: Cropping, file: FoundFile) -> Placem
     return "its size is unknown" if size is None else cropping.placement(size, name=file.name)
 
 
-def _planned(config: DatasetConfig, image: _Usable, captions: Captions) -> PlannedImage:
+def _check_captions(
+    files: Sequence[FoundFile], captions: Sequence[Captions], caption_plan: CaptionPlan
+) -> None:
+    """Refuse more variants than can be encoded, and tags that no caption has; log captions without tags."""
+    dataset = caption_plan.config.id
+    number = caption_plan.num_variants
+    if number > 1 and (
+        problem := limit_problem({dataset: number * sum(len(each.texts) for each in captions)})
+    ):
+        raise DataError(problem)
+    named = zip((file.name for file in files), (each.texts[0] for each in captions), strict=True)
+    problems = caption_plan.tag_problems(named)
+    if problems.is_error:
+        raise DataError(f"Dataset {dataset!r}: {'; '.join(problems.lines())}.")
+    for line in problems.lines():
+        logger.warning("Dataset %s: %s.", dataset, line)
+
+
+def _planned(config: DatasetConfig, image: _Usable, captions: tuple[tuple[str, ...], ...]) -> PlannedImage:
     sample = Sample(
         dataset_id=config.id,
         path=printable(image.file.name),
-        caption=captions.texts[0],
+        caption=captions[0][0],
         original_px=image.size,
         resized_px=image.placement.resized_px,
         crop_top_left=image.placement.top_left,
@@ -145,7 +176,7 @@ def _planned(config: DatasetConfig, image: _Usable, captions: Captions) -> Plann
         file=image.file,
         digest=image.info.digest,
         sample=sample,
-        captions=captions.texts,
+        captions=captions,
         is_read_anew=image.info.is_read_anew,
     )
 
@@ -198,12 +229,9 @@ def _captions_of(config: DatasetConfig, files: list[FoundFile], *, reader: Capti
     problems: list[str] = []
     for file in files:
         try:
-            one = reader.read(file)
+            captions.append(read_captions(file, config, reader))
         except DataError as error:
             problems.append(str(error))
-            continue
-        prepends = config.prepend_instance_prompt and reader.can_prepend
-        captions.append(with_instance_prompt(one, reader.instance_prompt) if prepends else one)
     if problems:
         raise DataError(
             f"Dataset {config.id!r}: {len(problems)} captions cannot be used: {listed(problems)}."

@@ -12,7 +12,8 @@ from pathlib import Path
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
-from simpletuner.helpers.data.captions import CaptionReader, caption_reader, strategy_of
+from simpletuner.helpers.data.caption_variants import TagProblems, caption_plan
+from simpletuner.helpers.data.captions import CaptionReader, caption_reader, read_captions, strategy_of
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
@@ -46,12 +47,23 @@ class DatasetPreview:
     """Source of the captions."""
     num_uncaptioned: int
     example: tuple[str, str] | None
-    """Name and caption of an image."""
+    """Name and caption of an image, changed as the run changes it."""
+    num_variants: int
+    """Variants of each caption."""
+    num_captions: int
+    """Captions of the images read, each variant counted."""
+    tags: TagProblems
+    """Captions of the images read whose tags stay as they are."""
 
     @property
     def is_whole(self) -> bool:
         """Whether every image was read."""
         return self.num_read == self.num_images
+
+    @property
+    def expected_captions(self) -> int:
+        """Captions of all images, each variant counted: those of the images read, in proportion."""
+        return round(self.num_captions * self.num_images / max(1, self.num_read))
 
 
 def preview(
@@ -98,8 +110,17 @@ def preview(
         resized = placement.resized_px
         if resized.width > info.size.width or resized.height > info.size.height:
             enlarged.append(printable(file.name))
-    captions = _captions(reader, usable, problems)
-    example = next(((name, text) for name, text in captions if text), None)
+    texts = _captions(usable, config, reader, problems=problems)
+    changes = caption_plan(config, data, seed=seed, caption_dropout=0)
+    firsts = [(name, captions[0]) for name, captions in texts]
+    example = next(
+        (
+            (printable(name), changes.variants(captions, image=name)[0][0])
+            for name, captions in texts
+            if captions[0]
+        ),
+        None,
+    )
     return DatasetPreview(
         config=config,
         num_images=len(found),
@@ -109,8 +130,11 @@ def preview(
         num_downsampled=num_downsampled,
         problems=tuple(problems),
         captions=_source(config, scan),
-        num_uncaptioned=sum(not text for _, text in captions),
+        num_uncaptioned=sum(not text for _, text in firsts),
         example=example,
+        num_variants=changes.num_variants,
+        num_captions=changes.num_variants * sum(len(captions) for _, captions in texts),
+        tags=changes.tag_problems(firsts),
     )
 
 
@@ -131,12 +155,14 @@ def _within_limits(files: list[FoundFile], index: ImageIndex) -> Iterator[FoundF
         yield file
 
 
-def _captions(reader: CaptionReader, files: list[FoundFile], problems: list[str]) -> list[tuple[str, str]]:
-    """Name and first caption of each image; notes the captions that cannot be used."""
-    captions: list[tuple[str, str]] = []
+def _captions(
+    files: list[FoundFile], config: DatasetConfig, reader: CaptionReader, *, problems: list[str]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """Name and captions of each image; notes the captions that cannot be used."""
+    captions: list[tuple[str, tuple[str, ...]]] = []
     for file in files:
         try:
-            captions.append((printable(file.name), reader.read(file).texts[0]))
+            captions.append((file.name, read_captions(file, config, reader).texts))
         except DataError as error:
             problems.append(str(error))
     return captions

@@ -40,6 +40,8 @@ class Draw:
     bucket: int
     samples: tuple[int, ...]
     """Positions in the bucket."""
+    passes: tuple[int, ...]
+    """How often each of them was drawn before."""
     turn: int
     """Number of the batch among all of its bucket."""
 
@@ -113,8 +115,9 @@ class Sampler:
         bucket = int(np.searchsorted(self._starts, entry, side="right")) - 1
         batch = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
         first = batch * self._batch_size
-        samples = tuple(self._sample(bucket, first + slot) for slot in range(self._batch_size))
-        return Draw(epoch=epoch, bucket=bucket, samples=samples, turn=batch)
+        turns = [self._sample(bucket, first + slot) for slot in range(self._batch_size)]
+        samples, passes = zip(*turns, strict=True)
+        return Draw(epoch=epoch, bucket=bucket, samples=samples, passes=passes, turn=batch)
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int32]:
         """The epoch's batches, shuffled within each group; groups of equal size take strict turns."""
@@ -123,11 +126,11 @@ class Sampler:
             return order
         return self._cached("turns", epoch, partial(_in_turns, order, self._groups[order]))
 
-    def _sample(self, bucket: int, turn: int) -> int:
-        """The sample of one turn in the bucket's endless sequence."""
+    def _sample(self, bucket: int, turn: int) -> tuple[int, int]:
+        """The sample of one turn in the bucket's endless sequence, and the number of the pass."""
         name, num_samples = self._buckets[bucket].name, self._buckets[bucket].num_samples
         pass_index, position = divmod(turn, num_samples)
-        return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position])
+        return int(self._order(f"pass\x1f{name}", pass_index, num_samples)[position]), pass_index
 
     def _order(self, purpose: str, index: int, length: int) -> npt.NDArray[np.int32]:
         make = partial(shuffled, self._seed, purpose, index, length=length)

@@ -149,7 +149,13 @@ def report_captions(
     for file, each in zip(files, captions, strict=True):
         if each.note is not None:
             noted.setdefault(each.note, []).append(printable(file.name))
-    instead = "with instance_prompt alone" if config.prepend_instance_prompt else "without a caption"
+    others = {
+        "instance_prompt": config.prepend_instance_prompt,
+        "caption_prefix": config.caption_prefix,
+        "caption_suffix": config.caption_suffix,
+    }
+    given = [key for key, value in others.items() if value]
+    instead = f"with {' and '.join(given)} alone" if given else "without a caption"
     for note, names in noted.items():
         effect = "" if note == "shortened" else f" These images are trained {instead}."
         found = listed(names)

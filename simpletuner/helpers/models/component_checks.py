@@ -21,7 +21,7 @@ from simpletuner.helpers.models.loading import (
 from simpletuner.helpers.models.single_file import DENOISER_PREFIX, VAE_PREFIX
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
 
 PREFIXES = {"unet": DENOISER_PREFIX, "transformer": DENOISER_PREFIX, "vae": VAE_PREFIX}
 """Component -> prefix of its tensors in a single file of the original layout."""

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from torch import Tensor, nn
 
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
     from simpletuner.helpers.configuration.schema.noise import NoiseConfig
     from simpletuner.helpers.configuration.schema.sections import (
-        ModelConfig,
         PrecisionConfig,
         ValidationConfig,
     )

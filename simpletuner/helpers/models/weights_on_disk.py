@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import FILE_SUFFIX
-from simpletuner.helpers.configuration.schema.sections import ModelConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.safetensors_file import read_header

@@ -18,9 +18,9 @@ from simpletuner.helpers.adapters.inference import (
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.sections import (
-    ModelConfig,
     PrecisionConfig,
     ValidationConfig,
     ValidationPrompt,
@@ -45,6 +45,7 @@ HEADER_KEYS = {
     "base_model": MODEL_KEY,
     "prediction_type": "prediction_type",
     "rescale_betas_zero_snr": "rescale_betas_zero_snr",
+    "max_token_length": "max_token_length",
     **{key: key for key in ModelConfig.model_fields if key.startswith("pretrained_") and key != MODEL_KEY},
 }
 """Header field of an adapter file -> key of the model section."""

@@ -16,11 +16,12 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.caption_variants import limit_problem
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
 from simpletuner.helpers.data.sliders import slider_problems
-from simpletuner.helpers.errors import MissingDependencyError
+from simpletuner.helpers.errors import DataError, MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -57,7 +58,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         reads_all: Read the headers of all images, not of the first 2,000.
 
     Raises:
-        DataError: A dataset's folder cannot be read.
+        DataError: A dataset's folder cannot be read, no caption has tags to shuffle, or there are too many
+            variants of captions.
         ModelError: A local model's file is no safetensors file.
     """
     previews = [
@@ -71,6 +73,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         for dataset in config.datasets
         if dataset.dataset_type == "image"
     ]
+    _refuse(previews)
     batches = batches_per_epoch(config, previews)
     rows = [("model", _model(config, spec)), ("adapter", _adapter(config, spec))]
     for each in previews:
@@ -88,8 +91,26 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     problems += slider_problems(slider_draws(previews))
+    problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
+
+
+def _refuse(previews: Sequence[DatasetPreview]) -> None:
+    """Refuse what the run would refuse of the captions, all at once; tags only if every caption was read.
+
+    Raises:
+        DataError: Of one dataset or of several.
+    """
+    problems = [
+        f"Dataset {each.config.id!r}: {'; '.join(each.tags.lines())}."
+        for each in previews
+        if each.tags.is_error and each.is_whole
+    ]
+    several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
+    problems += filter(None, [limit_problem(several)])
+    if problems:
+        raise DataError("\n".join(problems))
 
 
 def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
@@ -355,6 +376,12 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
     number = f"{counted(captioned, 'image has one', 'images have one')}{part}"
     yield "captions", f"{config.id}: {each.captions}; {number}{example}"
+    if each.num_variants > 1:
+        about = "" if each.is_whole else "about "
+        yield (
+            "",
+            f"{each.num_variants} variants of each caption: {about}{each.expected_captions:,} to encode",
+        )
 
 
 def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, batches: int) -> str:

@@ -104,3 +104,18 @@ def test_strengths_and_rslora_are_part_of_the_fingerprint_where_they_are_set(tmp
     assert settings(0.5) == plain | {"dataset x, slider_strength": 0.5}
     assert settings(use_rslora=True) == plain | {"use_rslora": True}
     assert settings(slider_lora_target=True).keys() == plain.keys()
+
+
+def test_the_length_of_prompts_is_part_of_the_fingerprint_unless_it_is_the_default(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(repository)
+
+    def settings(length: int) -> dict[str, object]:
+        given = ("lora_type=standard", "validation_compared_config=", f"max_token_length={length}")
+        return resume_fingerprint(
+            load_config(Path("config/config.json"), overrides=given, families=registry.specs())
+        )
+
+    assert "max_token_length" not in settings(75)
+    assert settings(150) == settings(75) | {"max_token_length": 150}

@@ -691,6 +691,10 @@ def test_any_file_name_trains_and_is_shown_on_one_line(
     assert len(data.samples) == 6
     assert all(sample.path.isprintable() for sample in data.samples)
     assert len({sample.path for batch in taken(data, 3) for sample in batch.samples}) == 6
+    shuffle = {"enable": True, "split_on": "space"}
+    prompt = {"caption_strategy": "instanceprompt", "instance_prompt": "a cat"}
+    shuffled = make(tmp_path / "photos", **prompt, caption_shuffle=shuffle)
+    assert set(shuffled.captions()) == {"a cat", "cat a"}
     named = make(tmp_path / "photos", caption_strategy="filename")
     assert [each.reason for each in named.skipped] == ["its name is its caption and is not UTF-8; rename it"]
 
@@ -904,3 +908,109 @@ def test_batches_of_a_slider_have_their_dataset_s_strength_and_neutral_ones_each
 
 def test_batches_without_a_slider_have_full_strength(make: Make, photos: Path) -> None:
     assert {batch.strength for batch in islice(cached(make(photos)).batches(), 4)} == {1.0}
+
+
+SHUFFLED = {
+    "caption_shuffle": {"enable": True, "count": 3, "position_start": 1},
+    "caption_tag_dropout_rate": 0.3,
+}
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    for number in range(6):
+        tags = ", ".join(f"tag{number}{letter}" for letter in "abcde")
+        paint(tmp_path / "tagged", f"{number}.png", caption=f"sks, {tags}")
+    return tmp_path / "tagged"
+
+
+@pytest.mark.reliability_row(4)
+def test_variants_of_captions_are_encoded_before_training_and_taken_in_turn(make: Make, tagged: Path) -> None:
+    encoders = Encoders()
+    data = cached(make(tagged, **SHUFFLED, repeats=1), encoders)
+    assert set(encoders.prompts) == set(data.captions())
+    seen: dict[str, list[str]] = {}
+    for batch in taken(data, 4 * data.batches_per_epoch):
+        for sample in batch.samples:
+            seen.setdefault(sample.path, []).append(sample.caption)
+    assert {len(captions) for captions in seen.values()} == {8}, "an image is taken twice an epoch"
+    for captions in seen.values():
+        # Two epochs are four passes; an epoch shuffles its batches.
+        assert sorted(captions[:4]) == sorted(captions[4:]), "after caption_variants the first comes again"
+        assert len(set(captions)) > 2
+        assert all(caption.startswith("sks") for caption in captions)
+        assert set(captions) <= set(encoders.prompts)
+
+
+@pytest.mark.reliability_row(8)
+@pytest.mark.parametrize("start", [0, 7])
+def test_variants_are_the_same_on_two_processes_and_from_any_start(
+    make: Make, tagged: Path, start: int
+) -> None:
+    paint(tagged, "wide.png", (128, 64), caption="sks, wide, image, of, many, tags")
+    own = {**SHUFFLED, "caption_dropout": 0.2}
+    whole = taken(cached(make(tagged, batch_size=4, **own)), 20)[start:]
+    halves = [
+        taken(
+            cached(make(tagged, batch_size=2, num_processes=2, process_index=index, **own)),
+            20 - start,
+            start=start,
+        )
+        for index in (0, 1)
+    ]
+    for batch, first, second in zip(whole, *halves, strict=True):
+        assert batch.samples == first.samples + second.samples
+
+
+def test_a_datasets_own_caption_dropout_needs_the_empty_caption(make: Make, photos: Path) -> None:
+    assert make(photos).captions()[0] != ""
+    data = cached(make(photos, caption_dropout_probability=1.0))
+    assert data.captions()[0] == ""
+    assert {sample.caption for batch in taken(data, 4) for sample in batch.samples} == {""}
+    own = cached(make(photos, caption_dropout=1.0, caption_dropout_probability=0))
+    assert own.captions()[0] != ""
+    assert all(sample.caption for batch in taken(own, 4) for sample in batch.samples)
+
+
+def test_the_facts_of_a_run_change_with_its_variants_and_else_not(make: Make, tagged: Path) -> None:
+    plain, varied = make(tagged).facts(), make(tagged, **SHUFFLED).facts()
+    assert plain == make(tagged).facts()
+    assert {key for key in plain if plain[key] != varied[key]} == {"dataset tagged, hash of all captions"}
+
+
+def test_captions_without_tags_to_shuffle_are_refused_or_warned_of(
+    make: Make, photos: Path, tagged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shuffle = {"enable": True}
+    with pytest.raises(DataError, match=r"'photos'.*split_on.*8 of 8.*0\.png"):
+        make(photos, caption_shuffle=shuffle)
+    paint(tagged, "plain.png", caption="a photo")
+    make(tagged, caption_shuffle=shuffle)
+    assert re.search(r"tagged.*split_on.*1 of 7.*plain\.png", caplog.text)
+
+
+@pytest.mark.parametrize("datasets", [1, 2])
+def test_more_variants_than_the_limit_are_refused_before_they_are_made(
+    make: Make, tagged: Path, monkeypatch: pytest.MonkeyPatch, datasets: int
+) -> None:
+    # Below the images of one dataset, or above the 14 variants of each of two.
+    limit = {1: 6, 2: 20}[datasets]
+    monkeypatch.setattr("simpletuner.helpers.data.caption_variants.MAX_VARIANTS", limit)
+    folders = [tagged, tagged.parent / "more"][:datasets]
+    for folder in folders:
+        for number in range(7):
+            paint(folder, f"{number}.png", caption="a, b")
+    assert len(make(*folders).samples) == 7 * datasets, "without variants there is no limit"
+    if datasets == 1:
+        monkeypatch.delattr("simpletuner.helpers.data.caption_variants.CaptionPlan.variants")
+    with pytest.raises(DataError, match=rf"{14 if datasets == 1 else 28} .*caption_variants.*ondemand"):
+        make(*folders, caption_shuffle={"enable": True})
+
+
+def test_an_image_without_a_caption_is_trained_with_the_prefix(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paint(photos, "bare.png")
+    data = make(photos, caption_prefix="sks", caption_suffix="end")
+    assert next(each.caption for each in data.samples if each.path == "bare.png") == "sks end"
+    assert re.search(r"1 caption is missing: bare.*with caption_prefix and caption_suffix alone", caplog.text)

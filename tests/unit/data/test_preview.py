@@ -113,3 +113,21 @@ def test_images_in_the_index_are_not_read_again(folder: Path, monkeypatch: pytes
 
 def test_max_num_samples_bounds_the_images(folder: Path) -> None:
     assert look(folder, max_num_samples=2).num_images == 2
+
+
+def test_captions_are_shown_as_the_run_changes_them_and_their_variants_counted(folder: Path) -> None:
+    (folder / "b.txt").write_text("a small one\nanother")
+    keys = {"caption_filter_list": ["s/wide/{big|big}/"], "caption_prefix": "sks", "enable_wildcard": True}
+    found = look(folder, **keys)
+    assert found.example == ("a.png", "sks a big one")
+    assert (found.num_variants, found.num_captions, found.expected_captions) == (4, 16, 16)
+    assert look(folder).num_variants == 1
+    both = look(folder, prepend_instance_prompt=True, instance_prompt="photo:")
+    assert both.example == ("a.png", "photo: a wide one")
+
+
+def test_captions_of_unread_images_are_estimated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_HEADERS", 2)
+    found = look(folder, enable_wildcard=True)
+    assert (found.num_read, found.num_images, found.num_captions) == (2, 4, 8)
+    assert found.expected_captions == 16

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.flux2.tiny import save_tiny_flux2
 from simpletuner.helpers.models.registry import load_family

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.configuration.schema.sections import ModelConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models import hub
 from simpletuner.helpers.models.flux2.components import DEV, KLEIN, Flux2Components, find_components

@@ -33,8 +33,9 @@ except ModelError as error:
 """
 MODEL_PROBE = """
 import torch
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
-from simpletuner.helpers.configuration.schema.sections import ModelConfig, PrecisionConfig
+from simpletuner.helpers.configuration.schema.sections import PrecisionConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.family import FamilyContext
 from simpletuner.helpers.models.sdxl.family import SDXL

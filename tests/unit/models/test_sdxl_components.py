@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner.helpers.configuration.schema.sections import ModelConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.sdxl.components import SDXLComponents, find_components
 

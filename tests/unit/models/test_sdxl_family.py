@@ -18,6 +18,7 @@ from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.noising import draw_noise
+from simpletuner.helpers.models.sdxl.chunks import encode_chunks
 from simpletuner.helpers.models.sdxl.family import SDXL, time_ids
 
 MakeSDXL = Callable[..., SDXL]
@@ -189,3 +190,59 @@ def test_a_repository_that_is_not_cached_is_explained_when_offline(sdxl: MakeSDX
     assert "pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0" in message
     assert "HF_HUB_OFFLINE is set" in message
     assert "/stabilityai/stable-diffusion-xl-base-1.0 and run: hf auth login" in message
+
+
+LONG = " ".join(["cat", "a", "b"] * 34)
+"""Each word is a token."""
+
+
+def test_a_prompt_of_one_chunk_is_encoded_as_by_the_stock_pipeline(sdxl: MakeSDXL) -> None:
+    family = sdxl()
+    family.load_text_encoders()
+    for prompt in ("a photo of a cat", LONG):
+        (stock,) = family.encode_prompts([prompt])
+        with torch.no_grad():
+            text, pooled = encode_chunks(
+                family.prompt_encoder, prompt, num_chunks=1, device=torch.device("cpu")
+            )
+        assert torch.equal(text, stock.prompt_embeds)
+        assert torch.equal(pooled, stock.pooled)
+
+
+def test_each_chunk_of_a_long_prompt_is_encoded_as_a_prompt_of_its_own(sdxl: MakeSDXL) -> None:
+    one, family = sdxl(), sdxl(max_token_length=225)
+    one.load_text_encoders()
+    family.load_text_encoders()
+    words = one.prompt_encoder.tokenizer(LONG, add_special_tokens=False).input_ids
+    assert len(words) == 102
+    tokenizer = one.prompt_encoder.tokenizer
+    parts = [tokenizer.decode(words[:75]), tokenizer.decode(words[75:150]), " "]
+    for part, own in zip(parts, (words[:75], words[75:150], []), strict=True):
+        assert tokenizer(part, add_special_tokens=False).input_ids == own
+    expected = one.encode_prompts(parts)
+    (found,) = family.encode_prompts([LONG])
+    torch.testing.assert_close(found.prompt_embeds, torch.cat([each.prompt_embeds for each in expected], 1))
+    torch.testing.assert_close(found.pooled, expected[0].pooled)
+
+
+def test_prompts_in_chunks_have_one_length_and_train(
+    sdxl: MakeSDXL, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = sdxl(max_token_length=150)
+    family.load_text_encoders()
+    batch = batch_of(family, ["a cat", LONG, ""])
+    assert batch.text.prompt_embeds.shape == (3, 154, 64)
+    assert not batch.text.prompt_embeds[2].any()
+    assert not batch.text.pooled[2].any()
+    noisy = family.add_noise(batch.latents, sample_indices=batch.sample_indices, seed=4)
+    assert family.predict(family.load_denoiser(), noisy, batch).shape == batch.latents.shape
+    assert not caplog.records
+    family.encode_prompts([LONG + LONG])
+    assert "first 152" in caplog.text
+
+
+def test_the_number_of_chunks_is_in_the_identity_of_prompt_embeds(sdxl: MakeSDXL) -> None:
+    identities = [sdxl(max_token_length=length).text_identity for length in (75, 150, 225)]
+    assert len(set(identities)) == 3
+    assert identities[0] == sdxl().text_identity
+    assert "chunks" not in identities[0], "prompt embeds of earlier versions stay valid"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simpletuner.helpers.configuration.schema.sections import ModelConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models import single_file
 from simpletuner.helpers.models.flux.tiny import make_transformer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from simpletuner.helpers.configuration.schema.sections import ModelConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.models.weights_on_disk import markers, num_denoiser_weights, scheduler_config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.numpy import save_file
 
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
-from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training import accelerator, build, device, plan
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, device_name, refuse_cpu
@@ -430,3 +431,47 @@ def test_the_plan_says_the_strengths_of_a_slider_and_that_they_do_not_balance(fo
     text = lines(run_of(folder, data_backend_config=[more, less | {"slider_strength": -0.5, "repeats": 1}]))
     assert "6 at slider_strength -0.5, 3 at slider_strength 0.5" in text
     assert "positive in every" in lines(run_of(folder, data_backend_config=[more, less]))
+
+
+def with_captions(folder: Path, text: str, **keys: Any) -> RunConfig:
+    for name in "abc":
+        (folder / "images" / f"{name}.txt").write_text(text)
+    dataset = {"id": "mine", "instance_data_dir": str(folder / "images"), **keys}
+    return run_of(folder, data_backend_config=[dataset])
+
+
+def test_the_plan_says_how_many_captions_are_encoded(folder: Path) -> None:
+    text = lines(with_captions(folder, "a, b, c", caption_shuffle={"enable": True, "count": 3}))
+    assert "4 variants of each caption: 12 to encode" in text
+    assert "variants" not in lines(with_captions(folder, "a, b, c", caption_prefix="sks"))
+
+
+def test_captions_of_which_some_have_no_tags_are_a_warning(folder: Path) -> None:
+    config = with_captions(folder, "a, b, c", caption_shuffle={"enable": True})
+    (folder / "images" / "b.txt").write_text("a cat")
+    assert re.search(r"warning .*mine: .*split_on.*1 of 3.*b\.png", lines(config))
+
+
+def test_what_the_run_refuses_of_captions_is_refused_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.caption_variants.MAX_VARIANTS", 5)
+    with_captions(folder, "a cat")
+    shuffle = {"enable": True, "position_start": 2}
+    datasets = [
+        {"id": name, "instance_data_dir": str(folder / "images"), "caption_shuffle": shuffle}
+        for name in ("one", "two")
+    ]
+    config = run_of(folder, data_backend_config=datasets)
+    with pytest.raises(DataError) as caught:
+        lines(config)
+    for part in ("'one': caption_shuffle.split_on", "'two': caption_shuffle.split_on", "12 variants"):
+        assert part in str(caught.value)
+
+
+def test_tags_of_captions_that_were_not_read_may_be_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 2)
+    config = with_captions(folder, "a cat", caption_shuffle={"enable": True})
+    assert "warning     dataset mine: caption_shuffle.split_on" in lines(config)

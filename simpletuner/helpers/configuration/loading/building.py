@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
-from simpletuner.helpers.configuration.text.problems import Problems, describe, shown
+from simpletuner.helpers.configuration.text.problems import Problems, describe, shown, unknown_key
 
 S = TypeVar("S", bound=Section)
 
@@ -72,18 +72,20 @@ def build(
         return Validated(section.model_validate(values, context=source.context), frozenset())
     except ValidationError as error:
         details = error.errors(include_url=False)
-    invalid = _note(details, source, ignoring=frozenset())
+    invalid = _note(details, source, section=section, ignoring=frozenset())
     usable = {key: value for key, value in values.items() if key not in invalid}
     missing = {key: value for key, value in (placeholders or {}).items() if key not in usable}
     try:
         return Validated(section.model_validate({**missing, **usable}, context=source.context), invalid)
     except ValidationError as error:
         # pydantic looks for contradictions only once every single value is valid.
-        _note(error.errors(include_url=False), source, ignoring=invalid)
+        _note(error.errors(include_url=False), source, section=section, ignoring=invalid)
         return Validated(None, invalid)
 
 
-def _note(details: list[ErrorDetails], source: Source, *, ignoring: frozenset[str]) -> frozenset[str]:
+def _note(
+    details: list[ErrorDetails], source: Source, *, section: type[Section], ignoring: frozenset[str]
+) -> frozenset[str]:
     """Note each error, except at ignored keys; returns the invalid keys."""
     invalid: set[str] = set()
     for error in details:
@@ -98,5 +100,17 @@ def _note(details: list[ErrorDetails], source: Source, *, ignoring: frozenset[st
         if advice and error["type"] == "literal_error":
             found = shown(error["input"])
             text = f"{found}: known from SimpleTuner, not supported here. {advice}"
+        if error["type"] == "extra_forbidden":
+            text = unknown_key(str(error["loc"][-1]), _fields_at(section, error["loc"][:-1]))
         source.problems.add(source.name_of(first), f"{source.prefix}{key}", text)
     return frozenset(invalid)
+
+
+def _fields_at(section: type[Section], location: tuple[int | str, ...]) -> Iterable[str]:
+    """The keys of the section at a place of another."""
+    for part in location:
+        found = section.model_fields[str(part)].annotation
+        assert isinstance(found, type)
+        assert issubclass(found, Section), "only a section has keys"
+        section = found
+    return section.model_fields

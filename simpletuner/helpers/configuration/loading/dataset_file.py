@@ -21,6 +21,7 @@ from simpletuner.helpers.configuration.loading.translation import (
     translate_values,
 )
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section, takes_empty_text
+from simpletuner.helpers.configuration.schema.captions import CaptionFilters
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -65,6 +66,8 @@ class TextCacheEntry(Section):
     """Name of the entry."""
     cache_dir: OutputPath | None = None
     """Folder of cached prompt embeds; overrides cache_dir_text of config.json."""
+    caption_filter_list: CaptionFilters = ()
+    """As in a dataset, for the captions of all of them; taken before a dataset's own."""
     default: bool = False
     """Whether this entry counts if there are several."""
 
@@ -118,7 +121,9 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         decisions += found
         num_images += kind not in ("text_embeds", "image_embeds")
     _check_subject(datasets, num_images, source)
-    return DatasetFile(tuple(datasets), _chosen(text_caches, source), tuple(decisions))
+    chosen = _chosen(text_caches, source)
+    filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
+    return DatasetFile(filtered, chosen.cache_dir, tuple(decisions))
 
 
 def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:
@@ -251,12 +256,17 @@ def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCa
     return build(TextCacheEntry, known, source).section or TextCacheEntry(), decisions
 
 
-def _chosen(entries: list[TextCacheEntry], source: Source) -> Path | None:
+def _with_filters(dataset: DatasetConfig, shared: tuple[str, ...]) -> DatasetConfig:
+    """The dataset with the filters of all datasets before its own."""
+    return dataset.model_copy(update={"caption_filter_list": (*shared, *dataset.caption_filter_list)})
+
+
+def _chosen(entries: list[TextCacheEntry], source: Source) -> TextCacheEntry:
     default = [entry for entry in entries if entry.default] or entries
     if len(default) > 1:
         names = ", ".join(entry.id for entry in default)
         source.add("", f'several text_embeds entries: {names}. Set "default": true in one of them alone.')
-    return default[0].cache_dir if default else None
+    return default[0] if default else TextCacheEntry()
 
 
 def _check_folder(dataset: DatasetConfig, source: Source) -> None:

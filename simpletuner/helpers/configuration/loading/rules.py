@@ -17,6 +17,7 @@ from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
@@ -29,7 +30,6 @@ from simpletuner.helpers.configuration.schema.resolution import (
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
     DataConfig,
-    ModelConfig,
     PrecisionConfig,
     RunConfig,
     TrainingConfig,

@@ -25,6 +25,7 @@ from simpletuner.helpers.configuration.migration.paths import Place, is_of_other
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompt_of_line, put_prompts
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.tags import Tags, put_tags, share_dropout
 from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
@@ -362,7 +363,6 @@ def _timestep_range(settings: Settings) -> None:
 def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *, alignment: int) -> None:
     draft = settings.draft
     trigger = settings.text("trigger_word")
-    rates: list[float] = []
     steps: list[int] = []
     rows = load_table("ai-toolkit").rows("dataset")
     for index, entry in enumerate(entries):
@@ -375,18 +375,12 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
                 own.skip(key, rows["is_reg"].text)
         else:
             _dataset(own, place, trigger=trigger)
-            rates.append(own.number("caption_dropout_rate"))
             steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
     _drop_full_strengths(draft.datasets)
     if not draft.datasets:
         raise ConfigError("config.process[0].datasets has no images but regularisation images.")
-    rate = max(rates) if len(set(rates)) == 1 else round(sum(rates) / len(rates), 4)
-    draft.config["caption_dropout_probability"] = number(settings.number("train.prompt_dropout_prob") or rate)
-    if settings.has("train.prompt_dropout_prob"):
-        settings.decide(
-            "train.prompt_dropout_prob", "translated", ours="caption_dropout_probability", text=""
-        )
+    _dropout(settings)
     if steps:
         draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), alignment)
     if trigger:
@@ -398,6 +392,17 @@ def _drop_full_strengths(datasets: Sequence[dict[str, JsonValue]]) -> None:
     if all(each["slider_strength"] == 1 for each in datasets):
         for each in datasets:
             del each["slider_strength"]
+
+
+def _dropout(settings: Settings) -> None:
+    """The rate of caption dropout; the run's stands above those of the datasets."""
+    draft, key, ours = settings.draft, "train.prompt_dropout_prob", "caption_dropout_probability"
+    if settings.number(key):
+        for each in draft.datasets:
+            each[ours] = number(settings.number(key))
+    share_dropout(draft)
+    if settings.has(key):
+        settings.decide(key, "translated", ours=ours, text="")
 
 
 def _dataset(own: Settings, place: Place, *, trigger: str) -> None:
@@ -422,6 +427,7 @@ def _dataset(own: Settings, place: Place, *, trigger: str) -> None:
             own.decide(each, "translated", ours=f"crop: {str(entry['crop']).lower()}")
     _captions(own, entry, place, trigger=own.text("trigger_word") or trigger)
     rate = own.number("caption_dropout_rate")
+    entry["caption_dropout_probability"] = number(rate)
     if own.has("caption_dropout_rate"):
         own.decide("caption_dropout_rate", "translated", ours=f"caption_dropout_probability: {rate:g}")
     own.decide(
@@ -469,6 +475,20 @@ def _captions(own: Settings, entry: dict[str, JsonValue], place: Place, *, trigg
             entry |= {"prepend_instance_prompt": True, "caption_strategy": "textfile"}
     if own.has("trigger_word"):
         own.skip("trigger_word", outcome="approximate")
+    _tags(own, entry, images, suffix=suffix)
+
+
+def _tags(own: Settings, entry: dict[str, JsonValue], images: Sequence[Path] | None, *, suffix: str) -> None:
+    tags = Tags(
+        separator=",",
+        num_kept=own.whole("keep_tokens"),
+        shuffles=own.flag("shuffle_tokens"),
+        dropout=own.number("token_dropout_rate"),
+    )
+    files = [image.with_suffix(suffix) for image in images or ()]
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    names = {"shuffles": "shuffle_tokens", "num_kept": "keep_tokens", "dropout": "token_dropout_rate"}
+    put_tags(tags, entry, captions=None if images is None else texts, at=lambda key: own, names=names)
 
 
 def _output(settings: Settings, name: str, place: Place) -> None:

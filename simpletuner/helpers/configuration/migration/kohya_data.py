@@ -9,7 +9,6 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.captions import caption_suffixes
 from simpletuner.helpers.configuration.migration.adapters import number
 from simpletuner.helpers.configuration.migration.arithmetic import (
     Draws,
@@ -21,9 +20,11 @@ from simpletuner.helpers.configuration.migration.arithmetic import (
     steps_per_epoch,
 )
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
+from simpletuner.helpers.configuration.migration.kohya_captions import Levels, put_captions
 from simpletuner.helpers.configuration.migration.paths import PLACEHOLDER, Place, repeated_folder, unique_id
 from simpletuner.helpers.configuration.migration.reading import read_structured
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.tags import share_dropout
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import Size
@@ -31,17 +32,6 @@ from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.names import counted
 
 _NOTHING_TO_TRAIN = "there is no folder of images: give train_data_dir, or dataset_config with image_dir."
-
-
-@dataclass(slots=True)
-class Levels:
-    """The places where a subset's key may stand, the nearest first; the command is the last."""
-
-    places: list[Settings]
-
-    def at(self, key: str) -> Settings:
-        """The nearest place that gives a key; the command's defaults for none."""
-        return next((place for place in self.places if place.has(key)), self.places[-1])
 
 
 @dataclass(slots=True)
@@ -89,7 +79,7 @@ def put_data(settings: Settings, place: Place, *, is_preset: bool, alignment: in
         raise ConfigError(f"{settings.place or 'The configuration'}: {_NOTHING_TO_TRAIN}")
     _batch_sizes(settings, datasets)
     _alignment(datasets, draft, smallest=alignment)
-    _dropout(datasets, draft)
+    share_dropout(draft)
     _length(settings, datasets)
     for dataset in datasets:
         for levels in (dataset.levels, *dataset.subsets):
@@ -205,7 +195,7 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     repeats.put("num_repeats", "repeats", times - 1, into=entry)
     resolution = _size(levels, entry)
     images = place.images(folder, with_subfolders=False)
-    _captions(levels, entry, images)
+    put_captions(levels, entry, images)
     draft.datasets.append(entry)
     if images is None or not images:
         dataset.draws = None
@@ -271,82 +261,6 @@ def _buckets_of(levels: Levels, resolution: Size) -> Callable[[Size], Size]:
     return lambda image: kohya_bucket(image, buckets)
 
 
-def _captions(levels: Levels, entry: dict[str, JsonValue], images: Sequence[Path] | None) -> None:
-    suffix_at = levels.at("caption_extension")
-    suffix = suffix_at.text("caption_extension") or ".caption"
-    tokens_at, prefix_at = levels.at("class_tokens"), levels.at("caption_prefix")
-    tokens, prefix = tokens_at.text("class_tokens"), prefix_at.text("caption_prefix")
-    with_text = [image for image in images or () if image.with_suffix(suffix).is_file()]
-    is_read = suffix.lower() in caption_suffixes()
-    uses_files = is_read and bool(with_text or images is None)
-    if uses_files and with_text:
-        entry["caption_strategy"] = "textfile"
-    elif not uses_files and tokens:
-        entry["caption_strategy"] = "instanceprompt"
-    elif not tokens:
-        entry["caption_strategy"] = "textfile"
-    if tokens and not with_text:
-        entry["instance_prompt"] = f"{prefix} {tokens}".strip()
-    elif prefix:
-        entry |= {"instance_prompt": prefix, "prepend_instance_prompt": True}
-    wildcard = levels.at("enable_wildcard")
-    entry["caption_lines"] = "choose" if wildcard.flag("enable_wildcard") else "first"
-    ours = f"caption_lines: {entry['caption_lines']}"
-    wildcard.decide(
-        "enable_wildcard", "translated", ours=ours, text="Without it the first line is the caption."
-    )
-    _decide_captions(levels, entry, images, with_text=with_text, suffix=suffix)
-
-
-def _decide_captions(
-    levels: Levels,
-    entry: Mapping[str, JsonValue],
-    images: Sequence[Path] | None,
-    *,
-    with_text: Sequence[Path],
-    suffix: str,
-) -> None:
-    suffix_at, tokens_at = levels.at("caption_extension"), levels.at("class_tokens")
-    tokens = tokens_at.text("class_tokens")
-    strategy = f"caption_strategy: {entry.get('caption_strategy', 'text files where there are any')}"
-    missing = len(images or ()) - len(with_text)
-    if with_text and missing:
-        instead = f"kohya's scripts would take {tokens!r}" if tokens else "as with kohya's scripts"
-        text = (
-            f"{counted(missing, 'image has', 'images have')} no {suffix} file and no caption here; {instead}."
-        )
-        suffix_at.decide(
-            "caption_extension", "approximate" if tokens else "translated", ours=strategy, text=text
-        )
-        if tokens:
-            suffix_at.draft.to_do.append(
-                f"{entry['instance_data_dir']}: write {tokens!r} into the missing {suffix} files."
-            )
-    elif suffix.lower() not in caption_suffixes():
-        text = f"Files {suffix} are not read here: rename them to .txt, and remove caption_strategy."
-        suffix_at.decide("caption_extension", "not translated", text=text)
-    else:
-        suffix_at.decide("caption_extension", "translated", ours=strategy, text="")
-    if tokens_at.has("class_tokens"):
-        ours = f"instance_prompt: {entry.get('instance_prompt')}" if "instance_prompt" in entry else ""
-        outcome: Outcome = "translated" if ours else "no effect"
-        tokens_at.decide("class_tokens", outcome, ours=ours, text="Of images without a caption file.")
-    if levels.at("caption_prefix").text("caption_prefix"):
-        levels.at("caption_prefix").decide("caption_prefix", "translated", ours="instance_prompt", text="")
-    for key in (
-        "shuffle_caption",
-        "keep_tokens",
-        "keep_tokens_separator",
-        "secondary_separator",
-        "caption_separator",
-    ):
-        at = levels.at(key)
-        if at.has(key) and not levels.at("shuffle_caption").flag("shuffle_caption"):
-            at.decide(key, "no effect", text="shuffle_caption is off.")
-        elif at.has(key):
-            at.skip(key)
-
-
 def _batch_sizes(settings: Settings, datasets: Sequence[Dataset]) -> None:
     sizes = list(dict.fromkeys(dataset.batch_size for dataset in datasets if dataset.subsets))
     settings.draft.config["train_batch_size"] = sizes[0]
@@ -376,20 +290,6 @@ def _alignment(datasets: Sequence[Dataset], draft: Draft, *, smallest: int) -> N
         at.decide("bucket_reso_steps", "translated" if exact else "approximate", ours=ours, text=text)
     if steps:
         draft.config["aspect_bucket_alignment"] = steps[0]
-
-
-def _dropout(datasets: Sequence[Dataset], draft: Draft) -> None:
-    key = "caption_dropout_rate"
-    places = [levels.at(key) for dataset in datasets for levels in dataset.subsets]
-    rates = [at.number(key) for at in places]
-    rate = sum(rates) / len(rates) if rates else 0.0
-    draft.config["caption_dropout_probability"] = number(round(rate, 4))
-    for at in places:
-        if at.has(key):
-            same = len(set(rates)) == 1
-            text = "" if same else "One number for all datasets here: the mean."
-            outcome: Outcome = "translated" if same else "approximate"
-            at.decide(key, outcome, ours=f"caption_dropout_probability: {rate:g}", text=text)
 
 
 def _length(settings: Settings, datasets: Sequence[Dataset]) -> None:

@@ -19,9 +19,17 @@ from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.paths import PLACEHOLDER, Place, unique_id
 from simpletuner.helpers.configuration.migration.reading import flattened, read_structured, read_text
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.tags import Tags, first_line, put_tags
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.names import counted
+
+_TAG_KEYS = {
+    "shuffles": "text.enable_tag_shuffling",
+    "num_kept": "text.keep_tags_count",
+    "separator": "text.tag_delimiter",
+    "dropout": "text.tag_dropout_probability",
+}
 
 
 def put_concepts(settings: Settings, place: Place) -> None:
@@ -76,7 +84,7 @@ def _concept(own: Settings, settings: Settings, place: Place) -> list[Draws] | N
         if own.has(key):
             own.decide(key, "translated" if overrides else "no effect", ours=f"resolution: {text}", text="")
     _crop(own, settings, entry)
-    _captions(own, entry, place)
+    _captions(own, entry, place, images=images)
     balancing, samples = own.number("balancing"), own.text("balancing_strategy").upper() == "SAMPLES"
     share = balancing
     if samples:
@@ -172,7 +180,36 @@ def _crop(own: Settings, settings: Settings, entry: dict[str, JsonValue]) -> Non
     own.decide("image.enable_crop_jitter", "translated", ours=f"crop: {str(entry['crop']).lower()}")
 
 
-def _captions(own: Settings, entry: dict[str, JsonValue], place: Place) -> None:
+def _captions(
+    own: Settings, entry: dict[str, JsonValue], place: Place, *, images: Sequence[Path] | None
+) -> None:
+    _source(own, entry, place)
+    files = [image.with_suffix(".txt") for image in images or ()]
+    texts = [first_line(file) for file in files if file.is_file()]
+    prompt = entry.get("instance_prompt")
+    _tags(own, entry, [str(prompt)] if prompt is not None else None if images is None else texts)
+
+
+def _tags(own: Settings, entry: dict[str, JsonValue], captions: Sequence[str] | None) -> None:
+    mode = own.text("text.tag_dropout_mode").upper()
+    drops = own.flag("text.tag_dropout_enable") and mode == "RANDOM"
+    tags = Tags(
+        separator=str(own.value("text.tag_delimiter")),
+        num_kept=own.whole("text.keep_tags_count"),
+        shuffles=own.flag("text.enable_tag_shuffling"),
+        dropout=own.number("text.tag_dropout_probability") if drops else 0.0,
+    )
+    if own.flag("text.tag_dropout_enable") and not drops:
+        for key in ("text.tag_dropout_enable", "text.tag_dropout_mode"):
+            own.decide(key, "not translated", text="Tags are dropped each by itself here, which is RANDOM.")
+    put_tags(tags, entry, captions=captions, at=lambda key: own, names=_TAG_KEYS)
+    if own.has("text.tag_dropout_mode"):
+        own.decide("text.tag_dropout_mode", "translated" if tags.dropout else "no effect", text="")
+    if own.has("text.tag_dropout_enable"):
+        own.decide("text.tag_dropout_enable", "translated" if tags.dropout else "no effect", text="")
+
+
+def _source(own: Settings, entry: dict[str, JsonValue], place: Place) -> None:
     source = own.text("text.prompt_source").lower()
     ours = {"sample": "textfile", "filename": "filename", "concept": "instanceprompt"}.get(source, "textfile")
     entry |= {"caption_strategy": ours, "caption_lines": "choose"}

@@ -243,7 +243,12 @@ def _text(value: object) -> str:
     return str(value)
 
 
-def _file(value: object, info: ValidationInfo) -> Path:
+def input_file(value: object, info: ValidationInfo) -> Path:
+    """The absolute path of an existing file.
+
+    Raises:
+        ValueError: There is none.
+    """
     path = _existing(value, info)
     if path.is_dir():
         raise ValueError("is a folder. Give the path of a file.")
@@ -300,6 +305,7 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_whole_number), AfterValidator(_at_most(2**63 - 1))]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_whole_number)]
 Timestep = Annotated[int, Field(ge=0, le=NUM_TIMESTEPS), BeforeValidator(_whole_number)]
+OptionalSeed = Annotated[Seed | None, BeforeValidator(none_word)]
 Decimals = Annotated[int, Field(ge=0, le=9), BeforeValidator(_whole_number)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]
 CountOrZero = Annotated[int, Field(ge=0), BeforeValidator(_whole_number), AfterValidator(_at_most(2**31 - 1))]
@@ -310,7 +316,7 @@ OptionalCount = Annotated[Count | None, BeforeValidator(_none_word_or_zero)]
 OptionalWhole = Annotated[Whole | None, BeforeValidator(none_word)]
 OptionalText = Annotated[str | None, BeforeValidator(_empty_to_none)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-InputFile = Annotated[Path, BeforeValidator(_file)]
+InputFile = Annotated[Path, BeforeValidator(input_file)]
 InputFolder = Annotated[Path, BeforeValidator(_folder)]
 OutputPath = Annotated[Path, BeforeValidator(_output)]
 OptionalInputFile = Annotated[InputFile | None, BeforeValidator(none_word)]

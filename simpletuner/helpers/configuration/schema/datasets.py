@@ -22,8 +22,11 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalText,
     PositiveNumber,
     Section,
+    Share,
     contradiction,
 )
+from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
+from simpletuner.helpers.configuration.schema.values import is_off
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
@@ -74,6 +77,13 @@ def _folder_name(value: object) -> object:
             "without a dot, hyphen or space at the start."
         )
     return value
+
+
+def _switched(value: object) -> object:
+    """caption_shuffle as a switch: true enables it, a value that is off is its default."""
+    if value is True or (isinstance(value, str) and value.strip().lower() == "true"):
+        return {"enable": True}
+    return {} if is_off(value) else value
 
 
 CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
@@ -135,6 +145,23 @@ class DatasetConfig(Section):
     """Prepend instance_prompt to each caption."""
     only_instance_prompt: bool = False
     """Use instance_prompt as every caption, instead of caption_strategy."""
+    caption_filter_list: CaptionFilters = ()
+    """Terms and regular expressions to remove from captions, and s/search/replacement/ entries to replace: a
+    list, or the path of a .txt file with one on each line or a .json array."""
+    caption_prefix: str = ""
+    """Text before each caption, separated by a blank."""
+    caption_suffix: str = ""
+    """Text after each caption, separated by a blank."""
+    enable_wildcard: bool = False
+    """Draw one of the alternatives in braces, {red|blue}, for each variant of a caption; {{ and }} are plain
+    braces."""
+    caption_shuffle: Annotated[CaptionShuffle, BeforeValidator(_switched)] = CaptionShuffle()
+    """Orders of a caption's tags: an object with the keys of CaptionShuffle."""
+    caption_tag_dropout_rate: Share = 0.0
+    """Share of tags that each variant of a caption lacks; the tags that caption_shuffle keeps in place are
+    never dropped."""
+    caption_dropout_probability: OptionalShare = None
+    """Fraction of samples trained without their caption. Default: config.json's."""
     repeats: CountOrZero = 0
     """Additional passes over each image in an epoch; 0 is one pass."""
     probability: PositiveNumber = 1.0
@@ -148,6 +175,11 @@ class DatasetConfig(Section):
     """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
     another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
     one."""
+
+    @property
+    def arranges_tags(self) -> bool:
+        """Whether caption_shuffle changes captions by itself."""
+        return self.caption_shuffle.enable or self.caption_shuffle.keep_separator is not None
 
     @property
     def crops_to_buckets(self) -> bool:

@@ -47,10 +47,9 @@ from simpletuner.helpers.configuration.schema.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import (
-    FILE_SUFFIX,
     ModelSource,
-    OptionalModelSource,
 )
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -64,7 +63,7 @@ from simpletuner.helpers.configuration.schema.values import (
     sizes,
 )
 from simpletuner.helpers.configuration.text.decisions import Decision
-from simpletuner.helpers.contracts import PredictionType, Size
+from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 Precision = Annotated[str, OneOf(PRECISIONS)]
@@ -75,57 +74,6 @@ class FileConfig(Section):
 
     defaults: Literal["ours", "simpletuner"] = "ours"
     """Values of the keys that are left out: this program's, or SimpleTuner's where they differ."""
-
-
-class ModelConfig(Section):
-    """The base model."""
-
-    model_family: str
-    """Family of the model."""
-    model_flavour: OptionalText = None
-    """Variant within the family; it names the repository if no model is given. Default: the family's."""
-    model_type: Literal["lora"] = "lora"
-    """lora trains an adapter, by lora_type."""
-    pretrained_model_name_or_path: ModelSource
-    """Folder in diffusers' layout, repository written owner/name, or checkpoint in one .safetensors file if
-    the family reads one. Default: the flavour's repository."""
-    pretrained_config_name_or_path: OptionalModelSource = None
-    """Folder or repository with the configuration, tokenizers and scheduler for such a file. Default: the
-    flavour's repository."""
-    pretrained_unet_model_name_or_path: OptionalModelSource = None
-    """Folder, repository or .safetensors file of another UNet than the model's."""
-    pretrained_unet_subfolder: OptionalText = None
-    """Subfolder of that UNet; null finds it."""
-    pretrained_transformer_model_name_or_path: OptionalModelSource = None
-    """Folder, repository or .safetensors file of another transformer than the model's."""
-    pretrained_transformer_subfolder: OptionalText = None
-    """Subfolder of that transformer; null finds it."""
-    pretrained_t5_model_name_or_path: OptionalModelSource = None
-    """Folder or repository of another T5 text encoder than the model's."""
-    pretrained_vae_model_name_or_path: OptionalModelSource = None
-    """Folder, repository or .safetensors file of another VAE than the model's."""
-    pretrained_vae_subfolder: OptionalText = None
-    """Subfolder of that VAE; null finds it."""
-    revision: OptionalText = None
-    """Branch, tag or commit of the repository; null is its main branch."""
-    variant: OptionalText = None
-    """Variant of the weight files, for instance fp16; null for files without a variant."""
-    prediction_type: PredictionType | None = None
-    """Prediction type of the denoiser. Default: that of the model's own scheduler."""
-    rescale_betas_zero_snr: bool = False
-    """Rescale the noise schedule so that the last timestep is pure noise."""
-
-    @model_validator(mode="after")
-    def _configures_a_file(self) -> Self:
-        key = "pretrained_config_name_or_path"
-        if self.pretrained_config_name_or_path is None:
-            return self
-        if not self.pretrained_model_name_or_path.endswith(FILE_SUFFIX):
-            text = "has an effect only if pretrained_model_name_or_path is a single file. Remove it."
-            raise contradiction(key, text, "pretrained_model_name_or_path")
-        if self.pretrained_config_name_or_path.endswith(FILE_SUFFIX):
-            raise contradiction(key, "is a file. Give a folder in diffusers' layout, or a repository.")
-        return self
 
 
 class PrecisionConfig(Section):
@@ -181,7 +129,7 @@ class TrainingConfig(Section):
     seed: Seed = 42
     """Seed of every random choice."""
     caption_dropout_probability: Share = 0.0
-    """Fraction of samples trained without their caption."""
+    """Fraction of samples trained without their caption, of datasets that set none."""
     max_grad_norm: NonNegativeNumber = 1.0
     """Bound on the gradient, by grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
@@ -272,6 +220,9 @@ class DataConfig(Section):
     is the caption; whole, the text is one caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
+    caption_variants: Count = 4
+    """Variants of each caption with enable_wildcard or caption_tag_dropout_rate, taken in turn; a multiple of
+    the orders of caption_shuffle. All are encoded before training."""
     cache_dir_vae: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/vae"))
     """Folder of cached latents, one subfolder per dataset. Default: cache/vae."""
     cache_dir_text: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/text"))

@@ -24,7 +24,7 @@ from simpletuner.helpers.models.loading import (
 )
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
 
 PIPELINES = ("FluxPipeline",)
 PATCH = 2

@@ -32,7 +32,7 @@ from simpletuner.helpers.models.flux2.spec import FLAVOURS
 from simpletuner.helpers.models.loading import Component, class_of, find_component
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)

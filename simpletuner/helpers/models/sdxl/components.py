@@ -24,7 +24,7 @@ from simpletuner.helpers.models.single_file import names_in
 from simpletuner.helpers.models.weights_on_disk import VELOCITY_MARKER, ZERO_SNR_MARKER
 
 if TYPE_CHECKING:
-    from simpletuner.helpers.configuration.schema.sections import ModelConfig
+    from simpletuner.helpers.configuration.schema.model import ModelConfig
 
 PIPELINES = ("StableDiffusionXL*",)
 TEXT_ENCODER_PREFIXES = {

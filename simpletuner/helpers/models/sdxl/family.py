@@ -5,7 +5,7 @@ Shapes: B batch, L text tokens, D text width, P pooled width, h w latent height 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionS
 from simpletuner.helpers.models.family import NO_TEXT_ENCODERS, FamilyContext, ModelFamily
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
+from simpletuner.helpers.models.sdxl.chunks import WORD_TOKENS, encode_chunks
 from simpletuner.helpers.models.sdxl.components import SDXLComponents, find_components
 from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLImg2ImgPipeline,
@@ -33,8 +34,6 @@ from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
 
-CLIP_TOKENS = 77
-"""Tokens of a prompt, after padding and truncation."""
 PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": StableDiffusionXLPipeline,
     "image2image": StableDiffusionXLImg2ImgPipeline,
@@ -59,18 +58,20 @@ class SDXL(ModelFamily):
             prediction=self._prediction,
             noise=context.noise,
         )
-        self._truncation_warning = TruncationWarning(limit=CLIP_TOKENS)
+        self._num_chunks = context.model.max_token_length // WORD_TOKENS
+        self._truncation_warning = TruncationWarning(limit=context.model.max_token_length + 2)
 
     @cached_property
     def text_identity(self) -> str:
         """Text that changes with tokenizers, text encoders, precision and the encoding of no prompt."""
         parts = self.components
+        chunks = f" chunks={self._num_chunks}" if self._num_chunks > 1 else ""
         return self._text_identity(
             parts.tokenizer,
             parts.text_encoder,
             parts.tokenizer_2,
             parts.text_encoder_2,
-            settings=f"{self.weight_dtype} zeros={parts.empty_prompt_is_zero}",
+            settings=f"{self.weight_dtype} zeros={parts.empty_prompt_is_zero}{chunks}",
         )
 
     def make_prompt_encoder(self) -> diffusers.StableDiffusionXLPipeline:
@@ -102,7 +103,7 @@ class SDXL(ModelFamily):
         return encode_scaled(self.vae, pixels)
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[TextEmbeds]:
-        """Encode each prompt to [1, L, D] and [1, P] float32 on the CPU.
+        """Encode each prompt to [1, L, D] and [1, P] float32 on the CPU; L is 77 for each chunk.
 
         The empty prompt gives the pipeline's default negative embeds: zeros if the model's configuration says
         so, as SDXL was trained without a caption, else the encoding of "".
@@ -115,18 +116,28 @@ class SDXL(ModelFamily):
             lengths = [len(ids) for ids in encoder.tokenizer(list(prompts)).input_ids]
         self._truncation_warning.check(prompts, lengths)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            text, no_text, pooled, no_pooled = encoder.encode_prompt(
-                prompt=list(prompts), device=self.device, negative_prompt=None
-            )
-        embeds = []
+            encoded = list((self._in_chunks if self._num_chunks > 1 else self._in_one)(prompts))
+        for prompt, tensors in zip(prompts, encoded, strict=True):
+            check_finite_text(prompt, *tensors, dtype=self.weight_dtype)
+        return [TextEmbeds(prompt_embeds=_to_host(text), pooled=_to_host(pooled)) for text, pooled in encoded]
+
+    def _in_one(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embeds [1, 77, D] and pooled [1, P] of each prompt, by the stock pipeline."""
+        text, no_text, pooled, no_pooled = self.prompt_encoder.encode_prompt(
+            prompt=list(prompts), device=self.device, negative_prompt=None
+        )
         for index, prompt in enumerate(prompts):
-            chosen, chosen_pooled = (text, pooled) if prompt else (no_text, no_pooled)
             rows = slice(index, index + 1)
-            embeds.append(
-                TextEmbeds(prompt_embeds=_to_host(chosen[rows]), pooled=_to_host(chosen_pooled[rows]))
+            yield (text[rows], pooled[rows]) if prompt else (no_text[rows], no_pooled[rows])
+
+    def _in_chunks(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embeds [1, 77 N, D] and pooled [1, P] of each prompt in N chunks."""
+        for prompt in prompts:
+            text, pooled = encode_chunks(
+                self.prompt_encoder, prompt, num_chunks=self._num_chunks, device=self.device
             )
-            check_finite_text(prompt, chosen[rows], chosen_pooled[rows], dtype=self.weight_dtype)
-        return embeds
+            is_zero = not prompt and self.components.empty_prompt_is_zero
+            yield (torch.zeros_like(text), torch.zeros_like(pooled)) if is_zero else (text, pooled)
 
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, 4, h, w] latents; depends on the seed and each sample's index only."""

@@ -44,7 +44,7 @@ SPEC = ModelSpec(
         *("conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
     ),
     num_text_encoders=2,
-    own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path"},
+    own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path", "max_token_length"},
     target_aliases={
         "Attention": TargetAlias(modules=("Attention",)),
         "FeedForward": TargetAlias(modules=("FeedForward",)),

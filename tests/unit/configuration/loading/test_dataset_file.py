@@ -169,7 +169,7 @@ def test_aspect_buckets_are_numbers_or_objects(workspace: Workspace) -> None:
         ({"prepend_instance_prompt": True}, "photos.instance_prompt  required by prepend_instance_prompt"),
         ({"resolution": 1.0}, "photos.resolution  1: .*16 to 16384.*resolution_type"),
         ({"resolution": 1024, "resolution_type": "area"}, "photos.resolution  1024 megapixels .*256"),
-        ({"caption_shuffle": {"enable": True}}, "photos.caption_shuffle  known from SimpleTuner"),
+        ({"caption_column": "text"}, "photos.caption_column  known from SimpleTuner"),
         ({"caption_stratgy": "x"}, "photos.caption_stratgy  unknown key.*caption_strategy"),
         ({"cache_dir": "x"}, "photos.cache_dir  .*text_embeds.*cache_dir_vae"),
         ({"cache_dir_vae": "images/cache"}, "photos.cache_dir_vae  .*instance_data_dir"),

@@ -232,8 +232,13 @@ def test_advice_does_not_lead_to_another_run(
 def test_a_dataset_key_of_another_trainer_gets_no_guess_that_means_something_else(
     workspace: Workspace,
 ) -> None:
+    workspace.datasets = [{"id": "photos", "instance_data_dir": "images", "token_dropout_rate": 0.1}]
+    assert rows(workspace.problems()) == {"photos.token_dropout_rate": "unknown key."}
+
+
+def test_a_short_form_of_tag_dropout_leads_to_the_key(workspace: Workspace) -> None:
     workspace.datasets = [{"id": "photos", "instance_data_dir": "images", "caption_tag_dropout": 0.1}]
-    assert rows(workspace.problems()) == {"photos.caption_tag_dropout": "unknown key."}
+    assert "caption_tag_dropout_rate" in rows(workspace.problems())["photos.caption_tag_dropout"]
 
 
 @pytest.mark.parametrize("path", ["config/prompts.json", "prompts.json", "./prompts"])

@@ -275,3 +275,42 @@ def test_numbers_with_an_exponent_are_numbers(folder: Path, tmp_path: Path) -> N
           model: {{name_or_path: a/b, is_xl: true}}
     """
     assert migrate(toml(tmp_path / "job.yaml", text)).config["learning_rate"] == 1e-4
+
+
+def test_tags_are_shuffled_and_dropped_by_the_captions_at_hand(tmp_path: Path) -> None:
+    keys = {"shuffle_tokens": True, "keep_tokens": 1, "token_dropout_rate": 0.1}
+    for name, caption in (("tags", "sks, a, b"), ("words", "a dog")):
+        folder = images(tmp_path / name, 2, caption=caption)
+        draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder), **keys}]))
+        entry = draft.datasets[0]
+        found = decision(draft, "process[0].datasets[0].shuffle_tokens").outcome
+        if name == "tags":
+            shuffle = {"enable": True, "count": 4, "include_original": False, "position_start": 1}
+            assert (entry["caption_shuffle"], entry["caption_tag_dropout_rate"]) == (shuffle, 0.1)
+            assert found == "approximate"
+        else:
+            assert "caption_shuffle" not in entry
+            assert found == "no effect"
+
+
+@pytest.mark.parametrize(
+    ("rates", "run", "config", "own"),
+    [
+        ((0.1, 0.1), None, 0.1, [None, None]),
+        ((0.1, 0.3), None, 0, [0.1, 0.3]),
+        ((0.1, 0.3), 0.2, 0.2, [None, None]),
+    ],
+)
+def test_each_dataset_has_its_rate_of_caption_dropout(
+    folder: Path,
+    tmp_path: Path,
+    rates: tuple[float, float],
+    run: float | None,
+    config: float,
+    own: list[float],
+) -> None:
+    entries = [{"folder_path": str(folder), "caption_dropout_rate": rate} for rate in rates]
+    train = {} if run is None else {"prompt_dropout_prob": run}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", entries, train=train))
+    assert draft.config["caption_dropout_probability"] == config
+    assert [each.get("caption_dropout_probability") for each in draft.datasets] == own

@@ -180,11 +180,13 @@ def test_trained_text_encoders_are_named(dog: Path, options: dict[str, object], 
         ("multires_noise_discount", 0.3, "no effect"),
         ("huber_c", 0.2, "no effect"),
         ("huber_scale", 2.0, "no effect"),
-        ("shuffle_caption", True, "not translated"),
+        ("secondary_separator", ";;;", "not translated"),
+        ("token_warmup_step", 0.5, "not translated"),
+        ("shuffle_caption", True, "no effect"),
+        ("keep_tokens", 2, "no effect"),
         ("flip_aug", True, "not translated"),
         ("xformers", True, "no effect"),
         ("clip_skip", 2, "no effect"),
-        ("max_token_length", 225, "not translated"),
         ("max_token_length", 75, "no effect"),
         ("a_key_of_a_fork", 1, "not translated"),
         ("reg_data_dir", "reg", "not translated"),
@@ -270,9 +272,95 @@ def test_only_the_first_line_counts_without_wildcards(dog: Path, wildcard: objec
     assert migrate(kohya(dog, NETWORK, {"enable_wildcard": wildcard})).datasets[0]["caption_lines"] == lines
 
 
-def test_a_caption_prefix_stands_before_the_captions(dog: Path) -> None:
-    entry = migrate(kohya(dog, NETWORK, {"caption_prefix": "masterpiece,"})).datasets[0]
-    assert (entry["instance_prompt"], entry["prepend_instance_prompt"]) == ("masterpiece,", True)
+def test_a_prefix_and_a_suffix_stand_around_the_captions(dog: Path) -> None:
+    options = {"caption_prefix": "masterpiece,", "caption_suffix": ", best"}
+    entry = migrate(kohya(dog, NETWORK, options)).datasets[0]
+    assert (entry["caption_prefix"], entry["caption_suffix"]) == ("masterpiece,", ", best")
+    assert "instance_prompt" not in entry
+
+
+def _tagged(dog: Path, *captions: str) -> None:
+    for number, caption in enumerate(captions):
+        (dog / "10_sks dog" / f"image{number}.txt").write_text(f"{caption}\na second line, of, tags")
+
+
+@pytest.mark.parametrize(
+    ("options", "ours"),
+    [
+        (
+            {"shuffle_caption": True, "keep_tokens": 1},
+            {"caption_shuffle": {"enable": True, "count": 4, "include_original": False, "position_start": 1}},
+        ),
+        (
+            {"caption_tag_dropout_rate": 0.1, "keep_tokens": 2},
+            {
+                "caption_tag_dropout_rate": 0.1,
+                "caption_shuffle": {"enable": False, "position_start": 2},
+            },
+        ),
+        (
+            {"shuffle_caption": True, "keep_tokens_separator": "|||", "caption_separator": " "},
+            {
+                "caption_shuffle": {
+                    "enable": True,
+                    "count": 4,
+                    "include_original": False,
+                    "split_on": "space",
+                    "keep_separator": "|||",
+                }
+            },
+        ),
+    ],
+    ids=["shuffle", "dropout", "separators"],
+)
+def test_tags_are_shuffled_and_dropped(
+    dog: Path, options: dict[str, object], ours: dict[str, JsonValue]
+) -> None:
+    _tagged(dog, "a dog, b, c", "d", "e")
+    draft = migrate(kohya(dog, NETWORK, options))
+    entry = draft.datasets[0]
+    assert {
+        key: value for key, value in entry.items() if key.startswith(("caption_shuffle", "caption_tag"))
+    } == ours
+    for key in options:
+        drawn = key in ("shuffle_caption", "caption_tag_dropout_rate")
+        assert decision(draft, key).outcome == ("approximate" if drawn else "translated")
+
+
+@pytest.mark.parametrize(
+    ("captions", "options", "outcome"),
+    [
+        (("a dog", "d", "e"), {}, "no effect"),
+        (("a, b", "d", "e"), {"keep_tokens": 2}, "no effect"),
+        (("a, b, c", "d", "e"), {"keep_tokens": 2}, "approximate"),
+        (("a dog", "d", "e"), {"caption_prefix": "sks,"}, "approximate"),
+        (("a; b", "d", "e"), {"caption_separator": ";"}, "not translated"),
+        (("a ||| b, c", "d", "e"), {"keep_tokens_separator": "|||"}, "approximate"),
+        (("a, c ||| b", "d", "e"), {"keep_tokens_separator": "|||"}, "no effect"),
+    ],
+)
+def test_tags_that_no_caption_has_are_not_shuffled(
+    dog: Path, captions: tuple[str, ...], options: dict[str, object], outcome: str
+) -> None:
+    _tagged(dog, *captions)
+    draft = migrate(kohya(dog, NETWORK, {"shuffle_caption": True, **options}))
+    assert decision(draft, "shuffle_caption").outcome == outcome
+    assert ("caption_shuffle" in draft.datasets[0]) is (outcome == "approximate")
+
+
+def test_wildcards_are_drawn(dog: Path) -> None:
+    draft = migrate(kohya(dog, NETWORK, {"enable_wildcard": True}))
+    assert draft.datasets[0]["enable_wildcard"] is True
+    assert decision(draft, "enable_wildcard").outcome == "approximate"
+    assert "enable_wildcard" not in migrate(kohya(dog, NETWORK, {})).datasets[0]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(150, 150), ("225", 225), (75, None), (None, None)])
+def test_captions_of_several_chunks_stay_whole(dog: Path, theirs: object, ours: int | None) -> None:
+    draft = migrate(kohya(dog, NETWORK, {"max_token_length": theirs}))
+    assert draft.config.get("max_token_length") == ours
+    if ours:
+        assert decision(draft, "max_token_length").outcome == "approximate"
 
 
 @pytest.mark.parametrize(

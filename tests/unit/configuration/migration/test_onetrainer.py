@@ -15,7 +15,7 @@ from tests.unit.configuration.migration.foreign_files import decision, images, m
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return images(tmp_path / "dog", 7, caption="a dog")
+    return images(tmp_path / "dog", 7, caption="a dog, b, c, d")
 
 
 def _concept(folder: Path, **keys: object) -> dict[str, object]:
@@ -112,6 +112,25 @@ def test_the_rest_of_each_bucket_is_left_out(tmp_path: Path, batch: int, bucketi
         ({"name": "my dog"}, {"id": "my dog"}),
         ({"text": {"prompt_source": "filename"}}, {"caption_strategy": "filename"}),
         ({"text": {"prompt_source": "sample"}}, {"caption_strategy": "textfile", "caption_lines": "choose"}),
+        (
+            {"text": {"enable_tag_shuffling": True, "keep_tags_count": 2}},
+            {"caption_shuffle": {"enable": True, "count": 4, "include_original": False, "position_start": 2}},
+        ),
+        (
+            {
+                "text": {
+                    "tag_dropout_enable": True,
+                    "tag_dropout_mode": "RANDOM",
+                    "tag_dropout_probability": 0.2,
+                    "tag_delimiter": " ",
+                }
+            },
+            {
+                "caption_tag_dropout_rate": 0.2,
+                "caption_shuffle": {"enable": False, "split_on": "space", "position_start": 1},
+            },
+        ),
+        ({"text": {"tag_dropout_probability": 0.2}}, {"caption_tag_dropout_rate": None}),
         ({"image": {"enable_crop_jitter": False}}, {"crop": False}),
         ({}, {"crop": True, "crop_aspect": "preserve", "crop_style": "random", "resolution": 64}),
         ({"image": {"enable_resolution_override": True, "resolution_override": "96"}}, {"resolution": 96}),
@@ -294,3 +313,11 @@ def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, key: str) -> No
     keys = {"text_encoder": {"train": True}} if "." in key else {key: value}
     draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
     assert decision(draft, key).outcome == "not translated"
+
+
+def test_tags_that_are_dropped_in_another_way_are_named(folder: Path, tmp_path: Path) -> None:
+    text = {"tag_dropout_enable": True, "tag_dropout_mode": "FULL", "tag_dropout_probability": 0.5}
+    draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder, text=text)]))
+    assert "caption_tag_dropout_rate" not in draft.datasets[0]
+    assert decision(draft, "concepts[0].text.tag_dropout_enable").outcome == "not translated"
+    assert decision(draft, "concepts[0].text.tag_dropout_probability").outcome == "no effect"

@@ -15,9 +15,9 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     TargetPreset,
     algorithm_arguments,
 )
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
-    ModelConfig,
     TrainingConfig,
     ValidationPrompt,
 )
