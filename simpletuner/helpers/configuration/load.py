@@ -40,6 +40,7 @@ from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
     LayerArguments,
     LycorisConfig,
@@ -77,6 +78,7 @@ SECTIONS: tuple[type[Section], ...] = (
     AdapterConfig,
     TrainingConfig,
     OptimizerConfig,
+    EmaConfig,
     NoiseConfig,
     PrecisionConfig,
     DataConfig,
@@ -176,7 +178,7 @@ class Loader:
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
-        publishing = self._section(PublishingConfig)
+        publishing, ema = self._section(PublishingConfig), self._section(EmaConfig)
         lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
         self.decisions += dataset_file.decisions
         prompts, webhooks = self._prompts(validation), self._webhooks(tracking)
@@ -190,6 +192,7 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+        rules.check_ema(ema, optimizer, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
@@ -209,6 +212,7 @@ class Loader:
                 "lycoris": lycoris,
                 "training": training.section,
                 "optimizer": optimizer.section,
+                "ema": ema.section,
                 "noise": noise.section,
                 "precision": precision.section,
                 "data": data.section.model_copy(update=text_cache),

@@ -50,6 +50,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
     ResolutionType,
     resolution_problem,
 )
+from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model_source import (
     FILE_SUFFIX,
@@ -529,6 +530,7 @@ class RunConfig(Section):
     lycoris: LycorisConfig | None
     training: TrainingConfig
     optimizer: OptimizerConfig
+    ema: EmaConfig
     noise: NoiseConfig
     precision: PrecisionConfig
     data: DataConfig
@@ -576,6 +578,7 @@ class RunConfig(Section):
             self.adapter,
             self.training,
             self.optimizer,
+            self.ema,
             self.noise,
             self.precision,
             self.data,
