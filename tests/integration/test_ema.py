@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -122,9 +123,13 @@ def test_main_exchanges_the_two_files_in_every_layout(run: TinyRun, tmp_path: Pa
             files_of(folder) for folder in (checkpoint_folder(each.output_dir, 2), each.output_dir)
         )
         assert all(map(are_equal, saved, final))
+    for name in (ADAPTER_FILE, EMA_ADAPTER_FILE, COMFYUI_FILE, EMA_COMFYUI_FILE):
+        found = [inspect(each.output_dir / name).training["adapter_weights"] for each in (run, other)]
+        assert found == (["ema", "plain"] if ".ema." in name else ["plain", "ema"])
     summaries = [json.loads((each.output_dir / "finished.json").read_text()) for each in (run, other)]
     assert [Path(each["ema"] or each["plain"]).name for each in summaries] == [EMA_ADAPTER_FILE] * 2
     assert [each["plain"] is None for each in summaries] == [True, False]
+    assert all(len(each["files"]) == 4 for each in summaries)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +137,17 @@ def test_main_exchanges_the_two_files_in_every_layout(run: TinyRun, tmp_path: Pa
     [("none", [""], 2), ("ema_only", ["ema"], 2), ("comparison", ["", "ema"], 3)],
 )
 def test_images_of_the_average_have_a_column_of_their_own(
-    run: TinyRun, choice: str, folders: list[str], columns: int
+    run: TinyRun, choice: str, folders: list[str], columns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    logged: list[str] = []
     with run.trainer(**PICTURES, max_train_steps=2, ema_validation=choice) as trainer:
         assert trainer.validation.images_left(0, max_steps=2) == len(folders)
         with torch.no_grad():
             for weight in trainer.adapter.parameters():
                 weight += 0.2  # the average stays behind
+        monkeypatch.setattr(trainer.trackers, "log_images", lambda _, images: logged.extend(images))
         trainer.run()
+    assert [name.endswith("-ema") for name in logged] == [False, *(bool(name) for name in folders)]
     step = run.output_dir / "validation" / "step-2"
     pixels = {
         name: Image.open(file).tobytes() for name in ("", "ema") for file in (step / name).glob("*seed*.png")

@@ -53,8 +53,8 @@ class Ema:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the average in this process."""
-        return sum(average.numel() * average.element_size() for average in self._averages)
+        """Size of the whole average."""
+        return sum(parameter.numel() for parameter in self._adapter.parameters()) * torch.float32.itemsize
 
     def restart(self) -> None:
         """Start anew from the present weights."""

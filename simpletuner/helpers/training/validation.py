@@ -189,7 +189,7 @@ class Validation:
         save_png(self._grid(step, files), grid_file)
         logger.info("Validation of step %d: %s", step, grid_file)
         images = {
-            f"{prompt.name}{weights.title}": file
+            "-".join(filter(None, (prompt.name, weights.folder))): file
             for weights, own in files.items()
             for prompt, file in own.items()
         }
