@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMA_ADAPTER_FILE, checkpoint_folders
 from tests.integration.processes import start, start_ranks, wait_for_all
 from tests.integration.tiny_runs import TinyRun
 
@@ -79,7 +79,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     # A large eps: where a gradient is nearly zero, Adam divides rounding by rounding.
     constant = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3"}
     saves = {"checkpoint_step_interval": 0, "checkpoint_epoch_interval": 1}
-    keys = {"max_train_steps": 3, **constant, **saves, **VARIANTS[request.param]}
+    keys = {"max_train_steps": 3, "use_ema": True, **constant, **saves, **VARIANTS[request.param]}
     two = train(TinyRun(folder / "two", num_images=4), num_processes=2, train_batch_size=1, **keys)
     one = train(TinyRun(folder / "one", num_images=4), num_processes=1, train_batch_size=2, **keys)
     return two, one
@@ -140,6 +140,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, TinyRun]
     """Three steps with every weight shared out over two processes, stopped after two; and on one process."""
     folder = tmp_path_factory.mktemp("sharded")
     keys = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3", "gradient_checkpointing": True}
+    keys |= {"use_ema": True}
     two, one = TinyRun(folder / "two", num_images=4), TinyRun(folder / "one", num_images=4)
     for steps in (2, 3):
         train(two, num_processes=2, before=ON_CPU_TOO, train_batch_size=1, max_train_steps=steps, **keys)
@@ -163,8 +164,17 @@ def test_sharded_and_resumed_run_trains_what_one_process_trains(sharded: tuple[T
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
 
-def test_file_of_a_sharded_run_is_that_of_one_process(sharded: tuple[TinyRun, TinyRun]) -> None:
-    two, one = (load_file(run.output_dir / ADAPTER_FILE) for run in sharded)
+@pytest.mark.parametrize("name", [ADAPTER_FILE, EMA_ADAPTER_FILE])
+def test_file_of_a_sharded_run_is_that_of_one_process(sharded: tuple[TinyRun, TinyRun], name: str) -> None:
+    two, one = (load_file(run.output_dir / name) for run in sharded)
     assert two.keys() == one.keys()
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_average_of_two_processes_is_that_of_one(runs: tuple[TinyRun, TinyRun]) -> None:
+    two, one = (load_file(run.output_dir / EMA_ADAPTER_FILE) for run in runs)
+    plain = load_file(runs[1].output_dir / ADAPTER_FILE)
+    assert any(not torch.equal(tensor, plain[key]) for key, tensor in one.items())
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-7)

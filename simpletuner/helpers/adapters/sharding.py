@@ -31,6 +31,28 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has, sharing its memory; all of it unless it is sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part: Tensor = tensor.to_local()
+    return part
+
+
+def join_part(part: Tensor, *, like: Tensor) -> Tensor:
+    """The sharded tensor of which this process has that part; the part itself if `like` is not sharded."""
+    if not isinstance(like, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
 def distribute_like(value: Tensor, *, like: Tensor) -> Tensor:
     """Shard a whole tensor like another one; unchanged if that one is not sharded."""
     if not isinstance(like, DTensor):

@@ -33,6 +33,8 @@ _IGNORED = {
     *ValidationConfig.model_fields,
     "cache_dir_text",
     "cache_dir_vae",
+    "ema_adapter_file",
+    "ema_validation",
     "lycoris_config",
     "text_encoder_batch_size",
     "vae_batch_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,23 +25,35 @@ from simpletuner.helpers.checkpointing.optimizer_state import (
 )
 from simpletuner.helpers.errors import CheckpointError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, ADAPTER_STATE_FILE, COUNTERS_FILE, OPTIMIZER_FILE
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    ADAPTER_STATE_FILE,
+    COUNTERS_FILE,
+    EMA_ADAPTER_FILE,
+    EMA_STATE_FILE,
+    OPTIMIZER_FILE,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
     from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.ema import Ema
     from simpletuner.helpers.checkpointing.progress import Progress
 
 
+logger = logging.getLogger(__name__)
+
+WEIGHTS_KEY = "adapter_weights"
+"""In the header of the adapter files of a run with an EMA: plain or ema."""
 # The number of the operating system's error, which safetensors has only in its text.
 _OS_ERROR = re.compile(r"os error (\d+)")
 
 
 @dataclass(kw_only=True, slots=True)
 class RunState:
-    """The adapter, its optimiser, the counters and, under fp16, the gradient scaler.
+    """The adapter, its optimiser, the counters and, where there is one, the EMA and the gradient scaler.
 
     The learning rate and every random stream are functions of the counters and need no state.
     """
@@ -53,6 +66,7 @@ class RunState:
     scaler: torch.amp.GradScaler | None = None
     averages: Callable[[], AbstractContextManager[None]] = nullcontext
     """The context in which the adapter has the weights for use, which its file holds."""
+    ema: Ema | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -61,9 +75,10 @@ class RunState:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors that `save` writes; those of the adapter are in two files."""
+        """Size of the tensors that `save` writes; adapter and EMA are each in two files."""
         adapter = sum(weight.numel() * weight.element_size() for weight in self.adapter.parameters())
-        return 2 * adapter + num_state_bytes(self.optimizer)
+        ema = 0 if self.ema is None else self.ema.num_bytes
+        return 2 * adapter + 2 * ema + num_state_bytes(self.optimizer)
 
     def check_optimizer(self) -> None:
         """Check that a checkpoint can hold the optimiser's state; every process of a sharded run calls it.
@@ -74,7 +89,7 @@ class RunState:
         optimizer_state(self.optimizer)
 
     def save(self, folder: Path) -> None:
-        """Write the state and the adapter file into an existing folder.
+        """Write the state and the adapter files into an existing folder.
 
         Raises:
             CheckpointError: A tensor file cannot be written.
@@ -83,13 +98,31 @@ class RunState:
         tensors, numbers = optimizer_state(self.optimizer)
         _save_tensors(self.adapter.state_dict(), folder / ADAPTER_STATE_FILE)
         _save_tensors(tensors, folder / OPTIMIZER_FILE)
+        if self.ema is not None:
+            _save_tensors(self.ema.tensors(), folder / EMA_STATE_FILE)
         write_json(folder / COUNTERS_FILE, {**self._counters(), "optimizer": numbers})
-        self.save_adapter(folder / ADAPTER_FILE)
+        self.save_adapters(folder)
 
-    def save_adapter(self, file: Path) -> None:
-        """Write the adapter file, with the metadata and the number of steps in its header."""
+    def save_adapters(self, folder: Path) -> list[Path]:
+        """Write the adapter file, and with an EMA a second one; ema_adapter_file says which has the average.
+
+        The headers have the metadata and the number of steps.
+
+        Returns:
+            The files.
+        """
+        metadata = {**self.metadata, "steps": str(self.progress.step)}
+        main, second = folder / ADAPTER_FILE, folder / EMA_ADAPTER_FILE
+        plain = second if self.ema is not None and self.ema.is_main else main
+        named = {} if self.ema is None else {WEIGHTS_KEY: "plain"}
         with self.averages():
-            self.adapter.save(file, metadata={**self.metadata, "steps": str(self.progress.step)})
+            self.adapter.save(plain, metadata=metadata | named)
+        if self.ema is None:
+            return [main]
+        named = {WEIGHTS_KEY: "ema", "ema_decay": str(self.ema.config.ema_decay)}
+        with self.ema.weights():
+            self.adapter.save(main if plain == second else second, metadata=metadata | named)
+        return [main, second]
 
     def load(self, folder: Path) -> None:
         """Load the state that `save` wrote.
@@ -106,6 +139,8 @@ class RunState:
             self.progress.load_state_dict(counters["progress"])
             if self.scaler is not None and counters["scaler"] is not None:
                 self.scaler.load_state_dict(counters["scaler"])
+            if self.ema is not None:
+                self._load_ema(self.ema, folder, counters)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{folder} cannot be loaded: {type(error).__name__}: {error}. "
@@ -121,7 +156,12 @@ class RunState:
         """SHA-256 of the state; equal digests mean bitwise equal runs."""
         tensors, numbers = optimizer_state(self.optimizer)
         digest = hashlib.sha256()
-        for owner, named in (("adapter", self.adapter.state_dict()), ("optimizer", tensors)):
+        averages = {} if self.ema is None else self.ema.tensors()
+        for owner, named in (
+            ("adapter", self.adapter.state_dict()),
+            ("optimizer", tensors),
+            ("ema", averages),
+        ):
             for name in sorted(named):
                 tensor = _copy(named[name])
                 digest.update(f"{owner}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -132,7 +172,15 @@ class RunState:
 
     def _counters(self) -> dict[str, Any]:
         scaler = None if self.scaler is None else self.scaler.state_dict()
-        return {"progress": self.progress.state_dict(), "scaler": scaler}
+        counters = {"progress": self.progress.state_dict(), "scaler": scaler}
+        return counters if self.ema is None else counters | {"ema": {"updates": self.ema.num_updates}}
+
+    def _load_ema(self, ema: Ema, folder: Path, counters: Mapping[str, Any]) -> None:
+        if "ema" in counters:
+            ema.load(load_file(folder / EMA_STATE_FILE), num_updates=counters["ema"]["updates"])
+        else:
+            logger.info("%s has no EMA. It starts from the weights of that step.", folder.name)
+            ema.restart()
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

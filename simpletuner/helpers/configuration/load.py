@@ -41,6 +41,7 @@ from simpletuner.helpers.configuration.loading.webhook_file import hide_address,
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
+from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
     LayerArguments,
     LycorisConfig,
@@ -79,6 +80,7 @@ SECTIONS: tuple[type[Section], ...] = (
     TrainingConfig,
     RegularisationConfig,
     OptimizerConfig,
+    EmaConfig,
     NoiseConfig,
     PrecisionConfig,
     DataConfig,
@@ -179,7 +181,7 @@ class Loader:
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
-        publishing = self._section(PublishingConfig)
+        publishing, ema = self._section(PublishingConfig), self._section(EmaConfig)
         lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
         self.decisions += dataset_file.decisions
         prompts, webhooks = self._prompts(validation, dataset_file), self._webhooks(tracking)
@@ -195,6 +197,7 @@ class Loader:
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
         rules.check_noise(noise, self.source)
+        rules.check_ema(ema, optimizer, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
         rules.check_output(checkpoint, dataset_file.datasets, self.source)
@@ -216,6 +219,7 @@ class Loader:
                 "training": training.section,
                 "regularisation": regularisation.section,
                 "optimizer": optimizer.section,
+                "ema": ema.section,
                 "noise": noise.section,
                 "precision": precision.section,
                 "data": data.section.model_copy(update=text_cache),

@@ -30,6 +30,10 @@ SUMMARY_FILE = "finished.json"
 # In the output folder when the run is finished, and in each checkpoint.
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 COMFYUI_FILE = "pytorch_lora_weights_comfyui.safetensors"
+EMA_ADAPTER_FILE = "pytorch_lora_weights.ema.safetensors"
+EMA_COMFYUI_FILE = "pytorch_lora_weights_comfyui.ema.safetensors"
+COMFYUI_FILES = {ADAPTER_FILE: COMFYUI_FILE, EMA_ADAPTER_FILE: EMA_COMFYUI_FILE}
+"""Adapter file -> its export for ComfyUI."""
 
 # The model card, for people who get the adapter; the repository on the hub has the same names.
 CARD_FOLDER = "model-card"
@@ -46,12 +50,15 @@ CHECKPOINT_MANIFEST_FILE = "manifest.json"
 COMPATIBILITY_FILE = "compatibility.json"
 ADAPTER_STATE_FILE = "adapter_state.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+EMA_STATE_FILE = "ema_state.safetensors"
 COUNTERS_FILE = "state.json"
 
 VALIDATION_FOLDER = "validation"
 GRID_FILE = "grid.png"
 SCORES_FILE = "scores.json"
 """Of the images of one validation."""
+EMA_FOLDER = "ema"
+"""In the folder of one validation, its images of the EMA weights."""
 BASE_FOLDER = "base"
 REMOVED_PREFIX = ".removed-"
 """A checkpoint is renamed before it is removed."""
@@ -109,7 +116,8 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 def validation_files(folder: Path) -> list[Path]:
     """The images, the grid and the scores of one validation, without files of other names."""
-    images = [file for file in folder.glob("*.png") if file.name == GRID_FILE or parse_image_name(file.stem)]
+    found = [*folder.glob("*.png"), *(folder / EMA_FOLDER).glob("*.png")]
+    images = [file for file in found if file.name == GRID_FILE or parse_image_name(file.stem)]
     return [*images, *folder.glob(SCORES_FILE)]
 
 

@@ -164,6 +164,8 @@ def _sections(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) 
     if ranks := _rank_table(run):
         yield f"## Rank schedule\n\n{ranks}"
     yield f"## Settings\n\n{_settings(run)}"
+    if run.ema_sentence:
+        yield f"## Files\n\n{run.ema_sentence}"
     yield "\n\n".join(["## Use", *_usage(run, spec, repository=repository)])
 
 

@@ -18,7 +18,6 @@ from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.redaction import PLACEHOLDER
 from simpletuner.helpers.io.run_folder import (
     CARD_FILE,
-    COMFYUI_FILE,
     CONFIG_FILE,
     LYCORIS_FILE,
     UPLOAD_FOLDER,
@@ -121,9 +120,7 @@ def files_of(run: RunFiles, card: Path, *, scratch: Path) -> dict[str, Path]:
         PublishError: An adapter is no safetensors file.
         StorageError: A file cannot be written.
     """
-    adapters = {run.adapter_name: run.adapter, **run.checkpoints}
-    if run.comfyui is not None and run.adapter.parent == run.folder:
-        adapters[COMFYUI_FILE] = run.comfyui
+    adapters = run.adapters
     images = {name: card.parent / name for name in card_images(run)}
     sources = {CARD_FILE: card} | {name: image for name, image in images.items() if image.exists()}
     sources |= {grid_name(step): grid for step, grid in run.grids.items()}
@@ -151,8 +148,8 @@ def _upload(
             lambda: hub.commit(repository, {name: files[name] for name in missing}, message=message)
         )
         uploaded.add(repository.name, {name: digests[name] for name in missing})
-    for waiting in run.checkpoints.values():
-        shutil.rmtree(waiting.parent)
+    for folder in {waiting.parent for waiting in run.checkpoints.values()}:
+        shutil.rmtree(folder)
     return Published(repository.address, tuple(missing))
 
 

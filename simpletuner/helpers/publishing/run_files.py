@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from simpletuner.helpers.configuration.text.secrets import without_secrets
@@ -15,6 +15,9 @@ from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
     CONFIG_FILE,
+    EMA_ADAPTER_FILE,
+    EMA_COMFYUI_FILE,
+    EMA_FOLDER,
     GRID_FILE,
     RUN_MANIFEST_FILE,
     UPLOAD_FOLDER,
@@ -44,13 +47,39 @@ class RunFiles:
     header: Mapping[str, str]
     """The texts in the adapter's header; names in place of paths."""
     checkpoints: Mapping[str, Path]
-    """Path in a repository -> adapter of a checkpoint that waits for its upload."""
+    """Path in a repository -> adapter file of a checkpoint that waits for its upload."""
 
     @property
     def comfyui(self) -> Path | None:
         """The export for ComfyUI, if there is one."""
         file = self.folder / COMFYUI_FILE
         return file if file.exists() else None
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """Path in a repository -> file: the adapter, its export, those of the EMA, and what waits."""
+        names = [COMFYUI_FILE, *([EMA_ADAPTER_FILE, EMA_COMFYUI_FILE] if self.config.get("use_ema") else [])]
+        beside = {name: self.adapter.with_name(name) for name in names}
+        where = PurePosixPath(self.adapter_name)
+        found = {str(where.with_name(name)): file for name, file in beside.items() if file.exists()}
+        return {self.adapter_name: self.adapter, **found, **self.checkpoints}
+
+    @property
+    def ema_sentence(self) -> str:
+        """Which file has the moving average of a run that keeps one, in Markdown; else empty."""
+        if not self.config.get("use_ema") or not self.adapter.with_name(EMA_ADAPTER_FILE).exists():
+            return ""
+        files = self.adapter_name, str(PurePosixPath(self.adapter_name).with_name(EMA_ADAPTER_FILE))
+        plain, average = reversed(files) if self.has_average_first else files
+        return (
+            f"`{plain}` has the weights after the last step, `{average}` their exponential moving average "
+            f"(EMA) with decay {self.config.get('ema_decay')}."
+        )
+
+    @property
+    def has_average_first(self) -> bool:
+        """Whether the adapter file has the moving average, and the file beside it the trained weights."""
+        return bool(self.config.get("use_ema")) and self.config.get("ema_adapter_file") == "main"
 
     @property
     def grids(self) -> dict[int, Path]:
@@ -60,12 +89,16 @@ class RunFiles:
 
     @property
     def images(self) -> list[tuple[Mapping[str, Any], Path]]:
-        """Prompt and image of the newest validation that has a grid."""
+        """Prompt and image of the newest validation that has a grid, of the adapter file's weights."""
         if not self.grids:
             return []
-        folder = list(self.grids.values())[-1].parent
-        files = [(each, image_file(folder, str(each.get("name")))) for each in self.manifest.get("shots", [])]
-        return [(prompt, file) for prompt, file in files if file.exists()]
+        plain = list(self.grids.values())[-1].parent
+        folders = [plain / EMA_FOLDER, plain] if self.has_average_first else [plain, plain / EMA_FOLDER]
+        found = []
+        for prompt in self.manifest.get("shots", []):
+            files = (image_file(folder, str(prompt.get("name"))) for folder in folders)
+            found += [(prompt, file) for file in files if file.exists()][:1]
+        return found
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -78,11 +111,17 @@ def read_run(folder: Path) -> RunFiles:
     if not config:
         raise PublishError(f"{folder} holds no readable {CONFIG_FILE}. Give the output_dir of a run.")
     hide_named(json.dumps(config))  # the paths of the run hold the values
-    waiting = {_in_repository(path): path for path in waiting_adapters(folder)}
+    waiting = {
+        _in_repository(path): path
+        for adapter in waiting_adapters(folder)
+        for path in (adapter, adapter.with_name(EMA_ADAPTER_FILE))
+        if path.exists()
+    }
+    mains = {name: path for name, path in waiting.items() if path.name == ADAPTER_FILE}
     saved = [(step, path / ADAPTER_FILE) for step, path in checkpoint_folders(folder)]
     newest = {_name(step): path for step, path in saved if path.exists()}
     adapters = {ADAPTER_FILE: folder / ADAPTER_FILE} if (folder / ADAPTER_FILE).exists() else {}
-    candidates = adapters or dict(reversed(newest.items())) or dict(reversed(waiting.items()))
+    candidates = adapters or dict(reversed(newest.items())) or dict(reversed(mains.items()))
     if not candidates:
         raise PublishError(f"{folder} holds no adapter yet: neither {ADAPTER_FILE} nor a checkpoint.")
     name, adapter = next(iter(candidates.items()))

@@ -12,7 +12,7 @@ from typing import Any
 from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.redaction import redacted_json
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILE, SUMMARY_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILES, EMA_ADAPTER_FILE, SUMMARY_FILE
 from simpletuner.helpers.publishing.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -40,14 +40,25 @@ class RunSummary:
     """The model card; None when it could not be written, and for runs of earlier versions."""
 
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Name -> size and SHA-256 of the adapter file and its export; empty for runs of earlier versions."""
+    """Name -> size and SHA-256 of the adapter files and their exports; empty for runs of earlier versions."""
 
     trackers: dict[str, str] | None = None
     """Tracker -> the folder of its files; None for runs of earlier versions."""
+    ema: str | None = None
+    """The file beside the adapter, if it has the EMA weights."""
+    plain: str | None = None
+    """The file beside the adapter, if the adapter file has the EMA weights and this one the trained ones."""
+
+    @property
+    def adapter_files(self) -> list[str]:
+        """Names of the adapter files without their exports."""
+        return [ADAPTER_FILE] if self.ema is self.plain is None else [ADAPTER_FILE, EMA_ADAPTER_FILE]
 
     def sealed(self, output_dir: Path) -> RunSummary:
         """The summary with the present size and hash of the adapter files."""
-        names = [ADAPTER_FILE] if self.comfyui is None else [ADAPTER_FILE, COMFYUI_FILE]
+        names = self.adapter_files
+        if self.comfyui is not None:
+            names += [COMFYUI_FILES[name] for name in names]
         return replace(self, files={name: file_entry(output_dir / name) for name in names})
 
     def save(self, output_dir: Path) -> None:
@@ -66,6 +77,10 @@ class RunSummary:
     def show(self) -> None:
         """Log one line for each file."""
         logger.info("Adapter:     %s", self.adapter)
+        if self.ema is not None:
+            logger.info("EMA:         %s", self.ema)
+        if self.plain is not None:
+            logger.info("Plain:       %s (the adapter is the EMA)", self.plain)
         if self.comfyui_advice is not None:
             logger.info("ComfyUI:     %s", self.comfyui_advice)
         if self.grid is not None:

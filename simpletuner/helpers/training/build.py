@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from torch.nn.parallel import DistributedDataParallel
 
+from simpletuner.helpers.adapters.ema import Ema
 from simpletuner.helpers.adapters.network import attach_adapter
 from simpletuner.helpers.adapters.sharding import shard_adapters
 from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
@@ -259,7 +260,7 @@ def build_components(
 ) -> Trainer:
     """Load the denoiser, attach the adapter, load the resumed state, and build the trainer."""
     config, accelerator, data = context.config, context.accelerator, context.data
-    output_dir, is_main_process = config.checkpoint.output_dir, accelerator.is_main_process
+    is_main_process = accelerator.is_main_process
     logger.info("Loading the denoiser.")
     denoiser = context.family.load_denoiser()
     limit_cpu_threads(denoiser, accelerator.device)
@@ -304,6 +305,7 @@ def build_components(
         ),
         scaler=accelerator.scaler,
         averages=averages,
+        ema=build_ema(config, adapter, device=device),
     )
     if context.resumed is not None:
         resume(state, context.resumed)
@@ -323,6 +325,7 @@ def build_components(
         scorer=context.scorer,
         epochs=epochs,
         averages=averages,
+        ema=state.ema,
     )
     checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
@@ -342,13 +345,7 @@ def build_components(
         trackers=trackers,
         display=display,
         page=build_page(context, state, images=validation.manifest()),
-        final_files=FinalFiles(
-            output_dir=output_dir,
-            state=state,
-            is_main_process=is_main_process,
-            spec=context.family.spec,
-            exports_to_comfyui=config.adapter.lora_format == "comfyui",
-        ),
+        final_files=build_final_files(context, state),
         uploads=build_uploads(context),
         preemption=context.preemption,
         max_steps=context.max_steps,
@@ -461,6 +458,24 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     accelerator._tlora_active = adapter.tlora_config is not None
     accelerator._lycoris_wrapped_network = adapter.lycoris_network
     return adapter
+
+
+def build_ema(config: RunConfig, adapter: Adapter, *, device: torch.device) -> Ema | None:
+    """The moving average of the adapter's present weights, on the host or on this device; None without."""
+    if not config.ema.use_ema:
+        return None
+    return Ema(adapter, config.ema, device=torch.device("cpu") if config.ema.ema_device == "cpu" else device)
+
+
+def build_final_files(context: RunContext, state: RunState) -> FinalFiles:
+    """What writes the files of the finished run."""
+    return FinalFiles(
+        output_dir=context.config.checkpoint.output_dir,
+        state=state,
+        is_main_process=context.accelerator.is_main_process,
+        spec=context.family.spec,
+        exports_to_comfyui=context.config.adapter.lora_format == "comfyui",
+    )
 
 
 def build_checkpoints(

@@ -16,7 +16,9 @@ from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
+    COMFYUI_FILES,
     CONFIG_FILE,
+    EMA_ADAPTER_FILE,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     WANDB_FOLDER,
@@ -42,22 +44,22 @@ class FinalFiles:
     spec: ModelSpec
     exports_to_comfyui: bool = False
 
-    def save_adapter(self) -> None:
-        """Write the adapter file and its export. Every process calls it, to gather a sharded adapter."""
-        adapter = self.output_dir / ADAPTER_FILE
+    def save_adapters(self) -> None:
+        """Write the adapter files and their exports. Every process calls it, to gather a sharded adapter."""
         if self.is_main_process:
-            self.state.save_adapter(adapter)
-            if self.exports_to_comfyui:
-                _export(self.output_dir, self.spec)
+            for file in self.state.save_adapters(self.output_dir):
+                if self.exports_to_comfyui:
+                    _export(file, self.spec)
         elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
-                self.state.save_adapter(Path(scratch) / ADAPTER_FILE)
+                self.state.save_adapters(Path(scratch))
 
     def save_summary(self, *, grid: Path, page: Path | None) -> None:
         """Mark the run as finished, and log the paths of its files."""
         if not self.is_main_process:
             return
-        step = self.state.progress.step
+        step, ema = self.state.progress.step, self.state.ema
+        second = str(self.output_dir / EMA_ADAPTER_FILE)
         exported = self.output_dir / COMFYUI_FILE if self.exports_to_comfyui else None
         summary = RunSummary(
             step=step,
@@ -70,6 +72,8 @@ class FinalFiles:
             comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
             page=None if page is None else str(page),
             card=self._save_card(),
+            ema=second if ema is not None and not ema.is_main else None,
+            plain=second if ema is not None and ema.is_main else None,
             trackers={
                 name: str(folder)
                 for name in (TENSORBOARD_FOLDER, WANDB_FOLDER)
@@ -98,17 +102,18 @@ def restore_damaged(summary: RunSummary, output_dir: Path, *, checkpoint: Path, 
     damage = summary.damage(output_dir)
     if not damage:
         return
-    stored = checkpoint / ADAPTER_FILE
-    try:
-        write_bytes(output_dir / ADAPTER_FILE, stored.read_bytes())
-    except OSError as error:
-        raise storage_error(stored, error) from error
-    if summary.comfyui is not None:
-        _export(output_dir, spec)
+    for name in summary.adapter_files:
+        stored = checkpoint / name
+        try:
+            write_bytes(output_dir / name, stored.read_bytes())
+        except OSError as error:
+            raise storage_error(stored, error) from error
+        if summary.comfyui is not None:
+            _export(output_dir / name, spec)
     summary.sealed(output_dir).save(output_dir)
     logger.warning("%s: %s. Written again from %s.", output_dir, "; ".join(damage), checkpoint.name)
 
 
-def _export(output_dir: Path, spec: ModelSpec) -> None:
+def _export(adapter: Path, spec: ModelSpec) -> None:
     options, families = ExportOptions(layout="comfyui"), {spec.name: spec}
-    export_adapter(output_dir / ADAPTER_FILE, output_dir / COMFYUI_FILE, options, families=families)
+    export_adapter(adapter, adapter.with_name(COMFYUI_FILES[adapter.name]), options, families=families)

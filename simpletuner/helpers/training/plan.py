@@ -25,7 +25,8 @@ from simpletuner.helpers.errors import DataError, MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
-    COMFYUI_FILE,
+    COMFYUI_FILES,
+    EMA_ADAPTER_FILE,
     METRICS_FILE,
     PAGE_FILE,
     TENSORBOARD_FOLDER,
@@ -399,6 +400,8 @@ def _validation(config: RunConfig, *, batches: int) -> str:
     steps = config.training.planned_steps(batches_per_epoch=batches)
     sizes = validation.validation_resolution
     number = len(validation.prompts) * len(sizes) * validation.num_validation_images
+    if config.ema.use_ema and config.ema.ema_validation == "comparison":
+        number *= 2
     if validation.validation_disable or not number:
         return "no images"
     by_step, by_epoch = validation.validation_step_interval, validation.validation_epoch_interval
@@ -417,9 +420,10 @@ def _every(steps: int, epochs: int) -> str:
 
 def _written(config: RunConfig) -> str:
     every = _every(config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
+    adapters = [ADAPTER_FILE, *([EMA_ADAPTER_FILE] if config.ema.use_ema else [])]
     files = [
-        ADAPTER_FILE,
-        *([COMFYUI_FILE] if config.adapter.lora_format == "comfyui" else []),
+        *adapters,
+        *(COMFYUI_FILES[name] for name in adapters if config.adapter.lora_format == "comfyui"),
         f"checkpoints {every}" if every else "a checkpoint at the end",
         METRICS_FILE,
         PAGE_FILE,

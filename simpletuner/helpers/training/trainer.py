@@ -112,7 +112,7 @@ class Trainer:
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:
-                self.final_files.save_adapter()
+                self.final_files.save_adapters()
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
@@ -170,6 +170,8 @@ class Trainer:
         self.metrics.record("device_memory_mib", peak_device_memory_mib(self.accelerator.device))
         metrics = self.metrics.complete()
         self._count_skipped(metrics)
+        if self.state.ema is not None and metrics.grad_norm is not None:  # else the step was skipped
+            self.state.ema.update(metrics.step)
         return metrics
 
     def train_step(self, batch: Batch) -> MicroBatchOutput:

@@ -17,6 +17,7 @@ from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import (
+    EMA_FOLDER,
     GRID_FILE,
     SCORES_FILE,
     image_file,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.ema import Ema
     from simpletuner.helpers.models.clip_score import ClipScorer
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.sampling.comparison import Comparison
@@ -39,6 +41,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ValidationType = Literal["base_model", "intermediary", "final"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsedWeights:
+    """Weights of the adapter of which validation images are generated."""
+
+    use: Callable[[], AbstractContextManager[None]]
+    """The context in which the adapter has them."""
+    title: str = ""
+    """After the adapter's title, in that of their column."""
+    folder: str = ""
+    """Of their images in the folder of a validation; empty for that folder itself."""
+    score: str = "clip_score"
 
 
 @dataclass(kw_only=True)
@@ -59,6 +74,7 @@ class Validation:
     """Where epochs end, for validation_epoch_interval."""
     averages: Callable[[], AbstractContextManager[None]] = nullcontext
     """The context in which the adapter has the weights for use."""
+    ema: Ema | None = None
     pipeline: Any = None
 
     def is_due(self, step: int) -> bool:
@@ -68,7 +84,7 @@ class Validation:
     def images_left(self, step: int, *, max_steps: int) -> int:
         """Number of images that a run of max_steps generates after this step."""
         due = num_due(self.epochs, after=step, before=max_steps, **self._intervals())
-        return (due + 1) * len(self.sampler.prompts)
+        return (due + 1) * len(self.sampler.prompts) * len(self._weights())
 
     def grid_file(self, step: int) -> Path:
         """Path of a step's grid."""
@@ -134,6 +150,13 @@ class Validation:
             ],
         }
 
+    def _weights(self) -> list[UsedWeights]:
+        plain = UsedWeights(use=self.averages)
+        if self.ema is None or self.ema.config.ema_validation == "none":
+            return [plain]
+        average = UsedWeights(use=self.ema.weights, title=" EMA", folder=EMA_FOLDER, score="ema_clip_score")
+        return [average] if self.ema.config.ema_validation == "ema_only" else [plain, average]
+
     def _intervals(self) -> dict[str, int]:
         config = self.sampler.config
         return {"steps": config.validation_step_interval, "epochs": config.validation_epoch_interval}
@@ -148,29 +171,46 @@ class Validation:
                 )
 
     def _validate(self, step: int, validation_type: ValidationType) -> None:
-        grid_file = self.grid_file(step)
-        files = {prompt: image_file(grid_file.parent, prompt.name) for prompt in self.sampler.prompts}
-        with self._pipeline(validation_type), self.averages():
-            self.sampler.generate_all(
-                self.pipeline, files, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
-            )
+        folder, prompts = self.grid_file(step).parent, self.sampler.prompts
+        files = {
+            weights: {prompt: image_file(folder / weights.folder, prompt.name) for prompt in prompts}
+            for weights in self._weights()
+        }
+        with self._pipeline(validation_type):
+            for weights, own in files.items():
+                with weights.use():
+                    self.sampler.generate_all(
+                        self.pipeline, own, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
+                    )
         if self.scorer is not None:
             with self.sampler.best_effort(f"the CLIP scores of step {step}"):
                 self._score(self.scorer, step, files)
+        grid_file = self.grid_file(step)
         save_png(self._grid(step, files), grid_file)
         logger.info("Validation of step %d: %s", step, grid_file)
-        images = {prompt.name: file for prompt, file in files.items()}
+        images = {
+            "-".join(filter(None, (prompt.name, weights.folder))): file
+            for weights, own in files.items()
+            for prompt, file in own.items()
+        }
         self.trackers.log_images(step, {"grid": grid_file, **images})
 
-    def _score(self, scorer: ClipScorer, step: int, files: Mapping[PromptSpec, Path]) -> None:
-        scores = scorer.scores(
-            {prompt.name: file for prompt, file in files.items()},
-            {prompt.name: prompt.text for prompt in files},
-        )
-        mean = sum(scores.values()) / len(scores)
-        write_json(validation_step_folder(self.sampler.folder, step) / SCORES_FILE, {"clip_score": scores})
-        logger.info("CLIP score of step %d: %.2f, the mean of its images.", step, mean)
-        self.trackers.log_scores(step, {"clip_score": mean})
+    def _score(
+        self, scorer: ClipScorer, step: int, files: Mapping[UsedWeights, Mapping[PromptSpec, Path]]
+    ) -> None:
+        scores = {
+            weights.score: scorer.scores(
+                {prompt.name: file for prompt, file in own.items()},
+                {prompt.name: prompt.text for prompt in own},
+            )
+            for weights, own in files.items()
+        }
+        means = {name: sum(each.values()) / len(each) for name, each in scores.items()}
+        write_json(validation_step_folder(self.sampler.folder, step) / SCORES_FILE, scores)
+        for weights in files:
+            mean = means[weights.score]
+            logger.info("CLIP score of step %d%s: %.2f, the mean of its images.", step, weights.title, mean)
+        self.trackers.log_scores(step, means)
 
     @contextmanager
     def _pipeline(self, validation_type: ValidationType) -> Iterator[None]:
@@ -182,15 +222,16 @@ class Validation:
                 self.clean_pipeline()
                 self.adapter.set_strength(FULL_STRENGTH)
 
-    def _grid(self, step: int, files: Mapping[PromptSpec, Path]) -> Image.Image:
+    def _grid(self, step: int, files: Mapping[UsedWeights, Mapping[PromptSpec, Path]]) -> Image.Image:
         columns: dict[str, Callable[[PromptSpec], Path]] = {}
         if not self.sampler.config.disable_benchmark:
             columns["base model"] = self.sampler.cached_path
         if self.comparison is not None:
             columns[self.comparison.title] = self.comparison.cached_path
-        columns[f"{self.title}, step {step}"] = files.__getitem__
+        columns |= {f"{self.title}{each.title}, step {step}": own.__getitem__ for each, own in files.items()}
         rows = [
-            Row(prompt.label, tuple(_load_png(path(prompt)) for path in columns.values())) for prompt in files
+            Row(prompt.label, tuple(_load_png(path(prompt)) for path in columns.values()))
+            for prompt in self.sampler.prompts
         ]
         return labelled_grid(rows, columns=list(columns))
 
@@ -202,6 +243,8 @@ def _remove_images(folder: Path, *, resumed_step: int) -> None:
         images = validation_files(folder)
         for file in images:
             file.unlink()
+        if (folder / EMA_FOLDER).is_dir() and not any((folder / EMA_FOLDER).iterdir()):
+            (folder / EMA_FOLDER).rmdir()
         kept = len(list(folder.iterdir()))
         if not kept:
             folder.rmdir()

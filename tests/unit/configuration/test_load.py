@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import ValidationError
 
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.base import PathContext, Section
 from simpletuner.helpers.errors import ConfigError
@@ -541,3 +542,36 @@ def test_target_layers_that_cannot_be_read_are_refused(
     assert "config.json: 1 problem" in message
     assert "  peft_lora_target_modules  " in message
     assert found in message
+
+
+@pytest.mark.parametrize("decay", [1, 1.5, -0.1, "1.0"])
+def test_a_decay_that_would_keep_the_start_for_ever_is_refused(workspace: Workspace, decay: object) -> None:
+    message = workspace.problems(use_ema=True, ema_decay=decay)
+    assert "ema_decay" in message
+    assert str(decay) in message
+
+
+@pytest.mark.parametrize(
+    "keys", [{"ema_update_interval": 0}, {"ema_device": "cuda"}, {"ema_validation": "both"}], ids=str
+)
+def test_other_values_of_the_average_are_refused_by_key(
+    workspace: Workspace, keys: dict[str, object]
+) -> None:
+    assert next(iter(keys)) in workspace.problems(use_ema=True, **keys)
+
+
+def test_an_optimiser_with_an_average_of_its_own_is_refused_by_name(workspace: Workspace) -> None:
+    for name, record in OPTIMIZERS.items():
+        if record.has_averages:
+            message = workspace.problems(use_ema=True, optimizer=name)
+            assert "use_ema" in message
+            assert name in message
+        else:
+            assert workspace.load(use_ema=True, optimizer=name).ema.use_ema
+        workspace.load(use_ema=False, optimizer=name)
+
+
+def test_simpletuner_s_keys_of_the_average_are_ours(workspace: Workspace) -> None:
+    theirs = {"use_ema": True, "ema_cpu_only": True, "ema_foreach_disable": True, "ema_update_interval": None}
+    ema = workspace.load(**theirs).ema
+    assert (ema.use_ema, ema.ema_device, ema.ema_update_interval) == (True, "cpu", 1)

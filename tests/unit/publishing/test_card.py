@@ -119,6 +119,26 @@ def test_the_card_has_the_images_the_schedule_the_settings_and_the_use(run: Path
         assert (run / "model-card" / name).read_bytes() == (newest / f"{source}.png").read_bytes()
 
 
+@pytest.mark.parametrize("choice", ["plain", "main"])
+def test_the_card_says_which_file_has_the_average_and_shows_its_images(tmp_path: Path, choice: str) -> None:
+    folder = write_run(tmp_path / "run", use_ema=True, ema_decay=0.99, ema_adapter_file=choice)
+    assert "EMA" not in card_of(folder)
+    names = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.ema.safetensors"]
+    write_adapter(folder / names[1])
+    averaged = folder / "validation" / "step-4" / "ema"
+    averaged.mkdir()
+    (averaged / "00-cat.png").write_bytes(b"of the average")
+    text = shown(body(card_of(folder)))
+    plain, average = names if choice == "plain" else reversed(names)
+    assert text.index(f"{plain} has the weights") < text.index(f"{average} their")
+    assert "0.99" in text
+    image = (folder / "model-card" / "images" / "00.png").read_bytes()
+    assert (image == b"of the average") is (choice == "main")
+    (folder / "validation" / "step-4" / "00-cat.png").unlink()
+    card_of(folder)  # images of the average alone
+    assert (folder / "model-card" / "images" / "00.png").read_bytes() == b"of the average"
+
+
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_no_text_breaks_the_card(prompt: str, tmp_path: Path) -> None:
     dataset = {"id": "photos", "instance_prompt": prompt, "instance_data_dir": "/private/place"}

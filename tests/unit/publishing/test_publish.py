@@ -30,6 +30,7 @@ from tests.unit.publishing.conftest import write_adapter, write_run
 
 NAME = "somebody/simpletuner"
 ADAPTER = "pytorch_lora_weights.safetensors"
+EMA = "pytorch_lora_weights.ema.safetensors"
 
 
 def upload(run: Path, *, repository: str | None = None, public: bool = False) -> Published:
@@ -64,6 +65,24 @@ def test_a_finished_run_is_uploaded_whole_and_once(run: Path, server: HubServer)
     assert upload(run).files == ()
     assert len(repo.commits) == 1
     assert not [path for path in (run / "hub").iterdir() if path.is_dir()]
+
+
+def test_files_of_an_average_are_uploaded_with_those_beside_them(tmp_path: Path, server: HubServer) -> None:
+    run = write_run(tmp_path / "run", use_ema=True)
+    exports = [name.replace("weights", "weights_comfyui") for name in (ADAPTER, EMA)]
+    for value, name in enumerate([EMA, *exports], start=2):
+        write_adapter(run / name, value=value)
+    write_adapter(run / "checkpoint-2" / EMA, value=7)
+    checkpoint(run, 2)
+    sent = set(upload(run).files)
+    assert {ADAPTER, EMA, *exports, f"checkpoint-2/{ADAPTER}", f"checkpoint-2/{EMA}"} <= sent
+    assert not (run / "hub" / "checkpoint-2").exists()
+
+
+def test_average_that_a_run_no_longer_keeps_is_not_uploaded(tmp_path: Path, server: HubServer) -> None:
+    run = write_run(tmp_path / "run", use_ema=False)
+    write_adapter(run / EMA)
+    assert EMA not in upload(run).files
 
 
 def test_only_what_changed_is_uploaded_again(run: Path, server: HubServer) -> None:

@@ -435,6 +435,28 @@ def test_image_of_another_adapter_is_between(tmp_path: Path) -> None:
     assert [alt.split(", ")[1] for alt in alts] == ["base model", "LoRA", "step 50"]
 
 
+def test_image_of_the_average_is_beside_that_of_the_trained_weights(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path, prompts=("a dog",), config={"use_ema": True}).write()
+    for folder in (tmp_path / "validation").glob("step-*"):
+        (folder / "ema").mkdir()
+        for image in folder.glob("*.png"):
+            shutil.copy(image, folder / "ema")
+    beside = tmp_path / "pytorch_lora_weights.ema.safetensors"
+    beside.write_bytes(b"")
+    (tmp_path / "validation" / "step-50" / "scores.json").write_text(
+        json.dumps({"clip_score": {"a": 20.0}, "ema_clip_score": {"a": 30.0}})
+    )
+    html = write_page(tmp_path).read_text()
+    alts = [str(each["alt"]) for each in Page(html).all("img")]
+    assert [alt.removeprefix("a dog, ").rpartition(", 32x32")[0] for alt in alts] == [
+        "base model", "step 25", "step 25, EMA", "step 50", "step 50, EMA"
+    ]  # fmt: skip
+    assert str(beside) in Page(html).text
+    run = read_run(tmp_path)
+    assert (run.clip_scores, run.ema_clip_scores) == ({50: 20.0}, {50: 30.0})
+    assert "mean of the EMA images" in html
+
+
 def test_images_of_another_size_stay_on_the_page(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, prompts=("a dog",), picture_px=48)
     run.write()

@@ -91,6 +91,16 @@ def test_the_plan_names_all_that_a_run_does(folder: Path) -> None:
     assert "warning" not in text
 
 
+@pytest.mark.parametrize(("images", "number"), [("comparison", 2), ("ema_only", 1), ("none", 1)])
+def test_the_plan_counts_files_and_images_of_the_average(folder: Path, images: str, number: int) -> None:
+    keys = {"validation_prompt": "a dog", "validation_resolution": "64", "lora_format": "comfyui"}
+    text = lines(run_of(folder, use_ema=True, ema_validation=images, **keys))
+    assert f"{number} image{'s' if number > 1 else ''} of 64x64" in text
+    for name in ("pytorch_lora_weights.ema.safetensors", "pytorch_lora_weights_comfyui.ema.safetensors"):
+        assert name in text
+        assert name not in lines(run_of(folder, **keys))
+
+
 def test_images_without_a_caption_are_not_counted_among_those_with_one(folder: Path) -> None:
     (folder / "images/b.txt").unlink()
     assert "2 images have one" in lines(run_of(folder))

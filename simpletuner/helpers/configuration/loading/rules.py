@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, DISPROPORTIONATE, STANDARD
+from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
 from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
@@ -16,6 +17,7 @@ from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_V
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
+from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
@@ -30,6 +32,7 @@ from simpletuner.helpers.configuration.schema.resolution import (
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
     DataConfig,
+    OptimizerConfig,
     PrecisionConfig,
     RunConfig,
     TrainingConfig,
@@ -353,6 +356,16 @@ def check_validation(validation: Validated[ValidationConfig], spec: ModelSpec, s
             source.add(
                 "validation_resolution", f"{size}: width and height must be multiples of {step}. Use {near}."
             )
+
+
+def check_ema(ema: Validated[EmaConfig], optimizer: Validated[OptimizerConfig], source: Source) -> None:
+    """Check that the optimiser keeps no average of its own, which an EMA would average again."""
+    section, trained = ema.if_valid("use_ema"), optimizer.if_valid("optimizer")
+    if section is None or trained is None or not section.use_ema:
+        return
+    if OPTIMIZERS[trained.optimizer].has_averages:
+        text = f"true: {trained.optimizer} averages its weights by itself, and files and images have that"
+        source.add("use_ema", f"{text} average. Remove use_ema, or choose another optimizer.")
 
 
 def check_repository(

@@ -19,6 +19,7 @@ from simpletuner.helpers.configuration.migration.adapters import (
     put_optimizer,
 )
 from simpletuner.helpers.configuration.migration.arithmetic import Length
+from simpletuner.helpers.configuration.migration.averages import put_ema
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.noise import put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system, unique_id
@@ -290,8 +291,8 @@ def _train(settings: Settings, family: str) -> None:
         settings.decide("train.lr_scheduler_params", "translated", ours=f"lr_warmup_steps: {warmup}", text="")
     settings.decide("train.train_unet", "translated", ours="the only way here", text="")
     settings.decide("network.transformer_only", "translated", ours="the only way here", text="")
-    if settings.flag("train.ema_config.use_ema"):
-        settings.skip("train.ema_config.use_ema")
+    ema = "train.ema_config"
+    put_ema(settings, f"{ema}.use_ema", numbers={f"{ema}.ema_decay": "ema_decay"}, images="ema_only")
     settings.decide("train.noise_scheduler", "translated", ours="the model's own", text="")
     _timesteps(settings, family)
 

@@ -16,6 +16,7 @@ from simpletuner.helpers.configuration.migration.adapters import (
     put_lycoris,
     put_optimizer,
 )
+from simpletuner.helpers.configuration.migration.averages import OFF, put_ema
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.noise import put_offset_noise
 from simpletuner.helpers.configuration.migration.onetrainer_data import list_of, put_concepts
@@ -252,6 +253,7 @@ def _training(settings: Settings) -> None:
         settings, "optimizer.optimizer", given, arguments_key="optimizer", defaults={"prodigy": prodigy}
     )
     draft = settings.draft
+    _average(settings)
     part = next(
         (
             f"{name}.learning_rate"
@@ -294,6 +296,20 @@ def _training(settings: Settings) -> None:
                 ours=f"caption_dropout_probability: {value:g}",
                 text="",
             )
+
+
+def _average(settings: Settings) -> None:
+    """EMA: its images beside those of the trained weights, or alone."""
+    plain_too = settings.flag("non_ema_sampling")
+    images = "comparison" if plain_too else "ema_only"
+    numbers = {"ema_decay": "ema_decay", "ema_update_step_interval": "ema_update_interval"}
+    is_kept = put_ema(settings, "ema", numbers=numbers, images=images)
+    if is_kept and settings.text("ema").upper() == "GPU":
+        settings.draft.config["ema_device"] = "accelerator"
+    if settings.has("non_ema_sampling"):
+        outcome: Outcome = "translated" if is_kept else "no effect"
+        text = "" if is_kept else OFF
+        settings.decide("non_ema_sampling", outcome, ours=f'ema_validation: "{images}"', text=text)
 
 
 def _schedule(settings: Settings) -> None:

@@ -46,6 +46,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
     ResolutionType,
     resolution_problem,
 )
+from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import (
@@ -370,6 +371,7 @@ class RunConfig(Section):
     training: TrainingConfig
     regularisation: RegularisationConfig
     optimizer: OptimizerConfig
+    ema: EmaConfig
     noise: NoiseConfig
     precision: PrecisionConfig
     data: DataConfig
@@ -418,6 +420,7 @@ class RunConfig(Section):
             self.training,
             self.regularisation,
             self.optimizer,
+            self.ema,
             self.noise,
             self.precision,
             self.data,

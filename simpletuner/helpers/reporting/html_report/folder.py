@@ -21,6 +21,7 @@ from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILE,
     CONFIG_FILE,
+    EMA_ADAPTER_FILE,
     EXIT_FILE,
     METRICS_FILE,
     RUN_MANIFEST_FILE,
@@ -57,8 +58,12 @@ class RunSnapshot:
     images: list[ImageRow]
     clip_scores: Mapping[int, float]
     """Step of each scored validation -> mean of its images."""
+    ema_clip_scores: Mapping[int, float]
+    """The same of its images of the EMA weights."""
     adapter: Path | None
     """The final adapter, else that of the newest checkpoint."""
+    beside_adapter: Path | None
+    """Of a run with an EMA, the file beside `adapter`."""
     comfyui: Path | None
     changes: list[dict[str, Any]]
     """See `load_changes`."""
@@ -88,6 +93,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
     )
     if step is None:
         step = _step(path, log)
+    adapter = _adapter(path)
     return RunSnapshot(
         path=path,
         state=state or _state(path, step),
@@ -97,8 +103,10 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         config=without_secrets(config),
         manifest=manifest,
         images=images,
-        clip_scores=_clip_scores(path / VALIDATION_FOLDER),
-        adapter=_adapter(path),
+        clip_scores=_clip_scores(path / VALIDATION_FOLDER, "clip_score"),
+        ema_clip_scores=_clip_scores(path / VALIDATION_FOLDER, "ema_clip_score"),
+        adapter=adapter,
+        beside_adapter=_beside(adapter) if config.get("use_ema") else None,
         comfyui=path / COMFYUI_FILE if (path / COMFYUI_FILE).exists() else None,
         changes=without_secrets(load_changes(path)),
     )
@@ -120,9 +128,9 @@ def display_path(path: str | Path) -> str:
     return f"~{text.removeprefix(home)}" if text.startswith(home + os.sep) else text
 
 
-def _clip_scores(validation: Path) -> dict[int, float]:
+def _clip_scores(validation: Path, name: str) -> dict[int, float]:
     files = ((step, folder / SCORES_FILE) for step, folder in validation_step_folders(validation))
-    found = ((step, _json(file).get("clip_score")) for step, file in files)
+    found = ((step, _json(file).get(name)) for step, file in files)
     return {step: fmean(each.values()) for step, each in found if isinstance(each, dict) and each}
 
 
@@ -149,6 +157,11 @@ def _finished_step(path: Path) -> int:
 def _adapter(path: Path) -> Path | None:
     folders = [path, *(checkpoint.path for checkpoint in current_checkpoints(path))]
     return next((folder / ADAPTER_FILE for folder in folders if (folder / ADAPTER_FILE).exists()), None)
+
+
+def _beside(adapter: Path | None) -> Path | None:
+    file = None if adapter is None else adapter.with_name(EMA_ADAPTER_FILE)
+    return file if file is not None and file.exists() else None
 
 
 def _json(file: Path) -> dict[str, Any]:

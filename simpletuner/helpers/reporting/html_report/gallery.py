@@ -13,6 +13,7 @@ from PIL import Image
 
 from simpletuner.helpers.io.run_folder import (
     BASE_FOLDER,
+    EMA_FOLDER,
     cached_image_files,
     image_files,
     parse_image_name,
@@ -29,6 +30,9 @@ BUDGET_BYTES = 9 << 20
 """Limit for all thumbnails; base64 adds a third in the page."""
 MAX_PIXELS = 1 << 26
 
+Column = tuple[int, bool]
+"""Step of a validation, and whether its images are those of the EMA weights."""
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRow:
@@ -39,7 +43,7 @@ class ImageRow:
     """Size, seed and a strength other than 1, for display."""
     fixed: tuple[tuple[str, Path], ...]
     """(title, file) of the images that training does not change: base model, other adapter."""
-    by_step: dict[int, Path]
+    by_column: dict[Column, Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +58,15 @@ class Thumbnail:
 
 def render_gallery(rows: Sequence[ImageRow]) -> str:
     """A table with a row of images below each prompt; a note names the steps left out to save space."""
-    rows = [row for row in rows if row.by_step or row.fixed]
+    rows = [row for row in rows if row.by_column or row.fixed]
     if not rows:
         return ""
-    every_step = sorted({step for row in rows for step in row.by_step})
+    every_step = sorted({step for row in rows for step, _ in row.by_column})
     steps, shown = _affordable(rows, every_step)
     titles = list(dict.fromkeys(title for row in shown for title, _ in row.fixed))
-    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in [*titles, *map(_step_title, steps)])
-    bodies = "\n".join(_body(row, titles, steps) for row in shown)
+    columns = sorted({column for row in shown for column in row.by_column if column[0] in steps})
+    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in [*titles, *map(_title, columns)])
+    bodies = "\n".join(_body(row, titles, columns) for row in shown)
     return (
         f"{_left_out(every_step, steps, num_rows=len(rows) - len(shown))}"
         '<div class="scroll"><table class="pictures">\n'
@@ -120,14 +125,14 @@ def _affordable(rows: Sequence[ImageRow], steps: Sequence[int]) -> tuple[list[in
 
 def _num_bytes(rows: Sequence[ImageRow], steps: Sequence[int]) -> int:
     files = [file for row in rows for _, file in row.fixed]
-    files += [row.by_step[step] for row in rows for step in steps if step in row.by_step]
+    files += [file for row in rows for (step, _), file in row.by_column.items() if step in steps]
     return sum(image.num_bytes for image in map(_thumbnail_or_none, files) if image is not None)
 
 
-def _body(row: ImageRow, titles: Sequence[str], steps: Sequence[int]) -> str:
+def _body(row: ImageRow, titles: Sequence[str], columns: Sequence[Column]) -> str:
     fixed = dict(row.fixed)
     cells = [_cell(row, title, fixed.get(title), css_class="fixed") for title in titles]
-    cells += [_cell(row, _step_title(step), row.by_step.get(step), css_class="made") for step in steps]
+    cells += [_cell(row, _title(each), row.by_column.get(each), css_class="made") for each in columns]
     head = f"<span>{escape(row.prompt) or '<em>no prompt</em>'} <small>{escape(row.details)}</small></span>"
     return (
         f'<tbody><tr><th scope="rowgroup" colspan="{len(cells)}">{head}</th></tr>'
@@ -147,8 +152,9 @@ def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> st
     )
 
 
-def _step_title(step: int) -> str:
-    return f"step {step:,}"
+def _title(column: Column) -> str:
+    step, is_ema = column
+    return f"step {step:,}{', EMA' if is_ema else ''}"
 
 
 def _left_out(every: Sequence[int], shown: Sequence[int], *, num_rows: int) -> str:
@@ -174,19 +180,23 @@ def image_rows(
     `prompts` is the manifest's list. Of images that it lacks, as those of an earlier start with other prompts
     or sizes, prompt, size and seed come from the file names.
     """
-    by_step = {step: image_files(each) for step, each in validation_step_folders(folder)}
+    made = {
+        (step, bool(name)): image_files(each / name)
+        for step, each in validation_step_folders(folder)
+        for name in ("", EMA_FOLDER)
+    }
     base = {name: file.name for name, file in cached_image_files(folder).items()}
-    names = {name for files in by_step.values() for name in files} | (set() if prompts else set(base))
+    names = {name for files in made.values() for name in files} | (set() if prompts else set(base))
     others: list[dict[str, object]] = [
         {"prompt": name, **parse_image_name(name), "name": name, "base": base.get(name)}
         for name in sorted(names - {str(prompt["name"]) for prompt in prompts})
     ]
     other = compared_with or "compared with"
-    return [_row(folder, prompt, by_step, compared_with=other) for prompt in [*prompts, *others]]
+    return [_row(folder, prompt, made, compared_with=other) for prompt in [*prompts, *others]]
 
 
 def _row(
-    folder: Path, prompt: dict[str, object], by_step: dict[int, dict[str, Path]], *, compared_with: str
+    folder: Path, prompt: dict[str, object], made: dict[Column, dict[str, Path]], *, compared_with: str
 ) -> ImageRow:
     name = str(prompt["name"])
     names = {"base model": prompt.get("base"), compared_with: prompt.get("other")}
@@ -200,5 +210,5 @@ def _row(
         prompt=str(prompt.get("prompt", "")),
         details=", ".join(details),
         fixed=tuple((title, file) for title, file in fixed.items() if file.exists()),
-        by_step={step: files[name] for step, files in by_step.items() if name in files},
+        by_column={column: files[name] for column, files in made.items() if name in files},
     )

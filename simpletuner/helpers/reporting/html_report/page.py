@@ -100,11 +100,15 @@ def _charts(run: RunSnapshot) -> str:
         Chart("Seconds per step", _both(steps, _without_peaks(seconds), colour=1)),
         Chart("Peak memory, GiB", memory, from_zero=True),
     ]
-    if run.clip_scores:
-        scored, means = (np.array([*each], np.float64) for each in zip(*run.clip_scores.items(), strict=True))
-        curve = _curve(scored, means, "mean of the images", colour=3)
+    scores = {"mean of the images": run.clip_scores, "mean of the EMA images": run.ema_clip_scores}
+    curves = [
+        _curve(np.array([*each], np.float64), np.array([*each.values()], np.float64), name, colour=colour)
+        for colour, (name, each) in enumerate(scores.items(), start=3)
+        if each
+    ]
+    if curves:
         note = "100 times the cosine of image and prompt."
-        small.append(Chart("CLIP score of validation images", [curve], note=note))
+        small.append(Chart("CLIP score of validation images", curves, note=note))
     marks = tuple(change["step"] for change in run.changes)
     charts = (replace(chart, marks=marks) for chart in (loss_chart, by_band, *small))
     figures = "\n".join(filter(None, map(draw_chart, charts)))

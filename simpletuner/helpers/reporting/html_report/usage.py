@@ -28,6 +28,11 @@ def render_usage(run: RunSnapshot) -> str:
         if run.config.get(key):
             text = f"This run replaced a component: {key} {relative_path(run.config[key])}."
             blocks.append(f'<p class="note">{escape(text)} Load it into the pipeline too.</p>')
+    if run.beside_adapter is not None:
+        name = f"<code>{escape(relative_path(run.beside_adapter))}</code>"
+        is_main = run.config.get("ema_adapter_file") == "main"
+        weights = "the trained ones; the adapter has the average of them" if is_main else "their average"
+        blocks.append(f"<p>This run kept a moving average (EMA) of its weights. {name} has {weights}.</p>")
     if run.comfyui is not None:
         blocks.append(f"<p>For ComfyUI: <code>{escape(relative_path(run.comfyui))}</code></p>")
     return "\n".join(blocks)

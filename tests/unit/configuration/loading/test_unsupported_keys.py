@@ -169,19 +169,19 @@ def test_every_unsupported_key_of_the_lycoris_json_is_named_with_its_advice(work
 )
 def test_a_feature_switched_off_is_no_problem(workspace: Workspace, value: object) -> None:
     assert is_off(value)
-    assert "use_ema" not in workspace.load(use_ema=value).resolved()
+    assert "controlnet" not in workspace.load(controlnet=value).resolved()
 
 
 @pytest.mark.parametrize("value", [True, "true", 1, "yes", ["a"], {"a": 1}])
 def test_a_feature_switched_on_is_a_problem(workspace: Workspace, value: object) -> None:
-    assert rows(workspace.problems(use_ema=value)).keys() == {"use_ema"}
+    assert rows(workspace.problems(controlnet=value)).keys() == {"controlnet"}
 
 
 def test_the_table_is_read_only_for_an_unknown_key(workspace: Workspace) -> None:
     unsupported_keys.cache_clear()
     workspace.load("seed=3", validation_prompt="x")
     assert unsupported_keys.cache_info().misses == 0
-    workspace.load(use_ema=False)
+    workspace.load(controlnet=False)
     assert unsupported_keys.cache_info().misses == 1
 
 

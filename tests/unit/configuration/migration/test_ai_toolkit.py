@@ -140,13 +140,24 @@ def test_weights_of_datasets_are_strengths_of_a_slider(
     assert [each.get("slider_strength") for each in draft.datasets] == ours
 
 
-def test_the_average_is_named_as_what_would_have_been_saved(folder: Path, tmp_path: Path) -> None:
-    train = {"ema_config": {"use_ema": True, "ema_decay": 0.99}}
+@pytest.mark.parametrize(("given", "decay"), [({"ema_decay": 0.99}, 0.99), ({}, 0.999)])
+def test_the_average_is_the_adapter_as_there(
+    folder: Path, tmp_path: Path, given: dict[str, object], decay: float
+) -> None:
+    train = {"ema_config": {"use_ema": True, **given}}
     draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train))
-    found = decision(draft, "process[0].train.ema_config.use_ema")
-    assert (found.outcome, found.ours) == ("not translated", "")
-    assert "averaged" in found.text
-    assert decision(draft, "process[0].train.ema_config.ema_decay").outcome == "no effect"
+    ours = {"use_ema": True, "ema_adapter_file": "main", "ema_validation": "ema_only", "ema_decay": decay}
+    assert {key: value for key, value in draft.config.items() if "ema" in key.split("_")} == ours
+    assert decision(draft, "process[0].train.ema_config.use_ema").outcome == "translated"
+    assert decision(draft, "process[0].train.ema_config.ema_decay").outcome == "approximate"
+
+
+def test_an_average_that_is_off_stays_off(folder: Path, tmp_path: Path) -> None:
+    train = {"ema_config": {"use_ema": False, "ema_decay": 0.99}}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train))
+    assert not {"use_ema", "ema_decay", "ema_adapter_file"} & draft.config.keys()
+    for key in ("use_ema", "ema_decay"):
+        assert decision(draft, f"process[0].train.ema_config.{key}").outcome == "no effect"
 
 
 @pytest.mark.parametrize(

@@ -307,10 +307,48 @@ def test_four_bits_give_way_to_eight_where_layers_move(folder: Path, tmp_path: P
     assert decision(draft, "transformer.weight_dtype").ours == 'base_model_precision: "int8-torchao"'
 
 
-@pytest.mark.parametrize("key", ["ema", "masked_training", "perturbation_noise_weight", "text_encoder.train"])
+@pytest.mark.parametrize(
+    ("keys", "ours"),
+    [
+        ({"ema": "OFF", "ema_decay": 0.9, "ema_update_step_interval": 2, "non_ema_sampling": True}, {}),
+        (
+            {"ema": "GPU", "ema_decay": 0.99, "ema_update_step_interval": 2, "non_ema_sampling": False},
+            {
+                "use_ema": True,
+                "ema_adapter_file": "main",
+                "ema_validation": "ema_only",
+                "ema_device": "accelerator",
+                "ema_decay": 0.99,
+                "ema_update_interval": 2,
+            },
+        ),
+        (
+            {"ema": "CPU"},
+            {
+                "use_ema": True,
+                "ema_adapter_file": "main",
+                "ema_validation": "comparison",
+                "ema_decay": 0.999,
+                "ema_update_interval": 5,
+            },
+        ),
+        ({"ema": "CPU", "optimizer": {"optimizer": "SCHEDULE_FREE_ADAMW"}, "ema_decay": 0.99}, {}),
+    ],
+    ids=["off", "GPU", "defaults", "schedule-free"],
+)
+def test_the_average_is_the_adapter_as_there(
+    folder: Path, tmp_path: Path, keys: dict[str, object], ours: dict[str, JsonValue]
+) -> None:
+    draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
+    assert {key: value for key, value in draft.config.items() if "ema" in key.split("_")} == ours
+    outcomes = {decision(draft, key).outcome for key in keys if "ema" in key.split("_")}
+    expected = {"same", "translated", "approximate"} if ours else {"no effect", "not translated"}
+    assert outcomes <= expected
+
+
+@pytest.mark.parametrize("key", ["masked_training", "perturbation_noise_weight", "text_encoder.train"])
 def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, key: str) -> None:
-    value: object = "GPU" if key == "ema" else True
-    keys = {"text_encoder": {"train": True}} if "." in key else {key: value}
+    keys = {"text_encoder": {"train": True}} if "." in key else {key: True}
     draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
     assert decision(draft, key).outcome == "not translated"
 
