@@ -287,8 +287,8 @@ class LycorisAdapter(Adapter):
         ours = {layer.lora_name: layer.ranks.own for layer in self._tlora if any(layer.ranks.own)}
         if self.schedule is not None and own_values(stored) != ours:
             logger.warning(
-                "init_lora %s gives layers other values of tlora_min_rank or tlora_alpha than module_algo_map "
-                "and name_algo_map of this run, which are taken.",
+                "init_lora %s gives layers other values of tlora_min_rank or tlora_alpha than this run's "
+                "module_algo_map and name_algo_map, which are taken.",
                 file,
             )
         return stored
