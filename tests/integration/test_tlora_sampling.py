@@ -114,6 +114,36 @@ def test_every_step_opens_the_ranks_of_the_timestep_it_removes(
         assert steps == [(timestep, SCHEDULE.rank_at(timestep)) for timestep, _ in steps]
 
 
+def test_every_step_has_the_scale_and_the_own_schedule_of_each_layer(model: Path) -> None:
+    # FeedForward alone has its own minimum; the factor is each layer's rank over its active ranks.
+    own = {"FeedForward": {"dim": 4, "tlora_min_rank": 1}}
+    preset = {"target_module": ["Attention"], "module_algo_map": own}
+    pipeline = load(model)
+    adapter = attach(pipeline, tlora_scale="active", apply_preset=preset)
+    pipeline._tlora_config = adapter.tlora_config
+    rows: dict[str, list[list[float]]] = {"attn": [], "ff": []}
+    for layer in adapter.lycoris_network.loras:
+        part = "attn" if "attn1_to_q" in layer.lora_name else "ff" if "ff_net_2" in layer.lora_name else None
+        if part is not None and not rows[part]:
+            rows[part].append([])
+            layer.register_forward_pre_hook(
+                lambda layer, _, part=part: rows[part].append(
+                    layer._group.current(layer.ranks).values.tolist()[0]
+                )
+            )
+    timesteps: list[int] = []
+    sample(
+        pipeline,
+        callback_on_step_end=lambda _pipe, _step, timestep, kwargs: timesteps.append(int(timestep)) or kwargs,
+    )
+    assert len(timesteps) == 4
+    for part, schedule in {
+        "attn": RankSchedule(8, min_rank=2, scale="active"),
+        "ff": RankSchedule(4, min_rank=1, scale="active"),
+    }.items():
+        assert rows[part][1:] == [schedule.mask([timestep]).tolist()[0] for timestep in timesteps]
+
+
 def test_mask_is_gone_after_a_call_that_raises(model: Path, adapter_file: Path) -> None:
     pipeline = load(model)
     adapter = load_adapter(pipeline.unet.eval(), adapter_file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lycoris import wrapper as lycoris_wrapper
 from lycoris.modules import MODULE_LIST, get_module
 from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.helpers.adapters.tlora import mask
@@ -432,15 +434,22 @@ def test_ranks_of_a_scaled_schedule_count_by_their_gain(
             )
 
 
-def test_compiled_layer_counts_ranks_by_their_gain() -> None:
+@pytest.mark.parametrize("values", [{"variant": "linear"}, {"scale": "active"}], ids=str)
+@pytest.mark.parametrize("own", [{}, {"tlora_min_rank": 3, "tlora_alpha": 2.0}], ids=str)
+def test_compiled_layer_has_its_own_ranks_and_their_gain_in_one_graph(
+    values: dict[str, Any], own: dict[str, float]
+) -> None:
     layer = nn.Linear(24, 40).eval()
-    schedule = RankSchedule(RANK, variant="linear")
-    adapter = adapt(layer, init="vanilla", trained=0.1, schedule=schedule)
-    compiled, x = torch.compile(layer, backend="eager"), torch.randn(3, 5, 24)
+    schedule = RankSchedule(RANK, **values)
+    own = {key: value for key, value in own.items() if schedule.variant == "floor"}
+    adapter = adapt(layer, init="vanilla", trained=0.1, schedule=schedule, **own)
+    counter = CompileCounter()
+    compiled, x = torch.compile(layer, backend=counter, fullgraph=True), torch.randn(3, 5, 24)
     with torch.no_grad():
-        for timestep in (200, 900):
+        for timestep in (200, 700, 900):
             with mask.rank_mask(schedule, [timestep], group=adapter.mask_group_id):
                 torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 def test_layer_of_another_rank_has_its_own_gain() -> None:
