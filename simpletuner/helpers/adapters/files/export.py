@@ -25,8 +25,8 @@ from simpletuner.helpers.adapters.files.layouts import (
     Layout,
     header_of,
     make_key_map,
-    shares_alpha,
     tensors_of,
+    with_shared_alpha,
 )
 from simpletuner.helpers.adapters.files.lora_conversion import (
     LoraLayer,
@@ -184,7 +184,7 @@ def export_adapter(
     key_map = make_key_map([*source.layers, *source.renamed], options.layout, families[name])
     renamed, written = _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file), []
     fixed_ranks = _fixed_ranks(source, options)
-    refuse_existing((_file_name(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
+    refuse_existing((with_suffix(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
     for fixed in fixed_ranks:
         layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
         converted = tensors_of(layers, options.layout, key_map)
@@ -203,7 +203,7 @@ def export_adapter(
             alphas=[layer.alpha for layer in layers],
             has_other_layers=bool(renamed),
         )
-        target = _file_name(output, fixed.band)
+        target = with_suffix(output, fixed.band)
         adapter_file.write(target, converted | renamed, metadata=metadata)
         exported = Exported(
             file=target,
@@ -410,13 +410,7 @@ def _converted_layers(
         gain = source.gain_at(rank, stored)
         return layer if gain == 1 else replace(layer, up=(layer.up.double() * gain).to(dtype))
 
-    layers = [convert(path, scale=1.0) for path in source.layers]
-    if shares_alpha(options.layout, spec):
-        alpha = max((layer.rank for layer in layers), default=0)
-        layers = [
-            layer if layer.rank == alpha else convert(layer.path, scale=alpha / layer.rank)
-            for layer in layers
-        ]
+    layers = with_shared_alpha(source.layers, convert, layout=options.layout, spec=spec)
     band_errors = [fixed.band_error_of(source.layers[layer.path], layer, source) for layer in layers]
     return layers, max((error for error in band_errors if error is not None), default=None)
 
@@ -448,7 +442,8 @@ def _renamed(
     return tensors
 
 
-def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:
+def with_suffix(output: Path, timesteps: Sequence[int] | None = None) -> Path:
+    """The file to write: with .safetensors added where it is missing, and the timesteps of a band."""
     if output.suffix != ".safetensors":
         output = output.with_name(f"{output.name}.safetensors")
     if timesteps is None:
