@@ -163,7 +163,7 @@ def _common_schedule(terms: Sequence[Term]) -> RankSchedule:
 
 def _sum_of(path: str, terms: Sequence[Term], options: MergeOptions) -> _Sum:
     scheduled = [term for term in terms if term.is_scheduled(path)]
-    factors = [term.factors(path, options) for term in terms if term not in scheduled]
+    factors = [term.factors(path, options) for term in terms if not term.is_scheduled(path)]
     front = None
     if factors:
         a, b = torch.cat([each[0] for each in factors]), torch.cat([each[1] for each in factors], dim=1)
