@@ -227,6 +227,14 @@ def test_header_names_both_models_and_hashes_the_base_weights(
     assert header[labels.ARCHITECTURE].endswith("/lora")
 
 
+def test_models_in_two_dtypes_are_named(models: Callable[[str], Models], tmp_path: Path) -> None:
+    _, tuned, base, _ = models("flux")
+    assert not [line for line in run(base, tmp_path / "tuned", tmp_path / "a").notes if "stored" in line]
+    half = in_folder(tuned.to(torch.bfloat16), "flux", tmp_path / "half")
+    notes = run(base, half, tmp_path / "b").notes
+    assert any("float32 and bfloat16" in line for line in notes)
+
+
 def test_text_encoders_that_differ_are_named(models: Callable[[str], Models], tmp_path: Path) -> None:
     *_, first, second = models("flux")
     for folder in (first, second):

@@ -320,7 +320,10 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
                 f"{stored.path}: lora_init_type {init} changed the base weights: a tool that adds the LoRA "
                 "to the original weights would add its start too. Train with another lora_init_type."
             )
-        down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
+        up_key = key.replace(".lora_A.", ".lora_B.")
+        if up_key not in stored.tensors:
+            raise AdapterError(f"{stored.path}: the file is incomplete: {up_key} is missing.")
+        down, up = stored.tensors[key], stored.tensors[up_key]
         alpha = torch.tensor(stated_alpha(path, config, rank=down.shape[0], path=stored.path))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
         layers[path] = StoredLayer(key, parts, TLoraSpec("vanilla", "last", None))

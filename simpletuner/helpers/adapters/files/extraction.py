@@ -136,6 +136,9 @@ def extract_lora(
     left_out, unread = _left_out(models, extracted=differing)
     equal = len(paths) - len(differing)
     lines = [f"{counted(equal, 'target layer')} without a difference."] if equal else []
+    dtypes = [str(weight.dtype).removeprefix("torch.") for weight in models.layer(differing[0])]
+    if dtypes[0] != dtypes[1]:
+        lines.append(f"The models are stored in {' and '.join(dtypes)}: rounding is part of the difference.")
     lines += _summary(left_out, unread, extracted=layers)
     shown = [f"{difference:.1e}  left out  {printable(name)}" for name, difference, _ in left_out]
     return Rewritten(target, layers, "LoRA of the difference", notes=[*lines, *notes], left_out=shown)

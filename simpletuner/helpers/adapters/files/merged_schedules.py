@@ -247,6 +247,8 @@ def _parts(each: _Sum, merged: RankSchedule) -> dict[str, Tensor]:
     trained = each.trained if each.front is None else each.trained.behind(each.front)
     trained = trained.behind(filled)
     rank, base = trained.rank, each.base
+    if base is None and rank > min(trained.p.shape[0], trained.q[0].numel()):
+        base = trained.zeros(rank)  # a layer of init vanilla is never of more ranks than its weight
     spec = TLoraSpec("vanilla" if base is None else "random", "last", merged)
     parts = {"alpha": torch.tensor(each.scale * rank), "tlora_schedule": spec.tensor(rank)}
     if base is None:

@@ -18,7 +18,12 @@ from simpletuner.helpers.adapters.files.export import NOT_KEPT, Source, has_sche
 from simpletuner.helpers.adapters.files.foreign.translation import stated_schedule, translate
 from simpletuner.helpers.adapters.files.layouts import KeyMap, Layout, header_of, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
-from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
+from simpletuner.helpers.adapters.tlora.stored_layer import (
+    BASE_KEYS,
+    TRAINED_KEYS,
+    VANILLA_KEYS,
+    StoredLayer,
+)
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import counted, printable
@@ -148,11 +153,12 @@ def open_adapter(file: Path, *, families: Mapping[str, ModelSpec], base: BaseMod
                 "Give the base model with --model; only the configuration of its denoiser is read."
             )
         stored = _with_paths(stored, base.denoiser)
+    _refuse_unknown_base(stored)
     source = read_source(stored)
     schedule = stated_schedule(stored)
     if schedule is not None:
         source = replace(source, schedule=schedule)
-    shapes = {path: _shape_of(layer) for path, layer in source.layers.items()}
+    shapes = {path: _shape_of(path, layer, file=file) for path, layer in source.layers.items()}
     if base is not None:
         shapes = _checked(shapes, source, base.denoiser, file=file)
     return Opened(file=file, source=source, shapes=shapes)
@@ -314,8 +320,26 @@ def _with_paths(stored: AdapterFile, denoiser: nn.Module) -> AdapterFile:
     return replace(translated, metadata=translated.metadata | {adapter_file.PATHS_KEY: json.dumps(paths)})
 
 
-def _shape_of(layer: StoredLayer) -> tuple[int, ...]:
-    """Shape of the weight that a layer's factors are of."""
+def _refuse_unknown_base(stored: AdapterFile) -> None:
+    for name, parts in stored.layers.items():
+        if TRAINED_KEYS[0] in parts and BASE_KEYS[0] not in parts:
+            raise AdapterError(
+                f"{stored.path}: {printable(name)} has no base factors; they come from the base model's "
+                "weights. Export the file first with `simpletuner export FILE --output OUT --model MODEL`."
+            )
+
+
+def _shape_of(path: str, layer: StoredLayer, *, file: Path) -> tuple[int, ...]:
+    """Shape of the weight that a layer's factors are of.
+
+    Raises:
+        AdapterError: They are of different ranks.
+    """
+    axes = zip((*VANILLA_KEYS, *TRAINED_KEYS, *BASE_KEYS), (0, 1, 0, 1, -1, 0, 1, -1), strict=True)
+    ranks = {layer.tensors[key].shape[axis] for key, axis in axes if key in layer.tensors}
+    if len(ranks) > 1:
+        found = " and ".join(map(str, sorted(ranks)))
+        raise AdapterError(f"{file}: the factors of {path} have ranks {found}. The file is damaged.")
     a, b = layer.factors_at(1)
     return b.shape[0], *a.shape[1:]
 

@@ -309,3 +309,34 @@ def test_tlora_is_not_resized_but_its_export_is(tmp_path: Path) -> None:
     assert {
         layer.rank for layer in resize_adapter(always, tmp_path / "out", options, families=FAMILIES).layers
     } == {2}
+
+
+def test_more_ranks_than_a_weight_has_are_loaded(tmp_path: Path) -> None:
+    paths = ("third",)
+    first = tlora(tmp_path, "a", init="vanilla", min_rank=2, paths=paths, ranks=(6,))
+    files = [first, plain(tmp_path, "b", paths=paths)]
+    merged = merge(files, tmp_path).file
+    assert worst_error(files, (1.0, 1.0), read(merged)) < 1e-5
+    adapter = load_adapter(Toy(), merged)
+    assert adapter.schedule == RankSchedule(9, min_rank=5, num_timesteps=STEPS)
+
+
+def test_tlora_without_base_factors_is_exported_first(tmp_path: Path) -> None:
+    stored = adapter_file.read(tlora(tmp_path, "a", min_rank=2).file)
+    bare = {
+        key: each for key, each in stored.tensors.items() if ".base_" not in key and "schedule" not in key
+    }
+    adapter_file.write(tmp_path / "bare.safetensors", bare, metadata=stored.metadata)
+    files = [tmp_path / "bare.safetensors", tmp_path / "a.safetensors"]
+    with pytest.raises(AdapterError, match=r"base factors.*simpletuner export"):
+        merge_adapters(files, tmp_path / "out", MergeOptions(), families=FAMILIES)
+
+
+def test_files_with_a_schedule_in_their_layers_alone_keep_it(tmp_path: Path) -> None:
+    file = tlora(tmp_path, "a", min_rank=2)
+    stored = adapter_file.read(file.file)
+    metadata = {key: each for key, each in stored.metadata.items() if key != adapter_file.SCHEDULE_KEY}
+    adapter_file.write(tmp_path / "bare.safetensors", stored.tensors, metadata=metadata)
+    other = plain(tmp_path, "b")
+    written = merge([Written(tmp_path / "bare.safetensors", file.source), other], tmp_path)
+    assert worst_error([file, other], (1.0, 1.0), read(written.file)) < 1e-5

@@ -362,3 +362,27 @@ def test_files_of_other_base_weights_are_warned_about(
     assert bool(caplog.records) is is_warned
     kept = "base_weights_hash" in header_of(tmp_path / "out.safetensors")
     assert kept is ("base_weights_hash" in headers[0] and not is_warned)
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor", "words"),
+    [
+        ("lora_up.weight", torch.ones(4, 3), "ranks 2 and 3"),
+        ("lora_up.weight", None, "lora_up"),
+    ],
+    ids=["other rank", "missing"],
+)
+@pytest.mark.parametrize("layout", ["lycoris", "diffusers"])
+def test_damaged_file_is_one_message(
+    part: str, tensor: Tensor | None, words: str, layout: Any, tmp_path: Path
+) -> None:
+    whole = labelled(tmp_path / "whole.safetensors", header={})
+    merge([whole, whole], tmp_path / "out.safetensors", layout=layout, rank=2)
+    stored = adapter_file.read(tmp_path / "out.safetensors")
+    key = next(key for key in stored.tensors if part in key or "lora_B" in key)
+    tensors = {name: each for name, each in stored.tensors.items() if name != key}
+    if tensor is not None:
+        tensors[key] = tensor
+    adapter_file.write(tmp_path / "damaged.safetensors", tensors, metadata=stored.metadata)
+    with pytest.raises(AdapterError, match=words.replace("lora_up", "it has alpha, lora_down|lora_B")):
+        merge([whole, tmp_path / "damaged.safetensors"], tmp_path / "x.safetensors")
