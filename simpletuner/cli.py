@@ -9,12 +9,25 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, train
+from simpletuner import __version__, cli_files, train
+from simpletuner.cli_options import (
+    AdapterArgument,
+    AdapterFile,
+    Dtype,
+    DtypeOption,
+    Form,
+    LayoutOption,
+    NamingModel,
+    OutputFile,
+    Overwrite,
+    PerLayer,
+    one_adapter,
+)
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
-from simpletuner.helpers.errors import ConfigError, SimpleTunerError
+from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.new_files import refuse_existing
@@ -41,13 +54,6 @@ Overrides = Annotated[
     ),
 ]
 
-ADAPTER_ARGUMENT = typer.Argument(
-    metavar="ADAPTER", help="The adapter file, or the folder or name of a run.", show_default=False
-)
-AdapterFile = Annotated[Path, ADAPTER_ARGUMENT]
-AdapterArgument = Annotated[Path | None, ADAPTER_ARGUMENT]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
-
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
 PlanName = Literal["quick", "standard", "full"]
@@ -59,9 +65,6 @@ ScheduleOption = Annotated[
         help="Rank schedule in place of the file's, of min_rank, alpha, kind, scale: min_rank=8,alpha=1.0.",
     ),
 ]
-Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
-Form = Literal["exact", "truncated"]
-Dtype = Literal["fp32", "bf16", "fp16"]
 SAMPLE_OPTIONS = {
     "model_family": "--family",
     "pretrained_model_name_or_path": "--model",
@@ -190,7 +193,7 @@ def sample_command(
     ] = None,
 ) -> None:
     """Generate images with an adapter; its file names the base model and the rank schedule."""
-    file = _adapter(adapter, option)
+    file = one_adapter(adapter, option)
     configure_logging(main_process=True)
     from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 
@@ -218,17 +221,6 @@ def sample_command(
         print(file)
 
 
-def _adapter(argument: Path | None, option: Path | None) -> Path:
-    """The file of the adapter that an argument or --adapter names."""
-    from simpletuner.helpers.adapters.files.finding import find_adapter
-
-    given = [each for each in (argument, option) if each is not None]
-    if len(given) != 1:
-        problem = "No adapter is" if not given else f"Two adapters are ({argument}, and --adapter {option})"
-        raise ConfigError(f"{problem} given. Give one: an adapter file, or the folder or name of a run.")
-    return find_adapter(given[0])
-
-
 def _given(**values: object) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
 
@@ -242,7 +234,7 @@ def inspect_command(
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.inspection import inspect
 
-    found = inspect(_adapter(adapter, None))
+    found = inspect(one_adapter(adapter))
     print(found.as_json() if as_json else found.text())
 
 
@@ -250,8 +242,8 @@ def inspect_command(
 def export_command(
     *,
     adapter: AdapterFile,
-    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write.")],
-    layout: Annotated[Layout, typer.Option("--format", help="Naming of the layers.")] = "diffusers",
+    output: OutputFile,
+    layout: LayoutOption = "diffusers",
     form: Annotated[
         Form, typer.Option("--form", help="exact has rank 2R; truncated has rank R and an error.")
     ] = "exact",
@@ -263,29 +255,20 @@ def export_command(
         int | None,
         typer.Option("--bands", help="Instead of --rank: the number of files, one per range of timesteps."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Dtype of the tensors.")] = "fp32",
+    dtype: DtypeOption = "fp32",
     schedule: ScheduleOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            metavar="MODEL",
-            help="Folder or repository of the base model, for a file of another program.",
-        ),
-    ] = None,
+    model: NamingModel = None,
     family: Annotated[
         str | None, typer.Option("--family", help="With --model. Default: from the file.")
     ] = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="Print the error of each layer too.")
-    ] = False,
+    per_layer: PerLayer = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 
-    adapter = _adapter(adapter, None)
+    adapter = one_adapter(adapter)
     options = ExportOptions(
         layout=layout,
         form=form,
@@ -314,6 +297,10 @@ def export_command(
         print(each.summary())
         for path, error in each.errors.items() if per_layer else ():
             print(f"{error:.1e} {path}")
+
+
+for name, command in cli_files.COMMANDS.items():
+    app.command(name)(command)
 
 
 @app.command("publish")

@@ -23,7 +23,7 @@ HEAVY = {
     "trackio",
 }
 LIBRARIES = "import pydantic, typer, rich.console, rich.logging, rich.progress"
-COMMANDS = ("--help", "train --help", "validate", "examples list", "version", "--version")
+COMMANDS = ("--help", "train --help", "extract --help", "validate", "examples list", "version", "--version")
 MAX_MODULES = 360
 """Beyond those of the libraries and what these import; 132 to 330 here (validate reads images)."""
 MAX_RATIO = 5.5

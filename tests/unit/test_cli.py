@@ -45,7 +45,10 @@ def test_help_lists_every_command(
     out = capsys.readouterr().out
     assert all(
         command in out
-        for command in ("train", "validate", "sample", "inspect", "export", "config-reference", "version")
+        for command in (
+            *("train", "validate", "sample", "inspect", "export", "merge", "resize", "extract"),
+            *("config-reference", "version"),
+        )
     )
 
 
@@ -170,7 +173,7 @@ def test_every_command_that_writes_one_file_has_overwrite() -> None:
     writing = {
         name for name, each in options.items() if "--output" in each and each["--output"].metavar == "FILE"
     }
-    assert writing == {"export", "config-reference"}
+    assert writing == {"export", "merge", "resize", "extract", "config-reference"}
     assert all("--overwrite" in options[name] for name in writing)
 
 

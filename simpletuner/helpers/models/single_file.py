@@ -50,13 +50,22 @@ class SingleFile:
             names = list(file.keys())
             own = [name for name in names if name.startswith(self.prefix)] or names
             for name in own:
-                packed = file.get_slice(name).get_dtype() in PACKED_DTYPES
-                if packed or name.rpartition(".")[2] in SCALE_NAMES:
-                    raise ModelError(
-                        f"{self.path}: the weights are quantised ({name[:MAX_SHOWN]!r}). Give the model in "
-                        "bf16 or fp16; base_model_precision quantises it."
-                    )
+                refuse_quantised(file, name, path=self.path)
             return {name.removeprefix(self.prefix): file.get_tensor(name) for name in own}
+
+
+def refuse_quantised(file: Any, name: str, *, path: Path) -> None:
+    """Check that a tensor of an open file is no quantised weight.
+
+    Raises:
+        ModelError: It is one, or the scale of one.
+    """
+    packed = file.get_slice(name).get_dtype() in PACKED_DTYPES
+    if packed or name.rpartition(".")[2] in SCALE_NAMES:
+        raise ModelError(
+            f"{path}: the weights are quantised ({name[:MAX_SHOWN]!r}). Give the model in bf16 or fp16; "
+            "base_model_precision quantises it."
+        )
 
 
 def names_in(path: Path) -> frozenset[str]:

@@ -25,8 +25,8 @@ from simpletuner.helpers.adapters.files.layouts import (
     Layout,
     header_of,
     make_key_map,
-    shares_alpha,
     tensors_of,
+    with_shared_alpha,
 )
 from simpletuner.helpers.adapters.files.lora_conversion import (
     LoraLayer,
@@ -188,7 +188,7 @@ def export_adapter(
     key_map = make_key_map([*source.layers, *source.renamed], options.layout, families[name])
     renamed, written = _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file), []
     fixed_ranks = _fixed_ranks(source, options)
-    refuse_existing((_file_name(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
+    refuse_existing((with_suffix(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
     for fixed in fixed_ranks:
         layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
         converted = tensors_of(layers, options.layout, key_map)
@@ -207,7 +207,7 @@ def export_adapter(
             alphas=[layer.alpha for layer in layers],
             has_other_layers=bool(renamed),
         )
-        target = _file_name(output, fixed.band)
+        target = with_suffix(output, fixed.band)
         adapter_file.write(target, converted | renamed, metadata=metadata)
         exported = Exported(
             file=target,
@@ -324,7 +324,10 @@ def _peft_layers(stored: adapter_file.AdapterFile) -> dict[str, StoredLayer]:
                 f"{stored.path}: lora_init_type {init} changed the base weights: a tool that adds the LoRA "
                 "to the original weights would add its start too. Train with another lora_init_type."
             )
-        down, up = stored.tensors[key], stored.tensors[key.replace(".lora_A.", ".lora_B.")]
+        up_key = key.replace(".lora_A.", ".lora_B.")
+        if up_key not in stored.tensors:
+            raise AdapterError(f"{stored.path}: the file is incomplete: {up_key} is missing.")
+        down, up = stored.tensors[key], stored.tensors[up_key]
         alpha = torch.tensor(stated_alpha(path, config, rank=down.shape[0], path=stored.path))
         parts = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, alpha), strict=True))
         layers[path] = StoredLayer(key, parts, TLoraSpec("vanilla", "last", None))
@@ -414,13 +417,7 @@ def _converted_layers(
         gain = source.gain_at(rank, stored)
         return layer if gain == 1 else replace(layer, up=(layer.up.double() * gain).to(dtype))
 
-    layers = [convert(path, scale=1.0) for path in source.layers]
-    if shares_alpha(options.layout, spec):
-        alpha = max((layer.rank for layer in layers), default=0)
-        layers = [
-            layer if layer.rank == alpha else convert(layer.path, scale=alpha / layer.rank)
-            for layer in layers
-        ]
+    layers = with_shared_alpha(source.layers, convert, layout=options.layout, spec=spec)
     band_errors = [fixed.band_error_of(source.layers[layer.path], layer, source) for layer in layers]
     return layers, max((error for error in band_errors if error is not None), default=None)
 
@@ -452,7 +449,8 @@ def _renamed(
     return tensors
 
 
-def _file_name(output: Path, timesteps: Sequence[int] | None) -> Path:
+def with_suffix(output: Path, timesteps: Sequence[int] | None = None) -> Path:
+    """The file to write: with .safetensors added where it is missing, and the timesteps of a band."""
     if output.suffix != ".safetensors":
         output = output.with_name(f"{output.name}.safetensors")
     if timesteps is None:

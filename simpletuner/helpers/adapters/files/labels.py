@@ -24,6 +24,9 @@ from simpletuner.helpers.io.redaction import redacted
 SPECIFICATION = "modelspec.sai_model_spec"
 HASH = "modelspec.hash_sha256"
 IMPLEMENTATION = "modelspec.implementation"
+ARCHITECTURE = "modelspec.architecture"
+TITLE = "modelspec.title"
+TRIGGERS, USAGE = "modelspec.trigger_phrase", "modelspec.usage_hint"
 PREFIXES = ("modelspec.", "ss_")
 VERSION = "1.0.0"
 DIFFUSERS = "diffusers"
@@ -95,6 +98,49 @@ def labels_of_export(
     return labels | {"ss_network_module": LORA_MODULE, "ss_network_args": "{}"}
 
 
+def labels_of_tlora(
+    stored: Mapping[str, str], *, ranks: Iterable[int], alphas: Iterable[float]
+) -> dict[str, str]:
+    """Labels of a T-LoRA made of other files.
+
+    Args:
+        stored: Header that it gets; without labels it gets none.
+        ranks: Rank of each layer.
+        alphas: Alpha of each layer.
+    """
+    if SPECIFICATION not in stored:
+        return {}
+    return {
+        IMPLEMENTATION: DIFFUSERS,
+        "ss_network_module": LYCORIS_MODULE,
+        "ss_network_args": json.dumps({"algo": "tlora"}),
+        "ss_network_dim": _common(ranks),
+        "ss_network_alpha": _common(alphas),
+    }
+
+
+def labels_of_extract(spec: ModelSpec, base: str) -> dict[str, str]:
+    """Labels of a LoRA that is the difference of two models.
+
+    Args:
+        spec: The family.
+        base: Repository, folder or file of the base model.
+    """
+    known = spec.labels.get(spec.flavour_of(base) or "")
+    if known is None:
+        return {}
+    return {
+        SPECIFICATION: VERSION,
+        ARCHITECTURE: f"{known.architecture}/lora",
+        "ss_base_model_version": known.version,
+    }
+
+
+def usage_hint(phrase: str) -> str:
+    """How a trigger phrase is used."""
+    return f"Trigger words: {phrase}"
+
+
 def tag_counts(samples: Sequence[Sample], *, triggers: Sequence[str] = ()) -> dict[str, int]:
     """Tag -> number of captions with it, the most frequent first; {} unless the captions are tags.
 
@@ -120,14 +166,14 @@ def _specification(
     phrase = ", ".join(triggers)
     return {
         SPECIFICATION: VERSION,
-        "modelspec.architecture": f"{labels.architecture}/lora",
+        ARCHITECTURE: f"{labels.architecture}/lora",
         IMPLEMENTATION: DIFFUSERS,
-        "modelspec.title": config.title,
+        TITLE: config.title,
         "modelspec.description": config.publishing.model_card_note,
         "modelspec.date": _date(),
         "modelspec.resolution": size,
-        "modelspec.trigger_phrase": phrase,
-        "modelspec.usage_hint": f"Trigger words: {phrase}" if phrase else None,
+        TRIGGERS: phrase,
+        USAGE: usage_hint(phrase) if phrase else None,
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction_type or ""),
         "modelspec.license": None if licence is None else licence.name or licence.identifier,
         "ss_base_model_version": labels.version,

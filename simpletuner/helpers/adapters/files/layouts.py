@@ -6,7 +6,7 @@ Shapes: R rank of a layer, I in, O out features.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -21,6 +21,7 @@ from simpletuner.helpers.errors import AdapterError
 
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
 KeyMap = Mapping[str, FusedSlice]
+Convert = Callable[[str, float], LoraLayer]
 DOWN_KEYS = (".lora_A.weight", ".lora_down.weight")
 
 
@@ -53,6 +54,24 @@ def make_key_map(paths: Iterable[str], layout: Layout, spec: ModelSpec) -> KeyMa
 def shares_alpha(layout: Layout, spec: ModelSpec) -> bool:
     """Whether all layers need one alpha: diffusers applies a UNet's most frequent one to all attention."""
     return layout in ("kohya", "comfyui") and spec.denoiser_name == "unet"
+
+
+def with_shared_alpha(
+    paths: Iterable[str], convert: Convert, *, layout: Layout, spec: ModelSpec
+) -> list[LoraLayer]:
+    """The converted layers, all of one alpha where the layout needs that.
+
+    Args:
+        paths: Paths of the layers.
+        convert: Converts the layer of a path to one of a requested alpha / rank.
+        layout: The layout.
+        spec: The family.
+    """
+    layers = [convert(path, 1.0) for path in paths]
+    if not shares_alpha(layout, spec):
+        return layers
+    alpha = max((layer.rank for layer in layers), default=0)
+    return [layer if layer.rank == alpha else convert(layer.path, alpha / layer.rank) for layer in layers]
 
 
 def tensors_of(layers: Sequence[LoraLayer], layout: Layout, key_map: KeyMap) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ Shapes: R rank of a layer, r active rank, I in (times the kernel of a convolutio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.tlora.delta import product_norm
 from simpletuner.helpers.adapters.tlora.stored_layer import StoredLayer
+
+ChooseRank = Callable[[Tensor], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class LoraLayer:
     """Frobenius norm of the difference from the live layer's delta, relative to the latter's."""
     folded: float = 1.0
     """Factor in `up` that makes alpha / rank the requested scale."""
+    norm: float = 0.0
+    """Frobenius norm of the live layer's delta."""
 
     @property
     def rank(self) -> int:
@@ -53,7 +57,7 @@ def exact_lora(
         scale: Requested alpha / rank; the rest of the layer's own scale goes into `up`.
     """
     a, b = layer.factors_at(rank)
-    return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def truncated_lora(
@@ -64,15 +68,28 @@ def truncated_lora(
     Source: Eckart & Young 1936; the singular vectors by QR of both factors, no matrix of size O x I.
     """
     a, b = layer.factors_at(rank)
-    if a.shape[0] <= rank:
-        return _lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    written = (a, b) if a.shape[0] <= rank else truncated_product(a, b, lambda _: rank)
+    return lora_layer(path, written, live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+
+
+def truncated_product(a: Tensor, b: Tensor, choose: ChooseRank) -> tuple[Tensor, Tensor]:
+    """The best approximation of a lower rank to `b @ a`, its ranks in the order of their singular values.
+
+    Args:
+        a: [n, I, ...].
+        b: [O, n].
+        choose: The rank, from the singular values, the largest first.
+
+    Returns:
+        [rank, I, ...] and [O, rank] in float64; each takes the root of the singular values.
+    """
     left, left_core = torch.linalg.qr(b.double())
     right, right_core = torch.linalg.qr(a.double().flatten(1).T)
-    u, values, vh = torch.linalg.svd(left_core @ right_core.T)
+    u, values, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    rank = min(choose(values), values.numel())
     root = values[:rank].sqrt()
     down = (root[:, None] * (right @ vh[:rank].T).T).view(rank, *a.shape[1:])
-    up = left @ u[:, :rank] * root
-    return _lora_layer(path, (down, up), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return down, left @ u[:, :rank] * root
 
 
 def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) -> float:
@@ -114,7 +131,7 @@ def errors_by_rank(layer: StoredLayer, written: LoraLayer, *, gains: Sequence[fl
     return (missing / whole).sqrt().nan_to_num(nan=0.0, posinf=torch.inf).tolist()
 
 
-def _lora_layer(
+def lora_layer(
     path: str,
     factors: tuple[Tensor, Tensor],
     *,
@@ -122,6 +139,15 @@ def _lora_layer(
     dtype: torch.dtype,
     scales: tuple[float, float],
 ) -> LoraLayer:
+    """A layer of a LoRA with its error.
+
+    Args:
+        path: Path of the layer.
+        factors: A [rank, I, ...] and B [O, rank] to write.
+        live: A and B that they stand for.
+        dtype: Dtype of the written factors.
+        scales: Scale of both products, and the requested alpha / rank.
+    """
     own, scale = scales
     folded = own / scale
     down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
@@ -132,4 +158,5 @@ def _lora_layer(
         alpha=down.shape[0] * scale,
         error=relative_error((live[0], live[1].double() * folded), (down, up)),
         folded=folded,
+        norm=abs(own) * float(product_norm(live[0].double(), live[1].double())),
     )

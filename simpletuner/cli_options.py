@@ -1,0 +1,49 @@
+"""Arguments and options that commands of `simpletuner` share. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from simpletuner.helpers.errors import ConfigError
+
+ADAPTER_ARGUMENT = typer.Argument(
+    metavar="ADAPTER", help="The adapter file, or the folder or name of a run.", show_default=False
+)
+AdapterFile = Annotated[Path, ADAPTER_ARGUMENT]
+AdapterArgument = Annotated[Path | None, ADAPTER_ARGUMENT]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
+
+Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]
+Form = Literal["exact", "truncated"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+OutputFile = Annotated[Path, typer.Option("--output", metavar="FILE", help="The file to write.")]
+LayoutOption = Annotated[Layout, typer.Option("--format", help="Naming of the layers.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the tensors.")]
+NamingModel = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Folder or repository of the base model, for a file of another program.",
+    ),
+]
+PerLayer = Annotated[bool, typer.Option("--per-layer", help="Print the error of each layer too.")]
+
+
+def one_adapter(argument: Path | None, option: Path | None = None) -> Path:
+    """The file of the adapter that an argument or --adapter names.
+
+    Raises:
+        ConfigError: None is given, or both are.
+        AdapterError: There is no such file or folder, or the folder has no adapter.
+    """
+    from simpletuner.helpers.adapters.files.finding import find_adapter
+
+    given = [each for each in (argument, option) if each is not None]
+    if len(given) != 1:
+        problem = "No adapter is" if not given else f"Two adapters are ({argument}, and --adapter {option})"
+        raise ConfigError(f"{problem} given. Give one: an adapter file, or the folder or name of a run.")
+    return find_adapter(given[0])
