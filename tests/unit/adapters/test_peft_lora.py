@@ -66,6 +66,8 @@ def test_every_reader_gives_the_delta_of_the_live_adapter(
 ) -> None:
     model, adapter = trained(**keys)
     expected = predict(model, None, 500, 10)
+    magnitudes = [key for key in adapter.state_dict() if "lora_magnitude_vector" in key]
+    assert len(magnitudes) == (adapter.num_layers if keys.get("use_dora") else 0)
     adapter.save(tmp_path / FILE, metadata={"base_model": "tiny"})
     if reader == "diffusers":
         pipeline = pipeline_around(unet())
@@ -124,8 +126,10 @@ def test_a_pattern_adapts_the_layers_that_it_matches_as_a_whole(caplog: pytest.L
     assert f"matches {len(names)} layers" in caplog.text
     adapter.detach()
     # Other modules beside the layers, and the wrappers that a removed adapter leaves behind.
-    again = attach(model, lora_rank=2, peft_lora_target_modules=r".*attn1.*")
+    with caplog.at_level(logging.INFO):
+        again = attach(model, lora_rank=2, peft_lora_target_modules=r".*attn1.*")
     assert again.num_layers == 2 * (len(names) - 1)
+    assert f"matches {again.num_layers} layers" in caplog.text
 
 
 @pytest.mark.parametrize("pattern", [r"attn1\.to_[qk]", r".*atn1.*"])
@@ -134,6 +138,7 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(pattern: s
         attach(unet(), peft_lora_target_modules=pattern)
     assert f"peft_lora_target_modules: {pattern} " in str(caught.value)
     assert "Attention (" in str(caught.value)
+    assert "PEFT" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
