@@ -331,15 +331,13 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         if not isinstance(entry, dict):
             raise ConfigError(f"{where} must be an object with folder_path. Correct it.")
         own = Settings(entry, rows, draft, place=f"{where}.")
-        if own.flag("is_reg") or own.flag("prior_reg"):
-            for key in ("is_reg", "prior_reg", "folder_path"):
-                own.skip(key, rows["is_reg"].text)
-        else:
-            _dataset(own, place, trigger=trigger)
-            rates.append(own.number("caption_dropout_rate"))
-            steps.append(own.whole("bucket_tolerance"))
+        num_before = len(draft.datasets)
+        _dataset(own, place, trigger=trigger)
+        _put_regularisation(own, draft.datasets[num_before:])
+        rates.append(own.number("caption_dropout_rate"))
+        steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
-    if not draft.datasets:
+    if all("is_regularisation_data" in each for each in draft.datasets):
         raise ConfigError("config.process[0].datasets has no images but regularisation images.")
     rate = max(rates) if len(set(rates)) == 1 else round(sum(rates) / len(rates), 4)
     draft.config["caption_dropout_probability"] = number(settings.number("train.prompt_dropout_prob") or rate)
@@ -351,6 +349,20 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), alignment)
     if trigger:
         settings.skip("trigger_word", outcome="approximate")
+
+
+def _put_regularisation(own: Settings, entries: Sequence[dict[str, JsonValue]]) -> None:
+    """Mark the datasets of an entry that keeps the class; is_reg of one decides the target of all."""
+    if not (own.flag("is_reg") or own.flag("prior_reg")):
+        return
+    config = own.draft.config
+    is_data = not own.flag("prior_reg") or config.get("regularisation_target") == "data"
+    config["regularisation_target"] = "data" if is_data else "base"
+    for entry in entries:
+        entry["is_regularisation_data"] = True
+    for key in ("is_reg", "prior_reg"):
+        if own.has(key):
+            own.decide(key, "translated", ours="is_regularisation_data: true")
 
 
 def _dataset(own: Settings, place: Place, *, trigger: str) -> None:

@@ -26,7 +26,6 @@ from simpletuner.helpers.configuration.schema.base import (
     OneOf,
     OptionalCount,
     OptionalInputFile,
-    OptionalNonNegativeNumber,
     OptionalPositiveNumber,
     OptionalShare,
     OptionalText,
@@ -56,6 +55,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
     ModelSource,
     OptionalModelSource,
 )
+from simpletuner.helpers.configuration.schema.noise_shift import ShiftConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
@@ -134,7 +134,7 @@ class ModelConfig(Section):
         return self
 
 
-class NoiseConfig(Section):
+class NoiseConfig(ShiftConfig):
     """Noise levels in training, their loss weights, and the guidance embedding."""
 
     snr_gamma: OptionalPositiveNumber = None
@@ -150,11 +150,6 @@ class NoiseConfig(Section):
     """First parameter of the beta distribution; above the second it prefers high noise."""
     flow_beta_schedule_beta: PositiveNumber = 2.0
     """Second parameter of the beta distribution."""
-    flow_schedule_shift: OptionalNonNegativeNumber = None
-    """Shift of noise levels in training and sampling; above 1 is more noise, 0 and 1 do not shift. null takes
-    the shift of the model's own scheduler."""
-    flow_schedule_auto_shift: bool = False
-    """Shift by the number of image tokens, not by the model's own scheduler."""
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
     """Guidance embedding in training: constant, flux_guidance_value; random-range, uniform between
     flux_guidance_min and flux_guidance_max."""
@@ -174,12 +169,6 @@ class NoiseConfig(Section):
                 "flow_use_beta_schedule",
                 "cannot be set with flow_use_uniform_schedule. Remove one of them.",
                 "flow_use_uniform_schedule",
-            )
-        if self.flow_schedule_auto_shift and self.flow_schedule_shift is not None:
-            raise contradiction(
-                "flow_schedule_shift",
-                f"{self.flow_schedule_shift:g} has no effect with flow_schedule_auto_shift. Remove one.",
-                "flow_schedule_auto_shift",
             )
         low, high = self.flux_guidance_min, self.flux_guidance_max
         if low > high:
