@@ -113,6 +113,26 @@ def test_each_resolution_is_a_dataset_of_all_images(folder: Path, tmp_path: Path
     assert draft.config["aspect_bucket_alignment"] == 64
 
 
+@pytest.mark.parametrize(
+    ("keys", "target"),
+    [
+        ({"is_reg": True}, "data"),
+        ({"prior_reg": True}, "base"),
+        ({"is_reg": True, "prior_reg": True}, "base"),
+    ],
+    ids=["is_reg", "prior_reg", "both"],
+)
+def test_regularisation_datasets_keep_their_target(
+    folder: Path, tmp_path: Path, keys: dict[str, object], target: str
+) -> None:
+    entry = {"folder_path": str(folder), "resolution": 512}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [entry, entry | keys], train={"reg_weight": 0.5}))
+    assert [bool(each.get("is_regularisation_data")) for each in draft.datasets] == [False, True]
+    assert (draft.config["regularisation_target"], draft.config["prior_loss_weight"]) == (target, 0.5)
+    with pytest.raises(ConfigError):
+        migrate(ai_toolkit(tmp_path / "alone.json", [entry | keys]))
+
+
 def test_the_average_is_named_as_what_would_have_been_saved(folder: Path, tmp_path: Path) -> None:
     train = {"ema_config": {"use_ema": True, "ema_decay": 0.99}}
     draft = migrate(ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train))
