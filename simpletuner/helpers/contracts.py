@@ -97,6 +97,9 @@ class ModelSpec:
     dynamic_shift: Callable[[Mapping[str, object], int], float] | None = None
     """Shift of noise levels by the scheduler's configuration and the number of image tokens of 16x16 px; None
     without flow matching."""
+    training_shift: Callable[[Mapping[str, object], int], float | None] | None = None
+    """Shift in training instead of dynamic_shift, by the settings of noise and the number of image tokens; it
+    returns None for dynamic_shift."""
     layer_sides: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
     """Flavour -> class of a module with linear layers or convolutions in its denoiser -> smaller side of the
     smallest linear layer in it; None without linear layers."""

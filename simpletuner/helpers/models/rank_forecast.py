@@ -94,4 +94,5 @@ def _shift(
     if fixed is not None or spec.dynamic_shift is None:
         return fixed
     num_tokens = size.height * size.width // TOKEN_EDGE_PX**2
-    return spec.dynamic_shift(scheduler or {}, num_tokens)
+    own = spec.training_shift(dict(noise), num_tokens) if spec.training_shift is not None else None
+    return spec.dynamic_shift(scheduler or {}, num_tokens) if own is None else own

@@ -134,6 +134,7 @@ CONFIG = {
     "flow_beta_schedule_beta": RATES,
     "flow_schedule_shift": st.none() | st.floats(0, 10),
     "flow_schedule_auto_shift": st.just(False),
+    "flux2_training_shift": st.just("sampling"),  # a key of one family
     "flux_guidance_mode": st.sampled_from(["constant", "random-range"]),
     "flux_guidance_value": RATES,
     "flux_guidance_min": st.floats(0, 1),

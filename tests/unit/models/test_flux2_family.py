@@ -63,6 +63,20 @@ def test_training_and_sampling_shift_the_noise_levels_by_the_number_of_tokens(ma
     assert inputs["sigmas"] == pytest.approx([1, 1 / (1 + math.exp(-mu))], abs=1e-6)
 
 
+def test_flux1s_shift_is_for_training_alone(make: Make) -> None:
+    # 20 tokens on Flux.1's line: mu = 0.5 + 0.65 / 3840 * (20 - 256).
+    family = make("flux2-dev", noise=NoiseConfig(flux2_training_shift="flux1"))
+    noisy = family.add_noise(torch.zeros(1, 128, 4, 5), sample_indices=[3], seed=1)
+    assert noisy.sigmas is not None
+    drawn = sample_sigma(distribution_of(NoiseConfig()), shift=1.0, seed=1, sample_index=3)
+    assert logit(noisy.sigmas[0]) - logit(drawn) == pytest.approx(0.460052, abs=1e-5)
+    family.load_text_encoders()
+    (text,) = family.encode_prompts(["a cat"])
+    validation = ValidationConfig(validation_num_inference_steps=2)
+    inputs = family.pipeline_inputs(text, text, validation=validation, size=Size(64, 80))
+    assert inputs["sigmas"] == pytest.approx([1, 1 / (1 + math.exp(-1.596917))], abs=1e-6)
+
+
 def test_make_pipeline_refuses_what_dev_cannot_start_from(make: Make) -> None:
     family = make("flux2-dev")
     with pytest.raises(ModelError, match=r"Flux\.2 dev has no inpaint pipeline, only text2image"):

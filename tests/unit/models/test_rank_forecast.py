@@ -215,6 +215,20 @@ def test_the_shift_of_flux2_is_its_pipelines(num_tokens: int) -> None:
     assert empirical_shift({}, num_tokens) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("keys", "shift"),
+    [({}, 7.563), ({"flux2_training_shift": "flux1"}, math.exp(1.15))],
+    ids=["sampling", "flux1"],
+)
+def test_the_forecast_of_flux2_takes_its_shift_of_training(
+    tmp_path: Path, keys: dict[str, Any], shift: float
+) -> None:
+    config, spec = run_of(tmp_path, "flux2", rank=32, **keys), registry.specs()["flux2"]
+    found = expected_mean_rank(config, spec, scheduler={"use_dynamic_shifting": True}, size=SQUARE)
+    fixed = expected_mean_rank(config, spec, scheduler={"shift": shift}, size=SQUARE)
+    assert found == pytest.approx(fixed, abs=0.01)
+
+
 def test_an_adapter_without_a_rank_schedule_has_no_forecast(tmp_path: Path) -> None:
     config = run_of(tmp_path, "sdxl", lora_type="standard")
     assert mean_rank_of(config, registry.specs()["sdxl"], scheduler=None, size=SQUARE) is None

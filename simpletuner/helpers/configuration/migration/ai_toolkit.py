@@ -371,15 +371,13 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         if not isinstance(entry, dict):
             raise ConfigError(f"{where} must be an object with folder_path. Correct it.")
         own = Settings(entry, rows, draft, place=f"{where}.")
-        if own.flag("is_reg") or own.flag("prior_reg"):
-            for key in ("is_reg", "prior_reg", "folder_path"):
-                own.skip(key, rows["is_reg"].text)
-        else:
-            _dataset(own, place, trigger=trigger)
-            steps.append(own.whole("bucket_tolerance"))
+        num_before = len(draft.datasets)
+        _dataset(own, place, trigger=trigger)
+        _put_regularisation(own, draft.datasets[num_before:])
+        steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
     _drop_full_strengths(draft.datasets)
-    if not draft.datasets:
+    if all("is_regularisation_data" in each for each in draft.datasets):
         raise ConfigError("config.process[0].datasets has no images but regularisation images.")
     _dropout(settings)
     if steps:
@@ -404,6 +402,20 @@ def _dropout(settings: Settings) -> None:
     share_dropout(draft)
     if settings.has(key):
         settings.decide(key, "translated", ours=ours, text="")
+
+
+def _put_regularisation(own: Settings, entries: Sequence[dict[str, JsonValue]]) -> None:
+    """Mark the datasets of an entry that keeps the class; is_reg of one decides the target of all."""
+    if not (own.flag("is_reg") or own.flag("prior_reg")):
+        return
+    config = own.draft.config
+    is_data = not own.flag("prior_reg") or config.get("regularisation_target") == "data"
+    config["regularisation_target"] = "data" if is_data else "base"
+    for entry in entries:
+        entry["is_regularisation_data"] = True
+    for key in ("is_reg", "prior_reg"):
+        if own.has(key):
+            own.decide(key, "translated", ours="is_regularisation_data: true")
 
 
 def _dataset(own: Settings, place: Place, *, trigger: str) -> None:

@@ -47,6 +47,23 @@ def full_batches(draws: Iterable[Draws], batch_size: int) -> int:
     return sum(number // batch_size for number in _by_bucket(draws).values())
 
 
+def kohya_regularisation(images: Sequence[Draws], num_train: int) -> list[Draws]:
+    """The draws of regularisation images until there are `num_train`, as many as of others.
+
+    Each is drawn by its repeats, then once more in turn.
+    """
+    numbers, total, is_first = [0] * len(images), 0, True
+    while images and total < num_train:
+        for index, image in enumerate(images):
+            times = image.number if is_first else 1
+            numbers[index] += times
+            total += times
+            if total >= num_train:
+                break
+        is_first = False
+    return [Draws(image.bucket, number) for image, number in zip(images, numbers, strict=True) if number]
+
+
 def _by_bucket(draws: Iterable[Draws]) -> Counter[Size]:
     totals: Counter[Size] = Counter()
     for each in draws:

@@ -17,6 +17,7 @@ from simpletuner.helpers.configuration.migration.arithmetic import (
     kohya_bucket,
     kohya_bucket_without_upscaling,
     kohya_buckets,
+    kohya_regularisation,
     steps_per_epoch,
 )
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
@@ -42,7 +43,14 @@ class Dataset:
     subsets: list[Levels] = field(default_factory=list)
     batch_size: int = 1
     draws: list[Draws] | None = field(default_factory=list)
-    """None if a folder is not at hand."""
+    """Of the images that are learnt; None if a folder is not at hand."""
+    regularisation: list[Draws] = field(default_factory=list)
+    """Of each regularisation image."""
+
+    def all_draws(self) -> list[Draws]:
+        """Of both kinds of images."""
+        draws = self.draws or []
+        return draws + kohya_regularisation(self.regularisation, sum(draw.number for draw in draws))
 
 
 def put_data(settings: Settings, place: Place, *, is_preset: bool, alignment: int) -> None:
@@ -75,7 +83,7 @@ def put_data(settings: Settings, place: Place, *, is_preset: bool, alignment: in
         )
         for levels in dataset.subsets:
             _subset(levels, dataset, place=place, draft=draft)
-    if not draft.datasets:
+    if all("is_regularisation_data" in each for each in draft.datasets):
         raise ConfigError(f"{settings.place or 'The configuration'}: {_NOTHING_TO_TRAIN}")
     _batch_sizes(settings, datasets)
     _alignment(datasets, draft, smallest=alignment)
@@ -115,9 +123,30 @@ def _folders(settings: Settings, place: Place) -> list[Dataset]:
         dataset.subsets.append(_level(settings, values, place=f"{each.name}.", outer=dataset.levels))
     if subsets:
         settings.decide(key, "translated", ours=counted(len(subsets), "dataset"))
-    if settings.text("reg_data_dir"):
-        settings.skip("reg_data_dir")
+    if regularisation := place.path(settings.text("reg_data_dir")):
+        dataset.subsets += _regularisation_folders(settings, regularisation, dataset)
     return [dataset]
+
+
+def _regularisation_folders(settings: Settings, folder: str, dataset: Dataset) -> list[Levels]:
+    """The folders N_name in reg_data_dir."""
+    key, root = "reg_data_dir", Path(folder)
+    found = sorted(each for each in root.iterdir() if each.is_dir()) if root.is_dir() else []
+    subsets = [(each, repeats) for each in found if (repeats := repeated_folder(each.name))]
+    if not subsets:
+        text = "It has no folder N_name here: migrate where its images are, or add a dataset of them."
+        settings.decide(key, "not translated", text=text)
+        return []
+    settings.decide(key, "translated", ours=f"is_regularisation_data: {counted(len(subsets), 'dataset')}")
+    return [
+        _level(
+            settings,
+            {"image_dir": each.as_posix(), "num_repeats": times, "class_tokens": tokens, "is_reg": True},
+            place=f"{each.name}.",
+            outer=dataset.levels,
+        )
+        for each, (times, tokens) in subsets
+    ]
 
 
 def _level(settings: Settings, values: Mapping[str, JsonValue], *, place: str, outer: Levels) -> Levels:
@@ -174,11 +203,6 @@ def _check_subset(values: Mapping[str, JsonValue], path: Path, where: str) -> No
 
 
 def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> None:
-    at = levels.at("is_reg")
-    if at.flag("is_reg"):
-        at.skip("is_reg")
-        levels.places[0].decide("image_dir", "not translated", text="Regularisation images are left out.")
-        return
     own = levels.at("image_dir")
     folder = place.path(own.text("image_dir"))
     for key in ("metadata_file", "conditioning_data_dir"):
@@ -189,6 +213,11 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     entry: dict[str, JsonValue] = {}
     entry["id"] = unique_id(Path(folder).name, [str(each["id"]) for each in draft.datasets])
     entry["type"] = "local"
+    at = levels.at("is_reg")
+    is_regularisation = at.flag("is_reg")
+    if is_regularisation:
+        at.put("is_reg", "is_regularisation_data", True, into=entry)
+        draft.config["regularisation_target"] = "data"
     own.put("image_dir", "instance_data_dir", folder, into=entry)
     repeats = levels.at("num_repeats")
     times = max(1, repeats.whole("num_repeats", 1))
@@ -199,6 +228,10 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     draft.datasets.append(entry)
     if images is None or not images:
         dataset.draws = None
+    elif is_regularisation:
+        buckets = _buckets_of(levels, resolution) if dataset.batch_size > 1 else lambda _: resolution
+        sizes = place.sizes(images) if dataset.batch_size > 1 else [resolution] * len(images)
+        dataset.regularisation += [Draws(buckets(size), times) for size in sizes]
     elif dataset.draws is not None:
         if dataset.batch_size == 1:  # each image is a batch, whatever its size: none is opened
             dataset.draws.append(Draws(resolution, len(images) * times))
@@ -303,8 +336,8 @@ def _length(settings: Settings, datasets: Sequence[Dataset]) -> None:
     is_known = all(dataset.draws is not None for dataset in datasets if dataset.subsets)
     per_epoch = batches = images = 0
     if is_known:
-        batches = sum(full_and_partial_batches(each.draws or (), each.batch_size) for each in datasets)
-        images = sum(draw.number for each in datasets for draw in each.draws or ())
+        batches = sum(full_and_partial_batches(each.all_draws(), each.batch_size) for each in datasets)
+        images = sum(draw.number for each in datasets for draw in each.all_draws())
         per_epoch = steps_per_epoch(batches, accumulation=accumulation, processes=processes)
     if not epochs:
         steps = settings.whole("max_train_steps", 1600)

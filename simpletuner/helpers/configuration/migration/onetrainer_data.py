@@ -30,6 +30,8 @@ _TAG_KEYS = {
     "separator": "text.tag_delimiter",
     "dropout": "text.tag_dropout_probability",
 }
+PRIOR = "PRIOR_PREDICTION"
+"""Type of a concept whose target is the prediction of the model without the adapter."""
 
 
 def put_concepts(settings: Settings, place: Place) -> None:
@@ -53,7 +55,7 @@ def put_concepts(settings: Settings, place: Place) -> None:
         found = _concept(own, settings, place)
         draws = None if draws is None or found is None else draws + found
         own.finish(into={})
-    if not draft.datasets and concepts:
+    if concepts and all("is_regularisation_data" in each for each in draft.datasets):
         raise ConfigError("No concept has images to train on: switch one on.")
     if not draft.datasets:
         # The decisions of a concept that is not in the file belong to no page.
@@ -75,6 +77,7 @@ def _concept(own: Settings, settings: Settings, place: Place) -> list[Draws] | N
         return []
     folder = place.path(own.text("path"))
     entry: dict[str, JsonValue] = {"type": "local"}
+    _put_type(own, entry)
     own.put("path", "instance_data_dir", folder, into=entry)
     images = _images(own, place, folder)
     overrides = own.flag("image.enable_resolution_override")
@@ -110,10 +113,15 @@ def _concept(own: Settings, settings: Settings, place: Place) -> list[Draws] | N
     return _draws(images, total, place=place, settings=settings, edge=int(edges[0]))
 
 
+def _put_type(own: Settings, entry: dict[str, JsonValue]) -> None:
+    if own.text("type").upper() == PRIOR:
+        own.put("type", "is_regularisation_data", True, outcome="translated", text="", into=entry)
+
+
 def _is_left_out(own: Settings) -> bool:
     """Whether a concept is switched off, or of a kind that is not trained on; then its keys are decided."""
     enabled = own.flag("enabled")
-    if enabled and own.text("type").upper() == "STANDARD":
+    if enabled and own.text("type").upper() in ("STANDARD", PRIOR):
         return False
     reason = own.rows["type"].text if enabled else "The concept is switched off."
     for key in own.values:

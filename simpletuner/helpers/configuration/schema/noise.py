@@ -123,6 +123,9 @@ class NoiseConfig(Section):
     the shift of the model's own scheduler."""
     flow_schedule_auto_shift: bool = False
     """Shift by the number of image tokens, not by the model's own scheduler."""
+    flux2_training_shift: Literal["sampling", "flux1"] = "sampling"
+    """Flux.2's shift in training: sampling, that of its pipelines; flux1, that of Flux.1, with less noise.
+    Validation images keep that of the pipelines. Not with flow_schedule_shift."""
     flux_guidance_mode: Literal["constant", "random-range"] = "constant"
     """Guidance embedding in training: constant, flux_guidance_value; random-range, uniform between
     flux_guidance_min and flux_guidance_max."""
@@ -196,6 +199,9 @@ def _flow_levels(noise: NoiseConfig) -> Iterator[Problem]:
     if noise.flow_schedule_auto_shift and noise.flow_schedule_shift is not None:
         text = f"{noise.flow_schedule_shift:g} has no effect with flow_schedule_auto_shift. Remove one."
         yield ("flow_schedule_shift", "flow_schedule_auto_shift"), text
+    if noise.flux2_training_shift != "sampling" and noise.flow_schedule_shift is not None:
+        text = f"{noise.flux2_training_shift} has no effect with flow_schedule_shift. Remove one."
+        yield ("flux2_training_shift", "flow_schedule_shift"), text
 
 
 def _level_values(noise: NoiseConfig) -> Iterator[Problem]:

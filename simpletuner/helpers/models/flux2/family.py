@@ -37,7 +37,7 @@ from simpletuner.helpers.models.flux2.latents import (
     from_tokens,
     to_tokens,
 )
-from simpletuner.helpers.models.flux2.spec import SHIFT_STEPS, SPEC
+from simpletuner.helpers.models.flux2.spec import SHIFT_STEPS, SPEC, training_shift
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.shift import static_shift
 from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
@@ -126,7 +126,7 @@ class Flux2(ModelFamily):
         noisy = add_noise(
             latents.to(self.device),
             distribution=self._distribution,
-            shift=self._shift(num_tokens=height * width),
+            shift=self._training_shift(num_tokens=height * width),
             sample_indices=sample_indices,
             seed=seed,
         )
@@ -197,6 +197,11 @@ class Flux2(ModelFamily):
     def _shift(self, *, num_tokens: int) -> float:
         fixed = static_shift(self.noise, self.components.scheduler.config)
         return math.exp(compute_empirical_mu(num_tokens, SHIFT_STEPS)) if fixed is None else fixed
+
+    def _training_shift(self, *, num_tokens: int) -> float:
+        is_fixed = static_shift(self.noise, self.components.scheduler.config) is not None
+        own = None if is_fixed else training_shift(dict(self.noise), num_tokens)
+        return self._shift(num_tokens=num_tokens) if own is None else own
 
     def _warn_of_long_prompts(self, prompts: Sequence[str]) -> None:
         variant = self.components.variant

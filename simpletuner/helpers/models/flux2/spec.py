@@ -15,6 +15,7 @@ from simpletuner.helpers.models.key_groups import (
     unreadable_single_file,
     unused_guidance_keys,
 )
+from simpletuner.helpers.models.shift import DynamicShift
 
 FLAVOURS: Mapping[str, Flavour] = {
     "dev": Flavour("black-forest-labs/FLUX.2-dev", has_guidance=True),
@@ -57,6 +58,11 @@ def empirical_shift(_scheduler: Mapping[str, object], num_tokens: int) -> float:
     return math.exp(at_10_steps + share * (at_200_steps - at_10_steps))
 
 
+def training_shift(settings: Mapping[str, object], num_tokens: int) -> float | None:
+    """Flux.1's shift in training, if flux2_training_shift asks for it; else None, that of sampling."""
+    return DynamicShift()(num_tokens) if settings["flux2_training_shift"] == "flux1" else None
+
+
 def problems(values: Mapping[str, object]) -> Mapping[str, str]:
     """Checks of Flux.2's keys: maps settings to {key: error message}."""
     return unused_guidance_keys(values, FLAVOURS, instead="dev") | unreadable_single_file(
@@ -88,7 +94,7 @@ SPEC = ModelSpec(
     ),
     slider_targets=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_qkv_mlp_proj"),
     denoiser_name="transformer",
-    own_keys=FLOW_KEYS | GUIDANCE_KEYS | TRANSFORMER_KEYS,
+    own_keys=FLOW_KEYS | GUIDANCE_KEYS | TRANSFORMER_KEYS | {"flux2_training_shift"},
     default_guidance=4.0,
     num_text_encoders=1,
     problems=problems,
@@ -102,6 +108,7 @@ SPEC = ModelSpec(
     licences=_NON_COMMERCIAL | dict.fromkeys(("klein-base-4b", "klein-4b"), Licence("apache-2.0")),
     labels={name: _LABELS[size] for name, size in _SIZES.items()},
     dynamic_shift=empirical_shift,
+    training_shift=training_shift,
     layer_sides={
         name: dict.fromkeys(_IN_BLOCKS, width)
         | dict.fromkeys(_IN_TIME, 256)

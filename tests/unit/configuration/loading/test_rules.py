@@ -225,6 +225,11 @@ def test_tensors_that_comfyui_reads_under_other_names_are_exported(
     assert has_original_names(workspace).load(lora_format="comfyui").adapter.lora_format == "comfyui"
 
 
+def test_flux1s_shift_contradicts_a_fixed_one(workspace: Workspace) -> None:
+    changes = {"flux2_training_shift": "flux1"}
+    assert "flux2_training_shift" in workspace.problems(**changes, flow_schedule_shift=3.0)
+
+
 @pytest.mark.parametrize("lora_type", ["standard", "lycoris"])
 def test_a_plain_lora_is_left_by_what_has_one(workspace: Workspace, lora_type: str) -> None:
     config = has_original_names(workspace).load(lora_format="comfyui", lora_type=lora_type)

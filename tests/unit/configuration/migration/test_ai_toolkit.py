@@ -140,6 +140,26 @@ def test_weights_of_datasets_are_strengths_of_a_slider(
     assert [each.get("slider_strength") for each in draft.datasets] == ours
 
 
+@pytest.mark.parametrize(
+    ("keys", "target"),
+    [
+        ({"is_reg": True}, "data"),
+        ({"prior_reg": True}, "base"),
+        ({"is_reg": True, "prior_reg": True}, "base"),
+    ],
+    ids=["is_reg", "prior_reg", "both"],
+)
+def test_regularisation_datasets_keep_their_target(
+    folder: Path, tmp_path: Path, keys: dict[str, object], target: str
+) -> None:
+    entry = {"folder_path": str(folder), "resolution": 512}
+    draft = migrate(ai_toolkit(tmp_path / "job.json", [entry, entry | keys], train={"reg_weight": 0.5}))
+    assert [bool(each.get("is_regularisation_data")) for each in draft.datasets] == [False, True]
+    assert (draft.config["regularisation_target"], draft.config["prior_loss_weight"]) == (target, 0.5)
+    with pytest.raises(ConfigError):
+        migrate(ai_toolkit(tmp_path / "alone.json", [entry | keys]))
+
+
 @pytest.mark.parametrize(("given", "decay"), [({"ema_decay": 0.99}, 0.99), ({}, 0.999)])
 def test_the_average_is_the_adapter_as_there(
     folder: Path, tmp_path: Path, given: dict[str, object], decay: float

@@ -11,6 +11,7 @@ from simpletuner.helpers.configuration.migration.arithmetic import (
     kohya_bucket,
     kohya_bucket_without_upscaling,
     kohya_buckets,
+    kohya_regularisation,
     one_trainer_bucket,
     steps_per_epoch,
 )
@@ -82,3 +83,15 @@ def test_kohyas_bucket_without_upscaling_is_the_image_cut(
 )
 def test_one_trainers_bucket_is_one_of_its_aspects(image: tuple[int, int], bucket: tuple[int, int]) -> None:
     assert one_trainer_bucket(_size(*image), 1024) == _size(*bucket)
+
+
+@pytest.mark.parametrize(
+    ("repeats", "num_train", "numbers"),
+    [([1, 1, 1], 5, [2, 2, 1]), ([1] * 10, 4, [1] * 4), ([3, 3, 3], 4, [3, 3]), ([], 4, []), ([1], 3, [3])],
+    ids=["fewer", "more", "with repeats", "none", "one"],
+)
+def test_regularisation_images_are_drawn_until_there_are_as_many(
+    repeats: list[int], num_train: int, numbers: list[int]
+) -> None:
+    images = [Draws(_size(64, 64), each) for each in repeats]
+    assert [each.number for each in kohya_regularisation(images, num_train)] == numbers

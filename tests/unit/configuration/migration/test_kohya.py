@@ -442,11 +442,22 @@ def test_the_processes_of_the_launcher_share_the_batches(dog: Path) -> None:
     assert migrate(command).config["max_train_steps"] == 2 * math.ceil(30 / 4)
 
 
-def test_regularisation_images_are_left_out_of_the_steps(dog: Path, tmp_path: Path) -> None:
-    images(tmp_path / "reg" / "1_dog", 50)
-    options = {"max_train_epochs": 1, "reg_data_dir": (tmp_path / "reg").as_posix()}
+@pytest.mark.parametrize(("num_images", "steps"), [(4, 60), (50, 60)])
+def test_regularisation_images_are_drawn_as_often_as_the_others(
+    dog: Path, tmp_path: Path, num_images: int, steps: int
+) -> None:
+    images(tmp_path / "reg" / "1_dog", num_images)
+    options = {
+        "max_train_epochs": 1,
+        "reg_data_dir": (tmp_path / "reg").as_posix(),
+        "prior_loss_weight": 0.5,
+    }
     draft = migrate(kohya(dog, NETWORK, options))
-    assert (len(draft.datasets), draft.config["max_train_steps"]) == (1, 30)
+    assert [bool(each.get("is_regularisation_data")) for each in draft.datasets] == [False, True]
+    assert draft.datasets[1]["instance_prompt"] == "dog"
+    assert draft.config["regularisation_target"] == "data"
+    assert draft.config["prior_loss_weight"] == 0.5
+    assert draft.config["max_train_steps"] == steps
 
 
 # Flux.1.
@@ -643,7 +654,7 @@ def test_a_subset_takes_what_it_lacks_from_the_levels_above(dog: Path, tmp_path:
     assert decision(draft, "general.caption_extension").outcome == "translated"
 
 
-def test_regularisation_subsets_are_left_out(dog: Path, tmp_path: Path) -> None:
+def test_regularisation_subsets_keep_their_kind(dog: Path, tmp_path: Path) -> None:
     folder = (dog / "10_sks dog").as_posix()
     text = f"""
     [[datasets]]
@@ -655,8 +666,8 @@ def test_regularisation_subsets_are_left_out(dog: Path, tmp_path: Path) -> None:
       is_reg = true
     """
     draft = migrate(_with_datasets(tmp_path, text))
-    assert len(draft.datasets) == 1
-    assert decision(draft, "datasets[0].subsets[1].is_reg").outcome == "not translated"
+    assert [bool(each.get("is_regularisation_data")) for each in draft.datasets] == [False, True]
+    assert decision(draft, "datasets[0].subsets[1].is_reg").outcome == "translated"
 
 
 # Bad input.

@@ -157,6 +157,15 @@ def test_several_resolutions_share_the_draws(folder: Path, tmp_path: Path) -> No
     assert [(each["resolution"], each["probability"]) for each in draft.datasets] == [(64, 0.5), (96, 0.5)]
 
 
+def test_a_concept_of_prior_prediction_keeps_to_the_base(folder: Path, tmp_path: Path) -> None:
+    concepts = [_concept(folder), _concept(folder, type="PRIOR_PREDICTION")]
+    draft = migrate(one_trainer(tmp_path / "a.json", concepts))
+    assert [bool(each.get("is_regularisation_data")) for each in draft.datasets] == [False, True]
+    assert draft.config.get("regularisation_target", "base") == "base"
+    with pytest.raises(ConfigError):
+        migrate(one_trainer(tmp_path / "b.json", concepts[1:]))
+
+
 def test_concepts_and_samples_are_read_from_their_files(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "concepts.json").write_text(json.dumps([_concept(folder), _concept(folder, enabled=False)]))
     sample = {"prompt": "a dog", "width": 64, "height": 96, "seed": 3, "diffusion_steps": 9, "cfg_scale": 6.0}
