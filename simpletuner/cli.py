@@ -56,7 +56,7 @@ ScheduleOption = Annotated[
     typer.Option(
         "--schedule",
         metavar="KEY=VALUE,...",
-        help="Rank schedule in place of the file's, of min_rank, alpha and kind: min_rank=8,alpha=1.0.",
+        help="Rank schedule in place of the file's, of min_rank, alpha, kind, scale: min_rank=8,alpha=1.0.",
     ),
 ]
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]

@@ -29,7 +29,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "ValidationConfig.validation_compared_config": _OPENED,
     "ValidationConfig.validation_prompt": _OPENED,
     "ValidationConfig.validation_prompt_library": _OPENED,
-    "LayerArguments.dim": _HANDED_ON,
     "TargetPreset.use_fnmatch": _HANDED_ON,
 }
 

@@ -88,6 +88,7 @@ class NetworkBuilder:
                 tlora_init=config.tlora_init,
                 sig_type=config.sig_type,
                 schedule=self.schedule,
+                tlora_min_rank=config.tlora_min_rank,
                 seed=self.seed,
                 **extra,
             )

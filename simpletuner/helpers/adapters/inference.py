@@ -36,7 +36,8 @@ def load_into_pipeline(
         pipeline: A loaded diffusers pipeline.
         file: The file; documentation/adapter-files.md lists what is read.
         strength: Scale of the adapter's contribution.
-        schedule: Any of min_rank, alpha and kind, in place of the file's own: {"min_rank": 8, "alpha": 1.0}.
+        schedule: Any of min_rank, alpha, kind and scale, in place of the file's own, such as
+            {"min_rank": 8, "alpha": 1.0}.
 
     Raises:
         AdapterError: The pipeline has no known denoiser, or the file cannot be read or does not fit; nothing

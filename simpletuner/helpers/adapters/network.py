@@ -19,12 +19,17 @@ from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file, scales
-from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, stated_schedule, translate
+from simpletuner.helpers.adapters.files.foreign.translation import (
+    ScheduleOptions,
+    own_values,
+    stated_schedule,
+    translate,
+)
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, weighted_schedules
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import AdapterConfig
@@ -78,7 +83,7 @@ def load_adapter(
         denoiser: The model to adapt.
         file: The file; documentation/adapter-files.md lists what is read.
         strength: Scale of the adapter's contribution.
-        schedule: Any of min_rank, alpha and kind, in place of the file's own.
+        schedule: Any of min_rank, alpha, kind and scale, in place of the file's own.
 
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
@@ -150,11 +155,12 @@ class LycorisAdapter(Adapter):
         self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
-        tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
-        self.schedule = schedule if tlora else None
+        self._tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
+        self.schedule = schedule if self._tlora else None
         self.group = mask.new_group() if group is None else group
-        for layer in tlora:
+        for layer in self._tlora:
             layer.join(self.group, schedule=self.schedule)
+        self._schedules = weighted_schedules([layer.ranks for layer in self._tlora], self.schedule)
         layers = {module.lora_name: module.org_module[0] for module in network.loras}
         self.base_hashes = adapter_file.base_hashes(layers)
         paths = {id(layer): path for path, layer in denoiser.named_modules()}
@@ -174,17 +180,14 @@ class LycorisAdapter(Adapter):
         wanted = targets.translate(
             config.apply_preset.model_dump(exclude_none=True), aliases=spec.target_aliases
         )
-        schedule = RankSchedule(
-            max_rank=config.linear_dim,
-            min_rank=config.tlora_min_rank,
-            alpha=config.tlora_alpha,
-            num_timesteps=spec.num_train_timesteps,
-            variant=config.tlora_schedule,
-        )
+        schedule = RankSchedule.of_adapter(config, num_timesteps=spec.num_train_timesteps)
         builder = NetworkBuilder(denoiser=denoiser, config=config, schedule=schedule, seed=seed)
         network = builder.network(targets.resolve(wanted, denoiser))
         targets.check_matches(wanted, denoiser, adapted=[module.org_module[0] for module in network.loras])
-        return cls(network, denoiser, raw=config.raw, schedule=schedule, group=config.mask_group_id)
+        raw = dict(config.raw)
+        if isinstance(config.tlora_min_rank, float):  # every reader of the file understands ranks
+            raw["tlora_min_rank"] = schedule.min_rank
+        return cls(network, denoiser, raw=raw, schedule=schedule, group=config.mask_group_id)
 
     def set_base_hashes(self, weight_hashes: Mapping[str, str]) -> None:
         """Set the hashes of the base weights in the adapter's file, taken before quantisation."""
@@ -218,8 +221,13 @@ class LycorisAdapter(Adapter):
         return mask.rank_mask(self.schedule, timesteps, group=self.group, device=device)
 
     def mean_active_rank(self, timesteps: Sequence[int]) -> float | None:
-        """Mean active rank over these timesteps; None without T-LoRA layers."""
-        return fmean(self.schedule.rank_at(t) for t in timesteps) if self.schedule is not None else None
+        """Mean active rank over these timesteps; None without T-LoRA layers.
+
+        It is that of the network's schedule; where layers have their own values, the mean over all layers.
+        """
+        weights = list(self._schedules.values())
+        means = [fmean(map(schedule.rank_at, timesteps)) for schedule in self._schedules]
+        return fmean(means, weights) if means else None
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters, layer by layer."""
@@ -275,6 +283,13 @@ class LycorisAdapter(Adapter):
                 file,
                 theirs,
                 self.schedule,
+            )
+        ours = {layer.lora_name: layer.ranks.own for layer in self._tlora if any(layer.ranks.own)}
+        if self.schedule is not None and own_values(stored) != ours:
+            logger.warning(
+                "init_lora %s gives layers other values of tlora_min_rank or tlora_alpha than module_algo_map "
+                "and name_algo_map of this run, which are taken.",
+                file,
             )
         return stored
 

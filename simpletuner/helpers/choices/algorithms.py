@@ -35,6 +35,8 @@ class Algorithm(Choice):
     """Changes the layer's weight unless bypass_mode is set; False for one that always adds to the output."""
     takes_multiplier: bool = True
     """Its effect is proportional to a tensor of its files, into which they fold a multiplier other than 1."""
+    has_rank_schedule: bool = False
+    """Its active rank depends on the timestep."""
     exports_to_comfyui: bool = False
     """Its layers are two factors, written as a LoRA, or have tensors that ComfyUI reads under other names."""
     rank_axes: Mapping[str, int | None] = field(default_factory=dict)
@@ -193,6 +195,7 @@ ALGORITHMS = Registry(
             sig_type="last",
         ),
         adds_to_weight=False,
+        has_rank_schedule=True,
         exports_to_comfyui=True,
         rank_axes={".q_layer.weight": 0},
     ),

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import LayerRanks, RankSchedule, min_rank_of
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.models.shift import static_shift
 
 if TYPE_CHECKING:
@@ -24,10 +26,20 @@ LOW_SHARE = 0.25
 """Below this share of the rank most of the adapter is idle in most steps."""
 
 
+@dataclass(frozen=True, slots=True)
+class RankForecast:
+    """Mean active ranks over training."""
+
+    mean: float
+    """Of layers with the adapter's own rank schedule."""
+    entries: Mapping[str, tuple[float, int]]
+    """Entry of module_algo_map or name_algo_map with a schedule of its own -> mean active rank, rank."""
+
+
 def expected_mean_rank(
     config: RunConfig, spec: ModelSpec, *, scheduler: Mapping[str, object] | None, size: Size
-) -> float | None:
-    """Mean active rank over training; None without a rank schedule, or while the shift is unknown.
+) -> RankForecast | None:
+    """Forecast of a run; None without a rank schedule, or while the shift is unknown.
 
     Args:
         config: The run.
@@ -36,11 +48,12 @@ def expected_mean_rank(
         size: Size of the training images, on which a dynamic shift depends.
     """
     lycoris = config.lycoris
-    if lycoris is None or lycoris.algo != "tlora":
+    if lycoris is None or not ALGORITHMS[lycoris.algo].has_rank_schedule:
         return None
     num_timesteps = spec.num_train_timesteps
+    schedule = RankSchedule.of_adapter(lycoris, num_timesteps=num_timesteps)
     if "flow_matching" not in spec.prediction_types:
-        return _mean_rank(lycoris, dict.fromkeys(range(num_timesteps), 1.0), num_timesteps)
+        return _forecast(lycoris, schedule, dict.fromkeys(range(num_timesteps), 1.0))
     shift = _shift(config.noise, spec, scheduler=scheduler, size=size)
     if shift is None:
         return None
@@ -48,12 +61,12 @@ def expected_mean_rank(
     for sigma, weight in sigma_weights(config.noise):
         timestep = int(num_timesteps * shift * sigma / (1 + (shift - 1) * sigma))
         weights[timestep] = weights.get(timestep, 0.0) + weight
-    return _mean_rank(lycoris, weights, num_timesteps)
+    return _forecast(lycoris, schedule, weights)
 
 
-def is_low(mean_rank: float, lycoris: LycorisConfig) -> bool:
+def is_low(forecast: RankForecast, lycoris: LycorisConfig) -> bool:
     """Whether most of the ranks are idle in most steps."""
-    return mean_rank < LOW_SHARE * lycoris.linear_dim
+    return forecast.mean < LOW_SHARE * lycoris.linear_dim
 
 
 def sigma_weights(noise: NoiseConfig) -> list[tuple[float, float]]:
@@ -68,14 +81,19 @@ def sigma_weights(noise: NoiseConfig) -> list[tuple[float, float]]:
     return [(1 / (1 + math.exp(-noise.flow_sigmoid_scale * normal.inv_cdf(share))), 1.0) for share in shares]
 
 
-def _mean_rank(lycoris: LycorisConfig, weights: Mapping[int, float], num_timesteps: int) -> float:
-    schedule = RankSchedule(
-        lycoris.linear_dim,
-        min_rank=lycoris.tlora_min_rank,
-        alpha=lycoris.tlora_alpha,
-        num_timesteps=num_timesteps,
-        variant=lycoris.tlora_schedule,
-    )
+def _forecast(lycoris: LycorisConfig, network: RankSchedule, weights: Mapping[int, float]) -> RankForecast:
+    preset = lycoris.apply_preset
+    entries: dict[str, tuple[float, int]] = {}
+    for name, entry in (*preset.module_algo_map.items(), *preset.name_algo_map.items()):
+        if entry.tlora_min_rank is None and entry.tlora_alpha is None:
+            continue
+        rank, share = entry.dim or network.max_rank, entry.tlora_min_rank or lycoris.tlora_min_rank
+        layer = LayerRanks(rank, min_rank_of(share, rank), entry.tlora_alpha)
+        entries[name] = _mean_rank(layer.schedule_in(network), weights), rank
+    return RankForecast(_mean_rank(network, weights), entries)
+
+
+def _mean_rank(schedule: RankSchedule, weights: Mapping[int, float]) -> float:
     ranks = {timestep: schedule.rank_at(timestep) for timestep in weights}
     return sum(ranks[each] * weight for each, weight in weights.items()) / sum(weights.values())
 

@@ -52,6 +52,7 @@ SETTINGS = (
 )
 LYCORIS_SETTINGS = (
     *("algo", "linear_dim", "linear_alpha", "tlora_min_rank", "tlora_alpha", "tlora_schedule"),
+    "tlora_scale",
     *("tlora_init", "sig_type"),
 )
 _MARKER = re.compile(r"<!-- Written by SimpleTuner-T [^;]*; checksum ([0-9a-f]{64}) -->\n\Z")

@@ -196,15 +196,15 @@ def report_plan(context: RunContext) -> None:
         logger.info("%s", text)
     name, precision = device_name(context.accelerator.device), config.precision.mixed_precision
     logger.info("Device: %s; mixed_precision %s.", name, precision)
-    mean_rank = expected_mean_rank(
+    forecast = expected_mean_rank(
         config,
         family.spec,
         scheduler=family.components.scheduler.config,
         size=training_size(config.data, family.spec),
     )
-    if mean_rank is not None and config.lycoris is not None:
-        level = logging.WARNING if is_low(mean_rank, config.lycoris) else logging.INFO
-        logger.log(level, "T-LoRA: %s.", rank_line(mean_rank, config))
+    if forecast is not None and config.lycoris is not None:
+        level = logging.WARNING if is_low(forecast, config.lycoris) else logging.INFO
+        logger.log(level, "%s: %s.", config.algorithm.title, rank_line(forecast, config))
     for text in warnings_of(config, family.spec, batches=context.data.batches_per_epoch):
         logger.warning("%s", text)
 

@@ -1,6 +1,7 @@
 """The public T-LoRA mask functions.
 
-Set a mask before the forward, keep it until backward has finished, then clear it. LyCORIS's own
+Set a mask before the forward, keep it until backward has finished, then clear it. Layers with a minimum, an
+exponent or a scale of their own (`tlora_min_rank`, `tlora_alpha`, `tlora_scale`) keep it. LyCORIS's own
 `get_timestep_mask()` returns the same mask, so stock LyCORIS layers follow it too. Importing this module
 registers our T-LoRA layer with LyCORIS.
 """
@@ -41,7 +42,7 @@ def apply_tlora_timestep_mask(
     device = timesteps.device if isinstance(timesteps, torch.Tensor) else None
     values = timesteps.flatten().tolist() if isinstance(timesteps, torch.Tensor) else timesteps
     schedule = RankSchedule(max_rank=max_rank, min_rank=min_rank, alpha=alpha, num_timesteps=max_timestep)
-    set_mask(schedule, [int(value) for value in values], device=device, hold=True)
+    set_mask(schedule, [int(value) for value in values], device=device, hold=True, keeps_scale=True)
 
 
 def apply_tlora_inference_mask(
@@ -55,7 +56,7 @@ def apply_tlora_inference_mask(
     """
     device = timestep.device if isinstance(timestep, torch.Tensor) else None
     schedule = RankSchedule(max_rank=max_rank, min_rank=min_rank, alpha=alpha, num_timesteps=max_timestep)
-    set_mask(schedule, [int(timestep)], device=device)
+    set_mask(schedule, [int(timestep)], device=device, keeps_scale=True)
 
 
 def clear_tlora_mask() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import simpletuner
+from simpletuner.helpers.adapters.tlora.rank_schedule import min_rank_of
 from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
@@ -27,7 +28,7 @@ from simpletuner.helpers.io.run_folder import (
     PAGE_FILE,
     TENSORBOARD_FOLDER,
 )
-from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
+from simpletuner.helpers.models.rank_forecast import RankForecast, expected_mean_rank, is_low
 from simpletuner.helpers.models.weights_on_disk import (
     VELOCITY_MARKER,
     ZERO_SNR_MARKER,
@@ -171,11 +172,13 @@ def _repeated_folders(config: RunConfig) -> Iterator[str]:
             )
 
 
-def rank_line(mean_rank: float, config: RunConfig) -> str:
-    """The expected mean active rank, with advice if it is low."""
+def rank_line(forecast: RankForecast, config: RunConfig) -> str:
+    """The expected mean active ranks, with advice if they are low."""
     assert config.lycoris is not None, "only T-LoRA has a rank schedule"
-    text = f"expected mean active rank {mean_rank:.1f} of {config.lycoris.linear_dim}"
-    if not is_low(mean_rank, config.lycoris):
+    means = [f"{forecast.mean:.1f} of {config.lycoris.linear_dim}"]
+    means += [f"{printable(name)} {mean:.1f} of {rank}" for name, (mean, rank) in forecast.entries.items()]
+    text = f"expected mean active rank {', '.join(means)}"
+    if not is_low(forecast, config.lycoris):
         return text
     return f"{text}, under a quarter: raise tlora_min_rank, or lower tlora_alpha or the noise levels' shift"
 
@@ -302,17 +305,18 @@ def _adapter(config: RunConfig, spec: ModelSpec) -> str:
     lycoris, title = config.lycoris, config.algorithm.title
     if lycoris is None:
         return f"{title}, rank {config.adapter.lora_rank}"
-    mean = expected_mean_rank(
+    expected = expected_mean_rank(
         config, spec, scheduler=scheduler_config(config.model), size=training_size(config.data, spec)
     )
-    if config.algorithm.name != "tlora":
+    if not config.algorithm.has_rank_schedule:
         return f"{title}, rank {lycoris.linear_dim}"
     forecast = (
-        rank_line(mean, config)
-        if mean is not None
+        rank_line(expected, config)
+        if expected is not None
         else "the model's scheduler decides the expected mean active rank; the start of the run names it"
     )
-    return f"{title}, rank {lycoris.linear_dim}, {lycoris.tlora_min_rank} at the highest noise; {forecast}"
+    lowest = min_rank_of(lycoris.tlora_min_rank, lycoris.linear_dim)
+    return f"{title}, rank {lycoris.linear_dim}, {lowest} at the highest noise; {forecast}"
 
 
 def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:

@@ -206,7 +206,8 @@ DATASET = {
     "max_num_samples": st.none() | COUNTS_OR_ZERO,
 }
 LYCORIS = {
-    "tlora_min_rank": st.integers(1, 8),
+    "tlora_min_rank": st.integers(1, 8) | st.floats(0.01, 0.99),
+    "tlora_scale": st.sampled_from(["rank", "active"]),
     "tlora_alpha": RATES,
     "tlora_schedule": st.sampled_from(["floor", "inclusive"]),
     "tlora_init": st.sampled_from(["random", "weight", "vanilla"]),

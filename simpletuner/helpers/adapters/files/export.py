@@ -136,12 +136,16 @@ class Source:
     metadata: Mapping[str, str]
 
     def rank_at(self, timestep: int, layer: StoredLayer) -> int:
-        """Active rank of one layer, whose maximum may differ from the network's, at a timestep."""
-        return self.schedule.for_rank(layer.rank).rank_at(timestep) if has_schedule(layer) else layer.rank
+        """Active rank of one layer, whose schedule may differ from the network's, at a timestep."""
+        return self.schedule_of(layer).rank_at(timestep) if has_schedule(layer) else layer.rank
 
     def gain_at(self, rank: int, layer: StoredLayer) -> float:
         """Factor on a layer's delta when this number of its ranks is active."""
-        return self.schedule.for_rank(layer.rank).gain_at(rank) if has_schedule(layer) else 1.0
+        return self.schedule_of(layer).gain_at(rank) if has_schedule(layer) else 1.0
+
+    def schedule_of(self, layer: StoredLayer) -> RankSchedule:
+        """Schedule of one layer."""
+        return layer.spec.ranks(layer.rank).schedule_in(self.schedule)
 
 
 def has_schedule(layer: StoredLayer) -> bool:

@@ -60,6 +60,8 @@ class Inspection:
     """Number of values in base factors."""
     dtypes: tuple[str, ...]
     schedule: dict[str, int | float | str] | None
+    own_schedules: dict[str, int]
+    """Values that layers have in place of the schedule's -> number of layers."""
     schedule_source: str | None
     """Where another program states the schedule; None for this program's files, and without one."""
     base_model: str | None
@@ -84,6 +86,7 @@ class Inspection:
     def text(self) -> str:
         """The summary as text."""
         ranks = _counted(self.ranks, "rank")
+        own_schedules = "; ".join(f"{own} ({count})" for own, count in self.own_schedules.items())
         lines = [
             ("File", f"{self.file}, {self.bytes / 1e6:.1f} MB, {', '.join(self.dtypes)}"),
             ("Algorithm", self.algorithm + (f", init {self.init}" if self.init else "")),
@@ -98,6 +101,7 @@ class Inspection:
             *((name, value) for name, value in sorted(self.training.items())),
             ("Missing", "; ".join(self.missing) or None),
             ("Left out", "; ".join(f"{what} ({count})" for what, count in self.left_out.items()) or None),
+            ("Own schedules", own_schedules or None),
             ("Schedule", f"from {self.schedule_source}" if self.schedule_source else None),
             ("ComfyUI", self.comfyui),
         ]
@@ -139,8 +143,11 @@ def inspect(file: Path) -> Inspection:
     algorithm = ", ".join(dict.fromkeys(title for title, _ in known.values()))
     algorithm += " of the authors' release" if released else ""
     specs = [
-        TLoraSpec.read(parts["tlora_schedule"]) for parts in layers.values() if "tlora_schedule" in parts
+        (TLoraSpec.read(layers[name]["tlora_schedule"]), rank)
+        for name, (_, rank) in known.items()
+        if "tlora_schedule" in layers[name]
     ]
+    inits = [spec for spec, _ in specs]
     ranks = {name: rank for name, (_, rank) in known.items() if rank is not None}
     scales = [float(layers[name]["alpha"]) / rank for name, rank in ranks.items() if "alpha" in layers[name]]
     frozen = [tensor for parts in layers.values() for name, tensor in parts.items() if name in BASE_KEYS]
@@ -151,7 +158,7 @@ def inspect(file: Path) -> Inspection:
         file=str(file),
         bytes=file.stat().st_size,
         algorithm=algorithm,
-        init=_init(specs) if not released else None,
+        init=_init(inits) if not released else None,
         num_layers=len(known),
         ranks=_counts(ranks.values()),
         scales=_counts(round(scale, 6) for scale in scales),
@@ -161,6 +168,7 @@ def inspect(file: Path) -> Inspection:
             sorted({str(tensor.dtype).removeprefix("torch.") for tensor in stored.tensors.values()})
         ),
         schedule=schedule,
+        own_schedules=_counts(own for spec, rank in specs if (own := _own_values(spec, rank))),
         schedule_source=reading.found.source if reading.found is not None else None,
         base_model=header.get("base_model"),
         model_family=header.get("model_family"),
@@ -172,7 +180,7 @@ def inspect(file: Path) -> Inspection:
             for key, value in header.items()
             if key not in SHOWN_ELSEWHERE and not key.startswith(labels.PREFIXES)
         },
-        missing=tuple(_missing(reading, algorithm=algorithm, specs=specs)),
+        missing=tuple(_missing(reading, algorithm=algorithm, specs=inits)),
         left_out=_counts(reading.foreign.left_out.values()),
         comfyui=comfyui.advice({key: each.shape for key, each in stored.tensors.items()}, file=file),
     )
@@ -238,6 +246,13 @@ def _missing(reading: Reading, *, algorithm: str, specs: Sequence[TLoraSpec]) ->
 def _init(specs: Sequence[TLoraSpec]) -> str | None:
     found = {each.init if each.init == "vanilla" else f"{each.init}/{each.sig_type}" for each in specs}
     return ", ".join(sorted(found)) or None
+
+
+def _own_values(spec: TLoraSpec, rank: int | None) -> str:
+    """The values that a layer has in place of its network's schedule; empty without any."""
+    own = {"min_rank": spec.min_rank, "alpha": spec.alpha}
+    stated = [f"{key} {value:g}" for key, value in own.items() if value is not None]
+    return ", ".join([f"rank {rank}", *stated]) if stated else ""
 
 
 def _counts(values: Any) -> dict[Any, int]:

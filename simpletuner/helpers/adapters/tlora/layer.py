@@ -34,7 +34,7 @@ from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.adapters.tlora import initialisation, mask
 from simpletuner.helpers.adapters.tlora.delta import difference_factors, product_norm, shrink, ungrouped
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, min_rank_of
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS, StoredLayer, difference
 from simpletuner.helpers.configuration.schema.lycoris import SigType, TLoraInit
@@ -67,6 +67,8 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         tlora_init: TLoraInit = "random",
         sig_type: SigType = "last",
         schedule: RankSchedule | None = None,
+        tlora_min_rank: float | None = None,
+        tlora_alpha: float | None = None,
         mask_group_id: int = mask.PUBLIC_GROUP,
         seed: int = 0,
         factors: initialisation.Factors | None = None,
@@ -77,7 +79,11 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             class_name = type(org_module).__name__
             raise ConfigError(f"{lora_name}: T-LoRA does not support {class_name}. Add it to exclude_name.")
         self.lora_dim = lora_dim
-        self.spec = TLoraSpec(tlora_init, sig_type, schedule)
+        min_rank = None if tlora_min_rank is None else min(min_rank_of(tlora_min_rank, lora_dim), lora_dim)
+        if schedule is not None:  # without one, the header of a file decides what the network's values are
+            min_rank = None if min_rank == schedule.for_rank(lora_dim).min_rank else min_rank
+            tlora_alpha = None if tlora_alpha == schedule.alpha else tlora_alpha
+        self.spec = TLoraSpec(tlora_init, sig_type, schedule, min_rank, tlora_alpha)
         self.is_vanilla = tlora_init == "vanilla"  # without base branch and singular values
         self.scale = (alpha or lora_dim) / lora_dim
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
@@ -107,7 +113,8 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
     def set_group(self, group: int) -> None:
         """Read the masks of this group from now on."""
-        self._group = mask.join_group(group, rank=self.lora_dim)
+        self.ranks = self.spec.ranks(self.lora_dim)
+        self._group = mask.join_group(group, layer=self.ranks)
 
     def _initial_factors(self, seed: int) -> initialisation.Factors:
         shape = self.shape[0], int(torch.Size(self.shape[1:]).numel())
@@ -197,7 +204,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
     def _active_ranks(self, x: Tensor) -> tuple[Tensor | None, int | None, float]:
         """The mask to multiply by, or the rank to slice to and its gain; both None activates every rank."""
-        current = self._group.current(self.lora_dim)
+        current = self._group.current(self.ranks)
         if current is None:
             self._refuse_to_train_unmasked()
             return None, None, 1.0
@@ -292,7 +299,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         """
         if self.num_groups > 1:
             raise AdapterError(f"{self.lora_name}: a grouped convolution has no delta of the weight's shape.")
-        current = self._group.current(self.lora_dim)
+        current = self._group.current(self.ranks)
         a, b = self.lora_factors()
         if current is not None:
             row = current.values[0]
@@ -353,7 +360,7 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             self.up.copy_(stored.tensors["lora_up.weight"].view(self.up.shape))
             return
         base = stored.base
-        spec = replace(stored.spec, schedule=self.schedule)
+        spec = replace(self.spec, init=stored.spec.init, sig_type=stored.spec.sig_type)
         if base is None and spec != self.spec:  # a stock file: its base comes from the weight
             self.spec = spec
             base = self._initial_factors(seed=0)
@@ -387,6 +394,8 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
                 tlora_init=stored.spec.init,
                 sig_type=stored.spec.sig_type,
                 schedule=stored.spec.schedule,
+                tlora_min_rank=stored.spec.min_rank,
+                tlora_alpha=stored.spec.alpha,
                 factors=stored.base,
             )
         except RuntimeError as error:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_timestep_mask
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import LayerRanks, RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import FIRST_OWN_MASK_GROUP
 
 PUBLIC_GROUP = 0
@@ -27,7 +27,7 @@ PUBLIC_GROUP = 0
 
 @dataclass(eq=False)
 class RankMask:
-    """The mask that every layer of one rank shares during a step."""
+    """The mask that the layers of one rank and one schedule share during a step."""
 
     values: Tensor
     """[1, R] or [B, R]: the schedule's gain (1 for most) for an active rank, 0 for the others."""
@@ -52,25 +52,27 @@ class MaskGroup:
 
     number: int
     """LyCORIS's number of the group."""
-    masks: dict[int, RankMask] = field(default_factory=dict)
-    """Rank of a layer -> its mask; empty when no mask is set."""
-    layer_ranks: set[int] = field(default_factory=set)
+    masks: dict[LayerRanks, RankMask] = field(default_factory=dict)
+    """Ranks of a layer -> its mask; empty when no mask is set."""
+    layers: set[LayerRanks] = field(default_factory=set)
     is_held: bool = False
     """Whether a pending backward may still need the masks."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer reads the masks of the original's group
         return mask_group, (self.number,)
 
-    def assign(self, masks: dict[int, RankMask], *, is_held: bool) -> None:
+    def assign(self, masks: dict[LayerRanks, RankMask], *, is_held: bool) -> None:
         """Replace the masks."""
         self.masks, self.is_held = masks, is_held
 
-    def current(self, rank: int) -> RankMask | None:
-        """The mask of a layer of this rank: the group's own, else the public one, else None."""
-        found = self.masks.get(rank)
+    def current(self, layer: LayerRanks) -> RankMask | None:
+        """The mask of a layer of these ranks: the group's own, else the public one, else None."""
+        found = self.masks.get(layer)
         if found is None:
-            found = _public.masks.get(rank)
+            found = _public.masks.get(layer)
         if found is None and (foreign := get_timestep_mask(PUBLIC_GROUP)) is not None:
+            if layer.is_scaled:
+                foreign = foreign * (foreign.shape[1] / foreign.sum(1, keepdim=True).clamp(min=1))
             return RankMask(foreign, shared_rank=None, max_rank=None)
         return found
 
@@ -90,11 +92,11 @@ def mask_group(number: int) -> MaskGroup:
     return _groups.setdefault(number, MaskGroup(number))
 
 
-def join_group(number: int, *, rank: int) -> MaskGroup:
-    """The group of this number; every mask set from now on covers layers of this rank, in group 0 too."""
+def join_group(number: int, *, layer: LayerRanks) -> MaskGroup:
+    """The group of this number; every mask set from now on covers layers of these ranks, in group 0 too."""
     group = mask_group(number)
-    group.layer_ranks.add(rank)
-    _public.layer_ranks.add(rank)
+    group.layers.add(layer)
+    _public.layers.add(layer)
     return group
 
 
@@ -110,17 +112,20 @@ def set_mask(
     group: int = PUBLIC_GROUP,
     device: torch.device | None = None,
     hold: bool = False,
+    keeps_scale: bool = False,
 ) -> None:
     """Set the rank masks of these timesteps for every layer of a group, until `clear_mask`.
 
     One timestep gives one mask for the whole batch; B timesteps give one per sample.
 
     Args:
-        schedule: Its `max_rank` is the network's; layers of another rank follow it with their own maximum.
+        schedule: Its `max_rank` is the network's; layers of another rank follow it with their own maximum,
+            and layers with values of their own keep them.
         timesteps: Host integers in [0, T].
         group: Mask group.
         device: Device of the layers; the masks are moved there once.
         hold: A backward needs these masks: setting others before they are cleared raises.
+        keeps_scale: Layers with `tlora_scale` active have that scale, which the schedule does not state.
 
     Raises:
         RuntimeError: The group's mask is held for a backward that has not finished.
@@ -136,18 +141,24 @@ def set_mask(
     if not timesteps:
         raise ValueError("a rank mask needs at least one timestep")
     clear_mask(group)
-    masks: dict[int, RankMask] = {}
-    for rank in {schedule.max_rank, *tuple(target.layer_ranks)}:  # other threads add theirs meanwhile
-        layer_schedule = schedule.for_rank(rank)
-        ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
-        masks[rank] = RankMask(
-            layer_schedule.rows(ranks).to(device),
-            shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
-            max_rank=schedule.max_rank,
-            gain=layer_schedule.gain_at(ranks[0]),
-        )
+    masks: dict[LayerRanks, RankMask] = {}
+    made: dict[RankSchedule, RankMask] = {}
+    network = LayerRanks(schedule.max_rank)
+    for layer in {network, *tuple(target.layers)}:  # other threads add theirs meanwhile
+        layer_schedule = layer.schedule_in(schedule)
+        if keeps_scale and layer.is_scaled:
+            layer_schedule = replace(layer_schedule, scale="active")
+        if layer_schedule not in made:
+            ranks = [layer_schedule.rank_at(timestep) for timestep in timesteps]
+            made[layer_schedule] = RankMask(
+                layer_schedule.rows(ranks).to(device),
+                shared_rank=ranks[0] if len(set(ranks)) == 1 else None,
+                max_rank=schedule.max_rank,
+                gain=layer_schedule.gain_at(ranks[0]),
+            )
+        masks[layer] = made[layer_schedule]
     target.assign(masks, is_held=hold)
-    set_timestep_mask(masks[schedule.max_rank].values, group)
+    set_timestep_mask(masks[network].values, group)
 
 
 def clear_mask(group: int = PUBLIC_GROUP) -> None:
@@ -169,6 +180,9 @@ def rank_mask(
 
 
 def current_mask(group: int, rank: int) -> Tensor | None:
-    """The [1, R] or [B, R] mask that a layer of this group and rank reads; None when none is set."""
-    found = mask_group(group).current(rank)
+    """The [1, R] or [B, R] mask that a layer of this group and rank reads, without values of its own.
+
+    None when none is set.
+    """
+    found = mask_group(group).current(LayerRanks(rank))
     return None if found is None else found.values

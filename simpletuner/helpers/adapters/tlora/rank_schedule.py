@@ -7,20 +7,25 @@ Source: T-LoRA, arXiv:2507.05964, rank schedule.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
-from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+from simpletuner.helpers.configuration.schema.lycoris import RankScale, ScheduleVariant
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+
 # Files hold the position.
 VARIANTS: tuple[ScheduleVariant, ...] = ("floor", "inclusive", "cosine", "linear")
 ROUNDED: tuple[ScheduleVariant, ...] = ("cosine", "linear")
+SCALES: tuple[RankScale, ...] = ("rank", "active")
 SCHEDULE_KEY = "tlora_config"
 """Of a schedule in an adapter file's header."""
 LARGEST = 2**20
@@ -48,6 +53,27 @@ def active_rank(
     return min(max_rank, min_rank + int(share * (max_rank - min_rank + int(inclusive))))
 
 
+def min_rank_of(value: float, rank: int) -> int:
+    """Number of ranks that `tlora_min_rank` means in a layer of this rank.
+
+    Args:
+        value: A whole number is a rank; a number below 1 is a share of the rank, rounded down, at least one.
+        rank: R of the layer.
+
+    Raises:
+        ValueError: The value is neither.
+    """
+    if isinstance(value, int) and value >= 1:
+        return value
+    if not 0 < value < 1:
+        raise ValueError(
+            f"min_rank {value!r} must be a whole number of at least 1, or a share of the rank, above 0 and "
+            "below 1"
+        )
+    # The decimal as it is written: 0.29 of 100 is 29, where the product of floats is just below.
+    return max(1, int(Fraction(str(value)) * rank))
+
+
 def rounded_rank(timestep: int, *, max_rank: int, min_rank: int, num_timesteps: int, is_cosine: bool) -> int:
     """Number of active ranks at a timestep, rounded to the nearest, half to even; arguments as above.
 
@@ -67,7 +93,8 @@ def rounded_rank(timestep: int, *, max_rank: int, min_rank: int, num_timesteps: 
 class RankSchedule:
     """The active rank at every timestep.
 
-    The variants cosine and linear also scale the active ranks by max_rank over their number.
+    With scale active, and always in the variants cosine and linear, the active ranks are multiplied by
+    max_rank over their number.
 
     Raises:
         ValueError: A value is outside its range.
@@ -78,6 +105,7 @@ class RankSchedule:
     alpha: float = 1.0
     num_timesteps: int = 1000
     variant: ScheduleVariant = "floor"
+    scale: RankScale = "rank"
 
     def __post_init__(self) -> None:
         if not all(isinstance(value, int) for value in (self.max_rank, self.min_rank, self.num_timesteps)):
@@ -102,6 +130,10 @@ class RankSchedule:
             raise ValueError(f"num_timesteps {self.num_timesteps} must be at least 1")
         if self.variant not in VARIANTS:
             raise ValueError(f"schedule {self.variant!r} is not one of {', '.join(VARIANTS)}")
+        if self.scale not in SCALES:
+            raise ValueError(f"scale {self.scale!r} is not one of {', '.join(SCALES)}")
+        if self.scale == "active" and self.variant in ROUNDED:
+            raise ValueError(f"scale active is part of schedule {self.variant} already; set it to rank")
 
     def rank_at(self, timestep: int) -> int:
         """Active rank at a timestep in [0, num_timesteps].
@@ -129,8 +161,13 @@ class RankSchedule:
         )
 
     def gain_at(self, rank: int) -> float:
-        """Factor on each of `rank` active ranks: max_rank / rank for cosine and linear, else 1."""
-        return self.max_rank / rank if self.variant in ROUNDED else 1.0
+        """Factor on each of `rank` active ranks: max_rank / rank if the schedule scales them, else 1."""
+        return self.max_rank / rank if self.scales_ranks else 1.0
+
+    @property
+    def scales_ranks(self) -> bool:
+        """Whether active ranks count more, the fewer they are."""
+        return self.scale == "active" or self.variant in ROUNDED
 
     def for_rank(self, rank: int) -> RankSchedule:
         """The schedule of a layer of another rank; the minimum is at most that rank."""
@@ -153,7 +190,20 @@ class RankSchedule:
             "alpha": self.alpha,
             "schedule": self.variant,
             "num_timesteps": self.num_timesteps,
+            **({"scale": self.scale} if self.scale != "rank" else {}),
         }
+
+    @classmethod
+    def of_adapter(cls, config: LycorisConfig, *, num_timesteps: int) -> Self:
+        """The schedule of a network of this lycoris json."""
+        return cls(
+            config.linear_dim,
+            min_rank=min_rank_of(config.tlora_min_rank, config.linear_dim),
+            alpha=config.tlora_alpha,
+            num_timesteps=num_timesteps,
+            variant=config.tlora_schedule,
+            scale=config.tlora_scale,
+        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, object], *, num_timesteps: int = 1000) -> Self:
@@ -162,7 +212,7 @@ class RankSchedule:
         Raises:
             ValueError: `max_rank` is missing, a key is unknown, or a value is outside its range.
         """
-        known = {"max_rank", "min_rank", "alpha", "schedule", "num_timesteps"}
+        known = {"max_rank", "min_rank", "alpha", "schedule", "num_timesteps", "scale"}
         unknown = set(config) - known
         if unknown or "max_rank" not in config:
             found = ", ".join(sorted(config)) or "nothing"
@@ -173,6 +223,41 @@ class RankSchedule:
             "variant": config.get("schedule", "floor")
         }
         return cls(**({"num_timesteps": num_timesteps} | values))  # type: ignore[arg-type]
+
+
+class LayerRanks(NamedTuple):
+    """Rank of a layer, and its own values in place of those of its network's schedule."""
+
+    rank: int
+    min_rank: int | None = None
+    alpha: float | None = None
+    is_scaled: bool = False
+    """Whether the layer has `tlora_scale` active, for masks whose maker cannot know it."""
+
+    @property
+    def own(self) -> tuple[int | None, float | None]:
+        """The layer's own min_rank and alpha."""
+        return self.min_rank, self.alpha
+
+    def schedule_in(self, network: RankSchedule) -> RankSchedule:
+        """The layer's schedule in a network of this schedule; the minimum is at most the layer's rank."""
+        own = network.for_rank(self.rank)
+        if self.min_rank is not None:
+            own = replace(own, min_rank=min(self.min_rank, self.rank))
+        has_exponent = network.variant not in ROUNDED
+        return replace(own, alpha=self.alpha) if self.alpha is not None and has_exponent else own
+
+
+def weighted_schedules(layers: Sequence[LayerRanks], network: RankSchedule | None) -> dict[RankSchedule, int]:
+    """Schedule -> number of layers that follow it, for means over the layers.
+
+    A network whose layers all follow its own schedule has that alone, whatever their ranks.
+    """
+    if network is None:
+        return {}
+    if not any(any(layer.own) for layer in layers):
+        return {network: max(1, len(layers))}
+    return dict(Counter(layer.schedule_in(network) for layer in layers))
 
 
 def rank_rows(ranks: Sequence[int], *, max_rank: int) -> Tensor:

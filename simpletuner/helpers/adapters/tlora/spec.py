@@ -8,15 +8,15 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import VARIANTS, RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import SCALES, VARIANTS, LayerRanks, RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import SigType, TLoraInit
 from simpletuner.helpers.errors import AdapterError
 
 # Files hold the position of a value in these tuples.
 INITS: tuple[TLoraInit, ...] = ("random", "weight", "vanilla")
 SIG_TYPES: tuple[SigType, ...] = ("principal", "middle", "last")
-VERSION = 1
-LENGTH = 9
+LENGTHS = {1: 9, 2: 12}
+"""Version -> number of values. Version 2 has scale, min_rank and alpha of the layer; 0 is no own value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +26,34 @@ class TLoraSpec:
     init: TLoraInit
     sig_type: SigType
     schedule: RankSchedule | None
-    """None in a file without one; the layer then accepts a mask of any max_rank."""
+    """The network's. None in a file without one; the layer then accepts a mask of any max_rank."""
+    min_rank: int | None = None
+    """The layer's own, in place of the schedule's."""
+    alpha: float | None = None
+    """The layer's own, in place of the schedule's."""
+
+    @property
+    def own(self) -> tuple[int | None, float | None]:
+        """The layer's own min_rank and alpha."""
+        return self.min_rank, self.alpha
+
+    def ranks(self, rank: int) -> LayerRanks:
+        """What a layer of this rank makes of its network's schedule."""
+        is_scaled = self.schedule is not None and self.schedule.scale == "active"
+        return LayerRanks(rank, self.min_rank, self.alpha, is_scaled)
 
     def tensor(self, rank: int) -> Tensor:
-        """[9] float64: version, whether there is a schedule, its values, init and sig_type by number."""
+        """[9] float64: version, whether there is a schedule, its values, init and sig_type by number.
+
+        [12] with a scale or values of the layer's own, which programs that know version 1 alone refuse.
+        """
         schedule = self.schedule or RankSchedule(max_rank=rank)
         numbers = schedule.max_rank, schedule.min_rank, schedule.alpha, schedule.num_timesteps
         names = VARIANTS.index(schedule.variant), INITS.index(self.init), SIG_TYPES.index(self.sig_type)
         stated = float(self.schedule is not None)
-        return torch.tensor([VERSION, stated, *numbers, *names], dtype=torch.float64)
+        further = SCALES.index(schedule.scale), self.min_rank or 0, self.alpha or 0
+        version, own = (2, further) if any(further) else (1, ())
+        return torch.tensor([version, stated, *numbers, *names, *own], dtype=torch.float64)
 
     @classmethod
     def read(cls, stored: Tensor | None) -> Self:
@@ -46,10 +65,12 @@ class TLoraSpec:
         if stored is None:
             return cls(init="weight", sig_type="principal", schedule=None)
         values = stored.double().flatten().tolist()
-        if len(values) != LENGTH or values[0] != VERSION:
-            raise AdapterError(f"tlora_schedule is {values}, not of version {VERSION}. Update simpletuner.")
-        if any(value < 0 or not value.is_integer() for value in values[:4] + values[5:]):
+        if not values or LENGTHS.get(values[0]) != len(values):
+            known = " or ".join(map(str, LENGTHS))
+            raise AdapterError(f"tlora_schedule is {values}, not of version {known}. Update simpletuner.")
+        if any(value < 0 or not value.is_integer() for value in values[:4] + values[5:11]):
             raise AdapterError(f"tlora_schedule is {values}: all values but alpha must be whole numbers.")
+        scale, min_rank, alpha = values[9:] or (0.0, 0.0, 0.0)
         try:
             schedule = RankSchedule(
                 max_rank=int(values[2]),
@@ -57,11 +78,16 @@ class TLoraSpec:
                 alpha=values[4],
                 num_timesteps=int(values[5]),
                 variant=VARIANTS[int(values[6])],
+                scale=SCALES[int(scale)],
             )
+            own = int(min_rank) or None, alpha or None
+            LayerRanks(rank=schedule.max_rank, min_rank=own[0], alpha=own[1]).schedule_in(schedule)
             return cls(
                 init=INITS[int(values[7])],
                 sig_type=SIG_TYPES[int(values[8])],
                 schedule=schedule if values[1] else None,
+                min_rank=own[0],
+                alpha=own[1],
             )
         except (ValueError, IndexError, OverflowError) as error:
             raise AdapterError(f"tlora_schedule is {values}: {error}.") from error

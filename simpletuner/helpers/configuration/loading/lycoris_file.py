@@ -36,6 +36,8 @@ _TEXTS = "apply_preset"
 FULL_DIMENSION = 10_000
 """A rank above that of every layer: LoKr then splits no factor."""
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
+_SCHEDULE_KEYS = frozenset({"tlora_min_rank", "tlora_alpha"})
+"""Keys of the rank schedule that an entry of a map may have."""
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
@@ -68,7 +70,7 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
         key: value for key, value in extra.section if value is not None and (key not in DROPOUTS or value)
     }
     config = built.section.model_copy(update={"extra": given, "raw": stored})
-    for key, text in _idle(config).items():
+    for key, text in (_idle(config) | dict(_unfit_schedules(config))).items():
         source.add(key, text)
     _check_multiplier(config, source, algorithms)
     return config
@@ -118,6 +120,20 @@ def _idle(config: LycorisConfig) -> dict[str, str]:
         found = dict(_idle_beside(layer | own)).items() - problems.items()  # the rest is inherited
         problems |= {f"{place}.{key}": text for key, text in found}
     return problems
+
+
+def _unfit_schedules(config: LycorisConfig) -> Iterator[tuple[str, str]]:
+    """(Key, problem) of each entry whose own values do not fit its rank or the adapter's schedule."""
+    preset = config.apply_preset
+    for name in MAPS:
+        for target, entry in getattr(preset, name).items():
+            rank, place = entry.dim or config.linear_dim, f"apply_preset.{name}.{target}"
+            if entry.tlora_min_rank is not None and entry.tlora_min_rank > rank:
+                text = f"{entry.tlora_min_rank} is above the rank of these layers, {rank}. Lower it."
+                yield f"{place}.tlora_min_rank", text
+            if entry.tlora_alpha not in (None, 1.0) and config.tlora_schedule in ("cosine", "linear"):
+                text = f"has no meaning with tlora_schedule {config.tlora_schedule}. Omit it."
+                yield f"{place}.tlora_alpha", text
 
 
 def _idle_beside(layer: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -213,8 +229,12 @@ def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, Jso
 def _without_tlora(fields: Mapping[str, JsonValue], source: Source, *, algo: object) -> dict[str, JsonValue]:
     for key in TLORA_FIELDS:
         if key in fields:
-            source.add(key, f"belongs to algo tlora, but algo is {algo}. Remove it, or set algo to tlora.")
+            source.add(key, _without_schedule(f"algo is {algo}"))
     return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
+
+
+def _without_schedule(found: str) -> str:
+    return f"belongs to algo tlora, but {found}. Remove it, or set algo to tlora."
 
 
 def _check_preset(preset: JsonValue, source: Source, *, algo: object) -> None:
@@ -240,12 +260,19 @@ def _check_entry(entry: dict[str, JsonValue], source: Source, *, key: str, algo:
     record, aliases = ALGORITHMS.named(algo), layer_aliases()
     taken = frozenset(ARGUMENTS) if record is None else record.arguments
     known = {name for name in taken if ARGUMENTS[name].is_per_layer} | _LAYER_KEYS
+    known |= _SCHEDULE_KEYS if record is None or record.has_rank_schedule else frozenset()
     for name in list(entry):
         plain = aliases.get(name, name)
         if plain in known:
             continue
         value = entry.pop(name)
-        if plain not in ARGUMENTS:
+        if plain in _SCHEDULE_KEYS:
+            source.add(f"{key}.{name}", _without_schedule(f"these layers have {algo}"))
+        elif plain in TLORA_FIELDS:
+            source.add(
+                f"{key}.{name}", "applies to the whole adapter. Set it at the top level of the lycoris json."
+            )
+        elif plain not in ARGUMENTS:
             source.add(f"{key}.{name}", unknown_key(name, known))
         elif not ARGUMENTS[plain].is_per_layer and not (algo == "tlora" and plain in DROPOUTS):
             source.add(

@@ -37,6 +37,7 @@ Algorithm = Annotated[str, OneOf(ALGORITHMS)]
 TLoraInit = Literal["random", "weight", "vanilla"]
 SigType = Literal["last", "middle", "principal"]
 ScheduleVariant = Literal["floor", "inclusive", "cosine", "linear"]
+RankScale = Literal["rank", "active"]
 FIRST_OWN_MASK_GROUP = 1 << 16
 """First of LyCORIS's mask groups that networks get by default; the user's own are below."""
 Scalar = bool | int | float
@@ -58,7 +59,33 @@ def _not_zero(value: float) -> float:
     return value
 
 
+def _min_rank(value: object) -> object:
+    """A rank stays a whole number, a share a fraction; 1.0 could mean either."""
+    if isinstance(value, str):
+        value = _as_number(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number.")
+    if value == 1 and isinstance(value, float):
+        raise ValueError(
+            "is a rank or a share? Write 1 for one rank, or linear_dim for all of them; a share is below 1, "
+            "for instance 0.5."
+        )
+    if not 0 < value < 1 and (value < 1 or not float(value).is_integer()):
+        raise ValueError(
+            "must be a rank, a whole number of at least 1, or a share of the rank, above 0 and below 1."
+        )
+    return value if value < 1 else int(value)
+
+
+def _as_number(text: str) -> object:
+    try:
+        return float(text) if set(text) & set(".eE") else int(text)
+    except ValueError:
+        return text
+
+
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_patterns)]
+MinRank = Annotated[Count | Annotated[float, Field(gt=0, lt=1)], BeforeValidator(_min_rank)]
 
 
 _TYPES: Mapping[ArgumentType, Any] = {
@@ -90,6 +117,10 @@ class ArgumentSection(Section):
         return renamed
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class LayerArguments(ArgumentSection):
     """Entry of module_algo_map or name_algo_map: these keys and arguments of the algorithm."""
 
@@ -99,6 +130,10 @@ class LayerArguments(ArgumentSection):
     """Rank of these layers. Also written linear_dim."""
     alpha: PositiveNumber | None = None
     """Alpha of these layers. Also written linear_alpha."""
+    tlora_min_rank: MinRank | None = Field(default=None, exclude_if=_is_none)
+    """For T-LoRA: active rank of these layers at the highest noise, a rank or a share of each one's own."""
+    tlora_alpha: PositiveNumber | None = Field(default=None, exclude_if=_is_none)
+    """For T-LoRA: exponent of these layers' rank schedule."""
 
 
 def layer_aliases() -> dict[str, str]:
@@ -184,6 +219,10 @@ class TargetPreset(Section):
         return self
 
 
+def _is_rank(scale: object) -> bool:
+    return scale == "rank"
+
+
 class LycorisConfig(Section):
     """A LyCORIS adapter; the keys from tlora_min_rank to sig_type are for algo tlora."""
 
@@ -197,14 +236,18 @@ class LycorisConfig(Section):
     """Scale of the adapter, applied as linear_alpha / linear_dim."""
     apply_preset: TargetPreset = TargetPreset()
     """Target layers."""
-    tlora_min_rank: Count = 1
-    """Active rank at the highest noise; at most linear_dim."""
+    tlora_min_rank: MinRank = 1
+    """Active rank at the highest noise: a whole number is a rank, at most linear_dim; a number below 1, such
+    as 0.5, is a share of each layer's own rank, rounded down and at least one rank."""
     tlora_alpha: PositiveNumber = 1.0
     """Exponent of the rank schedule; above 1 the active rank falls sooner as noise grows."""
     tlora_schedule: ScheduleVariant = "floor"
     """Rounding of the active rank: floor as in the paper, with the full rank at timestep 0 only; inclusive
     reaches every rank equally often. cosine and linear are those of lora-scripts' forks, to continue their
     adapters: rounded to the nearest, with the active ranks scaled by linear_dim over their number."""
+    tlora_scale: RankScale = Field(default="rank", exclude_if=_is_rank)
+    """Scale of the adapter at each timestep: rank, linear_alpha / linear_dim whatever is active; active, that
+    times linear_dim over the number of active ranks. cosine and linear always do the latter."""
     tlora_init: TLoraInit = "random"
     """Initialisation: random, singular vectors of a random matrix; weight, singular vectors of the layer's
     weight; vanilla, Gaussian and zero as in LoRA. use_data_init true means weight, false random."""
@@ -232,6 +275,12 @@ class LycorisConfig(Section):
                 f"has no meaning with tlora_schedule {self.tlora_schedule}. Omit it.",
                 "tlora_schedule",
             )
+        if self.tlora_schedule in ("cosine", "linear") and self.tlora_scale == "active":
+            raise contradiction(
+                "tlora_scale",
+                f"is part of tlora_schedule {self.tlora_schedule} already. Omit it.",
+                "tlora_schedule",
+            )
         return self
 
 
@@ -240,6 +289,7 @@ TLORA_FIELDS = (
     "tlora_min_rank",
     "tlora_alpha",
     "tlora_schedule",
+    "tlora_scale",
     "tlora_init",
     "sig_type",
     "use_data_init",

@@ -5,11 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import get_args
 
-from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+from simpletuner.helpers.configuration.schema.lycoris import RankScale, ScheduleVariant
 from simpletuner.helpers.errors import ConfigError
 
 EXAMPLE = "min_rank=8,alpha=1.0,kind=floor"
-_TYPES: dict[str, Callable[[str], int | float | str]] = {"min_rank": int, "alpha": float, "kind": str}
+
+
+def _min_rank(text: str) -> int | float:
+    """A rank, or a share of it."""
+    try:
+        return int(text)
+    except ValueError:
+        share = float(text)
+        if not 0 < share < 1:
+            raise
+        return share
+
+
+_TYPES: dict[str, Callable[[str], int | float | str]] = {
+    "min_rank": _min_rank,
+    "alpha": float,
+    "kind": str,
+    "scale": str,
+}
+_CHOICES = {"kind": get_args(ScheduleVariant), "scale": get_args(RankScale)}
 
 
 def schedule_options(text: str) -> dict[str, int | float | str]:
@@ -28,7 +47,7 @@ def schedule_options(text: str) -> dict[str, int | float | str]:
             options[key] = _TYPES[key](value)
         except ValueError:
             raise ConfigError(f"--schedule {text}: {key} is {value!r}. Write it like {EXAMPLE}.") from None
-    kinds = get_args(ScheduleVariant)
-    if options.get("kind", kinds[0]) not in kinds:
-        raise ConfigError(f"--schedule {text}: kind must be one of {', '.join(kinds)}.")
+    for key, known in _CHOICES.items():
+        if options.get(key, known[0]) not in known:
+            raise ConfigError(f"--schedule {text}: {key} must be one of {', '.join(known)}.")
     return options

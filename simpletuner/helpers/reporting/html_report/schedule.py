@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from simpletuner.helpers.adapters.tlora.rank_schedule import min_rank_of
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart
 from simpletuner.helpers.reporting.html_report.folder import RunSnapshot
 from simpletuner.helpers.reporting.html_report.markup import escape
@@ -43,7 +44,7 @@ def _adapter_of(lycoris: Mapping[str, Any]) -> dict[str, Any]:
 
     stated = {
         "max_rank": int(lycoris["linear_dim"]),
-        "min_rank": int(lycoris.get("tlora_min_rank", 1)),
+        "min_rank": min_rank_of(lycoris.get("tlora_min_rank", 1), int(lycoris["linear_dim"])),
         "alpha": float(lycoris.get("tlora_alpha", 1.0)),
         "schedule": lycoris.get("tlora_schedule", "floor"),
     }

@@ -10,9 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lycoris.modules.tlora import compute_timestep_mask
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import VARIANTS, RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import (
+    VARIANTS,
+    LayerRanks,
+    RankSchedule,
+    min_rank_of,
+    weighted_schedules,
+)
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.configuration.schema.lycoris import ScheduleVariant
+from simpletuner.helpers.errors import AdapterError
 
 TIMESTEPS = (0, 1, 250, 500, 750, 900, 999, 1000)
 
@@ -90,10 +97,12 @@ def test_for_rank_lowers_the_minimum_with_the_maximum() -> None:
         {"max_rank": 8.5},
         {"max_rank": 4, "min_rank": 1.5},
         {"max_rank": 4, "num_timesteps": 999.5},
+        {"max_rank": 4, "scale": "alpha"},
+        {"max_rank": 4, "scale": "active", "variant": "cosine"},
     ],
 )
 def test_schedule_outside_its_range_is_refused(values: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"_rank|alpha|num_timesteps|schedule"):
+    with pytest.raises(ValueError, match=r"_rank|alpha|num_timesteps|schedule|scale"):
         RankSchedule(**values)
 
 
@@ -155,3 +164,68 @@ def test_rounded_schedules_equal_their_trainers_at_every_timestep(max_rank: int,
         theirs = min_rank + torch.round((max_rank - min_rank) * share).long()
         schedule = RankSchedule(max_rank, min_rank=min_rank, variant=variant)  # type: ignore[arg-type]
         assert [schedule.rank_at(t) for t in range(1001)] == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "rank", "ranks"),
+    # The last: 0.29 * 100 is 28.999999999999996 in floats.
+    [(3, 8, 3), (0.5, 8, 4), (0.5, 7, 3), (0.01, 8, 1), (0.999, 8, 7), (0.29, 100, 29)],
+)
+def test_share_of_the_rank_is_rounded_down_and_at_least_one(value: float, rank: int, ranks: int) -> None:
+    assert min_rank_of(value, rank) == ranks
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, 1.0, 1.5, -0.5])
+def test_neither_rank_nor_share_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match="min_rank"):
+        min_rank_of(value, 8)
+
+
+def test_scale_active_multiplies_the_active_ranks_by_the_rank_over_their_number() -> None:
+    schedule = RankSchedule(4, scale="active")
+    assert schedule.mask([0, 500, 1000]).tolist() == [[1] * 4, [2, 2, 0, 0], [4, 0, 0, 0]]
+    assert schedule.config()["scale"] == "active"
+    assert RankSchedule.from_config(schedule.config()) == schedule
+    assert "scale" not in RankSchedule(4).config()
+
+
+def test_own_values_of_a_layer_replace_the_networks() -> None:
+    network = RankSchedule(64, min_rank=32, alpha=2.0, variant="inclusive", scale="active")
+    assert LayerRanks(16).schedule_in(network) == network.for_rank(16)
+    own = LayerRanks(16, min_rank=4, alpha=0.5).schedule_in(network)
+    assert own == RankSchedule(16, min_rank=4, alpha=0.5, variant="inclusive", scale="active")
+    assert LayerRanks(4, min_rank=8).schedule_in(network).min_rank == 4
+    assert LayerRanks(16, alpha=3.0).schedule_in(RankSchedule(64, variant="cosine")).alpha == 1.0
+
+
+def test_layers_weigh_their_schedules_once_one_has_its_own() -> None:
+    network = RankSchedule(8, min_rank=2)
+    assert weighted_schedules([LayerRanks(8), LayerRanks(4)], network) == {network: 2}
+    assert weighted_schedules([LayerRanks(8)], None) == {}
+    layers = [LayerRanks(8), LayerRanks(8), LayerRanks(4, min_rank=1)]
+    assert weighted_schedules(layers, network) == {network: 2, RankSchedule(4, min_rank=1): 1}
+
+
+def test_files_hold_scale_and_own_values_in_a_version_that_older_programs_refuse() -> None:
+    scaled = RankSchedule(8, min_rank=2, scale="active")
+    for spec in (
+        TLoraSpec("random", "last", scaled),
+        TLoraSpec("vanilla", "last", RankSchedule(8), min_rank=3),
+        TLoraSpec("vanilla", "last", RankSchedule(8), alpha=0.7),
+        TLoraSpec("random", "middle", None, min_rank=3, alpha=2.0),
+        TLoraSpec("weight", "last", scaled, min_rank=1, alpha=2.0),
+    ):
+        stored = spec.tensor(8)
+        assert (stored[0], len(stored)) == (2, 12)
+        assert TLoraSpec.read(stored) == spec
+    assert TLoraSpec("random", "last", RankSchedule(8)).tensor(8).tolist() == [1, 1, 8, 1, 1.0, 1000, 0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("index", "value"), [(0, 1), (0, 3), (9, 2), (9, 0.5), (10, -1), (10, 1.5), (11, -1)]
+)
+def test_invalid_scale_or_own_value_in_a_file_is_refused(index: int, value: float) -> None:
+    stored = TLoraSpec("random", "last", RankSchedule(8, scale="active"), min_rank=2, alpha=2.0).tensor(8)
+    stored[index] = value
+    with pytest.raises(AdapterError, match="tlora_schedule"):
+        TLoraSpec.read(stored)

@@ -37,6 +37,19 @@ def test_t_lora_has_the_defaults_of_the_method(workspace: Workspace) -> None:
     assert config.extra == {}
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [(3, 3), ("3", 3), (3.0, 3), ("2e0", 2), (0.5, 0.5), ("0.5", 0.5), (".25", 0.25)],
+)
+def test_min_rank_is_a_rank_or_a_share(workspace: Workspace, written: object, read: float) -> None:
+    entry = {"tlora_min_rank": written, "tlora_alpha": 2}
+    config = loaded(workspace, tlora_min_rank=written, apply_preset={"module_algo_map": {"X": entry}})
+    own = config.apply_preset.module_algo_map["X"]
+    for found in (config.tlora_min_rank, own.tlora_min_rank):
+        assert (found, type(found)) == (read, type(read))
+    assert own.tlora_alpha == 2.0
+
+
 @pytest.mark.parametrize("key", ["multiplier", "linear_alpha"])
 @pytest.mark.parametrize("written", [0.5, "0.5", "5e-1"])
 def test_strength_and_alpha_stay_floats(workspace: Workspace, key: str, written: object) -> None:
@@ -148,7 +161,7 @@ def test_arguments_given_as_texts_become_their_types(workspace: Workspace) -> No
     ("changes", "text"),
     [
         ({"tlora_min_rank": 9}, "tlora_min_rank  9 is above linear_dim 8. Lower it or raise linear_dim."),
-        ({"tlora_min_rank": 0}, "tlora_min_rank  0: must be at least 1."),
+        ({"tlora_min_rank": 0}, "tlora_min_rank  0: must be a rank, "),
         ({"tlora_schedule": "cosine", "tlora_alpha": 2}, "tlora_alpha  has no meaning with tlora_schedule"),
         ({"tlora_alpha": 0}, "tlora_alpha  0: must be above 0."),
         ({"tlora_init": "weihgt"}, "must be one of random, weight, vanilla. Did you mean weight?"),
@@ -185,6 +198,37 @@ def test_arguments_given_as_texts_become_their_types(workspace: Workspace) -> No
         ({"apply_preset": {"name_algo_map": {"x": {"conv_dim": 2}}}}, "name_algo_map.x.conv_dim  "),
         ({"apply_preset": {"name_algo_map": {"x": {"dim": 2, "linear_dim": 3}}}}, "is another name of dim"),
         ({"apply_preset": {"name_algo_map": {"x": {"dropout": 0.5}}}}, "not supported with algo tlora"),
+        ({"tlora_min_rank": -1}, "tlora_min_rank  -1: must be a rank"),
+        ({"tlora_min_rank": 0.0}, "tlora_min_rank  0.0: must be a rank"),
+        ({"tlora_min_rank": 1.0}, "tlora_min_rank  1.0: is a rank or a share? Write 1 for one rank, or "),
+        ({"tlora_min_rank": "1.0"}, 'tlora_min_rank  "1.0": is a rank or a share?'),
+        ({"tlora_min_rank": 2.5}, "tlora_min_rank  2.5: must be a rank"),
+        ({"tlora_min_rank": True}, "tlora_min_rank  true: must be a number"),
+        ({"tlora_min_rank": "half"}, 'tlora_min_rank  "half": must be a number'),
+        ({"tlora_scale": "alpha"}, 'tlora_scale  "alpha": must be one of rank, active'),
+        ({"algo": "lora", "tlora_scale": "active"}, "tlora_scale  belongs to algo tlora, but algo is lora"),
+        ({"tlora_scale": "active", "tlora_schedule": "cosine"}, "tlora_scale  is part of "),
+        (
+            {"apply_preset": {"module_algo_map": {"X": {"dim": 4, "tlora_min_rank": 5}}}},
+            "module_algo_map.X.tlora_min_rank  5 is above the rank of these layers, 4.",
+        ),
+        (
+            {"apply_preset": {"name_algo_map": {"x": {"tlora_min_rank": 9}}}},
+            "name_algo_map.x.tlora_min_rank  9 is above the rank of these layers, 8.",
+        ),
+        (
+            {"apply_preset": {"name_algo_map": {"x": {"algo": "lora", "tlora_min_rank": 2}}}},
+            "name_algo_map.x.tlora_min_rank  belongs to algo tlora, but these layers have lora",
+        ),
+        (
+            {"apply_preset": {"name_algo_map": {"x": {"tlora_scale": "active"}}}},
+            "name_algo_map.x.tlora_scale  applies to the whole adapter",
+        ),
+        (
+            {"tlora_schedule": "linear", "apply_preset": {"name_algo_map": {"x": {"tlora_alpha": 2.0}}}},
+            "name_algo_map.x.tlora_alpha  has no meaning with tlora_schedule linear",
+        ),
+        ({"apply_preset": {"name_algo_map": {"x": {"tlora_alpha": 0}}}}, "x.tlora_alpha  0: must be above 0"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_says_what_to_do(

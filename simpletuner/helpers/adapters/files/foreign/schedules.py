@@ -17,7 +17,7 @@ from simpletuner.helpers.adapters.files.adapter_file import (
 from simpletuner.helpers.adapters.files.foreign.beside import json_beside, text_beside
 from simpletuner.helpers.adapters.files.foreign.keys import TLORA_PREFIX, ForeignLayers
 from simpletuner.helpers.adapters.files.scales import rank_of
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, min_rank_of
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.errors import AdapterError
 
@@ -98,7 +98,7 @@ def with_options(
 
     Args:
         found: What the file states; None for nothing.
-        options: Any of min_rank, alpha and kind.
+        options: Any of min_rank, alpha, kind and scale.
         max_rank: Rank of the network.
         path: The file, for messages.
 
@@ -108,6 +108,8 @@ def with_options(
     start = found.schedule if found is not None else RankSchedule(max_rank)
     values = {("variant" if key == "kind" else key): value for key, value in options.items()}
     try:
+        if "min_rank" in values:
+            values["min_rank"] = min_rank_of(values["min_rank"], max_rank)
         return FoundSchedule(replace(start, **values), "the schedule option")
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{path}: schedule is invalid: {error}.") from error

@@ -21,7 +21,7 @@ from simpletuner.helpers.adapters.files.foreign.keys import (
 from simpletuner.helpers.adapters.files.foreign.layer_names import Target, find, targets_by_name
 from simpletuner.helpers.adapters.files.foreign.schedules import FoundSchedule, find_schedule, with_options
 from simpletuner.helpers.adapters.files.scales import rank_of
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, min_rank_of
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, TRAINED_KEYS, VANILLA_KEYS
 from simpletuner.helpers.errors import AdapterError
@@ -30,7 +30,7 @@ from simpletuner.helpers.io.names import printable
 logger = logging.getLogger(__name__)
 
 ScheduleOptions = Mapping[str, int | float | str]
-"""Any of min_rank, alpha and kind."""
+"""Any of min_rank (a rank, or a share of it below 1), alpha, kind and scale."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def _read_parts(file: AdapterFile, schedule: ScheduleOptions | None) -> Reading:
         found = with_options(found, schedule, max_rank=_max_rank(foreign), path=file.path)
     layers = {layer: _static(parts) for layer, parts in complete_alphas(file, foreign).items()}
     if found is not None:
-        layers = {layer: _marked(parts, found) for layer, parts in layers.items()}
+        layers = {layer: _marked(parts, found, schedule or {}) for layer, parts in layers.items()}
     if schedule:
         _refuse_unmasked(file, layers)
     return Reading(file, replace(foreign, layers=layers), found)
@@ -212,6 +212,16 @@ def stated_schedule(file: AdapterFile) -> RankSchedule | None:
     return next((spec.schedule for spec in specs if spec.schedule is not None), None)
 
 
+def own_values(file: AdapterFile) -> dict[str, tuple[int | None, float | None]]:
+    """Layer -> min_rank and alpha that it has in place of the schedule's, of the layers that have any."""
+    specs = {
+        name: TLoraSpec.read(parts["tlora_schedule"])
+        for name, parts in file.layers.items()
+        if "tlora_schedule" in parts
+    }
+    return {name: spec.own for name, spec in specs.items() if any(spec.own)}
+
+
 def _static(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A namesake's layer, which keeps its last rank at every timestep, as a LoRA of that rank."""
     if "tlora_current_rank" not in parts:
@@ -224,10 +234,11 @@ def _static(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return kept | {VANILLA_KEYS[0]: down[:rank], VANILLA_KEYS[1]: up[:, :rank]}
 
 
-def _marked(parts: dict[str, Tensor], found: FoundSchedule) -> dict[str, Tensor]:
+def _marked(parts: dict[str, Tensor], found: FoundSchedule, options: ScheduleOptions) -> dict[str, Tensor]:
     """The layer with a `tlora_schedule` that tells its init, unless it is none of T-LoRA's.
 
-    The schedule stands in the header. A layer without base factors stays as it is: weight/principal.
+    The schedule stands in the header; of the layer's own values those stay that no option replaces. A layer
+    without base factors stays as it is: weight/principal.
     """
     has_base = any(part in parts for part in BASE_KEYS)
     if "tlora_schedule" in parts:
@@ -238,7 +249,20 @@ def _marked(parts: dict[str, Tensor], found: FoundSchedule) -> dict[str, Tensor]
         spec = TLoraSpec("random", "last", None)
     else:
         return parts
+    if "min_rank" in options:
+        spec = replace(spec, min_rank=_own_min_rank(options["min_rank"], parts, found.schedule))
+    if "alpha" in options:
+        spec = replace(spec, alpha=None)
     return parts | {"tlora_schedule": spec.tensor(found.schedule.max_rank)}
+
+
+def _own_min_rank(value: float | str, parts: Mapping[str, Tensor], network: RankSchedule) -> int | None:
+    """What a share of the rank is in this layer, where the network's minimum is another."""
+    rank = rank_of(parts)
+    if not isinstance(value, float) or rank is None:
+        return None
+    own = min_rank_of(value, rank)
+    return None if own == network.for_rank(rank).min_rank else own
 
 
 def _refuse_unmasked(file: AdapterFile, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
