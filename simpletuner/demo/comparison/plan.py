@@ -59,7 +59,7 @@ class Contender:
             "sig_type": self.band,
             "tlora_min_rank": self.min_rank(rank),
             "tlora_schedule": self.mask_mode,
-            **({} if self.scale == "rank" else {"tlora_scale": self.scale}),
+            "tlora_scale": self.scale,
         }
 
 
@@ -74,6 +74,7 @@ VARIANTS = (
         replace(TLORA, name=f"T-LoRA min {name}", min_share=share)
         for name, share in {"1": 0.0, "R/4": 0.25, "3R/4": 0.75}.items()
     ),
+    replace(TLORA, name="T-LoRA active scale", scale="active"),
     *(replace(each, name=f"{each.name} weighted timesteps", weighted=True) for each in (LORA, STATIC)),
 )
 FURTHER_CONTENDERS = (

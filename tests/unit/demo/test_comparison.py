@@ -101,7 +101,7 @@ def test_caption_of_the_training_image_is_the_name_alone(tmp_path: Path) -> None
 
 def test_contenders_differ_in_initialisation_and_rank_mask_only() -> None:
     configs = [contender.lycoris(16) for contender in FULL.contenders]
-    differing = {"algo", "tlora_init", "sig_type", "tlora_min_rank", "tlora_schedule"}
+    differing = {"algo", "tlora_init", "sig_type", "tlora_min_rank", "tlora_schedule", "tlora_scale"}
     alike = [{key: value for key, value in each.items() if key not in differing} for each in configs]
     assert all(each == alike[0] for each in alike)
     assert len({json.dumps(each, sort_keys=True) for each in configs}) == len(configs)
@@ -122,6 +122,7 @@ def test_variants_differ_from_their_contender_in_one_thing() -> None:
         "T-LoRA min 1": 1,
         "T-LoRA min R/4": 4,
         "T-LoRA min 3R/4": 12,
+        "T-LoRA active scale": 8,
         "LoRA weighted timesteps": None,
         "Ortho-LoRA weighted timesteps": 16,
     }
