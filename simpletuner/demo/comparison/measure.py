@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise, starmap
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from simpletuner.demo.comparison.concepts import SUBJECT, Concept, View
 from simpletuner.demo.comparison.likeness import likeness
+from simpletuner.demo.comparison.spectrum import mean_participation
 from simpletuner.demo.evaluate import Sampling, sample_images
 from simpletuner.demo.pretrain import encode_images
 from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_from_pipeline
@@ -26,8 +27,13 @@ from simpletuner.helpers.models.sdxl.embedded import EDGE_PX, SCALING_FACTOR, Em
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting import noise_bands
 
+if TYPE_CHECKING:
+    from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions
+
 BANDS = dict(zip(noise_bands.BANDS, starmap(range, pairwise((0, *noise_bands.EDGES, 1000))), strict=True))
 """Noise band -> its timesteps."""
+ENDS = (0, 999)
+"""Cleanest and noisiest timestep of training."""
 LOSS_VIEWS = 8
 NOISES_PER_VIEW = 4
 
@@ -58,6 +64,10 @@ class Measures:
     """Share of images for the name alone with the character at the training image's place."""
     background_leaks: float
     """Share of images for a view with the training image's background colour, against the prompt."""
+    participation: float
+    """Participation ratio of the delta with every rank active, mean of the layers; 0 without an adapter."""
+    participation_noisiest: float
+    """The same with the ranks that are active at the noisiest timestep of training."""
     loss: dict[str, float]
     """Noise band -> mean squared error of the velocity on held-out drawings."""
 
@@ -78,17 +88,34 @@ class AdapterEvaluator:
             tokenizer_2=pipeline.tokenizer_2,
         )
 
-    def measure(self, file: Path | None, *, concept: Concept, seed: int) -> Measures:
-        """Measure an adapter file, or the base model for None; equal seeds give equal noise."""
+    def measure(
+        self, file: Path | None, *, concept: Concept, seed: int, schedule: ScheduleOptions | None = None
+    ) -> Measures:
+        """Measure an adapter file, or the base model for None; equal seeds give equal noise.
+
+        Args:
+            file: The file.
+            concept: What it was trained on.
+            seed: Of the sampling noise.
+            schedule: Values in place of those of the file's rank schedule.
+        """
         if file is None:
-            return self._measure(None, concept=concept, seed=seed)
-        adapter = load_into_pipeline(self.pipeline, file)
+            return self._measure(None, concept=concept, seed=seed, participation=(0.0, 0.0))
+        every, noisiest = (mean_participation(file, timestep=each, schedule=schedule) for each in ENDS)
+        adapter = load_into_pipeline(self.pipeline, file, schedule=schedule)
         try:
-            return self._measure(adapter, concept=concept, seed=seed)
+            return self._measure(adapter, concept=concept, seed=seed, participation=(every, noisiest))
         finally:
             remove_from_pipeline(self.pipeline, adapter)
 
-    def _measure(self, adapter: MaskedAdapter | None, *, concept: Concept, seed: int) -> Measures:
+    def _measure(
+        self,
+        adapter: MaskedAdapter | None,
+        *,
+        concept: Concept,
+        seed: int,
+        participation: tuple[float, float],
+    ) -> Measures:
         views = concept.other_views(self.num_views)
         prompts = [view.prompt for view in views] + [SUBJECT] * self.num_neutral
         images = sample_images(self.pipeline, prompts, sampling=replace(self.sampling, seed=seed))
@@ -109,6 +136,8 @@ class AdapterEvaluator:
             background_back=_share(shown.background == trained.background for shown in unasked),
             pose_back=_share(shown.place == trained.place for shown in unasked),
             background_leaks=_share(shown.background.colour == trained.background.colour for shown in found),
+            participation=participation[0],
+            participation_noisiest=participation[1],
             loss=self._held_out_loss(adapter, concept=concept),
         )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner.demo.comparison.concepts import CONCEPTS
-from simpletuner.demo.comparison.plan import PLANS, Plan, Run
+from simpletuner.demo.comparison.plan import PLANS, Plan, Run, timestep_weights
 from simpletuner.demo.evaluate import Sampling
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import SimpleTunerError
@@ -26,6 +26,7 @@ from simpletuner.helpers.models import registry
 
 if TYPE_CHECKING:
     from simpletuner.demo.comparison.measure import AdapterEvaluator
+    from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,18 @@ def train_and_measure(benchmark: Benchmark, run: Run) -> float:
         num_neutral=plan.neutral,
         sampling=Sampling(steps=plan.sampling_steps, guidance=plan.guidance),
     )
-    points = [_base_point(benchmark, bench, run)]
-    points += [
-        {"step": step, **asdict(bench.measure(file, concept=concept, seed=run.seed))}
-        for step, file in files.items()
-    ]
+    base = _base_point(benchmark, bench, run)
+
+    def points(schedule: ScheduleOptions | None = None) -> list[dict[str, Any]]:
+        return [base] + [
+            {"step": step} | asdict(bench.measure(file, concept=concept, seed=run.seed, schedule=schedule))
+            for step, file in files.items()
+        ]
+
+    measured = {
+        "points": points(),
+        "unmasked": points({"min_rank": run.rank}) if plan.is_measured_unmasked(run) else [],
+    }
     write_json(
         benchmark.result_file(run),
         {
@@ -139,7 +147,7 @@ def train_and_measure(benchmark: Benchmark, run: Run) -> float:
             "run": asdict(run),
             "training_seconds": round(trained_s, 1),
             "seconds": round(time.perf_counter() - started, 1),
-            "points": points,
+            **measured,
         },
     )
     shutil.rmtree(folder)
@@ -164,13 +172,17 @@ def train(benchmark: Benchmark, run: Run, *, folder: Path) -> dict[int, Path]:
     Raises:
         SimpleTunerError: The run failed, or a signal stopped it.
     """
+    from simpletuner.demo.comparison.timesteps import with_weighted_timesteps
     from simpletuner.helpers.training.build import build_trainer
+    from simpletuner.helpers.training.trainer import Trainer
 
     steps = benchmark.plan.steps
     CONCEPTS[run.concept].save_dataset(folder / "picture")
     write_json(folder / "config.json", run_config(benchmark, run, folder=folder))
-    code = build_trainer(load_config(folder / "config.json", families=registry.specs())).run()
-    if code != 0:
+    trainer = build_trainer(load_config(folder / "config.json", families=registry.specs()))
+    if run.contender.weighted and isinstance(trainer, Trainer):
+        trainer = with_weighted_timesteps(trainer, timestep_weights(run.rank))
+    if trainer.run() != 0:
         raise SimpleTunerError(f"A signal stopped {run.name}. The same command continues it.")
     return {step: checkpoint_folder(folder / "output", step) / ADAPTER_FILE for step in steps}
 
