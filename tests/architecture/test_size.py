@@ -27,11 +27,11 @@ MORE_POSITIONAL = {
     "simpletuner/helpers/training/lycoris.py apply_tlora_timestep_mask": _PUBLIC,
     "simpletuner/helpers/training/lycoris.py apply_tlora_inference_mask": _PUBLIC,
     "simpletuner/helpers/adapters/attachment.py _hide_keys": "a torch hook, called by position",
-    "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._after_base": "a torch hook, called by position",
+    "simpletuner/helpers/adapters/tlora/masked_layer.py MaskedLayer._after_base": "a torch hook, by position",
 }
 POSITIONAL_FLAGS: dict[str, str] = {
     "simpletuner/cli.py _print_version": "typer calls it so",
-    "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer._apply": "torch's signature",
+    "simpletuner/helpers/adapters/tlora/masked_layer.py MaskedLayer._apply": "torch's signature",
 }
 
 _BLOCKS = (ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)

@@ -114,12 +114,19 @@ def test_every_step_opens_the_ranks_of_the_timestep_it_removes(
         assert steps == [(timestep, SCHEDULE.rank_at(timestep)) for timestep, _ in steps]
 
 
-def test_every_step_has_the_scale_and_the_own_schedule_of_each_layer(model: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [({}, (8, 4)), ({"algo": "tlokr", "linear_dim": 3, "extra": {"factor": 8}}, (3, 2))],
+    ids=["tlora", "tlokr"],
+)
+def test_every_step_has_the_scale_and_the_own_schedule_of_each_layer(
+    model: Path, options: dict[str, Any], ranks: tuple[int, int]
+) -> None:
     # FeedForward alone has its own minimum; the factor is each layer's rank over its active ranks.
-    own = {"FeedForward": {"dim": 4, "tlora_min_rank": 1}}
+    own = {"FeedForward": {"dim": ranks[1], "tlora_min_rank": 1}}
     preset = {"target_module": ["Attention"], "module_algo_map": own}
     pipeline = load(model)
-    adapter = attach(pipeline, tlora_scale="active", apply_preset=preset)
+    adapter = attach(pipeline, tlora_scale="active", apply_preset=preset, **options)
     pipeline._tlora_config = adapter.tlora_config
     rows: dict[str, list[list[float]]] = {"attn": [], "ff": []}
     for layer in adapter.lycoris_network.loras:
@@ -138,8 +145,8 @@ def test_every_step_has_the_scale_and_the_own_schedule_of_each_layer(model: Path
     )
     assert len(timesteps) == 4
     for part, schedule in {
-        "attn": RankSchedule(8, min_rank=2, scale="active"),
-        "ff": RankSchedule(4, min_rank=1, scale="active"),
+        "attn": RankSchedule(ranks[0], min_rank=2, scale="active"),
+        "ff": RankSchedule(ranks[1], min_rank=1, scale="active"),
     }.items():
         assert rows[part][1:] == [schedule.mask([timestep]).tolist()[0] for timestep in timesteps]
 

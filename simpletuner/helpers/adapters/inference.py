@@ -15,7 +15,7 @@ from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, Adapte
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, paths_in
 from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
-from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.names import one_line_reason
 
@@ -121,7 +121,7 @@ def remove_from_pipeline(pipeline: Any, adapter: LycorisAdapter) -> None:
     adapter.detach()
     if isinstance(pipeline, MaskedDenoising):
         denoiser: nn.Module = getattr(pipeline, pipeline.denoiser_name)
-        layers = (module for module in denoiser.modules() if isinstance(module, TLoraLayer))
+        layers = (module for module in denoiser.modules() if isinstance(module, MaskedLayer))
         schedule = next((layer.schedule for layer in layers if layer.schedule is not None), None)
         vars(pipeline).pop("_tlora_config", None)
         if schedule is not None:

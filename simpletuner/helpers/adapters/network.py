@@ -29,9 +29,8 @@ from simpletuner.helpers.adapters.files.foreign.translation import (
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
-from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, weighted_schedules
-from simpletuner.helpers.adapters.tlora.stored_layer import KEYS
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -99,7 +98,7 @@ def load_adapter(
     network = _network_on(denoiser, stored)
     rebuilding.bypass_quantised_layers(file, network)
     rebuilding.bypass_rounding(network)
-    ranks = _schedule_of(stored, [module for module in network.loras if isinstance(module, TLoraLayer)])
+    ranks = _schedule_of(stored, [module for module in network.loras if isinstance(module, MaskedLayer)])
     raw = (stored.entry(adapter_file.LYCORIS_KEY) or {}) | {"multiplier": stored.multiplier}
     adapter = LycorisAdapter(network, denoiser, raw=raw, schedule=ranks)
     adapter_file.warn_about_other_base(stored, adapter.base_hashes)
@@ -132,11 +131,14 @@ def _network_on(denoiser: nn.Module, file: adapter_file.AdapterFile) -> LycorisN
 
 def _refuse_unknown_keys(path: Path, network: LycorisNetwork, tensors: Mapping[str, Tensor]) -> None:
     """Refuse keys that LyCORIS's loader would ignore in a T-LoRA layer."""
-    own = {module.lora_name for module in network.loras if isinstance(module, TLoraLayer)}
-    known = {*KEYS, "dtype_tensor"}
+    own = {
+        module.lora_name: {*module.weight_list, "dtype_tensor"}
+        for module in network.loras
+        if isinstance(module, MaskedLayer)
+    }
     for key in tensors:
         name, _, part = key.partition(".")
-        if name in own and part not in known:
+        if name in own and part not in own[name]:
             raise AdapterError(f"{path}: {key} is no tensor of a T-LoRA layer; it would have no effect.")
 
 
@@ -156,7 +158,7 @@ class LycorisAdapter(Adapter):
         self.algorithm = str(raw.get("algo", "lycoris"))
         self.num_layers = len(network.loras)
         self._raw, self._multiplier = dict(raw), float(raw.get("multiplier", 1.0))
-        self._tlora = [module for module in network.loras if isinstance(module, TLoraLayer)]
+        self._tlora = [module for module in network.loras if isinstance(module, MaskedLayer)]
         self.schedule = schedule if self._tlora else None
         self.group = mask.new_group() if group is None else group
         for layer in self._tlora:
@@ -197,7 +199,7 @@ class LycorisAdapter(Adapter):
                 self.base_hashes[name] = weight_hashes[key]
 
     def _attach(self) -> None:
-        stock = [module for module in self.network.loras if not isinstance(module, TLoraLayer)]
+        stock = [module for module in self.network.loras if not isinstance(module, MaskedLayer)]
         for module in stock:
             layer = module.org_module[0]
             module.to(device=layer.weight.device, dtype=torch.float32).train(layer.training)
@@ -377,7 +379,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((name, tensor) for name, tensor in module.named_buffers() if name != "dtype_tensor")
 
 
-def _schedule_of(stored: adapter_file.AdapterFile, layers: Sequence[TLoraLayer]) -> RankSchedule | None:
+def _schedule_of(stored: adapter_file.AdapterFile, layers: Sequence[MaskedLayer]) -> RankSchedule | None:
     """The schedule of a file's header, else of its layers, else the default one of their rank.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import nn
 
 from simpletuner.helpers.adapters.attachment import adapter_keys_visible
 from simpletuner.helpers.adapters.tlora import mask
-from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
 
@@ -179,7 +179,7 @@ def schedules_of(
         wanted = RankSchedule.from_config(config, num_timesteps=num_timesteps)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"_tlora_config is invalid: {error}.") from error
-    layers = [module for module in denoiser.modules() if isinstance(module, TLoraLayer)]
+    layers = [module for module in denoiser.modules() if isinstance(module, MaskedLayer)]
     own = {layer.mask_group_id: layer.schedule for layer in layers}
     stock = {mask.PUBLIC_GROUP: wanted} if _has_stock_layers(denoiser) else {}
     if not own and not stock:

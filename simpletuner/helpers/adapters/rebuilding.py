@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, OPTIONS_KEY, AdapterFile, layer_name
 from simpletuner.helpers.adapters.quantised import is_quantized
-from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.errors import AdapterError, ConfigError
@@ -82,10 +82,10 @@ def _module(name: str, layer: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Mo
     if kind is None:
         found = ", ".join(sorted(key.partition(".")[2] for key in tensors))
         raise AdapterError(f"{found} are the tensors of no known algorithm")
-    if issubclass(kind, TLoraLayer):
+    if issubclass(kind, MaskedLayer):
         _, parts = get_module(tensors, name)
     module: nn.Module = make_module(kind, parts, name, layer)
-    if not isinstance(module, TLoraLayer):
+    if not isinstance(module, MaskedLayer):
         _check_complete(name, module, tensors)
     return module
 
@@ -114,7 +114,7 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 def _bypass(module: Any) -> None:
     is_grouped = isinstance(module, LoConModule) and module.kw_dict.get("groups", 1) != 1
-    if not isinstance(module, TLoraLayer) and not is_grouped:  # LyCORIS's LoCon cannot add there either
+    if not isinstance(module, MaskedLayer) and not is_grouped:  # LyCORIS's LoCon cannot add there either
         module.bypass_mode = True
 
 
@@ -125,7 +125,7 @@ def bypass_quantised_layers(path: Path, network: LycorisNetwork) -> None:
         AdapterError: A layer would then do something else than it was trained to.
     """
     for module in network.loras:
-        if isinstance(module, TLoraLayer) or not is_quantized(module.org_module[0].weight):
+        if isinstance(module, MaskedLayer) or not is_quantized(module.org_module[0].weight):
             continue
         algorithm = ALGORITHMS.named(module.name)
         if algorithm is not None and algorithm.needs_dense_weight:

@@ -242,6 +242,17 @@ ALGORITHMS = Registry(
         rank_axes={".lokr_w2_b": 0, ".lokr_w1_b": 0, ".lokr_w2": None},
     ),
     Algorithm(
+        name="tlokr",
+        display_name="T-LoKr",
+        summary="LoKr with fewer active ranks of its larger factor the noisier the timestep.",
+        build="simpletuner.helpers.adapters.tlora.lokr_layer:TLokrLayer",
+        arguments=_CONVOLUTION | {"factor", "decompose_both", "unbalanced_factorization"},
+        defaults=_size(16, 16.0, factor=8, tlora_min_rank=8, tlora_alpha=1.0, tlora_schedule="floor"),
+        adds_to_weight=False,
+        has_rank_schedule=True,
+        exports_to_comfyui=True,
+    ),
+    Algorithm(
         name="full",
         summary="The whole weight and bias.",
         build=f"{_LAYERS}:FullLayer",

@@ -30,7 +30,10 @@ from simpletuner.lycoris_defaults import default_lycoris_config
 from tests.unit.adapters.attaching import attach
 
 ALGORITHMS = tuple(RECORDS)
-SMALLER = {"tlora": {"linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 4}}
+SMALLER = {
+    "tlora": {"linear_dim": 8, "linear_alpha": 8.0, "tlora_min_rank": 4},
+    "tlokr": {"linear_dim": 3, "linear_alpha": 3.0, "tlora_min_rank": 1},
+}
 """What differs from an algorithm's default on models whose layers are 32 wide."""
 
 

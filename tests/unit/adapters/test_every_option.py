@@ -31,6 +31,7 @@ from simpletuner.helpers.models.sdxl.spec import SPEC
 Options = Mapping[str, Any]
 BASE: Mapping[str, Options] = {
     "tlora": {"tlora_min_rank": 1},
+    "tlokr": {"tlora_min_rank": 1, "linear_dim": 2, "factor": 2},
     "lokr": {"linear_dim": 2, "factor": 8},
     "boft": {"linear_dim": 6},
     "dylora": {"block_size": 2},
@@ -77,6 +78,7 @@ SAME_FACTORS: Mapping[str, tuple[str, ...]] = {
     "glora": ("use_scalar", "rs_lora", "bypass_mode", "conv_dim"),
     "dylora": ("block_size", "conv_alpha", "train_norm"),
     "tlora": ("conv_dim", "conv_alpha"),
+    "tlokr": ("factor", "decompose_both", "unbalanced_factorization"),
 }
 """Algorithm -> options that shape, scale or read the same factors; they are tried in pairs."""
 INPUT, IMAGE = (

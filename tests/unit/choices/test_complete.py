@@ -78,6 +78,10 @@ OF_THE_NETWORK = {"conv_dim", "conv_alpha", "train_norm"}
 # Arguments that a layer's constructor takes without an effect, or that its record refuses with a reason.
 WITHOUT_EFFECT = {
     "tlora": {"bypass_mode", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"},
+    "tlokr": {
+        *("bypass_mode", "dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "full_matrix"),
+        *("rs_lora", "use_scalar", "use_tucker", "wd_on_out", "weight_decompose"),
+    },
     "full": {"bypass_mode", "dropout", "use_scalar", "use_tucker"},
     "diag-oft": {"dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},
     "boft": {"dropout", "rank_dropout", "rank_dropout_scale", "use_scalar", "use_tucker"},

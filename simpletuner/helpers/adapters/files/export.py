@@ -131,6 +131,8 @@ class Source:
     """Those that become a standard LoRA."""
     renamed: Mapping[str, Mapping[str, Tensor]]
     """Those that keep their tensors under other names: LoHa, LoKr and DoRA; empty for a LoRA."""
+    ranked: Mapping[str, StoredLayer]
+    """Of those the ones of T-LoKr: the two parts of the larger factor, as a vanilla layer."""
     schedule: RankSchedule
     """Schedule of the network; without effect if none of its layers has one."""
     metadata: Mapping[str, str]
@@ -142,6 +144,11 @@ class Source:
     def gain_at(self, rank: int, layer: StoredLayer) -> float:
         """Factor on a layer's delta when this number of its ranks is active."""
         return self.schedule_of(layer).gain_at(rank) if has_schedule(layer) else 1.0
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether any layer has a rank schedule."""
+        return any(map(has_schedule, self.layers.values())) or bool(self.ranked)
 
     def schedule_of(self, layer: StoredLayer) -> RankSchedule:
         """Schedule of one layer."""
@@ -186,12 +193,16 @@ def export_adapter(
         known = ", ".join(sorted(families))
         raise AdapterError(f"{file}: its model family is {name}. Known families: {known}.")
     key_map = make_key_map([*source.layers, *source.renamed], options.layout, families[name])
-    renamed, written = _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file), []
+    written = []
+    _renamed(source, options.layout, key_map=key_map, spec=families[name], file=file)  # refuses beforehand
     fixed_ranks = _fixed_ranks(source, options)
     refuse_existing((with_suffix(output, fixed.band) for fixed in fixed_ranks), overwrite=overwrite)
     for fixed in fixed_ranks:
         layers, band_error = _converted_layers(source, fixed, options, spec=families[name])
         converted = tensors_of(layers, options.layout, key_map)
+        folded, ranked_error = _folded(source, fixed, options)
+        renamed = _renamed(folded, options.layout, key_map=key_map, spec=families[name], file=file)
+        band_errors = [error for error in (band_error, ranked_error) if error is not None]
         metadata = {key: value for key, value in source.metadata.items() if key not in NOT_KEPT} | {
             "exported_from": file.name,
             "exported_form": f"{options.form}, rank {fixed.rank} of {source.schedule.max_rank} open",
@@ -215,9 +226,9 @@ def export_adapter(
             active_rank=fixed.rank,
             ranks=[tensor.shape[0] for key, tensor in converted.items() if key.endswith(DOWN_KEYS)],
             num_renamed=len(source.renamed),
-            had_schedule=any(map(has_schedule, source.layers.values())),
+            had_schedule=source.has_schedule,
             errors={layer.path: layer.error for layer in layers},
-            band_error=band_error,
+            band_error=max(band_errors, default=None),
         )
         written.append(exported)
     return written
@@ -271,9 +282,20 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     else:
         layers, renamed = _lycoris_layers(stored)
     config = stored.entry(adapter_file.SCHEDULE_KEY)
-    largest = max((layer.rank for layer in layers.values()), default=1)
+    ranked = {
+        path: _larger_factor(path, parts) for path, parts in renamed.items() if "tlora_schedule" in parts
+    }
+    largest = max((layer.rank for layer in (*layers.values(), *ranked.values())), default=1)
     schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
-    return Source(layers, renamed, schedule, stored.metadata)
+    return Source(layers, renamed, ranked, schedule, stored.metadata)
+
+
+def _larger_factor(path: str, parts: Mapping[str, Tensor]) -> StoredLayer:
+    """The larger factor of a T-LoKr layer. An error relative to it is one relative to the layer's delta."""
+    down, up = parts["lokr_w2_b"], parts["lokr_w2_a"]
+    own = dict(zip((*VANILLA_KEYS, "alpha"), (down, up, parts["alpha"]), strict=True))
+    own["tlora_schedule"] = parts["tlora_schedule"]
+    return StoredLayer(path, own, TLoraSpec.read(parts["tlora_schedule"]))
 
 
 def _lycoris_layers(
@@ -385,7 +407,7 @@ def _fixed_ranks(source: Source, options: ExportOptions) -> list[_FixedRank]:
     chosen = [key for key in ("rank", "timestep", "bands") if getattr(options, key) is not None]
     if len(chosen) > 1:
         raise AdapterError(f"{' and '.join(chosen)} exclude each other. Use one of them.")
-    if chosen and not any(map(has_schedule, source.layers.values())):
+    if chosen and not source.has_schedule:
         raise AdapterError(f"{chosen[0]}: the file is a standard LoRA without a rank schedule. Omit it.")
     end = schedule.num_timesteps
     if options.timestep is not None:
@@ -420,6 +442,24 @@ def _converted_layers(
     layers = with_shared_alpha(source.layers, convert, layout=options.layout, spec=spec)
     band_errors = [fixed.band_error_of(source.layers[layer.path], layer, source) for layer in layers]
     return layers, max((error for error in band_errors if error is not None), default=None)
+
+
+def _folded(source: Source, fixed: _FixedRank, options: ExportOptions) -> tuple[Source, float | None]:
+    """The source with T-LoKr as LoKr of a fixed rank, and the largest error of these within the band."""
+    folded: dict[str, dict[str, Tensor]] = {}
+    errors: list[float] = []
+    for path, factor in source.ranked.items():
+        rank = fixed.rank_of(factor, source)
+        scale = factor.scale * source.gain_at(rank, factor)
+        lora = exact_lora(path, factor, rank=rank, dtype=torch.float32, scale=factor.scale)
+        error = fixed.band_error_of(factor, replace(lora, up=lora.up * source.gain_at(rank, factor)), source)
+        errors += [] if error is None else [error]
+        dtype = DTYPES[options.dtype]
+        kept = {key: tensor for key, tensor in source.renamed[path].items() if key != "tlora_schedule"}
+        own = {"lokr_w2_a": lora.up, "lokr_w2_b": lora.down}
+        folded[path] = {key: tensor.to(dtype) for key, tensor in (kept | own).items()}
+        folded[path]["alpha"] = torch.tensor(scale * rank)
+    return replace(source, renamed={**source.renamed, **folded}), max(errors, default=None)
 
 
 def _renamed(

@@ -211,7 +211,7 @@ def _known_layers(
         if part == "oft_blocks":
             title = ALGORITHMS["boft" if parts[part].ndim == BOFT_AXES else "diag-oft"].title
         if "tlora_schedule" in parts:
-            title = ALGORITHMS["tlora"].title
+            title = ALGORITHMS["tlokr" if part.startswith("lokr") else "tlora"].title
         if part:
             known[name] = title, None if axis is None else parts[part].shape[axis]
     if not known:

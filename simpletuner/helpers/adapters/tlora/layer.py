@@ -16,35 +16,31 @@ Source: T-LoRA, arXiv:2507.05964.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from lycoris import modules as lycoris_modules
 from lycoris import wrapper as lycoris_wrapper
-from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.attachment import Attachment, UnlistedChild
 from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.adapters.tlora import initialisation, mask
 from simpletuner.helpers.adapters.tlora.delta import difference_factors, product_norm, shrink, ungrouped
-from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, min_rank_of
+from simpletuner.helpers.adapters.tlora.lokr_layer import TLokrLayer
+from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import KEYS, StoredLayer, difference
 from simpletuner.helpers.configuration.schema.lycoris import SigType, TLoraInit
 from simpletuner.helpers.errors import AdapterError, ConfigError
-from simpletuner.helpers.io.logs import log_once
-
-logger = logging.getLogger(__name__)
 
 
-class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyCORIS has no type information
+class TLoraLayer(MaskedLayer):
     """One adapted layer. Its parameters are float32 whatever the base layer's dtype.
 
     Raises:
@@ -79,42 +75,18 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
             class_name = type(org_module).__name__
             raise ConfigError(f"{lora_name}: T-LoRA does not support {class_name}. Add it to exclude_name.")
         self.lora_dim = lora_dim
-        min_rank = None if tlora_min_rank is None else min(min_rank_of(tlora_min_rank, lora_dim), lora_dim)
-        if schedule is not None:  # without one, the header of a file decides what the network's values are
-            min_rank = None if min_rank == schedule.for_rank(lora_dim).min_rank else min_rank
-            tlora_alpha = None if tlora_alpha == schedule.alpha else tlora_alpha
-        self.spec = TLoraSpec(tlora_init, sig_type, schedule, min_rank, tlora_alpha)
+        spec = TLoraSpec(tlora_init, sig_type, schedule)
+        self.spec = spec.with_own(lora_dim, min_rank=tlora_min_rank, alpha=tlora_alpha)
         self.is_vanilla = tlora_init == "vanilla"  # without base branch and singular values
         self.scale = (alpha or lora_dim) / lora_dim
         self.register_buffer("alpha", torch.tensor(float(alpha or lora_dim)))
         self.set_group(mask_group_id)
-        self._attachment: Attachment | None = None
         self._create_factors(factors or self._initial_factors(seed))
 
     @property
     def num_groups(self) -> int:
         """Groups of the convolution; 1 for a linear layer."""
         return int(self.kw_dict.get("groups", 1))
-
-    @property
-    def schedule(self) -> RankSchedule | None:
-        """The network's rank schedule; None when neither the caller nor the file gave one."""
-        return self.spec.schedule
-
-    @property
-    def mask_group_id(self) -> int:
-        """LyCORIS's number of the mask group."""
-        return self._group.number
-
-    def join(self, group: int, *, schedule: RankSchedule | None) -> None:
-        """Follow a network's schedule, and read the masks of its group."""
-        self.spec = replace(self.spec, schedule=schedule)
-        self.set_group(group)
-
-    def set_group(self, group: int) -> None:
-        """Read the masks of this group from now on."""
-        self.ranks = self.spec.ranks(self.lora_dim)
-        self._group = mask.join_group(group, layer=self.ranks)
 
     def _initial_factors(self, seed: int) -> initialisation.Factors:
         shape = self.shape[0], int(torch.Size(self.shape[1:]).numel())
@@ -201,93 +173,6 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
         kernel = b.view(*b.shape, *(1,) * (hidden.ndim - 2))
         contribution: Tensor = self.op(hidden, kernel.to(hidden.dtype))
         return output + contribution.to(output.dtype)
-
-    def _active_ranks(self, x: Tensor) -> tuple[Tensor | None, int | None, float]:
-        """The mask to multiply by, or the rank to slice to and its gain; both None activates every rank."""
-        current = self._group.current(self.ranks)
-        if current is None:
-            self._refuse_to_train_unmasked()
-            return None, None, 1.0
-        schedule, values = self.spec.schedule, current.values
-        if schedule is not None and current.max_rank not in (None, schedule.max_rank):
-            raise AdapterError(
-                f"The rank mask was made for max_rank {current.max_rank}, the network's is "
-                f"{schedule.max_rank}. Pass the network's max_rank."
-            )
-        if not torch.compiler.is_compiling():
-            if current.shared_rank is not None and self.module_type == "linear":  # cost falls with the rank
-                return None, current.shared_rank, current.gain
-            values = current.on(x.device)
-        if values.shape[1] != self.lora_dim:  # only a mask that was set through LyCORIS
-            raise AdapterError(
-                f"{self.lora_name}: the rank mask is {values.shape[1]} ranks wide, the layer's rank is "
-                f"{self.lora_dim}. Set a mask of the layer's rank."
-            )
-        if values.shape[0] not in (1, x.shape[0]):
-            raise RuntimeError(
-                f"{self.lora_name}: the rank mask is for {values.shape[0]} samples, the input has "
-                f"{x.shape[0]}. Set one timestep per sample, or a single one for all."
-            )
-        return values, None, 1.0
-
-    def _refuse_to_train_unmasked(self) -> None:
-        if self.org_module[0].training:
-            raise RuntimeError(
-                f"{self.lora_name}: a T-LoRA layer in training mode needs a rank mask; without one every "
-                "rank would train at every noise level. Call apply_tlora_timestep_mask before the forward "
-                "and clear_tlora_mask after backward, or put the model in eval mode."
-            )
-        if torch.compiler.is_compiling():  # a log line cannot be part of a graph
-            return
-        log_once(
-            logger.warning,
-            "A model with T-LoRA layers ran without a rank mask, with every rank active at every timestep. "
-            "Set `_tlora_config` on a bundled pipeline, or call apply_tlora_inference_mask at each step.",
-        )
-
-    def apply_to(self, **_: object) -> None:
-        """Add the branch to the base layer's output from now on; a second call changes nothing."""
-        if self._attachment is not None:
-            return
-        layer: nn.Module = self.org_module[0]
-        self.to(device=cast(Tensor, layer.weight).device)
-        self._attachment = Attachment(layer, self)
-        self._hook = layer.register_forward_hook(self._after_base, with_kwargs=True)
-
-    def restore(self) -> None:
-        """Remove the branch; the base layer becomes bit-identical to its original."""
-        if self._attachment is not None:
-            self._hook.remove()
-            self._attachment.remove()
-            self._attachment = None
-
-    def merge_to(self, multiplier: float = 1.0, *, precise: bool = False) -> None:
-        """Attach the layer without merging: a delta that depends on the timestep is not one matrix.
-
-        Args:
-            multiplier: Strength, multiplied by the layer's own; a second call changes nothing.
-            precise: Without effect, since nothing is rounded.
-        """
-        log_once(
-            logger.info,
-            "merge_to() attaches T-LoRA layers without merging them, because their delta depends on the "
-            "timestep. Set `_tlora_config` on the pipeline to mask the ranks at each step.",
-        )
-        if self._attachment is None:
-            self.multiplier *= multiplier
-        self.apply_to()
-
-    def _after_base(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor:
-        return cast(Tensor, self(args[0] if args else kwargs["input"], output))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return cast(Self, super()._apply(keep_dtype, recurse))
 
     def get_diff_weight(
         self, multiplier: float = 1.0, shape: Any = None, device: torch.device | None = None
@@ -405,10 +290,14 @@ class TLoraLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # LyC
 
 
 def register() -> None:
-    """Replace LyCORIS's T-LoRA layer; first in its list, it recognises marked vanilla files."""
-    others = [module for module in lycoris_modules.MODULE_LIST if module not in (TLoraLayer, TLoraModule)]
-    lycoris_modules.MODULE_LIST[:] = [TLoraLayer, *others]
-    lycoris_wrapper.network_module_dict["tlora"] = TLoraLayer
+    """Put the layers with a rank schedule in the place of LyCORIS's T-LoRA layer.
+
+    First in its list, they recognise marked files before the layers whose keys those have.
+    """
+    own = (TLokrLayer, TLoraLayer)
+    others = [module for module in lycoris_modules.MODULE_LIST if module not in (*own, TLoraModule)]
+    lycoris_modules.MODULE_LIST[:] = [*own, *others]
+    lycoris_wrapper.network_module_dict.update({layer.name: layer for layer in own})
 
 
 register()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.adapters.tlora.rank_schedule import SCALES, VARIANTS, LayerRanks, RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import (
+    SCALES,
+    VARIANTS,
+    LayerRanks,
+    RankSchedule,
+    min_rank_of,
+)
 from simpletuner.helpers.configuration.schema.lycoris import SigType, TLoraInit
 from simpletuner.helpers.errors import AdapterError
 
@@ -36,6 +42,20 @@ class TLoraSpec:
     def own(self) -> tuple[int | None, float | None]:
         """The layer's own min_rank and alpha."""
         return self.min_rank, self.alpha
+
+    def with_own(self, rank: int, *, min_rank: float | None, alpha: float | None) -> Self:
+        """The spec with a layer's own values, as far as they differ from those of the schedule.
+
+        Args:
+            rank: R of the layer.
+            min_rank: A rank or a share of R; None for the schedule's.
+            alpha: Exponent; None for the schedule's.
+        """
+        own = None if min_rank is None else min(min_rank_of(min_rank, rank), rank)
+        if self.schedule is not None:  # without one, the header of a file decides
+            own = None if own == self.schedule.for_rank(rank).min_rank else own
+            alpha = None if alpha == self.schedule.alpha else alpha
+        return replace(self, min_rank=own, alpha=alpha)
 
     def ranks(self, rank: int) -> LayerRanks:
         """What a layer of this rank makes of its network's schedule."""

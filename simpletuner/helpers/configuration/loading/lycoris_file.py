@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from pydantic import JsonValue
 
@@ -38,6 +38,8 @@ FULL_DIMENSION = 10_000
 _LAYER_KEYS = frozenset({"algo", "dim", "alpha"})
 _SCHEDULE_KEYS = frozenset({"tlora_min_rank", "tlora_alpha"})
 """Keys of the rank schedule that an entry of a map may have."""
+_INIT_KEYS = frozenset({"tlora_init", "sig_type", "use_data_init"})
+"""Keys of T-LoRA's initialisation."""
 _INIT_OF_DATA = {True: "weight", False: "random"}
 
 
@@ -60,7 +62,9 @@ def read_lycoris(values: JsonValue, source: Source, *, raw: JsonValue) -> Lycori
     if "tlora" in algorithms:
         fields = _with_init(fields, source)
     elif algorithms:
-        fields = _without_tlora(fields, source, algo=values.get("algo"))
+        scheduled = any(ALGORITHMS[algo].has_rank_schedule for algo in algorithms)
+        idle = _INIT_KEYS if scheduled else frozenset(TLORA_FIELDS)
+        fields = _without(idle, fields, source, algo=values.get("algo"))
     extra = build(algorithm_arguments(), arguments, source)
     built = build(LycorisConfig, fields, source, placeholders=_PLACEHOLDERS)
     if built.section is None or built.invalid_keys or extra.section is None or extra.invalid_keys:
@@ -200,6 +204,8 @@ def _split(
 def _not_taken(name: str, algorithms: frozenset[str]) -> str:
     if "tlora" in algorithms and name in DROPOUTS:
         return "not supported with algo tlora, whose rank schedule regularises. Remove it or set it to 0."
+    if name == "full_matrix" and "tlokr" in algorithms:
+        return "not taken by algo tlokr, whose rank schedule needs the larger factor in two parts. Remove it."
     if "tlora" in algorithms and name == "bypass_mode":
         return "not taken by algo tlora, which always adds to the base layer's output. Remove it."
     owners = ", ".join(algo for algo, record in ALGORITHMS.items() if name in record.arguments)
@@ -226,11 +232,13 @@ def _with_init(fields: Mapping[str, JsonValue], source: Source) -> dict[str, Jso
     return rest
 
 
-def _without_tlora(fields: Mapping[str, JsonValue], source: Source, *, algo: object) -> dict[str, JsonValue]:
+def _without(
+    idle: Collection[str], fields: Mapping[str, JsonValue], source: Source, *, algo: object
+) -> dict[str, JsonValue]:
     for key in TLORA_FIELDS:
-        if key in fields:
+        if key in fields and key in idle:
             source.add(key, _without_schedule(f"algo is {algo}"))
-    return {key: value for key, value in fields.items() if key not in TLORA_FIELDS}
+    return {key: value for key, value in fields.items() if key not in idle}
 
 
 def _without_schedule(found: str) -> str:

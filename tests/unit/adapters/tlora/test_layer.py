@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.delta import ungrouped
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
+from simpletuner.helpers.adapters.tlora.lokr_layer import TLokrLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import INITS, TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import difference
@@ -382,10 +383,11 @@ def test_file_of_a_newer_version_or_with_a_bad_schedule_is_refused() -> None:
 
 
 def test_layer_takes_the_place_of_lycoris_own() -> None:
-    assert MODULE_LIST[0] is TLoraLayer
+    assert MODULE_LIST[:2] == [TLokrLayer, TLoraLayer]
     assert TLoraModule not in MODULE_LIST
     assert MODULE_LIST.count(TLoraLayer) == 1
     assert lycoris_wrapper.network_module_dict["tlora"] is TLoraLayer
+    assert lycoris_wrapper.network_module_dict["tlokr"] is TLokrLayer
 
 
 def test_grouped_convolution_has_no_dense_delta_and_needs_a_rank_that_its_groups_divide() -> None:
