@@ -206,15 +206,12 @@ def test_custom_timesteps_are_drawn_alike_without_a_shift(levels: list[float]) -
 
 
 def test_custom_timesteps_in_turn_follow_the_sample_index() -> None:
-    noise = NoiseConfig(flow_custom_timesteps=[0.5, 0.1, 1.0], flow_timesteps_mode="round-robin")
+    noise = NoiseConfig(flow_custom_timesteps=(0.5, 0.1, 1.0), flow_timesteps_mode="round-robin")
+    distribution = distribution_of(noise)
     noisy = add_noise(
-        torch.zeros(4, 1, 1, 1),
-        distribution=distribution_of(noise),
-        shift=3.0,
-        sample_indices=[7, 2, 3, 4],
-        seed=1,
+        torch.zeros(9, 1, 1, 1), distribution=distribution, shift=3.0, sample_indices=range(4, 13), seed=1
     )
-    assert noisy.timesteps == (100, 1000, 500, 100)
+    assert noisy.timesteps == (100, 1000, 500) * 3
 
 
 def test_a_timestep_range_holds_after_the_shift() -> None:
