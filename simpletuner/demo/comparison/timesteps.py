@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simpletuner.helpers.contracts import NoisyBatch
-from simpletuner.helpers.models.diffusion import draw_noise, generator_of, per_sample, q_sample, velocity
+from simpletuner.helpers.models.diffusion import v_target
 from simpletuner.helpers.models.family import FamilyContext
+from simpletuner.helpers.models.noising import Level, draw_noise, generator_of, mix_noise
 from simpletuner.helpers.models.schedulers import training_alpha_bars
 from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.training.trainer import Trainer
@@ -31,19 +32,15 @@ class WeightedTimesteps(SDXL):
 
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
         """Noise [B, 4, h, w] latents for v-prediction; with equal weights it is the family's own noise."""
-        clean = latents.float()
-        timesteps = tuple(
+        timesteps = [
             draw_timestep(self._up_to, generator=generator_of(seed, "timestep", each))
             for each in sample_indices
-        )
-        noise = draw_noise(sample_indices, seed=seed, shape=clean.shape[1:])
-        alpha_bar = per_sample(self._alpha_bars[list(timesteps)], clean)
-        return NoisyBatch(
-            latents=q_sample(clean, noise, alpha_bar=alpha_bar),
-            target=velocity(clean, noise, alpha_bar=alpha_bar),
-            timesteps=timesteps,
-            weight=torch.ones(len(clean)),
-        )
+        ]
+        alpha_bar = self._alpha_bars[timesteps]  # [B]
+        scales = zip(alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist(), strict=True)
+        levels = [Level(timestep, *pair) for timestep, pair in zip(timesteps, scales, strict=True)]
+        noise = draw_noise(sample_indices, seed=seed, shape=latents.shape[1:])
+        return mix_noise(latents, noise, levels, target=v_target)
 
 
 def draw_timestep(up_to: NDArray[np.int64], *, generator: torch.Generator) -> int:
@@ -62,4 +59,5 @@ def with_weighted_timesteps(trainer: Trainer, weights: Sequence[int]) -> Trainer
         device=family.device,
         weight_dtype=family.weight_dtype,
     )
-    return replace(trainer, family=WeightedTimesteps(context, weights=weights))
+    weighted = WeightedTimesteps(context, weights=weights)
+    return replace(trainer, family=weighted, objective=replace(trainer.objective, family=weighted))

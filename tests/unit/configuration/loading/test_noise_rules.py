@@ -70,7 +70,7 @@ if TYPE_CHECKING:
             {"min_timestep", "use_soft_min_snr"},
         ),
     ],
-    ids=str,
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
 def test_keys_that_contradict_each_other_are_all_named(keys: dict[str, Any], shown_at: set[str]) -> None:
     assert {problem[0][0] for problem in noise_problems(NoiseConfig(**keys))} == shown_at
@@ -167,7 +167,7 @@ VALUES = {
 def test_every_key_belongs_to_both_kinds_of_model_or_to_one() -> None:
     both = {"loss_type", "huber_c", "huber_schedule", "input_perturbation", "input_perturbation_steps"}
     both |= {"min_timestep", "max_timestep"}
-    others = {key for key in NoiseConfig.model_fields if key.startswith("flux_")}
+    others = {key for key in NoiseConfig.model_fields if key.startswith(("flux_", "flux2_"))}
     assert NoiseConfig.model_fields.keys() - both - others == (DIFFUSION_KEYS | FLOW_KEYS) & {
         *NoiseConfig.model_fields
     }
