@@ -50,6 +50,7 @@ UNSAFE_CALLS = {"eval", "exec", "compile", "__import__"}
 FAMILY_NAMES = re.compile(r"sdxl|flux|stable.?diffusion.?xl", re.IGNORECASE)
 # "module" -> why a family is named outside models/.
 NAMES_FAMILIES: dict[str, str] = {
+    "simpletuner/helpers/configuration/schema/noise_shift.py": "keys of one family",
     "simpletuner/helpers/configuration/schema/sections.py": "SimpleTuner's own key names",
 }
 
