@@ -37,6 +37,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
         "max_train_steps": 10,
         "optimizer": "adamw",
         "optimizer_config": {"betas": [0.9, 0.999], "eps": 1e-6, "weight_decay": 0.01},
+        "offset_noise": True,
         "seed": 7,
         "hub_model_id": "me/mine",
         "base_model_precision": "int8-torchao",
@@ -59,7 +60,8 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
         **dict.fromkeys(same, "same"),
         **dict.fromkeys(translated, "translated"),
         **dict.fromkeys(["write_batch_size", "photos.write_batch_size"], "no effect"),
-        **dict.fromkeys(["offset_noise", "model_type"], "not translated"),
+        "offset_noise": "same",
+        "model_type": "not translated",
     }
 
 

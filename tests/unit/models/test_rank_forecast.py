@@ -118,14 +118,12 @@ def test_a_flow_run_is_forecast_as_it_draws(tmp_path: Path, keys: dict[str, Any]
 )
 def test_a_diffusion_run_is_forecast_as_it_draws(tmp_path: Path, keys: dict[str, Any]) -> None:
     config = run_of(tmp_path, "sdxl", **keys)
-    mean = expected_mean_rank(config, registry.specs()["sdxl"], scheduler=None, size=SQUARE)
+    mean = mean_rank_of(config, registry.specs()["sdxl"], scheduler=None, size=SQUARE)
     noise_schedule = DiffusionSchedule(torch.full((1000,), 0.5), prediction="epsilon", noise=config.noise)
     drawn = draw_timesteps(range(2000), seed=1, weights=noise_schedule.timestep_weights)
     schedule = RankSchedule(max_rank=32)
     assert mean == pytest.approx(fmean(map(schedule.rank_at, drawn)), abs=0.6)
-    plain = expected_mean_rank(
-        run_of(tmp_path, "sdxl"), registry.specs()["sdxl"], scheduler=None, size=SQUARE
-    )
+    plain = mean_rank_of(run_of(tmp_path, "sdxl"), registry.specs()["sdxl"], scheduler=None, size=SQUARE)
     assert mean is not None
     assert plain is not None
     assert abs(mean - plain) > 2, "the keys have no effect"
@@ -224,8 +222,8 @@ def test_the_forecast_of_flux2_takes_its_shift_of_training(
     tmp_path: Path, keys: dict[str, Any], shift: float
 ) -> None:
     config, spec = run_of(tmp_path, "flux2", rank=32, **keys), registry.specs()["flux2"]
-    found = expected_mean_rank(config, spec, scheduler={"use_dynamic_shifting": True}, size=SQUARE)
-    fixed = expected_mean_rank(config, spec, scheduler={"shift": shift}, size=SQUARE)
+    found = mean_rank_of(config, spec, scheduler={"use_dynamic_shifting": True}, size=SQUARE)
+    fixed = mean_rank_of(config, spec, scheduler={"shift": shift}, size=SQUARE)
     assert found == pytest.approx(fixed, abs=0.01)
 
 
