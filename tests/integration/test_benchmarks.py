@@ -19,6 +19,7 @@ SCRIPTS = [
     "bench_optimizers",
     "bench_ema",
     "bench_merging",
+    "bench_losses",
 ]
 
 
