@@ -2,10 +2,10 @@
 
     python tests/benchmarks/bench_losses.py [--folder FOLDER] [--seeds 2] [--steps 60] [--quick]
 
-Each run trains a LoRA of rank 8 on one drawing with the settings of `simpletuner benchmark tlora` and the keys
-of one variant, with every concept and each seed, and is measured by that benchmark's held-out loss, a squared
-error. The intervals of the paired differences are bootstrapped over the runs. A later start trains only what is
-missing in FOLDER. --quick is a smoke test.
+Each run trains a LoRA of rank 8 on one drawing with the settings of `simpletuner benchmark tlora` and the
+keys of one variant, with every concept and each seed, and is measured by that benchmark's held-out loss, a
+squared error. The intervals of the paired differences are bootstrapped over the runs. A later start trains
+only what is missing in FOLDER. --quick is a smoke test.
 """
 
 from __future__ import annotations
