@@ -18,7 +18,11 @@ from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels, scales
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
-from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
+from simpletuner.helpers.adapters.files.foreign.translation import (
+    ScheduleOptions,
+    stated_schedule,
+    with_schedule,
+)
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
     KeyMap,
@@ -274,19 +278,18 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     """Read the layers of an adapter file for an export.
 
     Raises:
-        AdapterError: A layer has another algorithm, or the file is incomplete.
+        AdapterError: A layer has another algorithm, or the file is incomplete, or its schedule is invalid.
     """
     renamed: Mapping[str, Mapping[str, Tensor]] = {}
     if stored.is_peft:
         layers = _peft_layers(stored)
     else:
         layers, renamed = _lycoris_layers(stored)
-    config = stored.entry(adapter_file.SCHEDULE_KEY)
     ranked = {
         path: _larger_factor(path, parts) for path, parts in renamed.items() if "tlora_schedule" in parts
     }
     largest = max((layer.rank for layer in (*layers.values(), *ranked.values())), default=1)
-    schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
+    schedule = stated_schedule(stored) or RankSchedule(largest, min_rank=largest)
     return Source(layers, renamed, ranked, schedule, stored.metadata)
 
 
