@@ -158,6 +158,19 @@ class Source:
         """Schedule of one layer."""
         return layer.spec.ranks(layer.rank).schedule_in(self.schedule)
 
+    def lokr_at(self, rank: int, path: str) -> dict[str, Tensor]:
+        """The tensors of a T-LoKr layer with this number of active ranks, as a LoKr of that rank.
+
+        A smaller factor in two parts becomes whole: programs differ in whose rank they divide alpha by.
+        """
+        factor = self.ranked[path]
+        down, up = factor.factors_at(rank)
+        kept = {key: tensor for key, tensor in self.renamed[path].items() if key != "tlora_schedule"}
+        if rank < factor.rank and "lokr_w1_a" in kept:
+            kept["lokr_w1"] = (kept.pop("lokr_w1_a").double() @ kept.pop("lokr_w1_b").double()).float()
+        alpha = torch.tensor(factor.scale * self.gain_at(rank, factor) * rank)
+        return kept | {"lokr_w2_a": up.contiguous(), "lokr_w2_b": down.contiguous(), "alpha": alpha}
+
 
 def has_schedule(layer: StoredLayer) -> bool:
     """Whether a layer has a rank schedule: true for T-LoRA, vanilla included, false for standard LoRA."""
@@ -453,15 +466,12 @@ def _folded(source: Source, fixed: _FixedRank, options: ExportOptions) -> tuple[
     errors: list[float] = []
     for path, factor in source.ranked.items():
         rank = fixed.rank_of(factor, source)
-        scale = factor.scale * source.gain_at(rank, factor)
         lora = exact_lora(path, factor, rank=rank, dtype=torch.float32, scale=factor.scale)
         error = fixed.band_error_of(factor, replace(lora, up=lora.up * source.gain_at(rank, factor)), source)
         errors += [] if error is None else [error]
         dtype = DTYPES[options.dtype]
-        kept = {key: tensor for key, tensor in source.renamed[path].items() if key != "tlora_schedule"}
-        own = {"lokr_w2_a": lora.up, "lokr_w2_b": lora.down}
-        folded[path] = {key: tensor.to(dtype) for key, tensor in (kept | own).items()}
-        folded[path]["alpha"] = torch.tensor(scale * rank)
+        parts = source.lokr_at(rank, path)
+        folded[path] = {key: each if key == "alpha" else each.to(dtype) for key, each in parts.items()}
     return replace(source, renamed={**source.renamed, **folded}), max(errors, default=None)
 
 

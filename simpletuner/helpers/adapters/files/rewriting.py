@@ -74,11 +74,12 @@ class Opened:
     @property
     def scheduled(self) -> list[str]:
         """Paths of the layers whose active rank depends on the timestep."""
-        return [path for path, layer in self.source.layers.items() if self.changes_with_timestep(layer)]
+        layers = {**self.source.layers, **self.source.ranked}
+        return [path for path, layer in layers.items() if self.changes_with_timestep(layer)]
 
     def changes_with_timestep(self, layer: StoredLayer) -> bool:
         """Whether fewer than all ranks of a layer are active at some timestep."""
-        own = self.source.schedule.for_rank(layer.rank)
+        own = self.source.schedule_of(layer)
         return has_schedule(layer) and own.min_rank < own.max_rank
 
     @property
