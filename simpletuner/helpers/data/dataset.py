@@ -353,12 +353,13 @@ class TrainingData:
         )
 
     def _log_slider(self) -> None:
+        size = self.batch_size * self.num_processes
         strengths = {plan.config.id: plan.config.slider_strength for plan in self._plans}
         draws: Counter[float] = Counter()
         for bucket, images in self._buckets:
             strength = strengths[images[0].sample.dataset_id]
             if strength is not None:
-                draws[strength] += bucket.samples_per_epoch
+                draws[strength] += bucket.num_batches(size) * size
         for text in slider_problems(draws):
             logger.warning("%s", text)
 

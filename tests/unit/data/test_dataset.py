@@ -906,6 +906,23 @@ def test_batches_of_a_slider_have_their_dataset_s_strength_and_neutral_ones_each
     assert "4 at slider_strength -0.25, 4 at slider_strength 0.5" in caplog.text
 
 
+def test_directions_of_a_slider_are_compared_in_the_whole_batches_of_each_size(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        paint(tmp_path / "more", f"{number}.png", caption="a")
+        paint(tmp_path / "less", f"{number}.png", (64, 64 if number else 128), caption="a")
+    data = make(tmp_path / "more", tmp_path / "less", aspect_bucket_alignment=8)
+    data.datasets = [
+        each.model_copy(update={"slider_strength": strength})
+        for each, strength in zip(data.datasets, (1.0, -1.0), strict=True)
+    ]
+    data.__post_init__()
+    strengths = Counter(batch.strength for batch in islice(cached(data).batches(), data.batches_per_epoch))
+    assert strengths == {1.0: 2, -1.0: 3}
+    assert "6 at slider_strength -1, 4 at slider_strength 1" in caplog.text
+
+
 def test_batches_without_a_slider_have_full_strength(make: Make, photos: Path) -> None:
     assert {batch.strength for batch in islice(cached(make(photos)).batches(), 4)} == {1.0}
 
