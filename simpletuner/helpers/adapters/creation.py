@@ -96,13 +96,15 @@ class NetworkBuilder:
             )
 
     def _without_foreign_flags(self, options: Options) -> Options:
-        """A layer's options, with the adapter's flags off that its algorithm does not take.
+        """A layer's options, with the adapter's flags off that only algorithms of other layers take.
 
         LyCORIS gives an argument of the adapter to every layer, and layers of another algorithm act on it.
         """
-        taken = ALGORITHMS[str(options.get("algo", self.config.algo))].arguments
+        named = {self.config.algo, *(entry.algo for entry in self.config.apply_preset.entries if entry.algo)}
+        foreign = frozenset().union(*(ALGORITHMS[name].arguments for name in named))
+        foreign -= ALGORITHMS[str(options.get("algo", self.config.algo))].arguments
         flags = (name for name, value in self.config.extra.items() if value is True)
-        return {**{name: False for name in flags if name not in taken}, **options}
+        return {**{name: False for name in flags if name in foreign}, **options}
 
     def _refusal_message(self, layers: Mapping[str, Options], error: Exception) -> str:
         """Name the sizes that fail, by building one layer of each size and options alone."""
