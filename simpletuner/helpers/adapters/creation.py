@@ -14,6 +14,7 @@ from torch import nn
 from simpletuner.helpers.adapters import lycoris_layers, targets
 from simpletuner.helpers.adapters.targets import Options
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
+from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.errors import ConfigError
 
@@ -72,6 +73,7 @@ class NetworkBuilder:
 
     def _create(self, layers: Mapping[str, Options]) -> LycorisNetwork:
         config, extra = self.config, dict(self.config.extra)
+        layers = {path: self._without_foreign_flags(options) for path, options in layers.items()}
         in_force = targets.preset_in_force(layers, enable_conv=config.apply_preset.enable_conv)
         with in_force, quiet_lycoris(), torch.random.fork_rng():
             torch.manual_seed(self.seed)  # stock algorithms initialise from the global generator
@@ -92,6 +94,17 @@ class NetworkBuilder:
                 seed=self.seed,
                 **extra,
             )
+
+    def _without_foreign_flags(self, options: Options) -> Options:
+        """A layer's options, with the adapter's flags off that only algorithms of other layers take.
+
+        LyCORIS gives an argument of the adapter to every layer, and layers of another algorithm act on it.
+        """
+        named = {self.config.algo, *(entry.algo for entry in self.config.apply_preset.entries if entry.algo)}
+        foreign = frozenset().union(*(ALGORITHMS[name].arguments for name in named))
+        foreign -= ALGORITHMS[str(options.get("algo", self.config.algo))].arguments
+        flags = (name for name, value in self.config.extra.items() if value is True)
+        return {**{name: False for name in flags if name in foreign}, **options}
 
     def _refusal_message(self, layers: Mapping[str, Options], error: Exception) -> str:
         """Name the sizes that fail, by building one layer of each size and options alone."""

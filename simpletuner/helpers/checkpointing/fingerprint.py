@@ -55,12 +55,13 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
     }
     settings |= _prompt_length(config.model)
     for dataset in config.datasets:
+        name = redacted(f"dataset {dataset.id}")
         if dataset.downsampling is not None:
             maximum, target = dataset.downsampling
-            settings[f"dataset {dataset.id}, maximum_image_size"] = maximum
-            settings[f"dataset {dataset.id}, target_downsample_size"] = target
+            settings[f"{name}, maximum_image_size"] = maximum
+            settings[f"{name}, target_downsample_size"] = target
         if dataset.slider_strength is not None:
-            settings[f"dataset {dataset.id}, slider_strength"] = dataset.slider_strength
+            settings[f"{name}, slider_strength"] = dataset.slider_strength
     if config.lycoris is not None:
         chosen: dict[str, JsonValue] = config.lycoris.model_dump(mode="json", exclude={"raw"})
         settings |= {f"lycoris {key}": value for key, value in chosen.items()}

@@ -29,7 +29,7 @@ from simpletuner.helpers.data.caption_variants import caption_plan, limit_proble
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
-from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
+from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_problems, turn_of
 from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
@@ -226,11 +226,18 @@ class TrainingData:
         )
 
     def _strength(self, dataset_id: str, turn: int) -> float:
-        """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn."""
+        """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn.
+
+        Each turn has an order of its own, else the variants of a caption could take turns with them.
+        """
         if not self._strengths:
             return 1.0
         own = next(each.slider_strength for each in self.datasets if each.id == dataset_id)
-        return self._strengths[turn % len(self._strengths)] if own is None else own
+        if own is not None:
+            return own
+        cycle, place = divmod(turn, len(self._strengths))
+        order = shuffled(self.seed, "strength", cycle, length=len(self._strengths))
+        return self._strengths[int(order[place])]
 
     def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
         folder = printable(str(self._text_store.folder))
@@ -353,12 +360,13 @@ class TrainingData:
         )
 
     def _log_slider(self) -> None:
+        size = self.batch_size * self.num_processes
         strengths = {plan.config.id: plan.config.slider_strength for plan in self._plans}
         draws: Counter[float] = Counter()
         for bucket, images in self._buckets:
             strength = strengths[images[0].sample.dataset_id]
             if strength is not None:
-                draws[strength] += bucket.samples_per_epoch
+                draws[strength] += bucket.num_batches(size) * size
         for text in slider_problems(draws):
             logger.warning("%s", text)
 

@@ -31,6 +31,10 @@ class Bucket:
     group: int = 0
     """The batches of an epoch alternate between the groups, in ascending order."""
 
+    def num_batches(self, batch_size: int) -> int:
+        """Batches in each epoch: whole ones, at least one."""
+        return max(1, -(-self.samples_per_epoch // batch_size))
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -97,7 +101,7 @@ class Sampler:
         self._buckets = tuple(buckets)
         self._seed = seed
         self._batch_size = batch_size
-        self._num_batches = tuple(max(1, -(-bucket.samples_per_epoch // batch_size)) for bucket in buckets)
+        self._num_batches = tuple(bucket.num_batches(batch_size) for bucket in buckets)
         self._starts = np.cumsum([0, *self._num_batches])
         self._groups = np.repeat([bucket.group for bucket in buckets], self._num_batches)
         self._num_groups = len({bucket.group for bucket in buckets})

@@ -22,7 +22,7 @@ def slider_problems(draws: Mapping[float, int]) -> Iterator[str]:
     of both directions share cancels where the strengths sum to zero.
 
     Args:
-        draws: Strength -> number of images drawn at it in an epoch.
+        draws: Strength -> number of images drawn at it in an epoch, in whole batches.
     """
     positive = sum(number * strength for strength, number in draws.items() if strength > 0)
     negative = -sum(number * strength for strength, number in draws.items() if strength < 0)
@@ -37,6 +37,7 @@ def slider_problems(draws: Mapping[float, int]) -> Iterator[str]:
             f"{number} at slider_strength {strength:g}" for strength, number in sorted(draws.items())
         )
         yield (
-            f"the directions of the slider do not balance: an epoch draws {found}. Set repeats or "
-            "slider_strength so that the products of number and strength are equal."
+            f"the directions of the slider do not balance: an epoch draws {found}, in whole batches of each "
+            "size. Set repeats, slider_strength or train_batch_size so that the products of number and "
+            "strength are equal."
         )

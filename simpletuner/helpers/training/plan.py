@@ -13,6 +13,7 @@ from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.migration.paths import repeated_folder
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
@@ -92,7 +93,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
-    problems += slider_problems(slider_draws(previews))
+    problems += slider_problems(slider_draws(config, previews))
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
@@ -122,30 +123,35 @@ def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
 
 def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:
     """Batches of one process in an epoch, in proportion to the images that were read; 0 without images."""
-    configs = [each.config for each in previews]
-    # Those in buckets are usable; the images that were not read are counted in proportion.
-    parts = [each.num_images / max(1, each.num_read) for each in previews]
-    numbers = [sum(each.buckets.values()) * part for each, part in zip(previews, parts, strict=True)]
-    balances = config.regularisation.regularisation_target == "data"
-    draws = draws_per_image(configs, numbers, balances=balances)
-    buckets = [
-        Bucket(str(size), number, max(1, round(number * factor * part)))
-        for each, factor, part in zip(previews, draws, parts, strict=True)
-        for size, number in each.buckets.items()
-    ]
+    buckets = [bucket for _, bucket in _buckets(config, previews)]
     if not buckets:
         return 0
     size = config.training.train_batch_size
     return Sampler(buckets, seed=config.training.seed, batch_size=size).batches_per_epoch
 
 
-def slider_draws(previews: Sequence[DatasetPreview]) -> Counter[float]:
-    """Strength of a slider -> images that an epoch draws at it."""
+def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[tuple[DatasetConfig, Bucket]]:
+    """Each bucket and its dataset."""
+    configs = [each.config for each in previews]
+    # Those in buckets are usable; the images that were not read are counted in proportion.
+    parts = [each.num_images / max(1, each.num_read) for each in previews]
+    numbers = [sum(each.buckets.values()) * part for each, part in zip(previews, parts, strict=True)]
+    balances = config.regularisation.regularisation_target == "data"
+    draws = draws_per_image(configs, numbers, balances=balances)
+    return [
+        (each.config, Bucket(str(size), number, max(1, round(number * factor * part))))
+        for each, factor, part in zip(previews, draws, parts, strict=True)
+        for size, number in each.buckets.items()
+    ]
+
+
+def slider_draws(config: RunConfig, previews: Sequence[DatasetPreview]) -> Counter[float]:
+    """Strength of a slider -> images that an epoch of one process draws at it, in whole batches."""
     draws: Counter[float] = Counter()
-    for each in previews:
-        if each.config.slider_strength is not None:
-            share = (each.config.repeats + 1) * each.config.probability
-            draws[each.config.slider_strength] += max(1, round(each.num_images * share))
+    size = config.training.train_batch_size
+    for dataset, bucket in _buckets(config, previews):
+        if dataset.slider_strength is not None:
+            draws[dataset.slider_strength] += bucket.num_batches(size) * size
     return draws
 
 

@@ -106,6 +106,26 @@ def test_strengths_and_rslora_are_part_of_the_fingerprint_where_they_are_set(tmp
     assert settings(slider_lora_target=True).keys() == plain.keys()
 
 
+def test_a_dataset_s_name_from_the_environment_is_a_placeholder_in_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (256, 256)).save(tmp_path / "a.png")
+    monkeypatch.setenv("NAME_OF_MINE", "hidden-name")
+    sizes = {"crop": True, "resolution": 64, "maximum_image_size": 100, "target_downsample_size": 80}
+    dataset = {"id": "{env:NAME_OF_MINE}", "instance_data_dir": str(tmp_path), "slider_strength": 1.0}
+    values = {
+        "model_family": "sdxl",
+        "pretrained_model_name_or_path": "simpletuner/demo/sdxl",
+        "lora_type": "standard",
+        "data_backend_config": [dataset | sizes],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = resume_fingerprint(load_config(tmp_path / "config.json", families=registry.specs()))
+    assert found["dataset {env:NAME_OF_MINE}, slider_strength"] == 1.0
+    assert found["dataset {env:NAME_OF_MINE}, maximum_image_size"] == 100
+    assert "hidden-name" not in json.dumps(found)
+
+
 def test_the_length_of_prompts_is_part_of_the_fingerprint_unless_it_is_the_default(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -906,6 +906,40 @@ def test_batches_of_a_slider_have_their_dataset_s_strength_and_neutral_ones_each
     assert "4 at slider_strength -0.25, 4 at slider_strength 0.5" in caplog.text
 
 
+def test_every_variant_of_a_neutral_caption_is_trained_at_every_strength(make: Make, tmp_path: Path) -> None:
+    strengths = {"more": 1.0, "less": -1.0, "plain": None}
+    for name in strengths:
+        paint(tmp_path / name, "0.png", caption="a, b, c, d, e")
+    # One batch is one pass over the images, so batches take turns as the variants do.
+    data = make(*(tmp_path / name for name in strengths), batch_size=1, caption_shuffle={"enable": True})
+    data.datasets = [
+        each.model_copy(update={"slider_strength": strengths[each.id]}) for each in data.datasets
+    ]
+    data.__post_init__()
+    neutral = [each for each in taken(cached(data), 96) if each.samples[0].dataset_id == "plain"]
+    assert Counter(each.strength for each in neutral) == {1.0: 16, -1.0: 16}
+    drawn = Counter((each.samples[0].caption, each.strength) for each in neutral)
+    assert len(drawn) == 4, "two variants at two strengths"
+    assert min(drawn.values()) > 2
+
+
+def test_directions_of_a_slider_are_compared_in_the_whole_batches_of_each_size(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        paint(tmp_path / "more", f"{number}.png", caption="a")
+        paint(tmp_path / "less", f"{number}.png", (64, 64 if number else 128), caption="a")
+    data = make(tmp_path / "more", tmp_path / "less", aspect_bucket_alignment=8)
+    data.datasets = [
+        each.model_copy(update={"slider_strength": strength})
+        for each, strength in zip(data.datasets, (1.0, -1.0), strict=True)
+    ]
+    data.__post_init__()
+    strengths = Counter(batch.strength for batch in islice(cached(data).batches(), data.batches_per_epoch))
+    assert strengths == {1.0: 2, -1.0: 3}
+    assert "6 at slider_strength -1, 4 at slider_strength 1" in caplog.text
+
+
 def test_batches_without_a_slider_have_full_strength(make: Make, photos: Path) -> None:
     assert {batch.strength for batch in islice(cached(make(photos)).batches(), 4)} == {1.0}
 

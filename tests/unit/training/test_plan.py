@@ -441,6 +441,14 @@ def test_the_plan_says_the_strengths_of_a_slider_and_that_they_do_not_balance(fo
     text = lines(run_of(folder, data_backend_config=[more, less | {"slider_strength": -0.5, "repeats": 1}]))
     assert "6 at slider_strength -0.5, 3 at slider_strength 0.5" in text
     assert "positive in every" in lines(run_of(folder, data_backend_config=[more, less]))
+    others = folder / "others"
+    others.mkdir()
+    for name, width in (("a", 128), ("b", 128), ("c", 256)):
+        Image.new("RGB", (width, 128)).save(others / f"{name}.png")
+    sizes = less | {"instance_data_dir": str(others), "slider_strength": -0.5}
+    assert "balance" not in lines(run_of(folder, data_backend_config=[more, sizes]))
+    text = lines(run_of(folder, data_backend_config=[more, sizes], train_batch_size=3))
+    assert "6 at slider_strength -0.5, 3 at slider_strength 0.5" in text
 
 
 def with_captions(folder: Path, text: str, **keys: Any) -> RunConfig:

@@ -18,7 +18,11 @@ from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels, scales
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
-from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, with_schedule
+from simpletuner.helpers.adapters.files.foreign.translation import (
+    ScheduleOptions,
+    stated_schedule,
+    with_schedule,
+)
 from simpletuner.helpers.adapters.files.layouts import (
     DOWN_KEYS,
     KeyMap,
@@ -154,6 +158,19 @@ class Source:
         """Schedule of one layer."""
         return layer.spec.ranks(layer.rank).schedule_in(self.schedule)
 
+    def lokr_at(self, rank: int, path: str) -> dict[str, Tensor]:
+        """The tensors of a T-LoKr layer with this number of active ranks, as a LoKr of that rank.
+
+        A smaller factor in two parts becomes whole: programs differ in whose rank they divide alpha by.
+        """
+        factor = self.ranked[path]
+        down, up = factor.factors_at(rank)
+        kept = {key: tensor for key, tensor in self.renamed[path].items() if key != "tlora_schedule"}
+        if rank < factor.rank and "lokr_w1_a" in kept:
+            kept["lokr_w1"] = (kept.pop("lokr_w1_a").double() @ kept.pop("lokr_w1_b").double()).float()
+        alpha = torch.tensor(factor.scale * self.gain_at(rank, factor) * rank)
+        return kept | {"lokr_w2_a": up.contiguous(), "lokr_w2_b": down.contiguous(), "alpha": alpha}
+
 
 def has_schedule(layer: StoredLayer) -> bool:
     """Whether a layer has a rank schedule: true for T-LoRA, vanilla included, false for standard LoRA."""
@@ -274,19 +291,18 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     """Read the layers of an adapter file for an export.
 
     Raises:
-        AdapterError: A layer has another algorithm, or the file is incomplete.
+        AdapterError: A layer has another algorithm, or the file is incomplete, or its schedule is invalid.
     """
     renamed: Mapping[str, Mapping[str, Tensor]] = {}
     if stored.is_peft:
         layers = _peft_layers(stored)
     else:
         layers, renamed = _lycoris_layers(stored)
-    config = stored.entry(adapter_file.SCHEDULE_KEY)
     ranked = {
         path: _larger_factor(path, parts) for path, parts in renamed.items() if "tlora_schedule" in parts
     }
     largest = max((layer.rank for layer in (*layers.values(), *ranked.values())), default=1)
-    schedule = RankSchedule(largest, min_rank=largest) if config is None else RankSchedule.from_config(config)
+    schedule = stated_schedule(stored) or RankSchedule(largest, min_rank=largest)
     return Source(layers, renamed, ranked, schedule, stored.metadata)
 
 
@@ -450,15 +466,12 @@ def _folded(source: Source, fixed: _FixedRank, options: ExportOptions) -> tuple[
     errors: list[float] = []
     for path, factor in source.ranked.items():
         rank = fixed.rank_of(factor, source)
-        scale = factor.scale * source.gain_at(rank, factor)
         lora = exact_lora(path, factor, rank=rank, dtype=torch.float32, scale=factor.scale)
         error = fixed.band_error_of(factor, replace(lora, up=lora.up * source.gain_at(rank, factor)), source)
         errors += [] if error is None else [error]
         dtype = DTYPES[options.dtype]
-        kept = {key: tensor for key, tensor in source.renamed[path].items() if key != "tlora_schedule"}
-        own = {"lokr_w2_a": lora.up, "lokr_w2_b": lora.down}
-        folded[path] = {key: tensor.to(dtype) for key, tensor in (kept | own).items()}
-        folded[path]["alpha"] = torch.tensor(scale * rank)
+        parts = source.lokr_at(rank, path)
+        folded[path] = {key: each if key == "alpha" else each.to(dtype) for key, each in parts.items()}
     return replace(source, renamed={**source.renamed, **folded}), max(errors, default=None)
 
 

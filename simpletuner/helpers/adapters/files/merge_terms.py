@@ -60,28 +60,34 @@ class Term:
 
     def num_levels(self, path: str) -> int:
         """Number of its layer's ranks that the schedule opens one after the other."""
-        own = self.opened.source.schedule.for_rank(self.layer(path).rank)
+        own = self.opened.source.schedule_of(self.layer(path))
         return own.max_rank - own.min_rank
 
     def factors(self, path: str, options: MergeOptions) -> tuple[Tensor, Tensor]:
         """A [n, I, ...] and B [O, n] of a layer's weighted delta, float64, at its fixed rank."""
         source = self.opened.source
         layer = self.layer(path)
-        rank = layer.rank
-        if self.is_scheduled(path):
-            if options.timestep is not None:
-                rank = source.rank_at(options.timestep, layer)
-            elif options.active_rank is not None:
-                rank = min(options.active_rank, rank)
+        rank = self._fixed_rank(layer, options)
         a, b = layer.factors_at(rank)
         return a.double(), b.double() * (layer.scale * source.gain_at(rank, layer) * self.weight)
 
     def dense(self, path: str, options: MergeOptions) -> Tensor:
         """A layer's weighted delta in float64."""
         renamed = self.opened.source.renamed.get(path)
+        ranked = self.opened.source.ranked.get(path)
+        if ranked is not None:
+            renamed = self.opened.source.lokr_at(self._fixed_rank(ranked, options), path)
         if renamed is not None:
             delta = dense_delta(path, renamed, shape=self.opened.shapes.get(path)) * self.weight
         else:
             a, b = self.factors(path, options)
             delta = (b @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
         return delta
+
+    def _fixed_rank(self, layer: StoredLayer, options: MergeOptions) -> int:
+        """Ranks of a layer that are open in the sum; all of them without a schedule or a fixed rank."""
+        if not self.opened.changes_with_timestep(layer):
+            return layer.rank
+        if options.timestep is not None:
+            return self.opened.source.rank_at(options.timestep, layer)
+        return layer.rank if options.active_rank is None else min(options.active_rank, layer.rank)

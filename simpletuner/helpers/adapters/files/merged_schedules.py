@@ -25,7 +25,7 @@ from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer, relati
 from simpletuner.helpers.adapters.files.merge_terms import MergeOptions, Term
 from simpletuner.helpers.adapters.files.rewriting import Rewritten
 from simpletuner.helpers.adapters.tlora.delta import product_norm
-from simpletuner.helpers.adapters.tlora.rank_schedule import ROUNDED, RankSchedule
+from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import (
     BASE_KEYS,
@@ -100,6 +100,7 @@ def write(
         AdapterError: No rank schedule opens the same ranks, or an option belongs to a LoRA.
         StorageError: The file cannot be written.
     """
+    _refuse_ranked_lokr(terms)
     _check_options(options)
     schedule = _common_schedule(terms)
     paths = list(dict.fromkeys(path for term in terms for path in term.opened.paths))
@@ -108,8 +109,8 @@ def write(
     # A layer of another rank follows the schedule of its own rank, so that all layers have one minimum.
     always_open = max(each.num_always_open for each in scheduled.values())
     most_levels = max(each.num_levels for each in scheduled.values())
-    if schedule.variant in ROUNDED:
-        _refuse_other_gain(scheduled, always_open=always_open, variant=schedule.variant)
+    if schedule.scales_ranks:
+        _refuse_other_gain(scheduled, always_open=always_open, kind=_kind(schedule))
     merged = replace(schedule, max_rank=always_open + most_levels, min_rank=always_open)
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -144,21 +145,36 @@ def _check_options(options: MergeOptions) -> None:
         )
 
 
+def _refuse_ranked_lokr(terms: Sequence[Term]) -> None:
+    """Refuse layers of T-LoKr, whose ranks are no sum with those of others."""
+    for term in terms:
+        for path in term.opened.scheduled:
+            if path in term.opened.source.ranked:
+                raise AdapterError(
+                    f"{term.opened.file}: {printable(path)} is a T-LoKr, whose rank schedule a sum cannot "
+                    f"keep. {FOLD}."
+                )
+
+
 def _common_schedule(terms: Sequence[Term]) -> RankSchedule:
-    """The schedule of the files that have one; its ranks are those of the first."""
-    schedules = {
-        printable(str(term.opened.file)): term.opened.source.schedule
+    """The schedule that all scheduled layers share but for their ranks; these are those of the first."""
+    found = {
+        (printable(str(term.opened.file)), printable(path)): term.opened.source.schedule_of(term.layer(path))
         for term in terms
-        if term.opened.scheduled
+        for path in term.opened.scheduled
     }
-    kinds = {(each.variant, each.alpha, each.num_timesteps) for each in schedules.values()}
-    if len(kinds) > 1:
-        found = "; ".join(
-            f"{name} has {each.variant}, alpha {each.alpha:g}, {each.num_timesteps} timesteps"
-            for name, each in schedules.items()
-        )
-        raise AdapterError(f"The rank schedules differ: {found}. {FOLD}.")
-    return next(iter(schedules.values()))
+    examples: dict[str, str] = {}
+    for (file, path), schedule in found.items():
+        examples.setdefault(_kind(schedule), f"{path} of {file} has {_kind(schedule)}")
+    if len(examples) > 1:
+        raise AdapterError(f"The rank schedules differ: {'; '.join(examples.values())}. {FOLD}.")
+    return next(iter(found.values()))
+
+
+def _kind(schedule: RankSchedule) -> str:
+    """What a schedule is beside its ranks."""
+    gain = ", scale active" if schedule.scale == "active" else ""
+    return f"{schedule.variant}, alpha {schedule.alpha:g}, {schedule.num_timesteps} timesteps{gain}"
 
 
 def _sum_of(path: str, terms: Sequence[Term], options: MergeOptions) -> _Sum:
@@ -173,7 +189,7 @@ def _sum_of(path: str, terms: Sequence[Term], options: MergeOptions) -> _Sum:
     num_levels = {term.num_levels(path) for term in scheduled}
     are_vanilla = all(term.layer(path).spec.init == "vanilla" for term in scheduled)
     # A factor rank / active rank depends on the rank itself.
-    has_gain = scheduled[0].opened.source.schedule.variant in ROUNDED
+    has_gain = scheduled[0].opened.source.schedule.scales_ranks
     are_aligned = len(num_levels) == 1 and not (
         has_gain and len({term.layer(path).rank for term in scheduled}) > 1
     )
@@ -227,12 +243,12 @@ def _balanced(products: _Products) -> _Products:
     return replace(products, q=products.q * column, p=products.p / share)
 
 
-def _refuse_other_gain(sums: Mapping[str, _Sum], *, always_open: int, variant: str) -> None:
+def _refuse_other_gain(sums: Mapping[str, _Sum], *, always_open: int, kind: str) -> None:
     """Refuse ranks before those of a layer, which would change its factor rank / active rank."""
     for path, each in sums.items():
         if each.trained is not None and each.trained.rank != always_open + each.num_levels:
             raise AdapterError(
-                f"{path}: schedule {variant} multiplies the active ranks by rank / active rank, which "
+                f"{path}: schedule {kind} multiplies the active ranks by rank / active rank, which "
                 f"further ranks would change. {FOLD}."
             )
 

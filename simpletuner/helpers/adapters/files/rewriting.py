@@ -15,7 +15,7 @@ from torch import nn
 from simpletuner.helpers.adapters.files import adapter_file, labels
 from simpletuner.helpers.adapters.files.adapter_file import AdapterFile, layer_name
 from simpletuner.helpers.adapters.files.export import NOT_KEPT, Source, has_schedule, read_source
-from simpletuner.helpers.adapters.files.foreign.translation import stated_schedule, translate
+from simpletuner.helpers.adapters.files.foreign.translation import translate
 from simpletuner.helpers.adapters.files.layouts import KeyMap, Layout, header_of, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
 from simpletuner.helpers.adapters.tlora.stored_layer import (
@@ -74,11 +74,12 @@ class Opened:
     @property
     def scheduled(self) -> list[str]:
         """Paths of the layers whose active rank depends on the timestep."""
-        return [path for path, layer in self.source.layers.items() if self.changes_with_timestep(layer)]
+        layers = {**self.source.layers, **self.source.ranked}
+        return [path for path, layer in layers.items() if self.changes_with_timestep(layer)]
 
     def changes_with_timestep(self, layer: StoredLayer) -> bool:
         """Whether fewer than all ranks of a layer are active at some timestep."""
-        own = self.source.schedule.for_rank(layer.rank)
+        own = self.source.schedule_of(layer)
         return has_schedule(layer) and own.min_rank < own.max_rank
 
     @property
@@ -155,9 +156,6 @@ def open_adapter(file: Path, *, families: Mapping[str, ModelSpec], base: BaseMod
         stored = _with_paths(stored, base.denoiser)
     _refuse_unknown_base(stored)
     source = read_source(stored)
-    schedule = stated_schedule(stored)
-    if schedule is not None:
-        source = replace(source, schedule=schedule)
     shapes = {path: _shape_of(path, layer, file=file) for path, layer in source.layers.items()}
     if base is not None:
         shapes = _checked(shapes, source, base.denoiser, file=file)

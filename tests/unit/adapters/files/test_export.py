@@ -422,6 +422,21 @@ def test_fixed_rank_of_a_scaled_schedule_is_written_at_its_gain(
     assert one.errors["proj"] < 1e-5
 
 
+def test_schedule_in_the_tensors_of_layers_alone_fixes_the_rank_as_one_in_the_header(tmp_path: Path) -> None:
+    source = make_adapter_file(tmp_path)
+    stored_file = adapter_file.read(source)
+    metadata = {key: each for key, each in stored_file.metadata.items() if key != adapter_file.SCHEDULE_KEY}
+    bare = tmp_path / "bare.safetensors"
+    adapter_file.write(bare, stored_file.tensors, metadata=metadata)
+    expected, found = (
+        export_adapter(file, tmp_path / "out", ExportOptions(bands=3), families=FAMILIES)
+        for file in (source, bare)
+    )
+    assert [each.active_rank for each in found] == [SCHEDULE.rank_at(t) for t in (166, 499, 833)]
+    for one, other in zip(expected, found, strict=True):
+        assert (one.errors, one.band_error) == (other.errors, other.band_error)
+
+
 def test_error_within_a_band_counts_the_gain_of_each_rank() -> None:
     layer = trained_layer(tlora_init="vanilla")
     plain = truncated_lora("proj", stored(layer), rank=3, dtype=torch.float32)

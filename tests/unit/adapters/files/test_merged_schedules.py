@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,12 @@ def tlora(
     alpha: float = 2.0,
     exponent: float = 1.0,
     ranks: Sequence[int] = (6, 6),
+    own: Mapping[str, tuple[int | None, float | None]] = {},
     **schedule: Any,
 ) -> Written:
-    """A T-LoRA file whose factors are off their start."""
+    """A T-LoRA file whose factors are off their start; min_rank and exponent of some layers are their own."""
     torch.manual_seed(seed)
-    own = RankSchedule(max(ranks), num_timesteps=STEPS, alpha=exponent, **schedule)
+    network = RankSchedule(max(ranks), num_timesteps=STEPS, alpha=exponent, **schedule)
     toy, tensors = Toy(), {}
     for path, rank in zip(paths, ranks, strict=True):
         layer = TLoraLayer(
@@ -94,14 +95,16 @@ def tlora(
             rank,
             alpha,
             tlora_init=init,
-            schedule=own,
+            schedule=network,
+            tlora_min_rank=own.get(path, (None, None))[0],
+            tlora_alpha=own.get(path, (None, None))[1],
             seed=seed,  # type: ignore[arg-type]  # a choice of three
         )
         with torch.no_grad():
             for parameter in layer.parameters():
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
         tensors |= {f"lycoris_{path}.{key}": tensor for key, tensor in layer.custom_state_dict().items()}
-    header = {adapter_file.SCHEDULE_KEY: json.dumps(own.config())}
+    header = {adapter_file.SCHEDULE_KEY: json.dumps(network.config())}
     return saved(folder / f"{name}.safetensors", tensors, paths, header)
 
 
@@ -150,14 +153,15 @@ def worst_error(files: Sequence[Written], weights: Sequence[float], merged: Writ
     return max(errors)
 
 
-VARIANTS = [
+VARIANTS: list[dict[str, Any]] = [
     {"min_rank": 2, "exponent": 1.3},
     {"min_rank": 2, "variant": "inclusive"},
     {"min_rank": 1},
+    {"min_rank": 1, "own": {"first": (2, 2.0), "second": (2, 2.0)}},
 ]
 
 
-@pytest.mark.parametrize("schedule", VARIANTS, ids=["floor", "inclusive", "min 1"])
+@pytest.mark.parametrize("schedule", VARIANTS, ids=["floor", "inclusive", "min 1", "own"])
 @pytest.mark.parametrize("init", ["random", "weight", "vanilla"])
 def test_tlora_and_loras_merge_exactly_at_every_timestep(
     init: str, schedule: dict[str, Any], tmp_path: Path
@@ -169,7 +173,7 @@ def test_tlora_and_loras_merge_exactly_at_every_timestep(
     merged = read(written.file)
     assert worst_error(files, weights, merged) < 2e-5
     assert written.total_error < 1e-6
-    own = first.source.schedule
+    own = first.source.schedule_of(first.source.layers["first"])
     # The layer with both LoRAs has five ranks in front of the T-LoRA's; the others are filled up to that.
     assert merged.source.schedule.max_rank == own.max_rank + 5
     assert merged.source.schedule.min_rank == own.min_rank + 5
@@ -203,8 +207,9 @@ def test_merged_schedule_acts_in_a_model_as_both_files_do(init: str, tmp_path: P
             {"min_rank": 3, "variant": "linear"},
             {"min_rank": 3, "variant": "linear", "paths": ("first", "third")},
         ),
+        ({"min_rank": 2, "scale": "active"}, {"min_rank": 2, "scale": "active"}),
     ],
-    ids=["same", "other rank", "cosine", "other layers"],
+    ids=["same", "other rank", "cosine", "other layers", "active"],
 )
 def test_two_files_of_init_vanilla_share_their_ranks(
     first: dict[str, Any], second: dict[str, Any], tmp_path: Path
@@ -233,8 +238,14 @@ def test_two_files_of_init_vanilla_share_their_ranks(
             {"init": "vanilla", "variant": "cosine", "min_rank": 4, "ranks": (8, 8)},
         ),
         ({"init": "vanilla", "variant": "cosine"}, None),
+        ({"scale": "active"}, None),
+        ({"init": "vanilla"}, {"init": "vanilla", "scale": "active"}),
+        ({"own": {"second": (None, 2.0)}}, None),
     ],
-    ids=["two bases", "a base", "levels", "exponent", "kind", "gain", "gain of a LoRA"],
+    ids=[
+        *("two bases", "a base", "levels", "exponent", "kind", "gain", "gain of a LoRA"),
+        *("active with a LoRA", "active with rank", "exponents of layers"),
+    ],
 )
 def test_files_that_no_schedule_opens_together_are_refused_and_folded(
     first: dict[str, Any], second: dict[str, Any] | None, tmp_path: Path

@@ -19,6 +19,11 @@ from torch.utils.checkpoint import checkpoint
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.files.inspection import inspect
+from simpletuner.helpers.adapters.files.low_rank import Keep
+from simpletuner.helpers.adapters.files.merge_terms import MergeOptions
+from simpletuner.helpers.adapters.files.merging import merge_adapters
+from simpletuner.helpers.adapters.files.resizing import ResizeOptions, resize_adapter
+from simpletuner.helpers.adapters.files.rewriting import BaseModel
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.lokr_layer import TLokrLayer
@@ -259,6 +264,19 @@ def trained_file(folder: Path, **options: Any) -> tuple[nn.Module, Any, Path]:
     return model, adapter, folder / "adapter.safetensors"
 
 
+@pytest.mark.parametrize("main", ["lokr", "tlokr"])
+@pytest.mark.parametrize("flag", ["use_scalar", "rs_lora", "full_matrix", "weight_decompose"])
+def test_flag_of_another_algorithm_is_none_of_its_layers(flag: str, main: str) -> None:
+    (other,) = {"lokr", "tlokr"} - {main}
+    entry = {"target_module": ["Attention"], "name_algo_map": {".*to_k": {"algo": other}}}
+    layers = attach(denoiser(), {**TLOKR, "algo": main, "apply_preset": entry, flag: True}).network.loras
+    plain = attach(denoiser(), {**TLOKR, "apply_preset": {"target_module": ["Attention"]}}).network.loras
+    (found,) = (layer for layer in layers if isinstance(layer, TLokrLayer))
+    (expected,) = (layer for layer in plain if layer.lora_name == found.lora_name)
+    assert dict(found.named_parameters()).keys() == dict(expected.named_parameters()).keys()
+    assert (found.scale, float(found.alpha)) == (expected.scale, float(expected.alpha))
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"tlora_scale": "active", "decompose_both": True, "linear_dim": 1, "factor": 8}], ids=str
 )
@@ -301,14 +319,17 @@ def test_inspection_names_algorithm_rank_and_schedule(tmp_path: Path) -> None:
     assert found.schedule == RankSchedule(4).config()
 
 
+@pytest.mark.parametrize(
+    "shape", [{}, {"decompose_both": True, "linear_dim": 2, "factor": 8}], ids=["first whole", "first split"]
+)
 @pytest.mark.parametrize("scale", ["rank", "active"])
 @pytest.mark.parametrize(
-    ("chosen", "timestep"), [({"timestep": 600}, 600), ({"rank": 2}, 500), ({}, 0)], ids=str
+    ("chosen", "timestep"), [({"timestep": 600}, 600), ({"rank": 1}, 750), ({}, 0)], ids=str
 )
 def test_export_is_a_lokr_of_the_fixed_rank(
-    tmp_path: Path, scale: str, chosen: dict[str, int], timestep: int
+    tmp_path: Path, scale: str, chosen: dict[str, int], timestep: int, shape: dict[str, Any]
 ) -> None:
-    model, adapter, file = trained_file(tmp_path, tlora_scale=scale)
+    model, adapter, file = trained_file(tmp_path, tlora_scale=scale, **shape)
     options = ExportOptions(layout="lycoris", **chosen)
     (written,) = export_adapter(file, tmp_path / "plain", options, families=registry.specs())
     parts = adapter_file.read(written.file).layers["lycoris_0_to_q"]
@@ -320,6 +341,26 @@ def test_export_is_a_lokr_of_the_fixed_rank(
     assert loaded.tlora_config is None
     with torch.no_grad(), adapter.rank_mask_for([timestep]):
         torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["rank", "active"])
+def test_merge_folds_the_schedule_and_never_drops_it(tmp_path: Path, scale: str) -> None:
+    _, adapter, file = trained_file(tmp_path, tlora_scale=scale)
+    families = registry.specs()
+    for options in ({}, {"rank": 24}):
+        with pytest.raises(AdapterError, match="LoKr"):
+            merge_adapters([file, file], tmp_path / "sum", MergeOptions(**options), families=families)
+    with pytest.raises(AdapterError, match="rank schedule"):
+        resize_adapter(file, tmp_path / "small", ResizeOptions(keep=Keep(rank=2)), families=families)
+    folded = MergeOptions(weights=(0.5, 1.0), rank=24, timestep=600, layout="lycoris")
+    base = BaseModel(family="sdxl", denoiser=denoiser().to("meta"))
+    written = merge_adapters([file, file], tmp_path / "sum", folded, families=families, base=base)
+    live = {layer.lora_name: layer for layer in adapter.lycoris_network.loras}
+    for name, parts in adapter_file.read(written.file).layers.items():
+        with adapter.rank_mask_for([600]):
+            delta = 1.5 * live[name].get_diff_weight()[0].detach()
+        found = parts["lora_up.weight"] @ parts["lora_down.weight"] * parts["alpha"] / 24
+        torch.testing.assert_close(found, delta, rtol=0, atol=1e-5)
 
 
 def test_bands_state_their_largest_error(tmp_path: Path) -> None:
