@@ -117,7 +117,7 @@ def test_default_of_every_algorithm_trains_on_the_same_path(tmp_path: Path, fami
     keys = {"model_family": family, "pretrained_model_name_or_path": str(MODELS[family]())}
     assert run.run(max_train_steps=2, **keys) == 0
     assert [line["mean_active_rank"] is None for line in run.log()] == [
-        not ALGORITHMS[algo].has_rank_schedule
+        not RECORDS[algo].has_rank_schedule
     ] * 2
 
 
