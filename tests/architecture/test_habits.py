@@ -52,7 +52,6 @@ FAMILY_NAMES = re.compile(r"sdxl|flux|stable.?diffusion.?xl", re.IGNORECASE)
 NAMES_FAMILIES: dict[str, str] = {
     "simpletuner/helpers/configuration/schema/adapter.py": "SimpleTuner's own key names",
     "simpletuner/helpers/configuration/schema/noise.py": "SimpleTuner's own key names",
-    "simpletuner/helpers/configuration/schema/sections.py": "SimpleTuner's own key names",
 }
 
 
