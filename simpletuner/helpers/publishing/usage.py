@@ -35,6 +35,7 @@ def sample_command(config: Config, manifest: Manifest, *, adapter: str, model: s
         "--guidance": f"{image['guidance']:g}",
         "--guidance-real": f"{real:g}" if real > 1 else None,
         "--seed": image["seed"],
+        "--strength": f"{image['strength']:g}" if image["strength"] != 1 else None,
         "--negative": config.get("validation_negative_prompt") or None,
         "--scheduler": config.get("validation_noise_scheduler"),
     }
@@ -67,7 +68,7 @@ def pipeline_code(
         "",
         *_pipeline(model, loading),
         *_scheduler(config, is_flow=is_flow),
-        f"{load}(pipeline, {adapter})",
+        f"{load}(pipeline, {adapter}{_strength_argument(image)})",
         *_image(config, image, is_flow=is_flow),
     ]
     return "\n".join(lines)
@@ -85,14 +86,14 @@ def diffusers_code(
         "",
         *_pipeline(model, loading),
         *_scheduler(config, is_flow=is_flow),
-        f"pipeline.load_lora_weights({source!r}, weight_name={file!r})",
+        *_diffusers_loading(image, source=source, file=file),
         *_image(config, image, is_flow=is_flow),
     ]
     return "\n".join(lines)
 
 
 def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Prompt, size and sampling settings of the first validation image, else of one close to training."""
+    """Prompt, size, seed, strength and sampling of the first validation image, else close to training."""
     prompt: Mapping[str, Any] = next(iter(manifest.get("shots", [])), {})
     prompts = [
         each["instance_prompt"]
@@ -103,6 +104,7 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
     sizes = [prompt.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
     width, height = next(str(size) for size in sizes if size).split("x")
     seeds = [prompt.get("seed"), config.get("validation_seed"), config.get("seed"), 0]
+    strengths = [prompt.get("strength"), config.get("validation_lycoris_strength"), 1.0]
     texts = [prompt.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
     return {
         "prompt": next(text for text in texts if text),
@@ -111,7 +113,21 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
         "steps": config.get("validation_num_inference_steps", 30),
         "guidance": config.get("validation_guidance", 7.5),
         "seed": next(seed for seed in seeds if seed is not None),
+        "strength": float(next(strength for strength in strengths if strength is not None)),
     }
+
+
+def _strength_argument(image: Mapping[str, Any]) -> str:
+    return f", strength={image['strength']:g}" if image["strength"] != 1 else ""
+
+
+def _diffusers_loading(image: Mapping[str, Any], *, source: str, file: str) -> list[str]:
+    if image["strength"] == 1:
+        return [f"pipeline.load_lora_weights({source!r}, weight_name={file!r})"]
+    return [
+        f"pipeline.load_lora_weights({source!r}, weight_name={file!r}, adapter_name='adapter')",
+        f"pipeline.set_adapters('adapter', {image['strength']:g})",
+    ]
 
 
 def _pipeline(model: str, loading: Mapping[str, object]) -> list[str]:

@@ -401,7 +401,9 @@ def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, batches: in
     about = "" if all(each.is_whole for each in previews) else "about "
     per_step = training.train_batch_size * training.gradient_accumulation_steps
     epochs = steps * training.gradient_accumulation_steps / batches if batches else 0
-    passes = f"{about}{f'{epochs:,.1f}'.removesuffix('.0')} epochs of {counted(batches, 'batch', 'batches')}"
+    number = f"{epochs:,.1f}".removesuffix(".0")
+    noun = "epoch" if number == "1" else "epochs"
+    passes = f"{about}{number} {noun} of {counted(batches, 'batch', 'batches')}"
     return f"{counted(steps, 'step')} of {counted(per_step, 'image')} on each process; {passes}"
 
 

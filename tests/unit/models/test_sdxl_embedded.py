@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.sdxl.embedded import (
     MAX_TOKENS,
     SCALING_FACTOR,
@@ -87,6 +88,11 @@ def test_the_family_loads_the_saved_folder_and_encodes_it_alike(
     family.load_vae()
     latents = family.encode_images(torch.zeros(1, 3, 64, 64))
     assert latents.shape == (1, 4, 16, 16)
+
+
+def test_text_encoders_too_short_for_chunks_are_refused(saved: Path, sdxl: Callable[..., SDXL]) -> None:
+    with pytest.raises(ModelError, match=f"max_token_length 150.*{MAX_TOKENS}"):
+        sdxl(saved, max_token_length=150).load_text_encoders()
 
 
 def test_standardised_latents_have_mean_0_and_spread_1_and_decode_to_the_same() -> None:

@@ -241,3 +241,17 @@ def test_the_images_of_a_slider_say_their_strength(run: Path) -> None:
     text = card_of(run)
     assert "| 64x64, seed 7, strength -0.5 |" in text
     assert "| 64x64, seed 7 |" in text
+
+
+@pytest.mark.parametrize("lora_type", ["lycoris", "standard"])
+def test_the_use_of_a_slider_has_the_strength_of_the_first_image(lora_type: str, tmp_path: Path) -> None:
+    other = {} if lora_type == "lycoris" else {"lycoris_config": None, "lora_rank": 16}
+    run = write_run(tmp_path / "run", lora_type=lora_type, **other)
+    manifest = json.loads((run / "run.json").read_text())
+    assert "strength" not in card_of(run)
+    manifest["shots"][0]["strength"] = -0.5
+    (run / "run.json").write_text(json.dumps(manifest))
+    text = card_of(run)
+    assert "--strength -0.5" in text
+    in_python = "strength=-0.5)" if lora_type == "lycoris" else "pipeline.set_adapters('adapter', -0.5)"
+    assert in_python in text

@@ -129,6 +129,10 @@ def test_steps_are_estimated_once_a_dataset_is_not_read_whole(
     assert "about 30 epochs of 4 batches" in lines(config)
 
 
+def test_one_epoch_is_one(folder: Path) -> None:
+    assert "; 1 epoch of 3 batches" in lines(run_of(folder, max_train_steps=3))
+
+
 @pytest.mark.parametrize(
     ("keys", "part"),
     [

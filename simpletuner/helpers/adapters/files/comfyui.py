@@ -84,8 +84,10 @@ def advice(keys: Shapes, *, file: Path, exported: Path | None = None) -> str:
     """
     limit = limit_of_file(keys)
     if limit is None:
-        is_scheduled = any(key.endswith(".tlora_schedule") for key in keys)
-        return "reads this file" + (" as a plain LoRA, without its rank schedule" if is_scheduled else "")
+        if not any(key.endswith(".tlora_schedule") for key in keys):
+            return "reads this file"
+        kind = "LoKr" if any(".lokr_w" in key for key in keys) else "LoRA"
+        return f"reads this file as a plain {kind}, without its rank schedule"
     if exported is not None:
         return f"use {exported}; {limit.text}"
     if limit.export_helps:

@@ -118,7 +118,10 @@ class Exported:
                 f"{self.errors[self.worst_layer]:.1e} in {self.worst_layer}",
             ]
         if self.num_renamed:
-            parts.append(f"{self.num_renamed} layers with their own tensors")
+            own = f"{counted(self.num_renamed, 'layer')} with their own tensors"
+            parts.append(
+                own if self.ranks or not self.had_schedule else f"{own}, active rank {self.active_rank}"
+            )
         if self.timesteps is not None and self.band_error is not None:
             first, last = self.timesteps
             parts.append(f"use it at timesteps {first} to {last}; error at most {self.band_error:.1e} there")

@@ -31,7 +31,7 @@ from simpletuner.helpers.adapters.files.rewriting import (
 )
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.new_files import refuse_existing
 
 MERGED_KEY = "merged_from"
@@ -130,7 +130,8 @@ def checked_weights(weights: Sequence[float], *, num_files: int) -> Sequence[flo
     weights = weights or [1.0] * num_files
     if len(weights) != num_files:
         raise AdapterError(
-            f"weights has {len(weights)} values for {num_files} files. Give one for each file, in order."
+            f"weights has {counted(len(weights), 'value')} for {num_files} files. "
+            "Give one for each file, in order."
         )
     for weight in weights:
         if weight == 0 or not math.isfinite(weight):

@@ -12,7 +12,6 @@ from pydantic import JsonValue
 
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
-from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.translation import (
     File,
@@ -242,8 +241,9 @@ def _translations(
 def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCacheEntry, list[Decision]]:
     storage, identity = values.get("type", "local"), values.get("id")
     if storage != "local":
-        advice = UNSUPPORTED_VALUES.get(("type", str(storage)), "Use local.")
+        advice = "Use local, and remove the aws_ keys: prompt embeds are cached in a local folder, cache_dir."
         source.reject("type", storage, f"not supported here. {advice}")
+        values = {key: value for key, value in values.items() if not key.startswith("aws_")}
     others = {key: value for key, value in values.items() if key not in ("type", "dataset_type", "disabled")}
     image_keys = DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()
     without_effect = tables("text_embeds").without_effect

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from simpletuner.helpers.contracts import Batch, NoisyBatch, PipelineType, Sample, Size, TextEmbeds
+from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.models.autoencoder import encode_scaled
 from simpletuner.helpers.models.diffusion import DiffusionPrediction, DiffusionSchedule, add_noise
 from simpletuner.helpers.models.family import NO_TEXT_ENCODERS, FamilyContext, ModelFamily
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.schedulers import make_sampler, training_alpha_bars
-from simpletuner.helpers.models.sdxl.chunks import WORD_TOKENS, encode_chunks
+from simpletuner.helpers.models.sdxl.chunks import CLIP_TOKENS, WORD_TOKENS, encode_chunks
 from simpletuner.helpers.models.sdxl.components import SDXLComponents, find_components
 from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLImg2ImgPipeline,
@@ -79,6 +80,12 @@ class SDXL(ModelFamily):
         parts = self.components
         text_encoder = self._load_text_encoder(CLIPTextModel, parts.text_encoder, number=1)
         text_encoder_2 = self._load_text_encoder(CLIPTextModelWithProjection, parts.text_encoder_2, number=2)
+        positions = min(each.config.max_position_embeddings for each in (text_encoder, text_encoder_2))
+        if self._num_chunks > 1 and positions < CLIP_TOKENS:
+            raise ModelError(
+                f"max_token_length {self._num_chunks * WORD_TOKENS} needs text encoders of {CLIP_TOKENS} "
+                f"tokens, and this model has one of {positions}. Remove max_token_length."
+            )
         with quiet():
             return diffusers.StableDiffusionXLPipeline(
                 vae=None,

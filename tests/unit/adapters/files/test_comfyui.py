@@ -83,7 +83,9 @@ def test_exported_file_is_named_and_a_vanilla_file_is_said_to_lose_its_schedule(
     other = tmp_path / "comfy.safetensors"
     assert comfyui.advice_for(saved(tmp_path, algo="tlora"), exported=other).startswith(f"use {other}; ")
     vanilla = saved(tmp_path, algo="tlora", tlora_init="vanilla")
-    assert "without its rank schedule" in comfyui.advice_for(vanilla)
+    assert "LoRA, without its rank schedule" in comfyui.advice_for(vanilla)
+    kronecker = saved(tmp_path, algo="tlokr", factor=2, linear_dim=2)
+    assert "LoKr, without its rank schedule" in comfyui.advice_for(kronecker)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +164,11 @@ def test_fixed_rank_and_bands_say_what_becomes_of_the_schedule(tmp_path: Path) -
     plain = saved(tmp_path, algo="lora")
     (one,) = export_adapter(plain, tmp_path / "c", ExportOptions(), families={"sdxl": FAMILY})
     assert "schedule" not in one.summary()
+
+
+def test_a_t_lokr_says_its_fixed_rank(tmp_path: Path) -> None:
+    file = saved(tmp_path, algo="tlokr", factor=2, linear_dim=2)
+    (fixed,) = export_adapter(
+        file, tmp_path / "a", ExportOptions(layout="comfyui", rank=1), families={"sdxl": FAMILY}
+    )
+    assert "active rank 1" in fixed.summary()

@@ -430,6 +430,18 @@ def test_a_text_embeds_entry_names_the_text_cache(workspace: Workspace) -> None:
     assert [dataset.id for dataset in config.datasets] == ["photos"]
 
 
+def test_prompt_embeds_in_a_remote_storage_are_one_problem_without_a_folder_of_images(
+    workspace: Workspace,
+) -> None:
+    entry = {"id": "t", "dataset_type": "text_embeds", "type": "aws", "aws_bucket_name": "b"}
+    workspace.datasets.append(entry)
+    problems = workspace.problems()
+    assert "t.type" in problems
+    assert "cache_dir" in problems
+    assert "aws_bucket_name" not in problems
+    assert "instance_data_dir" not in problems
+
+
 def test_of_several_text_embeds_entries_the_default_counts(workspace: Workspace) -> None:
     entry = {"dataset_type": "text_embeds"}
     workspace.datasets += [
