@@ -17,6 +17,7 @@ SCRIPTS = [
     "bench_own_python",
     "bench_images",
     "bench_optimizers",
+    "bench_token_routing",
 ]
 
 

@@ -57,6 +57,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
     OptionalModelSource,
 )
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.token_routing import OptionalTreadConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
@@ -297,6 +298,8 @@ class TrainingConfig(Section):
     """norm: clip by global norm; value: clip each element."""
     loss_type: Annotated[str, OneOf(LOSSES), BeforeValidator(_loss)] = "l2"
     """Loss of the prediction."""
+    tread_config: OptionalTreadConfig = None
+    """Token routing in training, an object with routes; null trains every block on all tokens."""
 
     def planned_steps(self, *, batches_per_epoch: int) -> int:
         """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
