@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from simpletuner.helpers.errors import ModelError
-from simpletuner.helpers.models.diffusion import generator_of
+from simpletuner.helpers.models.noising import generator_of
 
 if TYPE_CHECKING:
     from torch import nn
