@@ -12,6 +12,7 @@ from tests.architecture.package_source import Module, assert_only, modules
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
 READ_WHILE_LOADING: dict[str, str] = {
+    "ShiftConfig.flux2_training_shift": "read by the family's spec, from a mapping",
     "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.slider_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
     "AdapterConfig.lycoris_config": _OPENED,

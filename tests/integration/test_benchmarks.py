@@ -19,6 +19,7 @@ SCRIPTS = [
     "bench_optimizers",
     "bench_ema",
     "bench_token_routing",
+    "bench_merging",
 ]
 
 

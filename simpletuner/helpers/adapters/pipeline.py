@@ -14,10 +14,13 @@ from lycoris.modules.tlora import TLoraModule
 from torch import nn
 
 from simpletuner.helpers.adapters.attachment import adapter_keys_visible
+from simpletuner.helpers.adapters.tlora import layer as masked_layers
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.errors import AdapterError
+
+masked_layers.register()
 
 _in_use: dict[int, int] = {}  # id of a denoiser -> id of the thread that samples from it
 _in_use_lock = threading.Lock()

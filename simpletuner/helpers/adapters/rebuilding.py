@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files.adapter_file import LYCORIS_KEY, OPTIONS_KEY, AdapterFile, layer_name
 from simpletuner.helpers.adapters.quantised import is_quantized
+from simpletuner.helpers.adapters.tlora import layer as masked_layers
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io.names import one_line_reason
+
+masked_layers.register()
 
 # LyCORIS checks neither shapes nor whether a layer's tensors are complete.
 MISFITS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError)

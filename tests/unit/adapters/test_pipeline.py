@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -24,3 +26,13 @@ def test_layers_without_a_schedule_follow_the_config_over_the_timesteps_of_the_s
     scheduler = SimpleNamespace(config=SimpleNamespace(num_train_timesteps=500))
     found = schedules_of(layer, config=config, scheduler=scheduler)
     assert found == {layer.mask_group_id: RankSchedule(4, min_rank=2, num_timesteps=num_timesteps)}
+
+
+@pytest.mark.parametrize("module", ["adapters.pipeline", "adapters.rebuilding"])
+def test_importing_a_module_that_reads_files_or_samples_registers_the_layers(module: str) -> None:
+    code = (
+        f"import simpletuner.helpers.{module}; from lycoris.modules import MODULE_LIST; "
+        "print(*(each.__name__ for each in MODULE_LIST[:2]))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["TLokrLayer", "TLoraLayer"]

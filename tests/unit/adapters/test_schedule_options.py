@@ -358,7 +358,8 @@ def test_run_keeps_its_own_values_when_it_begins_from_a_file(
     adapter = trained(model, ENTRIES)
     adapter.init_from(file)
     assert "tlora_min_rank" in caplog.text
-    assert {layer.ranks[1:3] for layer in adapter.lycoris_network.loras} == {(None, None)}
+    layers = adapter.lycoris_network.loras
+    assert {each.own for layer in layers for each in (layer.ranks, layer.spec)} == {(None, None)}
     values, x = {"": (2, 1.0, False)}, torch.randn(1, 5, 24)
     found = predict(model, adapter, x, 600)
     torch.testing.assert_close(found.double(), reference(file, x, 600, values), rtol=0, atol=2e-5)

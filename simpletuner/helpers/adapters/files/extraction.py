@@ -205,8 +205,8 @@ def _summary(
         outside = math.hypot(*(difference for _, _, difference in left_out))
         whole = math.hypot(outside, *(layer.norm for layer in extracted))
         lines += [
-            f"Left out: {counted(len(left_out), 'weight')} that differ, {(outside / whole) ** 2:.1%} of the "
-            "squared difference; by their relative difference:",
+            f"Left out, though different: {counted(len(left_out), 'weight')}, "
+            f"{(outside / whole) ** 2:.1%} of the squared difference; by their relative difference:",
             *(f"  {relative:.1e}  {printable(name)}" for name, relative, _ in left_out[:MOST_SHOWN]),
         ]
         if len(left_out) > MOST_SHOWN:

@@ -147,7 +147,7 @@ def _check_options(options: MergeOptions) -> None:
 def _common_schedule(terms: Sequence[Term]) -> RankSchedule:
     """The schedule of the files that have one; its ranks are those of the first."""
     schedules = {
-        printable(term.opened.file.name): term.opened.source.schedule
+        printable(str(term.opened.file)): term.opened.source.schedule
         for term in terms
         if term.opened.scheduled
     }
@@ -180,7 +180,7 @@ def _sum_of(path: str, terms: Sequence[Term], options: MergeOptions) -> _Sum:
     if len(scheduled) == 1:
         return _single(scheduled[0], path, front=front)
     if len(scheduled) > 2 or not (are_vanilla and are_aligned):
-        names = ", ".join(printable(term.opened.file.name) for term in scheduled)
+        names = ", ".join(printable(str(term.opened.file)) for term in scheduled)
         raise AdapterError(
             f"{path}: {names} open ranks of their own at one timestep, and a rank schedule opens one at a "
             "time. Exact are one T-LoRA with any LoRAs, and two of init vanilla with equally many scheduled "

@@ -174,7 +174,7 @@ def family_of(
     """
     if base is not None:
         return families[base.family]
-    stated = {each.file.name: each.source.metadata.get("model_family") for each in opened}
+    stated = {str(each.file): each.source.metadata.get("model_family") for each in opened}
     name = next(iter(stated.values()))
     if len(set(stated.values())) > 1:
         found = ", ".join(f"{file} is for {family or 'an unknown one'}" for file, family in stated.items())
@@ -208,17 +208,17 @@ def warn_about_other_bases(opened: Sequence[Opened]) -> None:
             logger.warning(
                 "%s and %s were trained on different base weights: %d of %d layers differ. Their sum fits "
                 "neither base model as each alone does.",
-                printable(first.file.name),
-                printable(other.file.name),
+                printable(str(first.file)),
+                printable(str(other.file)),
                 differing,
                 len(pairs),
             )
         elif not pairs and None not in names and names[0] != names[1]:
             logger.warning(
                 "%s was trained on %s, %s on %s. Their sum fits neither base model as each alone does.",
-                printable(first.file.name),
+                printable(str(first.file)),
                 printable(str(names[0])),
-                printable(other.file.name),
+                printable(str(other.file)),
                 printable(str(names[1])),
             )
 

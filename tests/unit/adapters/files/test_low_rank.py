@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.files.lora_conversion import truncated_product
+from simpletuner.helpers.adapters.files.lora_conversion import lora_layer, truncated_product
 from simpletuner.helpers.adapters.files.low_rank import Keep, dense_delta, low_rank_layer, truncated_dense
 from simpletuner.helpers.adapters.files.resizing import ResizeOptions, resize_adapter
 from simpletuner.helpers.adapters.files.rewriting import Rewritten
@@ -102,7 +102,8 @@ def test_delta_of_zero_is_a_layer_of_zeros() -> None:
     layer = low_rank_layer("x", torch.zeros(6, 4), keep=Keep(rank=2), dtype=torch.float32)
     assert layer.error == layer.norm == 0
     assert torch.isfinite(layer.down).all()
-    assert not layer.up.any() or not layer.down.any()
+    assert torch.isfinite(layer.up).all()
+    assert not (layer.up @ layer.down).any()
 
 
 def test_scale_of_a_low_rank_layer_is_its_alpha_over_its_rank() -> None:
@@ -111,6 +112,16 @@ def test_scale_of_a_low_rank_layer_is_its_alpha_over_its_rank() -> None:
     assert layer.alpha == 20
     found = layer.alpha / layer.rank * layer.up.double() @ layer.down.double()
     torch.testing.assert_close(found, matrix, rtol=1e-5, atol=1e-6)
+    assert layer.error < 1e-6
+    assert layer.norm == pytest.approx(float(VALUES.norm()))
+
+
+def test_norm_of_a_layer_is_that_of_its_scaled_delta() -> None:
+    matrix = with_values(16, 24)
+    u, values, vh = torch.linalg.svd(matrix)
+    factors = vh[:5], u[:, :5] * values[:5]
+    layer = lora_layer("x", factors, live=factors, dtype=torch.float32, scales=(-2.0, 1.0))
+    assert layer.norm == pytest.approx(2 * float(VALUES.norm()))
 
 
 LYCORIS: dict[str, tuple[Any, nn.Module, dict[str, Any]]] = {

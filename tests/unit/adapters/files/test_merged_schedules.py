@@ -121,6 +121,7 @@ def plain(folder: Path, name: str, *, paths: Sequence[str] = ("second", "third")
 
 def saved(file: Path, tensors: Any, paths: Sequence[str], header: dict[str, str]) -> Written:
     named = json.dumps({f"lycoris_{path}": path for path in paths})
+    file.parent.mkdir(exist_ok=True)
     metadata = {adapter_file.PATHS_KEY: named, "model_family": "toy"} | header
     adapter_file.write(file, tensors, metadata=metadata)
     return read(file)
@@ -271,6 +272,18 @@ def test_folding_at_an_active_rank_keeps_that_many_ranks_of_each_tlora(tmp_path:
     assert float((found - expected).norm() / expected.norm()) < 2e-6
 
 
+def test_folded_rank_of_a_smaller_layer_has_that_layers_gain(tmp_path: Path) -> None:
+    files = [
+        tlora(tmp_path, name, init="vanilla", variant="cosine", ranks=(6, 3), seed=seed)
+        for seed, name in enumerate("ab")
+    ]
+    merged = read(merge(files, tmp_path, active_rank=4, layout="lycoris").file)
+    for path, rank, gain in (("first", 4, 6 / 4), ("second", 3, 1.0)):
+        expected: Any = sum(dense(each.source.layers[path], rank) * gain for each in files)
+        found = dense(merged.source.layers[path], 2 * rank)
+        assert float((found - expected).norm() / expected.norm()) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -340,3 +353,13 @@ def test_files_with_a_schedule_in_their_layers_alone_keep_it(tmp_path: Path) -> 
     other = plain(tmp_path, "b")
     written = merge([Written(tmp_path / "bare.safetensors", file.source), other], tmp_path)
     assert worst_error([file, other], (1.0, 1.0), read(written.file)) < 1e-5
+
+
+def test_files_of_one_name_in_two_folders_are_two_files(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in "ab"]
+    files = [
+        tlora(folder, "adapter", init="vanilla", min_rank=2, exponent=exponent)
+        for folder, exponent in zip(folders, (1.0, 2.0), strict=True)
+    ]
+    with pytest.raises(AdapterError, match=r"a.adapter\.safetensors has .*b.adapter\.safetensors has"):
+        merge(files, tmp_path)

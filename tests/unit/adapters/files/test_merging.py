@@ -386,3 +386,12 @@ def test_damaged_file_is_one_message(
     adapter_file.write(tmp_path / "damaged.safetensors", tensors, metadata=stored.metadata)
     with pytest.raises(AdapterError, match=words.replace("lora_up", "it has alpha, lora_down|lora_B")):
         merge([whole, tmp_path / "damaged.safetensors"], tmp_path / "x.safetensors")
+
+
+def test_families_of_files_with_one_name_are_compared(tmp_path: Path) -> None:
+    files = []
+    for folder, family in (("a", "flux"), ("b", "flux2")):
+        (tmp_path / folder).mkdir()
+        files.append(labelled(tmp_path / folder / "x.safetensors", header={"model_family": family}))
+    with pytest.raises(AdapterError, match="families differ"):
+        merge(files, tmp_path / "out.safetensors")
