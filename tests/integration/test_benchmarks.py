@@ -18,6 +18,7 @@ SCRIPTS = [
     "bench_images",
     "bench_optimizers",
     "bench_ema",
+    "bench_token_routing",
     "bench_merging",
     "bench_losses",
 ]

@@ -144,7 +144,7 @@ def _default(schema: _Schema, *, required: bool) -> str:
 def _type(schema: _Schema, definitions: Mapping[str, _Schema]) -> str:
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
-        return "width x height" if name == "Size" else name
+        return "width x height" if name == "Size" else "object"
     if "anyOf" in schema:
         each = [_type(option, definitions) for option in cast("list[_Schema]", schema["anyOf"])]
         return ", ".join(dict.fromkeys(each))

@@ -50,7 +50,7 @@ NO_GUIDANCE: Mapping[str, object] = {"flux_guidance_mode": "constant", "flux_gui
 """Values of these keys that mean no guidance."""
 UNET_KEYS = frozenset({"pretrained_unet_model_name_or_path", "pretrained_unet_subfolder"})
 TRANSFORMER_KEYS = frozenset(
-    {"pretrained_transformer_model_name_or_path", "pretrained_transformer_subfolder"}
+    {"pretrained_transformer_model_name_or_path", "pretrained_transformer_subfolder", "tread_config"}
 )
 
 

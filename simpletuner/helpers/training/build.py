@@ -53,6 +53,7 @@ from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
 from simpletuner.helpers.models.recomputing import recompute_blocks
 from simpletuner.helpers.models.registry import load_family, specs
+from simpletuner.helpers.models.token_routing import TokenRouting
 from simpletuner.helpers.models.weights_on_disk import num_denoiser_weights
 from simpletuner.helpers.publishing.uploads import Uploads, check_login
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
@@ -339,6 +340,7 @@ def build_components(
         lr_schedule=schedule,
         objective=build_objective(config, context.family, state.progress),
         regularisation=build_regularisation(config, context.family, adapter),
+        token_routing=build_token_routing(config, denoiser),
         state=state,
         checkpoints=checkpoints,
         validation=validation,
@@ -497,6 +499,12 @@ def build_checkpoints(
         epochs=epochs,
         branch=context.branch,
     )
+
+
+def build_token_routing(config: RunConfig, denoiser: nn.Module) -> TokenRouting | None:
+    """Token routing on the denoiser, if the run has it."""
+    tread = config.training.tread_config
+    return None if tread is None else TokenRouting(denoiser, tread, seed=config.training.seed)
 
 
 def build_epochs(context: RunContext, state: RunState) -> Epochs:

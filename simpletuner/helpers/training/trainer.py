@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from simpletuner.helpers.reporting.webhooks import Kind, Message
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from contextlib import ExitStack
+    from contextlib import AbstractContextManager, ExitStack
 
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.contracts import Batch
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.models.token_routing import TokenRouting
     from simpletuner.helpers.publishing.uploads import Uploads
     from simpletuner.helpers.reporting.html_report.writer import RunPage
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
@@ -83,6 +84,7 @@ class Trainer:
     max_steps: int
     resources: ExitStack
     """Run lock and signal handlers, held until the run ends."""
+    token_routing: TokenRouting | None = None
     metrics: StepAccumulator = field(default_factory=StepAccumulator)
     skipped_steps: int = 0
     """Consecutive optimiser steps that the gradient scaler skipped."""
@@ -181,7 +183,11 @@ class Trainer:
         noisy = self.objective.add_noise(batch)
         noisy = self.regularisation.applied_to(noisy, batch, denoiser=self.denoiser)
         # Until backward ends: gradient checkpointing runs the forward again.
-        with self.adapter.rank_mask_for(noisy.timesteps), self.adapter.at_strength(batch.strength):
+        with (
+            self.adapter.rank_mask_for(noisy.timesteps),
+            self.adapter.at_strength(batch.strength),
+            self._routed(batch),
+        ):
             prediction = self.family.predict(self.denoiser, noisy, batch)
             sample_losses = self.objective.sample_losses(prediction, noisy)  # [B]
             loss = sample_losses.mean()
@@ -215,6 +221,12 @@ class Trainer:
         self.metrics.record("samples", self.progress.samples)
         samples_per_epoch = self.global_batch * self.data.batches_per_epoch
         self.metrics.record("epoch", (self.progress.samples - 1) // samples_per_epoch)
+
+    def _routed(self, batch: Batch) -> AbstractContextManager[None]:
+        """Token routing of a micro-batch, if the run has it."""
+        if self.token_routing is None:
+            return nullcontext()
+        return self.token_routing.routed(batch.sample_indices[0])
 
     def save_checkpoint(self) -> None:
         """Save the current step; every process takes part."""

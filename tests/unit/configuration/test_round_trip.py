@@ -39,6 +39,13 @@ SWITCHES = st.booleans()
 SIZES = st.tuples(st.integers(1, 100), st.integers(1, 100)).map(lambda size: f"{8 * size[0]}x{8 * size[1]}")
 BETAS = st.floats(0, 0.999)
 PRECISIONS = st.sampled_from(["no_change", "int8-torchao", "fp8-torchao", "nf4-bnb"])
+ROUTES = st.fixed_dictionaries(
+    {
+        "selection_ratio": st.floats(0.01, 0.99),
+        "start_layer_idx": st.integers(0, 9),
+        "end_layer_idx": st.integers(-9, -1) | st.integers(9, 20),
+    }
+)
 
 CONFIG = {
     # SimpleTuner's learning_rate may lie below the lr_end that is drawn here.
@@ -83,6 +90,7 @@ CONFIG = {
     "grad_clip_method": st.sampled_from(["norm", "value"]),
     "regularisation_target": st.sampled_from(["base", "data"]),
     "prior_loss_weight": st.floats(0, 10),
+    "tread_config": st.none() | st.fixed_dictionaries({"routes": st.lists(ROUTES, min_size=1, max_size=2)}),
     "optimizer": st.sampled_from(["adamw", "prodigy"]),
     "optimizer_config": st.fixed_dictionaries(
         {}, optional={"eps": RATES, "weight_decay": SHARES, "betas": st.lists(BETAS, min_size=2, max_size=2)}

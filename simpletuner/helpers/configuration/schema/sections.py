@@ -55,6 +55,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
+from simpletuner.helpers.configuration.schema.token_routing import OptionalTreadConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
     DifferingDefault,
@@ -135,6 +136,8 @@ class TrainingConfig(Section):
     """Bound on the gradient, by grad_clip_method; 0 does not clip."""
     grad_clip_method: Literal["norm", "value"] = "norm"
     """norm: clip by global norm; value: clip each element."""
+    tread_config: OptionalTreadConfig = None
+    """Token routing in training, an object with routes; null trains every block on all tokens."""
 
     def planned_steps(self, *, batches_per_epoch: int) -> int:
         """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""

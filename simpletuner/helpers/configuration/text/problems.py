@@ -34,6 +34,7 @@ _TYPE_MESSAGES = (
     (("string_",), "must be a text."),
     (("tuple_", "list_", "iterable_"), "must be a list."),
     (("dict_", "mapping_", "model_"), "must be an object, {...}."),
+    (("extra_",), "unknown key."),
 )
 
 

@@ -214,7 +214,6 @@ def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace
 @pytest.mark.parametrize(
     ("key", "value", "says", "never"),
     [
-        ("tread_config", {"routes": []}, "token routing", "ControlNet"),
         ("t5_padding", "zero", "Flux.1", "family"),
         ("controlnet", True, "ControlNet is not supported", "TREAD"),
         ("noise_scheduler", "flowmatch", "unknown key", "Did you mean"),
