@@ -52,7 +52,8 @@ def run_title(run: RunSnapshot) -> str:
 def render_datasets(run: RunSnapshot) -> str:
     """Images, captions and buckets of each dataset."""
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
-    configured = run.config.get("data_backend_config", [])
+    entries = run.config.get("data_backend_config", [])
+    configured = [each for each in entries if each.get("dataset_type") != "conditioning"]
     target = run.config.get("regularisation_target")
     return "\n".join(_dataset(each, known.get(each.get("id"), {}), target=target) for each in configured)
 
