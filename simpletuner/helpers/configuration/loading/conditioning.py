@@ -29,6 +29,8 @@ class Conditions:
     names: frozenset[str]
     """Every id of the file."""
     disabled: frozenset[str]
+    kinds: frozenset[str]
+    """conditioning_type of the entries that are not disabled; "" if one is named and none gives it."""
 
     def owners(self, identity: str) -> tuple[str, ...]:
         """The entries that this one conditions."""
@@ -40,6 +42,7 @@ def conditions_of(entries: Sequence[JsonValue]) -> Conditions:
     given: dict[str, list[str]] = {}
     names: set[str] = set()
     disabled: set[str] = set()
+    kinds: set[str] = set()
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             continue
@@ -48,12 +51,16 @@ def conditions_of(entries: Sequence[JsonValue]) -> Conditions:
         names.add(identity)
         if not is_off(values.get("disabled")):
             disabled.add(identity)
+        elif not is_off(values.get(TYPE)):
+            kinds.add(str(values[TYPE]))
         if not is_conditioning(values):
             given.setdefault(identity, []).extend(_ids(values.get(SERVANTS)))
         for owner in _ids(values.get(OWNER)):
             given.setdefault(owner, []).append(identity)
     unique = {owner: tuple(dict.fromkeys(ids)) for owner, ids in given.items() if ids}
-    return Conditions(unique, frozenset(names), frozenset(disabled))
+    if unique and not kinds:
+        kinds.add("")
+    return Conditions(unique, frozenset(names), frozenset(disabled), frozenset(kinds))
 
 
 def is_conditioning(values: Mapping[str, JsonValue]) -> bool:

@@ -89,6 +89,8 @@ class DatasetFile:
     """cache_dir of the text_embeds entry."""
     conditioning: tuple[ConditioningConfig, ...] = ()
     """The entries that the datasets' conditioning_data names."""
+    mask_kinds: frozenset[str] = frozenset()
+    """Kinds of masks that entries ask for, be they valid or not: conditioning_type, alpha, "" if unknown."""
     decisions: tuple[Decision, ...] = ()
     """What became of every key that does not stay as it is."""
 
@@ -144,7 +146,8 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     chosen = _chosen(text_caches, source)
     filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
     filtered, used = paired(filtered, masks, conditions=conditions, source=source)
-    return DatasetFile(filtered, chosen.cache_dir, used, tuple(decisions))
+    kinds = conditions.kinds | {"alpha" for each in filtered if each.alpha_mask}
+    return DatasetFile(filtered, chosen.cache_dir, used, kinds, tuple(decisions))
 
 
 def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:

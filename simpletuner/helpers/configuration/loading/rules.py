@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, Ad
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
-from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
+from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -408,26 +408,26 @@ def check_regularisation(
 def check_masks(
     masks: Validated[MaskConfig],
     noise: Validated[NoiseConfig],
-    datasets: Sequence[DatasetConfig],
-    conditioning: Sequence[ConditioningConfig],
     *,
+    kinds: Set[str],
     source: Source,
 ) -> None:
-    """Check that keys of masks have masks to act on, and that the loss can be weighted by them."""
-    has_masks = any(dataset.has_masks for dataset in datasets)
-    kinds = {each.conditioning_type for each in conditioning}
+    """Check that keys of masks have masks to act on, and that the loss can be weighted by them.
+
+    `kinds` are those of the masks that datasets have.
+    """
     for key, field in MaskConfig.model_fields.items():
         value = None if key in masks.invalid_keys or masks.section is None else dict(masks.section)[key]
         if value is None or value == field.default:
             continue
-        if not has_masks:
+        if not kinds:
             text = "has no effect without masks. Remove it, or name an entry of masks in conditioning_data."
             source.reject(key, value, text)
-        elif key == "masked_loss_probability" and "segmentation" not in kinds:
+        elif key == "masked_loss_probability" and kinds <= {"mask", "alpha"}:
             text = "is for masks of conditioning_type segmentation; others always apply. Remove it."
             source.reject(key, value, text)
     section = noise.if_valid("loss_type")
-    if has_masks and section is not None:
+    if kinds and section is not None:
         loss = LOSSES[section.loss_type]
         if not (isinstance(loss, Loss) and loss.takes_mask):
             allowed = ", ".join(

@@ -88,7 +88,11 @@ def test_keys_of_images_in_an_entry_of_masks_have_no_effect(workspace: Workspace
             r'masks\.conditioning_data +"photos": ',
         ),
         ({"conditioning_data": "masks"}, {"dataset_type": "image"}, r'masks\.dataset_type +"image": '),
-        ({"conditioning_data": "masks"}, {"conditioning_type": "maks"}, r'conditioning_type +"maks": .*mask'),
+        (
+            {"conditioning_data": "masks"},
+            {"conditioning_type": "masque"},
+            r'conditioning_type +"masque": .*mask',
+        ),
         (
             {"conditioning_data": "masks"},
             {"conditioning_type": "reference_loose"},
@@ -100,7 +104,7 @@ def test_keys_of_images_in_an_entry_of_masks_have_no_effect(workspace: Workspace
             r"photos\.conditioning_data .*images",
         ),
         ({"conditioning_data": "masks"}, {"instance_data_dir": "nowhere"}, r"masks\.instance_data_dir"),
-        ({"conditioning_data": "masks"}, {"unknwon": 1}, r"masks\.unknwon  unknown key"),
+        ({"conditioning_data": "masks"}, {"crop_colour": 1}, r"masks\.crop_colour  unknown key"),
     ],
     ids=range(11),
 )
@@ -171,13 +175,23 @@ def test_a_key_of_masks_without_masks_is_refused(workspace: Workspace, key: str,
     assert re.search(rf"{key} +.*without masks", problems(workspace, PHOTOS, **{key: value}))
 
 
+def test_a_mistake_in_the_entry_of_masks_is_not_named_twice(workspace: Workspace) -> None:
+    entries = [PHOTOS | {"conditioning_data": "masks"}, MASKS | {"instance_data_dir": "nowhere"}]
+    keys = {"unmasked_weight": 0.1, "masked_loss_probability": 0.5}
+    assert "nowhere" in problems(workspace, *entries, **keys)
+
+
 def test_the_defaults_of_the_keys_of_masks_need_no_masks(workspace: Workspace) -> None:
     workspace.datasets = [PHOTOS]
     workspace.load(unmasked_weight=0, normalize_masked_area_loss=False, masked_loss_probability=1.0)
 
 
-def test_masked_loss_probability_is_for_segmentation(workspace: Workspace) -> None:
-    entries = [PHOTOS | {"conditioning_data": "masks"}, MASKS]
+@pytest.mark.parametrize(
+    "entries",
+    [[PHOTOS | {"conditioning_data": "masks"}, MASKS], [PHOTOS | {"alpha_mask": True}]],
+    ids=["mask", "alpha"],
+)
+def test_masked_loss_probability_is_for_segmentation(workspace: Workspace, entries: list[object]) -> None:
     assert re.search(
         r"masked_loss_probability .*segmentation", problems(workspace, *entries, masked_loss_probability=0.5)
     )
