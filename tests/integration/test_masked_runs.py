@@ -98,6 +98,10 @@ def test_resumed_run_with_masks_is_exact(tmp_path: Path) -> None:
     for steps in (2, 4):
         assert parted.run(max_train_steps=steps, **keys) == 0
     assert parted.log() == whole.log()
+    with whole.trainer(max_train_steps=5, **keys) as trainer:
+        masks = next(iter(trainer.data.batches(start=3))).loss_mask
+        assert trainer.data.masks == trainer.config.masks
+        assert masks is not None
     found, expected = (
         (each.output_dir / "pytorch_lora_weights.safetensors").read_bytes() for each in (parted, whole)
     )

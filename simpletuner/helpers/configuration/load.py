@@ -200,12 +200,7 @@ class Loader:
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
         rules.check_noise(noise, self.source)
-        rules.check_masks(
-            masks,
-            noise,
-            kinds=dataset_file.mask_kinds,
-            source=self.source,
-        )
+        rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)

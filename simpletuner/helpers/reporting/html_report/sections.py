@@ -159,6 +159,10 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any], *, target: str
             f"{config.get('crop_style')}, {config.get('crop_aspect')}" if config.get("crop") else "none",
         ),
         ("regularisation", f"towards {target}" if keeps_class else None),
+        (
+            "masks",
+            "alpha channels" if config.get("alpha_mask") else ", ".join(config.get("conditioning_data", [])),
+        ),
         ("draws per epoch", draws),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),
