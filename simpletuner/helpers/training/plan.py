@@ -378,6 +378,11 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:
         yield "", f"slider_strength {config.slider_strength:g}"
+    if config.has_masks:
+        yield (
+            "masks",
+            f"{config.id}: {'alpha channels' if config.alpha_mask else config.conditioning_data[0]}",
+        )
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
     number = f"{counted(captioned, 'image has one', 'images have one')}{part}"

@@ -499,4 +499,9 @@ def test_masks_that_are_missing_end_validation_as_they_end_the_run(folder: Path)
     with pytest.raises(DataError, match=r"no mask.*c\.png"):
         lines(run_of(folder, data_backend_config=entries))
     Image.new("L", (64, 64), 200).save(masks / "c.png")
-    assert "mine: 3 images" in lines(run_of(folder, data_backend_config=entries))
+    text = lines(run_of(folder, data_backend_config=entries))
+    assert "mine: 3 images" in text
+    assert re.search(r"masks +mine: .*masks", text)
+    entries = [{"id": "mine", "instance_data_dir": str(folder / "images"), "alpha_mask": True}]
+    assert re.search(r"masks +mine: alpha", lines(run_of(folder, data_backend_config=entries)))
+    assert not re.search(r"^ +masks ", lines(run_of(folder)), re.MULTILINE)
