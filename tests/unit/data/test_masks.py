@@ -155,6 +155,12 @@ def test_channels_of_a_mask(colour: tuple[int, ...], kind: str, value: float) ->
     torch.testing.assert_close(mask.float(), torch.full((1, 2, 2), value), rtol=1e-3, atol=0)
 
 
+def test_grey_of_16_bits_keeps_its_share() -> None:
+    image = Image.fromarray(np.full((16, 16), 51 * 257, dtype=np.uint16))
+    mask = read_mask(encoded(image, "PNG"), sample(Size(16, 16), px=Size(16, 16)), kind="mask")
+    torch.testing.assert_close(mask.float(), torch.full((1, 2, 2), 0.2), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
 def test_a_mask_of_any_mode_is_black_and_white(mode: str) -> None:
     grey = halves().convert("L")
@@ -256,6 +262,12 @@ def test_only_the_images_that_are_used_need_a_mask(make: Make, folders: tuple[Pa
     assert len(make(minimum_image_size=32).samples) == 4
 
 
+def test_the_headers_of_masks_are_remembered(make: Make) -> None:
+    data = make()
+    (store,) = {each.store for each in data.mask_requests()}
+    assert {each.name for each in store.folder.glob("*.json")} == {"images_photos.json", "images_masks.json"}
+
+
 def test_the_suffix_of_a_mask_is_free(make: Make, folders: tuple[Path, Path]) -> None:
     _, masks = folders
     (masks / "1.png").unlink()
@@ -296,7 +308,11 @@ def test_a_mask_that_is_black_in_the_crop_counts_as_black(make: Make, folders: t
 def test_a_damaged_mask_skips_its_image_now_and_later(make: Make, folders: tuple[Path, Path]) -> None:
     whole = (folders[1] / "2.png").read_bytes()
     (folders[1] / "2.png").write_bytes(whole[: len(whole) - 30])
-    data = cached(make())
+    data = make()
+    requests = {each.name: each for each in data.mask_requests()}
+    cached(data)
+    assert requests["Mask of 1.png"].key in requests["Mask of 1.png"].store
+    assert requests["Mask of 2.png"].key not in requests["Mask of 2.png"].store
     assert [each.path for each in data.skipped] == ["2.png"]
     assert "2.png" in data.skipped[0].reason
     again = make()

@@ -179,6 +179,8 @@ def test_a_mistake_in_the_entry_of_masks_is_not_named_twice(workspace: Workspace
     entries = [PHOTOS | {"conditioning_data": "masks"}, MASKS | {"instance_data_dir": "nowhere"}]
     keys = {"unmasked_weight": 0.1, "masked_loss_probability": 0.5}
     assert "nowhere" in problems(workspace, *entries, **keys)
+    entries = [PHOTOS | {"conditioning_data": "nothing"}]
+    assert "nothing" in problems(workspace, *entries, **keys)
 
 
 def test_the_defaults_of_the_keys_of_masks_need_no_masks(workspace: Workspace) -> None:
