@@ -323,7 +323,8 @@ class TrainingData:
         return values
 
     def _mask_folder(self, config: DatasetConfig) -> ConditioningConfig | None:
-        return next((each for each in self.conditioning if each.id in config.conditioning_data), None)
+        known = {each.id: each for each in self.conditioning}
+        return known[config.conditioning_data[0]] if config.conditioning_data else None
 
     def _is_known_blank(self, config: DatasetConfig, mask: PlannedMask) -> bool:
         """Whether a mask was read in an earlier run and leaves nothing of its image."""
