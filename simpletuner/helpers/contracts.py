@@ -207,13 +207,16 @@ class Batch:
     """The samples, all of one dataset, keep what the model knows; so do those of the other processes."""
     strength: float = 1.0
     """Strength of the adapter in forward and backward, the same for all samples."""
+    loss_mask: Tensor | None = None
+    """[B, 1, h, w] float32, factor of the loss of each element of the latents; None for 1."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
-        return replace(self, latents=self.latents.to(device), text=self.text.to(device))
+        mask = None if self.loss_mask is None else self.loss_mask.to(device)
+        return replace(self, latents=self.latents.to(device), text=self.text.to(device), loss_mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +240,8 @@ class NoisyBatch:
     """B factors of the clean latents in the noisy ones: sqrt(abar), or 1 - sigma for flow matching."""
     noise_scales: tuple[float, ...] = ()
     """B factors of the noise in them: sqrt(1 - abar), or sigma for flow matching."""
+    loss_mask: Tensor | None = None
+    """[B, 1, h, w] float32, factor of the loss of each element of the latents; None for 1."""
 
     @property
     def noise_to_signal(self) -> tuple[float, ...]:

@@ -13,23 +13,35 @@ _LOSSES = "simpletuner.helpers.training.losses"
 class Loss(Choice):
     """A loss; `build` names a function of prediction, target and weight: the loss of each sample, [B]."""
 
+    takes_mask: bool = False
+    """The function also takes the keyword `mask`, [B, 1, h, w] or None: a factor of each element's error,
+    before the mean over a sample."""
+
     has_threshold: bool = False
     """The function also takes the keyword `threshold`: c of each sample, by huber_schedule."""
 
 
 LOSSES: Registry[Choice] = Registry(
-    Loss(name="l2", display_name="MSE", summary="Mean squared error.", build=f"{_LOSSES}:weighted_mse"),
+    Loss(
+        name="l2",
+        display_name="MSE",
+        summary="Mean squared error.",
+        build=f"{_LOSSES}:weighted_mse",
+        takes_mask=True,
+    ),
     Loss(
         name="huber",
         display_name="pseudo-Huber",
         summary="2c (sqrt(d² + c²) - c) for an error d: squared below c, above it in proportion to c d.",
         build=f"{_LOSSES}:weighted_huber",
+        takes_mask=True,
         has_threshold=True,
     ),
     Loss(
         name="smooth_l1",
         summary="2 (sqrt(d² + c²) - c): the same divided by c, so that a small c does not lower it.",
         build=f"{_LOSSES}:weighted_smooth_l1",
+        takes_mask=True,
         has_threshold=True,
     ),
 )

@@ -49,6 +49,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
     layer_aliases,
 )
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -82,6 +83,7 @@ SECTIONS: tuple[type[Section], ...] = (
     OptimizerConfig,
     EmaConfig,
     NoiseConfig,
+    MaskConfig,
     PrecisionConfig,
     DataConfig,
     CheckpointConfig,
@@ -178,6 +180,7 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
+        masks = self._section(MaskConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -197,10 +200,11 @@ class Loader:
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
         rules.check_noise(noise, self.source)
+        rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
-        rules.check_output(checkpoint, dataset_file.datasets, self.source)
+        rules.check_output(checkpoint, dataset_file.folders(), self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
         compared_with = self._compared_with(validation)
@@ -221,9 +225,11 @@ class Loader:
                 "optimizer": optimizer.section,
                 "ema": ema.section,
                 "noise": noise.section,
+                "masks": masks.section,
                 "precision": precision.section,
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
+                "conditioning": dataset_file.conditioning,
                 "checkpoint": checkpoint.section,
                 "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
                 "publishing": publishing.section,
@@ -414,7 +420,7 @@ class Loader:
 def _keys_without_text() -> frozenset[str]:
     """Keys of the lycoris json and the dataset json that hold a number or a choice."""
     adapter = (LycorisConfig, TargetPreset, LayerArguments, algorithm_arguments())
-    sections = (*adapter, DatasetConfig, TextCacheEntry)
+    sections = (*adapter, DatasetConfig, ConditioningConfig, TextCacheEntry)
     keys = {key for section in sections for key in section.model_fields if not holds_text(section, key)}
     return frozenset({*keys, *layer_aliases(), *SWITCHES} - {"apply_preset"})
 

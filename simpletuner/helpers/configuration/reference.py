@@ -29,6 +29,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     TargetPreset,
     algorithm_arguments,
 )
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.contracts import ModelSpec
 
 _INTRODUCTION = """\
@@ -80,6 +81,7 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
         _section(DatasetConfig),
         f"Inherited from config.json: {_codes(INHERITED)}.\n",
         _section(CaptionShuffle),
+        _section(ConditioningConfig),
         _caption_steps(),
         _section(TextCacheEntry),
     ]

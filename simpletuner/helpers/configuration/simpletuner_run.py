@@ -11,13 +11,19 @@ from pydantic import JsonValue
 
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.configuration.load import KEYS, display
+from simpletuner.helpers.configuration.loading.conditioning import (
+    SERVANTS,
+    conditions_of,
+    is_conditioning,
+)
 from simpletuner.helpers.configuration.loading.config_forms import read_config
-from simpletuner.helpers.configuration.loading.dataset_file import conditioning_data, translate_entry
+from simpletuner.helpers.configuration.loading.dataset_file import translate_entry
 from simpletuner.helpers.configuration.loading.defaults import CHOICE, THEIRS, their_flavour
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris
 from simpletuner.helpers.configuration.schema.base import PathContext
+from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems, shown
@@ -111,7 +117,8 @@ def _datasets(
     """The entries in our names, without those whose images must not be trained on as they stand."""
     kept: list[dict[str, JsonValue]] = []
     decisions: list[Decision] = []
-    owners = conditioning_data(entries)
+    conditions = conditions_of(entries)
+    left_out: set[str] = set()
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             continue
@@ -119,13 +126,23 @@ def _datasets(
         values, found = translate_entry(entry, prefix=prefix, inherited=inherited)
         found += _refused_values(values, prefix=prefix)
         refused = {each.key.removeprefix(prefix) for each in found if each.outcome == "not translated"}
-        is_left_out = bool(refused & _NO_TARGETS) or str(entry.get("id")) in owners
-        if is_left_out:
+        is_mask = is_conditioning(values) and not refused & _NO_TARGETS and "conditioning_type" in values
+        serves = bool(conditions.owners(str(entry.get("id")))) or is_conditioning(entry)
+        if refused & _NO_TARGETS or (serves and not is_mask):
             text = "The entry is left out: its images would be trained on as they stand."
             found.append(Decision(f"{prefix}id", entry.get("id"), "not translated", "", text))
+            left_out.add(str(entry.get("id")))
         else:
             kept.append(values)
         decisions += [*_same(entry, values, found, prefix=prefix), *found]
+    for values in kept:
+        if not is_off(values.get(SERVANTS)) and left_out & set(
+            conditions.given.get(str(values.get("id")), ())
+        ):
+            text = "The entry that it names is left out."
+            decisions.append(
+                Decision(f"{values.get('id')}.{SERVANTS}", values.pop(SERVANTS), "not translated", "", text)
+            )
     return kept, decisions
 
 

@@ -36,8 +36,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
         DataError: The range of its values is unknown.
     """
     profile = image.info.get("icc_profile")
-    if image.mode == "F":
-        raise DataError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
+    _refuse_float(image)
     if image.mode in _DEEP_MODES:
         return _converted(_in_16_bits(image), profile)
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
@@ -45,6 +44,21 @@ def to_srgb(image: Image.Image) -> Image.Image:
     if image.mode == "1":
         return image.convert("RGB")
     return _converted(image if image.mode in _CMS_MODES else image.convert("RGB"), profile)
+
+
+def to_plain_values(image: Image.Image) -> Image.Image:
+    """The image in mode RGBA with its values as they are stored: no profile, and nothing mixed with alpha.
+
+    Raises:
+        DataError: The range of its values is unknown.
+    """
+    _refuse_float(image)
+    return (_without_profile(_in_16_bits(image)) if image.mode in _DEEP_MODES else image).convert("RGBA")
+
+
+def _refuse_float(image: Image.Image) -> None:
+    if image.mode == "F":
+        raise DataError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
 
 
 def has_new_colours(image: Image.Image) -> bool:

@@ -19,20 +19,29 @@ from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest
 from simpletuner.helpers.caching.latents import latents_key, read_latents
+from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
-from simpletuner.helpers.data.index import ImageIndex, content_digest, index_file
-from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset, without_damaged
+from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
+from simpletuner.helpers.data.masks import BLANK, MaskFinder, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.planning import (
+    DatasetPlan,
+    PlannedImage,
+    PlannedMask,
+    plan_dataset,
+    without_damaged,
+)
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_problems, turn_of
-from simpletuner.helpers.data.sources import MAX_FILE_BYTES, SkippedImage, read_bounded
+from simpletuner.helpers.data.sources import SkippedImage
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
@@ -44,6 +53,7 @@ logger = logging.getLogger(__name__)
 # In the keys of images from which earlier versions read other pixels; those of all others stay valid.
 _READ_ANEW = "colours 2"
 _SHOWN = 5
+_WHOLE = 1 << 63  # above every value of `mix`
 
 
 @dataclass(eq=False)
@@ -72,6 +82,10 @@ class TrainingData:
     """Share of draws that train without a caption, of datasets that set none."""
     balances_regularisation: bool = False
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
+    conditioning: Sequence[ConditioningConfig] = ()
+    """The entries that the datasets' conditioning_data names."""
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    """How masks weight the loss."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
@@ -90,6 +104,12 @@ class TrainingData:
         self._latents_stores = {each.id: self._store(self.data.latents_folder(each)) for each in active}
         self._indexes = {
             each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
+        }
+        self._mask_folders = {each.id: self._mask_folder(each) for each in active}
+        self._mask_indexes = {
+            each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, folder))
+            for each in active
+            if (folder := self._mask_folders[each.id]) is not None
         }
         self._vae_identity = self._text_identity = ""
         self._strengths = slider_strengths(active)
@@ -122,6 +142,9 @@ class TrainingData:
                 f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
                 f"{dataset}, hash of all captions": _hash_of([each for _, each in captions]),
             }
+            if plan.config.has_masks:
+                masks = sorted(image.mask.key for image in plan.images if image.mask is not None)
+                facts[f"{dataset}, hash of all masks"] = _hash_of(masks)
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
@@ -144,6 +167,21 @@ class TrainingData:
             for image in images
         ]
 
+    def mask_requests(self) -> list[CacheRequest[Tensor]]:
+        """A request for each mask in its image's crop; inputs are those of `read_mask`."""
+        return [
+            CacheRequest(
+                store=self._latents_stores[image.sample.dataset_id],
+                key=image.mask.key,
+                name=f"Mask of {image.sample.path}",
+                encoder="mask",
+                metadata={"image": image.sample.path, "mask": printable(image.mask.file.name)},
+                load=partial(self._mask_unless_damaged, image, image.mask),
+            )
+            for image in self._images
+            if image.mask is not None
+        ]
+
     def text_requests(self, prompts: Sequence[str] = ()) -> list[CacheRequest[str]]:
         """A request for the embeddings of each caption and of these prompts."""
         return [
@@ -164,14 +202,14 @@ class TrainingData:
         Every process must leave out the same ones, so that all have the same batches.
 
         Args:
-            damaged: The digest of an image -> the reason.
+            damaged: The digest of an image or a mask, or the key of a mask -> the reason.
 
         Raises:
             DataError: A dataset has no image left.
         """
         if not damaged:
             return
-        for index in self._indexes.values():
+        for index in (*self._indexes.values(), *self._mask_indexes.values()):
             index.mark_damaged(damaged)
             index.save()
         plans = [without_damaged(plan, damaged) for plan in self._plans]
@@ -216,14 +254,41 @@ class TrainingData:
         images = [members[member] for member in own]
         passes = draw.passes[first : first + self.batch_size]
         samples = tuple(map(self._with_caption, images, passes, sample_indices))
+        latents = torch.stack([self._latents(image) for image in images])
         return Batch(
-            latents=torch.stack([self._latents(image) for image in images]),
+            latents=latents,
             text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
             samples=samples,
             sample_indices=sample_indices,
             is_regularisation=samples[0].dataset_id in self._regularisation,
             strength=self._strength(images[0].sample.dataset_id, draw.turn),
+            loss_mask=self._loss_mask(images, sample_indices, grid=(latents.shape[-2], latents.shape[-1])),
         )
+
+    def _loss_mask(
+        self, images: Sequence[PlannedImage], sample_indices: Sequence[int], *, grid: tuple[int, int]
+    ) -> Tensor | None:
+        """The factors of the loss, [B, 1, h, w] float32; None for images without masks."""
+        if images[0].mask is None:  # nor has another image of the batch: all are of one dataset
+            return None
+        pairs = zip(images, sample_indices, strict=True)
+        return torch.stack([self._loss_factors(image, index, grid=grid) for image, index in pairs])
+
+    def _loss_factors(self, image: PlannedImage, sample_index: int, *, grid: tuple[int, int]) -> Tensor:
+        mask = image.mask
+        assert mask is not None, "all images of a dataset have masks, or none"
+        share = mix(self.seed, "masked loss", sample_index) / _WHOLE
+        if mask.kind == "segmentation" and share >= self.masks.masked_loss_probability:
+            return torch.ones(1, *grid)
+        store = self._latents_stores[image.sample.dataset_id]
+        self.watch.note(f"the mask of {printable(image.sample.path)} from {printable(str(store.folder))}")
+        values = read_cached_mask(store, mask.key)
+        if values is None:
+            raise DataError(
+                f"The mask of {image.sample.path} (dataset {image.sample.dataset_id!r}) is not in "
+                f"{printable(str(store.folder))}. Start the run again: it first reads missing masks."
+            )
+        return loss_factors(values, mask.kind, grid=grid, config=self.masks)
 
     def _strength(self, dataset_id: str, turn: int) -> float:
         """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn.
@@ -251,6 +316,27 @@ class TrainingData:
         except DamagedImageError as error:
             self.damaged[image.digest] = str(error)
             return None
+
+    def _mask_unless_damaged(self, image: PlannedImage, mask: PlannedMask) -> Tensor | None:
+        """The mask of an image; None if it is damaged. A note in `damaged` if so, or if it is blank."""
+        data = read_unchanged(mask.file, mask.digest)
+        try:
+            values = read_mask(data, image.sample, kind=mask.kind)
+        except DataError as error:
+            self.damaged[mask.digest] = f"its mask {printable(mask.file.name)} cannot be used: {error}"
+            return None
+        if is_blank(values, mask.kind, self.masks):
+            self.damaged[mask.key] = BLANK
+        return values
+
+    def _mask_folder(self, config: DatasetConfig) -> ConditioningConfig | None:
+        known = {each.id: each for each in self.conditioning}
+        return known[config.conditioning_data[0]] if config.conditioning_data else None
+
+    def _is_known_blank(self, config: DatasetConfig, mask: PlannedMask) -> bool:
+        """Whether a mask was read in an earlier run and leaves nothing of its image."""
+        values = read_cached_mask(self._latents_stores[config.id], mask.key)
+        return values is not None and is_blank(values, mask.kind, self.masks)
 
     def _with_caption(self, image: PlannedImage, pass_index: int, sample_index: int) -> Sample:
         """The image's sample with a caption drawn by the global sample index, in the variant of this pass."""
@@ -285,19 +371,29 @@ class TrainingData:
 
     def _store(self, folder: Path) -> TensorStore:
         """The store in a folder, which must lie outside every dataset's: nothing is written beside images."""
-        for dataset in self.datasets:
-            if folder.resolve().is_relative_to(dataset.instance_data_dir.resolve()):
+        for dataset_id, images in self._folders():
+            if folder.resolve().is_relative_to(images.resolve()):
                 raise DataError(
                     f"The cache folder {printable(str(folder))} lies inside instance_data_dir of dataset "
-                    f"{dataset.id!r}. Choose a cache folder outside it."
+                    f"{dataset_id!r}. Choose a cache folder outside it."
                 )
         return TensorStore(folder)
 
+    def _folders(self) -> list[tuple[str, Path]]:
+        """Id and folder of each entry with images or masks."""
+        images = [(each.id, each.instance_data_dir) for each in self.datasets]
+        return images + [(each.id, each.instance_data_dir) for each in self.conditioning]
+
     def _plan(self, config: DatasetConfig) -> DatasetPlan:
         index = self._indexes[config.id]
+        finder = None
+        if config.has_masks:
+            finder = MaskFinder(config, self._mask_folders[config.id], self._mask_indexes.get(config.id))
         plan = plan_dataset(
             config,
             index=index,
+            masks=finder,
+            is_known_blank=partial(self._is_known_blank, config),
             seed=self.seed,
             alignment=self.data.alignment(self.pixel_alignment),
             aspect_decimals=self.data.aspect_bucket_rounding,
@@ -306,6 +402,8 @@ class TrainingData:
             ),
         )
         index.save()
+        if config.id in self._mask_indexes:
+            self._mask_indexes[config.id].save()
         _log_plan(plan)
         return plan
 
@@ -384,12 +482,7 @@ def load_pixels(image: PlannedImage) -> Tensor:
         TrainingError: The pixels do not fit into memory.
     """
     shown, sample = printable(str(image.file.path)), image.sample
-    try:
-        data = read_bounded(image.file, limit=MAX_FILE_BYTES)
-        if content_digest(data) != image.digest:
-            raise DataError("it changed after the scan")
-    except DataError as error:
-        raise DataError(f"{shown}: {error}. Start the run again.") from error
+    data = read_unchanged(image.file, image.digest)
     try:
         pixels = decode_image(data)
     except DataError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from simpletuner.helpers.contracts import Size
-from simpletuner.helpers.data.colour import has_new_colours, to_srgb
+from simpletuner.helpers.data.colour import has_new_colours, to_plain_values, to_srgb
 from simpletuner.helpers.data.damage import load_strictly, png_chunks
 from simpletuner.helpers.data.optional_formats import missing_decoder, optional_formats
 from simpletuner.helpers.errors import DataError
@@ -91,15 +91,29 @@ def decode_image(data: bytes) -> Image.Image:
         DataError: The image cannot be used; the message does not name the file.
         MemoryError: Its pixels do not fit into memory.
     """
+    return _decoded(data, to_srgb)
+
+
+def decode_values(data: bytes) -> Image.Image:
+    """Decode a still image that holds no colours but numbers, such as a mask: RGBA, orientation applied.
+
+    Raises:
+        DataError: The image cannot be used; the message does not name the file.
+        MemoryError: Its pixels do not fit into memory.
+    """
+    return _decoded(data, to_plain_values)
+
+
+def _decoded(data: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     image = _opened_still(data)
     try:
         loaded = load_strictly(image, data)
         orientation = _orientation(
             image, type(image).getexif
         )  # after loading: the TIFF decoder rotates and resets the tag
-        rgb = to_srgb(loaded)
+        converted = convert(loaded)
         transpose = _TRANSPOSES.get(orientation)
-        return rgb if transpose is None else rgb.transpose(transpose)
+        return converted if transpose is None else converted.transpose(transpose)
     except _DECODER_FAULTS as error:
         raise DataError(f"it is damaged or cut off: {_described(error)}") from error
 

@@ -14,6 +14,7 @@ import simplejpeg
 import xxhash
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
@@ -61,9 +62,24 @@ def content_digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def index_file(latents_folder: Path, dataset: DatasetConfig) -> Path:
-    """The index of a dataset, in the folder of its latents."""
+def index_file(latents_folder: Path, dataset: DatasetConfig | ConditioningConfig) -> Path:
+    """The index of a dataset, or of its masks, in the folder of its latents."""
     return latents_folder / f"images_{file_name(dataset.id)}.json"
+
+
+def read_unchanged(file: FoundFile, digest: str) -> bytes:
+    """The bytes of a file that had this digest in the scan.
+
+    Raises:
+        DataError: The file changed or vanished since then.
+    """
+    try:
+        data = read_bounded(file, limit=MAX_FILE_BYTES)
+        if content_digest(data) != digest:
+            raise DataError("it changed after the scan")
+    except DataError as error:
+        raise DataError(f"{printable(str(file.path))}: {error}. Start the run again.") from error
+    return data
 
 
 class ImageIndex:

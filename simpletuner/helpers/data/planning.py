@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -13,6 +13,7 @@ from simpletuner.helpers.data.caption_variants import CaptionPlan, limit_problem
 from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, read_captions
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
+from simpletuner.helpers.data.masks import BLANK, FoundMask, MaskFinder, MaskKind, mask_key
 from simpletuner.helpers.data.sampler import shuffled
 from simpletuner.helpers.data.scan_report import listed, report_captions, report_downsampled, report_files
 from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
@@ -20,6 +21,18 @@ from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMask:
+    """The mask of a usable image."""
+
+    file: FoundFile
+    digest: str
+    """Of the file's bytes."""
+    kind: MaskKind
+    key: str
+    """Of its entry in the cache of latents."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,12 @@ class PlannedImage:
     """The variants of each caption; each draw of the image takes one of one."""
     is_read_anew: bool = False
     """Whether earlier versions read other pixels from it, so that the latents they cached are stale."""
+    mask: PlannedMask | None = None
+
+    def fault(self, damaged: Mapping[str, str]) -> str | None:
+        """The reason of an image that is damaged or whose mask is; by digests, and keys of masks."""
+        ids = [self.digest] if self.mask is None else [self.digest, self.mask.digest, self.mask.key]
+        return next((damaged[each] for each in ids if each in damaged), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +73,12 @@ class _Usable:
     info: ImageInfo
     size: Size
     placement: Placement
+    mask: FoundMask | None
+
+    @property
+    def problem(self) -> str | None:
+        """The reason if an earlier run found its pixels or those of its mask damaged."""
+        return self.info.problem or (None if self.mask is None else self.mask.problem)
 
 
 def plan_dataset(
@@ -64,6 +89,8 @@ def plan_dataset(
     alignment: int,
     aspect_decimals: int,
     caption_plan: CaptionPlan,
+    masks: MaskFinder | None = None,
+    is_known_blank: Callable[[PlannedMask], bool] | None = None,
 ) -> DatasetPlan:
     """Scan a dataset's folder, inspect its images and read its captions; log each skipped image.
 
@@ -74,10 +101,13 @@ def plan_dataset(
         alignment: Width and height of buckets are multiples of this; pixels.
         aspect_decimals: Decimals to which aspect ratios are rounded before they are sorted into buckets.
         caption_plan: What becomes of the captions.
+        masks: Finds the mask of each image; None without masks.
+        is_known_blank: Whether a mask is known to leave nothing of its image.
 
     Raises:
         DataError: The folder cannot be read, no image can be used, a caption is not UTF-8 text, two images
-            claim one text file, no caption has tags to shuffle, or there are too many variants.
+            claim one text file, no caption has tags to shuffle, there are too many variants, or an image has
+            no mask, several, or one of another aspect ratio.
     """
     scan = scan_folder(config.instance_data_dir)
     reader = caption_reader(config, scan)
@@ -93,16 +123,20 @@ def plan_dataset(
             why = info.problem or reason or str(found)
             skipped.append(SkippedImage(config.id, printable(file.name), why))
         else:
-            usable.append(_Usable(file, info, info.size, found))
+            mask = masks.mask_of(file, info) if masks is not None else None
+            if isinstance(mask, str):
+                skipped.append(SkippedImage(config.id, printable(file.name), mask))
+            else:
+                usable.append(_Usable(file, info, info.size, found, mask))
         if len(usable) == config.max_num_samples:
             break
+    if masks is not None and (problem := masks.problem()):
+        raise DataError(problem)
     # After max_num_samples: the run that found the damage did not take another image either.
     skipped += [
-        SkippedImage(config.id, printable(each.file.name), each.info.problem)
-        for each in usable
-        if each.info.problem
+        SkippedImage(config.id, printable(each.file.name), each.problem) for each in usable if each.problem
     ]
-    usable = [each for each in usable if each.info.problem is None]
+    usable = [each for each in usable if each.problem is None]
     usable.sort(key=lambda each: each.file.name.split("/"))
     left_out = _left_out(config, scan)
     _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
@@ -116,7 +150,12 @@ def plan_dataset(
         _planned(config, each, caption_plan.variants(one.texts, image=each.file.name))
         for each, one in zip(usable, captions, strict=True)
     ]
-    return DatasetPlan(config=config, caption_plan=caption_plan, images=tuple(images), skipped=tuple(skipped))
+    plan = DatasetPlan(config=config, caption_plan=caption_plan, images=tuple(images), skipped=tuple(skipped))
+    if is_known_blank is None:
+        return plan
+    known = [image.mask for image in images if image.mask is not None]
+    blank = {each.key: BLANK for each in known if is_known_blank(each)}
+    return without_damaged(plan, blank)
 
 
 def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPlan:
@@ -124,16 +163,15 @@ def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPla
 
     Args:
         plan: Made before the images were decoded.
-        damaged: The digest of an image -> the reason.
+        damaged: The digest of an image or a mask, or the key of a mask -> the reason.
 
     Raises:
         DataError: No image is left.
     """
-    kept = tuple(image for image in plan.images if image.digest not in damaged)
+    faults = [(image, image.fault(damaged)) for image in plan.images]
+    kept = tuple(image for image, fault in faults if fault is None)
     skipped = [
-        SkippedImage(plan.config.id, image.sample.path, damaged[image.digest])
-        for image in plan.images
-        if image.digest in damaged
+        SkippedImage(plan.config.id, image.sample.path, fault) for image, fault in faults if fault is not None
     ]
     _report_skipped(plan.config, skipped, num_usable=len(kept))
     return replace(plan, images=kept, skipped=(*plan.skipped, *skipped))
@@ -172,12 +210,14 @@ def _planned(config: DatasetConfig, image: _Usable, captions: tuple[tuple[str, .
         crop_top_left=image.placement.top_left,
         target_px=image.placement.target_px,
     )
+    mask = image.mask
     return PlannedImage(
         file=image.file,
         digest=image.info.digest,
         sample=sample,
         captions=captions,
         is_read_anew=image.info.is_read_anew,
+        mask=None if mask is None else PlannedMask(mask.file, mask.digest, mask.kind, mask_key(mask, sample)),
     )
 
 

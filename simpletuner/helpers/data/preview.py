@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.caption_variants import TagProblems, caption_plan
@@ -17,6 +18,7 @@ from simpletuner.helpers.data.captions import CaptionReader, caption_reader, rea
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.masks import MaskFinder
 from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
 from simpletuner.helpers.errors import DataError
@@ -54,6 +56,8 @@ class DatasetPreview:
     """Captions of the images read, each variant counted."""
     tags: TagProblems
     """Captions of the images read whose tags stay as they are."""
+    mask_problem: str | None = None
+    """Masks that the images read lack, or that do not fit them."""
 
     @property
     def is_whole(self) -> bool:
@@ -67,7 +71,13 @@ class DatasetPreview:
 
 
 def preview(
-    config: DatasetConfig, data: DataConfig, *, alignment: int, seed: int, reads_all: bool
+    config: DatasetConfig,
+    data: DataConfig,
+    *,
+    alignment: int,
+    seed: int,
+    reads_all: bool,
+    masks: ConditioningConfig | None = None,
 ) -> DatasetPreview:
     """Read the headers of a dataset's images: 2,000 at most and for 2 s at most, beside those in the index.
 
@@ -77,6 +87,7 @@ def preview(
         alignment: Width and height of buckets are multiples of this; pixels.
         seed: Selects the random shapes of crops, and the images if max_num_samples is set.
         reads_all: Read every image.
+        masks: Entry of the images' masks.
 
     Raises:
         DataError: The folder cannot be read.
@@ -93,6 +104,7 @@ def preview(
     cropping = Cropping(
         config=config, seed=seed, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
     )
+    finder = MaskFinder(config, masks, _index(config, data, masks)) if config.has_masks else None
     for file in found if reads_all else _within_limits(found, index):
         num_read += 1
         info = index.info(file)
@@ -103,6 +115,9 @@ def preview(
         placement = cropping.placement(info.size, name=file.name)
         if isinstance(placement, str):
             problems.append(f"{printable(file.name)}: {placement}")
+            continue
+        if finder is not None and isinstance(mask := finder.mask_of(file, info), str):
+            problems.append(f"{printable(file.name)}: {mask}")
             continue
         usable.append(file)
         buckets[placement.target_px] += 1
@@ -135,7 +150,12 @@ def preview(
         num_variants=changes.num_variants,
         num_captions=changes.num_variants * sum(len(captions) for _, captions in texts),
         tags=changes.tag_problems(firsts),
+        mask_problem=None if finder is None else finder.problem(),
     )
+
+
+def _index(config: DatasetConfig, data: DataConfig, masks: ConditioningConfig | None) -> ImageIndex | None:
+    return None if masks is None else ImageIndex(index_file(data.latents_folder(config), masks))
 
 
 def header_size(file: Path) -> Size | None:

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.masks import mask_entries
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.reporting.progress_bar import duration
@@ -84,6 +85,10 @@ def fill_caches(
         batch_size=config.precision.vae_batch_size,
     )
     family.unload_vae()
+    if masks := data.mask_requests():
+        # A mask that is cached while another process still looks for images would leave it with other ones.
+        accelerator.wait_for_everyone()
+        fill(("mask", "masks"), masks, mask_entries, batch_size=1)
     fill(
         ("caption or prompt", "captions and prompts"),
         data.text_requests(sorted(texts)),

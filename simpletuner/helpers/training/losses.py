@@ -33,10 +33,11 @@ def build_loss(noise: NoiseConfig, *, num_timesteps: int) -> Loss:
     record = LOSSES[noise.loss_type]
     function = record.load()
     has_threshold = isinstance(record, LossRecord) and record.has_threshold
+    takes_mask = isinstance(record, LossRecord) and record.takes_mask
     threshold_at = HUBER_SCHEDULES[noise.huber_schedule].load()
 
     def loss(prediction: Tensor, noisy: NoisyBatch) -> Tensor:
-        options = {}
+        options: dict[str, Tensor | None] = {"mask": noisy.loss_mask} if takes_mask else {}
         if has_threshold:
             levels = zip(noisy.timesteps, noisy.noise_to_signal, strict=True)
             options["threshold"] = torch.tensor(
@@ -52,28 +53,35 @@ def build_loss(noise: NoiseConfig, *, num_timesteps: int) -> Loss:
     return loss
 
 
-def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+def weighted_mse(prediction: Tensor, target: Tensor, weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """Mean squared error of each sample times its weight, [B].
 
-    `prediction` and `target` are [B, ...] float32, `weight` is [B] float32.
+    `prediction` and `target` are [B, ...] float32, `weight` is [B] float32; `mask`, a factor of each squared
+    error, is [B, 1, h, w] float32.
     """
-    return _weighted_mean(_squared_error(prediction, target), weight=weight)
+    return _weighted_mean(_squared_error(prediction, target), weight=weight, mask=mask)
 
 
-def weighted_huber(prediction: Tensor, target: Tensor, weight: Tensor, *, threshold: Tensor) -> Tensor:
+def weighted_huber(
+    prediction: Tensor, target: Tensor, weight: Tensor, *, threshold: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Mean of 2c (sqrt(d² + c²) - c) of each sample times its weight, [B]; d² for a small error d.
 
-    `prediction` and `target` are [B, ...] float32, `weight` and `threshold`, c, are [B] float32.
+    `prediction` and `target` are [B, ...] float32, `weight` and `threshold`, c, are [B] float32; `mask`, a
+    factor of each of these, is [B, 1, h, w] float32.
 
     Source: the pseudo-Huber loss, for diffusion models: Khrapov et al., arXiv:2403.16728.
     """
-    return weighted_smooth_l1(prediction, target, weight * threshold, threshold=threshold)
+    return weighted_smooth_l1(prediction, target, weight * threshold, threshold=threshold, mask=mask)
 
 
-def weighted_smooth_l1(prediction: Tensor, target: Tensor, weight: Tensor, *, threshold: Tensor) -> Tensor:
+def weighted_smooth_l1(
+    prediction: Tensor, target: Tensor, weight: Tensor, *, threshold: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """Mean of 2 (sqrt(d² + c²) - c) of each sample times its weight, [B]; 2 |d| for a large error d.
 
-    `prediction` and `target` are [B, ...] float32, `weight` and `threshold`, c, are [B] float32.
+    `prediction` and `target` are [B, ...] float32, `weight` and `threshold`, c, are [B] float32; `mask`, a
+    factor of each of these, is [B, 1, h, w] float32.
 
     Source: as `weighted_huber`, divided by c.
     """
@@ -81,7 +89,7 @@ def weighted_smooth_l1(prediction: Tensor, target: Tensor, weight: Tensor, *, th
     c = threshold.view(-1, *[1] * (target.ndim - 1))  # [B, 1, ...]
     # sqrt(d² + c²) - c without the difference of two near numbers.
     errors = 2 * squared / ((squared + c.square()).sqrt() + c)
-    return _weighted_mean(errors, weight=weight)
+    return _weighted_mean(errors, weight=weight, mask=mask)
 
 
 def threshold_by_snr(huber_c: float, *, time: float, noise_to_signal: float) -> float:
@@ -108,7 +116,9 @@ def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square()
 
 
-def _weighted_mean(errors: Tensor, *, weight: Tensor) -> Tensor:
-    """Mean of the errors of each sample, [B, ...], times its weight, [B]."""
+def _weighted_mean(errors: Tensor, *, weight: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of the errors of each sample, [B, ...], each times the mask, times its weight, [B]."""
+    if mask is not None:
+        errors = errors * mask
     assert weight.shape == errors.shape[:1], f"weight must be [B], got {tuple(weight.shape)}"
     return errors.flatten(1).mean(dim=1) * weight

@@ -5,7 +5,7 @@ Shapes: B batch, ... the axes of one sample's latents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from simpletuner.helpers.models.noising import perturb
@@ -40,6 +40,7 @@ class Objective:
         """Noise the latents of a micro-batch, with target and weight of each sample."""
         indices = batch.sample_indices
         noisy = self.family.add_noise(batch.latents, sample_indices=indices, seed=self.seed)
+        noisy = replace(noisy, loss_mask=batch.loss_mask)
         strength = perturbation_strength(self.noise, step=self.progress.step)
         if not strength:
             return noisy

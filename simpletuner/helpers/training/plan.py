@@ -72,6 +72,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
             alignment=config.data.alignment(spec.pixel_alignment),
             seed=config.training.seed,
             reads_all=reads_all,
+            masks=next((each for each in config.conditioning if each.id in dataset.conditioning_data), None),
         )
         for dataset in config.datasets
         if dataset.dataset_type == "image"
@@ -100,7 +101,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
 
 
 def _refuse(previews: Sequence[DatasetPreview]) -> None:
-    """Refuse what the run would refuse of the captions, all at once; tags only if every caption was read.
+    """Refuse what the run would refuse of captions and masks, all at once; tags only if every one was read.
 
     Raises:
         DataError: Of one dataset or of several.
@@ -111,7 +112,7 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
         if each.tags.is_error and each.is_whole
     ]
     several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
-    problems += filter(None, [limit_problem(several)])
+    problems += filter(None, [limit_problem(several), *(each.mask_problem for each in previews)])
     if problems:
         raise DataError("\n".join(problems))
 
@@ -383,6 +384,11 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:
         yield "", f"slider_strength {config.slider_strength:g}"
+    if config.has_masks:
+        yield (
+            "masks",
+            f"{config.id}: {'alpha channels' if config.alpha_mask else config.conditioning_data[0]}",
+        )
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
     number = f"{counted(captioned, 'image has one', 'images have one')}{part}"

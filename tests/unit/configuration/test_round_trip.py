@@ -103,6 +103,10 @@ CONFIG = {
     "lr_power": RATES,
     "lr_num_cycles": RATES,
     "loss_type": st.sampled_from(["l2", "huber", "smooth_l1"]),
+    # Others are refused without masks.
+    "unmasked_weight": st.just(0.0),
+    "normalize_masked_area_loss": st.just(False),
+    "masked_loss_probability": st.just(1.0),
     "huber_c": st.floats(1e-9, 1),
     "huber_schedule": st.sampled_from(["snr", "exponential", "constant"]),
     "snr_gamma": RATES,
@@ -265,6 +269,8 @@ DATASET = {
             "include_original": SWITCHES,
         },
     ),
+    "alpha_mask": SWITCHES,
+    "conditioning_data": st.just([]),  # an id needs an entry of masks
     "caption_tag_dropout_rate": SHARES,
     "caption_dropout_probability": st.none() | SHARES,
     "repeats": COUNTS_OR_ZERO,

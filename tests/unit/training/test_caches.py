@@ -18,6 +18,7 @@ from torch import Tensor
 from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.preemption import Preempted, Preemption
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.data import dataset as dataset_module
@@ -70,13 +71,19 @@ def data(tmp_path: Path) -> TrainingData:
     return TrainingData([dataset], folders, seed=1, batch_size=1, pixel_alignment=64)
 
 
-def fill(data: TrainingData, family: Family, *, preemption: Preemption | None = None) -> None:
+def fill(
+    data: TrainingData,
+    family: Family,
+    *,
+    preemption: Preemption | None = None,
+    wait: Callable[[], None] = lambda: None,
+) -> None:
     config = SimpleNamespace(
         validation=SimpleNamespace(validation_negative_prompt="blurry"),
         precision=SimpleNamespace(vae_batch_size=2),
         data=SimpleNamespace(text_encoder_batch_size=2),
     )
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
+    accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=wait)
     caches.fill_caches(
         data,
         [SimpleNamespace(text=VALIDATION)],
@@ -96,6 +103,32 @@ def test_one_encoder_after_the_other_is_loaded_and_freed(data: TrainingData) -> 
     assert family.events[6::2] == ["prompts 2", "prompts 2", "prompts 1"]
     for prompt in ("cat 0", VALIDATION, "blurry"):
         assert data.text_embeds(prompt).prompt_embeds[0, 0, 0] == len(prompt)
+
+
+@pytest.mark.parametrize("number", [0, 3])
+def test_masks_are_cached_once_every_process_knows_its_images(tmp_path: Path, number: int) -> None:
+    """A barrier before the first mask; none without masks."""
+    masks, images = tmp_path / "masks", tmp_path / "images"
+    for folder in (masks, images):
+        folder.mkdir()
+        for each in range(3):
+            Image.new("RGB", (64, 64), (9 * each, 0, 0)).save(folder / f"{each}.png")
+    entry = ConditioningConfig(id="masks", instance_data_dir=masks, conditioning_type="mask")
+    ids = ["masks"] if number else []
+    dataset = DatasetConfig(id="cats", instance_data_dir=images, resolution=64, conditioning_data=ids)
+    folders = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+    options = {"seed": 1, "batch_size": 1, "pixel_alignment": 64}
+    data = TrainingData([dataset], folders, conditioning=[entry] if number else [], **options)
+    family, stored = Family(), []
+
+    def wait() -> None:
+        stored.append([each.key in each.store for each in data.mask_requests()])
+
+    fill(data, family, wait=wait)
+    assert stored == ([[False] * number] if number else [])
+    # The first mask is black.
+    assert [each.path for each in data.skipped] == (["0.png"] if number else [])
+    assert all(each.key in each.store for each in data.mask_requests())
 
 
 def test_cached_entries_load_no_encoder(data: TrainingData, caplog: pytest.LogCaptureFixture) -> None:

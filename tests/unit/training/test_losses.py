@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from simpletuner.helpers.choices.losses import LOSSES, Loss
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.contracts import NoisyBatch
 from simpletuner.helpers.training.losses import (
@@ -53,6 +55,57 @@ def test_weighted_mse_scales_each_samples_gradient_by_its_weight() -> None:
     weighted_mse(prediction, torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 4.0])).mean().backward()
     assert prediction.grad is not None
     assert prediction.grad.flatten().tolist() == [1.0, 4.0]  # d/dx of w x^2 / 2 at x = 1
+
+
+@pytest.mark.parametrize("name", ["l2", "huber", "smooth_l1"])
+def test_a_mask_multiplies_the_error_of_each_element_before_the_mean(name: str) -> None:
+    # Two channels of one row of two cells; the mask is the same for both channels.
+    prediction = torch.tensor([[[[1.0, 3.0]], [[2.0, 5.0]]], [[[1.0, 1.0]], [[1.0, 1.0]]]])
+    mask = torch.tensor([[[[1.0, 0.5]]], [[[0.0, 0.25]]]])
+    noisy = NoisyBatch(
+        latents=prediction,
+        target=torch.zeros_like(prediction),
+        timesteps=(1, 1),
+        weight=torch.tensor([2.0, 4.0]),
+        signal_scales=(1.0, 1.0),
+        noise_scales=(0.0, 0.0),
+        loss_mask=mask,
+    )
+    loss = build_loss(NoiseConfig(loss_type=name), num_timesteps=1000)
+    each = [
+        loss(one.view(1, 1, 1, 1), _alone(noisy, row)) for row in (0, 1) for one in prediction[row].flatten()
+    ]
+    elements = torch.stack(each).view(2, 2, 1, 2)
+    torch.testing.assert_close(loss(prediction, noisy), (elements * mask).flatten(1).mean(1))
+    if name == "l2":
+        # Sums of 1 + 4.5 + 4 + 12.5 and of twice 0.25, over four elements, times the weights 2 and 4.
+        assert loss(prediction, noisy).tolist() == [11.0, 0.5]
+
+
+def _alone(noisy: NoisyBatch, row: int) -> NoisyBatch:
+    """One element of a sample, without its mask."""
+    return replace(
+        noisy,
+        latents=torch.zeros(1, 1, 1, 1),
+        target=torch.zeros(1, 1, 1, 1),
+        timesteps=noisy.timesteps[:1],
+        weight=noisy.weight[row : row + 1],
+        signal_scales=(1.0,),
+        noise_scales=(0.0,),
+        loss_mask=None,
+    )
+
+
+def test_a_loss_of_three_arguments_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = Loss(name="own", summary="Of others.", build=f"{__name__}:_own_loss")
+    monkeypatch.setitem(LOSSES, "own", record)
+    noisy = NoisyBatch(torch.ones(1, 1), torch.zeros(1, 1), (1,), torch.ones(1))
+    noise = NoiseConfig.model_construct(**{**dict(NoiseConfig()), "loss_type": "own"})
+    assert build_loss(noise, num_timesteps=1000)(torch.full((1, 1), 3.0), noisy).tolist() == [3.0]
+
+
+def _own_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (prediction - target).abs().flatten(1).mean(1) * weight
 
 
 def test_huber_and_smooth_l1_match_hand_computed_values() -> None:

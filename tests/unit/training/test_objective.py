@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -47,6 +48,13 @@ def batch(*indices: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(20, 2, 4, 4, generator=generator)[list(indices)]
     return Batch(latents, TextEmbeds(torch.zeros(len(indices), 1, 1)), samples=(), sample_indices=indices)
+
+
+@pytest.mark.parametrize("keys", [{}, {"input_perturbation": 0.2}], ids=range(2))
+@pytest.mark.parametrize("mask", [None, torch.ones(2, 1, 4, 4)], ids=["plain", "masked"])
+def test_the_mask_of_a_batch_goes_on_to_the_loss(keys: dict[str, Any], mask: torch.Tensor | None) -> None:
+    found = objective(NoiseConfig(**keys)).add_noise(replace(batch(3, 4), loss_mask=mask))
+    assert found.loss_mask is mask
 
 
 @pytest.mark.parametrize(

@@ -497,3 +497,23 @@ def test_tags_of_captions_that_were_not_read_may_be_there(
     monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 2)
     config = with_captions(folder, "a cat", caption_shuffle={"enable": True})
     assert "warning     dataset mine: caption_shuffle.split_on" in lines(config)
+
+
+def test_masks_that_are_missing_end_validation_as_they_end_the_run(folder: Path) -> None:
+    masks = folder / "masks"
+    masks.mkdir()
+    for name in "ab":
+        Image.new("L", (64, 64), 200).save(masks / f"{name}.png")
+    entries = [
+        {"id": "mine", "instance_data_dir": str(folder / "images"), "conditioning_data": "masks"},
+        {"id": "masks", "instance_data_dir": str(masks), "conditioning_type": "mask"},
+    ]
+    with pytest.raises(DataError, match=r"no mask.*c\.png"):
+        lines(run_of(folder, data_backend_config=entries))
+    Image.new("L", (64, 64), 200).save(masks / "c.png")
+    text = lines(run_of(folder, data_backend_config=entries))
+    assert "mine: 3 images" in text
+    assert re.search(r"masks +mine: .*masks", text)
+    entries = [{"id": "mine", "instance_data_dir": str(folder / "images"), "alpha_mask": True}]
+    assert re.search(r"masks +mine: alpha", lines(run_of(folder, data_backend_config=entries)))
+    assert not re.search(r"^ +masks ", lines(run_of(folder)), re.MULTILINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,16 @@ from pydantic import JsonValue
 
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
+from simpletuner.helpers.configuration.loading.conditioning import (
+    OWNER,
+    REMEDY,
+    TYPE,
+    Conditions,
+    conditions_of,
+    is_conditioning,
+    paired,
+    read_conditioning,
+)
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.translation import (
     File,
@@ -22,6 +32,7 @@ from simpletuner.helpers.configuration.loading.translation import (
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section, takes_empty_text
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
@@ -40,10 +51,7 @@ INHERITED = (
 )
 SWITCHES = ("disabled", "disable_multiline_split")
 """Keys that are true or false, besides those of a section."""
-_NO_TARGET = (
-    "its images must not be trained on, and conditioning on them is not supported. Remove the entry, or set "
-    '"disabled": true in it.'
-)
+_NO_TARGET = f'its images must not be trained on. For masks set "conditioning_type": "mask". Else: {REMEDY}'
 _LATENTS = "cache_dir_vae names the folder of latents."
 _SWITCHES = {
     "true": True,
@@ -78,21 +86,31 @@ class DatasetFile:
     datasets: tuple[DatasetConfig, ...]
     cache_dir_text: Path | None
     """cache_dir of the text_embeds entry."""
+    conditioning: tuple[ConditioningConfig, ...] = ()
+    """The entries that the datasets' conditioning_data names."""
+    mask_kinds: frozenset[str] = frozenset()
+    """Kinds of masks that entries ask for, be they valid or not: conditioning_type, alpha, "" if unknown."""
     decisions: tuple[Decision, ...] = ()
     """What became of every key that does not stay as it is."""
+
+    def folders(self) -> dict[str, Path]:
+        """Id -> folder of the images or masks."""
+        images = {each.id: each.instance_data_dir for each in self.datasets}
+        return images | {each.id: each.instance_data_dir for each in self.conditioning}
 
 
 def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
     """Check a dataset json; leaves out disabled and invalid entries and notes every problem."""
     if not isinstance(entries, list):
         source.add("", "must hold an array of objects, [{...}].")
-        return DatasetFile((), None, ())
+        return DatasetFile((), None)
     datasets: list[DatasetConfig] = []
+    masks: list[ConditioningConfig] = []
     text_caches: list[TextCacheEntry] = []
     decisions: list[Decision] = []
     first_with: dict[str, int] = {}
     num_images = 0
-    conditioning = conditioning_data(entries)
+    conditions = conditions_of(entries)
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             source.reject(f"[{index}]", entry, "must be an object, {...}.")
@@ -113,16 +131,22 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         elif kind == "text_embeds":
             text_cache, found = _text_cache(values, own)
             text_caches.append(text_cache)
+        elif is_conditioning(values):
+            mask, found = _conditioning(values, own, conditions=conditions)
+            masks += [mask] if mask is not None else []
+            num_images += mask is None  # one problem is enough
         else:
-            owner = conditioning.get(str(identity))
-            dataset, found = _image_dataset(values, own, data=data, owner=owner)
+            owners = conditions.owners(str(identity))
+            dataset, found = _image_dataset(values, own, data=data, owners=owners)
             datasets += [dataset] if dataset is not None else []
         decisions += found
-        num_images += kind not in ("text_embeds", "image_embeds")
+        num_images += kind not in ("text_embeds", "image_embeds") and not is_conditioning(values)
     _check_subject(datasets, num_images, source)
     chosen = _chosen(text_caches, source)
     filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
-    return DatasetFile(filtered, chosen.cache_dir, tuple(decisions))
+    filtered, used = paired(filtered, masks, conditions=conditions, source=source)
+    kinds = conditions.kinds | {"alpha" for each in filtered if each.alpha_mask}
+    return DatasetFile(filtered, chosen.cache_dir, used, kinds, tuple(decisions))
 
 
 def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:
@@ -134,22 +158,19 @@ def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Sourc
         source.add("", text)
 
 
-def conditioning_data(entries: list[JsonValue]) -> dict[str, str]:
-    """Id -> the entry whose conditioning_data names it."""
-    named: dict[str, str] = {}
-    for index, entry in enumerate(entries):
-        items = entry.items() if isinstance(entry, dict) else ()
-        values = {key.removeprefix("--"): value for key, value in items}
-        found = values.get("conditioning_data")
-        for identity in found if isinstance(found, list) else [found]:
-            if isinstance(identity, str | int | float) and not is_off(identity):
-                named[str(identity)] = str(values.get("id", f"[{index}]"))
-    return named
-
-
-def _is_image(values: Mapping[str, JsonValue]) -> bool:
-    """Whether an entry would be trained on: otherwise its own keys say that it is not supported."""
-    return values.get("dataset_type", "image") == "image" and is_off(values.get("conditioning_type"))
+def _conditioning(
+    values: Mapping[str, JsonValue], source: Source, *, conditions: Conditions
+) -> tuple[ConditioningConfig | None, list[Decision]]:
+    """Check an entry of masks."""
+    given = {key: value for key, value in values.items() if key not in ("cache_dir", "default")}
+    known, decisions = _translated(given, source, is_text=False, inherited={})
+    identity = known.get("id")
+    if isinstance(identity, str):
+        source = source.with_names(id=identity)
+    mask, found = read_conditioning(known, source, conditions=conditions)
+    if mask is not None:
+        _check_images(mask.instance_data_dir, source)
+    return mask, [*decisions, *found]
 
 
 def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
@@ -161,11 +182,11 @@ def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
 
 
 def _image_dataset(
-    values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig], owner: str | None
+    values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig], owners: Sequence[str]
 ) -> tuple[DatasetConfig | None, list[Decision]]:
-    """Check an entry of images; `owner` is the entry whose conditioning_data it is."""
-    if owner is not None and _is_image(values):
-        source.reject("id", values["id"], f"is conditioning_data of {owner}: {_NO_TARGET}")
+    """Check an entry of images; `owners` are the entries whose conditioning_data it is."""
+    if owners and values.get("dataset_type", "image") == "image":
+        source.reject("id", values["id"], f"is conditioning_data of {owners[0]}: {_NO_TARGET}")
         return None, []
     values = dict(values)
     for key in ("cache_dir", "default"):
@@ -227,11 +248,16 @@ def _translations(
     section: type[Section] = TextCacheEntry if is_text else DatasetConfig
     file: File = "text_embeds" if is_text else "dataset"
     renamed = rename_keys(file, values.items())
+    own = {*section.model_fields, *(() if is_text else (TYPE, OWNER))}
     translation = translate_values(
         file,
-        renamed.values,
-        owned=section.model_fields,
-        known=section.model_fields,
+        {
+            key: value
+            for key, value in renamed.values.items()
+            if key not in (TYPE, OWNER) or not is_off(value)
+        },
+        owned=own,
+        known=own,
         context=Context({**inherited, **renamed.values}),
         takes_empty=lambda key: takes_empty_text(section, key),
     )
@@ -271,15 +297,22 @@ def _chosen(entries: list[TextCacheEntry], source: Source) -> TextCacheEntry:
 
 def _check_folder(dataset: DatasetConfig, source: Source) -> None:
     folder = dataset.instance_data_dir
-    if not os.access(folder, os.R_OK | os.X_OK):
-        source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
+    if not _check_images(folder, source):
         return
-    if reason := _without_images(folder):
-        source.reject("instance_data_dir", str(folder), reason)
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):
         text = "is inside instance_data_dir, which is never written to. Choose another."
         source.reject("cache_dir_vae", str(cache), text)
+
+
+def _check_images(folder: Path, source: Source) -> bool:
+    """Note what is wrong with the folder of an entry; whether it can be read."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
+        return False
+    if reason := _without_images(folder):
+        source.reject("instance_data_dir", str(folder), reason)
+    return True
 
 
 def _without_images(folder: Path) -> str | None:

@@ -59,8 +59,13 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (
-        "conditioning eval video audio conditioning_image_embeds caption distillation_cache",
+        "eval video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',
+    ),
+    "conditioning_type": (
+        "reference_strict reference_loose controlnet ip-adapter latents",
+        "Its images are no masks, and conditioning on them is not supported. Remove the entry, or set "
+        '"disabled": true in it.',
     ),
     "caption_strategy": (
         "parquet csv huggingface",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
 from typing import Any
 
 from pydantic import JsonValue
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, DISPROPORTIONATE, STANDARD
+from simpletuner.helpers.choices.losses import LOSSES, Loss
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
 from simpletuner.helpers.choices.samplers import samplers_of
@@ -19,6 +21,7 @@ from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, Ad
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
@@ -402,16 +405,50 @@ def check_regularisation(
         )
 
 
-def check_output(
-    checkpoint: Validated[CheckpointConfig], datasets: Sequence[DatasetConfig], source: Source
+def check_masks(
+    masks: Validated[MaskConfig],
+    noise: Validated[NoiseConfig],
+    *,
+    kinds: Set[str],
+    source: Source,
 ) -> None:
-    """Check that output_dir is outside every dataset's folder."""
+    """Check that keys of masks have masks to act on, and that the loss can be weighted by them.
+
+    `kinds` are those of the masks that datasets have.
+    """
+    for key, field in MaskConfig.model_fields.items():
+        value = None if key in masks.invalid_keys or masks.section is None else dict(masks.section)[key]
+        if value is None or value == field.default:
+            continue
+        if not kinds:
+            text = "has no effect without masks. Remove it, or name an entry of masks in conditioning_data."
+            source.reject(key, value, text)
+        elif key == "masked_loss_probability" and kinds <= {"mask", "alpha"}:
+            text = "is for masks of conditioning_type segmentation; others always apply. Remove it."
+            source.reject(key, value, text)
+    section = noise.if_valid("loss_type")
+    if kinds and section is not None:
+        loss = LOSSES[section.loss_type]
+        if not (isinstance(loss, Loss) and loss.takes_mask):
+            allowed = ", ".join(
+                each.name for each in LOSSES.values() if isinstance(each, Loss) and each.takes_mask
+            )
+            text = f"a dataset has masks, which this loss does not take. Use one of {allowed}."
+            source.reject("loss_type", section.loss_type, text)
+
+
+def check_output(
+    checkpoint: Validated[CheckpointConfig],
+    folders: Mapping[str, Path],
+    source: Source,
+) -> None:
+    """Check that output_dir is outside every dataset's folder, by its id."""
     section = checkpoint.if_valid("output_dir")
     if section is None:
         return
-    for dataset in datasets:
-        if section.output_dir.is_relative_to(dataset.instance_data_dir):
-            text = f"is inside instance_data_dir of dataset {dataset.id}. Choose another."
+    for dataset_id, folder in folders.items():
+        if section.output_dir.is_relative_to(folder):
+            text = f"is inside instance_data_dir of dataset {dataset_id}. Choose another."
             source.reject("output_dir", str(section.output_dir), text)
 
 

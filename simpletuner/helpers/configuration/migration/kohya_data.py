@@ -222,6 +222,7 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     repeats = levels.at("num_repeats")
     times = max(1, repeats.whole("num_repeats", 1))
     repeats.put("num_repeats", "repeats", times - 1, into=entry)
+    _put_alpha_mask(levels, entry)
     resolution = _size(levels, entry)
     images = place.images(folder, with_subfolders=False)
     put_captions(levels, entry, images)
@@ -242,6 +243,12 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
             draft.to_do.append(
                 f"Move the subfolders of {folder} away: kohya's scripts do not read them, this does."
             )
+
+
+def _put_alpha_mask(levels: Levels, entry: dict[str, JsonValue]) -> None:
+    at = levels.at("alpha_mask")
+    if at.flag("alpha_mask"):
+        at.put("alpha_mask", "alpha_mask", True, into=entry)
 
 
 def _size(levels: Levels, entry: dict[str, JsonValue]) -> Size:

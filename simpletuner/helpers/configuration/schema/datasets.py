@@ -12,6 +12,7 @@ from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBucket
 from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
     InputFolder,
+    Names,
     NonNegativeNumber,
     OneOf,
     OptionalCount,
@@ -84,6 +85,13 @@ def _switched(value: object) -> object:
     if value is True or (isinstance(value, str) and value.strip().lower() == "true"):
         return {"enable": True}
     return {} if is_off(value) else value
+
+
+def _listed(value: object) -> object:
+    """conditioning_data as a list of ids, which may be numbers."""
+    if is_off(value):
+        return ()
+    return [str(each) for each in value] if isinstance(value, list) else [str(value)]
 
 
 CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
@@ -169,12 +177,21 @@ class DatasetConfig(Section):
     is_regularisation_data: bool = False
     """The images keep what the model knows of the subject's class: regularisation_target of config.json says
     what they are trained towards. Their captions name the class, without the subject's own word."""
+    conditioning_data: Annotated[Names, BeforeValidator(_listed)] = ()
+    """id of the entry with the masks of the images."""
+    alpha_mask: bool = False
+    """The alpha channel of each image is its mask; an image without one counts as a whole."""
     max_num_samples: OptionalCount = None
     """Number of images to use, chosen by the seed; null or 0 uses all."""
     slider_strength: OptionalNumber = None
     """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
     another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
     one."""
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether a mask weights the loss of each image."""
+        return self.alpha_mask or bool(self.conditioning_data)
 
     @property
     def arranges_tags(self) -> bool:

@@ -48,6 +48,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
 )
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import (
     ModelSource,
@@ -376,10 +377,13 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     ema: EmaConfig
     noise: NoiseConfig
+    masks: MaskConfig = MaskConfig()
     precision: PrecisionConfig
     data: DataConfig
     datasets: tuple[DatasetConfig, ...]
     """Image datasets, without disabled ones."""
+    conditioning: tuple[ConditioningConfig, ...] = ()
+    """The entries that the datasets' conditioning_data names."""
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     publishing: PublishingConfig
@@ -425,6 +429,7 @@ class RunConfig(Section):
             self.optimizer,
             self.ema,
             self.noise,
+            self.masks,
             self.precision,
             self.data,
             self.checkpoint,
@@ -435,6 +440,6 @@ class RunConfig(Section):
         flat: dict[str, JsonValue] = {}
         for section in sections:
             flat |= as_json(section)
-        flat["data_backend_config"] = [as_json(dataset) for dataset in self.datasets]
+        flat["data_backend_config"] = [as_json(each) for each in (*self.datasets, *self.conditioning)]
         del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         return flat

@@ -52,7 +52,8 @@ def run_title(run: RunSnapshot) -> str:
 def render_datasets(run: RunSnapshot) -> str:
     """Images, captions and buckets of each dataset."""
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
-    configured = run.config.get("data_backend_config", [])
+    entries = run.config.get("data_backend_config", [])
+    configured = [each for each in entries if each.get("dataset_type") != "conditioning"]
     target = run.config.get("regularisation_target")
     return "\n".join(_dataset(each, known.get(each.get("id"), {}), target=target) for each in configured)
 
@@ -158,6 +159,10 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any], *, target: str
             f"{config.get('crop_style')}, {config.get('crop_aspect')}" if config.get("crop") else "none",
         ),
         ("regularisation", f"towards {target}" if keeps_class else None),
+        (
+            "masks",
+            "alpha channels" if config.get("alpha_mask") else ", ".join(config.get("conditioning_data", [])),
+        ),
         ("draws per epoch", draws),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),

@@ -772,3 +772,26 @@ def test_a_preset_of_the_graphical_program_needs_no_model_and_no_images(tmp_path
     assert {key: decision(draft, key).outcome for key in outcomes} == outcomes
     renamed = {"optimizer": "optimizer_type", "max_resolution": "resolution"}
     assert {renamed.get(key, key) for key in keys} <= {each.key for each in draft.decisions}
+
+
+def test_alpha_masks_are_those_of_the_subset_that_has_them(dog: Path, tmp_path: Path) -> None:
+    folder = (dog / "10_sks dog").as_posix()
+    text = f"""
+      [[datasets]]
+      resolution = 512
+      [[datasets.subsets]]
+      image_dir = '{folder}'
+      alpha_mask = true
+      [[datasets.subsets]]
+      image_dir = '{folder}'
+      alpha_mask = false
+    """
+    draft = migrate(_with_datasets(tmp_path, text))
+    assert [entry.get("alpha_mask", False) for entry in draft.datasets] == [True, False]
+    assert decision(draft, "datasets[0].subsets[0].alpha_mask").outcome == "same"
+    assert decision(draft, "datasets[0].subsets[1].alpha_mask").outcome == "no effect"
+
+
+def test_alpha_masks_of_the_command_are_those_of_every_folder(dog: Path, tmp_path: Path) -> None:
+    draft = migrate(kohya(dog, NETWORK, {"alpha_mask": True}))
+    assert [entry["alpha_mask"] for entry in draft.datasets] == [True]

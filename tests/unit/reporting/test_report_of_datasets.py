@@ -1,0 +1,25 @@
+"""The datasets of a run on its page."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from simpletuner.helpers.reporting.html_report.sections import render_datasets
+
+
+def test_masks_are_named_at_their_images_and_are_no_dataset() -> None:
+    entries = [
+        {"id": "photos", "instance_data_dir": "images", "conditioning_data": ["white on the left"]},
+        {"id": "cut out", "instance_data_dir": "others", "conditioning_data": [], "alpha_mask": True},
+        {"id": "white on the left", "dataset_type": "conditioning", "instance_data_dir": "hidden"},
+    ]
+    run = SimpleNamespace(manifest={}, config={"data_backend_config": entries})
+    page = render_datasets(cast(Any, run))
+    assert [name in page for name in ("images", "white on the left", "alpha channel", "hidden")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert page.count("<h3>") == 2
