@@ -19,7 +19,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "DataConfig.aspect_bucket_alignment": "read through DataConfig.alignment",
     "DataConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "DataConfig.data_backend_config": _OPENED,
-    "DatasetConfig.alpha_mask": "read through DatasetConfig.has_masks",
     "DatasetConfig.enable_wildcard": "read by its name, as the switch of a caption step",
     "DatasetConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "NoiseConfig.timestep_bias_begin": "read through biased_timesteps",
