@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 from pydantic import JsonValue, ValidationError
 from pydantic_core import ErrorDetails
@@ -107,10 +107,17 @@ def _note(
 
 
 def _fields_at(section: type[Section], location: tuple[int | str, ...]) -> Iterable[str]:
-    """The keys of the section at a place of another."""
+    """The keys of the section at a place of another; none if it is no section."""
+    found: type[Section] | None = section
     for part in location:
-        found = section.model_fields[str(part)].annotation
-        assert isinstance(found, type)
-        assert issubclass(found, Section), "only a section has keys"
-        section = found
-    return section.model_fields
+        if found is None or part not in found.model_fields:
+            continue  # the number of an entry in a list, or pydantic's name of an alternative
+        found = _section_in(found.model_fields[str(part)].annotation)
+    return () if found is None else found.model_fields
+
+
+def _section_in(annotation: object) -> type[Section] | None:
+    """The section of a field that holds one, perhaps or in a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

@@ -39,6 +39,7 @@ def test_without_a_value_nothing_is_routed(workspace: Workspace, value: object) 
         ("two", "tread_config "),
         ({"routes": []}, "tread_config.routes "),
         ({"route": [ROUTE], "routes": [ROUTE]}, "tread_config.route "),
+        ({"routes": [ROUTE | {"end_layer": 3}]}, "tread_config.routes[0].end_layer "),
         ({"routes": [ROUTE | {"selection_ratio": 1}]}, "tread_config.routes[0].selection_ratio "),
         ({"routes": [ROUTE, ROUTE | {"selection_ratio": 0}]}, "tread_config.routes[1].selection_ratio "),
         ({"routes": [ROUTE | {"start_layer_idx": 1.5}]}, "tread_config.routes[0].start_layer_idx "),
