@@ -52,14 +52,9 @@ class Adapter(ABC):
     def set_strength(self, strength: float) -> None:
         """Scale the adapter's contribution; at 0 the layers compute what they do without it, bit for bit."""
 
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
+    def switched_off(self) -> AbstractContextManager[None]:
         """The base model in place of the adapted one; afterwards the strength of training, 1."""
-        self.set_strength(0.0)
-        try:
-            yield
-        finally:
-            self.set_strength(1.0)
+        return self.at_strength(0.0)
 
     @contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
