@@ -40,7 +40,7 @@ from simpletuner.helpers.data.planning import (
 )
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
-from simpletuner.helpers.data.sliders import slider_problems, turn_of
+from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
 from simpletuner.helpers.data.sources import SkippedImage
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
@@ -459,13 +459,9 @@ class TrainingData:
 
     def _log_slider(self) -> None:
         size = self.batch_size * self.num_processes
-        strengths = {plan.config.id: plan.config.slider_strength for plan in self._plans}
-        draws: Counter[float] = Counter()
-        for bucket, images in self._buckets:
-            strength = strengths[images[0].sample.dataset_id]
-            if strength is not None:
-                draws[strength] += bucket.num_batches(size) * size
-        for text in slider_problems(draws):
+        configs = {plan.config.id: plan.config for plan in self._plans}
+        pairs = ((configs[images[0].sample.dataset_id], bucket) for bucket, images in self._buckets)
+        for text in slider_problems(slider_draws(pairs, batch_size=size)):
             logger.warning("%s", text)
 
 

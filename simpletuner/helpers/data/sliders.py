@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.data.sampler import Bucket
 
 LARGEST_IMBALANCE = 0.1
 
@@ -13,6 +15,15 @@ def turn_of(dataset: DatasetConfig) -> int:
     """Place in the turns that batches take: positive 0, negative 1, neutral 2."""
     strength = dataset.slider_strength or 0.0
     return 0 if strength > 0 else 1 if strength < 0 else 2
+
+
+def slider_draws(buckets: Iterable[tuple[DatasetConfig, Bucket]], *, batch_size: int) -> Counter[float]:
+    """Strength of a slider -> images that an epoch draws at it, in whole batches."""
+    draws: Counter[float] = Counter()
+    for dataset, bucket in buckets:
+        if dataset.slider_strength is not None:
+            draws[dataset.slider_strength] += bucket.num_batches(batch_size) * batch_size
+    return draws
 
 
 def slider_problems(draws: Mapping[float, int]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from simpletuner.helpers.data.caption_variants import limit_problem
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
-from simpletuner.helpers.data.sliders import slider_problems
+from simpletuner.helpers.data.sliders import slider_draws, slider_problems
 from simpletuner.helpers.errors import DataError, MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
@@ -94,7 +93,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
-    problems += slider_problems(slider_draws(config, previews))
+    draws = slider_draws(_buckets(config, previews), batch_size=config.training.train_batch_size)
+    problems += slider_problems(draws)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
         yield f"  warning     {text}"
@@ -144,16 +144,6 @@ def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[tupl
         for each, factor, part in zip(previews, draws, parts, strict=True)
         for size, number in each.buckets.items()
     ]
-
-
-def slider_draws(config: RunConfig, previews: Sequence[DatasetPreview]) -> Counter[float]:
-    """Strength of a slider -> images that an epoch of one process draws at it, in whole batches."""
-    draws: Counter[float] = Counter()
-    size = config.training.train_batch_size
-    for dataset, bucket in _buckets(config, previews):
-        if dataset.slider_strength is not None:
-            draws[dataset.slider_strength] += bucket.num_batches(size) * size
-    return draws
 
 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
