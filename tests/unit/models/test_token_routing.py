@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from simpletuner.helpers.configuration.schema.token_routing import TreadConfig
 from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.models.flux import tiny as flux_tiny
+from simpletuner.helpers.models.flux2 import tiny as flux2_tiny
 from simpletuner.helpers.models.token_routing import TokenRouting, spans_of
 
 NUM_TEXT, NUM_IMAGE, NUM_BLOCKS = 3, 8, 4
@@ -19,31 +21,12 @@ NUM_TEXT, NUM_IMAGE, NUM_BLOCKS = 3, 8, 4
 
 def flux() -> FluxTransformer2DModel:
     torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        pooled_projection_dim=5,
-        axes_dims_rope=(2, 2, 4),
-        guidance_embeds=False,
-    )
+    return flux_tiny.make_transformer(has_guidance=False)
 
 
 def flux2() -> Flux2Transformer2DModel:
     torch.manual_seed(0)
-    return Flux2Transformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=6,
-        axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
-    )
+    return flux2_tiny.make_transformer(guidance_embeds=False)
 
 
 def config_of(*routes: tuple[float, int, int]) -> TreadConfig:
@@ -51,21 +34,21 @@ def config_of(*routes: tuple[float, int, int]) -> TreadConfig:
     return TreadConfig.model_validate({"routes": [dict(zip(keys, route, strict=True)) for route in routes]})
 
 
-def inputs_of(transformer: nn.Module) -> dict[str, Any]:
+def inputs_of(transformer: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    is_first = isinstance(transformer, FluxTransformer2DModel)
+    is_first, config = isinstance(transformer, FluxTransformer2DModel), transformer.config
     axes = 3 if is_first else 4
     return {
-        "hidden_states": normal(2, NUM_IMAGE, 4),
-        "encoder_hidden_states": normal(2, NUM_TEXT, 6),
+        "hidden_states": normal(2, NUM_IMAGE, config.in_channels),
+        "encoder_hidden_states": normal(2, NUM_TEXT, config.joint_attention_dim),
         "timestep": torch.tensor([0.3, 0.7]),
         "txt_ids": torch.zeros(NUM_TEXT, axes),
         "img_ids": torch.arange(NUM_IMAGE * axes).view(NUM_IMAGE, axes).float(),
-        **({"pooled_projections": normal(2, 5)} if is_first else {}),
+        **({"pooled_projections": normal(2, config.pooled_projection_dim)} if is_first else {}),
     }
 
 
@@ -127,7 +110,7 @@ def test_a_share_of_the_tokens_passes_every_span_of_blocks(make: Any, route: tup
     if start > 0:
         moved = (seen.image_tokens(start - 1) != seen.image_tokens(route[1] % NUM_BLOCKS)).any(dim=(0, 2))
         assert int(moved.sum()) == NUM_IMAGE * 3 // 4
-    assert plain.shape == (2, NUM_IMAGE, 4)
+    assert plain.shape == inputs_of(transformer)["hidden_states"].shape
 
 
 @pytest.mark.parametrize("make", [flux, flux2], ids=["flux", "flux2"])
