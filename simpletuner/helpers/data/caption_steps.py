@@ -118,7 +118,7 @@ def tags_dropped(caption: str, dataset: DatasetConfig, draw: CaptionDraw) -> str
     separator = shuffle.keep_separator
     if separator is None or separator not in caption:
         return _joined((*tags.first, *kept), caption, shuffle)
-    groups = (tags.first, kept, tags.last)[: caption.count(separator, 0) + 1]
+    groups = (tags.first, kept, tags.last)[: caption.count(separator) + 1]
     return f" {separator} ".join(_joined(group, caption, shuffle) for group in groups)
 
 
