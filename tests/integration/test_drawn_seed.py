@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training.build import prepare_run
+from simpletuner.helpers.training.preparing import prepare_run
 config = load_config(Path(sys.argv[1]), families=registry.specs())
 with ExitStack() as resources:
     context = prepare_run(config, resources)

@@ -46,8 +46,8 @@ sys.exit(code)
 ON_CPU_TOO = """
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-import simpletuner.helpers.training.build as build
-make = build.build_accelerator
+import simpletuner.helpers.training.preparing as preparing
+make = preparing.build_accelerator
 def build_accelerator(config):
     accelerator = make(config)
     AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
@@ -55,7 +55,7 @@ def build_accelerator(config):
         fsdp_version=2, cpu_ram_efficient_loading=False, reshard_after_forward=True,
         auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["BasicTransformerBlock"])
     return accelerator
-build.build_accelerator = build_accelerator
+preparing.build_accelerator = build_accelerator
 """
 VARIANTS = {
     "plain": {"gradient_checkpointing": False},

@@ -20,7 +20,7 @@ from simpletuner.helpers.choices.algorithms import ALGORITHMS as RECORDS
 from simpletuner.helpers.contracts import Batch
 from simpletuner.helpers.errors import ConfigError, TrainingError
 from simpletuner.helpers.io.faults import StorageError
-from simpletuner.helpers.training import build, device
+from simpletuner.helpers.training import device, preparing
 from simpletuner.helpers.training.trainer import MAX_SKIPPED_STEPS, Trainer
 from simpletuner.lycoris_defaults import default_lycoris_config
 from tests.integration.flux_pipelines import tiny_flux
@@ -379,7 +379,7 @@ def test_large_denoiser_is_refused_on_the_cpu_before_and_after_its_size_is_known
 ) -> None:
     """The size of a repository that no family lists is known once it is downloaded."""
     monkeypatch.setattr(device, "LARGEST_ON_CPU", 1000)
-    monkeypatch.setattr(build, "num_denoiser_weights", lambda *_: 1001 if is_known_before else None)
+    monkeypatch.setattr(preparing, "num_denoiser_weights", lambda *_: 1001 if is_known_before else None)
     with pytest.raises(ConfigError, match="allow_cpu"):
         run.run()
     assert run.run(allow_cpu=True, max_train_steps=1) == 0

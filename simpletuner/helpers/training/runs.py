@@ -12,7 +12,8 @@ from accelerate.utils import gather_object, release_memory
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.reporting.run_summary import load_summary
 from simpletuner.helpers.sampling.prompts import expand_prompts
-from simpletuner.helpers.training.build import build_trainer, check_uploads, finished_run, prepare_run
+from simpletuner.helpers.training.build import build_trainer
+from simpletuner.helpers.training.preparing import check_uploads, finished_run, prepare_run
 from simpletuner.helpers.training.trainer import Trainer
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.images import decode_image
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError
 from simpletuner.helpers.training import caches
-from simpletuner.helpers.training.build import build_watch
+from simpletuner.helpers.training.preparing import build_watch
 
 VALIDATION = "a cat on a beach"
 

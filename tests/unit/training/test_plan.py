@@ -19,7 +19,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.training import accelerator, build, device, plan
+from simpletuner.helpers.training import accelerator, device, plan, preparing
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, device_name, refuse_cpu
 from simpletuner.helpers.training.plan import plan_lines
 
@@ -164,7 +164,7 @@ def test_what_became_of_simpletuner_s_keys_is_one_block(folder: Path) -> None:
 def test_the_start_of_a_run_says_what_became_of_its_keys(
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(build, "expected_mean_rank", lambda *_, **__: None)
+    monkeypatch.setattr(preparing, "expected_mean_rank", lambda *_, **__: None)
     components = SimpleNamespace(scheduler=SimpleNamespace(config={}))
     context: Any = SimpleNamespace(
         config=run_of(folder, quantize_via="cpu"),
@@ -173,7 +173,7 @@ def test_the_start_of_a_run_says_what_became_of_its_keys(
         data=SimpleNamespace(batches_per_epoch=1),
     )
     with caplog.at_level(logging.INFO):
-        build.report_plan(context)
+        preparing.report_plan(context)
     assert "quantize_via: no effect" in caplog.text
 
 
