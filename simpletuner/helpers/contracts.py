@@ -110,6 +110,8 @@ class ModelSpec:
     """Keys of config.json that only some families read, this one among them. Other families refuse them."""
     default_guidance: float = 7.5
     """Default guidance scale of validation images."""
+    reference_flavours: frozenset[str] = frozenset()
+    """Flavours whose denoiser takes reference images beside the noisy one."""
     problems: Callable[[Mapping[str, object]], Mapping[str, str]] | None = None
     """Family-specific checks: maps settings to {key: error message}."""
     lora_presets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -209,6 +211,8 @@ class Batch:
     """Strength of the adapter in forward and backward, the same for all samples."""
     loss_mask: Tensor | None = None
     """[B, 1, h, w] float32, factor of the loss of each element of the latents; None for 1."""
+    references: tuple[Tensor, ...] = ()
+    """Clean latents of the reference images that the denoiser sees too, each [B, ...] of its own size."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -216,7 +220,13 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on a device."""
         mask = None if self.loss_mask is None else self.loss_mask.to(device)
-        return replace(self, latents=self.latents.to(device), text=self.text.to(device), loss_mask=mask)
+        return replace(
+            self,
+            latents=self.latents.to(device),
+            text=self.text.to(device),
+            loss_mask=mask,
+            references=tuple(each.to(device) for each in self.references),
+        )
 
 
 @dataclass(frozen=True, slots=True)
