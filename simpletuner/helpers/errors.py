@@ -23,6 +23,10 @@ class DamagedImageError(DataError):
     """The pixels of an image cannot be decoded, or only in part; the message does not name the file."""
 
 
+class CacheEntryError(DataError):
+    """A cache entry is missing or damaged; the next start makes it anew."""
+
+
 class LoaderTimeoutError(DataError):
     """The loader has been reading for longer than loader_timeout_seconds."""
 

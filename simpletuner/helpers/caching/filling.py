@@ -32,6 +32,8 @@ class CacheRequest(Generic[Input]):
     """For people who look into the file."""
     load: Callable[[], Input | None]
     """None if the input turns out to be unusable; then no entry is made."""
+    is_read_at_once: bool = False
+    """Whether a present entry is read now, and made anew if it is damaged; else it is when it is used."""
     batch_group: str = ""
     """A batch holds neighbouring requests of one group."""
 
@@ -57,11 +59,24 @@ def encode_missing(
     """
     watch = watch or LoaderWatch()
     unique = list({(request.store.folder, request.key): request for request in requests}.values())
-    for store in {request.store for request in unique}:
-        store.remove_stale()
     index, num_shards = shard
     own = unique[index::num_shards]
-    missing = [request for request in own if request.key not in request.store]
+    missing = _missing(own)
+    try:
+        yield from _encoded(missing, encode, batch_size=batch_size, watch=watch)
+    finally:
+        for store in {request.store for request in own}:
+            store.flush()
+
+
+def _encoded(
+    missing: Sequence[CacheRequest[Input]],
+    encode: Callable[[list[Input]], Sequence[Mapping[str, Tensor]]],
+    *,
+    batch_size: int,
+    watch: LoaderWatch,
+) -> Iterator[tuple[int, int]]:
+    """Encode and put these requests; yields (encoded, missing) after each batch."""
     num_encoded = 0
     for batch, inputs in prefetch(_batches(missing, batch_size), partial(_load, watch), watch=watch):
         if inputs:
@@ -69,6 +84,20 @@ def encode_missing(
                 _put(request, tensors)
         num_encoded += len(batch)
         yield num_encoded, len(missing)
+
+
+def _missing(requests: Sequence[CacheRequest[Input]]) -> list[CacheRequest[Input]]:
+    """The requests whose entries are not there, or are to be read at once and damaged."""
+    keys: dict[TensorStore, list[str]] = {}
+    for request in requests:
+        keys.setdefault(request.store, []).append(request.key)
+    held = {store: store.held(each) for store, each in keys.items()}
+    return [
+        request
+        for request in requests
+        if request.key not in held[request.store]
+        or (request.is_read_at_once and request.key not in request.store)
+    ]
 
 
 def _batches(requests: Iterable[CacheRequest[Input]], size: int) -> Iterator[list[CacheRequest[Input]]]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import xxhash
-from safetensors import SafetensorError
-from safetensors import torch as safetensors_torch
-from torch import uint8
 
-from simpletuner.helpers.errors import DataError
-from simpletuner.helpers.io.atomic import remove_leftovers, write_bytes
+from simpletuner.helpers.caching.shard_index import ShardIndex
+from simpletuner.helpers.caching.shards import parse_entry, write_shard
+from simpletuner.helpers.caching.single_files import SingleFiles
+from simpletuner.helpers.io.atomic import remove_leftovers
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.redaction import redacted
 
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_KEY_FIELD, _DIGEST_FIELD = "key", "digest"
 _KEY = re.compile(r"[0-9a-f]{32}")
-_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
-# The largest entry we write is a text embedding of a few MB; a larger file is not ours.
-MAX_ENTRY_BYTES = 1 << 30
+# A shard is written when its entries reach one of these.
+MAX_SHARD_BYTES = 256 << 20
+MAX_SHARD_ENTRIES = 1000
+MAX_WAIT_S = 60.0
+"""A killed process loses what it encoded since."""
 
 
 def content_key(*parts: bytes | str) -> str:
@@ -42,19 +44,20 @@ def content_key(*parts: bytes | str) -> str:
 
 
 class TensorStore:
-    """A folder of safetensors files, one per key, in subfolders by the key's first two characters.
+    """A folder of entries, packed into shards that are written once.
 
-    Each file's metadata holds a digest of its key and tensors. An entry that does not match its digest is
-    removed and counts as missing.
+    The headers of the shards say which entries there are; an entry's content is checked when it is read. One
+    that does not match its digest counts as missing from then on. The files of one entry each that earlier
+    versions wrote are read too. Several threads and processes may use a store.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-
-    def path(self, key: str) -> Path:
-        """The path of a key's entry, which need not exist."""
-        assert _KEY.fullmatch(key), f"{key!r} is no content key"
-        return self.folder / key[:2] / f"{key}.safetensors"
+        self._shards, self._files = ShardIndex(folder), SingleFiles(folder)
+        self._pending: dict[str, dict[str, Tensor]] = {}
+        self._about: dict[str, str] = {}
+        self._pending_since_s = 0.0
+        self._lock = RLock()
 
     def get(self, key: str) -> dict[str, Tensor] | None:
         """The tensors of a key, on the CPU; None if there is no entry or it is damaged.
@@ -62,74 +65,67 @@ class TensorStore:
         Raises:
             DataError: The entry exists and cannot be read.
         """
-        path = self.path(key)
-        try:
-            if path.stat().st_size > MAX_ENTRY_BYTES:
-                self._discard(path, f"it is over {MAX_ENTRY_BYTES} bytes")
-                return None
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise DataError(
-                f"{printable(str(path))}: the cache entry cannot be read: {error.strerror}. "
-                "Give read permission or choose another cache folder."
-            ) from error
-        try:
-            return _checked(data, key)
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._discard(path, str(error))
-            return None
+        assert _KEY.fullmatch(key), f"{key!r} is no content key"
+        with self._lock:
+            if key in self._pending:
+                return dict(self._pending[key])
+            found = self._shards.read(key)
+            while found is not None:
+                try:
+                    return parse_entry(key, *found)
+                except (ValueError, KeyError, RuntimeError) as error:
+                    logger.warning("Cache entry %s in %s is damaged: %s.", key, self._shown, error)
+                    self._shards.exclude(key)
+                found = self._shards.read(key)
+            return self._files.get(key)
 
     def __contains__(self, key: object) -> bool:
         """Whether there is an undamaged entry; reads it."""
         return isinstance(key, str) and self.get(key) is not None
 
+    def held(self, keys: Iterable[str]) -> set[str]:
+        """Those of these keys that have an entry, which is not read, so it may be damaged.
+
+        Removes the temporary files of writers on this machine that no longer run.
+        """
+        with self._lock:
+            remove_leftovers(self.folder)
+            wanted = set(keys)
+            return (wanted & self._pending.keys()) | self._shards.held(wanted) | self._files.held(wanted)
+
     def put(self, key: str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-        """Write or replace an entry; the metadata, which is redacted, is for people who look into the file.
+        """Add an entry; the metadata, which is redacted, is for people who look into the file.
+
+        It is on disk after `flush`, which this calls for every full shard.
 
         Raises:
-            StorageError: The entry cannot be written.
+            StorageError: A shard cannot be written.
         """
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        noted = {name: redacted(text) for name, text in metadata.items()}
-        fields = {**noted, _KEY_FIELD: key, _DIGEST_FIELD: _digest(key, on_cpu)}
-        # Not durable: an entry that a power cut damages fails its digest and is encoded again.
-        write_bytes(self.path(key), safetensors_torch.save(on_cpu, fields), durable=False)
+        with self._lock:
+            if not self._pending:
+                self._pending_since_s = time.monotonic()
+            self._pending[key] = {name: each.detach().contiguous().cpu() for name, each in tensors.items()}
+            self._about[key] = redacted(json.dumps(dict(metadata), ensure_ascii=False))
+            waited_s = time.monotonic() - self._pending_since_s
+            num_bytes = sum(each.nbytes for entry in self._pending.values() for each in entry.values())
+            if (
+                num_bytes >= MAX_SHARD_BYTES
+                or len(self._pending) >= MAX_SHARD_ENTRIES
+                or waited_s >= MAX_WAIT_S
+            ):
+                self.flush()
 
-    def remove_stale(self) -> None:
-        """Remove the temporary files of writers on this machine that no longer run."""
-        if self.folder.is_dir():
-            for folder in (self.folder, *self.folder.iterdir()):
-                remove_leftovers(folder)
+    def flush(self) -> None:
+        """Write the entries that were put since the last shard.
 
-    def _discard(self, path: Path, reason: str) -> None:
-        shown = printable(str(path))
-        logger.warning("Cache entry %s is damaged (%s) and was removed.", shown, printable(reason))
-        path.unlink(missing_ok=True)
+        Raises:
+            StorageError: The shard cannot be written.
+        """
+        with self._lock:
+            if self._pending:
+                write_shard(self.folder, self._pending, self._about)
+                self._pending, self._about = {}, {}
 
-
-def _checked(data: bytes, key: str) -> dict[str, Tensor]:
-    """Parse an entry and check its key and digest.
-
-    Raises:
-        ValueError: The key or the digest differs.
-        SafetensorError: It is no safetensors file.
-    """
-    tensors = safetensors_torch.load(data)
-    header_end = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    metadata = json.loads(data[_LENGTH_BYTES:header_end])["__metadata__"]
-    if metadata[_KEY_FIELD] != key:
-        raise ValueError("it belongs to another key")
-    if metadata[_DIGEST_FIELD] != _digest(key, tensors):
-        raise ValueError("its digest differs")
-    return tensors
-
-
-def _digest(key: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128(key.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        if tensor.numel():
-            digest.update(tensor.reshape(-1).view(uint8).numpy().data)
-    return digest.hexdigest()
+    @property
+    def _shown(self) -> str:
+        return printable(str(self.folder))

@@ -21,6 +21,7 @@ from simpletuner.helpers.caching.filling import CacheRequest
 from simpletuner.helpers.caching.latents import latents_key, read_latents
 from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
+from simpletuner.helpers.caching.recent import GIB, RecentlyRead
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
@@ -42,7 +43,7 @@ from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, s
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
 from simpletuner.helpers.data.sources import SkippedImage
-from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
+from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -54,6 +55,16 @@ logger = logging.getLogger(__name__)
 _READ_ANEW = "colours 2"
 _SHOWN = 5
 _WHOLE = 1 << 63  # above every value of `mix`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Item:
+    """One image's part of a batch."""
+
+    sample: Sample
+    latents: Tensor
+    text: TextEmbeds
+    loss_mask: Tensor | None
 
 
 @dataclass(eq=False)
@@ -112,6 +123,8 @@ class TrainingData:
             if (folder := self._mask_folders[each.id]) is not None
         }
         self._vae_identity = self._text_identity = ""
+        self._bad: set[str] = set()
+        self._texts = RecentlyRead[TextEmbeds](int(self.data.text_cache_memory * GIB))
         self._strengths = slider_strengths(active)
         self.damaged = {}
         self._follow([self._plan(each) for each in active])
@@ -183,7 +196,12 @@ class TrainingData:
         ]
 
     def text_requests(self, prompts: Sequence[str] = ()) -> list[CacheRequest[str]]:
-        """A request for the embeddings of each caption and of these prompts."""
+        """A request for the embeddings of each caption and of these prompts.
+
+        Those of the prompts and of dropped captions are read at once, since no other can take their place.
+        """
+        captions = self.captions()
+        vital = {"", *prompts}
         return [
             CacheRequest(
                 store=self._text_store,
@@ -192,8 +210,9 @@ class TrainingData:
                 encoder="text encoder",
                 metadata={"prompt": beginning(prompt)},
                 load=partial(str, prompt),
+                is_read_at_once=prompt in vital,
             )
-            for prompt in (*self.captions(), *prompts)
+            for prompt in (*captions, *prompts)
         ]
 
     def leave_out(self, damaged: Mapping[str, str]) -> None:
@@ -224,12 +243,14 @@ class TrainingData:
         Raises:
             DataError: They are not cached.
         """
-        embeds = read_text(self._text_store, self._text_key(prompt))
+        key = self._text_key(prompt)
+        embeds = self._texts.get(key) or read_text(self._text_store, key)
         if embeds is None:
-            raise DataError(
+            raise CacheEntryError(
                 f"The text cache in {printable(str(self._text_store.folder))} lacks the prompt "
                 f"{shown(prompt)}. Start the run again: it first encodes missing entries."
             )
+        self._texts.keep(key, embeds, num_bytes=sum(each.nbytes for each in embeds.tensors().values()))
         return embeds
 
     def batches(self, *, start: int = 0) -> Iterator[Batch]:
@@ -251,32 +272,74 @@ class TrainingData:
         own = draw.samples[first : first + self.batch_size]
         start = index * self.batch_size * self.num_processes + first
         sample_indices = tuple(range(start, start + self.batch_size))
-        images = [members[member] for member in own]
-        passes = draw.passes[first : first + self.batch_size]
-        samples = tuple(map(self._with_caption, images, passes, sample_indices))
-        latents = torch.stack([self._latents(image) for image in images])
+        turns = zip(own, draw.passes[first : first + self.batch_size], sample_indices, strict=True)
+        items = [
+            self._item_or_next(members, member, pass_index=pass_index, sample_index=sample_index)
+            for member, pass_index, sample_index in turns
+        ]
+        samples = tuple(item.sample for item in items)
+        masks = [item.loss_mask for item in items if item.loss_mask is not None]
         return Batch(
-            latents=latents,
-            text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
+            latents=torch.stack([item.latents for item in items]),
+            text=TextEmbeds.stack([item.text for item in items]),
             samples=samples,
             sample_indices=sample_indices,
             is_regularisation=samples[0].dataset_id in self._regularisation,
-            strength=self._strength(images[0].sample.dataset_id, draw.turn),
-            loss_mask=self._loss_mask(images, sample_indices, grid=(latents.shape[-2], latents.shape[-1])),
+            strength=self._strength(samples[0].dataset_id, draw.turn),
+            # All images of a dataset have masks, or none.
+            loss_mask=torch.stack(masks) if masks else None,
         )
 
-    def _loss_mask(
-        self, images: Sequence[PlannedImage], sample_indices: Sequence[int], *, grid: tuple[int, int]
-    ) -> Tensor | None:
-        """The factors of the loss, [B, 1, h, w] float32; None for images without masks."""
-        if images[0].mask is None:  # nor has another image of the batch: all are of one dataset
-            return None
-        pairs = zip(images, sample_indices, strict=True)
-        return torch.stack([self._loss_factors(image, index, grid=grid) for image, index in pairs])
+    def _item_or_next(
+        self, members: Sequence[PlannedImage], member: int, *, pass_index: int, sample_index: int
+    ) -> _Item:
+        """The cached item of a member of a bucket, or of the next one whose entries are all whole.
 
-    def _loss_factors(self, image: PlannedImage, sample_index: int, *, grid: tuple[int, int]) -> Tensor:
+        Raises:
+            DataError: No member's are.
+        """
+        problem = ""
+        for offset in range(len(members)):
+            image = members[(member + offset) % len(members)]
+            try:
+                return self._item(image, pass_index=pass_index, sample_index=sample_index)
+            except CacheEntryError as error:
+                problem = str(error)
+                self._report_bad(image, problem)
+        raise DataError(f"No image of this size has whole cache entries. {problem}")
+
+    def _report_bad(self, image: PlannedImage, problem: str) -> None:
+        """Say once that the next image of its bucket takes the place of this one."""
+        if image.digest not in self._bad:
+            self._bad.add(image.digest)
+            # An error, because only the first process shows warnings.
+            logger.error(
+                "%s Until then the next image of its size is trained in place of %s.",
+                problem,
+                image.sample.path,
+            )
+
+    def _item(self, image: PlannedImage, *, pass_index: int, sample_index: int) -> _Item:
+        """An image's cached tensors.
+
+        Raises:
+            CacheEntryError: One is missing or damaged.
+        """
+        sample, latents = self._with_caption(image, pass_index, sample_index), self._latents(image)
+        return _Item(
+            sample=sample,
+            latents=latents,
+            text=self._noted_text_embeds(sample.caption),
+            loss_mask=self._loss_factors(image, sample_index, grid=(latents.shape[-2], latents.shape[-1])),
+        )
+
+    def _loss_factors(
+        self, image: PlannedImage, sample_index: int, *, grid: tuple[int, int]
+    ) -> Tensor | None:
+        """The factors of the loss, [1, h, w] float32; None without a mask."""
         mask = image.mask
-        assert mask is not None, "all images of a dataset have masks, or none"
+        if mask is None:
+            return None
         share = mix(self.seed, "masked loss", sample_index) / _WHOLE
         if mask.kind == "segmentation" and share >= self.masks.masked_loss_probability:
             return torch.ones(1, *grid)
@@ -284,7 +347,7 @@ class TrainingData:
         self.watch.note(f"the mask of {printable(image.sample.path)} from {printable(str(store.folder))}")
         values = read_cached_mask(store, mask.key)
         if values is None:
-            raise DataError(
+            raise CacheEntryError(
                 f"The mask of {image.sample.path} (dataset {image.sample.dataset_id!r}) is not in "
                 f"{printable(str(store.folder))}. Start the run again: it first reads missing masks."
             )
@@ -354,7 +417,7 @@ class TrainingData:
         )
         latents = read_latents(store, self._latents_key(image))
         if latents is None:
-            raise DataError(
+            raise CacheEntryError(
                 f"The latents of {image.sample.path} (dataset {image.sample.dataset_id!r}) are not in "
                 f"{printable(str(store.folder))}. Start the run again: it first encodes missing entries."
             )

@@ -39,11 +39,20 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     Raises:
         StorageError: The file cannot be written. The old content is unchanged.
     """
+    write_chunks(path, [data], durable=durable)
+
+
+def write_chunks(path: Path, chunks: Sequence[bytes | memoryview], *, durable: bool = True) -> None:
+    """The same with the bytes in pieces, which need no memory of their own as a whole.
+
+    Raises:
+        StorageError: The file cannot be written. The old content is unchanged.
+    """
     partial = path.parent / _partial_name()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_new(partial, data, durable=durable)
+            _write_new(partial, chunks, durable=durable)
             crash_point("file.before_rename")
             partial.replace(path)
         except BaseException:
@@ -53,7 +62,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         if durable:
             _sync_folder(path.parent)
     except OSError as error:
-        raise storage_error(path, error, needed=len(data)) from error
+        raise storage_error(path, error, needed=sum(map(len, chunks))) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -179,10 +188,11 @@ def _partial_name() -> str:
     return f".partial_{_HOST}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
 
 
-def _write_new(path: Path, data: bytes, *, durable: bool) -> None:
+def _write_new(path: Path, chunks: Sequence[bytes | memoryview], *, durable: bool) -> None:
     with path.open("xb") as file:
         crash_point("file.created")
-        file.write(data)
+        for chunk in chunks:
+            file.write(chunk)
         file.flush()
         crash_point("file.written")
         if durable:
@@ -201,7 +211,7 @@ def _seal(folder: Path) -> None:
         _sync_folder(subfolder)
     crash_point("folder.before_manifest")
     manifest = json.dumps({"version": 1, "files": entries}, indent=2) + "\n"
-    _write_new(folder / CHECKPOINT_MANIFEST_FILE, manifest.encode(), durable=True)
+    _write_new(folder / CHECKPOINT_MANIFEST_FILE, [manifest.encode()], durable=True)
     _sync_folder(folder)
 
 

@@ -15,6 +15,7 @@ from simpletuner.helpers.errors import SimpleTunerError
 
 MAX_AXES = 8
 """Of a tensor; torch's layers have at most 5."""
+_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1 << 24
 """Thirty times the header of a large single-file checkpoint."""
 
@@ -33,6 +34,20 @@ def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple
             if name != "__metadata__"
         }
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as failure:
+        raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
+
+
+def read_whole_header(path: Path, *, error: type[SimpleTunerError]) -> tuple[dict[str, Any], int]:
+    """The header of a file, and the place of its first tensor's bytes, without torch.
+
+    Raises:
+        SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
+    """
+    try:
+        text = _header_bytes(path, error=error)
+        header = json.loads(text)
+        return dict(header.items()), _LENGTH_BYTES + len(text)
+    except (OSError, ValueError, RecursionError, AttributeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
 
 

@@ -73,12 +73,32 @@ def test_two_requests_of_one_key_are_encoded_once(store: TensorStore, tmp_path: 
     assert all(each.key in each.store for each in requests)
 
 
-def test_a_damaged_entry_is_encoded_again(store: TensorStore) -> None:
-    requests = [request(store, 1), request(store, 2)]
+def test_a_damaged_entry_is_encoded_again_once_it_was_read(store: TensorStore) -> None:
+    requests = [request(store, 1), request(store, 2), replace(request(store, 3), is_read_at_once=True)]
     encoded(requests)
-    store.path(requests[0].key).write_bytes(b"damaged")
-    assert encoded(requests) == [[1]]
-    assert requests[0].key in store
+    shard = next(store.folder.glob("shard-*"))
+    data = shard.read_bytes()
+    for number in (1, 3):
+        value = torch.tensor([2.0 * number]).numpy().tobytes()
+        data = data.replace(value, bytes(len(value)))
+    shard.write_bytes(data)
+    later = [replace(each, store=TensorStore(store.folder)) for each in requests]
+    assert encoded(later) == [[3]]
+    assert later[0].store.get(later[0].key) is None
+    assert encoded(later) == [[1]]
+    assert all(each.key in each.store for each in later)
+
+
+def test_entries_that_were_encoded_before_an_error_are_on_disk(store: TensorStore) -> None:
+    def encode(numbers: list[int]) -> list[dict[str, Tensor]]:
+        if 2 in numbers:
+            raise DataError("stopped")
+        return Encoder()(numbers)
+
+    requests = [request(store, number) for number in range(3)]
+    with pytest.raises(DataError, match="stopped"):
+        list(encode_missing(requests, encode, batch_size=1))
+    assert [each.key in TensorStore(store.folder) for each in requests] == [True, True, False]
 
 
 def test_processes_divide_the_work(store: TensorStore) -> None:

@@ -21,8 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from torch import Tensor
 
+from simpletuner.helpers.caching import store
 from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries, latents_key
+from simpletuner.helpers.caching.shards import read_index
+from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
@@ -555,20 +558,53 @@ def test_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(make: 
     assert latents["1.png"].mean((1, 2)).tolist() == [-1.0, -1.0, 1.0]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip"])
 @pytest.mark.reliability_row(18)
-def test_damaged_entries_are_encoded_again(make: Make, photos: Path, tmp_path: Path, damage: str) -> None:
+def test_shards_that_are_cut_are_encoded_again(make: Make, photos: Path, tmp_path: Path) -> None:
     cached(make(photos))
-    entries = sorted((tmp_path / "cache").rglob("*.safetensors"))
-    assert len(entries) == 16
-    for entry in entries:
-        data = bytearray(entry.read_bytes())
-        data[-1] ^= 1
-        entry.write_bytes(data[:-3] if damage == "cut" else data)
+    shards = list((tmp_path / "cache").rglob("*.safetensors"))
+    assert len(shards) == 2
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:-3])
     encoders = Encoders()
     cached(make(photos), encoders)
     assert encoders.images == 8
     assert len(encoders.prompts) == 8
+
+
+def spoil(store: TensorStore, key: str) -> None:
+    """Change one byte of an entry on disk."""
+    shard = next(store.folder.glob("shard-*"))
+    start = read_index(shard)[key].start
+    data = bytearray(shard.read_bytes())
+    data[start] ^= 1
+    shard.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+@pytest.mark.reliability_row(18)
+def test_the_next_image_of_the_bucket_takes_the_place_of_one_whose_entry_is_damaged(
+    make: Make, photos: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    whole = cached(make(photos))
+    expected = shape(taken(whole, 16))
+    number = next(index for index, each in enumerate(whole.samples) if each.path == "3.png")
+    request = (whole.latents_requests() if kind == "latents" else whole.text_requests())[number]
+    spoil(request.store, request.key)
+    encoders = Encoders()
+    data = cached(make(photos), encoders)
+    assert (encoders.images, encoders.prompts) == (0, []), "nothing is read before it is used"
+    with caplog.at_level(logging.ERROR):
+        found = shape(taken(data, 16))
+    put_in = whole.samples[number + 1].path
+    assert [[put_in if path == "3.png" else path for path in paths] for paths, *_ in expected] == [
+        paths for paths, *_ in found
+    ]
+    assert [indices for *_, indices in expected] == [indices for *_, indices in found]
+    (record,) = [each for each in caplog.records if each.levelno == logging.ERROR]
+    assert "3.png" in record.getMessage()
+    cached(make(photos), encoders)
+    assert (encoders.images, len(encoders.prompts)) == ((1, 0) if kind == "latents" else (0, 1))
+    assert shape(taken(cached(make(photos)), 16)) == expected
 
 
 @pytest.mark.parametrize("change", [{"resolution": 128}, {"crop": True, "seed": 1}])
@@ -622,8 +658,9 @@ def test_the_work_of_caching_is_shared_between_processes(make: Make, photos: Pat
 @pytest.mark.parametrize("point", ["file.created", "file.written", "file.before_rename"])
 @pytest.mark.reliability_row(5)
 def test_a_full_disk_while_caching_leaves_only_whole_entries(
-    make: Make, photos: Path, tmp_path: Path, stage: str, point: str
+    make: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, point: str
 ) -> None:
+    monkeypatch.setattr(store, "MAX_SHARD_ENTRIES", 1)
     data = make(photos)
     writes = 0
 

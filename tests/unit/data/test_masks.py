@@ -14,6 +14,7 @@ from PIL import Image
 from simpletuner.helpers.caching.filling import encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.masks import mask_entries
+from simpletuner.helpers.caching.shards import read_index
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
@@ -350,8 +351,12 @@ def test_another_crop_is_another_entry(make: Make, folders: tuple[Path, Path]) -
 
 def test_a_missing_entry_is_named(make: Make) -> None:
     data = cached(make())
-    for request in data.mask_requests():
-        request.store.path(request.key).unlink(missing_ok=True)
+    for shard in data.mask_requests()[0].store.folder.glob("shard-*"):
+        index = read_index(shard)
+        content = bytearray(shard.read_bytes())
+        for key in {request.key for request in data.mask_requests()} & index.keys():
+            content[index[key].start] ^= 1
+        shard.write_bytes(content)
     with pytest.raises(DataError, match=r"mask of .*\.png"):
         batch(data)
 

@@ -235,7 +235,9 @@ class DataConfig(Section):
     text_encoder_batch_size: Count = 1
     """Captions encoded at a time; above 1, the last bits of prompt embeds depend on the batch, so a run whose
     caching was interrupted may end a rounding error apart."""
-
+    text_cache_memory: NonNegativeNumber = 2.0
+    """GiB of prompt embeds that each process keeps in memory once they were read, the most recently used
+    ones; 0 reads them for every sample."""
     loader_timeout_seconds: NonNegativeNumber = 300.0
     """Seconds after which a run ends that waits for one batch of its loader, as on a network folder that does
     not answer; 0 waits for ever."""

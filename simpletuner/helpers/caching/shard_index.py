@@ -1,0 +1,214 @@
+"""Finds entries in the shards of a store, by the shards' headers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from simpletuner.helpers.caching.shards import Layout, Range, read_index
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.atomic import write_bytes
+from simpletuner.helpers.io.faults import StorageError
+from simpletuner.helpers.io.names import printable
+
+logger = logging.getLogger(__name__)
+
+_SHARD = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
+_OPEN_FILES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """The entries of one shard, as arrays."""
+
+    name: str
+    keys: npt.NDArray[np.uint64]
+    """[n, 2], the halves of each key."""
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    layout_ids: npt.NDArray[np.int32]
+    layouts: tuple[Layout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """The entries of all shards in the order of their keys, as arrays."""
+
+    first: npt.NDArray[np.uint64]
+    second: npt.NDArray[np.uint64]
+    shards: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int32]
+
+    def find(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """The position of each of these [n, 2] keys; -1 for one that is not there."""
+        if not len(self.first):
+            return np.full(len(keys), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self.first, keys[:, 0]), len(self.first) - 1)
+        found = (self.first[places] == keys[:, 0]) & (self.second[places] == keys[:, 1])
+        return np.where(found, places, -1)
+
+
+class ShardIndex:
+    """The shards of one folder. Shards that other processes add or remove are noticed on the next miss."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: dict[str, _Shard] = {}
+        self._order: list[_Shard] = []
+        self._table = _table_of([])
+        self._files: OrderedDict[str, FileIO] = OrderedDict()
+
+    def held(self, keys: Collection[str]) -> set[str]:
+        """Those of these keys that have an entry, which is not read."""
+        self._refresh()
+        listed = list(keys)
+        places = self._table.find(_halves(listed))
+        return {key for key, place in zip(listed, places, strict=True) if place >= 0}
+
+    def read(self, key: str) -> tuple[bytearray, Layout] | None:
+        """The bytes of an entry, unchecked; None if there is none.
+
+        Raises:
+            DataError: Its shard cannot be read.
+        """
+        found = self._find(key)
+        if found is None and self._refresh():
+            found = self._find(key)
+        if found is None:
+            return None
+        shard, where = found
+        try:
+            return self._bytes(shard.name, where), where.layout
+        except FileNotFoundError:  # another process packed it into another shard
+            return self.read(key) if self._refresh() else None
+        except OSError as error:
+            raise DataError(
+                f"{printable(str(self._folder / shard.name))}: the cache cannot be read: {error.strerror}. "
+                "Give read permission or choose another cache folder."
+            ) from error
+
+    def exclude(self, key: str) -> None:
+        """Pass over the entry that `read` gives: here, and in later runs if the folder can be written to."""
+        found = self._find(key)
+        if found is None:
+            return
+        name = found[0].name
+        excluded = sorted({*_excluded(self._folder / name), key})
+        self._shards.pop(name)
+        try:
+            write_bytes(_exclusions(self._folder / name), json.dumps(excluded).encode())
+        except StorageError as error:
+            logger.warning("%s", error)
+        self._load(name, excluded)
+        self._merge()
+
+    def _find(self, key: str) -> tuple[_Shard, Range] | None:
+        place = int(self._table.find(_halves([key]))[0])
+        if place < 0:
+            return None
+        shard, row = self._order[int(self._table.shards[place])], int(self._table.rows[place])
+        layout = shard.layouts[int(shard.layout_ids[row])]
+        return shard, Range(int(shard.starts[row]), int(shard.lengths[row]), layout)
+
+    def _refresh(self) -> bool:
+        """Look for shards that came or went; whether any did."""
+        names = set(_shard_names(self._folder))
+        if names == self._shards.keys():
+            return False
+        for name in self._shards.keys() - names:
+            del self._shards[name]
+            if file := self._files.pop(name, None):
+                file.close()
+        for name in sorted(names - self._shards.keys()):
+            self._load(name, _excluded(self._folder / name))
+        self._merge()
+        return True
+
+    def _load(self, name: str, excluded: Iterable[str]) -> None:
+        """Read the header of a shard; one that cannot be read counts as empty."""
+        try:
+            entries = read_index(self._folder / name)
+        except DataError as error:
+            logger.warning("%s Its entries count as missing.", error)
+            entries = {}
+        for key in excluded:
+            entries.pop(key, None)
+        layouts = {each.layout: None for each in entries.values()}
+        numbers = {layout: number for number, layout in enumerate(layouts)}
+        self._shards[name] = _Shard(
+            name=name,
+            keys=_halves(list(entries)),
+            starts=np.array([each.start for each in entries.values()], dtype=np.int64),
+            lengths=np.array([each.length for each in entries.values()], dtype=np.int64),
+            layout_ids=np.array([numbers[each.layout] for each in entries.values()], dtype=np.int32),
+            layouts=tuple(layouts),
+        )
+
+    def _merge(self) -> None:
+        self._order = list(self._shards.values())
+        self._table = _table_of(self._order)
+
+    def _bytes(self, name: str, where: Range) -> bytearray:
+        file = self._files.get(name)
+        if file is None:
+            file = self._files[name] = FileIO(self._folder / name)
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(name)
+        data = bytearray(where.length)
+        file.seek(where.start)
+        num_read = 0
+        while part := file.readinto(memoryview(data)[num_read:]):
+            num_read += part
+        return data
+
+
+def _shard_names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as listing:
+        return [each.name for each in listing if _SHARD.fullmatch(each.name)]
+
+
+def _exclusions(shard: Path) -> Path:
+    """The file that lists the damaged entries of a shard."""
+    return shard.with_suffix(".damaged.json")
+
+
+def _excluded(shard: Path) -> list[str]:
+    try:
+        return [str(key) for key in json.loads(_exclusions(shard).read_bytes())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s is not readable: %s.", printable(str(_exclusions(shard))), error)
+        return []
+
+
+def _halves(keys: Collection[str]) -> npt.NDArray[np.uint64]:
+    """[n, 2], the halves of each key of 32 hexadecimal digits."""
+    data = bytes.fromhex("".join(keys))
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def _table_of(shards: list[_Shard]) -> _Table:
+    keys = np.concatenate([each.keys for each in shards] or [np.zeros((0, 2), np.uint64)])
+    numbers = [np.full(len(each.keys), index, np.int32) for index, each in enumerate(shards)]
+    rows = [np.arange(len(each.keys), dtype=np.int32) for each in shards]
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    return _Table(
+        first=keys[order, 0],
+        second=keys[order, 1],
+        shards=np.concatenate(numbers or [np.zeros(0, np.int32)])[order],
+        rows=np.concatenate(rows or [np.zeros(0, np.int32)])[order],
+    )
