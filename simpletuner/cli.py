@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_files, train
+from simpletuner import __version__, cli_cache, cli_files, train
 from simpletuner.cli_options import (
     AdapterArgument,
     AdapterFile,
@@ -91,6 +91,7 @@ app.add_typer(benchmark_app, name="benchmark")
 
 examples_app = typer.Typer(no_args_is_help=True, help="Configurations to start from.")
 app.add_typer(examples_app, name="examples")
+app.add_typer(cli_cache.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

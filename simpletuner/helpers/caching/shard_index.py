@@ -103,10 +103,10 @@ class ShardIndex:
         if found is None:
             return
         name = found[0].name
-        excluded = sorted({*_excluded(self._folder / name), key})
+        excluded = sorted({*excluded_keys(self._folder / name), key})
         self._shards.pop(name)
         try:
-            write_bytes(_exclusions(self._folder / name), json.dumps(excluded).encode())
+            write_bytes(exclusions_file(self._folder / name), json.dumps(excluded).encode())
         except StorageError as error:
             logger.warning("%s", error)
         self._load(name, excluded)
@@ -122,7 +122,7 @@ class ShardIndex:
 
     def _refresh(self) -> bool:
         """Look for shards that came or went; whether any did."""
-        names = set(_shard_names(self._folder))
+        names = set(shard_names(self._folder))
         if names == self._shards.keys():
             return False
         for name in self._shards.keys() - names:
@@ -130,7 +130,7 @@ class ShardIndex:
             if file := self._files.pop(name, None):
                 file.close()
         for name in sorted(names - self._shards.keys()):
-            self._load(name, _excluded(self._folder / name))
+            self._load(name, excluded_keys(self._folder / name))
         self._merge()
         return True
 
@@ -173,25 +173,27 @@ class ShardIndex:
         return data
 
 
-def _shard_names(folder: Path) -> list[str]:
+def shard_names(folder: Path) -> list[str]:
+    """The names of the shards in a folder."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as listing:
         return [each.name for each in listing if _SHARD.fullmatch(each.name)]
 
 
-def _exclusions(shard: Path) -> Path:
+def exclusions_file(shard: Path) -> Path:
     """The file that lists the damaged entries of a shard."""
     return shard.with_suffix(".damaged.json")
 
 
-def _excluded(shard: Path) -> list[str]:
+def excluded_keys(shard: Path) -> list[str]:
+    """The keys of the entries of a shard that were found damaged."""
     try:
-        return [str(key) for key in json.loads(_exclusions(shard).read_bytes())]
+        return [str(key) for key in json.loads(exclusions_file(shard).read_bytes())]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError) as error:
-        logger.warning("%s is not readable: %s.", printable(str(_exclusions(shard))), error)
+        logger.warning("%s is not readable: %s.", printable(str(exclusions_file(shard))), error)
         return []
 
 

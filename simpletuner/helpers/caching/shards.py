@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_chunks
-from simpletuner.helpers.io.safetensors_file import header_bytes, read_whole_header
+from simpletuner.helpers.io.safetensors_file import header_bytes, read_metadata, read_whole_header
 
 _DIGEST = "digest"
 _DIGEST_BYTES = 16
@@ -126,6 +126,14 @@ def read_index(path: Path) -> dict[str, Range]:
     if any(each.start - data_start + each.length > size for each in ranges.values()):
         raise DataError(f"{path}: it is shorter than its header says.")
     return ranges
+
+
+def read_about(path: Path) -> dict[str, str]:
+    """Key -> text for people, of the entries of a shard; {} if it cannot be read."""
+    try:
+        return read_metadata(path, error=DataError)
+    except DataError:
+        return {}
 
 
 def parse_entry(key: str, data: bytearray, layout: Layout) -> dict[str, Tensor]:

@@ -46,9 +46,9 @@ class SingleFiles:
 
     def held(self, keys: Iterable[str]) -> set[str]:
         """Those of these keys that have a file, which is not read."""
-        return set(keys) & self.keys()
+        return set(keys) & self.found()
 
-    def keys(self) -> set[str]:
+    def found(self) -> set[str]:
         """The keys of all files."""
         keys: set[str] = set()
         if not self._folder.is_dir():

@@ -101,11 +101,19 @@ class TensorStore:
         Raises:
             StorageError: A shard cannot be written.
         """
+        self.put_again(key, tensors, about=redacted(json.dumps(dict(metadata), ensure_ascii=False)))
+
+    def put_again(self, key: str, tensors: Mapping[str, Tensor], *, about: str) -> None:
+        """Add an entry that another shard holds with this text.
+
+        Raises:
+            StorageError: A shard cannot be written.
+        """
         with self._lock:
             if not self._pending:
                 self._pending_since_s = time.monotonic()
             self._pending[key] = {name: each.detach().contiguous().cpu() for name, each in tensors.items()}
-            self._about[key] = redacted(json.dumps(dict(metadata), ensure_ascii=False))
+            self._about[key] = about
             waited_s = time.monotonic() - self._pending_since_s
             num_bytes = sum(each.nbytes for entry in self._pending.values() for each in entry.values())
             if (

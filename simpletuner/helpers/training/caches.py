@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from simpletuner.helpers.caching.prefetch import LoaderWatch
     from simpletuner.helpers.checkpointing.preemption import Preemption
-    from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.sections import RunConfig, ValidationConfig
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
     from simpletuner.helpers.sampling.prompts import PromptSpec
@@ -72,9 +72,6 @@ def fill_caches(
         family.load_text_encoders()
         return [text_entry(embeds) for embeds in family.encode_prompts(texts)]
 
-    texts = {prompt.text for prompt in validation_prompts}
-    if validation_prompts:
-        texts.add(config.validation.validation_negative_prompt)
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     shard = accelerator.process_index, accelerator.num_processes
     fill = partial(_fill, shard=shard, preemption=preemption, watch=data.watch)
@@ -91,13 +88,19 @@ def fill_caches(
         fill(("mask", "masks"), masks, mask_entries, batch_size=1)
     fill(
         ("caption or prompt", "captions and prompts"),
-        data.text_requests(sorted(texts)),
+        data.text_requests(prompts_to_encode(validation_prompts, config.validation)),
         encode_prompts,
         batch_size=config.data.text_encoder_batch_size,
     )
     family.unload_text_encoders()
     # Waits for every process. All leave out the same images, whichever of them decoded one.
     data.leave_out(dict(gather_object(list(data.damaged.items()))))
+
+
+def prompts_to_encode(prompts: Sequence[PromptSpec], validation: ValidationConfig) -> list[str]:
+    """The texts that validation reads, each once; none without a prompt."""
+    texts = {prompt.text for prompt in prompts}
+    return sorted({*texts, validation.validation_negative_prompt} if prompts else texts)
 
 
 def _fill(

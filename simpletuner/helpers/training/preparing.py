@@ -109,10 +109,16 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
         (config.checkpoint.output_dir / EXIT_FILE).unlink(missing_ok=True)  # of the run before
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))
-    family = build_family(config, accelerator)
+    family = build_family(config, device=accelerator.device)
     refuse_cpu(config, device, num_weights=family.components.denoiser.num_weights())
     watch = build_watch(config, accelerator, preemption)
-    data = build_data(config, family=family, accelerator=accelerator, watch=watch)
+    data = build_data(
+        config,
+        family=family,
+        watch=watch,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+    )
     return RunContext(
         config=config,
         accelerator=accelerator,
@@ -187,14 +193,14 @@ def repository_name(config: RunConfig) -> str:
     return config.publishing.hub_model_id or config.tracking.tracker_project_name
 
 
-def build_family(config: RunConfig, accelerator: Accelerator) -> ModelFamily:
+def build_family(config: RunConfig, *, device: torch.device) -> ModelFamily:
     """The model's family, before any weights are loaded."""
     return load_family(config.model.model_family)(
         FamilyContext(
             model=config.model,
             noise=config.noise,
             precision=config.precision,
-            device=accelerator.device,
+            device=device,
             weight_dtype=WEIGHT_DTYPES[config.precision.mixed_precision],
         )
     )
@@ -208,7 +214,12 @@ def build_watch(config: RunConfig, accelerator: Accelerator, preemption: Preempt
 
 
 def build_data(
-    config: RunConfig, *, family: ModelFamily, accelerator: Accelerator, watch: LoaderWatch
+    config: RunConfig,
+    *,
+    family: ModelFamily,
+    watch: LoaderWatch,
+    num_processes: int = 1,
+    process_index: int = 0,
 ) -> TrainingData:
     """The samples of this process and their order."""
     return TrainingData(
@@ -216,8 +227,8 @@ def build_data(
         config.data,
         seed=config.training.seed,
         batch_size=config.training.train_batch_size,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
+        num_processes=num_processes,
+        process_index=process_index,
         pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",

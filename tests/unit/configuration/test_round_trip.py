@@ -189,6 +189,7 @@ CONFIG = {
     "tracker_run_name": st.none() | WORDS,
     "webhook_config": st.none() | st.just("webhooks.json"),
     "loader_timeout_seconds": st.floats(0, 1000),
+    "text_cache_memory": st.floats(0, 64),
     "tracker_timeout_seconds": st.floats(0, 1000),
     "push_to_hub": st.just(False),
     "push_checkpoints_to_hub": SWITCHES,

@@ -1,0 +1,192 @@
+"""Looks through the folders of a cache, checks every entry, and packs what is worth keeping."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpletuner.helpers.caching import store as limits
+from simpletuner.helpers.caching.shard_index import excluded_keys, exclusions_file, shard_names
+from simpletuner.helpers.caching.shards import read_about, read_index
+from simpletuner.helpers.caching.single_files import SingleFiles
+from simpletuner.helpers.caching.store import TensorStore
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.faults import storage_error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreStats:
+    """What a store's folder holds."""
+
+    folder: Path
+    entries: int
+    """Distinct keys with an entry that is not known to be damaged."""
+    repeated: int
+    """Further entries of the same keys, as of two runs that encoded at once."""
+    damaged: int
+    """Entries that were found damaged; a shard that cannot be read counts as empty."""
+    shards: int
+    single_files: int
+    """Entries in files of their own, as earlier versions wrote them."""
+    num_bytes: int
+
+
+@dataclass(kw_only=True, slots=True)
+class Pruned:
+    """What `prune` did in one folder."""
+
+    folder: Path
+    removed: int = 0
+    """Entries that are gone: unused, repeated or damaged."""
+    packed: int = 0
+    """Entries that moved to another shard."""
+    freed_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Packing:
+    """Which shards stay as they are, and which entries of the others move."""
+
+    moved: dict[Path, list[str]] = field(default_factory=dict)
+    """Shard -> keys to keep of it."""
+    seen: set[str] = field(default_factory=set)
+    removed: int = 0
+
+
+def stores_under(folder: Path) -> list[Path]:
+    """The folders of stores in a folder and below it.
+
+    Raises:
+        DataError: There are none.
+    """
+    found = [Path(path) for path, *_ in os.walk(folder) if _is_store(Path(path))]
+    if not found:
+        raise DataError(
+            f"{folder}: no cache is there. Give the folder of cache_dir_vae or cache_dir_text, or one above."
+        )
+    return sorted(found)
+
+
+def stats(folder: Path) -> StoreStats:
+    """Count what a store's folder holds; only headers are read."""
+    keys: list[str] = []
+    damaged = 0
+    for name in shard_names(folder):
+        excluded = set(excluded_keys(folder / name))
+        own = _keys_of(folder / name)
+        damaged += len(own & excluded)
+        keys += own - excluded
+    singles = SingleFiles(folder).found()
+    distinct = singles.union(keys)
+    return StoreStats(
+        folder=folder,
+        entries=len(distinct),
+        repeated=len(keys) + len(singles) - len(distinct),
+        damaged=damaged,
+        shards=len(shard_names(folder)),
+        single_files=len(singles),
+        num_bytes=_size_of(folder),
+    )
+
+
+def verify(folder: Path) -> list[str]:
+    """Read every entry of a store; the keys of those that are damaged, which count as missing from now on."""
+    store, damaged = TensorStore(folder), []
+    for key in sorted({*SingleFiles(folder).found(), *(key for _, key in _entries(folder))}):
+        if store.get(key) is None:
+            damaged.append(key)
+    return damaged
+
+
+def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
+    """Remove damaged and repeated entries, and those that are not used; pack single files and small shards.
+
+    New shards are written before the old ones are removed, so an interruption leaves entries twice at most.
+
+    Args:
+        folder: Of a store.
+        used: The keys to keep; None for all.
+
+    Raises:
+        StorageError: A shard cannot be written or removed.
+    """
+    before, reader, writer = _size_of(folder), TensorStore(folder), TensorStore(folder)
+    packing = _packing(folder, used)
+    singles = sorted(SingleFiles(folder).found())
+    result = Pruned(folder=folder, removed=packing.removed)
+    is_empty = not all(packing.moved.values())
+    if not (packing.removed or singles or is_empty or len(packing.moved) > 1):
+        return result
+    for shard, keys in packing.moved.items():
+        result.packed += _pack(keys, reader, writer, about=read_about(shard))
+    wanted = [key for key in singles if key not in packing.seen and (used is None or key in used)]
+    result.packed += _pack(wanted, reader, writer, about={})
+    result.removed += len(singles) - len(wanted)
+    writer.flush()
+    _remove([*packing.moved, *(exclusions_file(each) for each in packing.moved)])
+    _remove([SingleFiles(folder).path(key) for key in singles])
+    result.freed_bytes = before - _size_of(folder)
+    return result
+
+
+def _packing(folder: Path, used: Set[str] | None) -> _Packing:
+    packing = _Packing()
+    for name in sorted(shard_names(folder)):
+        own = _keys_of(folder / name)
+        kept = own - set(excluded_keys(folder / name)) - packing.seen
+        if used is not None:
+            kept &= used
+        packing.seen |= kept
+        packing.removed += len(own) - len(kept)
+        if kept != own or not own or not _is_large(folder / name, len(own)):
+            packing.moved[folder / name] = sorted(kept)
+    return packing
+
+
+def _pack(keys: Collection[str], reader: TensorStore, writer: TensorStore, *, about: dict[str, str]) -> int:
+    """Write entries again; the number of those that are whole."""
+    number = 0
+    for key in keys:
+        tensors = reader.get(key)
+        if tensors is not None:
+            writer.put_again(key, tensors, about=about.get(key, ""))
+            number += 1
+    return number
+
+
+def _is_store(folder: Path) -> bool:
+    return bool(shard_names(folder)) or bool(SingleFiles(folder).found())
+
+
+def _is_large(shard: Path, num_entries: int) -> bool:
+    return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or shard.stat().st_size >= limits.MAX_SHARD_BYTES // 2
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
+    for name in shard_names(folder):
+        for key in _keys_of(folder / name):
+            yield folder / name, key
+
+
+def _keys_of(shard: Path) -> set[str]:
+    """The keys of a shard; none if it cannot be read."""
+    try:
+        return set(read_index(shard))
+    except DataError:
+        return set()
+
+
+def _size_of(folder: Path) -> int:
+    singles = SingleFiles(folder)
+    files = [folder / name for name in shard_names(folder)] + [singles.path(key) for key in singles.found()]
+    return sum(file.stat().st_size for file in files)
+
+
+def _remove(files: Collection[Path]) -> None:
+    for file in files:
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(file, error) from error
