@@ -19,7 +19,8 @@ def test_prune_keeps_what_a_configuration_uses_and_removes_what_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = {"validation_prompt": "a cat", "validation_negative_prompt": "blurry"}
-    run = TinyRun(tmp_path, keys={"max_train_steps": 1, "validation_disable": True, **prompts})
+    pictures = {"validation_disable": False, "validation_num_inference_steps": 1, "disable_benchmark": True}
+    run = TinyRun(tmp_path, keys={"max_train_steps": 1, **pictures, **prompts})
     assert run.run() == 0
     Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "image0.png")
     (tmp_path / "images" / "image1.txt").write_text("another caption")
