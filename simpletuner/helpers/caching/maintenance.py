@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from simpletuner.helpers.caching import store as limits
-from simpletuner.helpers.caching.shard_index import excluded_keys, exclusions_file, shard_names
+from simpletuner.helpers.caching.shard_folder import excluded_keys, exclusions_file, shard_names
 from simpletuner.helpers.caching.shards import read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore

@@ -1,25 +1,30 @@
 """Shards: safetensors files that hold many entries of a tensor store. Their headers are the store's index.
 
 Tensor NAME of entry KEY is named KEY.NAME. The tensors of an entry and, last, KEY.digest are one range of
-bytes: a digest of 16 bytes over key and tensors, and zeros up to a multiple of 8.
+bytes: a digest of 16 bytes over key and tensors, and zeros up to a multiple of 8. The metadata, which stands
+first in the header, has the ranges as numbers, so that a thousand entries are found without a thousand names.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 from torch import Tensor
 
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_chunks
-from simpletuner.helpers.io.safetensors_file import header_bytes, read_metadata, read_whole_header
+from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, read_leading_metadata
 
+_ABOUT, _INDEX = "about", "index"
 _DIGEST = "digest"
 _DIGEST_BYTES = 16
 _ALIGNMENT = 8
@@ -48,8 +53,6 @@ class Place:
     start: int
 
 
-_Part = tuple[int, int, str, str, tuple[int, ...]]
-"""Start, end, name, dtype and shape of a tensor."""
 Layout = tuple[Place, ...]
 """The tensors of an entry; entries of one size share theirs."""
 
@@ -61,6 +64,53 @@ class Range:
     start: int
     length: int
     layout: Layout
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardIndex(Mapping[str, Range]):
+    """Key -> range of each entry of a shard, as arrays."""
+
+    key_halves: npt.NDArray[np.uint64]
+    """[n, 2], the halves of each key."""
+    starts: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    layout_ids: npt.NDArray[np.int32]
+    layouts: tuple[Layout, ...]
+
+    def range_at(self, row: int) -> Range:
+        """The range of an entry by its row."""
+        layout = self.layouts[int(self.layout_ids[row])]
+        return Range(int(self.starts[row]), int(self.lengths[row]), layout)
+
+    def without(self, keys: Collection[str]) -> ShardIndex:
+        """The index without some entries."""
+        kept = np.array([key not in keys for key in self], dtype=bool)
+        return ShardIndex(
+            self.key_halves[kept], self.starts[kept], self.lengths[kept], self.layout_ids[kept], self.layouts
+        )
+
+    def __getitem__(self, key: str) -> Range:
+        (rows,) = np.nonzero((self.key_halves == halves([key])).all(axis=1))
+        if not len(rows):
+            raise KeyError(key)
+        return self.range_at(int(rows[0]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(f"{first:016x}{second:016x}" for first, second in self.key_halves.tolist())
+
+    def __len__(self) -> int:
+        return len(self.key_halves)
+
+
+NO_ENTRIES = ShardIndex(
+    np.zeros((0, 2), np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32), ()
+)
+
+
+def halves(keys: Collection[str]) -> npt.NDArray[np.uint64]:
+    """[n, 2], the halves of each key of 32 hexadecimal digits."""
+    data = bytes.fromhex("".join(keys))
+    return np.frombuffer(data, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 def digest_of(key: str, tensors: Mapping[str, Tensor]) -> bytes:
@@ -83,57 +133,84 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, Tensor]], about
     Raises:
         StorageError: It cannot be written.
     """
-    header: dict[str, object] = {"__metadata__": dict(about)}
+    header: dict[str, dict[str, object]] = {}
     chunks: list[bytes | memoryview] = []
+    layouts: dict[Layout, int] = {}
+    starts, lengths, layout_ids = [], [], []
     end = 0
     for key, tensors in entries.items():
         # Large elements first, so that each tensor starts at a multiple of its element's size.
         named = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
-        parts: list[tuple[str, str, list[int], bytes | memoryview]] = [
-            (name, _NAMES[each.dtype], list(each.shape), _bytes_of(each)) for name, each in named
+        parts: list[tuple[str, str, tuple[int, ...], bytes | memoryview]] = [
+            (name, _NAMES[each.dtype], tuple(each.shape), _bytes_of(each)) for name, each in named
         ]
         used = end + sum(len(data) for *_, data in parts) + _DIGEST_BYTES
         seal = digest_of(key, tensors) + bytes(-used % _ALIGNMENT)
-        for name, dtype, shape, data in (*parts, (_DIGEST, "U8", [len(seal)], seal)):
-            header[f"{key}.{name}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
+        first, places = end, []
+        for name, dtype, shape, data in (*parts, (_DIGEST, "U8", (len(seal),), seal)):
+            offsets = [end, end + len(data)]
+            header[f"{key}.{name}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+            places.append(Place(name, dtype, shape, end - first))
             chunks.append(data)
             end += len(data)
+        starts.append(first)
+        lengths.append(end - first)
+        layout_ids.append(layouts.setdefault(tuple(places), len(layouts)))
+    index = {
+        "keys": "".join(entries),
+        "starts": starts,
+        "lengths": lengths,
+        "layout_ids": layout_ids,
+        "layouts": [[astuple(place) for place in layout] for layout in layouts],
+    }
+    texts: dict[str, object] = {
+        _ABOUT: json.dumps(dict(about)),
+        _INDEX: json.dumps(index, separators=(",", ":")),
+    }
     path = folder / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
-    write_chunks(path, [header_bytes(header), *chunks])
+    write_chunks(path, [header_bytes({METADATA: texts, **header}), *chunks])
     return path
 
 
-def read_index(path: Path) -> dict[str, Range]:
-    """Key -> range of each entry of a shard, by its header.
+def read_index(path: Path) -> ShardIndex:
+    """The entries of a shard, by its header.
 
     Raises:
         DataError: It is no shard, or shorter than its header says.
     """
-    header, data_start = read_whole_header(path, error=DataError)
-    entries: dict[str, list[_Part]] = {}
+    metadata, data_start = read_leading_metadata(path, error=DataError)
     try:
-        for name, entry in header.items():
-            if name != "__metadata__":
-                key, _, tensor = name.partition(".")
-                start, end = map(int, entry["data_offsets"])
-                shape = tuple(map(int, entry["shape"]))
-                entries.setdefault(key, []).append((start, end, tensor, entry["dtype"], shape))
-        size = path.stat().st_size - data_start
-        layouts: dict[Layout, Layout] = {}
-        ranges = {key: _range_of(sorted(parts), data_start, layouts) for key, parts in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        index = json.loads(metadata[_INDEX])
+        found = ShardIndex(
+            halves([index["keys"]]),
+            np.array(index["starts"], dtype=np.int64) + data_start,
+            np.array(index["lengths"], dtype=np.int64),
+            np.array(index["layout_ids"], dtype=np.int32),
+            tuple(
+                tuple(Place(name, dtype, tuple(shape), int(start)) for name, dtype, shape, start in layout)
+                for layout in index["layouts"]
+            ),
+        )
+        size = path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not a readable shard: {error}.") from error
-    if any(each.start - data_start + each.length > size for each in ranges.values()):
+    sizes = {len(found.key_halves), len(found.starts), len(found.lengths), len(found.layout_ids)}
+    if len(sizes) > 1 or (len(found) and found.layout_ids.max() >= len(found.layouts)):
+        raise DataError(f"{path}: not a readable shard: its index is not complete.")
+    if len(found) and int((found.starts + found.lengths).max()) > size:
         raise DataError(f"{path}: it is shorter than its header says.")
-    return ranges
+    if len(found) and min(found.starts.min() - data_start, found.lengths.min(), found.layout_ids.min()) < 0:
+        raise DataError(f"{path}: not a readable shard: its index has a number below 0.")
+    return found
 
 
 def read_about(path: Path) -> dict[str, str]:
     """Key -> text for people, of the entries of a shard; {} if it cannot be read."""
     try:
-        return read_metadata(path, error=DataError)
-    except DataError:
+        about = json.loads(read_leading_metadata(path, error=DataError)[0][_ABOUT])
+    except (DataError, ValueError, KeyError):
         return {}
+    return {str(key): str(text) for key, text in about.items()} if isinstance(about, dict) else {}
 
 
 def parse_entry(key: str, data: bytearray, layout: Layout) -> dict[str, Tensor]:
@@ -147,14 +224,6 @@ def parse_entry(key: str, data: bytearray, layout: Layout) -> dict[str, Tensor]:
     if bytes(seal[:_DIGEST_BYTES].tolist()) != digest_of(key, tensors):
         raise ValueError("its digest differs")
     return tensors
-
-
-def _range_of(parts: Sequence[_Part], data_start: int, layouts: dict[Layout, Layout]) -> Range:
-    first, last = parts[0][0], max(end for _, end, *_ in parts)
-    if first < 0 or parts[-1][2] != _DIGEST:
-        raise ValueError("an entry has no digest")
-    layout = tuple(Place(name, dtype, shape, start - first) for start, _, name, dtype, shape in parts)
-    return Range(data_start + first, last - first, layouts.setdefault(layout, layout))
 
 
 def _tensor_at(data: bytearray, place: Place) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from simpletuner.helpers.caching.shard_index import ShardIndex
+from simpletuner.helpers.caching.shard_folder import Shards
 from simpletuner.helpers.caching.shards import parse_entry, write_shard
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.io.atomic import remove_leftovers
@@ -53,7 +53,7 @@ class TensorStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._shards, self._files = ShardIndex(folder), SingleFiles(folder)
+        self._shards, self._files = Shards(folder), SingleFiles(folder)
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._about: dict[str, str] = {}
         self._pending_since_s = 0.0

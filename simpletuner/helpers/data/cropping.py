@@ -23,6 +23,8 @@ from simpletuner.helpers.data.buckets import (
 
 # Above the rounding errors of a threshold such as 0.2, below the share of a pixel in the longest edge.
 _ROUNDING = 1e-9
+_UNUSED = Random(0)
+"""For crops that draw nothing: seeding one for each image would take longer than all else."""
 _UNITS = {
     "pixel": "shorter edge in px",
     "area": "megapixels",
@@ -59,11 +61,12 @@ class Cropping:
         least_scale = 0.0
         if config.downsampling is not None and self.is_downsampled(image_px):
             least_scale = scale_to(config.downsampling[1], image_px, config.resolution_type)
+        style = config.crop_style if config.crop else "center"
         return place(
             image_px,
             target_px,
-            style=config.crop_style if config.crop else "center",
-            rng=Random(f"{self.seed} crop {config.id} {name!r}"),
+            style=style,
+            rng=Random(f"{self.seed} crop {config.id} {name!r}") if style == "random" else _UNUSED,
             least_scale=least_scale,
         )
 

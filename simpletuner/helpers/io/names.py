@@ -14,7 +14,7 @@ MAX_REASON_CHARACTERS = 300
 
 def printable(text: str) -> str:
     """The text on one line: control characters and bytes that are not UTF-8 become escapes."""
-    return "".join(_escaped(character) for character in text)
+    return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def _escaped(character: str) -> str:

@@ -64,7 +64,7 @@ def redacted(text: str, *, with_digest: bool = False) -> str:
 
     if _hidden:
         text = _pattern(tuple(_hidden)).sub(replacement, text)
-    return _CREDENTIALS.sub("***@", text)
+    return _CREDENTIALS.sub("***@", text) if "@" in text else text
 
 
 def redacted_json(value: object, *, with_digest: bool = False) -> Any:

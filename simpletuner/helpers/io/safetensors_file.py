@@ -15,6 +15,8 @@ from simpletuner.helpers.errors import SimpleTunerError
 
 MAX_AXES = 8
 """Of a tensor; torch's layers have at most 5."""
+METADATA = "__metadata__"
+"""The key of the texts in a header."""
 _LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1 << 24
 """Thirty times the header of a large single-file checkpoint."""
@@ -29,24 +31,27 @@ def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple
     try:
         header = json.loads(_header_bytes(path, error=error))
         return {
-            str(name): tuple(map(int, entry["shape"]))
-            for name, entry in header.items()
-            if name != "__metadata__"
+            str(name): tuple(map(int, entry["shape"])) for name, entry in header.items() if name != METADATA
         }
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
 
 
-def read_whole_header(path: Path, *, error: type[SimpleTunerError]) -> tuple[dict[str, Any], int]:
-    """The header of a file, and the place of its first tensor's bytes, without torch.
+def read_leading_metadata(path: Path, *, error: type[SimpleTunerError]) -> tuple[dict[str, str], int]:
+    """The texts in the header of a file that `header_bytes` made, and the place of its first tensor's bytes.
+
+    They stand first, so the names and places of the tensors are not parsed.
 
     Raises:
-        SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
+        SimpleTunerError: Of the type `error`: it is no such file or cannot be read.
     """
     try:
         text = _header_bytes(path, error=error)
-        header = json.loads(text)
-        return dict(header.items()), _LENGTH_BYTES + len(text)
+        start = text.decode().index(":") + 1
+        if text[:start] != f'{{"{METADATA}":'.encode():
+            raise ValueError("its header has no metadata in front")
+        metadata, _ = json.JSONDecoder().raw_decode(text.decode(), start)
+        return {str(key): str(value) for key, value in metadata.items()}, _LENGTH_BYTES + len(text)
     except (OSError, ValueError, RecursionError, AttributeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
 
@@ -58,7 +63,7 @@ def read_metadata(path: Path, *, error: type[SimpleTunerError]) -> dict[str, str
         SimpleTunerError: Of the type `error`: it is no safetensors file or cannot be read.
     """
     try:
-        metadata = json.loads(_header_bytes(path, error=error)).get("__metadata__", {})
+        metadata = json.loads(_header_bytes(path, error=error)).get(METADATA, {})
         return {str(key): str(value) for key, value in metadata.items()}
     except (OSError, ValueError, RecursionError, AttributeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
@@ -73,15 +78,20 @@ def with_metadata(path: Path, metadata: Mapping[str, str], *, error: type[Simple
     try:
         data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], "little")
-        header = json.loads(_header_bytes(path, error=error)) | {"__metadata__": dict(metadata)}
+        header = json.loads(_header_bytes(path, error=error)) | {METADATA: dict(metadata)}
     except (OSError, ValueError, RecursionError, TypeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
     return header_bytes(header) + data[start:]
 
 
-def header_bytes(header: Mapping[str, Any]) -> bytes:
-    """A header as it stands at the start of a file, its keys sorted: equal headers give equal bytes."""
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+def header_bytes(header: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """A header as it stands at the start of a file: metadata, then the other keys sorted.
+
+    Equal headers give equal bytes.
+    """
+    keys = sorted(header, key=lambda key: (key != METADATA, key))
+    ordered = {key: dict(sorted(header[key].items())) for key in keys}
+    text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
-from simpletuner.helpers.caching.shard_index import shard_names
+from simpletuner.helpers.caching.shard_folder import shard_names
 from simpletuner.helpers.caching.shards import digest_of, read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore, content_key

@@ -92,7 +92,7 @@ def test_a_shard_is_a_safetensors_file_that_names_its_entries(store: TensorStore
     with safe_open(shards(store)[0], framework="pt") as file:
         assert set(file.keys()) == {f"{KEY}.latents", f"{KEY}.digest"}
         assert torch.equal(file.get_tensor(f"{KEY}.latents"), tensors["latents"])
-        assert json.loads(file.metadata()[KEY]) == {"image": "cat.png"}
+        assert json.loads(json.loads(file.metadata()["about"])[KEY]) == {"image": "cat.png"}
 
 
 def test_full_shards_are_written_by_number_size_and_time(
@@ -195,7 +195,7 @@ def test_damage_in_a_folder_that_cannot_be_written_is_known_in_this_run(
     def refuse(path: Path, data: bytes) -> None:
         raise StorageError(f"{path}: no permission")
 
-    monkeypatch.setattr("simpletuner.helpers.caching.shard_index.write_bytes", refuse)
+    monkeypatch.setattr("simpletuner.helpers.caching.shard_folder.write_bytes", refuse)
     assert store.get(KEY) is None
     assert store.held([KEY]) == set()
 

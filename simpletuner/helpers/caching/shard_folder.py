@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from simpletuner.helpers.caching.shards import Layout, Range, read_index
+from simpletuner.helpers.caching.shards import NO_ENTRIES, Layout, Range, ShardIndex, halves, read_index
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.faults import StorageError
@@ -25,19 +25,6 @@ logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"shard-[0-9a-f]{16}\.safetensors")
 _OPEN_FILES = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Shard:
-    """The entries of one shard, as arrays."""
-
-    name: str
-    keys: npt.NDArray[np.uint64]
-    """[n, 2], the halves of each key."""
-    starts: npt.NDArray[np.int64]
-    lengths: npt.NDArray[np.int64]
-    layout_ids: npt.NDArray[np.int32]
-    layouts: tuple[Layout, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +45,13 @@ class _Table:
         return np.where(found, places, -1)
 
 
-class ShardIndex:
+class Shards:
     """The shards of one folder. Shards that other processes add or remove are noticed on the next miss."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._shards: dict[str, _Shard] = {}
-        self._order: list[_Shard] = []
+        self._shards: dict[str, ShardIndex] = {}
+        self._names: list[str] = []
         self._table = _table_of([])
         self._files: OrderedDict[str, FileIO] = OrderedDict()
 
@@ -72,7 +59,7 @@ class ShardIndex:
         """Those of these keys that have an entry, which is not read."""
         self._refresh()
         listed = list(keys)
-        places = self._table.find(_halves(listed))
+        places = self._table.find(halves(listed))
         return {key for key, place in zip(listed, places, strict=True) if place >= 0}
 
     def read(self, key: str) -> tuple[bytearray, Layout] | None:
@@ -86,14 +73,14 @@ class ShardIndex:
             found = self._find(key)
         if found is None:
             return None
-        shard, where = found
+        name, where = found
         try:
-            return self._bytes(shard.name, where), where.layout
+            return self._bytes(name, where), where.layout
         except FileNotFoundError:  # another process packed it into another shard
             return self.read(key) if self._refresh() else None
         except OSError as error:
             raise DataError(
-                f"{printable(str(self._folder / shard.name))}: the cache cannot be read: {error.strerror}. "
+                f"{printable(str(self._folder / name))}: the cache cannot be read: {error.strerror}. "
                 "Give read permission or choose another cache folder."
             ) from error
 
@@ -102,7 +89,7 @@ class ShardIndex:
         found = self._find(key)
         if found is None:
             return
-        name = found[0].name
+        name = found[0]
         excluded = sorted({*excluded_keys(self._folder / name), key})
         self._shards.pop(name)
         try:
@@ -112,13 +99,12 @@ class ShardIndex:
         self._load(name, excluded)
         self._merge()
 
-    def _find(self, key: str) -> tuple[_Shard, Range] | None:
-        place = int(self._table.find(_halves([key]))[0])
+    def _find(self, key: str) -> tuple[str, Range] | None:
+        place = int(self._table.find(halves([key]))[0])
         if place < 0:
             return None
-        shard, row = self._order[int(self._table.shards[place])], int(self._table.rows[place])
-        layout = shard.layouts[int(shard.layout_ids[row])]
-        return shard, Range(int(shard.starts[row]), int(shard.lengths[row]), layout)
+        name = self._names[int(self._table.shards[place])]
+        return name, self._shards[name].range_at(int(self._table.rows[place]))
 
     def _refresh(self) -> bool:
         """Look for shards that came or went; whether any did."""
@@ -134,29 +120,18 @@ class ShardIndex:
         self._merge()
         return True
 
-    def _load(self, name: str, excluded: Iterable[str]) -> None:
+    def _load(self, name: str, excluded: Collection[str]) -> None:
         """Read the header of a shard; one that cannot be read counts as empty."""
         try:
-            entries = read_index(self._folder / name)
+            index = read_index(self._folder / name)
         except DataError as error:
             logger.warning("%s Its entries count as missing.", error)
-            entries = {}
-        for key in excluded:
-            entries.pop(key, None)
-        layouts = {each.layout: None for each in entries.values()}
-        numbers = {layout: number for number, layout in enumerate(layouts)}
-        self._shards[name] = _Shard(
-            name=name,
-            keys=_halves(list(entries)),
-            starts=np.array([each.start for each in entries.values()], dtype=np.int64),
-            lengths=np.array([each.length for each in entries.values()], dtype=np.int64),
-            layout_ids=np.array([numbers[each.layout] for each in entries.values()], dtype=np.int32),
-            layouts=tuple(layouts),
-        )
+            index = NO_ENTRIES
+        self._shards[name] = index.without(excluded) if excluded else index
 
     def _merge(self) -> None:
-        self._order = list(self._shards.values())
-        self._table = _table_of(self._order)
+        self._names = list(self._shards)
+        self._table = _table_of(list(self._shards.values()))
 
     def _bytes(self, name: str, where: Range) -> bytearray:
         file = self._files.get(name)
@@ -197,16 +172,10 @@ def excluded_keys(shard: Path) -> list[str]:
         return []
 
 
-def _halves(keys: Collection[str]) -> npt.NDArray[np.uint64]:
-    """[n, 2], the halves of each key of 32 hexadecimal digits."""
-    data = bytes.fromhex("".join(keys))
-    return np.frombuffer(data, dtype=">u8").astype(np.uint64).reshape(-1, 2)
-
-
-def _table_of(shards: list[_Shard]) -> _Table:
-    keys = np.concatenate([each.keys for each in shards] or [np.zeros((0, 2), np.uint64)])
-    numbers = [np.full(len(each.keys), index, np.int32) for index, each in enumerate(shards)]
-    rows = [np.arange(len(each.keys), dtype=np.int32) for each in shards]
+def _table_of(shards: list[ShardIndex]) -> _Table:
+    keys = np.concatenate([each.key_halves for each in shards] or [np.zeros((0, 2), np.uint64)])
+    numbers = [np.full(len(each), index, np.int32) for index, each in enumerate(shards)]
+    rows = [np.arange(len(each), dtype=np.int32) for each in shards]
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     return _Table(
         first=keys[order, 0],
