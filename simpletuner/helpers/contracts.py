@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_matching"]
-PipelineType = Literal["text2image", "image2image", "inpaint"]
+PipelineType = Literal["text2image", "image2image", "inpaint", "edit"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
