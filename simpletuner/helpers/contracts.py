@@ -129,6 +129,10 @@ class ModelSpec:
     """Maps a layer's path in diffusers to its name in the original checkpoint, with its rows if the original
     joins several layers. Raises ValueError for an unknown layer path."""
 
+    def sees_references(self, flavour: str | None, repository: str) -> bool:
+        """Whether a model takes reference images: the flavour's, else the repository's, else the default."""
+        return (flavour or self.flavour_of(repository) or self.default_flavour) in self.reference_flavours
+
     def flavour_of(self, repository: str) -> str | None:
         """The flavour whose model a repository is; None for another model, a folder or a file."""
         return next((name for name, each in self.flavours.items() if each == repository), None)

@@ -35,7 +35,12 @@ from simpletuner.helpers.configuration.loading.defaults import (
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
-from simpletuner.helpers.configuration.loading.prompts import at_both_ends, merge_prompts, read_library
+from simpletuner.helpers.configuration.loading.prompts import (
+    at_both_ends,
+    check_images,
+    merge_prompts,
+    read_library,
+)
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
@@ -199,6 +204,8 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+            images = () if validation.section is None else validation.section.validation_reference_images
+            check_images(prompts, model, images=images, spec=spec, source=self.source)
         rules.check_noise(noise, self.source)
         rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
@@ -369,9 +376,12 @@ class Loader:
         if section is None:
             return ()
         content = self._content("user_prompt_library", section.user_prompt_library)
-        user = read_library(content[0], content[2]) if content is not None else ()
+        images = section.validation_reference_images
+        user = read_library(content[0], content[2], images=images) if content is not None else ()
         with_library = section.validation_prompt_library
-        prompts = merge_prompts(section.validation_prompt, with_library=with_library, user=user)
+        prompts = merge_prompts(
+            section.validation_prompt, with_library=with_library, images=images, user=user
+        )
         strengths = slider_strengths(dataset_file.datasets)
         return at_both_ends(prompts, strengths, factor=section.validation_lycoris_strength)
 

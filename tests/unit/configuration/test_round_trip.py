@@ -199,6 +199,7 @@ CONFIG = {
     "validation_prompt": st.none() | WORDS,
     "validation_prompt_library": SWITCHES,
     "user_prompt_library": st.none() | st.just("prompts.json"),
+    "validation_reference_images": st.just([]),  # others need a family that takes them
     "validation_negative_prompt": st.just("") | WORDS,
     "validation_resolution": st.lists(SIZES, max_size=3),
     "validation_guidance": RATES,

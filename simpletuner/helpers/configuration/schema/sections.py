@@ -20,6 +20,7 @@ from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
     Decimals,
     InputFile,
+    InputFiles,
     NonNegativeNumber,
     Number,
     OneOf,
@@ -291,6 +292,8 @@ class ValidationPrompt(Section):
     """The prompt."""
     strength: float | None = None
     """Strength of the adapter; null is validation_lycoris_strength."""
+    images: tuple[Path, ...] = ()
+    """Files of its reference images."""
 
 
 def _no_file(value: object) -> object:
@@ -314,7 +317,11 @@ class ValidationConfig(Section):
     validation_prompt_library: Annotated[bool, BeforeValidator(_no_file)] = False
     """Add the prompts of the package."""
     user_prompt_library: OptionalInputFile = None
-    """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength"}."""
+    """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength",
+    "image"}, where image is the path of its reference image or a list of paths."""
+    validation_reference_images: InputFiles = ()
+    """Reference images of the prompts that name none, for models that edit: the path of one, or a list of
+    paths."""
     validation_negative_prompt: str = ""
     """Negative prompt of guidance."""
     validation_resolution: Annotated[tuple[Size, ...], BeforeValidator(sizes)] = ()
