@@ -58,6 +58,7 @@ from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, M
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
@@ -206,6 +207,9 @@ class Loader:
             rules.check_validation(validation, spec, self.source)
             images = () if validation.section is None else validation.section.validation_reference_images
             check_images(prompts, model, images=images, spec=spec, source=self.source)
+            rules.check_references(
+                model, data, dataset_file, spec=spec, families=self.families, source=self.source
+            )
         rules.check_noise(noise, self.source)
         rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
@@ -237,6 +241,7 @@ class Loader:
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
                 "conditioning": dataset_file.conditioning,
+                "references": dataset_file.references,
                 "checkpoint": checkpoint.section,
                 "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
                 "publishing": publishing.section,
@@ -430,7 +435,7 @@ class Loader:
 def _keys_without_text() -> frozenset[str]:
     """Keys of the lycoris json and the dataset json that hold a number or a choice."""
     adapter = (LycorisConfig, TargetPreset, LayerArguments, algorithm_arguments())
-    sections = (*adapter, DatasetConfig, ConditioningConfig, TextCacheEntry)
+    sections = (*adapter, DatasetConfig, ConditioningConfig, ReferenceConfig, TextCacheEntry)
     keys = {key for section in sections for key in section.model_fields if not holds_text(section, key)}
     return frozenset({*keys, *layer_aliases(), *SWITCHES} - {"apply_preset"})
 

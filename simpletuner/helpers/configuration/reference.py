@@ -30,6 +30,7 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     algorithm_arguments,
 )
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import ModelSpec
 
 _INTRODUCTION = """\
@@ -82,6 +83,7 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
         f"Inherited from config.json: {_codes(INHERITED)}.\n",
         _section(CaptionShuffle),
         _section(ConditioningConfig),
+        _section(ReferenceConfig),
         _caption_steps(),
         _section(TextCacheEntry),
     ]

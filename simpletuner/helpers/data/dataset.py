@@ -25,12 +25,14 @@ from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
-from simpletuner.helpers.data.images import decode_image, resize_and_crop
+from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
-from simpletuner.helpers.data.masks import BLANK, MaskFinder, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.masks import BLANK, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.pixels import load_pixels
 from simpletuner.helpers.data.planning import (
     DatasetPlan,
     PlannedImage,
@@ -38,11 +40,12 @@ from simpletuner.helpers.data.planning import (
     plan_dataset,
     without_damaged,
 )
-from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
+from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_facts
+from simpletuner.helpers.data.sampler import Bucket, Draw, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
 from simpletuner.helpers.data.sources import SkippedImage
-from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
+from simpletuner.helpers.errors import DamagedImageError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -50,8 +53,6 @@ from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
 
-# In the keys of images from which earlier versions read other pixels; those of all others stay valid.
-_READ_ANEW = "colours 2"
 _SHOWN = 5
 _WHOLE = 1 << 63  # above every value of `mix`
 
@@ -82,7 +83,7 @@ class TrainingData:
     """Share of draws that train without a caption, of datasets that set none."""
     balances_regularisation: bool = False
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
-    conditioning: Sequence[ConditioningConfig] = ()
+    conditioning: Sequence[ConditioningConfig | ReferenceConfig] = ()
     """The entries that the datasets' conditioning_data names."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """How masks weight the loss."""
@@ -105,11 +106,11 @@ class TrainingData:
         self._indexes = {
             each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
         }
-        self._mask_folders = {each.id: self._mask_folder(each) for each in active}
-        self._mask_indexes = {
-            each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, folder))
-            for each in active
-            if (folder := self._mask_folders[each.id]) is not None
+        self._entries = {each.id: entries_of(each, self.conditioning) for each in active}
+        self._entry_indexes = {
+            (dataset, entry.id): ImageIndex(index_file(self._latents_stores[dataset].folder, entry))
+            for dataset, entries in self._entries.items()
+            for entry in entries
         }
         self._vae_identity = self._text_identity = ""
         self._strengths = slider_strengths(active)
@@ -124,8 +125,12 @@ class TrainingData:
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
-        """Every variant of a caption once, in the order of the images; "" first when captions are dropped."""
+        """Every variant of a caption once, in the order of the images; "" first when captions are dropped.
+
+        Captions of references come last.
+        """
         texts = [text for image in self._images for variants in image.captions for text in variants]
+        texts += [text for image in self._images for each in image.references for text in each.captions]
         drops = any(plan.caption_plan.config.caption_dropout_probability for plan in self._plans)
         return tuple(dict.fromkeys(["", *texts] if drops else texts))
 
@@ -142,9 +147,11 @@ class TrainingData:
                 f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
                 f"{dataset}, hash of all captions": _hash_of([each for _, each in captions]),
             }
-            if plan.config.has_masks:
-                masks = sorted(image.mask.key for image in plan.images if image.mask is not None)
+            if masks := sorted(image.mask.key for image in plan.images if image.mask is not None):
                 facts[f"{dataset}, hash of all masks"] = _hash_of(masks)
+            references = [reference_facts(image.sample.path, image.references) for image in plan.images]
+            if any(references):
+                facts[f"{dataset}, hash of all references"] = _hash_of(sorted(references))
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
@@ -152,20 +159,40 @@ class TrainingData:
         self._vae_identity, self._text_identity = vae_identity, text_identity
 
     def latents_requests(self) -> list[CacheRequest[Tensor]]:
-        """A request for the latents of each image, by bucket; inputs are [3, H, W] in [-1, 1]."""
-        return [
-            CacheRequest(
-                store=self._latents_stores[image.sample.dataset_id],
-                key=self._latents_key(image),
-                name=image.sample.path,
-                encoder="VAE",
-                metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
-                load=partial(self._pixels_unless_damaged, image),
-                batch_group=bucket.name,
-            )
+        """A request for the latents of each image, by bucket; then of each reference, by size.
+
+        Inputs are [3, H, W] in [-1, 1].
+        """
+        images = [
+            self._latents_request(image, name=image.sample.path, batch_group=bucket.name)
             for bucket, images in self._buckets
             for image in images
         ]
+        references = sorted(
+            (each for image in self._images for each in image.references),
+            key=lambda each: (each.sample.dataset_id, each.sample.target_px),
+        )
+        return images + [
+            self._latents_request(
+                each,
+                name=f"Reference {each.sample.path} of {each.entry}",
+                batch_group=f"references {each.sample.dataset_id} {each.sample.target_px}",
+            )
+            for each in references
+        ]
+
+    def _latents_request(
+        self, image: PlannedImage | PlannedReference, *, name: str, batch_group: str
+    ) -> CacheRequest[Tensor]:
+        return CacheRequest(
+            store=self._latents_stores[image.sample.dataset_id],
+            key=self._latents_key(image),
+            name=name,
+            encoder="VAE",
+            metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
+            load=partial(self._pixels_unless_damaged, image),
+            batch_group=batch_group,
+        )
 
     def mask_requests(self) -> list[CacheRequest[Tensor]]:
         """A request for each mask in its image's crop; inputs are those of `read_mask`."""
@@ -202,14 +229,14 @@ class TrainingData:
         Every process must leave out the same ones, so that all have the same batches.
 
         Args:
-            damaged: The digest of an image or a mask, or the key of a mask -> the reason.
+            damaged: The digest of an image, a mask or a reference, or the key of a mask -> the reason.
 
         Raises:
             DataError: A dataset has no image left.
         """
         if not damaged:
             return
-        for index in (*self._indexes.values(), *self._mask_indexes.values()):
+        for index in (*self._indexes.values(), *self._entry_indexes.values()):
             index.mark_damaged(damaged)
             index.save()
         plans = [without_damaged(plan, damaged) for plan in self._plans]
@@ -253,7 +280,11 @@ class TrainingData:
         sample_indices = tuple(range(start, start + self.batch_size))
         images = [members[member] for member in own]
         passes = draw.passes[first : first + self.batch_size]
-        samples = tuple(map(self._with_caption, images, passes, sample_indices))
+        references = [self._references(image, draw) for image in images]
+        samples = tuple(
+            self._with_caption(image, turn, index, references=own)
+            for image, turn, index, own in zip(images, passes, sample_indices, references, strict=True)
+        )
         latents = torch.stack([self._latents(image) for image in images])
         return Batch(
             latents=latents,
@@ -263,6 +294,19 @@ class TrainingData:
             is_regularisation=samples[0].dataset_id in self._regularisation,
             strength=self._strength(images[0].sample.dataset_id, draw.turn),
             loss_mask=self._loss_mask(images, sample_indices, grid=(latents.shape[-2], latents.shape[-1])),
+            references=tuple(
+                torch.stack([self._latents(each) for each in column])
+                for column in zip(*references, strict=True)
+            ),
+        )
+
+    def _references(self, image: PlannedImage, draw: Draw) -> tuple[PlannedReference, ...]:
+        """The references that an image is trained with in a batch."""
+        if self.data.conditioning_multidataset_sampling == "combined":
+            return image.references
+        bucket = self._buckets[draw.bucket][0].name
+        return drawn_references(
+            image.sample, image.references, seed=self.seed, epoch=draw.epoch, bucket=bucket
         )
 
     def _loss_mask(
@@ -309,12 +353,14 @@ class TrainingData:
         self.watch.note(f"the embeddings of the prompt {shown(prompt)} from {folder}")
         return self.text_embeds(prompt)
 
-    def _pixels_unless_damaged(self, image: PlannedImage) -> Tensor | None:
-        """The pixels of an image; None, and a note in `damaged`, if they are damaged."""
+    def _pixels_unless_damaged(self, image: PlannedImage | PlannedReference) -> Tensor | None:
+        """The pixels of an image or a reference; None, and a note in `damaged`, if they are damaged."""
         try:
             return load_pixels(image)
         except DamagedImageError as error:
-            self.damaged[image.digest] = str(error)
+            is_own = isinstance(image, PlannedImage)
+            start = "" if is_own else f"its reference {image.sample.path} cannot be used: "
+            self.damaged.setdefault(image.digest, f"{start}{error}")
             return None
 
     def _mask_unless_damaged(self, image: PlannedImage, mask: PlannedMask) -> Tensor | None:
@@ -329,24 +375,32 @@ class TrainingData:
             self.damaged[mask.key] = BLANK
         return values
 
-    def _mask_folder(self, config: DatasetConfig) -> ConditioningConfig | None:
-        known = {each.id: each for each in self.conditioning}
-        return known[config.conditioning_data[0]] if config.conditioning_data else None
-
     def _is_known_blank(self, config: DatasetConfig, mask: PlannedMask) -> bool:
         """Whether a mask was read in an earlier run and leaves nothing of its image."""
         values = read_cached_mask(self._latents_stores[config.id], mask.key)
         return values is not None and is_blank(values, mask.kind, self.masks)
 
-    def _with_caption(self, image: PlannedImage, pass_index: int, sample_index: int) -> Sample:
-        """The image's sample with a caption drawn by the global sample index, in the variant of this pass."""
-        choice = mix(self.seed, "caption choice", sample_index) % len(image.captions)
-        variants = image.captions[choice]
+    def _with_caption(
+        self,
+        image: PlannedImage,
+        pass_index: int,
+        sample_index: int,
+        *,
+        references: Sequence[PlannedReference],
+    ) -> Sample:
+        """The image's sample with a caption drawn by the global sample index, in the variant of this pass.
+
+        Captions of its references stand for its own.
+        """
+        instead = [(text,) for each in references for text in each.captions]
+        captions = instead or image.captions
+        choice = mix(self.seed, "caption choice", sample_index) % len(captions)
+        variants = captions[choice]
         plan = self._caption_plans[image.sample.dataset_id]
         caption = plan.of_sample(variants[pass_index % len(variants)], sample_index)
         return replace(image.sample, caption=caption)
 
-    def _latents(self, image: PlannedImage) -> Tensor:
+    def _latents(self, image: PlannedImage | PlannedReference) -> Tensor:
         store = self._latents_stores[image.sample.dataset_id]
         self.watch.note(
             f"the latents of {printable(image.sample.path)} (dataset {image.sample.dataset_id!r}) from "
@@ -360,10 +414,9 @@ class TrainingData:
             )
         return latents
 
-    def _latents_key(self, image: PlannedImage) -> str:
+    def _latents_key(self, image: PlannedImage | PlannedReference) -> str:
         assert self._vae_identity, "set_encoders comes first"
-        content = f"{image.digest} {_READ_ANEW}" if image.is_read_anew else image.digest
-        return latents_key(image.sample, image_digest=content, vae_identity=self._vae_identity)
+        return latents_key(image.sample, image_digest=image.content, vae_identity=self._vae_identity)
 
     def _text_key(self, prompt: str) -> str:
         assert self._text_identity, "set_encoders comes first"
@@ -380,19 +433,17 @@ class TrainingData:
         return TensorStore(folder)
 
     def _folders(self) -> list[tuple[str, Path]]:
-        """Id and folder of each entry with images or masks."""
+        """Id and folder of each entry with images, masks or references."""
         images = [(each.id, each.instance_data_dir) for each in self.datasets]
         return images + [(each.id, each.instance_data_dir) for each in self.conditioning]
 
     def _plan(self, config: DatasetConfig) -> DatasetPlan:
-        index = self._indexes[config.id]
-        finder = None
-        if config.has_masks:
-            finder = MaskFinder(config, self._mask_folders[config.id], self._mask_indexes.get(config.id))
+        index, entries = self._indexes[config.id], self._entries[config.id]
+        indexes = {entry.id: self._entry_indexes[config.id, entry.id] for entry in entries}
         plan = plan_dataset(
             config,
             index=index,
-            masks=finder,
+            conditioning=ConditioningFinder(config, entries, index_of=lambda entry: indexes[entry.id]),
             is_known_blank=partial(self._is_known_blank, config),
             seed=self.seed,
             alignment=self.data.alignment(self.pixel_alignment),
@@ -401,9 +452,8 @@ class TrainingData:
                 config, self.data, seed=self.seed, caption_dropout=self.caption_dropout
             ),
         )
-        index.save()
-        if config.id in self._mask_indexes:
-            self._mask_indexes[config.id].save()
+        for each in (index, *indexes.values()):
+            each.save()
         _log_plan(plan)
         return plan
 
@@ -469,49 +519,26 @@ def _hash_of(value: object) -> str:
     return xxhash.xxh3_64_hexdigest(repr(value).encode("utf-8", "surrogateescape"))
 
 
-def load_pixels(image: PlannedImage) -> Tensor:
-    """Read a planned image as [3, H, W] float32 in [-1, 1], resized and cropped.
-
-    Raises:
-        DamagedImageError: Its pixels are damaged.
-        DataError: The file changed or vanished since the scan.
-        TrainingError: The pixels do not fit into memory.
-    """
-    shown, sample = printable(str(image.file.path)), image.sample
-    data = read_unchanged(image.file, image.digest)
-    try:
-        pixels = decode_image(data)
-    except DataError as error:
-        raise DamagedImageError(str(error)) from error
-    except MemoryError as error:
-        raise TrainingError(
-            f"{shown}: {sample.original_px} px do not fit into memory. Free memory or scale the image down."
-        ) from error
-    return resize_and_crop(
-        pixels, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px
-    )
-
-
 def _log_plan(plan: DatasetPlan) -> None:
-    sizes = Counter(image.sample.target_px for image in plan.images)
+    sizes = Counter((image.sample.target_px, image.bucket) for image in plan.images)
     logger.info(
         "Dataset %s: %s (%d skipped) in %s: %s.",
         plan.config.id,
         counted(len(plan.images), "image"),
         len(plan.skipped),
         counted(len(sizes), "bucket"),
-        ", ".join(f"{size}: {number}" for size, number in sorted(sizes.items())),
+        ", ".join(f"{name}: {number}" for (_, name), number in sorted(sizes.items())),
     )
 
 
 def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[PlannedImage]]]:
-    """The buckets of a dataset by size, with `draws` of each image in an epoch.
+    """The buckets of a dataset by size and sizes of references, with `draws` of each image in an epoch.
 
     Batches never mix datasets, because repeats and targets differ.
     """
     members: dict[str, list[PlannedImage]] = {}
     for image in sorted(plan.images, key=lambda image: image.sample.target_px):
-        members.setdefault(f"{plan.config.id} {image.sample.target_px}", []).append(image)
+        members.setdefault(f"{plan.config.id} {image.bucket}", []).append(image)
     return [
         (
             Bucket(

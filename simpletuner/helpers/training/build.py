@@ -121,7 +121,8 @@ def build_prompts(context: RunContext) -> tuple[PromptSpec, ...]:
     return with_references(
         expand_prompts(config.validation, seed=config.training.seed),
         alignment=config.data.alignment(alignment),
-        fills_image=False,
+        fills_image=bool(config.references)
+        and all(each.conditioning_type == "reference_strict" for each in config.references),
     )
 
 

@@ -221,7 +221,7 @@ def build_data(
         pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",
-        conditioning=config.conditioning,
+        conditioning=(*config.conditioning, *config.references),
         masks=config.masks,
         watch=watch,
     )

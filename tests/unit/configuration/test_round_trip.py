@@ -176,6 +176,7 @@ CONFIG = {
     "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
     "caption_lines": st.sampled_from(["choose", "whole"]),
     "caption_variants": COUNTS,
+    "conditioning_multidataset_sampling": st.sampled_from(["random", "combined"]),
     "cache_dir_vae": st.sampled_from(["latents", "{model_family}/latents", "{output_dir}/latents"]),
     "cache_dir_text": NAMES,
     "text_encoder_batch_size": COUNTS,

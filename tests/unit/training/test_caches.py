@@ -21,7 +21,7 @@ from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import TextEmbeds
-from simpletuner.helpers.data import dataset as dataset_module
+from simpletuner.helpers.data import pixels
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.images import decode_image
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError
@@ -155,7 +155,7 @@ def test_image_that_never_loads_ends_the_caching_with_its_name(
     data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(dataset_module, "decode_image", lambda _: released.wait() and None)
+    monkeypatch.setattr(pixels, "decode_image", lambda _: released.wait() and None)
     data.watch = LoaderWatch(timeout_s=0.1)
     with pytest.raises(LoaderTimeoutError, match=r"cat_0\.png"):
         fill(data, Family())
@@ -183,7 +183,7 @@ def test_images_that_another_process_found_damaged_are_left_out(
     monkeypatch.setattr(
         caches, "gather_object", lambda found: [*found, (other, "it is damaged: another process says so")]
     )
-    monkeypatch.setattr(dataset_module, "decode_image", damaged_if(file.read_bytes()))
+    monkeypatch.setattr(pixels, "decode_image", damaged_if(file.read_bytes()))
     fill(data, Family())
     assert {own: data.damaged[own]} == data.damaged
     assert [image.digest for image in data._images] == [kept]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training import accelerator, device, plan, preparing
@@ -517,3 +521,60 @@ def test_masks_that_are_missing_end_validation_as_they_end_the_run(folder: Path)
     entries = [{"id": "mine", "instance_data_dir": str(folder / "images"), "alpha_mask": True}]
     assert re.search(r"masks +mine: alpha", lines(run_of(folder, data_backend_config=entries)))
     assert not re.search(r"^ +masks ", lines(run_of(folder)), re.MULTILINE)
+
+
+def with_references(folder: Path, flavours: set[str]) -> tuple[RunConfig, ModelSpec]:
+    """A run with references of other sizes, and a spec whose flavours take references."""
+    spec = registry.specs()["sdxl"]
+    editing = replace(spec, reference_flavours=frozenset(flavours))
+    references = folder / "before"
+    references.mkdir(exist_ok=True)
+    for name, size in (("a", (128, 128)), ("b", (128, 128)), ("c", (256, 64))):
+        Image.new("RGB", size, (9, 9, 9)).save(references / f"{name}.png")
+    config = run_of(folder)
+    datasets = (config.datasets[0].model_copy(update={"conditioning_data": ("before",)}),)
+    entry = ReferenceConfig(id="before", instance_data_dir=references, conditioning_type="reference_loose")
+    return config.model_copy(update={"datasets": datasets, "references": (entry,)}), editing
+
+
+def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
+    config, spec = with_references(folder, {"base"})
+    text = "\n".join(plan_lines(config, spec))
+    assert re.search(r"references +mine: before \(reference_loose\)", text)
+    assert not re.search(r"^ +masks ", text, re.MULTILINE)
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"train_batch_size": 3})}
+    )
+    several = plan.batches_per_epoch(config, [preview_of(config)])
+    without = config.model_copy(update={"references": (), "datasets": run_of(folder).datasets})
+    assert (several, plan.batches_per_epoch(without, [preview_of(without)])) == (2, 1)
+    (folder / "before" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"no reference.*b\.png"):
+        list(plan_lines(config, spec))
+
+
+def preview_of(config: RunConfig) -> DatasetPreview:
+    entries = (*config.conditioning, *config.references)
+    return preview(config.datasets[0], config.data, alignment=8, seed=1, reads_all=True, conditioning=entries)
+
+
+@pytest.mark.parametrize(
+    ("takes", "has_references", "is_warned"),
+    [("own", False, True), ("own", True, False), ("all", False, False), ("none", False, False)],
+)
+def test_a_flavour_for_editing_without_references_is_a_warning(
+    folder: Path, takes: str, has_references: bool, is_warned: bool
+) -> None:
+    all_flavours = set(registry.specs()["sdxl"].flavours)
+    config, spec = with_references(folder, set())
+    own = config.model.model_flavour or spec.default_flavour
+    flavours = {"own": {own}, "all": all_flavours, "none": set()}[takes]
+    if not has_references:
+        config = config.model_copy(update={"references": ()})
+    spec = replace(
+        spec,
+        flavours={**spec.flavours, "another": "some/other"} if takes == "own" else spec.flavours,
+        reference_flavours=frozenset(flavours),
+    )
+    found = [text for text in plan.warnings_of(config, spec, batches=1) if "reference_strict" in text]
+    assert bool(found) is is_warned

@@ -62,9 +62,9 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
         'Remove the entry, or set "disabled": true in it.',
     ),
     "conditioning_type": (
-        "reference_strict reference_loose controlnet ip-adapter latents",
-        "Its images are no masks, and conditioning on them is not supported. Remove the entry, or set "
-        '"disabled": true in it.',
+        "controlnet ip-adapter latents",
+        "For images that an editing model sees, use reference_strict or reference_loose; conditioning on "
+        'others is not supported: remove the entry, or set "disabled": true in it.',
     ),
     "caption_strategy": (
         "parquet csv huggingface",

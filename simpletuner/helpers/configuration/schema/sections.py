@@ -56,6 +56,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
 )
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.token_routing import OptionalTreadConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
@@ -226,6 +227,9 @@ class DataConfig(Section):
     is the caption; whole, the text is one caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
+    conditioning_multidataset_sampling: Literal["random", "combined"] = "random"
+    """References of an image with several entries of them: random, those of one entry, drawn for each image
+    and epoch; combined, those of all entries."""
     caption_variants: Count = 4
     """Variants of each caption with enable_wildcard or caption_tag_dropout_rate, taken in turn; a multiple of
     the orders of caption_shuffle. All are encoded before training."""
@@ -390,7 +394,9 @@ class RunConfig(Section):
     datasets: tuple[DatasetConfig, ...]
     """Image datasets, without disabled ones."""
     conditioning: tuple[ConditioningConfig, ...] = ()
-    """The entries that the datasets' conditioning_data names."""
+    """The entries of masks that the datasets' conditioning_data names."""
+    references: tuple[ReferenceConfig, ...] = ()
+    """The entries of reference images that it names."""
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     publishing: PublishingConfig
@@ -447,6 +453,7 @@ class RunConfig(Section):
         flat: dict[str, JsonValue] = {}
         for section in sections:
             flat |= as_json(section)
-        flat["data_backend_config"] = [as_json(each) for each in (*self.datasets, *self.conditioning)]
+        entries: tuple[Section, ...] = (*self.datasets, *self.conditioning, *self.references)
+        flat["data_backend_config"] = [as_json(each) for each in entries]
         del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         return flat
