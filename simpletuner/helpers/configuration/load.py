@@ -162,12 +162,7 @@ class Loader:
             self.source.add("", "must hold an object, {...}.")
             return None
         layers = merge_layers(
-            content,
-            overrides,
-            KEYS,
-            file=self.file,
-            environment=self.environment,
-            families=self.families,
+            content, overrides, KEYS, file=self.file, environment=self.environment, families=self.families
         )
         self.raw = layers.raw
         self.decisions += [*left_out, *layers.decisions]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
-from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig, ValidationPrompt
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.errors import ConfigError, DataError
@@ -578,3 +578,20 @@ def test_a_flavour_for_editing_without_references_is_a_warning(
     )
     found = [text for text in plan.warnings_of(config, spec, batches=1) if "reference_strict" in text]
     assert bool(found) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("images", "disabled", "is_warned"), [((), False, True), ((), True, False), (("a.png",), False, False)]
+)
+def test_prompts_without_references_are_a_warning_where_the_data_has_some(
+    folder: Path, images: tuple[str, ...], disabled: bool, is_warned: bool
+) -> None:
+    config, spec = with_references(folder, {"base"})
+    prompts = (ValidationPrompt(name="mine", text="a cat", images=tuple(map(Path, images))),)
+    validation = config.validation.model_copy(update={"prompts": prompts, "validation_disable": disabled})
+    config = config.model_copy(update={"validation": validation})
+    keys = ("validation_reference_images", "mine", "user_prompt_library")
+    found = plan.warnings_of(config, spec, batches=1)
+    assert any(all(key in text for key in keys) for text in found) is is_warned
+    without = plan.warnings_of(config.model_copy(update={"references": ()}), spec, batches=1)
+    assert not any(keys[0] in text for text in without)
