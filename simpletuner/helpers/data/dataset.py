@@ -358,8 +358,8 @@ class TrainingData:
         try:
             return load_pixels(image)
         except DamagedImageError as error:
-            is_own = isinstance(image, PlannedImage)
-            start = "" if is_own else f"its reference {image.sample.path} cannot be used: "
+            is_file = isinstance(image, PlannedReference) and image.making is None
+            start = f"its reference {image.sample.path} cannot be used: " if is_file else ""
             self.damaged.setdefault(image.digest, f"{start}{error}")
             return None
 

@@ -215,7 +215,7 @@ def _without_references(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     """A flavour for editing, of a family that has others too, without anything to edit."""
     flavour = config.model.model_flavour or spec.default_flavour
     is_for_editing = flavour in spec.reference_flavours < spec.flavours.keys()
-    if is_for_editing and not config.references:
+    if is_for_editing and not config.references and not any(each.conditioning for each in config.datasets):
         yield (
             f"{flavour} edits reference images, and no dataset has some: it is trained on captions alone. "
             "Name an entry with conditioning_type reference_strict in conditioning_data."
@@ -397,6 +397,7 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
         for entry in each.conditioning
         if isinstance(entry, ReferenceConfig)
     ]
+    references += [f"{made.type} (made of the images)" for made in config.conditioning]
     if references:
         yield "references", f"{config.id}: {', '.join(references)}"
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
