@@ -264,7 +264,7 @@ def test_a_damaged_image_has_its_own_reason(make: Make, tmp_path: Path) -> None:
     file = tmp_path / "photos" / "a.png"
     file.write_bytes(file.read_bytes()[:-40])
     data = make({"type": "canny"})
-    for request in data.latents_requests():
+    for request in reversed(data.latents_requests()):
         request.load()
     (reason,) = data.damaged.values()
     assert "reference" not in reason
