@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from simpletuner.helpers.configuration.schema.made_references import (
     Canny,
+    Depth,
     JpegArtifacts,
     MadeReference,
     MaskShape,
@@ -31,8 +33,33 @@ _NEIGHBOURS = {0: (0, 1), 1: (1, 1), 2: (1, 0), 3: (1, -1)}
 """(down, right) of the next pixel along a gradient, by its direction in eighths of a turn from the right."""
 
 
-def make_reference(image: Image.Image, made: MadeReference, *, seed: int) -> Image.Image:
-    """An RGB image of the same size, made of a cut RGB image; the same for the same arguments."""
+class DepthEstimator(Protocol):
+    """Models that estimate depth, by their folders."""
+
+    def identity(self, folder: Path) -> str:
+        """Text that changes with the model's files."""
+
+    def estimate(self, image: Image.Image, folder: Path) -> Image.Image:
+        """The depth of an RGB image as an RGB image of its size."""
+
+    def unload(self) -> None:
+        """Free the models."""
+
+
+def make_reference(
+    image: Image.Image, made: MadeReference, *, seed: int, depth: DepthEstimator | None = None
+) -> Image.Image:
+    """An RGB image of the same size, made of a cut RGB image; the same for the same arguments.
+
+    Args:
+        image: The cut image.
+        made: How it is made.
+        seed: Of what is drawn.
+        depth: Estimates depth; None if nothing needs it.
+    """
+    if isinstance(made, Depth):
+        assert depth is not None, "a reference of depth needs an estimator"
+        return depth.estimate(image, made.model)
     rng = np.random.Generator(np.random.Philox(key=seed))
     return _MAKERS[type(made)](image, made, rng)
 

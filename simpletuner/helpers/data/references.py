@@ -136,13 +136,13 @@ def bucket_name(target_px: Size, references_px: Sequence[Size]) -> str:
     return str(target_px) if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
 
 
-def reference_facts(image: str, references: Sequence[PlannedReference]) -> list[str]:
-    """What a resumed run compares of the references of an image, by its name."""
-    return [
-        f"{image} {each.entry} {each.content} {each.sample.resized_px} {each.sample.crop_top_left} "
-        f"{each.sample.target_px} {each.captions}"
-        for each in references
-    ]
+def reference_fact(image: str, reference: PlannedReference, *, content: str) -> str:
+    """What a resumed run compares of a reference of an image, by its name; `content` is the pixels'."""
+    cut = reference.sample
+    return (
+        f"{image} {reference.entry} {content} {cut.resized_px} {cut.crop_top_left} {cut.target_px} "
+        f"{reference.captions}"
+    )
 
 
 def drawn_references(

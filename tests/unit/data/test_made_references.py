@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw, ImageFilter
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -273,3 +274,40 @@ def test_a_damaged_image_has_its_own_reason(make: Make, tmp_path: Path) -> None:
 def test_made_references_share_the_bucket_of_their_images(make: Make) -> None:
     data = make({"type": "canny"}, crop=False)
     assert sorted(bucket.name for bucket, _ in data._buckets) == ["photos 48x48", "photos 64x32"]
+
+
+class Estimator:
+    """Stands for models: inverts the image; its identity is the content of the folder."""
+
+    def identity(self, folder: Path) -> str:
+        return (folder / "weights").read_text()
+
+    def estimate(self, image: Image.Image, folder: Path) -> Image.Image:
+        return image.point(lambda value: 255 - value)
+
+    def unload(self) -> None:
+        pass
+
+
+def test_depth_is_estimated_from_the_cut_and_cached_by_the_model(make: Make, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "weights").write_text("first")
+
+    def data(folder: Path) -> TrainingData:
+        found = make({"type": "depth", "model": str(folder)})
+        found.depth = Estimator()
+        return found
+
+    before = keys(data(folders[0]))
+    assert keys(data(folders[1])) == before  # what counts is the content
+    facts = data(folders[0]).facts()
+    assert facts == data(folders[1]).facts()
+    (folders[0] / "weights").write_text("second")
+    assert not {*map(tuple, keys(data(folders[0])).values())} & {*map(tuple, before.values())}
+    found = data(folders[0])
+    assert facts != found.facts()
+    image = found._images[0]
+    request = next(each for each in found.latents_requests() if each.key == keys(found)["a.png"][0])
+    assert torch.allclose(request.load(), -load_pixels(image), atol=1e-6)

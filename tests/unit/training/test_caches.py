@@ -154,7 +154,9 @@ def test_references_are_encoded_before_the_vae_is_freed(tmp_path: Path) -> None:
     )
     data = TrainingData([dataset], folders, conditioning=[entry], seed=1, batch_size=1, pixel_alignment=64)
     family = Family()
+    data.depth = SimpleNamespace(unload=lambda: family.events.append("unload depth"))
     fill(data, family)
+    assert family.events.index("unload depth") == family.events.index("unload vae") + 1
     vae = family.events[: family.events.index("unload vae")]
     assert vae[1::2] == ["images 2", "images 1", "images 2", "images 2", "images 2"]
     found = next(data.batches())

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from simpletuner.helpers.configuration.schema.base import (
     Count,
+    InputFolder,
     NonNegativeNumber,
     PositiveShare,
     Section,
@@ -153,11 +154,26 @@ class RandomMasks(MadeReference):
         return self
 
 
+class Depth(MadeReference):
+    """The depth that a model estimates: its least value black, its largest white."""
+
+    type: Literal["depth"]
+    """depth, depth_map or depth_midas."""
+    model: InputFolder
+    """Folder of a model for depth estimation, in the layout of transformers with .safetensors weights. It
+    runs on the CPU, and nothing is downloaded."""
+
+    def recipe(self) -> str:
+        """Without the model's folder: what counts is what it holds."""
+        return self.type
+
+
 MADE_REFERENCES: tuple[type[MadeReference], ...] = (
     Canny,
     Superresolution,
     JpegArtifacts,
     RandomMasks,
+    Depth,
 )
 _KINDS = {get_args(each.model_fields["type"].annotation)[0]: each for each in MADE_REFERENCES}
 _ALIASES = {
@@ -168,6 +184,8 @@ _ALIASES = {
     "compression": "jpeg_artifacts",
     "masks": "random_masks",
     "inpainting": "random_masks",
+    "depth_map": "depth",
+    "depth_midas": "depth",
 }
 
 
@@ -197,6 +215,6 @@ def _named(entry: object) -> dict[str, Any]:
 
 
 AnyMadeReference = Annotated[
-    Canny | Superresolution | JpegArtifacts | RandomMasks, Field(discriminator="type")
+    Canny | Superresolution | JpegArtifacts | RandomMasks | Depth, Field(discriminator="type")
 ]
 MadeReferences = Annotated[tuple[AnyMadeReference, ...], BeforeValidator(_listed)]

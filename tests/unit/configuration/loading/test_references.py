@@ -191,10 +191,11 @@ def test_output_is_not_written_among_the_references(workspace: Workspace) -> Non
         ({"type": "canny"}, ["canny"]),
         ([{"type": "edges"}, {"type": "lowres"}], ["canny", "superresolution"]),
         ([{"type": "inpainting"}, {"type": "jpeg"}], ["random_masks", "jpeg_artifacts"]),
+        ({"type": "depth_midas", "model": "before"}, ["depth"]),
         (False, []),
         ([], []),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_references_are_made_by_their_names_in_simpletuner(
     workspace: Workspace, written: object, kinds: list[str]
@@ -220,7 +221,8 @@ def test_params_stand_for_keys_beside_them_and_what_is_off_is_left_out(workspace
     ("made", "pattern"),
     [
         ({"type": "segmentation"}, r"photos\.conditioning .*'segmentation': .*canny"),
-        ({"type": "depth_midas"}, r"photos\.conditioning .*'depth_midas'"),
+        ({"type": "depth_midas"}, r"photos\.conditioning.*model  required"),
+        ({"type": "depth", "model": "nowhere"}, r'photos\.conditioning.*model  "nowhere"'),
         ({"captions": "x"}, r"photos\.conditioning .*None: .*canny"),
         ("canny", r"photos\.conditioning .*objects"),
         ({"type": "canny", "low": 1}, r"photos\.conditioning.*low  unknown key"),
@@ -234,7 +236,7 @@ def test_params_stand_for_keys_beside_them_and_what_is_off_is_left_out(workspace
         ({"type": "jpeg", "quality_range": [30, 10]}, r"quality_range  30 .*10"),
         ({"type": "jpeg", "quality": 0}, r"quality  0: "),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_mistake_in_a_made_reference_is_one_problem(
     workspace: Workspace, made: object, pattern: str
