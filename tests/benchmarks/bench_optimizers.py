@@ -23,6 +23,7 @@ from measure import arguments, machine, side_by_side
 from models import flux
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
+from simpletuner.helpers.adapters.trainable import one_group
 from simpletuner.helpers.checkpointing.optimizer_state import num_state_bytes
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
@@ -85,7 +86,7 @@ def with_gradients(shapes: list[Shape]) -> list[nn.Parameter]:
 
 def optimizer_of(name: str, parameters: list[nn.Parameter]) -> Optimizer:
     """The optimiser as a run builds it."""
-    return build_optimizer(parameters, OptimizerConfig(optimizer=name))
+    return build_optimizer(one_group("adapter", parameters), OptimizerConfig(optimizer=name))
 
 
 def state_bytes(name: str, shapes: Counter[Shape]) -> int:

@@ -115,7 +115,7 @@ def losses(trainer: Trainer, batch: Batch) -> list[float]:
                 weight=torch.ones(len(batch)),
                 sigmas=sigmas,
             )
-            with trainer.adapter.rank_mask_for(noisy.timesteps):
+            with trainer.trainable.rank_mask_for(noisy.timesteps):
                 prediction = trainer.family.predict(trainer.denoiser, noisy, batch)
             errors.append(float((prediction - noisy.target).square().mean()))
         found.append(fmean(errors))

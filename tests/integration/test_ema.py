@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> TinyRun:
 
 
 def weights_of(trainer: Trainer) -> list[Tensor]:
-    return [weight.detach().clone() for weight in trainer.adapter.parameters()]
+    return [weight.detach().clone() for weight in trainer.trainable.parameters()]
 
 
 def files_of(folder: Path, *names: str) -> list[dict[str, Tensor]]:
@@ -143,7 +143,7 @@ def test_images_of_the_average_have_a_column_of_their_own(
     with run.trainer(**PICTURES, max_train_steps=2, ema_validation=choice) as trainer:
         assert trainer.validation.images_left(0, max_steps=2) == len(folders)
         with torch.no_grad():
-            for weight in trainer.adapter.parameters():
+            for weight in trainer.trainable.parameters():
                 weight += 0.2  # the average stays behind
         monkeypatch.setattr(trainer.trackers, "log_images", lambda _, images: logged.extend(images))
         trainer.run()
@@ -180,7 +180,7 @@ def test_step_that_the_scaler_skips_leaves_the_average(run: TinyRun, monkeypatch
         batch = next(iter(trainer.data.batches(start=0)))
         ema = trainer.state.ema
         assert ema is not None
-        overflow = trainer.adapter.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
+        overflow = trainer.trainable.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
         trainer.optimizer_step(iter([batch]))
         assert (ema.num_updates, trainer.progress.step) == (0, 1)
         overflow.remove()
@@ -192,6 +192,6 @@ def test_average_is_kept_where_the_configuration_says(run: TinyRun) -> None:
     with run.trainer() as trainer:
         for key, expected in (("cpu", "cpu"), ("accelerator", "meta")):
             config = run.config(ema_device=key)
-            ema = build_ema(config, trainer.adapter, device=torch.device("meta"))
+            ema = build_ema(config, trainer.trainable, device=torch.device("meta"))
             assert ema is not None
             assert {tensor.device.type for tensor in ema.tensors().values()} == {expected}

@@ -38,7 +38,7 @@ LOKR = {"algo": "lokr", "factor": 4, **SMALL}
 def test_generic_names_mean_flux2s_own_layers(tmp_path: Path, targets: list[str], num_layers: int) -> None:
     run = KLEIN.run(tmp_path, lycoris=TLORA | {"apply_preset": {"target_module": targets}})
     with run.trainer() as trainer:
-        assert trainer.adapter.num_layers == num_layers
+        assert trainer.trainable.num_layers == num_layers
 
 
 @pytest.mark.parametrize("model", [KLEIN, DEV], ids=["klein", "dev"])
@@ -54,14 +54,14 @@ def test_a_training_step_opens_the_ranks_of_the_noise_level_that_the_transformer
         transformer = trainer.accelerator.unwrap_model(trainer.denoiser)
 
         def note(_: object, __: object, called: dict[str, Any]) -> None:
-            current = mask.current_mask(trainer.adapter.group, 8)
+            current = mask.current_mask(trainer.trainable.group, 8)
             assert current is not None
             opened.extend(current.sum(dim=1).int().tolist())
             given.append(called["timestep"])
 
         transformer.register_forward_pre_hook(note, with_kwargs=True)
         stats = trainer.train_step(batch)
-        assert all(parameter.grad is not None for parameter in trainer.adapter.parameters())
+        assert all(parameter.grad is not None for parameter in trainer.trainable.parameters())
     assert stats.timesteps == noisy.timesteps
     assert opened == [int((1000 - timestep) / 1000 * 6) + 2 for timestep in noisy.timesteps]
     assert len(set(opened)) > 1
@@ -124,5 +124,5 @@ def test_an_exported_tlora_is_loaded_whole_by_stock_diffusers(tmp_path: Path, la
 def give_effect(trainer: Trainer) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in trainer.adapter.parameters():
+        for parameter in trainer.trainable.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -116,7 +116,7 @@ def test_run_trains_checkpoints_and_resumes_bit_identical(run: TinyRun, tmp_path
 
 def test_both_adapters_are_on_every_attention_layer_and_only_one_follows_the_noise(run: TinyRun) -> None:
     with run.trainer() as trainer:
-        assert trainer.adapter.num_layers == 2 * 4
+        assert trainer.trainable.num_layers == 2 * 4
         layers = [module for module in trainer.denoiser.modules() if isinstance(module, TLoraLayer)]
         stats = trainer.train_step(next(iter(trainer.data.batches())))
     is_tlora = run.keys["lora_type"] == "lycoris"

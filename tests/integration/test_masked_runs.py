@@ -71,7 +71,7 @@ def test_adapter_learns_nothing_of_what_is_masked_out(tmp_path: Path, model: Fam
         plain, outside, inside = (gradients_with(trainer, each) for each in (lambda each: each, right, left))
         batch = next(iter(trainer.data.batches()))
         noisy = trainer.objective.add_noise(batch)
-        with trainer.adapter.rank_mask_for(noisy.timesteps):
+        with trainer.trainable.rank_mask_for(noisy.timesteps):
             error = trainer.family.predict(trainer.denoiser, noisy, batch) - noisy.target
             width = error.shape[-1]
             # Half of the elements count, and the mean is over all of them.

@@ -65,7 +65,7 @@ def test_gradients_are_the_same_to_the_last_bit_and_more_is_kept(tmp_path: Path,
         sizes: list[int] = []
         run = model.run(tmp_path / str(interval))
         with run.trainer(gradient_checkpointing_interval=interval, train_batch_size=2) as trainer:
-            for parameter in trainer.adapter.parameters():
+            for parameter in trainer.trainable.parameters():
                 with torch.no_grad():
                     parameter.add_(0.01)  # a delta of zero has gradients of zero
             batch = next(iter(trainer.data.batches(start=0)))

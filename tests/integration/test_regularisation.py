@@ -55,7 +55,7 @@ def first_batch(trainer: Trainer, *, is_regularisation: bool) -> Batch:
 def move_away_from_zero(trainer: Trainer) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.adapter.parameters():
+        for parameter in trainer.trainable.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -64,7 +64,7 @@ def expected_gradients(
 ) -> list[Tensor]:
     """Of the weighted squared distance of the masked student to a target; None is the family's own target."""
     noisy = trainer.objective.add_noise(batch)
-    with trainer.adapter.rank_mask_for(noisy.timesteps):
+    with trainer.trainable.rank_mask_for(noisy.timesteps):
         prediction = trainer.family.predict(trainer.denoiser, noisy, batch)
         error = prediction - (noisy.target if target is None else target)
         (error.square().mean() * weight).backward()  # type: ignore[no-untyped-call]
@@ -74,7 +74,7 @@ def expected_gradients(
 def base_prediction(trainer: Trainer, batch: Batch, **keys: Any) -> Tensor:
     """The prediction of a model that never had an adapter."""
     if keys.get("base_model_precision"):
-        trainer.adapter.detach()
+        trainer.trainable.detach()
         denoiser = trainer.denoiser
     else:
         denoiser = trainer.family.load_denoiser()
@@ -98,7 +98,7 @@ def test_a_regularisation_batch_is_trained_towards_the_base_model(run: TinyRun, 
         assert grad_enabled == [False, True], "the teacher has no gradient, and runs before the student"
         target = None if "int8" in adapter else base_prediction(trainer, batch)
         if target is None:  # packed weights cannot be loaded a second time
-            with trainer.adapter.switched_off(), torch.no_grad():
+            with trainer.trainable.switched_off(), torch.no_grad():
                 noisy = trainer.objective.add_noise(batch)
                 target = trainer.family.predict(trainer.denoiser, noisy, batch)
         expected = expected_gradients(trainer, batch, target=target, weight=0.5)

@@ -107,16 +107,16 @@ def test_images_show_averages_and_leave_the_trained_weights(
     shown: list[list[torch.Tensor]] = []
 
     def note(sampler: ValidationSampler, *args: object, **options: object) -> None:
-        shown.append([weight.detach().clone() for weight in trainer.adapter.parameters()])
+        shown.append([weight.detach().clone() for weight in trainer.trainable.parameters()])
 
     monkeypatch.setattr(ValidationSampler, "generate_all", note)
     keys |= PICTURES | {"validation_step_interval": 1, "disable_benchmark": True}
     for steps in (3, 6):
         with run.trainer(max_train_steps=steps, lr_scheduler="constant_with_warmup", **keys) as trainer:
             trainer.run()
-            trained = [weight.detach().clone() for weight in trainer.adapter.parameters()]
+            trained = [weight.detach().clone() for weight in trainer.trainable.parameters()]
             with trainer.state.averages():
-                assert all(map(torch.equal, shown[-1], trainer.adapter.parameters()))
+                assert all(map(torch.equal, shown[-1], trainer.trainable.parameters()))
             assert not any(map(torch.equal, shown[-1], trained))
             digest = trainer.state_digest()
     assert digest == expected

@@ -125,14 +125,14 @@ def test_trainer_validation_and_pipeline_open_the_same_rank_at_the_same_noise_le
 ) -> None:
     run = case.run(tmp_path, train_batch_size=3, max_train_steps=1, **PICTURES)
     with run.trainer() as trainer:
-        ranks = watch_ranks(trainer.denoiser, case.first_layer, trainer.adapter.group)  # type: ignore[attr-defined]
+        ranks = watch_ranks(trainer.denoiser, case.first_layer, trainer.trainable.group)  # type: ignore[attr-defined]
         in_training = trained_levels(trainer, monkeypatch)
         assert ranks == [tuple(SCHEDULE.rank_at(timestep) for timestep in in_training)]
         assert len(set(ranks[0])) > 1
         ranks.clear()
         in_validation = validated_levels(trainer, monkeypatch)
         assert ranks == ranks_of(in_validation, case)
-        trainer.adapter.save(tmp_path / ADAPTER_FILE, metadata={})
+        trainer.trainable.save(tmp_path / ADAPTER_FILE, metadata={})
     pipeline = diffusers.DiffusionPipeline.from_pretrained(case.model())
     pipeline.set_progress_bar_config(disable=True)
     adapter = load_into_pipeline(pipeline, tmp_path / ADAPTER_FILE)

@@ -26,7 +26,7 @@ trainer = build_trainer(config)
 folder = Path(sys.argv[1]).parent
 rank = trainer.accelerator.process_index
 def keep(name):
-    state = trainer.adapter.state_dict()
+    state = trainer.trainable.state_dict()
     save_file({k: v.clone() for k, v in state.items()}, folder / f"{name}-{rank}.safetensors")
 keep("start")
 seen, add_noise = [], trainer.family.add_noise

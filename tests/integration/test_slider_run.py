@@ -38,7 +38,7 @@ def test_forward_and_backward_of_a_batch_have_its_strength(
     run = TinyRun(tmp_path, num_images=0)
     seen: list[float] = []
     with run.trainer(data_backend_config=datasets, gradient_checkpointing=recomputes) as trainer:
-        module = trainer.adapter.lycoris_network.loras[0]  # type: ignore[union-attr]
+        module = trainer.trainable.lycoris_network.loras[0]  # type: ignore[union-attr]
         module.org_module[0].register_forward_pre_hook(lambda *_: seen.append(module.multiplier))
         batches = trainer.data.batches()
         given = []
@@ -83,7 +83,7 @@ def test_images_are_generated_at_both_ends_and_say_so(
         lr_warmup_steps=0,
         **keys,
     ) as trainer:
-        module = trainer.adapter.lycoris_network.loras[0]  # type: ignore[union-attr]
+        module = trainer.trainable.lycoris_network.loras[0]  # type: ignore[union-attr]
         used: list[float] = []
 
         def note(*_: object) -> None:

@@ -34,7 +34,7 @@ def test_the_denoiser_routes_in_a_training_step_and_in_no_other_call(tmp_path: P
         trainer.train_step(batch)
         assert trainer.token_routing is not None
         noisy = trainer.objective.add_noise(batch)
-        with trainer.adapter.rank_mask_for(noisy.timesteps):
+        with trainer.trainable.rank_mask_for(noisy.timesteps):
             trainer.family.predict(trainer.denoiser, noisy, batch)
     routed, again, plain = tokens
     num_text = batch.text.prompt_embeds.shape[1]

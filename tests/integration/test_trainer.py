@@ -43,7 +43,7 @@ def move_away_from_zero(trainer: Trainer) -> None:
     """Give the adapter an effect, so that a wrong rank shows in the gradients."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.adapter.parameters():
+        for parameter in trainer.trainable.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -83,7 +83,7 @@ def test_every_training_step_opens_the_ranks_of_the_timesteps_that_the_denoiser_
         unet.register_forward_pre_hook(lambda _, args: given.append(args[1].tolist()))
 
         def note_ranks(*_: object) -> None:
-            current = mask.current_mask(trainer.adapter.group, 8)
+            current = mask.current_mask(trainer.trainable.group, 8)
             assert current is not None
             opened.append(current.sum(dim=1).int().tolist())
 
@@ -150,7 +150,7 @@ def test_accelerator_tells_the_rank_schedule_and_the_network(run: TinyRun) -> No
         config = trainer.accelerator._tlora_config
         assert trainer.accelerator._tlora_active is True
         assert (config["max_rank"], config["min_rank"], config["alpha"]) == (8, 2, 1.0)
-        assert trainer.accelerator._lycoris_wrapped_network is trainer.adapter.lycoris_network
+        assert trainer.accelerator._lycoris_wrapped_network is trainer.trainable.lycoris_network
     with run.trainer(lora_type="standard") as trainer:
         assert trainer.accelerator._tlora_active is False
         assert trainer.accelerator._lycoris_wrapped_network is None
@@ -159,7 +159,7 @@ def test_accelerator_tells_the_rank_schedule_and_the_network(run: TinyRun) -> No
 def test_prepared_denoiser_contains_exactly_the_adapter_as_trainable(run: TinyRun) -> None:
     with run.trainer() as trainer:
         inside = {id(p) for p in trainer.denoiser.parameters() if p.requires_grad}
-        assert inside == {id(p) for p in trainer.adapter.parameters()}
+        assert inside == {id(p) for p in trainer.trainable.parameters()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -240,7 +240,7 @@ def test_mask_is_closed_after_a_step_that_raises(run: TinyRun, monkeypatch: pyte
             patched.setattr(trainer.accelerator, "backward", broken)
             with pytest.raises(RuntimeError, match="out of memory"):
                 trainer.train_step(batch)
-        assert mask.current_mask(trainer.adapter.group, 8) is None
+        assert mask.current_mask(trainer.trainable.group, 8) is None
         trainer.train_step(batch)  # a mask that was still held would raise
 
 
@@ -261,7 +261,7 @@ def test_clipping_by_norm_bounds_the_whole_gradient(run: TinyRun) -> None:
         move_away_from_zero(trainer)
         trainer.train_step(first_batch(trainer))
         before = trainer._clip()
-        after = torch.nn.utils.get_total_norm([p.grad for p in trainer.adapter.parameters()])
+        after = torch.nn.utils.get_total_norm([p.grad for p in trainer.trainable.parameters()])
     assert before > 1e-3
     torch.testing.assert_close(after, torch.tensor(1e-3), rtol=1e-3, atol=0)
 
@@ -271,7 +271,7 @@ def test_clipping_by_value_bounds_each_entry(run: TinyRun) -> None:
         move_away_from_zero(trainer)
         trainer.train_step(first_batch(trainer))
         assert trainer._clip() > 1e-4
-        assert max(p.grad.abs().max() for p in trainer.adapter.parameters()) == pytest.approx(1e-4)
+        assert max(p.grad.abs().max() for p in trainer.trainable.parameters()) == pytest.approx(1e-4)
 
 
 def test_learning_rate_moves_once_per_optimiser_step_and_is_logged(run: TinyRun) -> None:
@@ -336,24 +336,24 @@ def test_overflowed_fp16_gradient_skips_the_step_and_too_many_in_a_row_end_the_r
         monkeypatch.setattr(trainer.accelerator, "unscale_gradients", unscale)
         trainer.optimizer = AcceleratedOptimizer(trainer.state.optimizer, scaler=scaler)
         batch = first_batch(trainer)
-        before = [parameter.detach().clone() for parameter in trainer.adapter.parameters()]
+        before = [parameter.detach().clone() for parameter in trainer.trainable.parameters()]
 
         def step() -> bool:
             """One optimiser step; whether the weights moved."""
             trainer.optimizer_step(iter([batch]))
             return any(
                 not torch.equal(old, new)
-                for old, new in zip(before, trainer.adapter.parameters(), strict=True)
+                for old, new in zip(before, trainer.trainable.parameters(), strict=True)
             )
 
-        overflow = trainer.adapter.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
+        overflow = trainer.trainable.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
         assert not step()
         assert (trainer.skipped_steps, scaler.get_scale()) == (1, 1.0)
         overflow.remove()
         assert step()
         assert trainer.skipped_steps == 0
         trainer.skipped_steps = MAX_SKIPPED_STEPS
-        trainer.adapter.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
+        trainer.trainable.parameters()[0].register_hook(lambda gradient: gradient + math.inf)
         with pytest.raises(TrainingError, match=r"overflowed 26 times in a row\. Use mixed_precision bf16"):
             step()
 

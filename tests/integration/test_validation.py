@@ -42,7 +42,7 @@ def pixels(file: Path) -> np.ndarray:
 
 def give_effect(trainer: Trainer) -> None:
     with torch.no_grad():
-        for parameter in trainer.adapter.parameters():
+        for parameter in trainer.trainable.parameters():
             parameter += 0.2
 
 
@@ -209,7 +209,7 @@ def test_every_denoising_step_of_a_validation_is_masked_for_its_timestep(run: Ti
     with run.trainer(validation_num_inference_steps=4, disable_benchmark=True) as trainer:
 
         def note_ranks(module: torch.nn.Module, args: object) -> None:
-            current = mask.current_mask(trainer.adapter.group, 8)
+            current = mask.current_mask(trainer.trainable.group, 8)
             assert current is not None
             assert not module.training
             open_ranks.append(int(current.sum()))
@@ -218,7 +218,7 @@ def test_every_denoising_step_of_a_validation_is_masked_for_its_timestep(run: Ti
         # The pipeline opens the mask as the denoiser is called, so it is looked at one layer inside.
         trainer.denoiser.conv_in.register_forward_pre_hook(note_ranks)
         trainer.validation.run(1)
-        assert mask.current_mask(trainer.adapter.group, 8) is None
+        assert mask.current_mask(trainer.trainable.group, 8) is None
     assert len(timesteps) == 4
     assert open_ranks == [int((1000 - t) / 1000 * 6) + 2 for t in timesteps]
 

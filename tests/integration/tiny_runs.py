@@ -130,8 +130,8 @@ def reset_accelerate() -> None:
 
 def gradients(trainer: Trainer) -> list[Tensor]:
     """The adapter's gradients, and none left behind."""
-    found = [parameter.grad for parameter in trainer.adapter.parameters()]
-    for parameter in trainer.adapter.parameters():
+    found = [parameter.grad for parameter in trainer.trainable.parameters()]
+    for parameter in trainer.trainable.parameters():
         parameter.grad = None
     assert all(gradient is not None for gradient in found)
     return [gradient.clone() for gradient in found if gradient is not None]

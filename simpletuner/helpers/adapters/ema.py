@@ -1,4 +1,4 @@
-"""An exponential moving average (EMA) of an adapter's trained weights.
+"""An exponential moving average (EMA) of trained weights.
 
     average <- d average + (1 - d) weight,    d = min(decay, (1 + n) / (10 + n)) after n updates
 
@@ -21,7 +21,7 @@ from simpletuner.helpers.errors import AdapterError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.ema import EmaConfig
 
 
@@ -31,17 +31,17 @@ def decay_after(num_updates: int, *, decay: float) -> float:
 
 
 class Ema:
-    """The average of one adapter, float32 whatever its dtype; of a sharded adapter, this process's part.
+    """The average of what a run trains, float32 whatever its dtype; of sharded weights, this process's part.
 
     Args:
-        adapter: Its present weights are the start.
+        trainable: Its present weights are the start.
         config: Decay and interval.
         device: Where the average is kept.
     """
 
-    def __init__(self, adapter: Adapter, config: EmaConfig, *, device: torch.device) -> None:
+    def __init__(self, trainable: Trainable, config: EmaConfig, *, device: torch.device) -> None:
         self.config = config
-        self._adapter, self._device = adapter, device
+        self._trainable, self._device = trainable, device
         self.num_updates = 0
         self._averages: list[Tensor] = []
         self.restart()
@@ -54,7 +54,7 @@ class Ema:
     @property
     def num_bytes(self) -> int:
         """Size of the whole average."""
-        return sum(parameter.numel() for parameter in self._adapter.parameters()) * torch.float32.itemsize
+        return sum(parameter.numel() for parameter in self._trainable.parameters()) * torch.float32.itemsize
 
     def restart(self) -> None:
         """Start anew from the present weights."""
@@ -84,7 +84,7 @@ class Ema:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole average by the index of its parameter; every process of a sharded run must call this."""
-        pairs = zip(self._adapter.parameters(), self._averages, strict=True)
+        pairs = zip(self._trainable.parameters(), self._averages, strict=True)
         whole = [full_tensor(join_part(average, like=parameter)) for parameter, average in pairs]
         return {str(index): average for index, average in enumerate(whole)}
 
@@ -94,12 +94,12 @@ class Ema:
         Raises:
             AdapterError: A tensor is missing, unknown, of another shape, or not finite.
         """
-        parameters = self._adapter.parameters()
+        parameters = self._trainable.parameters()
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {str(index): tuple(parameter.shape) for index, parameter in enumerate(parameters)}
         if found != expected:
             raise AdapterError(
-                f"The EMA has {len(found)} tensors, this adapter {len(expected)} parameters, or their shapes "
+                f"The EMA has {len(found)} tensors, this run {len(expected)} parameters, or their shapes "
                 "differ."
             )
         bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
@@ -112,7 +112,7 @@ class Ema:
         self.num_updates = num_updates
 
     def _weights(self) -> list[Tensor]:
-        return [own_part(parameter.detach()) for parameter in self._adapter.parameters()]
+        return [own_part(parameter.detach()) for parameter in self._trainable.parameters()]
 
     def _copied(self, weight: Tensor) -> Tensor:
         return weight.to(self._device, torch.float32, copy=True)

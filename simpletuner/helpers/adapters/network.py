@@ -16,7 +16,7 @@ from lycoris.wrapper import LycorisNetwork
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters import rebuilding, targets
-from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
+from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.attachment import Attachment
 from simpletuner.helpers.adapters.creation import NetworkBuilder, quiet_lycoris
 from simpletuner.helpers.adapters.files import adapter_file, scales
@@ -31,6 +31,7 @@ from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor
 from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule, weighted_schedules
+from simpletuner.helpers.adapters.trainable import refuse_other_state
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -320,7 +321,7 @@ class LycorisAdapter(Adapter):
                 tensors |= {f"{name}.{key}": tensor for key, tensor in layer.items()}
         return tensors
 
-    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the network in LyCORIS's key layout; T-LoRA with base factors and schedule.
 
         `multiplier` is folded into the tensors, so that readers who know only those apply it too.
@@ -345,7 +346,7 @@ class LycorisAdapter(Adapter):
             for name, layer in layers.items()
             for key, tensor in scales.with_multiplier(name, layer, self._multiplier).items()
         }
-        adapter_file.write(file, tensors, metadata=metadata)
+        adapter_file.write(path, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Remove every module from its layer."""

@@ -16,12 +16,13 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.adapter import Adapter, refuse_other_state
+from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY
 from simpletuner.helpers.adapters.files.foreign.alphas import config_of, stated_alpha
 from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffusers_layout
 from simpletuner.helpers.adapters.targets import no_match_message
+from simpletuner.helpers.adapters.trainable import refuse_other_state
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
@@ -125,7 +126,7 @@ class PeftAdapter(Adapter):
         except AdapterError as error:
             raise AdapterError(f"init_lora {file}: {error}") from error
 
-    def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
+    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the LoRA for diffusers' `load_lora_weights`, with its scale in B and alpha equal to the rank.
 
         This layout has no tensor for alpha, and not every program reads the header.
@@ -152,7 +153,7 @@ class PeftAdapter(Adapter):
             f"{self.prefix}.{key}": tensor * self.scale if ".lora_B." in key else tensor
             for key, tensor in state.items()
         }
-        adapter_file.write(file, tensors, metadata=metadata)
+        adapter_file.write(path, tensors, metadata=metadata)
 
     def detach(self) -> None:
         """Remove the LoRA layers from the denoiser."""

@@ -26,10 +26,8 @@ from simpletuner.helpers.checkpointing.optimizer_state import (
 from simpletuner.helpers.errors import CheckpointError, SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.run_folder import (
-    ADAPTER_FILE,
     ADAPTER_STATE_FILE,
     COUNTERS_FILE,
-    EMA_ADAPTER_FILE,
     EMA_STATE_FILE,
     OPTIMIZER_FILE,
 )
@@ -38,8 +36,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-    from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.adapters.ema import Ema
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.checkpointing.progress import Progress
 
 
@@ -53,12 +51,12 @@ _OS_ERROR = re.compile(r"os error (\d+)")
 
 @dataclass(kw_only=True, slots=True)
 class RunState:
-    """The adapter, its optimiser, the counters and, where there is one, the EMA and the gradient scaler.
+    """What is trained, its optimiser, the counters and, where there is one, the EMA and the gradient scaler.
 
     The learning rate and every random stream are functions of the counters and need no state.
     """
 
-    adapter: Adapter
+    trainable: Trainable
     optimizer: Optimizer
     progress: Progress
     metadata: Mapping[str, str]
@@ -70,15 +68,15 @@ class RunState:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the adapter is sharded over the processes (FSDP), so that all of them must save."""
-        return any(is_dtensor(parameter) for parameter in self.adapter.parameters())
+        """Whether the weights are sharded over the processes (FSDP), so that all of them must save."""
+        return any(is_dtensor(parameter) for parameter in self.trainable.parameters())
 
     @property
     def num_bytes(self) -> int:
         """Size of the tensors that `save` writes; adapter and EMA are each in two files."""
-        adapter = sum(weight.numel() * weight.element_size() for weight in self.adapter.parameters())
+        trained = sum(weight.numel() * weight.element_size() for weight in self.trainable.parameters())
         ema = 0 if self.ema is None else self.ema.num_bytes
-        return 2 * adapter + 2 * ema + num_state_bytes(self.optimizer)
+        return 2 * trained + 2 * ema + num_state_bytes(self.optimizer)
 
     def check_optimizer(self) -> None:
         """Check that a checkpoint can hold the optimiser's state; every process of a sharded run calls it.
@@ -96,7 +94,7 @@ class RunState:
             OSError: The disk is full.
         """
         tensors, numbers = optimizer_state(self.optimizer)
-        _save_tensors(self.adapter.state_dict(), folder / ADAPTER_STATE_FILE)
+        _save_tensors(self.trainable.state_dict(), folder / ADAPTER_STATE_FILE)
         _save_tensors(tensors, folder / OPTIMIZER_FILE)
         if self.ema is not None:
             _save_tensors(self.ema.tensors(), folder / EMA_STATE_FILE)
@@ -112,16 +110,16 @@ class RunState:
             The files.
         """
         metadata = {**self.metadata, "steps": str(self.progress.step)}
-        main, second = folder / ADAPTER_FILE, folder / EMA_ADAPTER_FILE
+        main, second = (folder / name for name in self.trainable.file_names)
         plain = second if self.ema is not None and self.ema.is_main else main
         named = {} if self.ema is None else {WEIGHTS_KEY: "plain"}
         with self.averages():
-            self.adapter.save(plain, metadata=metadata | named)
+            self.trainable.save(plain, metadata=metadata | named)
         if self.ema is None:
             return [main]
         named = {WEIGHTS_KEY: "ema", "ema_decay": str(self.ema.config.ema_decay)}
         with self.ema.weights():
-            self.adapter.save(main if plain == second else second, metadata=metadata | named)
+            self.trainable.save(main if plain == second else second, metadata=metadata | named)
         return [main, second]
 
     def load(self, folder: Path) -> None:
@@ -132,7 +130,7 @@ class RunState:
         """
         try:
             counters = json.loads((folder / COUNTERS_FILE).read_bytes())
-            self.adapter.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
+            self.trainable.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
             # Copies: the optimiser keeps them, and Windows removes no file that is mapped into memory.
             tensors = {name: value.clone() for name, value in load_file(folder / OPTIMIZER_FILE).items()}
             load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
@@ -158,7 +156,7 @@ class RunState:
         digest = hashlib.sha256()
         averages = {} if self.ema is None else self.ema.tensors()
         for owner, named in (
-            ("adapter", self.adapter.state_dict()),
+            ("adapter", self.trainable.state_dict()),
             ("optimizer", tensors),
             ("ema", averages),
         ):

@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.io.atomic import JsonValue
 
@@ -148,10 +149,10 @@ def build_components(
         offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
-    optimizer = build_optimizer(adapter.parameters(), config.optimizer)
+    optimizer = build_optimizer(adapter.groups(), config.optimizer)
     averages = partial(weights_for_use, optimizer, config.optimizer)
     state = RunState(
-        adapter=adapter,
+        trainable=adapter,
         optimizer=optimizer,
         progress=Progress(),
         metadata=adapter_metadata(
@@ -171,7 +172,7 @@ def build_components(
     epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
-        adapter=adapter,
+        trainable=adapter,
         denoiser=denoiser,
         title=config.algorithm.title,
         comparison=comparison,
@@ -187,7 +188,7 @@ def build_components(
         accelerator=accelerator,
         family=context.family,
         denoiser=prepared,
-        adapter=adapter,
+        trainable=adapter,
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
@@ -264,11 +265,13 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
     return adapter
 
 
-def build_ema(config: RunConfig, adapter: Adapter, *, device: torch.device) -> Ema | None:
-    """The moving average of the adapter's present weights, on the host or on this device; None without."""
+def build_ema(config: RunConfig, trainable: Trainable, *, device: torch.device) -> Ema | None:
+    """The moving average of the present weights, on the host or on this device; None without."""
     if not config.ema.use_ema:
         return None
-    return Ema(adapter, config.ema, device=torch.device("cpu") if config.ema.ema_device == "cpu" else device)
+    return Ema(
+        trainable, config.ema, device=torch.device("cpu") if config.ema.ema_device == "cpu" else device
+    )
 
 
 def build_final_files(context: RunContext, state: RunState) -> FinalFiles:
@@ -331,7 +334,7 @@ def build_page(context: RunContext, state: RunState, *, images: Mapping[str, Any
         build_manifest,
         config=context.config,
         spec=context.family.spec,
-        adapter=state.adapter,
+        trainable=state.trainable,
         data=context.data,
         images=images,
         max_steps=context.max_steps,

@@ -77,7 +77,8 @@ def build_lr_schedule(
 ) -> LambdaLR:
     """Set the learning rate of `optimizer` from optimiser step `step` on.
 
-    The rate depends on the step alone: a resumed run needs no other state and may change the schedule.
+    Each parameter group has its own full rate, that with which the optimiser was built. The rate depends on
+    the step alone: a resumed run needs no other state and may change the schedule.
     """
     curve = curve_of(config)
     warmup_steps = config.lr_warmup_steps if LR_SCHEDULES[config.lr_scheduler].has_warmup else 0
@@ -87,5 +88,5 @@ def build_lr_schedule(
         return warmup_factor(step, warmup_steps=warmup_steps) * curve(progress)
 
     for group in optimizer.param_groups:
-        group["initial_lr"] = config.learning_rate
+        group["initial_lr"] = group["lr"]
     return LambdaLR(optimizer, factor, last_epoch=step - 1)

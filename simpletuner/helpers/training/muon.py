@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.optim import AdamW, Optimizer
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class Muon(Optimizer):
@@ -23,7 +20,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Sequence[Mapping[str, Any]],
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -33,13 +30,11 @@ class Muon(Optimizer):
         nesterov: bool = True,
         ns_steps: int = 5,
     ) -> None:
-        matrices: dict[str, Any] = {"params": []}
-        others: dict[str, Any] = {"params": []}
-        for parameter in params:
-            (matrices if parameter.ndim == 2 else others)["params"].append(parameter)
+        matrices = [_part(group, matrices=True) for group in params]
+        others = [_part(group, matrices=False) for group in params]
         self.parts: tuple[Optimizer, Optimizer] = (
             torch.optim.Muon(
-                [matrices],
+                matrices,
                 lr=lr,
                 weight_decay=weight_decay,
                 momentum=momentum,
@@ -47,10 +42,10 @@ class Muon(Optimizer):
                 ns_steps=ns_steps,
                 adjust_lr_fn="match_rms_adamw",
             ),
-            AdamW([others], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
+            AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay),
         )
         # The parts have filled their groups with their defaults.
-        super().__init__([matrices, others], {})
+        super().__init__([*matrices, *others], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -59,8 +54,16 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part, group in zip(self.parts, self.param_groups, strict=True):
+        half = len(self.param_groups) // 2
+        for part, groups in zip(
+            self.parts, (self.param_groups[:half], self.param_groups[half:]), strict=True
+        ):
             # Shared with the whole, so that a checkpoint holds one state and a schedule sets one rate.
-            part.param_groups, part.state = [group], self.state
+            part.param_groups, part.state = groups, self.state
             part.step()
         return loss
+
+
+def _part(group: Mapping[str, Any], *, matrices: bool) -> dict[str, Any]:
+    """The group with its matrices alone, or with all other parameters."""
+    return {**group, "params": [each for each in group["params"] if (each.ndim == 2) == matrices]}

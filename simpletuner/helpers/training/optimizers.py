@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
+    from simpletuner.helpers.adapters.trainable import ParameterGroup
     from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 
 
-def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """The configured optimiser over these parameters.
+def build_optimizer(groups: Sequence[ParameterGroup], config: OptimizerConfig) -> Optimizer:
+    """The configured optimiser over the parameters of these groups.
 
     Raises:
         MissingDependencyError: The optimiser's package is not installed.
@@ -26,9 +27,14 @@ def build_optimizer(parameters: Sequence[nn.Parameter], config: OptimizerConfig)
     record = OPTIMIZERS[config.optimizer]
     arguments: dict[str, Any] = {**record.defaults, "lr": config.learning_rate, **config.optimizer_config}
     if record.fused_devices:
-        arguments["fused"] = parameters[0].device.type in record.fused_devices
+        arguments["fused"] = groups[0].parameters[0].device.type in record.fused_devices
     optimizer: type[Optimizer] = record.load()
-    return optimizer(parameters, **arguments)
+    return optimizer([_arguments_of(group) for group in groups], **arguments)
+
+
+def _arguments_of(group: ParameterGroup) -> dict[str, Any]:
+    rate = {} if group.learning_rate is None else {"lr": group.learning_rate}
+    return {"params": group.parameters} | rate
 
 
 def weights_for_use(optimizer: Optimizer, config: OptimizerConfig) -> AbstractContextManager[None]:

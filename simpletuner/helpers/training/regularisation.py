@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from torch import nn
 
-    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.regularisation import RegularisationTarget
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch, NoisyBatch
@@ -25,7 +25,7 @@ class Regularisation:
     """Target and weight of regularisation samples."""
 
     family: ModelFamily
-    adapter: Adapter
+    trainable: Trainable
     target: RegularisationTarget
     weight: float
     """prior_loss_weight."""
@@ -44,15 +44,15 @@ class Regularisation:
         noisy = replace(noisy, weight=noisy.weight * self.weight)
         if self.target == "data":
             return noisy
-        with torch.no_grad(), self.adapter.switched_off():
+        with torch.no_grad(), self.trainable.switched_off():
             return replace(noisy, target=self.family.predict(denoiser, noisy, batch))
 
 
-def build_regularisation(config: RunConfig, family: ModelFamily, adapter: Adapter) -> Regularisation:
+def build_regularisation(config: RunConfig, family: ModelFamily, trainable: Trainable) -> Regularisation:
     """The configured regularisation."""
     return Regularisation(
         family=family,
-        adapter=adapter,
+        trainable=trainable,
         target=config.regularisation.regularisation_target,
         weight=config.regularisation.prior_loss_weight,
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LambdaLR
 
-    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.checkpointing.progress import Progress
@@ -59,14 +59,14 @@ STOP_WAIT_S = 5.0
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains the adapter of one run. `build_trainer` builds it with all its parts."""
+    """Trains what one run trains. `build_trainer` builds it with all its parts."""
 
     config: RunConfig
     accelerator: Accelerator
     family: ModelFamily
     denoiser: nn.Module
     """As accelerate prepared it, the adapter inside."""
-    adapter: Adapter
+    trainable: Trainable
     data: TrainingData
     optimizer: AcceleratedOptimizer
     lr_schedule: LambdaLR
@@ -184,8 +184,8 @@ class Trainer:
         noisy = self.regularisation.applied_to(noisy, batch, denoiser=self.denoiser)
         # Until backward ends: gradient checkpointing runs the forward again.
         with (
-            self.adapter.rank_mask_for(noisy.timesteps),
-            self.adapter.at_strength(batch.strength),
+            self.trainable.rank_mask_for(noisy.timesteps),
+            self.trainable.at_strength(batch.strength),
             self._routed(batch),
         ):
             prediction = self.family.predict(self.denoiser, noisy, batch)
@@ -197,7 +197,7 @@ class Trainer:
             sample_losses=sample_losses.detach(),
             samples=len(batch),
             timesteps=noisy.timesteps,
-            active_rank=self.adapter.mean_active_rank(noisy.timesteps),
+            active_rank=self.trainable.mean_active_rank(noisy.timesteps),
         )
         self.metrics.add(batch, output)
         self.metrics.record("mean_active_rank", output.active_rank, reduction="mean")
@@ -209,6 +209,7 @@ class Trainer:
         Raises:
             TrainingError: A loss or the gradient is not finite; no step is taken.
         """
+        self._drop_ended_gradients()
         self.metrics.record("lr", float(self.lr_schedule.get_last_lr()[0]))
         self.metrics.record("grad_norm", self._clip())
         step, stop = self.progress.step + 1, self.preemption.requested
@@ -287,9 +288,16 @@ class Trainer:
         if self.checkpoints.is_due(step) or self.validation.is_due(step):
             self.page.refresh()
 
+    def _drop_ended_gradients(self) -> None:
+        """Leave parameters as they are from the end step of their group on."""
+        for group in self.trainable.groups():
+            if group.end_step is not None and self.progress.step >= group.end_step:
+                for parameter in group.parameters:
+                    parameter.grad = None
+
     def _clip(self) -> Tensor:
         """Clip the gradients; returns their norm before that, a scalar."""
-        parameters, bound = self.adapter.parameters(), self.config.training.max_grad_norm
+        parameters, bound = self.trainable.parameters(), self.config.training.max_grad_norm
         if self.config.training.grad_clip_method == "norm":
             return full_tensor(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))
         self.accelerator.unscale_gradients()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from simpletuner.helpers.adapters.adapter import FULL_STRENGTH
+from simpletuner.helpers.adapters.trainable import FULL_STRENGTH
 from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
 from simpletuner.helpers.io.atomic import remove_leftovers, write_json
 from simpletuner.helpers.io.faults import storage_error
@@ -30,8 +30,8 @@ from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
 if TYPE_CHECKING:
     from torch import nn
 
-    from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.adapters.ema import Ema
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.models.clip_score import ClipScorer
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.sampling.comparison import Comparison
@@ -61,7 +61,7 @@ class Validation:
     """Generates the validation images of a run at their intervals, and arranges them in grids."""
 
     sampler: ValidationSampler
-    adapter: Adapter
+    trainable: Trainable
     denoiser: nn.Module
     """The pipeline's denoiser, without accelerate's wrapper."""
     title: str
@@ -167,7 +167,7 @@ class Validation:
         if missing:
             with self._pipeline("base_model"):
                 self.sampler.generate_all(
-                    self.pipeline, missing, prepare=lambda _: self.adapter.set_strength(0.0)
+                    self.pipeline, missing, prepare=lambda _: self.trainable.set_strength(0.0)
                 )
 
     def _validate(self, step: int, validation_type: ValidationType) -> None:
@@ -180,7 +180,9 @@ class Validation:
             for weights, own in files.items():
                 with weights.use():
                     self.sampler.generate_all(
-                        self.pipeline, own, prepare=lambda prompt: self.adapter.set_strength(prompt.strength)
+                        self.pipeline,
+                        own,
+                        prepare=lambda prompt: self.trainable.set_strength(prompt.strength),
                     )
         if self.scorer is not None:
             with self.sampler.best_effort(f"the CLIP scores of step {step}"):
@@ -220,7 +222,7 @@ class Validation:
                 yield
             finally:
                 self.clean_pipeline()
-                self.adapter.set_strength(FULL_STRENGTH)
+                self.trainable.set_strength(FULL_STRENGTH)
 
     def _grid(self, step: int, files: Mapping[UsedWeights, Mapping[PromptSpec, Path]]) -> Image.Image:
         columns: dict[str, Callable[[PromptSpec], Path]] = {}

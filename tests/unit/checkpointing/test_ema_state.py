@@ -23,7 +23,7 @@ from tests.unit.checkpointing.test_state import new_state, train
 
 def ema_state(**keys: object) -> RunState:
     state = new_state()
-    state.ema = Ema(state.adapter, EmaConfig(use_ema=True, **keys), device=torch.device("cpu"))
+    state.ema = Ema(state.trainable, EmaConfig(use_ema=True, **keys), device=torch.device("cpu"))
     return state
 
 
@@ -94,7 +94,7 @@ def test_average_that_is_switched_on_later_starts_from_the_weights_of_that_step(
     after.load(tmp_path)
     assert after.ema is not None
     assert after.ema.num_updates == 0
-    assert all(map(torch.equal, after.ema.tensors().values(), before.adapter.parameters()))
+    assert all(map(torch.equal, after.ema.tensors().values(), before.trainable.parameters()))
 
 
 def test_average_that_is_switched_off_later_is_left(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_average_that_is_switched_off_later_is_left(tmp_path: Path) -> None:
     train_averaged(averaged, 2)
     averaged.save(tmp_path)
     plain.load(tmp_path)
-    assert all(map(torch.equal, plain.adapter.parameters(), averaged.adapter.parameters()))
+    assert all(map(torch.equal, plain.trainable.parameters(), averaged.trainable.parameters()))
 
 
 def test_decay_of_the_configuration_counts_on_resume(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_decay_of_the_configuration_counts_on_resume(tmp_path: Path) -> None:
     after.load(tmp_path)
     train_averaged(after, 1)
     assert after.ema is not None
-    assert all(map(torch.equal, after.ema.tensors().values(), after.adapter.parameters()))
+    assert all(map(torch.equal, after.ema.tensors().values(), after.trainable.parameters()))
 
 
 def test_checkpoint_whose_average_is_gone_is_refused(tmp_path: Path) -> None:
@@ -125,4 +125,6 @@ def test_checkpoint_whose_average_is_gone_is_refused(tmp_path: Path) -> None:
 
 def test_needed_disk_space_counts_the_average_twice() -> None:
     plain, averaged = new_state(), ema_state()
-    assert averaged.num_bytes - plain.num_bytes == 2 * 4 * sum(p.numel() for p in plain.adapter.parameters())
+    assert averaged.num_bytes - plain.num_bytes == 2 * 4 * sum(
+        p.numel() for p in plain.trainable.parameters()
+    )

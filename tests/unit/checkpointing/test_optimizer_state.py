@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.trainable import one_group
 from simpletuner.helpers.checkpointing.optimizer_state import load_optimizer_state, optimizer_state
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
@@ -84,7 +85,7 @@ class Run:
             step = self.state.progress.step
             generator = torch.Generator().manual_seed(step)
             torch.manual_seed(step)  # the trainer seeds each micro-batch: stochastic rounding draws from it
-            for weight in self.state.adapter.parameters():
+            for weight in self.state.trainable.parameters():
                 noise = torch.randn(weight.shape, generator=generator)
                 weight.grad = (weight.detach().float() - 0.3 + noise).to(weight.dtype)
             self.state.optimizer.step()
@@ -92,16 +93,16 @@ class Run:
             self.state.progress.advance(samples=1)
 
     def weights(self) -> list[Tensor]:
-        return [weight.detach().clone() for weight in self.state.adapter.parameters()]
+        return [weight.detach().clone() for weight in self.state.trainable.parameters()]
 
 
 def new_run(name: str, dtype: torch.dtype = FLOAT, *, folder: Path | None = None, **keys: Any) -> Run:
     rate = {} if OPTIMIZERS[name].default_learning_rate == 1.0 else {"learning_rate": 1e-2}
     config = OptimizerConfig(optimizer=name, lr_scheduler="cosine", **{**rate, **keys})
     adapter, progress = Matrices(dtype), Progress()
-    optimizer = build_optimizer(adapter.parameters(), config)
+    optimizer = build_optimizer(one_group("adapter", adapter.parameters()), config)
     state = RunState(
-        adapter=adapter,
+        trainable=adapter,
         optimizer=optimizer,
         progress=progress,
         metadata={},
@@ -160,7 +161,7 @@ def test_every_optimizer_moves_every_parameter(name: str) -> None:
 def test_zero_gradients_move_nothing_and_leave_numbers_finite(name: str) -> None:
     """As of closed ranks, and of one factor in the first step, whose other factor is 0."""
     weights = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-    optimizer = build_optimizer(weights, OptimizerConfig(optimizer=name))
+    optimizer = build_optimizer(one_group("adapter", weights), OptimizerConfig(optimizer=name))
     for step in range(6):
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
@@ -198,7 +199,7 @@ def test_arguments_change_the_run_and_it_stays_exact(variant: str, tmp_path: Pat
 @every_optimizer
 def test_step_depends_on_nothing_but_gradients_so_that_processes_stay_equal(name: str) -> None:
     one, other = new_run(name), new_run(name)
-    weights = [run.state.adapter.parameters() for run in (one, other)]
+    weights = [run.state.trainable.parameters() for run in (one, other)]
     for step in range(3):
         for seed, own, run in zip((1, 2), weights, (one, other), strict=True):
             torch.manual_seed(seed)  # another stream in each process
@@ -212,7 +213,7 @@ def test_step_depends_on_nothing_but_gradients_so_that_processes_stay_equal(name
 def test_averages_are_computed_beside_the_trained_weights(name: str) -> None:
     run = new_run(name)
     run.train(HALF)
-    optimizer, parameters = run.state.optimizer, run.state.adapter.parameters()
+    optimizer, parameters = run.state.optimizer, run.state.trainable.parameters()
     trained, pointers, digest = run.weights(), [each.data_ptr() for each in parameters], run.state.digest()
     beta1 = optimizer.param_groups[0]["betas"][0]
     with contextlib.suppress(KeyError), run.state.averages():
@@ -328,7 +329,7 @@ class Wrapped(torch.Tensor):
 )
 def test_value_that_a_checkpoint_cannot_hold_is_named(kept: object) -> None:
     run = new_run("adamw")
-    run.state.optimizer = Odd(run.state.adapter.parameters(), kept=kept)
+    run.state.optimizer = Odd(run.state.trainable.parameters(), kept=kept)
     with pytest.raises(CheckpointError, match=r"0\.kept .*optimizer"):
         run.state.check_optimizer()
 
@@ -345,14 +346,14 @@ def test_packed_class_of_a_file_is_none_of_those_that_are_known() -> None:
 def test_paged_state_is_loaded_into_paged_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = new_run("bnb-adamw8bit-paged"), new_run("bnb-adamw8bit-paged")
     first.train(1)
-    own: Any = first.state.optimizer.state[first.state.adapter.parameters()[0]]
+    own: Any = first.state.optimizer.state[first.state.trainable.parameters()[0]]
     own["state1"].is_paged = True  # on a GPU bitsandbytes sets it
     paged = torch.zeros_like(own["state1"])
     monkeypatch.setattr(second.state.optimizer, "get_state_buffer", lambda parameter, dtype: paged)
     load_optimizer_state(
         second.state.optimizer, *saved(first.state.optimizer)[:1], numbers=saved(first.state.optimizer)[1]
     )
-    loaded = second.state.optimizer.state[second.state.adapter.parameters()[0]]
+    loaded = second.state.optimizer.state[second.state.trainable.parameters()[0]]
     assert loaded["state1"] is paged
     assert torch.equal(paged, own["state1"])
 
@@ -406,7 +407,7 @@ def test_number_of_bytes_counts_what_is_saved(name: str) -> None:
     run.train(1)
     tensors, _ = optimizer_state(run.state.optimizer)
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith("group")}
-    adapter = sum(weight.numel() * 4 for weight in run.state.adapter.parameters())
+    adapter = sum(weight.numel() * 4 for weight in run.state.trainable.parameters())
     counted = run.state.num_bytes - 2 * adapter
     assert counted == sum(tensor.numel() * tensor.element_size() for tensor in own.values())
 
@@ -419,17 +420,17 @@ def test_muon_is_torchs_own_on_matrices_and_adamw_elsewhere() -> None:
     )
     others = torch.optim.AdamW([each for each in twins if each.ndim != 2], lr=1e-2)
     for step in range(3):
-        own = run.state.adapter.parameters()
+        own = run.state.trainable.parameters()
         for parameter in (*own, *twins):
             parameter.grad = parameter.detach() + 0.1 * step
         for optimizer in (run.state.optimizer, matrices, others):
             optimizer.step()
-    assert all(torch.equal(*pair) for pair in zip(run.state.adapter.parameters(), twins, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(run.state.trainable.parameters(), twins, strict=True))
 
 
 def test_muon_trains_an_adapter_of_matrices_alone() -> None:
     weight = nn.Parameter(torch.ones(4, 3))
-    optimizer = build_optimizer([weight], OptimizerConfig(optimizer="muon"))
+    optimizer = build_optimizer(one_group("adapter", [weight]), OptimizerConfig(optimizer="muon"))
     weight.grad = torch.eye(4, 3)
     optimizer.step()
     tensors, numbers = saved(optimizer)

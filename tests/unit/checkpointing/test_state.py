@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.adapter import Adapter
+from simpletuner.helpers.adapters.trainable import one_group
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState, optimizer_state
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
@@ -63,8 +64,8 @@ def new_state(optimizer: str = "adamw", *, width: int = 4, **keys: object) -> Ru
     adapter = TwoLinears(width=width)
     config = OptimizerConfig(optimizer=optimizer, learning_rate=0.1, **keys)
     return RunState(
-        adapter=adapter,
-        optimizer=build_optimizer(adapter.parameters(), config),
+        trainable=adapter,
+        optimizer=build_optimizer(one_group("adapter", adapter.parameters()), config),
         progress=Progress(),
         metadata={"seed": "7"},
     )
@@ -74,7 +75,7 @@ def train(state: RunState, steps: int) -> None:
     """Steps whose gradient depends on the step, so that a lost counter shows."""
     for _ in range(steps):
         inputs = torch.full((2, 4), 0.1 * (state.progress.step + 1))
-        state.adapter.layers(inputs).square().mean().backward()
+        state.trainable.layers(inputs).square().mean().backward()
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.progress.advance(samples=2)
@@ -101,8 +102,8 @@ def test_digest_depends_on_weights_optimiser_and_counters() -> None:
         lambda: None,
         lambda: train(state, 1),
         lambda: state.progress.advance(samples=1),
-        lambda: state.optimizer.state[state.adapter.parameters()[0]]["exp_avg"].add_(1e-7),
-        lambda: state.adapter.parameters()[0].data.add_(1e-6),
+        lambda: state.optimizer.state[state.trainable.parameters()[0]]["exp_avg"].add_(1e-7),
+        lambda: state.trainable.parameters()[0].data.add_(1e-6),
     ):
         change()
         digests.add(state.digest())
@@ -157,7 +158,7 @@ def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
     train(state, 1)
     state.save(tmp_path)
     other = new_state(width=8)
-    other.adapter.load_state_dict = lambda state: None  # type: ignore[method-assign]  # only the optimiser is looked at
+    other.trainable.load_state_dict = lambda state: None  # type: ignore[method-assign]  # only the optimiser is looked at
     with pytest.raises(CheckpointError, match="shape"):
         other.load(tmp_path)
 
@@ -167,7 +168,7 @@ def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
 def test_state_with_an_optimiser_tensor_that_is_not_finite_is_refused(tmp_path: Path, value: float) -> None:
     state = new_state()
     train(state, 1)
-    state.optimizer.state[state.adapter.parameters()[0]]["exp_avg"][0] = value
+    state.optimizer.state[state.trainable.parameters()[0]]["exp_avg"][0] = value
     state.save(tmp_path)
     with pytest.raises(CheckpointError, match=r"0\.exp_avg"):
         new_state().load(tmp_path)
@@ -205,7 +206,7 @@ def test_number_of_bytes_is_that_of_the_tensors_and_those_of_the_adapter_twice(t
     train(state, 1)
     tensors, _ = optimizer_state(state.optimizer)
     numel = sum(tensor.numel() for tensor in tensors.values())
-    assert state.num_bytes == 4 * (2 * sum(weight.numel() for weight in state.adapter.parameters()) + numel)
+    assert state.num_bytes == 4 * (2 * sum(weight.numel() for weight in state.trainable.parameters()) + numel)
 
 
 @pytest.mark.reliability_row(5)

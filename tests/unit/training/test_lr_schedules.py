@@ -72,8 +72,9 @@ def test_schedule_resumed_at_a_step_goes_on_exactly(name: str) -> None:
     assert rates(max_steps=10, start=4, lr_scheduler=name, lr_warmup_steps=3) == whole[4:]
 
 
-def test_schedule_resumed_with_another_learning_rate_uses_it() -> None:
-    config = OptimizerConfig(learning_rate=0.5, lr_scheduler="constant")
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+def test_each_group_follows_the_schedule_from_a_rate_of_its_own() -> None:
+    config = OptimizerConfig(learning_rate=0.5, lr_scheduler="linear", lr_end=0.0)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (0.5, 0.1)]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
     lr_schedules.build_lr_schedule(optimizer, config, max_steps=10, step=4)
-    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.06])

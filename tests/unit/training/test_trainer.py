@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.trainable import ParameterGroup
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.contracts import Batch, MicroBatchOutput, Sample, Size, TextEmbeds
 from simpletuner.helpers.training.trainer import Trainer
@@ -19,7 +20,7 @@ BATCH = Batch(torch.zeros(1, 4, 8, 8), TextEmbeds(torch.zeros(1, 2, 4)), (SAMPLE
 GRADIENT = torch.tensor([3.0, 4.0])
 
 
-def make(weight: nn.Parameter, **keys: object) -> Trainer:
+def make(weight: nn.Parameter, *, end_step: int | None = None, **keys: object) -> Trainer:
     """A trainer of one weight by plain gradient descent at learning rate 1, halved after each step."""
     optimizer = torch.optim.SGD([weight], lr=1.0)
     parts = {
@@ -31,7 +32,10 @@ def make(weight: nn.Parameter, **keys: object) -> Trainer:
             unscale_gradients=lambda: None,
             reduce=lambda tensor, reduction: tensor,
         ),
-        "adapter": SimpleNamespace(parameters=lambda: [weight]),
+        "trainable": SimpleNamespace(
+            parameters=lambda: [weight],
+            groups=lambda: [ParameterGroup(name="weight", parameters=[weight], end_step=end_step)],
+        ),
         "data": SimpleNamespace(batches_per_epoch=1),
         "optimizer": optimizer,
         "lr_schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
@@ -68,3 +72,11 @@ def test_optimiser_steps_along_the_clipped_gradient_of_its_own_step_alone(
     torch.testing.assert_close(weight.detach(), -torch.tensor(change))
     step(trainer, weight)
     torch.testing.assert_close(weight.detach(), -1.5 * torch.tensor(change))
+
+
+def test_parameters_stay_as_they_are_after_the_end_step_of_their_group() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    trainer = make(weight, end_step=1, grad_clip_method="norm", max_grad_norm=0)
+    step(trainer, weight)
+    step(trainer, weight)
+    assert torch.equal(weight.detach(), -GRADIENT)

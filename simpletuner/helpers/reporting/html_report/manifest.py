@@ -19,7 +19,7 @@ from simpletuner.helpers.io.redaction import redacted_json
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import ModelSpec, Sample
@@ -44,7 +44,7 @@ def build_manifest(
     *,
     config: RunConfig,
     spec: ModelSpec,
-    adapter: Adapter,
+    trainable: Trainable,
     data: TrainingData,
     images: Mapping[str, Any],
     max_steps: int,
@@ -59,7 +59,7 @@ def build_manifest(
         "version": 1,
         "max_steps": max_steps,
         "changed_keys": changed_keys(config, spec),
-        "adapter": _adapter(adapter),
+        "adapter": _adapter(trainable),
         "datasets": [redacted_json(_dataset(each, data)) for each in config.datasets],
         "environment": _environment(device, num_processes),
         **images,
@@ -93,12 +93,12 @@ def _changed(section: Section, own: Mapping[str, object]) -> Iterable[str]:
             yield name
 
 
-def _adapter(adapter: Adapter) -> dict[str, Any]:
-    schedule = adapter.tlora_config
+def _adapter(trainable: Trainable) -> dict[str, Any]:
+    schedule = trainable.tlora_config
     return {
-        "kind": adapter.algorithm,
-        "layers": adapter.num_layers,
-        "parameters": sum(parameter.numel() for parameter in adapter.parameters()),
+        "kind": trainable.algorithm,
+        "layers": trainable.num_layers,
+        "parameters": sum(parameter.numel() for parameter in trainable.parameters()),
         "schedule": schedule,
         "ranks": None if schedule is None else rank_curve(schedule),
     }
