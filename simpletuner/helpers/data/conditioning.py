@@ -13,7 +13,7 @@ from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.masks import FoundMask
 from simpletuner.helpers.data.pairing import Pair, PairFinder
-from simpletuner.helpers.data.references import PlannedReference, planned_reference
+from simpletuner.helpers.data.references import PlannedReference, made_reference, planned_reference
 from simpletuner.helpers.data.sources import FoundFile
 
 Entry = ConditioningConfig | ReferenceConfig
@@ -82,6 +82,10 @@ class ConditioningFinder:
                 return found
             assert isinstance(found, PlannedReference), "a pair was planned"
             references.append(found)
+        references += [
+            made_reference(image, info, each, dataset=self._dataset, placement=placement, cropping=cropping)
+            for each in self._dataset.conditioning
+        ]
         return Conditioning(mask, tuple(references))
 
     def problem(self) -> str | None:

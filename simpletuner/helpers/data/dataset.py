@@ -24,6 +24,7 @@ from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
+from simpletuner.helpers.configuration.schema.made_references import Depth
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
@@ -31,6 +32,7 @@ from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
+from simpletuner.helpers.data.made_references import DepthEstimator
 from simpletuner.helpers.data.masks import BLANK, is_blank, loss_factors, read_mask
 from simpletuner.helpers.data.pixels import load_pixels
 from simpletuner.helpers.data.planning import (
@@ -40,7 +42,7 @@ from simpletuner.helpers.data.planning import (
     plan_dataset,
     without_damaged,
 )
-from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_facts
+from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_fact
 from simpletuner.helpers.data.sampler import Bucket, Draw, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
@@ -87,6 +89,8 @@ class TrainingData:
     """The entries that the datasets' conditioning_data names."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """How masks weight the loss."""
+    depth: DepthEstimator | None = None
+    """Estimates the depth of images; None if no reference is made of it."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
@@ -149,9 +153,13 @@ class TrainingData:
             }
             if masks := sorted(image.mask.key for image in plan.images if image.mask is not None):
                 facts[f"{dataset}, hash of all masks"] = _hash_of(masks)
-            references = [reference_facts(image.sample.path, image.references) for image in plan.images]
-            if any(references):
-                facts[f"{dataset}, hash of all references"] = _hash_of(sorted(references))
+            references = sorted(
+                reference_fact(image.sample.path, each, content=self._content(each))
+                for image in plan.images
+                for each in image.references
+            )
+            if references:
+                facts[f"{dataset}, hash of all references"] = _hash_of(references)
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
@@ -356,10 +364,10 @@ class TrainingData:
     def _pixels_unless_damaged(self, image: PlannedImage | PlannedReference) -> Tensor | None:
         """The pixels of an image or a reference; None, and a note in `damaged`, if they are damaged."""
         try:
-            return load_pixels(image)
+            return load_pixels(image, depth=self.depth)
         except DamagedImageError as error:
-            is_own = isinstance(image, PlannedImage)
-            start = "" if is_own else f"its reference {image.sample.path} cannot be used: "
+            is_file = isinstance(image, PlannedReference) and image.making is None
+            start = f"its reference {image.sample.path} cannot be used: " if is_file else ""
             self.damaged.setdefault(image.digest, f"{start}{error}")
             return None
 
@@ -416,7 +424,15 @@ class TrainingData:
 
     def _latents_key(self, image: PlannedImage | PlannedReference) -> str:
         assert self._vae_identity, "set_encoders comes first"
-        return latents_key(image.sample, image_digest=image.content, vae_identity=self._vae_identity)
+        content = self._content(image)
+        return latents_key(image.sample, image_digest=content, vae_identity=self._vae_identity)
+
+    def _content(self, image: PlannedImage | PlannedReference) -> str:
+        """Identity of the pixels of an image; of a reference of depth, that of the model too."""
+        if isinstance(image, PlannedImage) or not isinstance(image.making, Depth):
+            return image.content
+        assert self.depth is not None, "a reference of depth needs an estimator"
+        return f"{image.content} {self.depth.identity(image.making.model)}"
 
     def _text_key(self, prompt: str) -> str:
         assert self._text_identity, "set_encoders comes first"

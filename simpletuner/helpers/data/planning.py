@@ -52,7 +52,7 @@ class PlannedImage:
     """Identity of its pixels, for the keys of cached latents."""
     mask: PlannedMask | None = None
     references: tuple[PlannedReference, ...] = ()
-    """One of each entry of references, in the order of conditioning_data."""
+    """One of each entry of references, in the order of conditioning_data, then those that are made."""
 
     @property
     def bucket(self) -> str:

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.made_references import MadeReference
 from simpletuner.helpers.configuration.schema.references import CROP_KEYS, ReferenceConfig
 from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.cropping import Cropping
+from simpletuner.helpers.data.index import ImageInfo
 from simpletuner.helpers.data.pairing import Pair
 from simpletuner.helpers.data.sources import FoundFile
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.randomness import mix
+
+# Raise it when making gives other pixels than before.
+_MAKING_VERSION = "made 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,7 @@ class PlannedReference:
     """A reference of a usable image."""
 
     entry: str
-    """id of the entry that it comes from."""
+    """id of the entry that it comes from, or the type of one that is made."""
     file: FoundFile
     digest: str
     """Of the file's bytes."""
@@ -33,6 +38,10 @@ class PlannedReference:
     """Stand for the image's own where it is trained with this reference; empty for none."""
     problem: str | None = None
     """The reason if its pixels were found damaged in an earlier run."""
+    making: MadeReference | None = None
+    """How it is made of its image; None if it has a file of its own."""
+    seed: int = 0
+    """Of making it."""
 
 
 def planned_reference(
@@ -58,17 +67,54 @@ def planned_reference(
         file=pair.file,
         digest=pair.info.digest,
         content=pair.info.content,
-        sample=Sample(
-            dataset_id=dataset.id,
-            path=name,
-            caption="",
-            original_px=pair.size,
-            resized_px=placement.resized_px,
-            crop_top_left=placement.top_left,
-            target_px=placement.target_px,
-        ),
+        sample=_sample(dataset.id, pair.file, size=pair.size, placement=placement),
         captions=entry.captions,
         problem=pair.info.problem,
+    )
+
+
+def made_reference(
+    image: FoundFile,
+    info: ImageInfo,
+    making: MadeReference,
+    *,
+    dataset: DatasetConfig,
+    placement: Placement,
+    cropping: Cropping,
+) -> PlannedReference:
+    """The reference that is made of the cut of an image.
+
+    Args:
+        image: The file.
+        info: Of the file.
+        making: How it is made.
+        dataset: Of the image.
+        placement: The image's resize and crop.
+        cropping: Of the dataset.
+    """
+    assert info.size is not None, "the image is usable"
+    seed = mix(cropping.seed, f"made {making.type}", dataset.id, image.name) if making.is_random else 0
+    return PlannedReference(
+        entry=making.type,
+        file=image,
+        digest=info.digest,
+        content=f"{info.content} {_MAKING_VERSION} {making.recipe()} {seed}",
+        sample=_sample(dataset.id, image, size=info.size, placement=placement),
+        captions=making.captions,
+        making=making,
+        seed=seed,
+    )
+
+
+def _sample(dataset_id: str, file: FoundFile, *, size: Size, placement: Placement) -> Sample:
+    return Sample(
+        dataset_id=dataset_id,
+        path=printable(file.name),
+        caption="",
+        original_px=size,
+        resized_px=placement.resized_px,
+        crop_top_left=placement.top_left,
+        target_px=placement.target_px,
     )
 
 
@@ -90,13 +136,13 @@ def bucket_name(target_px: Size, references_px: Sequence[Size]) -> str:
     return str(target_px) if len(set(sizes)) == 1 else " + ".join(map(str, sizes))
 
 
-def reference_facts(image: str, references: Sequence[PlannedReference]) -> list[str]:
-    """What a resumed run compares of the references of an image, by its name."""
-    return [
-        f"{image} {each.entry} {each.content} {each.sample.resized_px} {each.sample.crop_top_left} "
-        f"{each.sample.target_px} {each.captions}"
-        for each in references
-    ]
+def reference_fact(image: str, reference: PlannedReference, *, content: str) -> str:
+    """What a resumed run compares of a reference of an image, by its name; `content` is the pixels'."""
+    cut = reference.sample
+    return (
+        f"{image} {reference.entry} {content} {cut.resized_px} {cut.crop_top_left} {cut.target_px} "
+        f"{reference.captions}"
+    )
 
 
 def drawn_references(

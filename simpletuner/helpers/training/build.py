@@ -121,7 +121,7 @@ def build_prompts(context: RunContext) -> tuple[PromptSpec, ...]:
     return with_references(
         expand_prompts(config.validation, seed=config.training.seed),
         alignment=config.data.alignment(alignment),
-        fills_image=bool(config.references)
+        fills_image=config.has_references
         and all(each.conditioning_type == "reference_strict" for each in config.references),
     )
 

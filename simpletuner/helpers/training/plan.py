@@ -218,7 +218,7 @@ def _without_references(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
     is_for_editing = spec.reference_flavours < spec.flavours.keys() and spec.sees_references(
         config.model.model_flavour, config.model.pretrained_model_name_or_path
     )
-    if is_for_editing and not config.references:
+    if is_for_editing and not config.has_references:
         yield (
             f"{flavour} edits reference images, and no dataset has some: it is trained on captions alone. "
             "Name an entry with conditioning_type reference_strict in conditioning_data."
@@ -229,7 +229,7 @@ def _prompts_without_references(config: RunConfig) -> Iterator[str]:
     """Validation prompts of a run on references that name none."""
     prompts = () if config.validation.validation_disable else config.validation.prompts
     names = [each.name for each in prompts if not each.images]
-    if config.references and names:
+    if config.has_references and names:
         yield (
             f"the run trains on reference images, and {listed(names)} of the validation prompts name none: "
             "their images say little of it. Set validation_reference_images, or image in user_prompt_library."
@@ -411,6 +411,7 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
         for entry in each.conditioning
         if isinstance(entry, ReferenceConfig)
     ]
+    references += [f"{made.type} (made of the images)" for made in config.conditioning]
     if references:
         yield "references", f"{config.id}: {', '.join(references)}"
     captioned = sum(each.buckets.values()) - each.num_uncaptioned

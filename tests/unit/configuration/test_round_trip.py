@@ -273,6 +273,7 @@ DATASET = {
     ),
     "alpha_mask": SWITCHES,
     "conditioning_data": st.just([]),  # an id needs an entry of masks
+    "conditioning": st.just([]),  # these need a family that edits
     "caption_tag_dropout_rate": SHARES,
     "caption_dropout_probability": st.none() | SHARES,
     "repeats": COUNTS_OR_ZERO,

@@ -76,7 +76,7 @@ def make(folder: Path) -> Make:
                 cache_dir_text=folder / "cache" / "text",
                 conditioning_multidataset_sampling=sampling,
             ),
-            conditioning=[*entries, *conditioning],
+            conditioning=[*reversed(entries), *conditioning],
             **{"seed": 42, "batch_size": 2, "pixel_alignment": 16, **own},
         )
 
@@ -177,6 +177,7 @@ def test_a_reference_that_is_its_image_is_encoded_once(make: Make, folder: Path)
 
 def test_a_loose_reference_is_cut_by_itself_at_the_resolution_of_its_image(make: Make, folder: Path) -> None:
     paint(folder / "before", "1.png", red=101, size=(300, 100))
+    paint(folder / "before", "2.png", red=102, size=(32, 32))
     data = make(kind="reference_loose", minimum_image_size=50)
     sizes = {image.sample.path: image.references[0].sample.target_px for image in data._images}
     assert sizes["1.png"] == Size(32, 112)

@@ -16,7 +16,9 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
+from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.made_references import Canny
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig, ValidationPrompt
 from simpletuner.helpers.contracts import ModelSpec
@@ -542,6 +544,9 @@ def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
     text = "\n".join(plan_lines(config, spec))
     assert re.search(r"references +mine: before \(reference_loose\)", text)
     assert not re.search(r"^ +masks ", text, re.MULTILINE)
+    made = config.datasets[0].model_copy(update={"conditioning": (Canny(type="canny"),)})
+    text = "\n".join(plan_lines(config.model_copy(update={"datasets": (made,)}), spec))
+    assert re.search(r"references +mine: before \(reference_loose\), canny", text)
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"train_batch_size": 3})}
     )
@@ -553,24 +558,41 @@ def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
         list(plan_lines(config, spec))
 
 
+def test_a_run_takes_the_references_of_its_configuration(folder: Path) -> None:
+    config, spec = with_references(folder, {"base"})
+    family: Any = SimpleNamespace(spec=spec)
+    accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
+    data = preparing.build_data(config, family=family, accelerator=accelerator, watch=LoaderWatch())
+    data.set_encoders(vae_identity="vae", text_identity="text")
+    assert len(data.latents_requests()) == 6
+
+
 def preview_of(config: RunConfig) -> DatasetPreview:
     entries = (*config.conditioning, *config.references)
     return preview(config.datasets[0], config.data, alignment=8, seed=1, reads_all=True, conditioning=entries)
 
 
 @pytest.mark.parametrize(
-    ("takes", "has_references", "is_warned"),
-    [("own", False, True), ("own", True, False), ("all", False, False), ("none", False, False)],
+    ("takes", "references", "is_warned"),
+    [
+        ("own", None, True),
+        ("own", "files", False),
+        ("own", "made", False),
+        ("all", None, False),
+        ("none", None, False),
+    ],
 )
 def test_a_flavour_for_editing_without_references_is_a_warning(
-    folder: Path, takes: str, has_references: bool, is_warned: bool
+    folder: Path, takes: str, references: str | None, is_warned: bool
 ) -> None:
     all_flavours = set(registry.specs()["sdxl"].flavours)
     config, spec = with_references(folder, set())
     own = config.model.model_flavour or spec.default_flavour
     flavours = {"own": {own}, "all": all_flavours, "none": set()}[takes]
-    if not has_references:
-        config = config.model_copy(update={"references": ()})
+    if references != "files":
+        made = (Canny(type="canny"),) if references == "made" else ()
+        dataset = config.datasets[0].model_copy(update={"conditioning_data": (), "conditioning": made})
+        config = config.model_copy(update={"references": (), "datasets": (dataset,)})
     spec = replace(
         spec,
         flavours={**spec.flavours, "another": "some/other"} if takes == "own" else spec.flavours,

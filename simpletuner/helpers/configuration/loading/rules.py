@@ -449,7 +449,9 @@ def check_references(
 ) -> None:
     """Check that the model sees references, and that those of one image have no captions of their own."""
     ids = {each.id for each in file.references}
-    served = [each.id for each in file.datasets if ids.intersection(each.conditioning_data)]
+    served = [
+        each.id for each in file.datasets if each.conditioning or ids.intersection(each.conditioning_data)
+    ]
     section = model.if_valid("model_flavour", "pretrained_model_name_or_path")
     if served and section is not None:
         flavour = section.model_flavour or spec.default_flavour
@@ -461,6 +463,9 @@ def check_references(
             )
     sampling = data.if_valid("conditioning_multidataset_sampling")
     captioned = [each.id for each in file.references if each.captions]
+    captioned += [
+        f"{one.type} of {each.id}" for each in file.datasets for one in each.conditioning if one.captions
+    ]
     if sampling is not None and sampling.conditioning_multidataset_sampling == "combined" and captioned:
         text = f"an image then has one caption, but {captioned[0]} has captions. Remove them, or use random."
         source.reject("conditioning_multidataset_sampling", "combined", text)

@@ -28,6 +28,7 @@ from simpletuner.helpers.configuration.schema.base import (
     contradiction,
 )
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
+from simpletuner.helpers.configuration.schema.made_references import MadeReferences
 from simpletuner.helpers.configuration.schema.values import is_off
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
@@ -188,6 +189,9 @@ class DatasetConfig(Section):
     what they are trained towards. Their captions name the class, without the subject's own word."""
     conditioning_data: Annotated[Names, BeforeValidator(_listed)] = ()
     """ids of the entries with the masks and the reference images of the images: a text or a list."""
+    conditioning: MadeReferences = ()
+    """References that are made of the images themselves, beside those of conditioning_data: an object, or a
+    list of objects with `type` and its own keys."""
     alpha_mask: bool = False
     """The alpha channel of each image is its mask; an image without one counts as a whole."""
     max_num_samples: OptionalCount = None

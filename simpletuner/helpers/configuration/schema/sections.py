@@ -414,6 +414,11 @@ class RunConfig(Section):
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
 
     @property
+    def has_references(self) -> bool:
+        """Whether the datasets have reference images, in entries or made of the images themselves."""
+        return bool(self.references) or any(each.conditioning for each in self.datasets)
+
+    @property
     def title(self) -> str:
         """Name of the adapter, redacted: of the repository, the tracker's run, or the output folder."""
         repository = redacted(self.publishing.hub_model_id or "").rpartition("/")[2]

@@ -154,6 +154,7 @@ def _dataset(
     named = config.get("conditioning_data", [])
     references = [each for each in named if kinds.get(each, "").startswith("reference")]
     masks = [each for each in named if each not in references]
+    references += [each["type"] for each in config.get("conditioning", [])]
     if keeps_class and target == "data":
         draws = "as many as of the other images"
     entries = [

@@ -183,3 +183,76 @@ def test_text_files_of_one_of_several_entries_are_refused(workspace: Workspace) 
 def test_output_is_not_written_among_the_references(workspace: Workspace) -> None:
     found = problems(workspace, ONE, BEFORE, output_dir=str(workspace.folder / "before" / "run"))
     assert re.search(r"output_dir .*dataset before", found)
+
+
+@pytest.mark.parametrize(
+    ("written", "kinds"),
+    [
+        ({"type": "canny"}, ["canny"]),
+        ([{"type": "edges"}, {"type": "lowres"}], ["canny", "superresolution"]),
+        ([{"type": "inpainting"}, {"type": "jpeg"}], ["random_masks", "jpeg_artifacts"]),
+        ({"type": "depth_midas", "model": "before"}, ["depth"]),
+        (False, []),
+        ([], []),
+    ],
+    ids=range(6),
+)
+def test_references_are_made_by_their_names_in_simpletuner(
+    workspace: Workspace, written: object, kinds: list[str]
+) -> None:
+    workspace.datasets = [PHOTOS | {"conditioning": written}]
+    (dataset,) = workspace.load().datasets
+    assert [each.type for each in dataset.conditioning] == kinds
+    assert all(each.conditioning_type == "reference_strict" for each in dataset.conditioning)
+
+
+def test_params_stand_for_keys_beside_them_and_what_is_off_is_left_out(workspace: Workspace) -> None:
+    made = {"type": "jpeg_artifacts", "params": {"quality": 30}, "enhance_blocks": False, "captions": ["x"]}
+    made |= {"compression_rounds": None}
+    workspace.datasets = [PHOTOS | {"conditioning": made | {"conditioning_type": "reference_strict"}}]
+    first = workspace.load()
+    (found,) = first.datasets[0].conditioning
+    assert found.model_dump(include={"quality", "captions"}) == {"quality": 30, "captions": ("x",)}
+    workspace.config = json.loads(json.dumps(first.resolved()))
+    assert workspace.load().datasets == first.datasets
+
+
+@pytest.mark.parametrize(
+    ("made", "pattern"),
+    [
+        ({"type": "segmentation"}, r"photos\.conditioning .*'segmentation': .*canny"),
+        ({"type": "depth_midas"}, r"photos\.conditioning.*model  required"),
+        ({"type": "depth", "model": "nowhere"}, r'photos\.conditioning.*model  "nowhere"'),
+        ({"captions": "x"}, r"photos\.conditioning .*None: .*canny"),
+        ("canny", r"photos\.conditioning .*objects"),
+        ({"type": "canny", "low": 1}, r"photos\.conditioning.*low  unknown key"),
+        ({"type": "jpeg", "enhance_blocks": True}, r"photos\.conditioning.*enhance_blocks  unknown key"),
+        (
+            {"type": "canny", "conditioning_type": "controlnet"},
+            r'photos\.conditioning.*conditioning_type  "controlnet": .*reference_strict',
+        ),
+        ({"type": "canny", "low_threshold": 200}, r"high_threshold  100 .*200"),
+        ({"type": "random_masks", "min_coverage": 0.9}, r"max_coverage  0\.5 .*0\.9"),
+        ({"type": "jpeg", "quality_range": [30, 10]}, r"quality_range  30 .*10"),
+        ({"type": "jpeg", "quality": 0}, r"quality  0: "),
+    ],
+    ids=range(12),
+)
+def test_a_mistake_in_a_made_reference_is_one_problem(
+    workspace: Workspace, made: object, pattern: str
+) -> None:
+    found = problems(workspace, PHOTOS | {"conditioning": made})
+    assert re.search(pattern, found), found
+
+
+def test_made_references_need_a_model_that_sees_them(workspace: Workspace) -> None:
+    found = problems(workspace, PHOTOS | {"conditioning": {"type": "canny"}}, model_family="plain")
+    assert re.search(r"model_flavour  .*photos.*toy small", found)
+
+
+def test_captions_of_made_references_are_for_random(workspace: Workspace) -> None:
+    made = [{"type": "canny"}, {"type": "jpeg", "captions": "restore"}]
+    found = problems(
+        workspace, PHOTOS | {"conditioning": made}, conditioning_multidataset_sampling="combined"
+    )
+    assert re.search(r'conditioning_multidataset_sampling  "combined": .*jpeg_artifacts of photos', found)
