@@ -75,6 +75,7 @@ SAMPLE_OPTIONS = {
     "validation_seed": "--seed",
     "num_validation_images": "--count",
     "validation_noise_scheduler": "--scheduler",
+    "validation_reference_images": "--reference",
     "base_model_precision": "--precision",
 }
 """Configuration key -> option of `sample`, for messages."""
@@ -153,6 +154,14 @@ def sample_command(
         Path | None, typer.Option("--adapter", metavar="ADAPTER", help="The same.", show_default=False)
     ] = None,
     prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
+    reference: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--reference",
+            metavar="FILE",
+            help="Reference image of every prompt, for models that edit. May be repeated.",
+        ),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Folder of the images; none is overwritten.")
     ] = SAMPLES,
@@ -212,6 +221,7 @@ def sample_command(
             num_validation_images=count,
             validation_lycoris_strength=strength,
             validation_noise_scheduler=scheduler,
+            validation_reference_images=reference or None,
         ),
         dtype=dtype,
         precision=_given(base_model_precision=precision),

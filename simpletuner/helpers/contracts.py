@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "flow_matching"]
-PipelineType = Literal["text2image", "image2image", "inpaint"]
+PipelineType = Literal["text2image", "image2image", "inpaint", "edit"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -128,6 +128,10 @@ class ModelSpec:
     original_name: Callable[[str], str | FusedSlice] | None = None
     """Maps a layer's path in diffusers to its name in the original checkpoint, with its rows if the original
     joins several layers. Raises ValueError for an unknown layer path."""
+
+    def sees_references(self, flavour: str | None, repository: str) -> bool:
+        """Whether a model takes reference images: the flavour's, else the repository's, else the default."""
+        return (flavour or self.flavour_of(repository) or self.default_flavour) in self.reference_flavours
 
     def flavour_of(self, repository: str) -> str | None:
         """The flavour whose model a repository is; None for another model, a folder or a file."""

@@ -24,8 +24,8 @@ HEAVY = {
 }
 LIBRARIES = "import pydantic, typer, rich.console, rich.logging, rich.progress"
 COMMANDS = ("--help", "train --help", "extract --help", "validate", "examples list", "version", "--version")
-MAX_MODULES = 360
-"""Beyond those of the libraries and what these import; 132 to 330 here (validate reads images)."""
+MAX_MODULES = 375
+"""Beyond those of the libraries and what these import; 132 to 360 here (validate reads images)."""
 MAX_RATIO = 5.5
 """Of the Python calls of a command to those of importing the libraries; 2.9 to 4.6 here. Unlike times, both
 numbers are the same on a busy machine."""

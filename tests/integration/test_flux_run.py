@@ -109,7 +109,7 @@ def test_peft_lora_trains_the_named_layers_and_diffusers_loads_all_of_them(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_flavour": "pro"}, '"pro": must be one of dev, krea, schnell.'),
+        ({"model_flavour": "pro"}, '"pro": must be one of dev, krea, kontext, schnell.'),
         (
             {"model_flavour": "schnell", "flux_guidance_value": 3.5},
             "model_flavour schnell has no guidance embedding",

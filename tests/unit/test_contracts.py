@@ -1,11 +1,11 @@
-"""Named tensors of encoded prompts."""
+"""Named tensors of encoded prompts, and the models that take reference images."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from simpletuner.helpers.contracts import TextEmbeds
+from simpletuner.helpers.contracts import ModelSpec, TextEmbeds
 
 BARE = TextEmbeds(torch.full((1, 4, 2), 1.0))
 WHOLE = TextEmbeds(
@@ -52,3 +52,30 @@ def test_to_moves_every_tensor() -> None:
     moved = WHOLE.to(torch.device("meta"))
     assert moved.tensors().keys() == WHOLE.tensors().keys()
     assert all(tensor.is_meta for tensor in moved.tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("flavour", "repository", "expected"),
+    [
+        ("edit", "somebody/plain", True),
+        ("plain", "somebody/edit", False),
+        (None, "somebody/edit", True),
+        (None, "somebody/plain", False),
+        (None, "a/folder", False),
+    ],
+)
+def test_a_model_takes_references_by_its_flavour_else_its_repository(
+    flavour: str | None, repository: str, expected: bool
+) -> None:
+    spec = ModelSpec(
+        name="toy",
+        flavours={"plain": "somebody/plain", "edit": "somebody/edit"},
+        default_flavour="plain",
+        prediction_types=("flow_matching",),
+        pixel_alignment=16,
+        minimum_alignment=16,
+        default_resolution=64,
+        lora_targets=("to_q",),
+        reference_flavours=frozenset({"edit"}),
+    )
+    assert spec.sees_references(flavour, repository) is expected

@@ -35,7 +35,12 @@ from simpletuner.helpers.configuration.loading.defaults import (
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
-from simpletuner.helpers.configuration.loading.prompts import at_both_ends, merge_prompts, read_library
+from simpletuner.helpers.configuration.loading.prompts import (
+    at_both_ends,
+    check_images,
+    merge_prompts,
+    read_library,
+)
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
@@ -53,6 +58,7 @@ from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, M
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
@@ -156,12 +162,7 @@ class Loader:
             self.source.add("", "must hold an object, {...}.")
             return None
         layers = merge_layers(
-            content,
-            overrides,
-            KEYS,
-            file=self.file,
-            environment=self.environment,
-            families=self.families,
+            content, overrides, KEYS, file=self.file, environment=self.environment, families=self.families
         )
         self.raw = layers.raw
         self.decisions += [*left_out, *layers.decisions]
@@ -199,6 +200,11 @@ class Loader:
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
+            images = () if validation.section is None else validation.section.validation_reference_images
+            check_images(prompts, model, images=images, spec=spec, source=self.source)
+            rules.check_references(
+                model, data, dataset_file, spec=spec, families=self.families, source=self.source
+            )
         rules.check_noise(noise, self.source)
         rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
@@ -230,6 +236,7 @@ class Loader:
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
                 "conditioning": dataset_file.conditioning,
+                "references": dataset_file.references,
                 "checkpoint": checkpoint.section,
                 "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
                 "publishing": publishing.section,
@@ -369,9 +376,12 @@ class Loader:
         if section is None:
             return ()
         content = self._content("user_prompt_library", section.user_prompt_library)
-        user = read_library(content[0], content[2]) if content is not None else ()
+        images = section.validation_reference_images
+        user = read_library(content[0], content[2], images=images) if content is not None else ()
         with_library = section.validation_prompt_library
-        prompts = merge_prompts(section.validation_prompt, with_library=with_library, user=user)
+        prompts = merge_prompts(
+            section.validation_prompt, with_library=with_library, images=images, user=user
+        )
         strengths = slider_strengths(dataset_file.datasets)
         return at_both_ends(prompts, strengths, factor=section.validation_lycoris_strength)
 
@@ -420,7 +430,7 @@ class Loader:
 def _keys_without_text() -> frozenset[str]:
     """Keys of the lycoris json and the dataset json that hold a number or a choice."""
     adapter = (LycorisConfig, TargetPreset, LayerArguments, algorithm_arguments())
-    sections = (*adapter, DatasetConfig, ConditioningConfig, TextCacheEntry)
+    sections = (*adapter, DatasetConfig, ConditioningConfig, ReferenceConfig, TextCacheEntry)
     keys = {key for section in sections for key in section.model_fields if not holds_text(section, key)}
     return frozenset({*keys, *layer_aliases(), *SWITCHES} - {"apply_preset"})
 

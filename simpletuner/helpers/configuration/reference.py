@@ -29,7 +29,9 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     TargetPreset,
     algorithm_arguments,
 )
+from simpletuner.helpers.configuration.schema.made_references import MADE_REFERENCES
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import ModelSpec
 
 _INTRODUCTION = """\
@@ -82,6 +84,8 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
         f"Inherited from config.json: {_codes(INHERITED)}.\n",
         _section(CaptionShuffle),
         _section(ConditioningConfig),
+        _section(ReferenceConfig),
+        *map(_section, MADE_REFERENCES),
         _caption_steps(),
         _section(TextCacheEntry),
     ]
@@ -147,8 +151,8 @@ def _type(schema: _Schema, definitions: Mapping[str, _Schema]) -> str:
     if "$ref" in schema:
         name = str(schema["$ref"]).rpartition("/")[2]
         return "width x height" if name == "Size" else "object"
-    if "anyOf" in schema:
-        each = [_type(option, definitions) for option in cast("list[_Schema]", schema["anyOf"])]
+    if options := schema.get("anyOf", schema.get("oneOf")):
+        each = [_type(option, definitions) for option in cast("list[_Schema]", options)]
         return ", ".join(dict.fromkeys(each))
     if "enum" in schema:
         return ", ".join(f"`{choice}`" for choice in cast("list[str]", schema["enum"]))

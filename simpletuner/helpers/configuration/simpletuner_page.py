@@ -41,9 +41,9 @@ Every key of such a file has one of four fates:
   silence.
 
 Images that are the condition of others (`conditioning_type`, `source_dataset_id`, or named by another
-entry's `conditioning_data`) are never trained on: [masks](masks.md) weight the loss, and every other such
-entry ends the run. A mask of `conditioning_type` `segmentation` counts above mid grey here; SimpleTuner
-counts all that is not black.
+entry's `conditioning_data`) are never trained on: [masks](masks.md) weight the loss, an editing model sees
+[references](edit-pairs.md), and every other such entry ends the run. A mask of `conditioning_type`
+`segmentation` counts above mid grey here; SimpleTuner counts all that is not black.
 [Regularisation](regularisation.md) images (`is_regularisation_data`) are trained towards the base model's
 prediction, as in SimpleTuner.
 

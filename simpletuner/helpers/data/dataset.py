@@ -18,20 +18,22 @@ import xxhash
 from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest
-from simpletuner.helpers.caching.latents import latents_key, read_latents
 from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
-from simpletuner.helpers.caching.recent import GIB, RecentlyRead
+from simpletuner.helpers.caching.recent import GIB
 from simpletuner.helpers.caching.store import TensorStore
-from simpletuner.helpers.caching.text import read_text, text_key
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
+from simpletuner.helpers.data.cache_reader import CachedItem, CacheReader
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
-from simpletuner.helpers.data.images import decode_image, resize_and_crop
+from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
-from simpletuner.helpers.data.masks import BLANK, MaskFinder, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.made_references import DepthEstimator
+from simpletuner.helpers.data.masks import BLANK, is_blank, read_mask
+from simpletuner.helpers.data.pixels import load_pixels
 from simpletuner.helpers.data.planning import (
     DatasetPlan,
     PlannedImage,
@@ -39,11 +41,12 @@ from simpletuner.helpers.data.planning import (
     plan_dataset,
     without_damaged,
 )
-from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image, shuffled
+from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_fact
+from simpletuner.helpers.data.sampler import Bucket, Draw, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
 from simpletuner.helpers.data.sources import SkippedImage
-from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError, TrainingError
+from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -51,20 +54,8 @@ from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
 
-# In the keys of images from which earlier versions read other pixels; those of all others stay valid.
-_READ_ANEW = "colours 2"
 _SHOWN = 5
 _WHOLE = 1 << 63  # above every value of `mix`
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Item:
-    """One image's part of a batch."""
-
-    sample: Sample
-    latents: Tensor
-    text: TextEmbeds
-    loss_mask: Tensor | None
 
 
 @dataclass(eq=False)
@@ -93,10 +84,12 @@ class TrainingData:
     """Share of draws that train without a caption, of datasets that set none."""
     balances_regularisation: bool = False
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
-    conditioning: Sequence[ConditioningConfig] = ()
+    conditioning: Sequence[ConditioningConfig | ReferenceConfig] = ()
     """The entries that the datasets' conditioning_data names."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """How masks weight the loss."""
+    depth: DepthEstimator | None = None
+    """Estimates the depth of images; None if no reference is made of it."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
@@ -116,15 +109,22 @@ class TrainingData:
         self._indexes = {
             each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
         }
-        self._mask_folders = {each.id: self._mask_folder(each) for each in active}
-        self._mask_indexes = {
-            each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, folder))
-            for each in active
-            if (folder := self._mask_folders[each.id]) is not None
+        self._entries = {each.id: entries_of(each, self.conditioning) for each in active}
+        self._entry_indexes = {
+            (dataset, entry.id): ImageIndex(index_file(self._latents_stores[dataset].folder, entry))
+            for dataset, entries in self._entries.items()
+            for entry in entries
         }
-        self._vae_identity = self._text_identity = ""
+        self._cached = CacheReader(
+            self._text_store,
+            self._latents_stores,
+            seed=self.seed,
+            masks=self.masks,
+            depth=self.depth,
+            watch=self.watch,
+            text_memory_bytes=int(self.data.text_cache_memory * GIB),
+        )
         self._bad: set[str] = set()
-        self._texts = RecentlyRead[TextEmbeds](int(self.data.text_cache_memory * GIB))
         self._strengths = slider_strengths(active)
         self.damaged = {}
         self._follow([self._plan(each) for each in active])
@@ -137,8 +137,12 @@ class TrainingData:
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
-        """Every variant of a caption once, in the order of the images; "" first when captions are dropped."""
+        """Every variant of a caption once, in the order of the images; "" first when captions are dropped.
+
+        Captions of references come last.
+        """
         texts = [text for image in self._images for variants in image.captions for text in variants]
+        texts += [text for image in self._images for each in image.references for text in each.captions]
         drops = any(plan.caption_plan.config.caption_dropout_probability for plan in self._plans)
         return tuple(dict.fromkeys(["", *texts] if drops else texts))
 
@@ -155,30 +159,56 @@ class TrainingData:
                 f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
                 f"{dataset}, hash of all captions": _hash_of([each for _, each in captions]),
             }
-            if plan.config.has_masks:
-                masks = sorted(image.mask.key for image in plan.images if image.mask is not None)
+            if masks := sorted(image.mask.key for image in plan.images if image.mask is not None):
                 facts[f"{dataset}, hash of all masks"] = _hash_of(masks)
+            references = sorted(
+                reference_fact(image.sample.path, each, content=self._cached.content(each))
+                for image in plan.images
+                for each in image.references
+            )
+            if references:
+                facts[f"{dataset}, hash of all references"] = _hash_of(references)
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
         """Set the identities of the encoders, which are part of the cache keys."""
-        self._vae_identity, self._text_identity = vae_identity, text_identity
+        self._cached.set_encoders(vae_identity=vae_identity, text_identity=text_identity)
 
     def latents_requests(self) -> list[CacheRequest[Tensor]]:
-        """A request for the latents of each image, by bucket; inputs are [3, H, W] in [-1, 1]."""
-        return [
-            CacheRequest(
-                store=self._latents_stores[image.sample.dataset_id],
-                key=self._latents_key(image),
-                name=image.sample.path,
-                encoder="VAE",
-                metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
-                load=partial(self._pixels_unless_damaged, image),
-                batch_group=bucket.name,
-            )
+        """A request for the latents of each image, by bucket; then of each reference, by size.
+
+        Inputs are [3, H, W] in [-1, 1].
+        """
+        images = [
+            self._latents_request(image, name=image.sample.path, batch_group=bucket.name)
             for bucket, images in self._buckets
             for image in images
         ]
+        references = sorted(
+            (each for image in self._images for each in image.references),
+            key=lambda each: (each.sample.dataset_id, each.sample.target_px),
+        )
+        return images + [
+            self._latents_request(
+                each,
+                name=f"Reference {each.sample.path} of {each.entry}",
+                batch_group=f"references {each.sample.dataset_id} {each.sample.target_px}",
+            )
+            for each in references
+        ]
+
+    def _latents_request(
+        self, image: PlannedImage | PlannedReference, *, name: str, batch_group: str
+    ) -> CacheRequest[Tensor]:
+        return CacheRequest(
+            store=self._latents_stores[image.sample.dataset_id],
+            key=self._cached.latents_key(image),
+            name=name,
+            encoder="VAE",
+            metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
+            load=partial(self._pixels_unless_damaged, image),
+            batch_group=batch_group,
+        )
 
     def mask_requests(self) -> list[CacheRequest[Tensor]]:
         """A request for each mask in its image's crop; inputs are those of `read_mask`."""
@@ -205,7 +235,7 @@ class TrainingData:
         return [
             CacheRequest(
                 store=self._text_store,
-                key=self._text_key(prompt),
+                key=self._cached.text_key(prompt),
                 name=f"Prompt {shown(prompt)}",
                 encoder="text encoder",
                 metadata={"prompt": beginning(prompt)},
@@ -221,14 +251,14 @@ class TrainingData:
         Every process must leave out the same ones, so that all have the same batches.
 
         Args:
-            damaged: The digest of an image or a mask, or the key of a mask -> the reason.
+            damaged: The digest of an image, a mask or a reference, or the key of a mask -> the reason.
 
         Raises:
             DataError: A dataset has no image left.
         """
         if not damaged:
             return
-        for index in (*self._indexes.values(), *self._mask_indexes.values()):
+        for index in (*self._indexes.values(), *self._entry_indexes.values()):
             index.mark_damaged(damaged)
             index.save()
         plans = [without_damaged(plan, damaged) for plan in self._plans]
@@ -243,15 +273,7 @@ class TrainingData:
         Raises:
             DataError: They are not cached.
         """
-        key = self._text_key(prompt)
-        embeds = self._texts.get(key) or read_text(self._text_store, key)
-        if embeds is None:
-            raise CacheEntryError(
-                f"The text cache in {printable(str(self._text_store.folder))} lacks the prompt "
-                f"{shown(prompt)}. Start the run again: it first encodes missing entries."
-            )
-        self._texts.keep(key, embeds, num_bytes=sum(each.nbytes for each in embeds.tensors().values()))
-        return embeds
+        return self._cached.text_embeds(prompt)
 
     def batches(self, *, start: int = 0) -> Iterator[Batch]:
         """This process's micro-batches without end, from number `start` on; a thread reads one batch ahead.
@@ -267,14 +289,13 @@ class TrainingData:
 
     def _batch(self, index: int) -> Batch:
         draw = self._sampler.draw(index)
-        members = self._buckets[draw.bucket][1]
         first = self.process_index * self.batch_size
         own = draw.samples[first : first + self.batch_size]
         start = index * self.batch_size * self.num_processes + first
         sample_indices = tuple(range(start, start + self.batch_size))
         turns = zip(own, draw.passes[first : first + self.batch_size], sample_indices, strict=True)
         items = [
-            self._item_or_next(members, member, pass_index=pass_index, sample_index=sample_index)
+            self._item_or_next(draw, member, pass_index=pass_index, sample_index=sample_index)
             for member, pass_index, sample_index in turns
         ]
         samples = tuple(item.sample for item in items)
@@ -288,21 +309,33 @@ class TrainingData:
             strength=self._strength(samples[0].dataset_id, draw.turn),
             # All images of a dataset have masks, or none.
             loss_mask=torch.stack(masks) if masks else None,
+            references=tuple(
+                torch.stack(column) for column in zip(*(item.references for item in items), strict=True)
+            ),
         )
 
-    def _item_or_next(
-        self, members: Sequence[PlannedImage], member: int, *, pass_index: int, sample_index: int
-    ) -> _Item:
+    def _references(self, image: PlannedImage, draw: Draw) -> tuple[PlannedReference, ...]:
+        """The references that an image is trained with in a batch."""
+        if self.data.conditioning_multidataset_sampling == "combined":
+            return image.references
+        bucket = self._buckets[draw.bucket][0].name
+        return drawn_references(
+            image.sample, image.references, seed=self.seed, epoch=draw.epoch, bucket=bucket
+        )
+
+    def _item_or_next(self, draw: Draw, member: int, *, pass_index: int, sample_index: int) -> CachedItem:
         """The cached item of a member of a bucket, or of the next one whose entries are all whole.
 
         Raises:
             DataError: No member's are.
         """
-        problem = ""
+        problem, members = "", self._buckets[draw.bucket][1]
         for offset in range(len(members)):
             image = members[(member + offset) % len(members)]
+            references = self._references(image, draw)
+            sample = self._with_caption(image, pass_index, sample_index, references=references)
             try:
-                return self._item(image, pass_index=pass_index, sample_index=sample_index)
+                return self._cached.item(image, sample, references=references, sample_index=sample_index)
             except CacheEntryError as error:
                 problem = str(error)
                 self._report_bad(image, problem)
@@ -319,40 +352,6 @@ class TrainingData:
                 image.sample.path,
             )
 
-    def _item(self, image: PlannedImage, *, pass_index: int, sample_index: int) -> _Item:
-        """An image's cached tensors.
-
-        Raises:
-            CacheEntryError: One is missing or damaged.
-        """
-        sample, latents = self._with_caption(image, pass_index, sample_index), self._latents(image)
-        return _Item(
-            sample=sample,
-            latents=latents,
-            text=self._noted_text_embeds(sample.caption),
-            loss_mask=self._loss_factors(image, sample_index, grid=(latents.shape[-2], latents.shape[-1])),
-        )
-
-    def _loss_factors(
-        self, image: PlannedImage, sample_index: int, *, grid: tuple[int, int]
-    ) -> Tensor | None:
-        """The factors of the loss, [1, h, w] float32; None without a mask."""
-        mask = image.mask
-        if mask is None:
-            return None
-        share = mix(self.seed, "masked loss", sample_index) / _WHOLE
-        if mask.kind == "segmentation" and share >= self.masks.masked_loss_probability:
-            return torch.ones(1, *grid)
-        store = self._latents_stores[image.sample.dataset_id]
-        self.watch.note(f"the mask of {printable(image.sample.path)} from {printable(str(store.folder))}")
-        values = read_cached_mask(store, mask.key)
-        if values is None:
-            raise CacheEntryError(
-                f"The mask of {image.sample.path} (dataset {image.sample.dataset_id!r}) is not in "
-                f"{printable(str(store.folder))}. Start the run again: it first reads missing masks."
-            )
-        return loss_factors(values, mask.kind, grid=grid, config=self.masks)
-
     def _strength(self, dataset_id: str, turn: int) -> float:
         """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn.
 
@@ -367,17 +366,14 @@ class TrainingData:
         order = shuffled(self.seed, "strength", cycle, length=len(self._strengths))
         return self._strengths[int(order[place])]
 
-    def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
-        folder = printable(str(self._text_store.folder))
-        self.watch.note(f"the embeddings of the prompt {shown(prompt)} from {folder}")
-        return self.text_embeds(prompt)
-
-    def _pixels_unless_damaged(self, image: PlannedImage) -> Tensor | None:
-        """The pixels of an image; None, and a note in `damaged`, if they are damaged."""
+    def _pixels_unless_damaged(self, image: PlannedImage | PlannedReference) -> Tensor | None:
+        """The pixels of an image or a reference; None, and a note in `damaged`, if they are damaged."""
         try:
-            return load_pixels(image)
+            return load_pixels(image, depth=self.depth)
         except DamagedImageError as error:
-            self.damaged[image.digest] = str(error)
+            is_file = isinstance(image, PlannedReference) and image.making is None
+            start = f"its reference {image.sample.path} cannot be used: " if is_file else ""
+            self.damaged.setdefault(image.digest, f"{start}{error}")
             return None
 
     def _mask_unless_damaged(self, image: PlannedImage, mask: PlannedMask) -> Tensor | None:
@@ -392,45 +388,30 @@ class TrainingData:
             self.damaged[mask.key] = BLANK
         return values
 
-    def _mask_folder(self, config: DatasetConfig) -> ConditioningConfig | None:
-        known = {each.id: each for each in self.conditioning}
-        return known[config.conditioning_data[0]] if config.conditioning_data else None
-
     def _is_known_blank(self, config: DatasetConfig, mask: PlannedMask) -> bool:
         """Whether a mask was read in an earlier run and leaves nothing of its image."""
         values = read_cached_mask(self._latents_stores[config.id], mask.key)
         return values is not None and is_blank(values, mask.kind, self.masks)
 
-    def _with_caption(self, image: PlannedImage, pass_index: int, sample_index: int) -> Sample:
-        """The image's sample with a caption drawn by the global sample index, in the variant of this pass."""
-        choice = mix(self.seed, "caption choice", sample_index) % len(image.captions)
-        variants = image.captions[choice]
+    def _with_caption(
+        self,
+        image: PlannedImage,
+        pass_index: int,
+        sample_index: int,
+        *,
+        references: Sequence[PlannedReference],
+    ) -> Sample:
+        """The image's sample with a caption drawn by the global sample index, in the variant of this pass.
+
+        Captions of its references stand for its own.
+        """
+        instead = [(text,) for each in references for text in each.captions]
+        captions = instead or image.captions
+        choice = mix(self.seed, "caption choice", sample_index) % len(captions)
+        variants = captions[choice]
         plan = self._caption_plans[image.sample.dataset_id]
         caption = plan.of_sample(variants[pass_index % len(variants)], sample_index)
         return replace(image.sample, caption=caption)
-
-    def _latents(self, image: PlannedImage) -> Tensor:
-        store = self._latents_stores[image.sample.dataset_id]
-        self.watch.note(
-            f"the latents of {printable(image.sample.path)} (dataset {image.sample.dataset_id!r}) from "
-            f"{printable(str(store.folder))}"
-        )
-        latents = read_latents(store, self._latents_key(image))
-        if latents is None:
-            raise CacheEntryError(
-                f"The latents of {image.sample.path} (dataset {image.sample.dataset_id!r}) are not in "
-                f"{printable(str(store.folder))}. Start the run again: it first encodes missing entries."
-            )
-        return latents
-
-    def _latents_key(self, image: PlannedImage) -> str:
-        assert self._vae_identity, "set_encoders comes first"
-        content = f"{image.digest} {_READ_ANEW}" if image.is_read_anew else image.digest
-        return latents_key(image.sample, image_digest=content, vae_identity=self._vae_identity)
-
-    def _text_key(self, prompt: str) -> str:
-        assert self._text_identity, "set_encoders comes first"
-        return text_key(prompt, text_identity=self._text_identity)
 
     def _store(self, folder: Path) -> TensorStore:
         """The store in a folder, which must lie outside every dataset's: nothing is written beside images."""
@@ -443,19 +424,17 @@ class TrainingData:
         return TensorStore(folder)
 
     def _folders(self) -> list[tuple[str, Path]]:
-        """Id and folder of each entry with images or masks."""
+        """Id and folder of each entry with images, masks or references."""
         images = [(each.id, each.instance_data_dir) for each in self.datasets]
         return images + [(each.id, each.instance_data_dir) for each in self.conditioning]
 
     def _plan(self, config: DatasetConfig) -> DatasetPlan:
-        index = self._indexes[config.id]
-        finder = None
-        if config.has_masks:
-            finder = MaskFinder(config, self._mask_folders[config.id], self._mask_indexes.get(config.id))
+        index, entries = self._indexes[config.id], self._entries[config.id]
+        indexes = {entry.id: self._entry_indexes[config.id, entry.id] for entry in entries}
         plan = plan_dataset(
             config,
             index=index,
-            masks=finder,
+            conditioning=ConditioningFinder(config, entries, index_of=lambda entry: indexes[entry.id]),
             is_known_blank=partial(self._is_known_blank, config),
             seed=self.seed,
             alignment=self.data.alignment(self.pixel_alignment),
@@ -464,9 +443,8 @@ class TrainingData:
                 config, self.data, seed=self.seed, caption_dropout=self.caption_dropout
             ),
         )
-        index.save()
-        if config.id in self._mask_indexes:
-            self._mask_indexes[config.id].save()
+        for each in (index, *indexes.values()):
+            each.save()
         _log_plan(plan)
         return plan
 
@@ -532,49 +510,26 @@ def _hash_of(value: object) -> str:
     return xxhash.xxh3_64_hexdigest(repr(value).encode("utf-8", "surrogateescape"))
 
 
-def load_pixels(image: PlannedImage) -> Tensor:
-    """Read a planned image as [3, H, W] float32 in [-1, 1], resized and cropped.
-
-    Raises:
-        DamagedImageError: Its pixels are damaged.
-        DataError: The file changed or vanished since the scan.
-        TrainingError: The pixels do not fit into memory.
-    """
-    shown, sample = printable(str(image.file.path)), image.sample
-    data = read_unchanged(image.file, image.digest)
-    try:
-        pixels = decode_image(data)
-    except DataError as error:
-        raise DamagedImageError(str(error)) from error
-    except MemoryError as error:
-        raise TrainingError(
-            f"{shown}: {sample.original_px} px do not fit into memory. Free memory or scale the image down."
-        ) from error
-    return resize_and_crop(
-        pixels, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px
-    )
-
-
 def _log_plan(plan: DatasetPlan) -> None:
-    sizes = Counter(image.sample.target_px for image in plan.images)
+    sizes = Counter((image.sample.target_px, image.bucket) for image in plan.images)
     logger.info(
         "Dataset %s: %s (%d skipped) in %s: %s.",
         plan.config.id,
         counted(len(plan.images), "image"),
         len(plan.skipped),
         counted(len(sizes), "bucket"),
-        ", ".join(f"{size}: {number}" for size, number in sorted(sizes.items())),
+        ", ".join(f"{name}: {number}" for (_, name), number in sorted(sizes.items())),
     )
 
 
 def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[PlannedImage]]]:
-    """The buckets of a dataset by size, with `draws` of each image in an epoch.
+    """The buckets of a dataset by size and sizes of references, with `draws` of each image in an epoch.
 
     Batches never mix datasets, because repeats and targets differ.
     """
     members: dict[str, list[PlannedImage]] = {}
     for image in sorted(plan.images, key=lambda image: image.sample.target_px):
-        members.setdefault(f"{plan.config.id} {image.sample.target_px}", []).append(image)
+        members.setdefault(f"{plan.config.id} {image.bucket}", []).append(image)
     return [
         (
             Bucket(

@@ -122,14 +122,23 @@ def resize_and_crop(
     image: Image.Image, resized_px: Size, *, top_left: tuple[int, int], target_px: Size
 ) -> Tensor:
     """Resize with Lanczos and crop to [3, H, W] float32 in [-1, 1]."""
+    return as_pixels(cut(image, resized_px, top_left=top_left, target_px=target_px))
+
+
+def cut(image: Image.Image, resized_px: Size, *, top_left: tuple[int, int], target_px: Size) -> Image.Image:
+    """Resize with Lanczos and crop."""
     top, left = top_left
     assert top + target_px.height <= resized_px.height, "the crop leaves the resized image"
     assert left + target_px.width <= resized_px.width, "the crop leaves the resized image"
     resized = image.resize((resized_px.width, resized_px.height), Image.Resampling.LANCZOS)
-    cropped = resized.crop((left, top, left + target_px.width, top + target_px.height))
+    return resized.crop((left, top, left + target_px.width, top + target_px.height))
+
+
+def as_pixels(image: Image.Image) -> Tensor:
+    """An RGB image as [3, H, W] float32 in [-1, 1]."""
     import torch  # here, because validate reads headers without torch
 
-    pixels = torch.from_numpy(np.array(cropped, dtype=np.float32))  # [H, W, 3], 0 to 255
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32))  # [H, W, 3], 0 to 255
     return (pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
 
 

@@ -15,6 +15,7 @@ import xxhash
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Other decoders or other rules may judge an image differently.
 _VERSION = " ".join(["2", PIL.__version__, simplejpeg.__version__, *optional_formats()])
+# In the keys of images from which earlier versions read other pixels; those of all others stay valid.
+_READ_ANEW = "colours 2"
 # A file that changed this shortly before it was read may change again within one tick of its times.
 _RACY_NS = 2_000_000_000
 
@@ -43,6 +46,11 @@ class ImageInfo:
     """The reason if it cannot be used; with a size, the pixels were found damaged when they were decoded."""
     is_read_anew: bool = False
     """Whether earlier versions read other pixels from it."""
+
+    @property
+    def content(self) -> str:
+        """Identity of its pixels, for the keys of cached latents."""
+        return f"{self.digest} {_READ_ANEW}" if self.is_read_anew else self.digest
 
 
 @dataclass(slots=True)
@@ -62,9 +70,9 @@ def content_digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def index_file(latents_folder: Path, dataset: DatasetConfig | ConditioningConfig) -> Path:
-    """The index of a dataset, or of its masks, in the folder of its latents."""
-    return latents_folder / f"images_{file_name(dataset.id)}.json"
+def index_file(latents_folder: Path, entry: DatasetConfig | ConditioningConfig | ReferenceConfig) -> Path:
+    """The index of a dataset, or of an entry that conditions it, in the folder of its latents."""
+    return latents_folder / f"images_{file_name(entry.id)}.json"
 
 
 def read_unchanged(file: FoundFile, digest: str) -> bytes:

@@ -11,9 +11,11 @@ from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.caption_variants import CaptionPlan, limit_problem
 from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, read_captions
+from simpletuner.helpers.data.conditioning import Conditioning, ConditioningFinder
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
-from simpletuner.helpers.data.masks import BLANK, FoundMask, MaskFinder, MaskKind, mask_key
+from simpletuner.helpers.data.masks import BLANK, MaskKind, mask_key
+from simpletuner.helpers.data.references import PlannedReference, bucket_name
 from simpletuner.helpers.data.sampler import shuffled
 from simpletuner.helpers.data.scan_report import listed, report_captions, report_downsampled, report_files
 from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
@@ -46,13 +48,21 @@ class PlannedImage:
     """With the first variant of the first caption."""
     captions: tuple[tuple[str, ...], ...]
     """The variants of each caption; each draw of the image takes one of one."""
-    is_read_anew: bool = False
-    """Whether earlier versions read other pixels from it, so that the latents they cached are stale."""
+    content: str
+    """Identity of its pixels, for the keys of cached latents."""
     mask: PlannedMask | None = None
+    references: tuple[PlannedReference, ...] = ()
+    """One of each entry of references, in the order of conditioning_data, then those that are made."""
+
+    @property
+    def bucket(self) -> str:
+        """The bucket within its dataset."""
+        return bucket_name(self.sample.target_px, [each.sample.target_px for each in self.references])
 
     def fault(self, damaged: Mapping[str, str]) -> str | None:
-        """The reason of an image that is damaged or whose mask is; by digests, and keys of masks."""
-        ids = [self.digest] if self.mask is None else [self.digest, self.mask.digest, self.mask.key]
+        """The reason if it, its mask or a reference is damaged; by digests, and keys of masks."""
+        ids = [self.digest, *(each.digest for each in self.references)]
+        ids += [] if self.mask is None else [self.mask.digest, self.mask.key]
         return next((damaged[each] for each in ids if each in damaged), None)
 
 
@@ -73,12 +83,12 @@ class _Usable:
     info: ImageInfo
     size: Size
     placement: Placement
-    mask: FoundMask | None
+    conditioning: Conditioning
 
     @property
     def problem(self) -> str | None:
-        """The reason if an earlier run found its pixels or those of its mask damaged."""
-        return self.info.problem or (None if self.mask is None else self.mask.problem)
+        """The reason if an earlier run found its pixels, or those of what conditions it, damaged."""
+        return self.info.problem or self.conditioning.problem
 
 
 def plan_dataset(
@@ -89,7 +99,7 @@ def plan_dataset(
     alignment: int,
     aspect_decimals: int,
     caption_plan: CaptionPlan,
-    masks: MaskFinder | None = None,
+    conditioning: ConditioningFinder | None = None,
     is_known_blank: Callable[[PlannedMask], bool] | None = None,
 ) -> DatasetPlan:
     """Scan a dataset's folder, inspect its images and read its captions; log each skipped image.
@@ -101,13 +111,13 @@ def plan_dataset(
         alignment: Width and height of buckets are multiples of this; pixels.
         aspect_decimals: Decimals to which aspect ratios are rounded before they are sorted into buckets.
         caption_plan: What becomes of the captions.
-        masks: Finds the mask of each image; None without masks.
+        conditioning: Finds the mask and the references of each image; None without them.
         is_known_blank: Whether a mask is known to leave nothing of its image.
 
     Raises:
         DataError: The folder cannot be read, no image can be used, a caption is not UTF-8 text, two images
             claim one text file, no caption has tags to shuffle, there are too many variants, or an image has
-            no mask, several, or one of another aspect ratio.
+            no mask or reference, several, or one of another aspect ratio.
     """
     scan = scan_folder(config.instance_data_dir)
     reader = caption_reader(config, scan)
@@ -123,14 +133,16 @@ def plan_dataset(
             why = info.problem or reason or str(found)
             skipped.append(SkippedImage(config.id, printable(file.name), why))
         else:
-            mask = masks.mask_of(file, info) if masks is not None else None
-            if isinstance(mask, str):
-                skipped.append(SkippedImage(config.id, printable(file.name), mask))
+            own: Conditioning | str = Conditioning()
+            if conditioning is not None:
+                own = conditioning.conditioning_of(file, info, placement=found, cropping=cropping)
+            if isinstance(own, str):
+                skipped.append(SkippedImage(config.id, printable(file.name), own))
             else:
-                usable.append(_Usable(file, info, info.size, found, mask))
+                usable.append(_Usable(file, info, info.size, found, own))
         if len(usable) == config.max_num_samples:
             break
-    if masks is not None and (problem := masks.problem()):
+    if conditioning is not None and (problem := conditioning.problem()):
         raise DataError(problem)
     # After max_num_samples: the run that found the damage did not take another image either.
     skipped += [
@@ -163,7 +175,7 @@ def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPla
 
     Args:
         plan: Made before the images were decoded.
-        damaged: The digest of an image or a mask, or the key of a mask -> the reason.
+        damaged: The digest of an image, a mask or a reference, or the key of a mask -> the reason.
 
     Raises:
         DataError: No image is left.
@@ -210,14 +222,15 @@ def _planned(config: DatasetConfig, image: _Usable, captions: tuple[tuple[str, .
         crop_top_left=image.placement.top_left,
         target_px=image.placement.target_px,
     )
-    mask = image.mask
+    mask = image.conditioning.mask
     return PlannedImage(
         file=image.file,
         digest=image.info.digest,
         sample=sample,
         captions=captions,
-        is_read_anew=image.info.is_read_anew,
+        content=image.info.content,
         mask=None if mask is None else PlannedMask(mask.file, mask.digest, mask.kind, mask_key(mask, sample)),
+        references=image.conditioning.references,
     )
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.caption_variants import TagProblems, caption_plan
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, read_captions, strategy_of
+from simpletuner.helpers.data.conditioning import ConditioningFinder, Entry
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
-from simpletuner.helpers.data.masks import MaskFinder
 from simpletuner.helpers.data.planning import candidates
+from simpletuner.helpers.data.references import bucket_name
 from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -33,6 +33,8 @@ class DatasetPreview:
     """The images of one dataset, as far as they were read."""
 
     config: DatasetConfig
+    conditioning: tuple[Entry, ...]
+    """The entries of its masks and references."""
     num_images: int
     """Files that have an image's name, or max_num_samples of them."""
     num_read: int
@@ -56,8 +58,10 @@ class DatasetPreview:
     """Captions of the images read, each variant counted."""
     tags: TagProblems
     """Captions of the images read whose tags stay as they are."""
-    mask_problem: str | None = None
-    """Masks that the images read lack, or that do not fit them."""
+    conditioning_problem: str | None = None
+    """Masks and references that the images read lack, or that do not fit them."""
+    groups: Counter[str]
+    """Bucket, with the sizes of references if they differ from the images' -> number of the images read."""
 
     @property
     def is_whole(self) -> bool:
@@ -77,7 +81,7 @@ def preview(
     alignment: int,
     seed: int,
     reads_all: bool,
-    masks: ConditioningConfig | None = None,
+    conditioning: Sequence[Entry] = (),
 ) -> DatasetPreview:
     """Read the headers of a dataset's images: 2,000 at most and for 2 s at most, beside those in the index.
 
@@ -87,7 +91,7 @@ def preview(
         alignment: Width and height of buckets are multiples of this; pixels.
         seed: Selects the random shapes of crops, and the images if max_num_samples is set.
         reads_all: Read every image.
-        masks: Entry of the images' masks.
+        conditioning: The entries that the dataset's conditioning_data names.
 
     Raises:
         DataError: The folder cannot be read.
@@ -97,6 +101,7 @@ def preview(
     index = ImageIndex(index_file(data.latents_folder(config), config))
     found = list(islice(candidates(config, scan, seed), config.max_num_samples))
     buckets: Counter[Size] = Counter()
+    groups: Counter[str] = Counter()
     enlarged: list[str] = []
     problems = [f"{name}: {reason}" for name, reason in scan.skipped] + reader.conflicts()
     usable: list[FoundFile] = []
@@ -104,7 +109,10 @@ def preview(
     cropping = Cropping(
         config=config, seed=seed, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
     )
-    finder = MaskFinder(config, masks, _index(config, data, masks)) if config.has_masks else None
+    folder = data.latents_folder(config)
+    finder = ConditioningFinder(
+        config, conditioning, index_of=lambda entry: ImageIndex(index_file(folder, entry))
+    )
     for file in found if reads_all else _within_limits(found, index):
         num_read += 1
         info = index.info(file)
@@ -116,11 +124,13 @@ def preview(
         if isinstance(placement, str):
             problems.append(f"{printable(file.name)}: {placement}")
             continue
-        if finder is not None and isinstance(mask := finder.mask_of(file, info), str):
-            problems.append(f"{printable(file.name)}: {mask}")
+        own = finder.conditioning_of(file, info, placement=placement, cropping=cropping)
+        if isinstance(own, str):
+            problems.append(f"{printable(file.name)}: {own}")
             continue
         usable.append(file)
         buckets[placement.target_px] += 1
+        groups[bucket_name(placement.target_px, [each.sample.target_px for each in own.references])] += 1
         num_downsampled += cropping.is_downsampled(info.size)
         resized = placement.resized_px
         if resized.width > info.size.width or resized.height > info.size.height:
@@ -138,6 +148,7 @@ def preview(
     )
     return DatasetPreview(
         config=config,
+        conditioning=tuple(conditioning),
         num_images=len(found),
         num_read=num_read,
         buckets=buckets,
@@ -150,12 +161,9 @@ def preview(
         num_variants=changes.num_variants,
         num_captions=changes.num_variants * sum(len(captions) for _, captions in texts),
         tags=changes.tag_problems(firsts),
-        mask_problem=None if finder is None else finder.problem(),
+        conditioning_problem=finder.problem(),
+        groups=groups,
     )
-
-
-def _index(config: DatasetConfig, data: DataConfig, masks: ConditioningConfig | None) -> ImageIndex | None:
-    return None if masks is None else ImageIndex(index_file(data.latents_folder(config), masks))
 
 
 def header_size(file: Path) -> Size | None:

@@ -173,7 +173,8 @@ class ModelFamily(ABC):
 
         Args:
             denoiser: Not copied.
-            pipeline_type: Input of the pipeline: text alone, an image too, or an image and a mask.
+            pipeline_type: Input of the pipeline: text alone, an image to start from, that and a mask, or
+                "edit", the references of `pipeline_inputs`; only families with `reference_flavours` have it.
             scheduler: Name of a sampler; None: the model's.
 
         Raises:
@@ -185,6 +186,9 @@ class ModelFamily(ABC):
         self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size
     ) -> dict[str, object]:
         """Keyword arguments of the pipeline's call: prompt embeds, guidance and sampling steps.
+
+        A family with `reference_flavours` also takes `references` for its "edit" pipeline: the pixels of
+        reference images, each [3, H, W] in [-1, 1], its edges multiples of `minimum_alignment`.
 
         Args:
             prompt: Embeds of the prompt.

@@ -1,8 +1,10 @@
-"""The prompts of a validation, with size, seed and adapter strength of each image."""
+"""The prompts of a validation, with size, seed, adapter strength and reference images of each image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +13,23 @@ from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import image_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
-    from simpletuner.helpers.contracts import Size
+    from simpletuner.helpers.contracts import PipelineType, Size, TextEmbeds
+    from simpletuner.helpers.models.family import ModelFamily
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A reference image as the model sees it."""
+
+    name: str
+    """Of its file."""
+    digest: str
+    """Changes with the file and the cut."""
+    pixels: Tensor = field(compare=False, repr=False)
+    """[3, H, W] float32 in [-1, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +43,17 @@ class PromptSpec:
     """Adapter strength: 1 as trained, 0 the base model."""
     size: Size
     seed: int
+    reference_files: tuple[Path, ...] = ()
+    references: tuple[Reference, ...] = ()
+    """Their pixels, once they are read."""
 
     @property
     def label(self) -> str:
         """Label of the image in a grid."""
         strength = "" if self.strength == 1 else f"  strength {self.strength:g}"
-        return f"{redacted(self.text)}\n{self.size}  seed {self.seed}{strength}"
+        names = ", ".join(redacted(file.name) for file in self.reference_files)
+        of = f"\nof {names}" if names else ""
+        return f"{redacted(self.text)}\n{self.size}  seed {self.seed}{strength}{of}"
 
 
 def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
@@ -49,11 +71,30 @@ def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, 
             strength=config.validation_lycoris_strength if prompt.strength is None else prompt.strength,
             size=size,
             seed=image_seed,
+            reference_files=prompt.images,
         )
         for index, prompt in enumerate(config.prompts)
         for size in config.validation_resolution
         for image_seed in range(first_seed, first_seed + config.num_validation_images)
     )
+
+
+def pipeline_inputs(
+    family: ModelFamily, prompt: PromptSpec, *, texts: tuple[TextEmbeds, TextEmbeds], config: ValidationConfig
+) -> dict[str, Any]:
+    """Keyword arguments of a pipeline's call; `texts` embed the prompt and the negative prompt."""
+    # Families that take no references have no such argument.
+    pixels = [each.pixels for each in prompt.references]
+    references: dict[str, Any] = {"references": pixels} if pixels else {}
+    return {
+        **family.pipeline_inputs(*texts, validation=config, size=prompt.size, **references),
+        **call_options(prompt, config),
+    }
+
+
+def pipeline_type(prompts: Iterable[PromptSpec]) -> PipelineType:
+    """The pipeline that generates the images of all prompts."""
+    return "edit" if any(prompt.references for prompt in prompts) else "text2image"
 
 
 def call_options(prompt: PromptSpec, config: ValidationConfig) -> dict[str, Any]:

@@ -34,7 +34,8 @@ from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
 from simpletuner.helpers.sampling.images import save_png
-from simpletuner.helpers.sampling.prompts import call_options, expand_prompts
+from simpletuner.helpers.sampling.prompts import expand_prompts, pipeline_inputs, pipeline_type
+from simpletuner.helpers.sampling.references import with_references
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMMAND = "sample"
@@ -98,14 +99,19 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     stored = adapter_file.read(request.adapter)  # before the model: a damaged file fails at once
     sections = sections_of(request, header=stored.metadata, families=families)
     family, validation = make_family(sections, dtype=request.dtype), sections.validation
-    prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
+    prompts = with_references(
+        expand_prompts(validation, seed=0), alignment=family.spec.pixel_alignment, fills_image=False
+    )
+    negative = validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
     embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
-    pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
+    pipeline: Any = family.make_pipeline(
+        denoiser, pipeline_type(prompts), scheduler=validation.validation_noise_scheduler
+    )
     strength = validation.validation_lycoris_strength
     if is_read_by_diffusers(stored) and not request.schedule:
         load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
@@ -113,10 +119,10 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
     del stored
     for prompt in prompts:
-        inputs = family.pipeline_inputs(
-            embeds[prompt.text], embeds[negative], validation=validation, size=prompt.size
+        inputs = pipeline_inputs(
+            family, prompt, texts=(embeds[prompt.text], embeds[negative]), config=validation
         )
-        image = pipeline(**inputs, **call_options(prompt, validation)).images[0]
+        image = pipeline(**inputs).images[0]
         file = unused(output / f"{prompt.name}.png")
         save_png(image, file)
         yield file
@@ -156,8 +162,11 @@ def sections_of(
     validation = build(ValidationConfig, defaults | dict(request.validation), source)
     rules.check_family((model, noise, validation), spec, families=families, source=source)
     rules.check_validation(validation, spec, source)
+    images = () if validation.section is None else validation.section.validation_reference_images
+    prompts = tuple(ValidationPrompt(name=text, text=text, images=images) for text in request.prompts)
+    if images and not spec.reference_flavours:
+        source.add("validation_reference_images", f"{spec.name} takes no reference images. Remove it.")
     problems.raise_if_any()
-    prompts = tuple(ValidationPrompt(name=prompt, text=prompt) for prompt in request.prompts)
     return _Sections(
         model=_valid(model),
         noise=_valid(noise),

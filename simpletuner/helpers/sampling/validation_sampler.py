@@ -16,7 +16,7 @@ import xxhash
 from simpletuner.helpers.checkpointing.preemption import Preempted
 from simpletuner.helpers.io.run_folder import cached_image_file
 from simpletuner.helpers.sampling.images import save_png
-from simpletuner.helpers.sampling.prompts import call_options
+from simpletuner.helpers.sampling.prompts import pipeline_inputs, pipeline_type
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,6 +71,7 @@ class ValidationSampler:
             config.validation_noise_scheduler,
             self.family.noise,  # the shift of the sampling schedule is in it
             *([f"first {unguided} steps without guidance"] if unguided else []),
+            *(f"reference {each.digest}" for each in prompt.references),
             *also_hashed,
         )
         digest = xxhash.xxh3_64_hexdigest(repr(depends_on).encode())
@@ -78,7 +79,9 @@ class ValidationSampler:
 
     def make_pipeline(self, denoiser: nn.Module) -> Any:
         """The family's pipeline around a denoiser, with the validation sampler."""
-        return self.family.make_pipeline(denoiser, scheduler=self.config.validation_noise_scheduler)
+        return self.family.make_pipeline(
+            denoiser, pipeline_type(self.prompts), scheduler=self.config.validation_noise_scheduler
+        )
 
     @contextmanager
     def eval_mode(self, denoiser: nn.Module) -> Iterator[None]:
@@ -112,15 +115,11 @@ class ValidationSampler:
             Preempted: A stop signal arrived.
         """
         self._check_preemption()
-        inputs = self.family.pipeline_inputs(
-            self.text_embeds(prompt.text),
-            self.text_embeds(self.config.validation_negative_prompt),
-            validation=self.config,
-            size=prompt.size,
-        )
-        options = call_options(prompt, self.config)
+        negative = self.config.validation_negative_prompt
+        texts = self.text_embeds(prompt.text), self.text_embeds(negative)
+        inputs = pipeline_inputs(self.family, prompt, texts=texts, config=self.config)
         with self.family.sampling_context(pipeline, validation=self.config):
-            image = pipeline(**inputs, **options, callback_on_step_end=self._check_preemption).images[0]
+            image = pipeline(**inputs, callback_on_step_end=self._check_preemption).images[0]
         save_png(image, file)
 
     @contextmanager

@@ -46,6 +46,7 @@ from simpletuner.helpers.reporting.run_summary import FinishedRun
 from simpletuner.helpers.reporting.trackers import Trackers
 from simpletuner.helpers.sampling.comparison import build_comparison
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
+from simpletuner.helpers.sampling.references import with_references
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import fill_caches
 from simpletuner.helpers.training.final_files import FinalFiles
@@ -98,7 +99,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         report_plan(context)
         check_uploads(context)
         trackers = build_run_trackers(context)
-        prompts = expand_prompts(config.validation, seed=config.training.seed)
+        prompts = build_prompts(context)
         fill_caches(
             context.data,
             prompts,
@@ -108,6 +109,21 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
             preemption=context.preemption,
         )
         return build_components(context, prompts=prompts, trackers=trackers, resources=resources)
+
+
+def build_prompts(context: RunContext) -> tuple[PromptSpec, ...]:
+    """The prompts of validation images, with their reference images cut as those of the data are.
+
+    Raises:
+        DataError: A reference image cannot be used.
+    """
+    config, alignment = context.config, context.family.spec.pixel_alignment
+    return with_references(
+        expand_prompts(config.validation, seed=config.training.seed),
+        alignment=config.data.alignment(alignment),
+        fills_image=config.has_references
+        and all(each.conditioning_type == "reference_strict" for each in config.references),
+    )
 
 
 def build_components(

@@ -82,6 +82,8 @@ def fill_caches(
         batch_size=config.precision.vae_batch_size,
     )
     family.unload_vae()
+    if data.depth is not None:
+        data.depth.unload()
     if masks := data.mask_requests():
         # A mask that is cached while another process still looks for images would leave it with other ones.
         accelerator.wait_for_everyone()

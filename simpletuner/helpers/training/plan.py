@@ -13,11 +13,14 @@ from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import limit_problem
+from simpletuner.helpers.data.conditioning import entries_of
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
@@ -71,7 +74,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
             alignment=config.data.alignment(spec.pixel_alignment),
             seed=config.training.seed,
             reads_all=reads_all,
-            masks=next((each for each in config.conditioning if each.id in dataset.conditioning_data), None),
+            conditioning=entries_of(dataset, (*config.conditioning, *config.references)),
         )
         for dataset in config.datasets
         if dataset.dataset_type == "image"
@@ -112,7 +115,7 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
         if each.tags.is_error and each.is_whole
     ]
     several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
-    problems += filter(None, [limit_problem(several), *(each.mask_problem for each in previews)])
+    problems += filter(None, [limit_problem(several), *(each.conditioning_problem for each in previews)])
     if problems:
         raise DataError("\n".join(problems))
 
@@ -140,9 +143,9 @@ def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[tupl
     balances = config.regularisation.regularisation_target == "data"
     draws = draws_per_image(configs, numbers, balances=balances)
     return [
-        (each.config, Bucket(str(size), number, max(1, round(number * factor * part))))
+        (each.config, Bucket(name, number, max(1, round(number * factor * part))))
         for each, factor, part in zip(previews, draws, parts, strict=True)
-        for size, number in each.buckets.items()
+        for name, number in each.groups.items()
     ]
 
 
@@ -155,6 +158,8 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         *_prediction(config),
         *_repeated_folders(config),
         *_sizes_without_effect(config),
+        *_without_references(config, spec),
+        *_prompts_without_references(config),
     ]
     if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
         found.append("push_checkpoints_to_hub uploads nothing without push_to_hub. Set push_to_hub to true.")
@@ -205,6 +210,30 @@ def _repeated_folders(config: RunConfig) -> Iterator[str]:
                 f"{theirs.format(times)}. Make a dataset of each such folder, with "
                 f'"repeats": {times - 1} here, or use simpletuner migrate.'
             )
+
+
+def _without_references(config: RunConfig, spec: ModelSpec) -> Iterator[str]:
+    """A flavour for editing, of a family that has others too, without anything to edit."""
+    flavour = config.model.model_flavour or spec.default_flavour
+    is_for_editing = spec.reference_flavours < spec.flavours.keys() and spec.sees_references(
+        config.model.model_flavour, config.model.pretrained_model_name_or_path
+    )
+    if is_for_editing and not config.has_references:
+        yield (
+            f"{flavour} edits reference images, and no dataset has some: it is trained on captions alone. "
+            "Name an entry with conditioning_type reference_strict in conditioning_data."
+        )
+
+
+def _prompts_without_references(config: RunConfig) -> Iterator[str]:
+    """Validation prompts of a run on references that name none."""
+    prompts = () if config.validation.validation_disable else config.validation.prompts
+    names = [each.name for each in prompts if not each.images]
+    if config.has_references and names:
+        yield (
+            f"the run trains on reference images, and {listed(names)} of the validation prompts name none: "
+            "their images say little of it. Set validation_reference_images, or image in user_prompt_library."
+        )
 
 
 def rank_line(forecast: RankForecast, config: RunConfig) -> str:
@@ -374,11 +403,17 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:
         yield "", f"slider_strength {config.slider_strength:g}"
-    if config.has_masks:
-        yield (
-            "masks",
-            f"{config.id}: {'alpha channels' if config.alpha_mask else config.conditioning_data[0]}",
-        )
+    masks = [entry.id for entry in each.conditioning if isinstance(entry, ConditioningConfig)]
+    if config.alpha_mask or masks:
+        yield "masks", f"{config.id}: {'alpha channels' if config.alpha_mask else masks[0]}"
+    references = [
+        f"{entry.id} ({entry.conditioning_type})"
+        for entry in each.conditioning
+        if isinstance(entry, ReferenceConfig)
+    ]
+    references += [f"{made.type} (made of the images)" for made in config.conditioning]
+    if references:
+        yield "references", f"{config.id}: {', '.join(references)}"
     captioned = sum(each.buckets.values()) - each.num_uncaptioned
     example = "" if each.example is None else f", for instance {each.example[0]}: {shown(each.example[1])}"
     number = f"{counted(captioned, 'image has one', 'images have one')}{part}"

@@ -30,6 +30,7 @@ from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FILE
 from simpletuner.helpers.models.clip_score import ClipScorer
+from simpletuner.helpers.models.depth import DepthModels
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.rank_forecast import expected_mean_rank, is_low
 from simpletuner.helpers.models.registry import load_family, specs
@@ -232,8 +233,9 @@ def build_data(
         pixel_alignment=family.spec.pixel_alignment,
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",
-        conditioning=config.conditioning,
+        conditioning=(*config.conditioning, *config.references),
         masks=config.masks,
+        depth=DepthModels(),
         watch=watch,
     )
 

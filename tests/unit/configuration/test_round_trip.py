@@ -176,6 +176,7 @@ CONFIG = {
     "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
     "caption_lines": st.sampled_from(["choose", "whole"]),
     "caption_variants": COUNTS,
+    "conditioning_multidataset_sampling": st.sampled_from(["random", "combined"]),
     "cache_dir_vae": st.sampled_from(["latents", "{model_family}/latents", "{output_dir}/latents"]),
     "cache_dir_text": NAMES,
     "text_encoder_batch_size": COUNTS,
@@ -200,6 +201,7 @@ CONFIG = {
     "validation_prompt": st.none() | WORDS,
     "validation_prompt_library": SWITCHES,
     "user_prompt_library": st.none() | st.just("prompts.json"),
+    "validation_reference_images": st.just([]),  # others need a family that takes them
     "validation_negative_prompt": st.just("") | WORDS,
     "validation_resolution": st.lists(SIZES, max_size=3),
     "validation_guidance": RATES,
@@ -272,6 +274,7 @@ DATASET = {
     ),
     "alpha_mask": SWITCHES,
     "conditioning_data": st.just([]),  # an id needs an entry of masks
+    "conditioning": st.just([]),  # these need a family that edits
     "caption_tag_dropout_rate": SHARES,
     "caption_dropout_probability": st.none() | SHARES,
     "repeats": COUNTS_OR_ZERO,

@@ -68,7 +68,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"conditioning_type": "reference_strict"},
+        {"conditioning_type": "controlnet"},
         {"source_dataset_id": "photos"},
         {"dataset_type": "eval"},
         {"type": "aws"},
@@ -82,6 +82,17 @@ def test_an_entry_that_is_no_training_target_is_left_out(
     run = translate_run(workspace.write(), families=workspace.families)
     assert [entry["id"] for entry in run.datasets] == ["photos"]
     assert "others.id" in {each.key for each in run.decisions if each.outcome == "not translated"}
+
+
+def test_references_stay(workspace: Workspace) -> None:
+    workspace.config["conditioning_multidataset_sampling"] = "combined"
+    workspace.datasets[0] |= {"conditioning_data": "before"}
+    reference = {"id": "before", "instance_data_dir": "images", "conditioning_type": "reference_strict"}
+    workspace.datasets.append(reference)
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert run.config["conditioning_multidataset_sampling"] == "combined"
+    assert run.datasets[0]["conditioning_data"] == "before"
+    assert run.datasets[1] == reference
 
 
 def test_regularisation_data_stays(workspace: Workspace) -> None:

@@ -30,8 +30,9 @@ from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
-from simpletuner.helpers.data import dataset as dataset_module
-from simpletuner.helpers.data.dataset import TrainingData, load_pixels
+from simpletuner.helpers.data import pixels
+from simpletuner.helpers.data.dataset import TrainingData
+from simpletuner.helpers.data.pixels import load_pixels
 from simpletuner.helpers.errors import DataError, TrainingError
 from simpletuner.helpers.io.faults import StorageError, at_crash_points
 from tests.unit.data.icc_profiles import icc_profile
@@ -411,7 +412,7 @@ def test_pixels_that_do_not_fit_into_memory_end_the_run(
     def decode(_: bytes) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(dataset_module, "decode_image", decode)
+    monkeypatch.setattr(pixels, "decode_image", decode)
     data = make(photos)
     with pytest.raises(TrainingError, match=r"0\.png: 64x64 px .*memory"):
         cached(data)

@@ -21,7 +21,8 @@ from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, M
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, Sample, Size, TextEmbeds
 from simpletuner.helpers.data.dataset import TrainingData
-from simpletuner.helpers.data.masks import BLANK, has_aspect, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.masks import BLANK, is_blank, loss_factors, read_mask
+from simpletuner.helpers.data.pairing import has_aspect
 from simpletuner.helpers.data.preview import preview
 from simpletuner.helpers.errors import DataError
 from tests.unit.data.image_samples import encoded
@@ -246,14 +247,17 @@ def test_validate_names_the_same_masks(make: Make, folders: tuple[Path, Path], t
     config = DatasetConfig(id="photos", instance_data_dir=images, resolution=64, conditioning_data=["masks"])
     entry = ConditioningConfig(id="masks", instance_data_dir=masks, conditioning_type="mask")
     data = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
-    seen = preview(config, data, alignment=16, seed=1, reads_all=True, masks=entry)
-    assert seen.mask_problem is not None
-    assert "1.png" in seen.mask_problem
+    seen = preview(config, data, alignment=16, seed=1, reads_all=True, conditioning=[entry])
+    assert seen.conditioning_problem is not None
+    assert "1.png" in seen.conditioning_problem
     with pytest.raises(DataError) as caught:
         make()
-    assert str(caught.value) == seen.mask_problem
+    assert str(caught.value) == seen.conditioning_problem
     paint(masks, "1.png", halves())
-    assert preview(config, data, alignment=16, seed=1, reads_all=True, masks=entry).mask_problem is None
+    assert (
+        preview(config, data, alignment=16, seed=1, reads_all=True, conditioning=[entry]).conditioning_problem
+        is None
+    )
 
 
 def test_only_the_images_that_are_used_need_a_mask(make: Make, folders: tuple[Path, Path]) -> None:

@@ -69,7 +69,10 @@ def test_time_is_rounded_as_the_pipeline_rounds_it_in_16_bits() -> None:
 
 @pytest.mark.parametrize(
     ("flavour", "has_guidance", "length"),
-    [(None, True, 512), ("krea", True, 512), ("schnell", False, 256), (None, False, 256)],
+    [
+        *((None, True, 512), ("krea", True, 512), ("kontext", True, 512)),
+        *(("schnell", False, 256), (None, False, 256)),
+    ],
 )
 def test_captions_have_the_length_of_the_flavour(
     flux: MakeFlux, tmp_path: Path, flavour: str | None, has_guidance: bool, length: int
@@ -150,3 +153,12 @@ def test_t5_can_come_from_elsewhere(flux: MakeFlux, tmp_path: Path) -> None:
     assert swapped.components.text_encoder_2.folder == folder
     assert swapped.text_identity != own.text_identity
     assert swapped.vae_identity == own.vae_identity
+
+
+def test_kontext_in_a_folder_of_its_own_pipeline_is_read(flux: MakeFlux, tmp_path: Path) -> None:
+    save_tiny_flux(tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    index.write_text(index.read_text().replace('"FluxPipeline"', '"FluxKontextPipeline"'))
+    assert '"FluxKontextPipeline"' in index.read_text()
+    for flavour in ("kontext", None):
+        assert flux(tmp_path / "model", model_flavour=flavour).components.text_tokens == 512

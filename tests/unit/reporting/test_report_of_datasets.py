@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,3 +24,20 @@ def test_masks_are_named_at_their_images_and_are_no_dataset() -> None:
         False,
     ]
     assert page.count("<h3>") == 2
+
+
+def test_references_are_named_apart_from_masks() -> None:
+    entries = [
+        {
+            "id": "photos",
+            "instance_data_dir": "images",
+            "conditioning_data": ["white", "before"],
+            "conditioning": [{"type": "canny"}],
+        },
+        {"id": "white", "dataset_type": "conditioning", "conditioning_type": "mask"},
+        {"id": "before", "dataset_type": "conditioning", "conditioning_type": "reference_loose"},
+    ]
+    run = SimpleNamespace(manifest={}, config={"data_backend_config": entries})
+    page = render_datasets(cast(Any, run))
+    values = dict(re.findall(r"<dt>(\w+)</dt>\s*<dd>(.*?)</dd>", page))
+    assert (values["masks"], values["references"]) == ("white", "before, canny")

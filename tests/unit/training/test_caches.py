@@ -19,9 +19,10 @@ from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.preemption import Preempted, Preemption
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import TextEmbeds
-from simpletuner.helpers.data import dataset as dataset_module
+from simpletuner.helpers.data import pixels
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.images import decode_image
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError
@@ -131,6 +132,40 @@ def test_masks_are_cached_once_every_process_knows_its_images(tmp_path: Path, nu
     assert all(each.key in each.store for each in data.mask_requests())
 
 
+def test_references_are_encoded_before_the_vae_is_freed(tmp_path: Path) -> None:
+    for folder, red in (("images", 0), ("before", 100)):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            Image.new("RGB", (64, 64), (red + number, 0, 0)).save(tmp_path / folder / f"{number}.png")
+    entry = ReferenceConfig(
+        id="before", instance_data_dir=tmp_path / "before", conditioning_type="reference_strict"
+    )
+    dataset = DatasetConfig(
+        id="cats",
+        instance_data_dir=tmp_path / "images",
+        resolution=64,
+        conditioning_data=["before"],
+        conditioning={"type": "canny"},
+    )
+    folders = DataConfig(
+        cache_dir_vae=tmp_path / "vae",
+        cache_dir_text=tmp_path / "text",
+        conditioning_multidataset_sampling="combined",
+    )
+    data = TrainingData([dataset], folders, conditioning=[entry], seed=1, batch_size=1, pixel_alignment=64)
+    family = Family()
+    data.depth = SimpleNamespace(unload=lambda: family.events.append("unload depth"))
+    fill(data, family)
+    assert family.events.index("unload depth") == family.events.index("unload vae") + 1
+    vae = family.events[: family.events.index("unload vae")]
+    assert vae[1::2] == ["images 2", "images 1", "images 2", "images 2", "images 2"]
+    found = next(data.batches())
+    image, before, edges = (
+        round((float(each[0, 0].mean()) + 1) * 127.5) for each in (found.latents, *found.references)
+    )
+    assert (before, edges) == (image + 100, 0)
+
+
 def test_cached_entries_load_no_encoder(data: TrainingData, caplog: pytest.LogCaptureFixture) -> None:
     fill(data, Family())
     family = Family()
@@ -155,7 +190,7 @@ def test_image_that_never_loads_ends_the_caching_with_its_name(
     data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(dataset_module, "decode_image", lambda _: released.wait() and None)
+    monkeypatch.setattr(pixels, "decode_image", lambda _: released.wait() and None)
     data.watch = LoaderWatch(timeout_s=0.1)
     with pytest.raises(LoaderTimeoutError, match=r"cat_0\.png"):
         fill(data, Family())
@@ -183,7 +218,7 @@ def test_images_that_another_process_found_damaged_are_left_out(
     monkeypatch.setattr(
         caches, "gather_object", lambda found: [*found, (other, "it is damaged: another process says so")]
     )
-    monkeypatch.setattr(dataset_module, "decode_image", damaged_if(file.read_bytes()))
+    monkeypatch.setattr(pixels, "decode_image", damaged_if(file.read_bytes()))
     fill(data, Family())
     assert {own: data.damaged[own]} == data.damaged
     assert [image.digest for image in data._images] == [kept]

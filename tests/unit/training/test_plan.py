@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,13 @@ import torch
 from PIL import Image
 from safetensors.numpy import save_file
 
+from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.schema.made_references import Canny
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig, ValidationPrompt
+from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training import accelerator, device, plan, preparing
@@ -517,3 +523,97 @@ def test_masks_that_are_missing_end_validation_as_they_end_the_run(folder: Path)
     entries = [{"id": "mine", "instance_data_dir": str(folder / "images"), "alpha_mask": True}]
     assert re.search(r"masks +mine: alpha", lines(run_of(folder, data_backend_config=entries)))
     assert not re.search(r"^ +masks ", lines(run_of(folder)), re.MULTILINE)
+
+
+def with_references(folder: Path, flavours: set[str]) -> tuple[RunConfig, ModelSpec]:
+    """A run with references of other sizes, and a spec whose flavours take references."""
+    spec = registry.specs()["sdxl"]
+    editing = replace(spec, reference_flavours=frozenset(flavours))
+    references = folder / "before"
+    references.mkdir(exist_ok=True)
+    for name, size in (("a", (128, 128)), ("b", (128, 128)), ("c", (256, 64))):
+        Image.new("RGB", size, (9, 9, 9)).save(references / f"{name}.png")
+    config = run_of(folder)
+    datasets = (config.datasets[0].model_copy(update={"conditioning_data": ("before",)}),)
+    entry = ReferenceConfig(id="before", instance_data_dir=references, conditioning_type="reference_loose")
+    return config.model_copy(update={"datasets": datasets, "references": (entry,)}), editing
+
+
+def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
+    config, spec = with_references(folder, {"base"})
+    text = "\n".join(plan_lines(config, spec))
+    assert re.search(r"references +mine: before \(reference_loose\)", text)
+    assert not re.search(r"^ +masks ", text, re.MULTILINE)
+    made = config.datasets[0].model_copy(update={"conditioning": (Canny(type="canny"),)})
+    text = "\n".join(plan_lines(config.model_copy(update={"datasets": (made,)}), spec))
+    assert re.search(r"references +mine: before \(reference_loose\), canny", text)
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"train_batch_size": 3})}
+    )
+    several = plan.batches_per_epoch(config, [preview_of(config)])
+    without = config.model_copy(update={"references": (), "datasets": run_of(folder).datasets})
+    assert (several, plan.batches_per_epoch(without, [preview_of(without)])) == (2, 1)
+    (folder / "before" / "b.png").unlink()
+    with pytest.raises(DataError, match=r"no reference.*b\.png"):
+        list(plan_lines(config, spec))
+
+
+def test_a_run_takes_the_references_of_its_configuration(folder: Path) -> None:
+    config, spec = with_references(folder, {"base"})
+    family: Any = SimpleNamespace(spec=spec)
+    accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
+    data = preparing.build_data(config, family=family, accelerator=accelerator, watch=LoaderWatch())
+    data.set_encoders(vae_identity="vae", text_identity="text")
+    assert len(data.latents_requests()) == 6
+
+
+def preview_of(config: RunConfig) -> DatasetPreview:
+    entries = (*config.conditioning, *config.references)
+    return preview(config.datasets[0], config.data, alignment=8, seed=1, reads_all=True, conditioning=entries)
+
+
+@pytest.mark.parametrize(
+    ("takes", "references", "is_warned"),
+    [
+        ("own", None, True),
+        ("own", "files", False),
+        ("own", "made", False),
+        ("all", None, False),
+        ("none", None, False),
+    ],
+)
+def test_a_flavour_for_editing_without_references_is_a_warning(
+    folder: Path, takes: str, references: str | None, is_warned: bool
+) -> None:
+    all_flavours = set(registry.specs()["sdxl"].flavours)
+    config, spec = with_references(folder, set())
+    own = config.model.model_flavour or spec.default_flavour
+    flavours = {"own": {own}, "all": all_flavours, "none": set()}[takes]
+    if references != "files":
+        made = (Canny(type="canny"),) if references == "made" else ()
+        dataset = config.datasets[0].model_copy(update={"conditioning_data": (), "conditioning": made})
+        config = config.model_copy(update={"references": (), "datasets": (dataset,)})
+    spec = replace(
+        spec,
+        flavours={**spec.flavours, "another": "some/other"} if takes == "own" else spec.flavours,
+        reference_flavours=frozenset(flavours),
+    )
+    found = [text for text in plan.warnings_of(config, spec, batches=1) if "reference_strict" in text]
+    assert bool(found) is is_warned
+
+
+@pytest.mark.parametrize(
+    ("images", "disabled", "is_warned"), [((), False, True), ((), True, False), (("a.png",), False, False)]
+)
+def test_prompts_without_references_are_a_warning_where_the_data_has_some(
+    folder: Path, images: tuple[str, ...], disabled: bool, is_warned: bool
+) -> None:
+    config, spec = with_references(folder, {"base"})
+    prompts = (ValidationPrompt(name="mine", text="a cat", images=tuple(map(Path, images))),)
+    validation = config.validation.model_copy(update={"prompts": prompts, "validation_disable": disabled})
+    config = config.model_copy(update={"validation": validation})
+    keys = ("validation_reference_images", "mine", "user_prompt_library")
+    found = plan.warnings_of(config, spec, batches=1)
+    assert any(all(key in text for key in keys) for text in found) is is_warned
+    without = plan.warnings_of(config.model_copy(update={"references": ()}), spec, batches=1)
+    assert not any(keys[0] in text for text in without)

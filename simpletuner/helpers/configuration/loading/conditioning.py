@@ -11,13 +11,18 @@ from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import CROP_KEYS, REFERENCE_TYPES, ReferenceConfig
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
-from simpletuner.helpers.configuration.text.problems import nearest
+from simpletuner.helpers.configuration.text.problems import nearest, shown
 
 TYPE, OWNER, SERVANTS = "conditioning_type", "source_dataset_id", "conditioning_data"
 REMEDY = 'Remove the entry, or set "disabled": true in it.'
-_NO_EFFECT = "Of the images; a mask gets the resize and the crop of its image."
+CAPTIONS = "captions"
+_SOURCE, _PROMPT = "caption_strategy", "instance_prompt"
+_CUT = "Of the images, whose resize and crop {} gets."
+_LOOSE = "Of the images, whose resolution the references get."
+_UNREAD_CAPTIONS = "An image is trained with its own caption."
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,14 @@ class Conditions:
     disabled: frozenset[str]
     kinds: frozenset[str]
     """conditioning_type of the entries that are not disabled; "" if one is named and none gives it."""
+    references: frozenset[str] = frozenset()
+    """The ids of entries of references."""
+
+    def most_beside(self, identity: str) -> int:
+        """The largest number of entries of references that one entry which it conditions has."""
+        return max(
+            (len(self.references & set(self.given[each])) for each in self.owners(identity)), default=1
+        )
 
     def owners(self, identity: str) -> tuple[str, ...]:
         """The entries that this one conditions."""
@@ -43,6 +56,7 @@ def conditions_of(entries: Sequence[JsonValue]) -> Conditions:
     names: set[str] = set()
     disabled: set[str] = set()
     kinds: set[str] = set()
+    references: set[str] = set()
     for index, entry in enumerate(entries):
         if not isinstance(entry, dict):
             continue
@@ -53,6 +67,7 @@ def conditions_of(entries: Sequence[JsonValue]) -> Conditions:
             disabled.add(identity)
         elif not is_off(values.get(TYPE)):
             kinds.add(str(values[TYPE]))
+            references |= {identity} if values[TYPE] in REFERENCE_TYPES else set()
         if not is_conditioning(values):
             given.setdefault(identity, []).extend(_ids(values.get(SERVANTS)))
         for owner in _ids(values.get(OWNER)):
@@ -60,7 +75,7 @@ def conditions_of(entries: Sequence[JsonValue]) -> Conditions:
     unique = {owner: tuple(dict.fromkeys(ids)) for owner, ids in given.items() if ids}
     if unique and not kinds:
         kinds.add("")
-    return Conditions(unique, frozenset(names), frozenset(disabled), frozenset(kinds))
+    return Conditions(unique, frozenset(names), frozenset(disabled), frozenset(kinds), frozenset(references))
 
 
 def is_conditioning(values: Mapping[str, JsonValue]) -> bool:
@@ -71,61 +86,105 @@ def is_conditioning(values: Mapping[str, JsonValue]) -> bool:
 
 def read_conditioning(
     values: Mapping[str, JsonValue], source: Source, *, conditions: Conditions
-) -> tuple[ConditioningConfig | None, list[Decision]]:
+) -> tuple[ConditioningConfig | ReferenceConfig | None, list[Decision]]:
     """Check an entry whose images condition others, by the names of keys here."""
     if is_off(values.get(TYPE)):
-        source.add(TYPE, f'required, but missing: "mask" or "segmentation". Else: {REMEDY}')
+        kinds = "mask or segmentation for masks, reference_strict or reference_loose for reference images"
+        source.add(TYPE, f"required, but missing: {kinds}. Else: {REMEDY}")
         return None, []
     if advice := UNSUPPORTED_VALUES.get((TYPE, str(values[TYPE]))):
         source.reject(TYPE, values[TYPE], f"known from SimpleTuner, not supported here. {advice}")
         return None, []
     if not is_off(values.get(SERVANTS)):
-        source.reject(SERVANTS, values[SERVANTS], "this entry holds masks, which have none. Remove it.")
-    own = ConditioningConfig.model_fields
-    unread = DatasetConfig.model_fields.keys() - own.keys()
-    decisions = [
-        Decision(f"{source.prefix}{key}", value, "no effect", "", _NO_EFFECT)
+        source.reject(SERVANTS, values[SERVANTS], "this entry conditions others and has none. Remove it.")
+    identity = str(values.get("id"))
+    decisions: list[Decision] = []
+    if values[TYPE] in REFERENCE_TYPES:
+        section: type[ConditioningConfig | ReferenceConfig] = ReferenceConfig
+        values, decisions = _reference(values, source, num_sets=conditions.most_beside(identity))
+    else:
+        section = ConditioningConfig
+    unread = (DatasetConfig.model_fields.keys() - section.model_fields.keys()) & values.keys()
+    loose = values[TYPE] == "reference_loose"
+    reason = _LOOSE if loose else _CUT.format("a mask" if section is ConditioningConfig else "a reference")
+    decisions += [
+        Decision(f"{source.prefix}{key}", value, "no effect", "", reason)
         for key, value in values.items()
         if key in unread and key != SERVANTS
     ]
     kept = {key: value for key, value in values.items() if key not in unread and key != OWNER}
-    built = build(ConditioningConfig, kept, source)
-    identity = str(values.get("id"))
+    built = build(section, kept, source)
     if "id" in values and not conditions.owners(identity):
         text = f'no entry names it. Add "{SERVANTS}": "{identity}" to the entry of its images, or remove it.'
         source.reject("id", identity, text)
     return built.section if not built.invalid_keys else None, decisions
 
 
+def _reference(
+    values: Mapping[str, JsonValue], source: Source, *, num_sets: int
+) -> tuple[dict[str, JsonValue], list[Decision]]:
+    """The values of an entry of references; its captions, and what becomes of keys without effect.
+
+    SimpleTuner reads the captions of an entry of references only where an image has several.
+    """
+    kept = dict(values)
+    decisions: list[Decision] = []
+    if kept[TYPE] == "reference_strict":
+        crop = {key: kept.pop(key) for key in CROP_KEYS if key in kept}
+        defaults = {key: ReferenceConfig.model_fields[key].default for key in crop}
+        decisions += [
+            Decision(f"{source.prefix}{key}", value, "no effect", "", _CUT.format("a reference"))
+            for key, value in crop.items()
+            if not is_off(value) and value != defaults[key]
+        ]
+    strategy = kept.pop(_SOURCE, None)
+    prompt = kept.pop(_PROMPT, None)
+    if is_off(strategy) or num_sets == 1:
+        for key, value in ((_SOURCE, strategy), (_PROMPT, prompt)):
+            if not is_off(value):
+                decisions.append(Decision(f"{source.prefix}{key}", value, "no effect", "", _UNREAD_CAPTIONS))
+    elif strategy in ("instanceprompt", "instance_prompt") and not is_off(prompt):
+        kept.setdefault(CAPTIONS, prompt)
+        ours = f"{CAPTIONS}: {shown(prompt)}"
+        decisions += [
+            Decision(f"{source.prefix}{key}", value, "translated", ours, "")
+            for key, value in ((_SOURCE, strategy), (_PROMPT, prompt))
+        ]
+    else:
+        text = "captions of references come from captions, a text or a list. Give that, or remove this key."
+        source.reject(_SOURCE, strategy, text)
+    return kept, decisions
+
+
 def paired(
     datasets: Sequence[DatasetConfig],
-    masks: Sequence[ConditioningConfig],
+    found: Sequence[ConditioningConfig | ReferenceConfig],
     *,
     conditions: Conditions,
     source: Source,
-) -> tuple[tuple[DatasetConfig, ...], tuple[ConditioningConfig, ...]]:
+) -> tuple[tuple[DatasetConfig, ...], tuple[ConditioningConfig | ReferenceConfig, ...]]:
     """The datasets with the ids of what conditions them, and the entries that do; notes problems."""
-    known = {each.id: each for each in masks}
+    known = {each.id: each for each in found}
     complete: list[DatasetConfig] = []
     for dataset in datasets:
         ids = conditions.given.get(dataset.id, ())
         complete.append(dataset.model_copy(update={SERVANTS: ids}))
         if problem := _problem(dataset, ids, known=known, conditions=conditions):
             source.add(f"{dataset.id}.{SERVANTS}", problem)
-    for each in masks:
+    for each in found:
         for owner in conditions.owners(each.id):
             if owner not in conditions.names:
                 hint = nearest(owner, conditions.names - {each.id})
                 source.reject(f"{each.id}.{OWNER}", owner, f"no entry has this id.{hint}")
     used = {identity for dataset in complete for identity in dataset.conditioning_data}
-    return tuple(complete), tuple(each for each in masks if each.id in used)
+    return tuple(complete), tuple(each for each in found if each.id in used)
 
 
 def _problem(
     dataset: DatasetConfig,
     ids: Sequence[str],
     *,
-    known: Mapping[str, ConditioningConfig],
+    known: Mapping[str, ConditioningConfig | ReferenceConfig],
     conditions: Conditions,
 ) -> str | None:
     """Why the entries cannot condition a dataset."""
@@ -134,15 +193,17 @@ def _problem(
         return f'"{missing[0]}": no entry has this id.{hint}'
     if disabled := [each for each in ids if each in conditions.disabled]:
         return f'"{disabled[0]}": this entry is disabled. Remove it from here too.'
-    if len(ids) > 1:
-        return f"{', '.join(ids)}: an image has one mask. Name one of them."
-    if ids and dataset.alpha_mask:
-        return f"{ids[0]}: an image has one mask, and alpha_mask gives another. Remove one of the keys."
-    folders = [known[each].instance_data_dir for each in ids if each in known]
-    for folder in folders:
+    masks = [each for each in ids if isinstance(known.get(each), ConditioningConfig)]
+    if len(masks) > 1:
+        return f"{', '.join(masks)}: an image has one mask. Name one of them."
+    if masks and dataset.alpha_mask:
+        return f"{masks[0]}: an image has one mask, and alpha_mask gives another. Remove one of the keys."
+    for entry in (known[each] for each in ids if each in known):
+        folder = entry.instance_data_dir
         if folder.is_relative_to(dataset.instance_data_dir):
             return (
-                f"the folder {folder} lies in that of the images, which are all trained on. Move the masks."
+                f"the folder {folder} of {entry.id} lies in that of the images, which are all trained on. "
+                "Move its images."
             )
     return None
 

@@ -13,6 +13,7 @@ from pydantic import JsonValue
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.conditioning import (
+    CAPTIONS,
     OWNER,
     REMEDY,
     TYPE,
@@ -33,6 +34,7 @@ from simpletuner.helpers.configuration.schema.base import OutputPath, Section, t
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.references import REFERENCE_TYPES, ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
@@ -51,7 +53,10 @@ INHERITED = (
 )
 SWITCHES = ("disabled", "disable_multiline_split")
 """Keys that are true or false, besides those of a section."""
-_NO_TARGET = f'its images must not be trained on. For masks set "conditioning_type": "mask". Else: {REMEDY}'
+_NO_TARGET = (
+    'its images must not be trained on. Set "conditioning_type": "mask" for masks, "reference_strict" or '
+    f'"reference_loose" for reference images. Else: {REMEDY}'
+)
 _LATENTS = "cache_dir_vae names the folder of latents."
 _SWITCHES = {
     "true": True,
@@ -87,16 +92,19 @@ class DatasetFile:
     cache_dir_text: Path | None
     """cache_dir of the text_embeds entry."""
     conditioning: tuple[ConditioningConfig, ...] = ()
-    """The entries that the datasets' conditioning_data names."""
+    """The entries of masks that the datasets' conditioning_data names."""
+    references: tuple[ReferenceConfig, ...] = ()
+    """The entries of reference images that it names."""
     mask_kinds: frozenset[str] = frozenset()
     """Kinds of masks that entries ask for, be they valid or not: conditioning_type, alpha, "" if unknown."""
     decisions: tuple[Decision, ...] = ()
     """What became of every key that does not stay as it is."""
 
     def folders(self) -> dict[str, Path]:
-        """Id -> folder of the images or masks."""
+        """Id -> folder of the images, masks or references."""
         images = {each.id: each.instance_data_dir for each in self.datasets}
-        return images | {each.id: each.instance_data_dir for each in self.conditioning}
+        masks = {each.id: each.instance_data_dir for each in self.conditioning}
+        return images | masks | {each.id: each.instance_data_dir for each in self.references}
 
 
 def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
@@ -105,7 +113,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         source.add("", "must hold an array of objects, [{...}].")
         return DatasetFile((), None)
     datasets: list[DatasetConfig] = []
-    masks: list[ConditioningConfig] = []
+    conditioning: list[ConditioningConfig | ReferenceConfig] = []
     text_caches: list[TextCacheEntry] = []
     decisions: list[Decision] = []
     first_with: dict[str, int] = {}
@@ -132,9 +140,9 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             text_cache, found = _text_cache(values, own)
             text_caches.append(text_cache)
         elif is_conditioning(values):
-            mask, found = _conditioning(values, own, conditions=conditions)
-            masks += [mask] if mask is not None else []
-            num_images += mask is None  # one problem is enough
+            read, found = _conditioning(values, own, conditions=conditions)
+            conditioning += [read] if read is not None else []
+            num_images += read is None  # one problem is enough
         else:
             owners = conditions.owners(str(identity))
             dataset, found = _image_dataset(values, own, data=data, owners=owners)
@@ -144,9 +152,15 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     _check_subject(datasets, num_images, source)
     chosen = _chosen(text_caches, source)
     filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
-    filtered, used = paired(filtered, masks, conditions=conditions, source=source)
-    kinds = conditions.kinds | {"alpha" for each in filtered if each.alpha_mask}
-    return DatasetFile(filtered, chosen.cache_dir, used, kinds, tuple(decisions))
+    filtered, used = paired(filtered, conditioning, conditions=conditions, source=source)
+    return DatasetFile(
+        filtered,
+        chosen.cache_dir,
+        conditioning=tuple(each for each in used if isinstance(each, ConditioningConfig)),
+        references=tuple(each for each in used if isinstance(each, ReferenceConfig)),
+        mask_kinds=(conditions.kinds - REFERENCE_TYPES) | {"alpha" for each in filtered if each.alpha_mask},
+        decisions=tuple(decisions),
+    )
 
 
 def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:
@@ -160,17 +174,17 @@ def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Sourc
 
 def _conditioning(
     values: Mapping[str, JsonValue], source: Source, *, conditions: Conditions
-) -> tuple[ConditioningConfig | None, list[Decision]]:
-    """Check an entry of masks."""
+) -> tuple[ConditioningConfig | ReferenceConfig | None, list[Decision]]:
+    """Check an entry of masks or references."""
     given = {key: value for key, value in values.items() if key not in ("cache_dir", "default")}
     known, decisions = _translated(given, source, is_text=False, inherited={})
     identity = known.get("id")
     if isinstance(identity, str):
         source = source.with_names(id=identity)
-    mask, found = read_conditioning(known, source, conditions=conditions)
-    if mask is not None:
-        _check_images(mask.instance_data_dir, source)
-    return mask, [*decisions, *found]
+    read, found = read_conditioning(known, source, conditions=conditions)
+    if read is not None:
+        _check_images(read.instance_data_dir, source)
+    return read, [*decisions, *found]
 
 
 def _is_disabled(values: Mapping[str, JsonValue], source: Source) -> bool:
@@ -248,7 +262,7 @@ def _translations(
     section: type[Section] = TextCacheEntry if is_text else DatasetConfig
     file: File = "text_embeds" if is_text else "dataset"
     renamed = rename_keys(file, values.items())
-    own = {*section.model_fields, *(() if is_text else (TYPE, OWNER))}
+    own = {*section.model_fields, *(() if is_text else (TYPE, OWNER, CAPTIONS))}
     translation = translate_values(
         file,
         {

@@ -56,16 +56,15 @@ def _repository(name: str) -> str:
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
-    "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (
         "eval video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',
     ),
     "conditioning_type": (
-        "reference_strict reference_loose controlnet ip-adapter latents",
-        "Its images are no masks, and conditioning on them is not supported. Remove the entry, or set "
-        '"disabled": true in it.',
+        "controlnet ip-adapter latents",
+        "For images that an editing model sees, use reference_strict or reference_loose; conditioning on "
+        'others is not supported: remove the entry, or set "disabled": true in it.',
     ),
     "caption_strategy": (
         "parquet csv huggingface",

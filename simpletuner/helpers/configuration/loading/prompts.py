@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.loading.building import Source
+from simpletuner.helpers.configuration.loading.building import Source, Validated, build
+from simpletuner.helpers.configuration.schema.base import InputFiles, Section
+from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationPrompt
 from simpletuner.helpers.configuration.text.problems import unknown_key
+from simpletuner.helpers.contracts import ModelSpec
 
 LIBRARY: Mapping[str, str] = {
     "portrait": "a close portrait of an old fisherman with a grey beard, soft window light, 85 mm photograph",
@@ -23,16 +28,25 @@ LIBRARY: Mapping[str, str] = {
 }
 """Built-in prompts: people, places, animals, things, styles, lettering."""
 
-_KEYS = ("prompt", "adapter_strength")
+_KEYS = ("prompt", "adapter_strength", "image")
+
+
+class _Images(Section):
+    """The reference images of a prompt."""
+
+    image: InputFiles
 
 
 def merge_prompts(
-    prompt: str | None, *, with_library: bool, user: Iterable[ValidationPrompt]
+    prompt: str | None,
+    *,
+    with_library: bool,
+    images: tuple[Path, ...],
+    user: Iterable[ValidationPrompt],
 ) -> tuple[ValidationPrompt, ...]:
-    """Every validation prompt; the user's replaces one of the same name."""
-    every = [ValidationPrompt(name="validation", text=prompt)] if prompt is not None else []
-    if with_library:
-        every += [ValidationPrompt(name=name, text=text) for name, text in LIBRARY.items()]
+    """Every validation prompt; the user's replaces one of the same name, and has its own reference images."""
+    texts = ({} if prompt is None else {"validation": prompt}) | (dict(LIBRARY) if with_library else {})
+    every = [ValidationPrompt(name=name, text=text, images=images) for name, text in texts.items()]
     return tuple({each.name: each for each in (*every, *user)}.values())
 
 
@@ -58,21 +72,48 @@ def at_both_ends(
     )
 
 
-def read_library(values: JsonValue, source: Source) -> tuple[ValidationPrompt, ...]:
-    """Check user_prompt_library; leaves out invalid entries and notes every problem."""
+def check_images(
+    prompts: Sequence[ValidationPrompt],
+    model: Validated[ModelConfig],
+    *,
+    images: Sequence[Path],
+    spec: ModelSpec,
+    source: Source,
+) -> None:
+    """Check that the model takes the reference images of prompts; `images` are those that they share."""
+    section = model.if_valid("model_flavour", "pretrained_model_name_or_path")
+    if section is None or not any(each.images for each in prompts):
+        return
+    if not spec.sees_references(section.model_flavour, section.pretrained_model_name_or_path):
+        key = "validation_reference_images" if images else "user_prompt_library"
+        name = f"{spec.name} {section.model_flavour or spec.default_flavour}"
+        allowed = ", ".join(each for each in spec.flavours if each in spec.reference_flavours)
+        advice = f"Remove them, or set model_flavour to {allowed}." if allowed else "Remove them."
+        source.add(key, f"{name} takes no reference images. {advice}")
+
+
+def read_library(
+    values: JsonValue, source: Source, *, images: tuple[Path, ...]
+) -> tuple[ValidationPrompt, ...]:
+    """Check user_prompt_library; leaves out invalid entries and notes every problem.
+
+    `images` are the reference images of prompts that name none.
+    """
     if not isinstance(values, dict):
         source.add("", "must hold an object of name and prompt, {...}.")
         return ()
     if not values:
         source.add("", "is empty. Add a prompt, or remove user_prompt_library.")
-    prompts = [_prompt(name, value, source) for name, value in values.items()]
+    prompts = [_prompt(name, value, source, images=images) for name, value in values.items()]
     return tuple(prompt for prompt in prompts if prompt is not None)
 
 
-def _prompt(name: str, value: JsonValue, source: Source) -> ValidationPrompt | None:
+def _prompt(
+    name: str, value: JsonValue, source: Source, *, images: tuple[Path, ...]
+) -> ValidationPrompt | None:
     entry = {"prompt": value} if isinstance(value, str) else value
     if not isinstance(entry, dict):
-        source.reject(name, value, f"must be a prompt, or an object with {' and '.join(_KEYS)}.")
+        source.reject(name, value, f"must be a prompt, or an object with {', '.join(_KEYS)}.")
         return None
     for key in entry:
         if key not in _KEYS:
@@ -88,4 +129,7 @@ def _prompt(name: str, value: JsonValue, source: Source) -> ValidationPrompt | N
     if strength is not None and (number is None or not math.isfinite(number)):
         source.reject(f"{name}.adapter_strength", strength, "must be a number.")
         return None
-    return ValidationPrompt(name=name, text=text, strength=number)
+    if "image" in entry:
+        own = build(_Images, {"image": entry["image"]}, replace(source, prefix=f"{name}."))
+        images = () if own.section is None else own.section.image
+    return ValidationPrompt(name=name, text=text, strength=number, images=images)

@@ -15,6 +15,7 @@ from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED, Precision
 from simpletuner.helpers.choices.samplers import samplers_of
 from simpletuner.helpers.configuration.loading.building import Source, Validated
+from simpletuner.helpers.configuration.loading.dataset_file import DatasetFile
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
@@ -435,6 +436,49 @@ def check_masks(
             )
             text = f"a dataset has masks, which this loss does not take. Use one of {allowed}."
             source.reject("loss_type", section.loss_type, text)
+
+
+def check_references(
+    model: Validated[ModelConfig],
+    data: Validated[DataConfig],
+    file: DatasetFile,
+    *,
+    spec: ModelSpec,
+    families: Mapping[str, ModelSpec],
+    source: Source,
+) -> None:
+    """Check that the model sees references, and that those of one image have no captions of their own."""
+    ids = {each.id for each in file.references}
+    served = [
+        each.id for each in file.datasets if each.conditioning or ids.intersection(each.conditioning_data)
+    ]
+    section = model.if_valid("model_flavour", "pretrained_model_name_or_path")
+    if served and section is not None:
+        flavour = section.model_flavour or spec.default_flavour
+        if not spec.sees_references(section.model_flavour, section.pretrained_model_name_or_path):
+            source.add(
+                "model_flavour",
+                f"{spec.name} {flavour} sees no reference images, but dataset {served[0]} has some. Remove "
+                f"them{_flavours_with_references(families)}.",
+            )
+    sampling = data.if_valid("conditioning_multidataset_sampling")
+    captioned = [each.id for each in file.references if each.captions]
+    captioned += [
+        f"{one.type} of {each.id}" for each in file.datasets for one in each.conditioning if one.captions
+    ]
+    if sampling is not None and sampling.conditioning_multidataset_sampling == "combined" and captioned:
+        text = f"an image then has one caption, but {captioned[0]} has captions. Remove them, or use random."
+        source.reject("conditioning_multidataset_sampling", "combined", text)
+
+
+def _flavours_with_references(families: Mapping[str, ModelSpec]) -> str:
+    names = [
+        f"{name} {flavour}"
+        for name, spec in sorted(families.items())
+        for flavour in spec.flavours
+        if flavour in spec.reference_flavours
+    ]
+    return f", or train one of {', '.join(names)}" if names else ""
 
 
 def check_output(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ from simpletuner.helpers.configuration.migration.adapters import (
     put_lora,
     put_lycoris,
     put_optimizer,
+)
+from simpletuner.helpers.configuration.migration.ai_toolkit_references import (
+    IMAGES,
+    prompt_images,
+    reference_entries,
 )
 from simpletuner.helpers.configuration.migration.arithmetic import Length
 from simpletuner.helpers.configuration.migration.averages import put_ema
@@ -76,11 +82,15 @@ def read_ai_toolkit(content: Mapping[str, JsonValue], place: Place, specs: Mappi
     _model(settings, specs[family], place)
     _network(settings, family, place)
     _train(settings, family)
-    _datasets(settings, datasets, place, alignment=specs[family].minimum_alignment)
+    edits = specs[family].sees_references(
+        str(draft.config.get("model_flavour") or "") or None, settings.text("model.name_or_path")
+    )
+    references = _datasets(settings, datasets, place, alignment=specs[family].minimum_alignment, edits=edits)
     _output(settings, str(config.get("name", "")), place)
-    _samples(settings)
+    _samples(settings, place if edits else None)
     settings.finish()
     fit_to_quantised(draft)
+    draft.datasets.extend(references)
     return draft
 
 
@@ -361,7 +371,11 @@ def _timestep_range(settings: Settings) -> None:
             settings.put(key, ours, min(max(NUM_TIMESTEPS - settings.whole(key), 0), NUM_TIMESTEPS))
 
 
-def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *, alignment: int) -> None:
+def _datasets(
+    settings: Settings, entries: Sequence[JsonValue], place: Place, *, alignment: int, edits: bool
+) -> list[dict[str, JsonValue]]:
+    """Put the datasets; the entries of their references, which come after all of them."""
+    references: list[dict[str, JsonValue]] = []
     draft = settings.draft
     trigger = settings.text("trigger_word")
     steps: list[int] = []
@@ -374,6 +388,9 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         num_before = len(draft.datasets)
         _dataset(own, place, trigger=trigger)
         _put_regularisation(own, draft.datasets[num_before:])
+        if edits:
+            ids = [str(each["id"]) for each in (*draft.datasets, *references)]
+            references += reference_entries(own, draft.datasets[num_before:], place, taken=ids)
         steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
     _drop_full_strengths(draft.datasets)
@@ -384,6 +401,7 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), alignment)
     if trigger:
         settings.skip("trigger_word", outcome="approximate")
+    return references
 
 
 def _drop_full_strengths(datasets: Sequence[dict[str, JsonValue]]) -> None:
@@ -515,10 +533,12 @@ def _output(settings: Settings, name: str, place: Place) -> None:
         settings.skip("save.dtype", outcome="approximate")
 
 
-def _samples(settings: Settings) -> None:
+def _samples(settings: Settings, place: Place | None) -> None:
+    """Put the prompts; their control images begin at a place, or are left out without one."""
     draft = settings.draft
     given = settings.items("sample.prompts") + settings.items("sample.samples")
-    prompts = [prompt for item in given if (prompt := _prompt(item, settings.text("trigger_word"))).text]
+    trigger = settings.text("trigger_word")
+    prompts = [prompt for item in given if (prompt := _prompt(item, trigger, place)).text]
     shared = {
         "width": settings.value("sample.width"),
         "height": settings.value("sample.height"),
@@ -529,7 +549,7 @@ def _samples(settings: Settings) -> None:
         "strength": settings.value("sample.network_multiplier"),
     }
     prompts = [
-        SamplePrompt(each.text, {k: v for k, v in shared.items() if v is not None} | dict(each.options))
+        replace(each, options={k: v for k, v in shared.items() if v is not None} | dict(each.options))
         for each in prompts
     ]
     if prompts:
@@ -555,17 +575,20 @@ def _samples(settings: Settings) -> None:
         settings.skip("sample.walk_seed", outcome="approximate")
 
 
-def _prompt(item: JsonValue, trigger: str) -> SamplePrompt:
+def _prompt(item: JsonValue, trigger: str, place: Place | None) -> SamplePrompt:
     if isinstance(item, dict):
         names = {
             "neg": "negative",
             "guidance_scale": "guidance",
             "sample_steps": "steps",
             "network_multiplier": "strength",
-            "ctrl_img": "control",
+            **dict.fromkeys(IMAGES, "control"),
         }
         options = {
             names.get(key, key): value for key, value in item.items() if key != "prompt" and value is not None
         }
-        return SamplePrompt(str(item.get("prompt", "")).replace("[trigger]", trigger), options)
-    return prompt_of_line(str(item or "").replace("[trigger]", trigger))
+        images = () if place is None else prompt_images(item, place)
+        return SamplePrompt(str(item.get("prompt", "")).replace("[trigger]", trigger), options, images)
+    prompt = prompt_of_line(str(item or "").replace("[trigger]", trigger))
+    image = prompt.options.get("control")
+    return prompt if place is None or not image else replace(prompt, images=(place.path(str(image)),))

@@ -31,8 +31,9 @@ class Draft:
     """config.json, without the names of the other files."""
     datasets: list[dict[str, JsonValue]] = field(default_factory=list)
     lycoris: dict[str, JsonValue] | None = None
-    prompts: dict[str, str] = field(default_factory=dict)
-    """Name -> prompt of the validation images; a single one stands in config.json."""
+    prompts: dict[str, JsonValue] = field(default_factory=dict)
+    """Name -> prompt of the validation images, or object of it and its reference images; a single one stands
+    in config.json."""
     decisions: list[Decision] = field(default_factory=list)
     to_do: list[str] = field(default_factory=list)
     """Sentences: what the user must still do."""

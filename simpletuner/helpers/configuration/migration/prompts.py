@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pydantic import JsonValue
@@ -34,6 +34,8 @@ class SamplePrompt:
     text: str
     options: Mapping[str, JsonValue] = field(default_factory=dict)
     """width, height, seed, steps, guidance, negative, sampler, strength, control."""
+    images: tuple[str, ...] = ()
+    """Paths of its reference images."""
 
 
 def prompt_of_line(line: str) -> SamplePrompt:
@@ -60,12 +62,20 @@ def put_prompts(draft: Draft, prompts: Sequence[SamplePrompt], *, guidance_key: 
         prompts: At least one.
         guidance_key: Our key of the guidance scale.
     """
-    texts = list(dict.fromkeys(prompt.text for prompt in prompts if prompt.text))
-    if len(texts) == 1:
-        draft.config["validation_prompt"] = texts[0]
+    given = list(dict.fromkeys((prompt.text, prompt.images) for prompt in prompts if prompt.text))
+    if len(given) == 1:
+        text, images = given[0]
+        draft.config["validation_prompt"] = text
+        if images:
+            draft.config["validation_reference_images"] = _one_or_all(images)
     else:
-        width = len(str(len(texts)))
-        draft.prompts.update({f"prompt_{index:0{width}}": text for index, text in enumerate(texts, 1)})
+        width = len(str(len(given)))
+        draft.prompts.update(
+            {
+                f"prompt_{index:0{width}}": {"prompt": text, "image": _one_or_all(images)} if images else text
+                for index, (text, images) in enumerate(given, 1)
+            }
+        )
     first = prompts[0].options
     if "width" in first or "height" in first:
         width_px, height_px = first.get("width", first.get("height")), first.get("height", first.get("width"))
@@ -80,6 +90,10 @@ def put_prompts(draft: Draft, prompts: Sequence[SamplePrompt], *, guidance_key: 
     return _differences(prompts)
 
 
+def _one_or_all(images: Sequence[str]) -> JsonValue:
+    return images[0] if len(images) == 1 else list(images)
+
+
 def _put(draft: Draft, key: str, value: JsonValue, *, kind: type[int] | type[float]) -> None:
     try:
         read = kind(str(value))
@@ -89,10 +103,12 @@ def _put(draft: Draft, key: str, value: JsonValue, *, kind: type[int] | type[flo
         draft.config[key] = read
 
 
-def _differences(prompts: Iterable[SamplePrompt]) -> str:
+def _differences(prompts: Sequence[SamplePrompt]) -> str:
     values: dict[str, set[str]] = {}
     for prompt in prompts:
         for name, value in prompt.options.items():
+            if name == "control":
+                continue
             values.setdefault(name, set()).add(str(value))
     differing = sorted(name for name, found in values.items() if len(found) > 1)
     found = (
@@ -100,5 +116,6 @@ def _differences(prompts: Iterable[SamplePrompt]) -> str:
         if differing
         else ""
     )
-    control = " Source images of prompts are left out." if "control" in values else ""
+    is_left_out = any("control" in prompt.options and not prompt.images for prompt in prompts)
+    control = " Source images of prompts are left out." if is_left_out else ""
     return (found + control).strip()

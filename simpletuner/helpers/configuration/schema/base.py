@@ -289,6 +289,12 @@ def _output(value: object, info: ValidationInfo) -> Path:
     return context.output_path(context.expand(text))
 
 
+def _in_list(value: object) -> object:
+    """One path is a list of one; no word is a list of none."""
+    value = none_word(value)
+    return [] if value is None else [value] if isinstance(value, str | Path) else value
+
+
 def _names(value: object) -> object:
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
@@ -319,5 +325,6 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 InputFile = Annotated[Path, BeforeValidator(input_file)]
 InputFolder = Annotated[Path, BeforeValidator(_folder)]
 OutputPath = Annotated[Path, BeforeValidator(_output)]
+InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_in_list)]
 OptionalInputFile = Annotated[InputFile | None, BeforeValidator(none_word)]
 OptionalOutputPath = Annotated[OutputPath | None, BeforeValidator(none_word)]

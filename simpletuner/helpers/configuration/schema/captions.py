@@ -19,6 +19,7 @@ from simpletuner.helpers.configuration.schema.base import (
     Section,
     input_file,
 )
+from simpletuner.helpers.configuration.schema.values import is_off
 
 _UNESCAPED_SLASH = re.compile(r"(?<!\\)/")
 _LARGEST_FILE_BYTES = 1 << 20
@@ -134,3 +135,13 @@ def _of_file(path: Path) -> object:
 
 
 CaptionFilters = Annotated[tuple[str, ...], BeforeValidator(_entries)]
+
+
+def _texts(value: object) -> object:
+    """The captions of reference images as a list: of a text; empty for false."""
+    if is_off(value):
+        return ()
+    return [value] if isinstance(value, str) else value
+
+
+ReferenceCaptions = Annotated[tuple[str, ...], BeforeValidator(_texts)]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
+from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
@@ -27,10 +28,12 @@ from simpletuner.helpers.configuration.schema.base import (
     contradiction,
 )
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
+from simpletuner.helpers.configuration.schema.made_references import MadeReferences
 from simpletuner.helpers.configuration.schema.values import is_off
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 CropStyle = Literal["random", "center", "corner"]
+CropAspect = Literal["square", "preserve", "closest", "random"]
 
 CaptionLines = Literal["choose", "first", "whole"]
 
@@ -42,7 +45,8 @@ BUCKETED_ASPECTS = ("closest", "random")
 _MAX_ID_LENGTH = 100
 
 
-def _american(value: object) -> object:
+def american(value: object) -> object:
+    """A value of crop_style in its American spelling."""
     return "center" if value == "centre" else value
 
 
@@ -59,6 +63,12 @@ def resolution_problem(resolution: float, resolution_type: ResolutionType) -> st
         megapixels = ' For megapixels set resolution_type to "area".' if resolution < SMALLEST_EDGE_PX else ""
         return f"{resolution:g}: must be from {SMALLEST_EDGE_PX} to {LARGEST_EDGE_PX} pixels.{megapixels}"
     return None
+
+
+def without_buckets(crop_aspect: CropAspect) -> PydanticCustomError:
+    """The error of a crop_aspect that takes one of crop_aspect_buckets, without any."""
+    text = f'required by crop_aspect "{crop_aspect}". Give width / height of each, for instance '
+    return contradiction("crop_aspect_buckets", f"{text}[0.67, 1.0, 1.5].", "crop_aspect")
 
 
 def _folder_name(value: object) -> object:
@@ -131,9 +141,9 @@ class DatasetConfig(Section):
     null any. An image without such a bucket is skipped. Default: config.json's."""
     crop: bool = False
     """Crop by crop_aspect; false keeps each image's aspect ratio, in buckets."""
-    crop_style: Annotated[CropStyle, BeforeValidator(_american)] = "random"
+    crop_style: Annotated[CropStyle, BeforeValidator(american)] = "random"
     """Position of the crop."""
-    crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
+    crop_aspect: CropAspect = "square"
     """Shape of the crop: square; preserve, the bucket nearest to the image's aspect ratio; closest, the
     nearest of crop_aspect_buckets; random, one of crop_aspect_buckets, drawn once for each image."""
     crop_aspect_buckets: AspectBuckets = ()
@@ -178,7 +188,10 @@ class DatasetConfig(Section):
     """The images keep what the model knows of the subject's class: regularisation_target of config.json says
     what they are trained towards. Their captions name the class, without the subject's own word."""
     conditioning_data: Annotated[Names, BeforeValidator(_listed)] = ()
-    """id of the entry with the masks of the images."""
+    """ids of the entries with the masks and the reference images of the images: a text or a list."""
+    conditioning: MadeReferences = ()
+    """References that are made of the images themselves, beside those of conditioning_data: an object, or a
+    list of objects with `type` and its own keys."""
     alpha_mask: bool = False
     """The alpha channel of each image is its mask; an image without one counts as a whole."""
     max_num_samples: OptionalCount = None
@@ -187,11 +200,6 @@ class DatasetConfig(Section):
     """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
     another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
     one."""
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether a mask weights the loss of each image."""
-        return self.alpha_mask or bool(self.conditioning_data)
 
     @property
     def arranges_tags(self) -> bool:
@@ -214,12 +222,7 @@ class DatasetConfig(Section):
     @model_validator(mode="after")
     def _can_crop(self) -> Self:
         if self.crops_to_buckets and not self.crop_aspect_buckets:
-            raise contradiction(
-                "crop_aspect_buckets",
-                f'required by crop_aspect "{self.crop_aspect}". Give width / height of each, for instance '
-                "[0.67, 1.0, 1.5].",
-                "crop_aspect",
-            )
+            raise without_buckets(self.crop_aspect)
         if self.downsampling is None:
             return self
         maximum, target = self.downsampling

@@ -20,6 +20,7 @@ from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
     Decimals,
     InputFile,
+    InputFiles,
     NonNegativeNumber,
     Number,
     OneOf,
@@ -55,6 +56,7 @@ from simpletuner.helpers.configuration.schema.model_source import (
 )
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
+from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
 from simpletuner.helpers.configuration.schema.token_routing import OptionalTreadConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
@@ -225,6 +227,9 @@ class DataConfig(Section):
     is the caption; whole, the text is one caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
+    conditioning_multidataset_sampling: Literal["random", "combined"] = "random"
+    """References of an image with several entries of them: random, those of one entry, drawn for each image
+    and epoch; combined, those of all entries."""
     caption_variants: Count = 4
     """Variants of each caption with enable_wildcard or caption_tag_dropout_rate, taken in turn; a multiple of
     the orders of caption_shuffle. All are encoded before training."""
@@ -293,6 +298,8 @@ class ValidationPrompt(Section):
     """The prompt."""
     strength: float | None = None
     """Strength of the adapter; null is validation_lycoris_strength."""
+    images: tuple[Path, ...] = ()
+    """Files of its reference images."""
 
 
 def _no_file(value: object) -> object:
@@ -316,7 +323,11 @@ class ValidationConfig(Section):
     validation_prompt_library: Annotated[bool, BeforeValidator(_no_file)] = False
     """Add the prompts of the package."""
     user_prompt_library: OptionalInputFile = None
-    """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength"}."""
+    """A json with more prompts: an object of name -> prompt, or name -> {"prompt", "adapter_strength",
+    "image"}, where image is the path of its reference image or a list of paths."""
+    validation_reference_images: InputFiles = ()
+    """Reference images of the prompts that name none, for models that edit: the path of one, or a list of
+    paths."""
     validation_negative_prompt: str = ""
     """Negative prompt of guidance."""
     validation_resolution: Annotated[tuple[Size, ...], BeforeValidator(sizes)] = ()
@@ -385,7 +396,9 @@ class RunConfig(Section):
     datasets: tuple[DatasetConfig, ...]
     """Image datasets, without disabled ones."""
     conditioning: tuple[ConditioningConfig, ...] = ()
-    """The entries that the datasets' conditioning_data names."""
+    """The entries of masks that the datasets' conditioning_data names."""
+    references: tuple[ReferenceConfig, ...] = ()
+    """The entries of reference images that it names."""
     checkpoint: CheckpointConfig
     tracking: TrackingConfig
     publishing: PublishingConfig
@@ -401,6 +414,11 @@ class RunConfig(Section):
     def algorithm(self) -> Algorithm:
         """Algorithm of the adapter."""
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
+
+    @property
+    def has_references(self) -> bool:
+        """Whether the datasets have reference images, in entries or made of the images themselves."""
+        return bool(self.references) or any(each.conditioning for each in self.datasets)
 
     @property
     def title(self) -> str:
@@ -442,6 +460,7 @@ class RunConfig(Section):
         flat: dict[str, JsonValue] = {}
         for section in sections:
             flat |= as_json(section)
-        flat["data_backend_config"] = [as_json(each) for each in (*self.datasets, *self.conditioning)]
+        entries: tuple[Section, ...] = (*self.datasets, *self.conditioning, *self.references)
+        flat["data_backend_config"] = [as_json(each) for each in entries]
         del flat["prompts"], flat["lycoris_config"], flat["webhooks"]
         return flat

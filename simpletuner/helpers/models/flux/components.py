@@ -16,6 +16,7 @@ from simpletuner.helpers.models.component_checks import (
     vae_of,
 )
 from simpletuner.helpers.models.flux.spec import FLAVOURS
+from simpletuner.helpers.models.flux.tokens import PATCH
 from simpletuner.helpers.models.loading import (
     Component,
     ModelSource,
@@ -26,9 +27,7 @@ from simpletuner.helpers.models.loading import (
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model import ModelConfig
 
-PIPELINES = ("FluxPipeline",)
-PATCH = 2
-"""Latent positions along the edge of a token."""
+PIPELINES = ("FluxPipeline", "FluxKontextPipeline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

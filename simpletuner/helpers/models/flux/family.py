@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 from diffusers import FluxTransformer2DModel
-from einops import rearrange
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
@@ -32,9 +31,14 @@ from simpletuner.helpers.models.flow_matching import (
     timestep_input,
     unshifted_sampler,
 )
-from simpletuner.helpers.models.flux.components import PATCH, FluxComponents, find_components
+from simpletuner.helpers.models.flux.components import FluxComponents, find_components
+from simpletuner.helpers.models.flux.editing import FluxEditPipeline
 from simpletuner.helpers.models.flux.pipeline import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from simpletuner.helpers.models.flux.spec import SPEC
+from simpletuner.helpers.models.flux.tokens import PATCH, ids_of_images, pack_images
+from simpletuner.helpers.models.flux.tokens import image_ids as image_ids  # others import these from here
+from simpletuner.helpers.models.flux.tokens import pack as pack
+from simpletuner.helpers.models.flux.tokens import unpack as unpack
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.shift import shift_at
@@ -49,13 +53,14 @@ PIPELINES: dict[PipelineType, type[diffusers.DiffusionPipeline]] = {
     "text2image": FluxPipeline,
     "image2image": FluxImg2ImgPipeline,
     "inpaint": FluxInpaintPipeline,
+    "edit": FluxEditPipeline,
 }
 VAE_SCALE = 8
 """Pixels along the edge of a latent position."""
 
 
 class Flux(ModelFamily):
-    """Flux.1 dev, schnell, Krea and models of their architecture."""
+    """Flux.1 dev, schnell, Krea, Kontext and models of their architecture."""
 
     spec = SPEC
     components: FluxComponents
@@ -147,22 +152,27 @@ class Flux(ModelFamily):
         return replace(noisy, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
     def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
-        """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise."""
+        """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise.
+
+        The tokens of the batch's references follow those of the noisy image.
+        """
         assert noisy.sigmas is not None, "a flow-matching batch has noise levels"
         height, width = noisy.latents.shape[-2:]
-        text = batch.text
+        text, images = batch.text, (noisy.latents, *batch.references)
+        tokens = pack_images([each.to(self.device, self.weight_dtype) for each in images])
         prediction: Tensor = denoiser(
-            hidden_states=pack(noisy.latents).to(self.device, self.weight_dtype),
+            hidden_states=tokens,
             timestep=timestep_input(noisy.sigmas, dtype=self.weight_dtype).to(self.device),
             guidance=None if noisy.guidance is None else torch.tensor(noisy.guidance, device=self.device),
             pooled_projections=_pooled(text).to(self.device, self.weight_dtype),
             encoder_hidden_states=text.prompt_embeds.to(self.device, self.weight_dtype),
             txt_ids=torch.zeros(text.prompt_embeds.shape[1], 3, device=self.device),
-            img_ids=image_ids(height // PATCH, width // PATCH, device=self.device),
-            joint_attention_kwargs=self._attention_arguments(text, num_tokens=height * width // PATCH**2),
+            img_ids=ids_of_images(images, device=self.device),
+            joint_attention_kwargs=self._attention_arguments(text, num_tokens=tokens.shape[1]),
             return_dict=False,
         )[0]
-        return unpack(prediction.float(), height=height // PATCH)
+        num_noisy = height * width // PATCH**2
+        return unpack(prediction[:, :num_noisy].float(), height=height // PATCH)
 
     def make_pipeline(
         self, denoiser: nn.Module, pipeline_type: PipelineType = "text2image", *, scheduler: str | None = None
@@ -179,24 +189,35 @@ class Flux(ModelFamily):
         )
 
     def pipeline_inputs(
-        self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size
+        self,
+        prompt: TextEmbeds,
+        negative: TextEmbeds,
+        *,
+        validation: ValidationConfig,
+        size: Size,
+        references: Sequence[Tensor] = (),
     ) -> dict[str, object]:
-        """Keyword arguments of the pipeline's call: prompt embeds, guidance, shifted sigmas."""
-        num_tokens = size.height * size.width // (VAE_SCALE * PATCH) ** 2
+        """Keyword arguments of the pipeline's call: prompt embeds, guidance, shifted sigmas, references."""
+        num_tokens = _num_tokens(size.height, size.width)
         tensors = {"prompt_embeds": prompt.prompt_embeds, "pooled_prompt_embeds": _pooled(prompt)}
         if validation.validation_guidance_real > 1:
             tensors |= {
                 "negative_prompt_embeds": negative.prompt_embeds,
                 "negative_pooled_prompt_embeds": _pooled(negative),
             }
-        shift = self._shift(num_tokens=num_tokens)
-        return {
+        num_attended = num_tokens + sum(_num_tokens(*each.shape[-2:]) for each in references)
+        inputs: dict[str, object] = {
             **{name: tensor.to(self.device, self.weight_dtype) for name, tensor in tensors.items()},
             "guidance_scale": validation.validation_guidance,
             "true_cfg_scale": validation.validation_guidance_real,
-            "sigmas": sampling_sigmas(validation.validation_num_inference_steps, shift),
-            "joint_attention_kwargs": self._attention_arguments(prompt, num_tokens=num_tokens),
+            "sigmas": sampling_sigmas(
+                validation.validation_num_inference_steps, self._shift(num_tokens=num_tokens)
+            ),
+            "joint_attention_kwargs": self._attention_arguments(prompt, num_tokens=num_attended),
         }
+        if references:
+            inputs["references"] = [self.encode_images(each[None]) for each in references]
+        return inputs
 
     def sampling_context(
         self, pipeline: Any, *, validation: ValidationConfig
@@ -231,20 +252,8 @@ class Flux(ModelFamily):
         return mask
 
 
-def pack(latents: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, hw/4, 4C]: one token per 2 x 2 patch."""
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=PATCH, q=PATCH)
-
-
-def unpack(tokens: Tensor, *, height: int) -> Tensor:
-    """[B, N, 4C] -> [B, C, h, w] with `height` rows of tokens."""
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=PATCH, q=PATCH)
-
-
-def image_ids(height: int, width: int, *, device: torch.device) -> Tensor:
-    """[N, 3] float32: 0, row and column of each image token."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3).float().to(device)
+def _num_tokens(height_px: int, width_px: int) -> int:
+    return height_px * width_px // (VAE_SCALE * PATCH) ** 2
 
 
 def _pooled(text: TextEmbeds) -> Tensor:

@@ -29,6 +29,7 @@ class FluxFlavour(Flavour):
 FLAVOURS: Mapping[str, FluxFlavour] = {
     "dev": FluxFlavour("black-forest-labs/FLUX.1-dev", has_guidance=True, text_tokens=512),
     "krea": FluxFlavour("black-forest-labs/FLUX.1-Krea-dev", has_guidance=True, text_tokens=512),
+    "kontext": FluxFlavour("black-forest-labs/FLUX.1-Kontext-dev", has_guidance=True, text_tokens=512),
     "schnell": FluxFlavour("black-forest-labs/FLUX.1-schnell", has_guidance=False, text_tokens=256),
 }
 
@@ -38,10 +39,10 @@ _NON_COMMERCIAL = {
         "flux-1-dev-non-commercial-license",
         f"https://huggingface.co/{FLAVOURS[name].repository}/blob/main/LICENSE.md",
     )
-    for name in ("dev", "krea")
+    for name in ("dev", "krea", "kontext")
 }
 # Models that others made of Flux.1 are of dev's architecture, but for those of schnell, which say so.
-_LABELS = dict.fromkeys(("dev", "krea", ""), ModelLabels("flux-1-dev", "flux1"))
+_LABELS = dict.fromkeys(("dev", "krea", "kontext", ""), ModelLabels("flux-1-dev", "flux1"))
 
 _CONTEXT = ("add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 _IMAGE = ("to_k", "to_q", "to_v", "to_out.0")
@@ -120,6 +121,7 @@ SPEC = ModelSpec(
     original_name=original_name,
     original_code="https://github.com/black-forest-labs/flux",
     licences=_NON_COMMERCIAL | {"schnell": Licence("apache-2.0")},
+    reference_flavours=frozenset({"kontext"}),
     labels=_LABELS | {"schnell": ModelLabels("flux-1-schnell", "flux1")},
     dynamic_shift=shift_by_tokens,
     num_weights=dict.fromkeys(FLAVOURS, 11_900_000_000),

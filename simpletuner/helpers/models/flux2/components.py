@@ -22,6 +22,7 @@ from simpletuner.helpers.models.component_checks import (
     transformer_of,
     vae_of,
 )
+from simpletuner.helpers.models.flux2.editing import Flux2EditPipeline, Flux2KleinEditPipeline
 from simpletuner.helpers.models.flux2.latents import PATCH
 from simpletuner.helpers.models.flux2.pipeline import (
     Flux2KleinInpaintPipeline,
@@ -53,7 +54,7 @@ class Flux2Variant:
 
 DEV = Flux2Variant(
     name="Flux.2 dev",
-    pipelines={"text2image": Flux2Pipeline, "image2image": Flux2Pipeline},
+    pipelines={"text2image": Flux2Pipeline, "image2image": Flux2Pipeline, "edit": Flux2EditPipeline},
     text_encoder=Mistral3ForConditionalGeneration,
     hidden_states=(10, 20, 30),
     conversations=format_input,
@@ -65,6 +66,7 @@ KLEIN = Flux2Variant(
         "text2image": Flux2KleinPipeline,
         "image2image": Flux2KleinPipeline,
         "inpaint": Flux2KleinInpaintPipeline,
+        "edit": Flux2KleinEditPipeline,
     },
     text_encoder=Qwen3ForCausalLM,
     hidden_states=(9, 18, 27),

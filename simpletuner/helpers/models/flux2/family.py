@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import diffusers
 import torch
 from diffusers import Flux2Transformer2DModel
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -35,7 +36,8 @@ from simpletuner.helpers.models.flux2.latents import (
     Float32Flux2Autoencoder,
     encode_normalised,
     from_tokens,
-    to_tokens,
+    ids_of_images,
+    pack_images,
 )
 from simpletuner.helpers.models.flux2.spec import SHIFT_STEPS, SPEC, training_shift
 from simpletuner.helpers.models.loading import quiet
@@ -135,25 +137,29 @@ class Flux2(ModelFamily):
         return replace(noisy, guidance=draw_guidance(self.noise, sample_indices=sample_indices, seed=seed))
 
     def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:
-        """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise."""
+        """Run the transformer on a noised batch; [B, C, h, w] float32 velocity from image to noise.
+
+        The tokens of the batch's references follow those of the noisy image.
+        """
         assert noisy.sigmas is not None, "a flow-matching batch has noise levels"
         device, dtype = self.device, self.weight_dtype
-        pipeline, prompt_embeds = self.components.variant.pipelines["text2image"], batch.text.prompt_embeds
+        images, prompt_embeds = (noisy.latents, *batch.references), batch.text.prompt_embeds
         prediction: Tensor = denoiser(
-            hidden_states=to_tokens(noisy.latents).to(device, dtype),
+            hidden_states=pack_images([each.to(device, dtype) for each in images]),
             timestep=timestep_input(noisy.sigmas, dtype=dtype).to(device),
             guidance=None if noisy.guidance is None else torch.tensor(noisy.guidance, device=device),
             encoder_hidden_states=prompt_embeds.to(device, dtype),
-            txt_ids=pipeline._prepare_text_ids(prompt_embeds).to(device),
-            img_ids=pipeline._prepare_latent_ids(noisy.latents).to(device),
+            txt_ids=diffusers.Flux2Pipeline._prepare_text_ids(prompt_embeds).to(device),
+            img_ids=ids_of_images(images).to(device),
             return_dict=False,
         )[0]
-        return from_tokens(prediction.float(), height=noisy.latents.shape[-2])
+        height, width = noisy.latents.shape[-2:]
+        return from_tokens(prediction[:, : height * width].float(), height=height)
 
     def make_pipeline(
         self, denoiser: nn.Module, pipeline_type: PipelineType = "text2image", *, scheduler: str | None = None
     ) -> diffusers.DiffusionPipeline:
-        """The bundled pipeline with this transformer, without text encoder; images are references.
+        """The bundled pipeline with this transformer, without text encoder; its images are references.
 
         Its scheduler does not shift sigmas: `pipeline_inputs` passes them with the shift of training.
 
@@ -178,9 +184,15 @@ class Flux2(ModelFamily):
         )
 
     def pipeline_inputs(
-        self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size
+        self,
+        prompt: TextEmbeds,
+        negative: TextEmbeds,
+        *,
+        validation: ValidationConfig,
+        size: Size,
+        references: Sequence[Tensor] = (),
     ) -> dict[str, object]:
-        """Keyword arguments of the pipeline's call: prompt embeds, guidance, shifted sigmas.
+        """Keyword arguments of the pipeline's call: prompt embeds, guidance, shifted sigmas, references.
 
         dev has a guidance embedding and no negative prompt; a distilled Klein has neither.
         """
@@ -192,6 +204,8 @@ class Flux2(ModelFamily):
         }
         if self.components.variant is KLEIN and not self.components.is_distilled:
             inputs["negative_prompt_embeds"] = negative.prompt_embeds.to(self.device, self.weight_dtype)
+        if references:  # the pipeline takes images, and encodes them as encode_images does
+            inputs["image"] = [VaeImageProcessor().postprocess(each[None])[0] for each in references]
         return inputs
 
     def _shift(self, *, num_tokens: int) -> float:

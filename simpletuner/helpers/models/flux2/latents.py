@@ -5,8 +5,10 @@ Shapes: B batch, c VAE channels, C = 4c latent channels, H W pixels, h w latent 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from diffusers import AutoencoderKLFlux2
+from diffusers import AutoencoderKLFlux2, Flux2Pipeline
 from einops import rearrange
 from torch import Tensor
 
@@ -48,3 +50,21 @@ def to_tokens(latents: Tensor) -> Tensor:
 def from_tokens(tokens: Tensor, *, height: int) -> Tensor:
     """[B, h*w, C] -> [B, C, h, w] with `height` rows."""
     return rearrange(tokens, "b (h w) c -> b c h w", h=height)
+
+
+def pack_images(images: Sequence[Tensor]) -> Tensor:
+    """The tokens of several images, each [B, C, h, w] of its own size, one after the other."""
+    return torch.cat([to_tokens(each) for each in images], dim=1)
+
+
+def ids_of_images(images: Sequence[Tensor]) -> Tensor:
+    """[B, N, 4] the positions of these tokens: time, row, column and 0.
+
+    The first image, the noisy one, has time 0; its references have 10, 20 and so on.
+    """
+    noisy, *references = images
+    ids: Tensor = Flux2Pipeline._prepare_latent_ids(noisy)
+    if not references:
+        return ids
+    of_references = Flux2Pipeline._prepare_image_ids([each[:1] for each in references])  # [1, R, 4]
+    return torch.cat([ids, of_references.expand(len(ids), -1, -1)], dim=1)

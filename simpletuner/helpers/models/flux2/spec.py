@@ -107,6 +107,7 @@ SPEC = ModelSpec(
     original_code="https://github.com/black-forest-labs/flux2",
     licences=_NON_COMMERCIAL | dict.fromkeys(("klein-base-4b", "klein-4b"), Licence("apache-2.0")),
     labels={name: _LABELS[size] for name, size in _SIZES.items()},
+    reference_flavours=frozenset(FLAVOURS),
     dynamic_shift=empirical_shift,
     training_shift=training_shift,
     layer_sides={

@@ -54,8 +54,11 @@ def render_datasets(run: RunSnapshot) -> str:
     known = {each["id"]: each for each in run.manifest.get("datasets", [])}
     entries = run.config.get("data_backend_config", [])
     configured = [each for each in entries if each.get("dataset_type") != "conditioning"]
+    kinds = {each.get("id"): str(each.get("conditioning_type")) for each in entries}
     target = run.config.get("regularisation_target")
-    return "\n".join(_dataset(each, known.get(each.get("id"), {}), target=target) for each in configured)
+    return "\n".join(
+        _dataset(each, known.get(each.get("id"), {}), kinds=kinds, target=target) for each in configured
+    )
 
 
 def render_changes(run: RunSnapshot) -> str:
@@ -142,9 +145,16 @@ def _parameters(adapter: Mapping[str, Any]) -> str | None:
     return f"{size} parameters in {format_count(adapter.get('layers', 0), 'layer')}"
 
 
-def _dataset(config: Mapping[str, Any], known: Mapping[str, Any], *, target: str | None) -> str:
+def _dataset(
+    config: Mapping[str, Any], known: Mapping[str, Any], *, kinds: Mapping[str, str], target: str | None
+) -> str:
+    """One dataset; `kinds` is the conditioning_type of each entry, by id."""
     draws = f"{(config.get('repeats', 0) + 1) * config.get('probability', 1):g} x each image"
     keeps_class = bool(config.get("is_regularisation_data"))
+    named = config.get("conditioning_data", [])
+    references = [each for each in named if kinds.get(each, "").startswith("reference")]
+    masks = [each for each in named if each not in references]
+    references += [each["type"] for each in config.get("conditioning", [])]
     if keeps_class and target == "data":
         draws = "as many as of the other images"
     entries = [
@@ -159,10 +169,8 @@ def _dataset(config: Mapping[str, Any], known: Mapping[str, Any], *, target: str
             f"{config.get('crop_style')}, {config.get('crop_aspect')}" if config.get("crop") else "none",
         ),
         ("regularisation", f"towards {target}" if keeps_class else None),
-        (
-            "masks",
-            "alpha channels" if config.get("alpha_mask") else ", ".join(config.get("conditioning_data", [])),
-        ),
+        ("masks", "alpha channels" if config.get("alpha_mask") else ", ".join(masks)),
+        ("references", ", ".join(references)),
         ("draws per epoch", draws),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),

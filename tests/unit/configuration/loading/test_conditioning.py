@@ -95,8 +95,8 @@ def test_keys_of_images_in_an_entry_of_masks_have_no_effect(workspace: Workspace
         ),
         (
             {"conditioning_data": "masks"},
-            {"conditioning_type": "reference_loose"},
-            r'conditioning_type +"reference_loose": known from SimpleTuner',
+            {"conditioning_type": "controlnet"},
+            r'conditioning_type +"controlnet": known from SimpleTuner.*reference_strict',
         ),
         (
             {"conditioning_data": "masks"},
@@ -218,7 +218,7 @@ def test_a_loss_that_takes_no_mask_is_refused_with_masks(
         return
     workspace.config |= {"loss_type": "plain"}
     assert re.search(r'loss_type +"plain": .*l2, huber, smooth_l1', workspace.problems())
-    assert workspace.load(loss_type="huber").datasets[0].has_masks
+    assert workspace.load(loss_type="huber").noise.loss_type == "huber"
 
 
 def test_output_is_not_written_among_the_masks(workspace: Workspace) -> None:
@@ -235,7 +235,7 @@ def test_masks_of_a_simpletuner_run_stay(workspace: Workspace) -> None:
 
 
 def test_the_name_of_an_entry_that_is_left_out_is_left_out(workspace: Workspace) -> None:
-    kind = {"conditioning_type": "reference_strict"}
+    kind = {"conditioning_type": "controlnet"}
     workspace.datasets = [PHOTOS | {"conditioning_data": "masks"}, MASKS | kind]
     run = translate_run(workspace.write(), families=workspace.families)
     assert [entry["id"] for entry in run.datasets] == ["photos"]

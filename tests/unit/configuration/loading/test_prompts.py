@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -80,3 +81,64 @@ def test_a_library_that_does_not_fit_says_what_to_do(
 
 def test_a_missing_library_is_refused(workspace: Workspace) -> None:
     assert "user_prompt_library  " in workspace.problems(user_prompt_library="none.json")
+
+
+def images(workspace: Workspace, **changes: object) -> dict[str, list[str]]:
+    found = workspace.load(**changes).validation.prompts
+    return {each.name: [str(file.relative_to(workspace.folder)) for file in each.images] for each in found}
+
+
+def takes_references(workspace: Workspace) -> Workspace:
+    """The workspace, whose images lie in its folder and whose model takes reference images."""
+    workspace.image_folder("shots", ["a.png", "b.png"])
+    (spec,) = workspace.families.values()
+    workspace.families = {spec.name: replace(spec, reference_flavours=frozenset({"small"}))}
+    return workspace
+
+
+def test_reference_images_are_those_of_the_prompt_else_those_of_all(workspace: Workspace) -> None:
+    library = {
+        "own": {"prompt": "make it red", "image": "shots/b.png"},
+        "several": {"prompt": "put both together", "image": ["shots/b.png", "shots/a.png"]},
+        "shared": "make it blue",
+        "none": {"prompt": "a cat", "image": []},
+    }
+    workspace.text("prompts.json", json.dumps(library))
+    keys = {"validation_prompt": "make it old", "user_prompt_library": "prompts.json"}
+    found = images(takes_references(workspace), validation_reference_images="shots/a.png", **keys)
+    assert found == {
+        "validation": ["shots/a.png"],
+        "own": ["shots/b.png"],
+        "several": ["shots/b.png", "shots/a.png"],
+        "shared": ["shots/a.png"],
+        "none": [],
+    }
+    again = images(workspace, validation_reference_images=["shots/a.png", "shots/b.png"])
+    assert again["shared"] == ["shots/a.png", "shots/b.png"]
+    assert images(workspace, validation_reference_images=None)["shared"] == []
+
+
+@pytest.mark.parametrize("value", ["shots/none.png", "shots", ["shots/a.png", 3], 3])
+def test_reference_images_that_are_no_files_are_named(workspace: Workspace, value: object) -> None:
+    workspace.text("prompts.json", json.dumps({"one": {"prompt": "x", "image": value}}))
+    keys = {"user_prompt_library": "prompts.json", "validation_reference_images": value}
+    message = takes_references(workspace).problems(validation_prompt="a cat", **keys)
+    assert "prompts.json: 1 problem" in message
+    assert "  one.image" in message
+    assert "  validation_reference_images" in message
+
+
+@pytest.mark.parametrize("key", ["validation_reference_images", "user_prompt_library"])
+@pytest.mark.parametrize("chosen", [{}, {"model_flavour": "large"}], ids=["default", "flavour"])
+def test_reference_images_of_a_model_that_takes_none_are_refused(
+    workspace: Workspace, key: str, chosen: dict[str, object]
+) -> None:
+    workspace.text("prompts.json", json.dumps({"one": {"prompt": "x", "image": "shots/a.png"}}))
+    values = {"validation_reference_images": "shots/a.png", "user_prompt_library": "prompts.json"}
+    takes_references(workspace)
+    (spec,) = workspace.families.values()
+    others = frozenset({"large"} if not chosen else {"small"})
+    workspace.families = {spec.name: replace(spec, reference_flavours=others)}
+    message = workspace.problems(validation_prompt="a cat", **{key: values[key]}, **chosen)
+    assert f"  {key}  " in message
+    assert f"model_flavour to {min(others)}" in message

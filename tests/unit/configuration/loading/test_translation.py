@@ -316,11 +316,13 @@ def test_group_offload_of_a_transformer_stays_block_level(flux: Workspace) -> No
     assert flux.load(enable_group_offload=True).precision.group_offload_type == "block_level"
 
 
-@pytest.mark.parametrize(
-    ("flavour", "says"), [("kontext", "edit pairs"), ("libreflux", "LibreFlux"), ("fluxbooru", "FluxBooru")]
-)
+@pytest.mark.parametrize(("flavour", "says"), [("libreflux", "LibreFlux"), ("fluxbooru", "FluxBooru")])
 def test_flavours_that_are_not_here_name_what_to_do(flux: Workspace, flavour: str, says: str) -> None:
     assert says in flux.problems(model_flavour=flavour)
+
+
+def test_kontext_is_a_flavour(flux: Workspace) -> None:
+    assert flux.load(model_flavour="kontext").model.model_flavour == "kontext"
 
 
 @pytest.mark.parametrize(

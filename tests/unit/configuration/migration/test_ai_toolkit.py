@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import JsonValue
 
+from simpletuner.helpers.configuration.migration.draft import Draft
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.errors import ConfigError
 from tests.unit.configuration.migration.foreign_files import ai_toolkit, decision, images, migrate, toml
@@ -261,13 +262,12 @@ def test_the_trigger_word_stands_before_captions_and_in_prompts(folder: Path, tm
     ("section", "keys", "found"),
     [
         ("model", {"arch": "qwen_image"}, "qwen_image"),
-        ("model", {"arch": "flux_kontext"}, "edit pairs"),
         ("model", {"arch": None}, "arch"),
         ("train", {"train_unet": False}, "train_unet"),
         ("network", {"type": "lorm"}, "network.type"),
         ("train", {"gradient_accumulation_steps": -1}, "gradient_accumulation_steps"),
     ],
-    ids=["family", "edit pairs", "none", "no denoiser", "network", "whole epoch"],
+    ids=["family", "none", "no denoiser", "network", "whole epoch"],
 )
 def test_another_kind_of_job_is_an_error(
     folder: Path, tmp_path: Path, section: str, keys: dict[str, object], found: str
@@ -345,3 +345,69 @@ def test_each_dataset_has_its_rate_of_caption_dropout(
     draft = migrate(ai_toolkit(tmp_path / "job.json", entries, train=train))
     assert draft.config["caption_dropout_probability"] == config
     assert [each.get("caption_dropout_probability") for each in draft.datasets] == own
+
+
+def edit_job(tmp_path: Path, arch: str, folder: Path, **sample: object) -> Draft:
+    images(tmp_path / "before", 3)
+    images(tmp_path / "sketch", 3)
+    datasets = [
+        {
+            "folder_path": str(folder),
+            "control_path": ["before"],
+            "control_path_1": str(tmp_path / "sketch"),
+            "resolution": [64, 96],
+        },
+        {"folder_path": str(folder), "is_reg": True},
+    ]
+    return migrate(ai_toolkit(tmp_path / "job.json", datasets, model={"arch": arch}, sample=sample))
+
+
+@pytest.mark.parametrize("arch", ["flux_kontext", "flux2_klein_4b"])
+def test_control_images_become_references_of_a_model_that_edits(
+    folder: Path, tmp_path: Path, arch: str
+) -> None:
+    draft = edit_job(tmp_path, arch, folder)
+    names = ["before-references", "sketch-references"]
+    assert [each.get("conditioning_data") for each in draft.datasets] == [names, names, None, None, None]
+    found = {str(each["id"]): each for each in draft.datasets[3:]}
+    assert list(found) == names
+    assert {each["conditioning_type"] for each in found.values()} == {"reference_strict"}
+    assert found["before-references"]["instance_data_dir"] == str(tmp_path / "before")
+    assert draft.config["conditioning_multidataset_sampling"] == "combined"
+    assert draft.config["model_family"] == arch.partition("_")[0]
+    assert (draft.config.get("model_flavour") == "kontext") is (arch == "flux_kontext")
+    for key in ("control_path", "control_path_1"):
+        assert decision(draft, f"process[0].datasets[0].{key}").outcome == "approximate"
+
+
+def test_control_images_of_prompts_become_their_reference_images(folder: Path, tmp_path: Path) -> None:
+    samples: list[object] = [
+        {"prompt": "make it red", "ctrl_img": "before/image0.png", "ctrl_img_1": "before/image0.png"},
+        {"prompt": "both", "ctrl_img_1": "before/image0.png", "ctrl_img_2": "sketch/image1.png"},
+        {"prompt": "a cat"},
+    ]
+    draft = edit_job(
+        tmp_path, "flux_kontext", folder, samples=samples, prompts=["it --ctrl_img before/image1.png"]
+    )
+    before, sketch = (
+        [str(path) for path in sorted((tmp_path / name).glob("*.png"))] for name in ("before", "sketch")
+    )
+    assert list(draft.prompts.values()) == [
+        {"prompt": "it", "image": before[1]},
+        {"prompt": "make it red", "image": before[0]},
+        {"prompt": "both", "image": [before[0], sketch[1]]},
+        "a cat",
+    ]
+    only = edit_job(tmp_path, "flux_kontext", folder, samples=samples[:1])
+    assert only.config["validation_reference_images"] == before[0]
+    assert decision(only, "process[0].sample.samples").outcome == "translated"
+
+
+def test_control_images_of_a_model_that_does_not_edit_are_left_out(folder: Path, tmp_path: Path) -> None:
+    samples = [{"prompt": "make it red", "ctrl_img": "before/image0.png"}]
+    draft = edit_job(tmp_path, "flux", folder, samples=samples)
+    assert not any("conditioning_data" in each for each in draft.datasets)
+    assert len(draft.datasets) == 3
+    assert "validation_reference_images" not in draft.config
+    assert decision(draft, "process[0].datasets[0].control_path").outcome == "not translated"
+    assert decision(draft, "process[0].sample.samples").outcome == "approximate"

@@ -1,0 +1,45 @@
+"""The pixels of planned images, as the VAE takes them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simpletuner.helpers.data.images import as_pixels, cut, decode_image
+from simpletuner.helpers.data.index import read_unchanged
+from simpletuner.helpers.data.made_references import DepthEstimator, make_reference
+from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.references import PlannedReference
+from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
+from simpletuner.helpers.io.names import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def load_pixels(image: PlannedImage | PlannedReference, *, depth: DepthEstimator | None = None) -> Tensor:
+    """Read a planned image as [3, H, W] float32 in [-1, 1], resized and cropped.
+
+    Args:
+        image: The image, or a reference.
+        depth: Estimates depth; None if no reference needs it.
+
+    Raises:
+        DamagedImageError: Its pixels are damaged.
+        DataError: The file changed or vanished since the scan.
+        TrainingError: The pixels do not fit into memory.
+        ModelError: A model for depth estimation cannot be loaded.
+    """
+    shown, sample = printable(str(image.file.path)), image.sample
+    data = read_unchanged(image.file, image.digest)
+    try:
+        pixels = decode_image(data)
+    except DataError as error:
+        raise DamagedImageError(str(error)) from error
+    except MemoryError as error:
+        raise TrainingError(
+            f"{shown}: {sample.original_px} px do not fit into memory. Free memory or scale the image down."
+        ) from error
+    found = cut(pixels, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px)
+    if isinstance(image, PlannedReference) and image.making is not None:
+        found = make_reference(found, image.making, seed=image.seed, depth=depth)
+    return as_pixels(found)
