@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.made_references import (
     Canny,
+    DepthEstimator,
     JpegArtifacts,
     MadeReference,
     RandomMasks,
@@ -190,7 +191,9 @@ def make(tmp_path: Path) -> Make:
     for name, size in (("a", (96, 64)), ("b", (96, 64)), ("c", (64, 64))):
         photo(size).save(tmp_path / "photos" / f"{name}.png")
 
-    def made_data(*conditioning: object, seed: int = 42, **options: object) -> TrainingData:
+    def made_data(
+        *conditioning: object, seed: int = 42, depth: DepthEstimator | None = None, **options: object
+    ) -> TrainingData:
         config = DatasetConfig(
             id="photos",
             instance_data_dir=tmp_path / "photos",
@@ -198,7 +201,7 @@ def make(tmp_path: Path) -> Make:
             **{"resolution": 48, "crop": True, "crop_style": "random", **options},
         )
         folders = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
-        data = TrainingData([config], folders, seed=seed, batch_size=1, pixel_alignment=16)
+        data = TrainingData([config], folders, seed=seed, batch_size=1, pixel_alignment=16, depth=depth)
         data.set_encoders(vae_identity="vae", text_identity="text")
         return data
 
@@ -297,9 +300,7 @@ def test_depth_is_estimated_from_the_cut_and_cached_by_the_model(make: Make, tmp
         (folder / "weights").write_text("first")
 
     def data(folder: Path) -> TrainingData:
-        found = make({"type": "depth", "model": str(folder)})
-        found.depth = Estimator()
-        return found
+        return make({"type": "depth", "model": str(folder)}, depth=Estimator())
 
     before = keys(data(folders[0]))
     assert keys(data(folders[1])) == before  # what counts is the content
