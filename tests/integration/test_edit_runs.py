@@ -202,7 +202,9 @@ def test_a_run_on_pairs_learns_to_look_at_the_reference(
 ) -> None:
     run = model.run(tmp_path, {**model.tlora, "linear_dim": 16, "linear_alpha": 16, "tlora_min_rank": 12})
     save_pairs(run, kind)
-    black, white = (str(save_reference(tmp_path / f"{name}.png", name)) for name in ("black", "white"))
+    black, white = (
+        str(save_reference(tmp_path / f"{name}.png", name, (96, 64))) for name in ("black", "white")
+    )
     steps = 100
     settings = {
         **KEYS,
@@ -216,6 +218,9 @@ def test_a_run_on_pairs_learns_to_look_at_the_reference(
         **keys,
     }
     with run.trainer(**settings) as trainer:
+        prompts = trainer.validation.sampler.prompts
+        cuts = {each.pixels.shape[1:] for prompt in prompts for each in prompt.references}
+        assert cuts == {(80, 64) if kind == "reference_strict" else (64, 80)}
         before = losses(trainer)
         assert trainer.run() == 0
         after = losses(trainer)

@@ -57,7 +57,7 @@ def shrunk(config: Path, folder: Path) -> RunConfig:
         **OVERRIDES,
         **encoders_in_8_bits,
         "pretrained_model_name_or_path": model_of(
-            keys["model_family"], told_guidance=keys.get("model_flavour") == "dev"
+            keys["model_family"], told_guidance=keys.get("model_flavour") in ("dev", "kontext")
         ),
         **{name: folder / name for name in ("output_dir", "cache_dir_vae", "cache_dir_text")},
     }

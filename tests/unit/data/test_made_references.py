@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.made_references import (
     Canny,
-    DepthEstimator,
     JpegArtifacts,
     MadeReference,
     RandomMasks,
@@ -23,7 +22,7 @@ from simpletuner.helpers.configuration.schema.made_references import (
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.images import as_pixels
-from simpletuner.helpers.data.made_references import make_reference
+from simpletuner.helpers.data.made_references import DepthEstimator, make_reference
 from simpletuner.helpers.data.pixels import load_pixels
 
 Make = Callable[..., TrainingData]
