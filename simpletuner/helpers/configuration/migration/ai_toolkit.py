@@ -391,7 +391,7 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), spec.minimum_alignment)
     if trigger:
         settings.skip("trigger_word", outcome="approximate")
-    draft.datasets += references
+    draft.datasets.extend(references)
 
 
 def _drop_full_strengths(datasets: Sequence[dict[str, JsonValue]]) -> None:
