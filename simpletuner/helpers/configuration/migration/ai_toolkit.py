@@ -20,7 +20,6 @@ from simpletuner.helpers.configuration.migration.adapters import (
 )
 from simpletuner.helpers.configuration.migration.arithmetic import Length
 from simpletuner.helpers.configuration.migration.averages import put_ema
-from simpletuner.helpers.configuration.migration.control_images import put_control_images
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.noise import put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, is_of_other_system, unique_id
@@ -77,7 +76,7 @@ def read_ai_toolkit(content: Mapping[str, JsonValue], place: Place, specs: Mappi
     _model(settings, specs[family], place)
     _network(settings, family, place)
     _train(settings, family)
-    _datasets(settings, datasets, place, spec=specs[family])
+    _datasets(settings, datasets, place, alignment=specs[family].minimum_alignment)
     _output(settings, str(config.get("name", "")), place)
     _samples(settings)
     settings.finish()
@@ -362,11 +361,8 @@ def _timestep_range(settings: Settings) -> None:
             settings.put(key, ours, min(max(NUM_TIMESTEPS - settings.whole(key), 0), NUM_TIMESTEPS))
 
 
-def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *, spec: ModelSpec) -> None:
+def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *, alignment: int) -> None:
     draft = settings.draft
-    flavour = draft.config.get("model_flavour", spec.default_flavour)
-    kind = load_table("ai-toolkit").facts["references"].get(spec.name)
-    references: list[dict[str, JsonValue]] = []
     trigger = settings.text("trigger_word")
     steps: list[int] = []
     rows = load_table("ai-toolkit").rows("dataset")
@@ -377,10 +373,7 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         own = Settings(entry, rows, draft, place=f"{where}.")
         num_before = len(draft.datasets)
         _dataset(own, place, trigger=trigger)
-        made = draft.datasets[num_before:]
-        _put_regularisation(own, made)
-        sees = kind if flavour in spec.reference_flavours else None
-        references += put_control_images(own, made, place=place, kind=sees)
+        _put_regularisation(own, draft.datasets[num_before:])
         steps.append(own.whole("bucket_tolerance"))
         own.finish(into={})
     _drop_full_strengths(draft.datasets)
@@ -388,10 +381,9 @@ def _datasets(settings: Settings, entries: Sequence[JsonValue], place: Place, *,
         raise ConfigError("config.process[0].datasets has no images but regularisation images.")
     _dropout(settings)
     if steps:
-        draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), spec.minimum_alignment)
+        draft.config["aspect_bucket_alignment"] = math.lcm(max(1, steps[0]), alignment)
     if trigger:
         settings.skip("trigger_word", outcome="approximate")
-    draft.datasets.extend(references)
 
 
 def _drop_full_strengths(datasets: Sequence[dict[str, JsonValue]]) -> None:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import JsonValue
 
-from simpletuner.helpers.configuration.migration.detection import translate
-from simpletuner.helpers.configuration.migration.draft import Draft
 from simpletuner.helpers.configuration.migration.reading import flattened
-from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.data.preview import header_size
 from simpletuner.helpers.errors import ConfigError
-from simpletuner.helpers.models import registry
 from tests.unit.configuration.migration.foreign_files import ai_toolkit, decision, images, migrate, toml
 
 
@@ -351,58 +345,3 @@ def test_each_dataset_has_its_rate_of_caption_dropout(
     draft = migrate(ai_toolkit(tmp_path / "job.json", entries, train=train))
     assert draft.config["caption_dropout_probability"] == config
     assert [each.get("caption_dropout_probability") for each in draft.datasets] == own
-
-
-KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
-
-
-def editing_specs() -> dict[str, ModelSpec]:
-    """The families, Flux.1 with a flavour for editing and Flux.2 with references."""
-    specs = dict(registry.specs())
-    flux, flux2 = specs["flux"], specs["flux2"]
-    flavours = {**flux.flavours, "kontext": KONTEXT}
-    specs["flux"] = replace(flux, flavours=flavours, reference_flavours=frozenset({"kontext"}))
-    specs["flux2"] = replace(flux2, reference_flavours=frozenset(flux2.flavours))
-    return specs
-
-
-def edit_job(folder: Path, tmp_path: Path, arch: str, *, model: str = KONTEXT, **keys: object) -> Draft:
-    dataset = {"folder_path": str(folder), "resolution": [64, 128], **keys}
-    file = ai_toolkit(tmp_path / "job.json", [dataset], model={"arch": arch, "name_or_path": model})
-    return translate(str(file), specs=editing_specs(), header_size=header_size)
-
-
-@pytest.mark.parametrize(("arch", "kind"), [("flux", "reference_strict"), ("flux2", "reference_loose")])
-def test_control_images_are_references_of_a_model_that_sees_them(
-    folder: Path, tmp_path: Path, arch: str, kind: str
-) -> None:
-    before = images(tmp_path / "before", 3)
-    draft = edit_job(folder, tmp_path, arch, control_path=str(before))
-    *made, entry = draft.datasets
-    assert [each["conditioning_data"] for each in made] == 2 * [[entry["id"]]]
-    assert entry == {"id": entry["id"], "instance_data_dir": str(before), "conditioning_type": kind}
-    assert "conditioning_multidataset_sampling" not in draft.config
-    assert decision(draft, "process[0].datasets[0].control_path").outcome == "translated"
-    if arch == "flux":
-        assert draft.config["model_flavour"] == "kontext"
-
-
-@pytest.mark.parametrize("numbered", [True, False])
-def test_several_folders_of_control_images_are_seen_together(
-    folder: Path, tmp_path: Path, numbered: bool
-) -> None:
-    folders = [str(images(tmp_path / name / "before", 3)) for name in ("a", "b")]
-    numbers = {f"control_path_{number}": each for number, each in enumerate(folders, start=1)}
-    draft = edit_job(folder, tmp_path, "flux", **(numbers if numbered else {"control_path": folders}))
-    entries = [each for each in draft.datasets if "conditioning_type" in each]
-    assert [each["instance_data_dir"] for each in entries] == folders
-    assert draft.datasets[0]["conditioning_data"] == [each["id"] for each in entries]
-    assert len({each["id"] for each in draft.datasets}) == 4
-    assert draft.config["conditioning_multidataset_sampling"] == "combined"
-
-
-def test_control_images_of_a_model_that_sees_none_are_left_out(folder: Path, tmp_path: Path) -> None:
-    draft = edit_job(folder, tmp_path, "flux", model="black-forest-labs/FLUX.1-dev", control_path=str(folder))
-    assert not any("conditioning_data" in each or "conditioning_type" in each for each in draft.datasets)
-    found = decision(draft, "process[0].datasets[0].control_path")
-    assert (found.outcome, "reference" in found.text) == ("not translated", True)
