@@ -66,8 +66,9 @@ def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
         config.id,
         counted(len(scan.conditioning), "file is named", "files are named"),
         listed(map(printable, scan.conditioning)),
-        f"{paired} of them are conditioning data of images here, which are trained without it. Masks have a "
-        "folder of their own, the names of their images, and an entry that conditioning_data names."
+        f"{paired} of them are conditioning data of images here, which are trained without it. Masks and "
+        "references have a folder of their own, the names of their images, and an entry that "
+        "conditioning_data names."
         if paired
         else "No image here has their name.",
     )

@@ -558,6 +558,19 @@ def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
         list(plan_lines(config, spec))
 
 
+def test_sdxl_sees_no_references(folder: Path) -> None:
+    entries = [
+        {"id": "mine", "instance_data_dir": str(folder / "images"), "conditioning_data": "before"},
+        {
+            "id": "before",
+            "instance_data_dir": str(with_references(folder, set())[0].references[0].instance_data_dir),
+            "conditioning_type": "reference_strict",
+        },
+    ]
+    with pytest.raises(ConfigError, match=r"model_flavour +sdxl .*mine"):
+        run_of(folder, data_backend_config=entries)
+
+
 def test_a_run_takes_the_references_of_its_configuration(folder: Path) -> None:
     config, spec = with_references(folder, {"base"})
     family: Any = SimpleNamespace(spec=spec)
