@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from simpletuner import cli
 from simpletuner.helpers.contracts import Batch, TextEmbeds
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from simpletuner.helpers.sampling.images import LABEL_WIDTH_PX, MARGIN_PX, SMALLEST_CELL_PX
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.attached import command
 from tests.integration.family_runs import DEV, FLUX, IMAGES, KLEIN, FamilyModel
@@ -76,6 +77,16 @@ def test_validation_images_depend_on_their_references_alone(
     )
     library = write_prompts(run, one=one, other=other, copy=copy, both=[one, wide], none=[])
     assert run.run(max_train_steps=2, user_prompt_library=library, **KEYS, **keys) == 0
+    shots = json.loads((run.output_dir / "run.json").read_text())["shots"]
+    assert [each.get("references", []) for each in shots] == [
+        ["one.png"],
+        ["other.png"],
+        ["copy.png"],
+        ["one.png", "wide.png"],
+        [],
+    ]
+    with Image.open(run.output_dir / "validation" / "step-2" / "grid.png") as grid:
+        assert grid.width == LABEL_WIDTH_PX + MARGIN_PX + 3 * (SMALLEST_CELL_PX + MARGIN_PX)
     for folder in ("step-2", "base"):
         found = images_of(run, folder)
         assert found.keys() == {"one", "other", "copy", "both", "none"}

@@ -39,7 +39,9 @@ def sample_command(config: Config, manifest: Manifest, *, adapter: str, model: s
         "--negative": config.get("validation_negative_prompt") or None,
         "--scheduler": config.get("validation_noise_scheduler"),
     }
-    parts = [f"{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
+    given = [(name, value) for name, value in options.items() if value is not None]
+    given[1:1] = [("--reference", name) for name in image["references"]]
+    parts = [f"{name} {shlex.quote(str(value))}" for name, value in given]
     return " \\\n  ".join(["simpletuner sample", *parts])
 
 
@@ -61,7 +63,7 @@ def pipeline_code(
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
     lines = [
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        *_diffusers_imports(image),
         *([imports] if imports else []),
         "",
         f"from simpletuner.helpers.adapters.inference import {load}",
@@ -82,7 +84,7 @@ def diffusers_code(
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
     lines = [
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        *_diffusers_imports(image),
         "",
         *_pipeline(model, loading),
         *_scheduler(config, is_flow=is_flow),
@@ -93,7 +95,10 @@ def diffusers_code(
 
 
 def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Prompt, size, seed, strength and sampling of the first validation image, else close to training."""
+    """Prompt, references, size, seed, strength and sampling of the first validation image.
+
+    What there is not is close to training.
+    """
     prompt: Mapping[str, Any] = next(iter(manifest.get("shots", [])), {})
     prompts = [
         each["instance_prompt"]
@@ -108,6 +113,7 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
     texts = [prompt.get("prompt"), config.get("validation_prompt"), *prompts, *captions, "a photo"]
     return {
         "prompt": next(text for text in texts if text),
+        "references": [str(name) for name in prompt.get("references", ())],
         "width": int(width),
         "height": int(height),
         "steps": config.get("validation_num_inference_steps", 30),
@@ -119,6 +125,18 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
 
 def _strength_argument(image: Mapping[str, Any]) -> str:
     return f", strength={image['strength']:g}" if image["strength"] != 1 else ""
+
+
+def _diffusers_imports(image: Mapping[str, Any]) -> list[str]:
+    utils = ["from diffusers.utils import load_image"] if image["references"] else []
+    return ["from diffusers import DiffusionPipeline", *utils]
+
+
+def _references(image: Mapping[str, Any]) -> list[str]:
+    loaded = [f"load_image({name!r})" for name in image["references"]]
+    return (
+        [f"    image={loaded[0] if len(loaded) == 1 else '[' + ', '.join(loaded) + ']'},"] if loaded else []
+    )
 
 
 def _diffusers_loading(image: Mapping[str, Any], *, source: str, file: str) -> list[str]:
@@ -146,6 +164,7 @@ def _image(config: Config, image: Mapping[str, Any], *, is_flow: bool) -> list[s
     return [
         "image = pipeline(",
         f"    prompt={image['prompt']!r},",
+        *_references(image),
         *_negative(config, is_flow=is_flow),
         f"    width={image['width']},",
         f"    height={image['height']},",

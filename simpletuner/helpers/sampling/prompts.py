@@ -48,10 +48,15 @@ class PromptSpec:
     """Their pixels, once they are read."""
 
     @property
+    def reference_names(self) -> list[str]:
+        """Names of the files of its reference images, redacted."""
+        return [redacted(file.name) for file in self.reference_files]
+
+    @property
     def label(self) -> str:
         """Label of the image in a grid."""
         strength = "" if self.strength == 1 else f"  strength {self.strength:g}"
-        names = ", ".join(redacted(file.name) for file in self.reference_files)
+        names = ", ".join(self.reference_names)
         of = f"\nof {names}" if names else ""
         return f"{redacted(self.text)}\n{self.size}  seed {self.seed}{strength}{of}"
 

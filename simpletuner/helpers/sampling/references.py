@@ -7,18 +7,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 import xxhash
+from PIL import Image
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.buckets import bucket_size, place
 from simpletuner.helpers.data.images import decode_image, resize_and_crop
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.sampling.prompts import PromptSpec, Reference
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 ASPECT_DECIMALS = 2
 """Default of aspect_bucket_rounding."""
@@ -54,6 +51,26 @@ def with_references(
         replace(prompt, references=tuple(reference(file, prompt.size) for file in prompt.reference_files))
         for prompt in prompts
     )
+
+
+def side_by_side(prompt: PromptSpec) -> Image.Image | None:
+    """The reference images of a prompt in one row, no longer than its image; None without any."""
+    references = prompt.references
+    if not references:
+        return None
+    height = max(each.pixels.shape[1] for each in references)
+    images = []
+    for each in references:
+        values = ((each.pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
+        image = Image.fromarray(values)
+        images.append(image.resize((round(image.width * height / image.height), height)))
+    row = Image.new("RGB", (sum(image.width for image in images), height))
+    left = 0
+    for image in images:
+        row.paste(image, (left, 0))
+        left += image.width
+    row.thumbnail((max(prompt.size.width, prompt.size.height),) * 2)
+    return row
 
 
 def own_size(image: Image.Image, size: Size, *, alignment: int) -> Size:

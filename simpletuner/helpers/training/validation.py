@@ -26,6 +26,7 @@ from simpletuner.helpers.io.run_folder import (
     validation_step_folders,
 )
 from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
+from simpletuner.helpers.sampling.references import side_by_side
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,6 +144,7 @@ class Validation:
                     "size": str(prompt.size),
                     "seed": prompt.seed,
                     "strength": prompt.strength,
+                    **({"references": names} if (names := prompt.reference_names) else {}),
                     "base": None if sampler.config.disable_benchmark else sampler.cached_path(prompt).name,
                     "other": None if other is None else other.cached_path(prompt).name,
                 }
@@ -231,11 +233,19 @@ class Validation:
         if self.comparison is not None:
             columns[self.comparison.title] = self.comparison.cached_path
         columns |= {f"{self.title}{each.title}, step {step}": own.__getitem__ for each, own in files.items()}
+        prompts = self.sampler.prompts
+        shows_references = any(prompt.references for prompt in prompts)
         rows = [
-            Row(prompt.label, tuple(_load_png(path(prompt)) for path in columns.values()))
-            for prompt in self.sampler.prompts
+            Row(
+                prompt.label,
+                (
+                    *([side_by_side(prompt)] if shows_references else []),
+                    *(_load_png(path(prompt)) for path in columns.values()),
+                ),
+            )
+            for prompt in prompts
         ]
-        return labelled_grid(rows, columns=list(columns))
+        return labelled_grid(rows, columns=[*(["references"] if shows_references else []), *columns])
 
 
 def _remove_images(folder: Path, *, resumed_step: int) -> None:

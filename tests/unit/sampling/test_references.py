@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from simpletuner.helpers.configuration.schema.sections import ValidationConfig, 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts, pipeline_type
-from simpletuner.helpers.sampling.references import with_references
+from simpletuner.helpers.sampling.references import side_by_side, with_references
 
 SQUARE = Size(128, 128)
 
@@ -109,3 +110,17 @@ def test_prompts_without_references_stay_as_they_are_and_need_no_other_pipeline(
     assert pipeline_type((*plain, *edits)) == "edit"
     assert "a.png" in edits[0].label
     assert plain[0].label.count("\n") == 1
+
+
+def test_references_are_shown_side_by_side_no_longer_than_the_image(tmp_path: Path) -> None:
+    Image.new("RGB", (128, 64), "red").save(tmp_path / "red.png")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "blue.png")
+    files = tmp_path / "red.png", tmp_path / "blue.png"
+    (prompt,) = with_references(prompts_of(*files, sizes="64"), alignment=16, fills_image=False)
+    shown = side_by_side(prompt)
+    assert shown is not None
+    assert shown.width == 64
+    assert shown.getpixel((0, 0)) == (255, 0, 0)
+    assert shown.getpixel((63, shown.height - 1)) == (0, 0, 255)
+    assert side_by_side(replace(prompt, references=prompt.references[:1])).size == (64, 32)
+    assert side_by_side(replace(prompt, references=())) is None

@@ -398,6 +398,7 @@ def test_control_images_of_prompts_become_their_reference_images(folder: Path, t
         {"prompt": "both", "image": [before[0], sketch[1]]},
         "a cat",
     ]
+    assert decision(draft, "process[0].sample.samples").outcome == "translated"
     only = edit_job(tmp_path, "flux_kontext", folder, samples=samples[:1])
     assert only.config["validation_reference_images"] == before[0]
     assert decision(only, "process[0].sample.samples").outcome == "translated"

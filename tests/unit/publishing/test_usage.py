@@ -1,0 +1,35 @@
+"""Commands and code that generate a run's first validation image."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from simpletuner.helpers.publishing.usage import diffusers_code, pipeline_code, sample_command
+
+SHOT = {"name": "edit", "prompt": "make it red", "size": "64x80", "seed": 3, "strength": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        ((), None),
+        (("my house.jpg",), "image=load_image('my house.jpg')"),
+        (("a.png", "b.png"), "image=[load_image('a.png'), load_image('b.png')]"),
+    ],
+    ids=["none", "one", "two"],
+)
+def test_reference_images_of_the_prompt_are_given(names: tuple[str, ...], shown: str | None) -> None:
+    manifest = {"shots": [{**SHOT, "references": list(names)} if names else SHOT]}
+    command = sample_command({}, manifest, adapter="a.safetensors")
+    assert command.count("--reference") == len(names)
+    assert ("--reference 'my house.jpg' " in command) is (names == ("my house.jpg",))
+    code = pipeline_code({}, manifest, model="some/model", adapter="'a.safetensors'", spec=None)
+    stock = diffusers_code(
+        {}, manifest, model="some/model", source="some/lora", file="a.safetensors", spec=None
+    )
+    for text in (code, stock):
+        ast.parse(text)
+        assert ("import load_image" in text) is bool(names)
+        assert "image=" not in text if shown is None else shown in text
