@@ -71,6 +71,10 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     distribution = accelerator.distributed_type
     if config.precision.enable_group_offload and accelerator.num_processes > 1:
         raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
+    if config.whole_model.fused_backward_pass and accelerator.num_processes > 1:
+        raise ConfigError(
+            "fused_backward_pass steps before gradients of several processes are averaged. Set it to false."
+        )
     if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."

@@ -11,16 +11,19 @@ from accelerate import Accelerator, DistributedType
 
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.accelerator import check_distribution
 
 
-def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = False) -> Accelerator:
+def accelerator(
+    kind: DistributedType, *, version: int = 2, through_one: bool = False, num_processes: int = 1
+) -> Accelerator:
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=through_one)
-    return cast(
-        Accelerator, SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
-    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    found = SimpleNamespace(distributed_type=kind, state=state, num_processes=num_processes)
+    return cast(Accelerator, found)
 
 
 @pytest.fixture
@@ -56,3 +59,11 @@ def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
         "fsdp_cpu_ram_efficient_loading to false",
     ):
         assert remedy in str(caught.value)
+
+
+def test_fused_backward_pass_needs_one_process(config: RunConfig) -> None:
+    whole = WholeModelConfig(fused_backward_pass=True)
+    fused = config.model_copy(update={"whole_model": whole})
+    check_distribution(fused, accelerator(DistributedType.NO))
+    with pytest.raises(ConfigError, match="fused_backward_pass"):
+        check_distribution(fused, accelerator(DistributedType.MULTI_GPU, num_processes=2))

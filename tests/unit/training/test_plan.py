@@ -574,8 +574,7 @@ def test_sdxl_sees_no_references(folder: Path) -> None:
 def test_a_run_takes_the_references_of_its_configuration(folder: Path) -> None:
     config, spec = with_references(folder, {"base"})
     family: Any = SimpleNamespace(spec=spec)
-    accelerator: Any = SimpleNamespace(num_processes=1, process_index=0)
-    data = preparing.build_data(config, family=family, accelerator=accelerator, watch=LoaderWatch())
+    data = preparing.build_data(config, family=family, watch=LoaderWatch())
     data.set_encoders(vae_identity="vae", text_identity="text")
     assert len(data.latents_requests()) == 6
 
@@ -630,3 +629,11 @@ def test_prompts_without_references_are_a_warning_where_the_data_has_some(
     assert any(all(key in text for key in keys) for text in found) is is_warned
     without = plan.warnings_of(config.model_copy(update={"references": ()}), spec, batches=1)
     assert not any(keys[0] in text for text in without)
+
+
+def test_the_plan_of_a_whole_model_names_its_weights_and_folders(folder: Path) -> None:
+    keys = {"model_type": "full", "lora_type": "standard", "lycoris_config": None, "use_ema": True}
+    text = lines(run_of(folder, **keys, layer_filter="up_blocks"))
+    assert "weights     Full fine-tune of the unet: those with up_blocks in their names; bf16" in text
+    assert "unet, unet_ema, checkpoints" in text
+    assert "adapter" not in text.partition("writes")[0]

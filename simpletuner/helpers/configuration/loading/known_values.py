@@ -55,7 +55,7 @@ def _repository(name: str) -> str:
 
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
-    "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
+    "model_type": ("embedding controlnet ip-adapter", "Use lora or full."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (
         "eval video audio conditioning_image_embeds caption distillation_cache",
