@@ -37,6 +37,7 @@ from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, mer
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
 from simpletuner.helpers.configuration.loading.prompts import at_both_ends, merge_prompts, read_library
 from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.text_encoder_rules import check_text_encoders
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
@@ -65,6 +66,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
     ValidationPrompt,
 )
+from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig, WebhookConfig
 from simpletuner.helpers.configuration.schema.values import DifferingDefault, optimizer_arguments
 from simpletuner.helpers.configuration.text.decisions import Decision
@@ -78,6 +80,7 @@ SECTIONS: tuple[type[Section], ...] = (
     FileConfig,
     ModelConfig,
     AdapterConfig,
+    TextEncoderConfig,
     TrainingConfig,
     RegularisationConfig,
     OptimizerConfig,
@@ -180,7 +183,7 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
-        masks = self._section(MaskConfig)
+        masks, text_encoders = self._section(MaskConfig), self._section(TextEncoderConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -196,6 +199,9 @@ class Loader:
             rules.check_format(adapter, lycoris, spec=spec, source=self.source)
             rules.check_slider(adapter, lycoris, datasets=dataset_file.datasets, source=self.source)
             rules.check_precision(precision, adapter, lycoris, spec=spec, source=self.source)
+            check_text_encoders(
+                text_encoders, precision, optimizer, lycoris=lycoris, spec=spec, source=self.source
+            )
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
@@ -220,6 +226,7 @@ class Loader:
                 "model": model.section,
                 "adapter": adapter.section,
                 "lycoris": lycoris,
+                "text_encoders": text_encoders.section,
                 "training": training.section,
                 "regularisation": regularisation.section,
                 "optimizer": optimizer.section,

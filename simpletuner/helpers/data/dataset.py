@@ -84,6 +84,8 @@ class TrainingData:
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
     conditioning: Sequence[ConditioningConfig] = ()
     """The entries that the datasets' conditioning_data names."""
+    caches_text: bool = True
+    """Whether prompt embeds are read from the cache; else batches have none."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """How masks weight the loss."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
@@ -120,7 +122,7 @@ class TrainingData:
             for plan in self._plans
             if plan.caption_plan.num_variants > 1
         }
-        if problem := limit_problem(several):
+        if self.caches_text and (problem := limit_problem(several)):
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
@@ -257,7 +259,7 @@ class TrainingData:
         latents = torch.stack([self._latents(image) for image in images])
         return Batch(
             latents=latents,
-            text=TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples]),
+            text=self._text(samples),
             samples=samples,
             sample_indices=sample_indices,
             is_regularisation=samples[0].dataset_id in self._regularisation,
@@ -303,6 +305,11 @@ class TrainingData:
         cycle, place = divmod(turn, len(self._strengths))
         order = shuffled(self.seed, "strength", cycle, length=len(self._strengths))
         return self._strengths[int(order[place])]
+
+    def _text(self, samples: Sequence[Sample]) -> TextEmbeds:
+        if not self.caches_text:
+            return TextEmbeds(prompt_embeds=torch.empty(len(samples), 0, 0))
+        return TextEmbeds.stack([self._noted_text_embeds(sample.caption) for sample in samples])
 
     def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
         folder = printable(str(self._text_store.folder))

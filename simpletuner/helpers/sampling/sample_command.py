@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.text_layers import without_encoders
 from simpletuner.helpers.adapters.inference import (
+    attach_to_encoders,
+    attach_to_pipeline,
     is_read_by_diffusers,
-    load_into_pipeline,
     load_peft_into_pipeline,
 )
 from simpletuner.helpers.configuration.loading import rules
@@ -101,16 +103,19 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
+    strength = validation.validation_lycoris_strength
+    attach_to_encoders(stored, family.text_encoders, strength=strength)
     embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
+    applied = list(family.text_encoders)
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
     pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
-    strength = validation.validation_lycoris_strength
     if is_read_by_diffusers(stored) and not request.schedule:
         load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
     else:
-        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
+        rest = without_encoders(stored, applied)
+        attach_to_pipeline(pipeline, rest, strength=strength, schedule=request.schedule)
     del stored
     for prompt in prompts:
         inputs = family.pipeline_inputs(

@@ -63,6 +63,11 @@ from simpletuner.helpers.training.preparing import (
     report_plan,
 )
 from simpletuner.helpers.training.regularisation import build_regularisation
+from simpletuner.helpers.training.text_encoding import (
+    build_text_encoding,
+    present_embeds,
+    with_text_encoders,
+)
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 
@@ -182,6 +187,7 @@ def build_components(
         averages=averages,
         ema=state.ema,
     )
+    text_encoding = build_text_encoding(config, context.family, adapter, progress=state.progress)
     checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
         config=config,
@@ -193,7 +199,8 @@ def build_components(
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         objective=build_objective(config, context.family, state.progress),
-        regularisation=build_regularisation(config, context.family, adapter),
+        regularisation=build_regularisation(config, context.family, adapter, text_encoding=text_encoding),
+        text_encoding=text_encoding,
         token_routing=build_token_routing(config, denoiser),
         state=state,
         checkpoints=checkpoints,
@@ -230,7 +237,7 @@ def build_sampler(
         accelerator=context.accelerator,
         family=context.family,
         prompts=prompts,
-        text_embeds=context.data.text_embeds,
+        text_embeds=context.data.text_embeds if context.data.caches_text else present_embeds(context.family),
         folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
         base_model=base_model if precision == UNCHANGED else f"{base_model} {precision}",
         preemption=context.preemption,
@@ -252,6 +259,7 @@ def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Ma
         seed=config.training.seed,
         weight_hashes=weight_hashes,
     )
+    adapter = with_text_encoders(adapter, config, context.family)
     logger.info(
         "Adapter %s: %s, %d trainable parameters.",
         adapter.algorithm,

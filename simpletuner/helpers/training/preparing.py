@@ -222,6 +222,7 @@ def build_data(
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",
         conditioning=config.conditioning,
+        caches_text=not config.text_encoders.train_text_encoder,
         masks=config.masks,
         watch=watch,
     )
