@@ -28,6 +28,7 @@ from simpletuner.helpers.adapters.files.layouts import (
     KeyMap,
     Layout,
     header_of,
+    joined_metadata,
     make_key_map,
     tensors_of,
     with_shared_alpha,
@@ -40,7 +41,6 @@ from simpletuner.helpers.adapters.files.lora_conversion import (
 )
 from simpletuner.helpers.adapters.files.text_layers import (
     encoders_in,
-    joined_metadata,
     text_layers,
     without_encoders,
 )

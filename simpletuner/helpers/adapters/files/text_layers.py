@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
 from simpletuner.helpers.adapters.files.foreign.alphas import complete_alphas, config_of
 from simpletuner.helpers.adapters.files.foreign.keys import split_keys
 from simpletuner.helpers.adapters.files.scales import scale_of
-from simpletuner.helpers.adapters.peft_lora import lora_metadata
 from simpletuner.helpers.adapters.tlora.stored_layer import VANILLA_KEYS
 from simpletuner.helpers.errors import AdapterError
 
@@ -119,24 +116,6 @@ def text_layers(file: AdapterFile, name: str) -> list[TextLayer]:
         down, up = (parts[key] for key in VANILLA_KEYS)
         layers.append(TextLayer(encoder=name, path=path, down=down, up=up.float() * scale_of(parts)))
     return layers
-
-
-def joined_metadata(others: str | None, layers: Sequence[TextLayer]) -> str:
-    """PEFT's configuration of these layers as diffusers reads it from a header, with that of other models."""
-    joined = json.loads(others or "{}")
-    for name in dict.fromkeys(layer.encoder for layer in layers):
-        ranks = {
-            layer.path.removeprefix(f"{OUTER}."): layer.down.shape[0]
-            for layer in layers
-            if layer.encoder == name
-        }
-        rank = Counter(ranks.values()).most_common(1)[0][0]
-        own = {path: each for path, each in ranks.items() if each != rank}
-        config = LoraConfig(
-            r=rank, lora_alpha=rank, rank_pattern=own, alpha_pattern=own, target_modules=list(ranks)
-        )
-        joined |= json.loads(lora_metadata(config, prefix=name))
-    return json.dumps(joined, sort_keys=True)
 
 
 def _part(file: AdapterFile, name: str, *, has_outer: bool) -> AdapterFile:

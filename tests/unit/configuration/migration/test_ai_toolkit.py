@@ -345,3 +345,22 @@ def test_each_dataset_has_its_rate_of_caption_dropout(
     draft = migrate(ai_toolkit(tmp_path / "job.json", entries, train=train))
     assert draft.config["caption_dropout_probability"] == config
     assert [each.get("caption_dropout_probability") for each in draft.datasets] == own
+
+
+@pytest.mark.parametrize(
+    ("train", "rates"),
+    [
+        ({"lr": 1e-4, "text_encoder_lr": 1e-5}, None),
+        ({"lr": 1e-4, "train_text_encoder": True, "text_encoder_lr": 1e-5}, [1e-5]),
+        ({"lr": 1e-4, "train_text_encoder": True}, [1e-4]),
+    ],
+    ids=["off", "rate", "common rate"],
+)
+def test_text_encoders_are_trained_with_their_rate(
+    folder: Path, tmp_path: Path, train: dict[str, object], rates: list[float] | None
+) -> None:
+    model = {"name_or_path": "a/b", "is_xl": True}
+    job = ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train, model=model)
+    draft = migrate(job)
+    assert draft.config.get("train_text_encoder", False) is (rates is not None)
+    assert draft.config.get("text_encoder_lr") == rates
