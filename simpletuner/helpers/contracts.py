@@ -106,6 +106,8 @@ class ModelSpec:
     num_weights: Mapping[str, int] = field(default_factory=dict)
     """Flavour -> number of weights of its denoiser, to a tenth of a billion."""
     num_text_encoders: int = 1
+    text_encoder_lora_targets: tuple[str, ...] = ()
+    """PEFT target module names of its text encoders; empty where these cannot be trained."""
     own_keys: frozenset[str] = frozenset()
     """Keys of config.json that only some families read, this one among them. Other families refuse them."""
     default_guidance: float = 7.5
@@ -206,6 +208,7 @@ class Batch:
     latents: Tensor
     """[B, ...] float32, scaled as the denoiser expects."""
     text: TextEmbeds
+    """Without tokens, L = 0, where the step encodes the captions itself."""
     samples: tuple[Sample, ...]
     sample_indices: tuple[int, ...]
     """Global index of each sample in the run; its noise and timestep derive from it."""

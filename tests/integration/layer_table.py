@@ -165,7 +165,10 @@ def standard(targets: Sequence[str], denoiser: Any, spec: ModelSpec) -> Count:
     """The adapter of PEFT target names, on a denoiser that has none."""
     config = AdapterConfig(lora_type="standard", lora_rank=RANK, peft_lora_target_modules=tuple(targets))
     with torch.device("meta"):
-        return _count(PeftAdapter(denoiser, config, spec=spec, seed=0))
+        adapter = PeftAdapter(
+            denoiser, config, prefix=spec.denoiser_name, default_targets=spec.lora_targets, seed=0
+        )
+        return _count(adapter)
 
 
 def _count(adapter: Adapter) -> Count:

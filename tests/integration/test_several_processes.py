@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +179,26 @@ def test_average_of_two_processes_is_that_of_one(runs: tuple[TinyRun, TinyRun]) 
     assert any(not torch.equal(tensor, plain[key]) for key, tensor in one.items())
     for key, tensor in one.items():
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-7)
+
+
+def test_two_processes_train_the_text_encoders_that_one_trains(tmp_path: Path) -> None:
+    keys: dict[str, object] = {
+        "train_text_encoder": True,
+        "text_encoder_lora_rank": 4,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 2,
+        "lr_scheduler": "constant",
+        "optimizer_config": "eps=1e-3,weight_decay=0.1",
+    }
+    two = train(TinyRun(tmp_path / "two", num_images=4), num_processes=2, train_batch_size=1, **keys)
+    one = train(TinyRun(tmp_path / "one", num_images=4), num_processes=1, train_batch_size=2, **keys)
+    start, end, expected = tensors(one, "start-0"), tensors(two, "end-0"), tensors(one, "end-0")
+    other = tensors(two, "end-1")
+    assert all(torch.equal(tensor, other[key]) for key, tensor in end.items())
+    text = [key for key in start if key.startswith("text_encoder") and ".lora_B." in key]
+    moved = [key for key in text if not torch.equal(start[key], expected[key])]
+    assert {key.split("/")[0] for key in moved} == {"text_encoder", "text_encoder_2"}
+    assert len(moved) < len(text), "of the last layer of the first encoder nothing is read"
+    assert max(float((expected[key] - start[key]).abs().max()) for key in moved) > 1e-5
+    for key, tensor in expected.items():
+        torch.testing.assert_close(end[key], tensor, rtol=0, atol=1e-7)

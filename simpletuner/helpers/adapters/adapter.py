@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.trainable import ParameterGroup, Trainable, one_group
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMA_ADAPTER_FILE
 
@@ -31,6 +33,20 @@ class Adapter(Trainable):
     def groups(self) -> list[ParameterGroup]:
         """One group, at the run's learning rate."""
         return one_group("adapter", self.parameters())
+
+    @abstractmethod
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the adapter's file holds: tensors, and entries of the header beside those of the run."""
+
+    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
+        """Write `content` to a file.
+
+        Raises:
+            AdapterError: A weight is not finite, or the adapter cannot be written; no file is.
+            StorageError: The file cannot be written.
+        """
+        tensors, header = self.content()
+        adapter_file.write(path, tensors, metadata={**metadata, **header})
 
     @abstractmethod
     def init_from(self, file: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ from torch import nn
 from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, paths_in
-from simpletuner.helpers.adapters.network import LycorisAdapter, load_adapter
+from simpletuner.helpers.adapters.files.text_layers import (
+    encoders_in,
+    file_of_encoder,
+    is_read,
+    without_encoders,
+)
+from simpletuner.helpers.adapters.network import LycorisAdapter, attach_stored
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.errors import AdapterError
@@ -29,8 +35,9 @@ def load_into_pipeline(
 ) -> LycorisAdapter:
     """Attach the adapter of a file of any known program to a pipeline, with the file's rank schedule.
 
-    `masked` adds the rank mask to a pipeline that is not bundled. The returned adapter's `set_strength`
-    scales it, `remove_from_pipeline` removes it.
+    Layers of CLIP text encoders are attached to the pipeline's, if it has them. `masked` adds the rank mask
+    to a pipeline that is not bundled. The returned adapter's `set_strength` scales it, `remove_from_pipeline`
+    removes it.
 
     Args:
         pipeline: A loaded diffusers pipeline.
@@ -43,10 +50,58 @@ def load_into_pipeline(
         AdapterError: The pipeline has no known denoiser, or the file cannot be read or does not fit; nothing
             is attached.
     """
-    adapter = load_adapter(_denoiser(pipeline), Path(file), strength=strength, schedule=schedule)
+    stored = adapter_file.read(Path(file))
+    return attach_to_pipeline(pipeline, stored, strength=strength, schedule=schedule)
+
+
+def attach_to_pipeline(
+    pipeline: Any, stored: AdapterFile, *, strength: float = 1.0, schedule: ScheduleOptions | None = None
+) -> LycorisAdapter:
+    """As `load_into_pipeline`, for the content of a file.
+
+    Raises:
+        AdapterError: As for `load_into_pipeline`.
+    """
+    denoiser = _denoiser(pipeline)
+    found = {name: pipeline.components.get(name) for name in encoders_in(stored)}
+    encoders = {name: encoder for name, encoder in found.items() if is_read(encoder)}
+    in_text = attach_to_encoders(stored, encoders, strength=strength)
+    try:
+        rest = without_encoders(stored, encoders)
+        adapter = attach_stored(denoiser, rest, strength=strength, schedule=schedule)
+    except AdapterError:
+        for each in in_text.values():
+            each.detach()
+        raise
+    adapter.join([*in_text.values()])
     if adapter.tlora_config is not None:
         masked(pipeline)._tlora_config = adapter.tlora_config
     return adapter
+
+
+def attach_to_encoders(
+    stored: AdapterFile, encoders: Mapping[str, Any], *, strength: float = 1.0
+) -> dict[str, LycorisAdapter]:
+    """Attach the layers that a file has of these text encoders, by their names in diffusers.
+
+    Returns:
+        The adapter of each text encoder that the file has layers of.
+
+    Raises:
+        AdapterError: A layer does not fit its text encoder; nothing is attached.
+    """
+    attached: dict[str, LycorisAdapter] = {}
+    for name in encoders_in(stored):
+        if name not in encoders:
+            continue
+        try:
+            own = file_of_encoder(stored, name, encoders[name])
+            attached[name] = attach_stored(encoders[name], own, strength=strength)
+        except AdapterError:
+            for each in attached.values():
+                each.detach()
+            raise
+    return attached
 
 
 def is_read_by_diffusers(file: AdapterFile) -> bool:

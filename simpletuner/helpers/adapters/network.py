@@ -66,7 +66,9 @@ def attach_adapter(
     """
     adapter: Adapter
     if lycoris is None:
-        adapter = PeftAdapter(denoiser, config, spec=spec, seed=seed)
+        adapter = PeftAdapter(
+            denoiser, config, prefix=spec.denoiser_name, default_targets=spec.lora_targets, seed=seed
+        )
     else:
         adapter = LycorisAdapter.create(denoiser, lycoris, spec=spec, seed=seed)
         adapter.set_base_hashes(weight_hashes or {})
@@ -89,7 +91,22 @@ def load_adapter(
     Raises:
         AdapterError: The file cannot be read, has another layout or does not fit; nothing is attached.
     """
-    stored = adapter_file.read(file)
+    return attach_stored(denoiser, adapter_file.read(file), strength=strength, schedule=schedule)
+
+
+def attach_stored(
+    denoiser: nn.Module,
+    stored: adapter_file.AdapterFile,
+    *,
+    strength: float = 1.0,
+    schedule: ScheduleOptions | None = None,
+) -> LycorisAdapter:
+    """As `load_adapter`, for the content of a file.
+
+    Raises:
+        AdapterError: As for `load_adapter`.
+    """
+    file = stored.path
     if any(parameter.is_meta for parameter in denoiser.parameters()):
         raise AdapterError(
             f"{file}: this {type(denoiser).__name__} has weights on meta, as under sequential offload. "
@@ -170,6 +187,7 @@ class LycorisAdapter(Adapter):
         paths = {id(layer): path for path, layer in denoiser.named_modules()}
         self._paths = {name: paths[id(layer)] for name, layer in layers.items()}
         self._attachments: list[Attachment] = []
+        self._joined: list[LycorisAdapter] = []
         self._attach()
 
     @classmethod
@@ -198,6 +216,10 @@ class LycorisAdapter(Adapter):
         for name, path in self._paths.items():
             if (key := f"{path}.weight") in weight_hashes:
                 self.base_hashes[name] = weight_hashes[key]
+
+    def join(self, others: Sequence[LycorisAdapter]) -> None:
+        """Scale and detach adapters of other models, such as text encoders, together with this one."""
+        self._joined.extend(others)
 
     def _attach(self) -> None:
         stock = [module for module in self.network.loras if not isinstance(module, MaskedLayer)]
@@ -241,6 +263,8 @@ class LycorisAdapter(Adapter):
     def set_strength(self, strength: float) -> None:
         """Scale the adapter's contribution; at 0 the layers compute what they do without it, bit for bit."""
         self.network.set_multiplier(self._multiplier * strength)
+        for other in self._joined:
+            other.set_strength(strength)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer: of T-LoRA the differences, not the sums."""
@@ -321,16 +345,15 @@ class LycorisAdapter(Adapter):
                 tensors |= {f"{name}.{key}": tensor for key, tensor in layer.items()}
         return tensors
 
-    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the network in LyCORIS's key layout; T-LoRA with base factors and schedule.
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The network in LyCORIS's key layout; T-LoRA with base factors and schedule.
 
         `multiplier` is folded into the tensors, so that readers who know only those apply it too.
 
         Raises:
-            AdapterError: A weight is not finite, or the multiplier cannot be folded; nothing is written.
-            StorageError: The file cannot be written.
+            AdapterError: The multiplier cannot be folded.
         """
-        metadata = dict(metadata) | {
+        header = {
             adapter_file.VERSION_KEY: adapter_file.VERSION,
             adapter_file.LYCORIS_KEY: json.dumps(self._raw | {"multiplier": 1.0}, sort_keys=True),
             adapter_file.MULTIPLIER_KEY: json.dumps(self._multiplier),
@@ -339,14 +362,14 @@ class LycorisAdapter(Adapter):
             adapter_file.OPTIONS_KEY: json.dumps(rebuilding.hidden_options(self.network)),
         }
         if self.schedule is not None:
-            metadata[adapter_file.SCHEDULE_KEY] = json.dumps(self.schedule.config())
+            header[adapter_file.SCHEDULE_KEY] = json.dumps(self.schedule.config())
         layers = adapter_file.by_layer(self.network.state_dict())
         tensors = {
             f"{name}.{key}": tensor
             for name, layer in layers.items()
             for key, tensor in scales.with_multiplier(name, layer, self._multiplier).items()
         }
-        adapter_file.write(path, tensors, metadata=metadata)
+        return tensors, header
 
     def detach(self) -> None:
         """Remove every module from its layer."""
@@ -354,6 +377,8 @@ class LycorisAdapter(Adapter):
         for attachment in self._attachments:
             attachment.remove()
         self._attachments.clear()
+        while self._joined:
+            self._joined.pop().detach()
 
 
 def _forward_unless_off(

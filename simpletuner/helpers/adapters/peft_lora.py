@@ -24,7 +24,6 @@ from simpletuner.helpers.adapters.files.foreign.diffusers_layout import in_diffu
 from simpletuner.helpers.adapters.targets import no_match_message
 from simpletuner.helpers.adapters.trainable import refuse_other_state
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
-from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io.names import counted
 
@@ -36,7 +35,14 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, LoraLayer)
 
 
 class PeftAdapter(Adapter):
-    """PEFT LoRA layers in a diffusers model, float32 whatever the base layer's dtype.
+    """PEFT LoRA layers in a model of diffusers or transformers, float32 whatever the base layer's dtype.
+
+    Args:
+        denoiser: The model.
+        config: Rank, alpha, targets and further settings.
+        prefix: Name of the model in keys of files.
+        default_targets: Names of target layers where the configuration gives none.
+        seed: Of the initial factors.
 
     Raises:
         ConfigError: A target name matches no layer.
@@ -44,9 +50,11 @@ class PeftAdapter(Adapter):
 
     algorithm = "standard"
 
-    def __init__(self, denoiser: Any, config: AdapterConfig, *, spec: ModelSpec, seed: int) -> None:
-        self.denoiser, self.prefix = denoiser, spec.denoiser_name
-        wanted = config.peft_lora_target_modules or spec.lora_targets
+    def __init__(
+        self, denoiser: Any, config: AdapterConfig, *, prefix: str, default_targets: Sequence[str], seed: int
+    ) -> None:
+        self.denoiser, self.prefix = denoiser, prefix
+        wanted = config.peft_lora_target_modules or default_targets
         alpha = config.lora_alpha or config.lora_rank
         self.scale = alpha / (math.sqrt(config.lora_rank) if config.use_rslora else config.lora_rank)
         lora = LoraConfig(
@@ -71,7 +79,7 @@ class PeftAdapter(Adapter):
         self.layers = [layer for layer in layers if ADAPTER_NAME in layer.scaling]
         self.num_layers = len(self.layers)
         # A family's default targets cover several models.
-        if not isinstance(wanted, str) and wanted != spec.lora_targets:
+        if not isinstance(wanted, str) and wanted != default_targets:
             self._refuse_idle(wanted)
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
@@ -119,24 +127,28 @@ class PeftAdapter(Adapter):
         Raises:
             AdapterError: The file's layers or ranks differ.
         """
-        stored = in_diffusers_layout(adapter_file.read(file), self.denoiser, prefix=self.prefix)
+        self.init_from_stored(adapter_file.read(file))
+
+    def init_from_stored(self, file: adapter_file.AdapterFile) -> None:
+        """Initialise the adapter from the content of a file.
+
+        Raises:
+            AdapterError: The file's layers or ranks differ.
+        """
+        stored = in_diffusers_layout(file, self.denoiser, prefix=self.prefix)
         state = _with_scale(stored, self.scale, prefix=self.prefix)
         try:
             self.load_state_dict(state)
         except AdapterError as error:
-            raise AdapterError(f"init_lora {file}: {error}") from error
+            raise AdapterError(f"init_lora {file.path}: {error}") from error
 
-    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
-        """Write the LoRA for diffusers' `load_lora_weights`, with its scale in B and alpha equal to the rank.
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The LoRA for diffusers' `load_lora_weights`, with its scale in B and alpha equal to the rank.
 
         This layout has no tensor for alpha, and not every program reads the header.
 
         An initialisation that was subtracted from the base weights is subtracted from the LoRA too, by ranks
         of its own, so that the file fits the published base model.
-
-        Raises:
-            AdapterError: A weight is not finite; nothing is written.
-            StorageError: The file cannot be written.
         """
         config: LoraConfig = self.denoiser.peft_config[ADAPTER_NAME]
         state = self.state_dict()
@@ -145,7 +157,7 @@ class PeftAdapter(Adapter):
             config = replace(config, r=2 * config.r, init_lora_weights=True)
         # Readers of the header would scale by the root of the rank once more.
         config = replace(config, lora_alpha=config.r, use_rslora=False)
-        metadata = dict(metadata) | {
+        header = {
             adapter_file.VERSION_KEY: adapter_file.VERSION,
             METADATA_KEY: lora_metadata(config, prefix=self.prefix),
         }
@@ -153,7 +165,7 @@ class PeftAdapter(Adapter):
             f"{self.prefix}.{key}": tensor * self.scale if ".lora_B." in key else tensor
             for key, tensor in state.items()
         }
-        adapter_file.write(path, tensors, metadata=metadata)
+        return tensors, header
 
     def detach(self) -> None:
         """Remove the LoRA layers from the denoiser."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.model import ModelConfig
     from simpletuner.helpers.configuration.schema.noise import NoiseConfig
     from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
     from simpletuner.helpers.contracts import ModelSpec
     from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.io.atomic import JsonValue
@@ -59,7 +60,7 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
             "mixed_precision": config.precision.mixed_precision,
             "layer_filter": list(config.whole_model.layer_filter),
         }
-    settings |= _prompt_length(config.model)
+    settings |= _prompt_length(config.model) | _text_encoders(config.text_encoders)
     for dataset in config.datasets:
         name = redacted(f"dataset {dataset.id}")
         if dataset.downsampling is not None:
@@ -97,6 +98,17 @@ def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:
     """Noise and guidance settings that differ from the defaults."""
     values: dict[str, JsonValue] = noise.model_dump(mode="json", exclude_defaults=True)
     return values
+
+
+def _text_encoders(config: TextEncoderConfig) -> dict[str, JsonValue]:
+    """The trained text encoders and their rank; none for a run that trains none, as older checkpoints say."""
+    if not config.train_text_encoder:
+        return {}
+    rates = config.text_encoder_lr or (None,)
+    return {
+        "train_text_encoder": [rate != 0 for rate in (rates[0], rates[-1])],
+        "text_encoder_lora_rank": config.text_encoder_lora_rank,
+    }
 
 
 def _prompt_length(model: ModelConfig) -> dict[str, JsonValue]:

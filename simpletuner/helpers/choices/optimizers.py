@@ -23,6 +23,8 @@ class Optimizer(Choice):
     """Device types with a fused kernel: one for all parameters instead of several for each."""
     has_averages: bool = False
     """Whether images and adapter files use averages of the weights, which its `eval()` computes."""
+    takes_rates: bool = True
+    """Whether groups of parameters can have learning rates of their own."""
     trains_shards: bool = False
     """Whether it trains parameters that FSDP shards."""
     needs_all_gradients: bool = False
@@ -141,6 +143,7 @@ OPTIMIZERS = Registry(
         # Source: README of prodigyopt, for diffusion models.
         defaults={"use_bias_correction": True, "safeguard_warmup": True},
         default_learning_rate=1.0,
+        takes_rates=False,
         trains_shards=True,
         needs_all_gradients=True,
     ),
@@ -164,6 +167,7 @@ OPTIMIZERS = Registry(
         # All parameters are one group.
         defaults={"split_groups": False},
         default_learning_rate=1.0,
+        takes_rates=False,
         has_averages=True,
         needs_all_gradients=True,
     ),

@@ -42,6 +42,7 @@ from simpletuner.helpers.configuration.loading.prompts import (
     read_library,
 )
 from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.text_encoder_rules import check_text_encoders
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
 from simpletuner.helpers.configuration.loading.whole_model import check_whole_model
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
@@ -72,6 +73,7 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationConfig,
     ValidationPrompt,
 )
+from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig, WebhookConfig
 from simpletuner.helpers.configuration.schema.values import DifferingDefault, optimizer_arguments
 from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
@@ -86,6 +88,7 @@ SECTIONS: tuple[type[Section], ...] = (
     FileConfig,
     ModelConfig,
     AdapterConfig,
+    TextEncoderConfig,
     TrainingConfig,
     RegularisationConfig,
     OptimizerConfig,
@@ -185,6 +188,7 @@ class Loader:
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
         masks, whole_model = self._section(MaskConfig), self._section(WholeModelConfig)
+        text_encoders = self._section(TextEncoderConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -198,6 +202,9 @@ class Loader:
             rules.check_family(family_sections, spec, families=self.families, source=self.source)
             self._check_adapter(adapter, lycoris, spec=spec, datasets=dataset_file.datasets)
             rules.check_precision(precision, adapter, lycoris, spec=spec, source=self.source)
+            check_text_encoders(
+                text_encoders, precision, optimizer, lycoris=lycoris, spec=spec, source=self.source
+            )
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
@@ -229,6 +236,7 @@ class Loader:
                 "model": model.section,
                 "adapter": adapter.section,
                 "lycoris": lycoris,
+                "text_encoders": text_encoders.section,
                 "training": training.section,
                 "regularisation": regularisation.section,
                 "optimizer": optimizer.section,

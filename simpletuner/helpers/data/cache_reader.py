@@ -59,6 +59,8 @@ class CacheReader:
     depth: DepthEstimator | None
     watch: LoaderWatch
     """It is told what is read."""
+    caches_text: bool
+    """Whether prompt embeds are read; else items have none."""
     text_memory_bytes: int
     _vae_identity: str = field(init=False, default="")
     _text_identity: str = field(init=False, default="")
@@ -141,6 +143,8 @@ class CacheReader:
         return latents
 
     def _noted_text_embeds(self, prompt: str) -> TextEmbeds:
+        if not self.caches_text:
+            return TextEmbeds(prompt_embeds=torch.empty(1, 0, 0))
         folder = printable(str(self.text_store.folder))
         self.watch.note(f"the embeddings of the prompt {shown(prompt)} from {folder}")
         return self.text_embeds(prompt)

@@ -86,6 +86,8 @@ class TrainingData:
     """An epoch draws as many regularisation images as others, whatever their repeats and probability say."""
     conditioning: Sequence[ConditioningConfig | ReferenceConfig] = ()
     """The entries that the datasets' conditioning_data names."""
+    caches_text: bool = True
+    """Whether prompt embeds are read from the cache; else batches have none."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """How masks weight the loss."""
     depth: DepthEstimator | None = None
@@ -122,6 +124,7 @@ class TrainingData:
             masks=self.masks,
             depth=self.depth,
             watch=self.watch,
+            caches_text=self.caches_text,
             text_memory_bytes=int(self.data.text_cache_memory * GIB),
         )
         self._bad: set[str] = set()
@@ -133,7 +136,7 @@ class TrainingData:
             for plan in self._plans
             if plan.caption_plan.num_variants > 1
         }
-        if problem := limit_problem(several):
+        if self.caches_text and (problem := limit_problem(several)):
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:

@@ -98,6 +98,11 @@ class ModelFamily(ABC):
         assert self._encoder is not None, "load_text_encoders comes first"
         return self._encoder
 
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """The loaded text encoders whose layers adapter files hold, by their names in diffusers' files."""
+        return {}
+
     def load_vae(self) -> None:
         """Load the VAE to the device, unless it is loaded."""
         if self._vae is None:
@@ -156,6 +161,13 @@ class ModelFamily(ABC):
         Raises:
             DataError: An embedding is not finite.
         """
+
+    def embed_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Encode prompts as one batch on the device, with gradients; `encode_prompts` gives the same values.
+
+        Only families whose spec has text_encoder_lora_targets have it.
+        """
+        raise NotImplementedError(f"{self.spec.name} trains no text encoders")
 
     @abstractmethod
     def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.text_layers import encoders_in, without_encoders
 from simpletuner.helpers.adapters.inference import (
+    attach_to_encoders,
+    attach_to_pipeline,
     is_read_by_diffusers,
-    load_into_pipeline,
     load_peft_into_pipeline,
     remove_from_pipeline,
 )
@@ -25,6 +27,7 @@ from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 if TYPE_CHECKING:
     from torch import nn
 
+    from simpletuner.helpers.adapters.network import LycorisAdapter
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
@@ -81,32 +84,59 @@ class Comparison:
         before = weight_hashes(denoiser)
         with self.sampler.best_effort(f"the images of {self.adapter}"), self.sampler.eval_mode(denoiser):
             pipeline = self.sampler.make_pipeline(denoiser)
-            with loaded_adapter(pipeline, self.adapter) as set_strength:
-                self.sampler.generate_all(
-                    pipeline, missing, prepare=lambda prompt: set_strength(prompt.strength)
-                )
+            with (
+                self._text_encoders() as (sampler, in_text),
+                loaded_adapter(pipeline, self.adapter, encoders=[*in_text]) as set_strength,
+            ):
+
+                def prepare(prompt: PromptSpec) -> None:
+                    set_strength(prompt.strength)
+                    for each in in_text.values():
+                        each.set_strength(prompt.strength)
+
+                sampler.generate_all(pipeline, missing, prepare=prepare)
         if weight_hashes(denoiser) != before:
             raise TrainingError(
                 f"{self.adapter} changed the base weights while its images were generated. Start again with "
                 "another validation_compared_config, or without one."
             )
 
+    @contextmanager
+    def _text_encoders(self) -> Iterator[tuple[ValidationSampler, Mapping[str, LycorisAdapter]]]:
+        """The sampler with the text encoders of the other adapter, and what is attached to each."""
+        stored, family = adapter_file.read(self.adapter), self.sampler.family
+        if not encoders_in(stored):
+            yield self.sampler, {}
+            return
+        family.load_text_encoders()
+        in_text = attach_to_encoders(stored, family.text_encoders)
+        try:
+            sampler = replace(self.sampler, text_embeds=lambda text: family.encode_prompts([text])[0])
+            yield sampler, in_text
+        finally:
+            family.unload_text_encoders()
+
 
 @contextmanager
-def loaded_adapter(pipeline: Any, file: Path) -> Iterator[Callable[[float], None]]:
+def loaded_adapter(
+    pipeline: Any, file: Path, *, encoders: Collection[str] = ()
+) -> Iterator[Callable[[float], None]]:
     """Attach the adapter of a LyCORIS or PEFT file to a pipeline; yields the function that sets its strength.
+
+    The layers of these text encoders, which are attached elsewhere, are left out.
 
     Raises:
         AdapterError: The file is unreadable or does not fit the model.
     """
-    if is_read_by_diffusers(adapter_file.read(file)):
+    stored = adapter_file.read(file)
+    if is_read_by_diffusers(stored):
         name = load_peft_into_pipeline(pipeline, file)
         try:
             yield lambda strength: pipeline.set_adapters(name, strength)
         finally:
             pipeline.unload_lora_weights()
     else:
-        adapter = load_into_pipeline(pipeline, file)
+        adapter = attach_to_pipeline(pipeline, without_encoders(stored, encoders))
         try:
             yield adapter.set_strength
         finally:

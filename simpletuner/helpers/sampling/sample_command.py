@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.text_layers import without_encoders
 from simpletuner.helpers.adapters.inference import (
+    attach_to_encoders,
+    attach_to_pipeline,
     is_read_by_diffusers,
-    load_into_pipeline,
     load_peft_into_pipeline,
 )
 from simpletuner.helpers.configuration.loading import rules
@@ -114,7 +116,11 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     negative = validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
     family.load_text_encoders()
+    strength = validation.validation_lycoris_strength
+    if stored is not None:
+        attach_to_encoders(stored, family.text_encoders, strength=strength)
     embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
+    applied = list(family.text_encoders)
     family.unload_text_encoders()
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
@@ -122,7 +128,7 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         denoiser, pipeline_type(prompts), scheduler=validation.validation_noise_scheduler
     )
     if stored is not None:
-        _load_adapter(pipeline, stored, request, strength=validation.validation_lycoris_strength)
+        _load_adapter(pipeline, stored, request, applied=applied, strength=strength)
     del stored
     for prompt in prompts:
         inputs = pipeline_inputs(
@@ -135,12 +141,19 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
 
 
 def _load_adapter(
-    pipeline: Any, stored: adapter_file.AdapterFile, request: SampleRequest, *, strength: float
+    pipeline: Any,
+    stored: adapter_file.AdapterFile,
+    request: SampleRequest,
+    *,
+    applied: Sequence[str],
+    strength: float,
 ) -> None:
+    """Attach the adapter's layers of the denoiser; `applied` names the text encoders that have theirs."""
     if is_read_by_diffusers(stored) and not request.schedule:
         load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
     else:
-        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
+        rest = without_encoders(stored, applied)
+        attach_to_pipeline(pipeline, rest, strength=strength, schedule=request.schedule)
 
 
 def _of_whole_model(request: SampleRequest) -> tuple[SampleRequest, Mapping[str, str]]:

@@ -97,6 +97,9 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         "FSDP generates no validation images. Set validation_disable to true": bool(
             config.validation.prompts and not config.validation.validation_disable
         ),
+        "FSDP trains no text encoders. Set train_text_encoder to false": (
+            config.text_encoders.train_text_encoder
+        ),
         "FSDP loads weights in every process. Set fsdp_cpu_ram_efficient_loading to false": bool(
             plugin.cpu_ram_efficient_loading
         ),

@@ -65,6 +65,11 @@ from simpletuner.helpers.training.preparing import (
     report_plan,
 )
 from simpletuner.helpers.training.regularisation import build_regularisation
+from simpletuner.helpers.training.text_encoding import (
+    build_text_encoding,
+    present_embeds,
+    with_text_encoders,
+)
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 from simpletuner.helpers.training.weight_optimizer import build_weight_optimizer, steps_one_by_one
@@ -201,6 +206,7 @@ def build_components(
         averages=state.averages,
         ema=state.ema,
     )
+    text_encoding = build_text_encoding(config, context.family, trainable, progress=state.progress)
     checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
     return Trainer(
         config=config,
@@ -212,7 +218,8 @@ def build_components(
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         objective=build_objective(config, context.family, state.progress),
-        regularisation=build_regularisation(config, context.family, trainable),
+        regularisation=build_regularisation(config, context.family, trainable, text_encoding=text_encoding),
+        text_encoding=text_encoding,
         token_routing=build_token_routing(config, denoiser),
         weight_optimizer=weight_optimizer,
         state=state,
@@ -250,7 +257,7 @@ def build_sampler(
         accelerator=context.accelerator,
         family=context.family,
         prompts=prompts,
-        text_embeds=context.data.text_embeds,
+        text_embeds=context.data.text_embeds if context.data.caches_text else present_embeds(context.family),
         folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
         base_model=base_model if precision == UNCHANGED else f"{base_model} {precision}",
         preemption=context.preemption,
@@ -285,6 +292,7 @@ def build_trainable(
             seed=config.training.seed,
             weight_hashes=weight_hashes,
         )
+        trainable = adapter = with_text_encoders(adapter, config, context.family)
         # Other people's code reads these from the accelerator.
         accelerator._tlora_config = adapter.tlora_config
         accelerator._tlora_active = adapter.tlora_config is not None

@@ -47,6 +47,8 @@ def fill_caches(
 ) -> None:
     """Encode the images, captions and validation prompts that are not cached, divided among the processes.
 
+    A run that trains text encoders caches no captions and prompts.
+
     Images whose pixels turn out to be damaged are left out of the data.
 
     Raises:
@@ -88,12 +90,13 @@ def fill_caches(
         # A mask that is cached while another process still looks for images would leave it with other ones.
         accelerator.wait_for_everyone()
         fill(("mask", "masks"), masks, mask_entries, batch_size=1)
-    fill(
-        ("caption or prompt", "captions and prompts"),
-        data.text_requests(prompts_to_encode(validation_prompts, config.validation)),
-        encode_prompts,
-        batch_size=config.data.text_encoder_batch_size,
-    )
+    if data.caches_text:
+        fill(
+            ("caption or prompt", "captions and prompts"),
+            data.text_requests(prompts_to_encode(validation_prompts, config.validation)),
+            encode_prompts,
+            batch_size=config.data.text_encoder_batch_size,
+        )
     family.unload_text_encoders()
     # Waits for every process. All leave out the same images, whichever of them decoded one.
     data.leave_out(dict(gather_object(list(data.damaged.items()))))

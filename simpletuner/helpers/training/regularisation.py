@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch, NoisyBatch
     from simpletuner.helpers.models.family import ModelFamily
+    from simpletuner.helpers.training.text_encoding import TextEncoding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,6 +27,7 @@ class Regularisation:
 
     family: ModelFamily
     trainable: Trainable
+    text_encoding: TextEncoding
     target: RegularisationTarget
     weight: float
     """prior_loss_weight."""
@@ -45,14 +47,18 @@ class Regularisation:
         if self.target == "data":
             return noisy
         with torch.no_grad(), self.trainable.switched_off():
+            batch = self.text_encoding.encoded(batch)
             return replace(noisy, target=self.family.predict(denoiser, noisy, batch))
 
 
-def build_regularisation(config: RunConfig, family: ModelFamily, trainable: Trainable) -> Regularisation:
+def build_regularisation(
+    config: RunConfig, family: ModelFamily, trainable: Trainable, *, text_encoding: TextEncoding
+) -> Regularisation:
     """The configured regularisation."""
     return Regularisation(
         family=family,
         trainable=trainable,
+        text_encoding=text_encoding,
         target=config.regularisation.regularisation_target,
         weight=config.regularisation.prior_loss_weight,
     )

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.training.final_files import FinalFiles
     from simpletuner.helpers.training.objective import Objective
     from simpletuner.helpers.training.regularisation import Regularisation
+    from simpletuner.helpers.training.text_encoding import TextEncoding
     from simpletuner.helpers.training.validation import Validation
     from simpletuner.helpers.training.weight_optimizer import WeightOptimizer
 
@@ -73,6 +74,7 @@ class Trainer:
     lr_schedule: LambdaLR
     objective: Objective
     regularisation: Regularisation
+    text_encoding: TextEncoding
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
@@ -191,7 +193,7 @@ class Trainer:
             self.trainable.at_strength(batch.strength),
             self._routed(batch),
         ):
-            prediction = self.family.predict(self.denoiser, noisy, batch)
+            prediction = self.family.predict(self.denoiser, noisy, self.text_encoding.encoded(batch))
             sample_losses = self.objective.sample_losses(prediction, noisy)  # [B]
             loss = sample_losses.mean()
             self.accelerator.backward(loss)
@@ -212,6 +214,7 @@ class Trainer:
         Raises:
             TrainingError: A loss or the gradient is not finite; no step is taken.
         """
+        self.text_encoding.average_gradients(self.accelerator)
         self._drop_ended_gradients()
         self.metrics.record("lr", float(self.lr_schedule.get_last_lr()[0]))
         self.metrics.record("grad_norm", self._clip())

@@ -60,6 +60,9 @@ class Matrices(Adapter):
         for index, weight in enumerate(self.weights):
             weight.data.copy_(state[str(index)])
 
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        raise NotImplementedError
+
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         file.write_text(json.dumps([weight.double().sum().item() for weight in self.weights]))
 

@@ -53,6 +53,9 @@ class TwoLinears(Adapter):
     def init_from(self, file: Path) -> None:
         raise NotImplementedError
 
+    def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        raise NotImplementedError
+
     def save(self, file: Path, *, metadata: Mapping[str, str]) -> None:
         file.write_text(json.dumps(metadata))
 

@@ -24,6 +24,7 @@ SPEC = ModelSpec(
     default_resolution=512,
     lora_targets=("to_q", "to_v"),
     num_text_encoders=2,
+    text_encoder_lora_targets=("q_proj", "v_proj"),
 )
 
 Json = dict[str, object]

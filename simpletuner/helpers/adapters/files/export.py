@@ -28,6 +28,7 @@ from simpletuner.helpers.adapters.files.layouts import (
     KeyMap,
     Layout,
     header_of,
+    joined_metadata,
     make_key_map,
     tensors_of,
     with_shared_alpha,
@@ -37,6 +38,11 @@ from simpletuner.helpers.adapters.files.lora_conversion import (
     errors_by_rank,
     exact_lora,
     truncated_lora,
+)
+from simpletuner.helpers.adapters.files.text_layers import (
+    encoders_in,
+    text_layers,
+    without_encoders,
 )
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -56,6 +62,7 @@ NOT_KEPT = {
     "format",
     adapter_file.SCHEDULE_KEY,
     adapter_file.LYCORIS_KEY,
+    METADATA_KEY,
     adapter_file.HASH_KEY,
     adapter_file.PATHS_KEY,
 }
@@ -204,7 +211,8 @@ def export_adapter(
         AdapterError: The file cannot be read or exported, or an option is invalid; nothing is written.
         StorageError: A file cannot be written, or exists and may not be replaced.
     """
-    stored = adapter_file.read(file)
+    whole = adapter_file.read(file)
+    stored = without_encoders(whole, encoders_in(whole))
     if options.schedule:
         stored = with_schedule(stored, options.schedule)
     source = read_source(stored)
@@ -239,7 +247,8 @@ def export_adapter(
             has_other_layers=bool(renamed),
         )
         target = with_suffix(output, fixed.band)
-        adapter_file.write(target, converted | renamed, metadata=metadata)
+        in_text = _text_tensors(whole, options, metadata=metadata)
+        adapter_file.write(target, converted | renamed | in_text, metadata=metadata)
         exported = Exported(
             file=target,
             timesteps=fixed.band,
@@ -307,6 +316,24 @@ def read_source(stored: adapter_file.AdapterFile) -> Source:
     largest = max((layer.rank for layer in (*layers.values(), *ranked.values())), default=1)
     schedule = stated_schedule(stored) or RankSchedule(largest, min_rank=largest)
     return Source(layers, renamed, ranked, schedule, stored.metadata)
+
+
+def _text_tensors(
+    file: adapter_file.AdapterFile, options: ExportOptions, *, metadata: dict[str, str]
+) -> dict[str, Tensor]:
+    """The layers of text encoders in the keys of a layout; PEFT's configuration of them goes into `metadata`.
+
+    Raises:
+        AdapterError: A layer is no standard LoRA.
+    """
+    layers = [layer for name in encoders_in(file) for layer in text_layers(file, name)]
+    dtype, tensors = DTYPES[options.dtype], dict[str, Tensor]()
+    in_diffusers = options.layout == "diffusers"
+    for layer in layers:
+        tensors |= layer.in_diffusers_layout() if in_diffusers else layer.in_kohya_layout()
+    if in_diffusers and layers:
+        metadata[METADATA_KEY] = joined_metadata(metadata.get(METADATA_KEY), layers)
+    return {key: each if key.endswith(".alpha") else each.to(dtype) for key, each in tensors.items()}
 
 
 def _larger_factor(path: str, parts: Mapping[str, Tensor]) -> StoredLayer:

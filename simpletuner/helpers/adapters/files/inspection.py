@@ -14,6 +14,7 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels
 from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts, stated_schedule
+from simpletuner.helpers.adapters.files.text_layers import layer_counts, without_encoders
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, VANILLA_KEYS
@@ -74,6 +75,8 @@ class Inspection:
     """The other entries of the header."""
     missing: tuple[str, ...]
     """Parts of a complete T-LoRA file that are missing."""
+    text_encoders: dict[str, int]
+    """Text encoder -> number of its layers."""
     left_out: dict[str, int]
     """Kind of tensors that are not read -> their number."""
     comfyui: str
@@ -85,12 +88,13 @@ class Inspection:
 
     def text(self) -> str:
         """The summary as text."""
-        ranks = _counted(self.ranks, "rank")
+        ranks, in_text = _counted(self.ranks, "rank"), self.text_encoders
         own_schedules = "; ".join(f"{own} ({count})" for own, count in self.own_schedules.items())
         lines = [
             ("File", f"{self.file}, {self.bytes / 1e6:.1f} MB, {', '.join(self.dtypes)}"),
             ("Algorithm", self.algorithm + (f", init {self.init}" if self.init else "")),
             ("Layers", f"{self.num_layers}{f': {ranks}' if ranks else ''}"),
+            ("Text encoders", ", ".join(f"{name} ({count})" for name, count in in_text.items()) or None),
             ("Scale", _counted(self.scales, "alpha / rank")),
             ("Values", f"{self.num_values:,}" + (f", {self.num_frozen:,} frozen" if self.num_frozen else "")),
             ("Base model", self.base_model),
@@ -136,7 +140,8 @@ def inspect(file: Path) -> Inspection:
         AdapterError: The file cannot be read, or its algorithm is unknown.
     """
     stored = adapter_file.read(file)
-    reading = read_parts(stored)
+    encoders = layer_counts(stored)
+    reading = read_parts(without_encoders(stored, encoders))
     layers = reading.foreign.layers
     known = _known_layers(stored, layers)
     released = reading.foreign.in_processors
@@ -181,6 +186,7 @@ def inspect(file: Path) -> Inspection:
             if key not in SHOWN_ELSEWHERE and not key.startswith(labels.PREFIXES)
         },
         missing=tuple(_missing(reading, algorithm=algorithm, specs=inits)),
+        text_encoders=encoders,
         left_out=_counts(reading.foreign.left_out.values()),
         comfyui=comfyui.advice({key: each.shape for key, each in stored.tensors.items()}, file=file),
     )

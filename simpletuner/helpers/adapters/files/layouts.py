@@ -5,6 +5,7 @@ Shapes: R rank of a layer, I in, O out features.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, layer_name
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
+from simpletuner.helpers.adapters.files.text_layers import OUTER, TextLayer
 from simpletuner.helpers.adapters.peft_lora import lora_metadata
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import AdapterError
@@ -108,6 +110,24 @@ def header_of(layers: Sequence[LoraLayer], layout: Layout, spec: ModelSpec) -> d
         target_modules=[layer.path for layer in layers],
     )
     return {METADATA_KEY: lora_metadata(config, prefix=spec.denoiser_name)}
+
+
+def joined_metadata(others: str | None, layers: Sequence[TextLayer]) -> str:
+    """PEFT's configuration of these layers as diffusers reads it from a header, with that of other models."""
+    joined = json.loads(others or "{}")
+    for name in dict.fromkeys(layer.encoder for layer in layers):
+        ranks = {
+            layer.path.removeprefix(f"{OUTER}."): layer.down.shape[0]
+            for layer in layers
+            if layer.encoder == name
+        }
+        rank = Counter(ranks.values()).most_common(1)[0][0]
+        own = {path: each for path, each in ranks.items() if each != rank}
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, rank_pattern=own, alpha_pattern=own, target_modules=list(ranks)
+        )
+        joined |= json.loads(lora_metadata(config, prefix=name))
+    return json.dumps(joined, sort_keys=True)
 
 
 def _joined(layers: Sequence[LoraLayer], key_map: KeyMap) -> tuple[Tensor, Tensor, float]:

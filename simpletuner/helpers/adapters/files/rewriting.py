@@ -18,6 +18,7 @@ from simpletuner.helpers.adapters.files.export import NOT_KEPT, Source, has_sche
 from simpletuner.helpers.adapters.files.foreign.translation import translate
 from simpletuner.helpers.adapters.files.layouts import KeyMap, Layout, header_of, tensors_of
 from simpletuner.helpers.adapters.files.lora_conversion import LoraLayer
+from simpletuner.helpers.adapters.files.text_layers import encoders_in
 from simpletuner.helpers.adapters.tlora.stored_layer import (
     BASE_KEYS,
     TRAINED_KEYS,
@@ -141,6 +142,7 @@ def open_adapter(file: Path, *, families: Mapping[str, ModelSpec], base: BaseMod
             base model, or needs it.
     """
     stored = adapter_file.read(file)
+    _refuse_text_encoders(stored)
     _refuse_dora(stored)
     family = stored.metadata.get("model_family")
     if base is not None and family not in (None, base.family):
@@ -293,6 +295,16 @@ def _refuse_dora(stored: AdapterFile) -> None:
                 "and LoRA together, so its delta depends on the base weights and is no sum of ranks. Use the "
                 "file itself."
             )
+
+
+def _refuse_text_encoders(stored: AdapterFile) -> None:
+    """Refuse a file of this program or of diffusers with text encoders, which the new file would not have."""
+    is_complete = adapter_file.PATHS_KEY in stored.metadata or adapter_file.METADATA_KEY in stored.metadata
+    if is_complete and (names := encoders_in(stored)):
+        raise AdapterError(
+            f"{stored.path}: it has layers of {' and '.join(names)}, which are neither merged nor resized. "
+            "Use the file itself, or the export of `simpletuner export`."
+        )
 
 
 def _names_its_layers(stored: AdapterFile, families: Mapping[str, ModelSpec]) -> bool:

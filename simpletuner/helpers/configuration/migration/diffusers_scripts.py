@@ -21,6 +21,7 @@ from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.noise import levels_of_scheme, put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, unique_id
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.text_encoders import put_text_encoders
 from simpletuner.helpers.configuration.migration.whole_models import fit_to_whole_model
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
@@ -69,6 +70,7 @@ def read_diffusers(command: Command, place: Place, specs: Mapping[str, ModelSpec
     _memory(settings)
     if settings.text("output_dir"):
         settings.put("output_dir", "output_dir", place.path(settings.text("output_dir")))
+    _text_encoders(settings, specs[family], defaults)
     settings.finish()
     if draft.config.get("lr_scheduler") == "constant":
         draft.withdraw("lr_warmup_steps", "constant has no warm-up.")
@@ -90,6 +92,24 @@ def _network(settings: Settings, family: str) -> None:
     for key, ours in (("lora_alpha", f"lora_alpha: {alpha:g}"), ("lora_layers", "peft_lora_target_modules")):
         if settings.has(key):
             settings.decide(key, "translated", ours=ours, text="")
+
+
+def _text_encoders(settings: Settings, spec: ModelSpec, defaults: Mapping[str, Any]) -> None:
+    key, rate_key = "train_text_encoder", "text_encoder_lr"
+    if not settings.flag(key):
+        for each in (key, rate_key):
+            if settings.has(each):
+                settings.decide(each, "no effect", text="The text encoders are not trained.")
+    elif spec.text_encoder_lora_targets:
+        rate = settings.number(rate_key, float(defaults.get(rate_key, settings.number("learning_rate"))))
+        ours = put_text_encoders(settings.draft, [rate])
+        settings.decide(key, "approximate", ours=ours, text=settings.rows[key].text)
+        settings.decide(rate_key, "translated", ours=f"{rate_key}: {rate:g}", text="")
+    else:
+        text = f"The text encoders of {spec.name} are not trained here; the result differs."
+        for each in (key, rate_key):
+            if settings.has(each):
+                settings.decide(each, "not translated", text=text)
 
 
 def _model(settings: Settings, spec: ModelSpec, *, fact: Mapping[str, Any], place: Place) -> None:

@@ -22,6 +22,7 @@ from simpletuner.helpers.configuration.migration.paths import Place, is_of_other
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompts_of_text, put_prompts
 from simpletuner.helpers.configuration.migration.reading import read_text
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.text_encoders import outcome_of, put_text_encoders
 from simpletuner.helpers.configuration.migration.whole_models import (
     fit_to_whole_model,
     put_fused_backward_pass,
@@ -114,14 +115,13 @@ def read_kohya(run: KohyaRun) -> Draft:
     settings = Settings(run.values, rows, draft, family=family)
     if settings.flag("network_train_text_encoder_only"):
         raise settings.error(
-            "network_train_text_encoder_only", "only adapters of the denoiser are trained here."
+            "network_train_text_encoder_only", "an adapter of the denoiser is always trained here."
         )
     draft.config["model_family"] = family
     _model(settings, run, family)
     trains_all = bool(known.get("trains_all"))
     if not trains_all:
         put_network(settings, family, run.place)
-        _text_encoders(settings)
     _optimizer(settings)
     _memory(settings, family, trains_all=trains_all)
     alignment = run.specs[family].minimum_alignment
@@ -130,6 +130,7 @@ def read_kohya(run: KohyaRun) -> Draft:
     _saving(settings, run.place)
     _noise(settings)
     _samples(settings, run)
+    _text_encoders(settings, run.specs[family])
     settings.finish()
     if trains_all:
         fit_to_whole_model(draft)
@@ -167,20 +168,29 @@ def _model(settings: Settings, run: KohyaRun, family: str) -> None:
             settings.put(vae, "pretrained_vae_model_name_or_path", run.place.path(settings.text(vae)))
 
 
-def _text_encoders(settings: Settings) -> None:
+def _text_encoders(settings: Settings, spec: ModelSpec) -> None:
     only = settings.flag("network_train_unet_only") or settings.flag("cache_text_encoder_outputs")
     rates = [rate for rate in settings.items("text_encoder_lr") if not is_off(rate)]
     frozen = only or (settings.has("text_encoder_lr") and not rates)
     if frozen:
-        settings.decide("network_train_unet_only", "translated", ours="the only way here", text="")
+        settings.decide("network_train_unet_only", "translated", ours="the default here", text="")
+    elif spec.text_encoder_lora_targets:
+        own = settings.items("text_encoder_lr") or [settings.number("learning_rate")]
+        try:
+            ours = put_text_encoders(settings.draft, [float(str(rate)) for rate in own])
+        except ValueError:
+            raise settings.error("text_encoder_lr", "must be one rate, or one for each.") from None
+        outcome = outcome_of(settings.draft)
+        settings.decide("network_train_unet_only", outcome, ours=ours, text="")
+        settings.decide("text_encoder_lr", outcome, ours=ours, text="")
     else:
         settings.decide(
             "network_train_unet_only", "not translated", text=settings.rows["network_train_unet_only"].text
         )
     for key in ("text_encoder_lr", "learning_rate_te1", "learning_rate_te2"):
         if settings.has(key):
-            outcome: Outcome = "no effect" if frozen else "not translated"
-            settings.decide(key, outcome, text=settings.rows[key].text)
+            left_out: Outcome = "no effect" if frozen else "not translated"
+            settings.decide(key, left_out, text=settings.rows[key].text)
 
 
 def _optimizer(settings: Settings) -> None:

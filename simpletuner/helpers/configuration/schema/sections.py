@@ -58,6 +58,7 @@ from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
+from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
 from simpletuner.helpers.configuration.schema.token_routing import OptionalTreadConfig
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.configuration.schema.values import (
@@ -386,6 +387,7 @@ class RunConfig(Section):
     model: ModelConfig
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
+    text_encoders: TextEncoderConfig = TextEncoderConfig()
     training: TrainingConfig
     regularisation: RegularisationConfig
     optimizer: OptimizerConfig
@@ -448,6 +450,7 @@ class RunConfig(Section):
             self.file,
             self.model,
             self.adapter,
+            self.text_encoders,
             self.training,
             self.regularisation,
             self.optimizer,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -118,15 +118,30 @@ class SDXL(ModelFamily):
         Raises:
             DataError: An embedding is not finite.
         """
-        encoder = self.prompt_encoder
-        with quiet():
-            lengths = [len(ids) for ids in encoder.tokenizer(list(prompts)).input_ids]
-        self._truncation_warning.check(prompts, lengths)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False), quiet():
-            encoded = list((self._in_chunks if self._num_chunks > 1 else self._in_one)(prompts))
+        with torch.no_grad():
+            encoded = self._encoded(prompts)
         for prompt, tensors in zip(prompts, encoded, strict=True):
             check_finite_text(prompt, *tensors, dtype=self.weight_dtype)
         return [TextEmbeds(prompt_embeds=_to_host(text), pooled=_to_host(pooled)) for text, pooled in encoded]
+
+    def embed_prompts(self, prompts: Sequence[str]) -> TextEmbeds:
+        """Encode prompts to [B, L, D] and [B, P] on the device, with gradients, as `encode_prompts` does."""
+        texts, pooled = zip(*self._encoded(prompts), strict=True)
+        return TextEmbeds(prompt_embeds=torch.cat(texts), pooled=torch.cat(pooled))
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """Both loaded text encoders, by their names in diffusers' files."""
+        encoder = self.prompt_encoder
+        return {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2}
+
+    def _encoded(self, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """Embeds [1, L, D] and pooled [1, P] of each prompt, on the device."""
+        with quiet():
+            lengths = [len(ids) for ids in self.prompt_encoder.tokenizer(list(prompts)).input_ids]
+        self._truncation_warning.check(prompts, lengths)
+        with torch.autocast(self.device.type, enabled=False), quiet():
+            return list((self._in_chunks if self._num_chunks > 1 else self._in_one)(prompts))
 
     def _in_one(self, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """Embeds [1, 77, D] and pooled [1, P] of each prompt, by the stock pipeline."""

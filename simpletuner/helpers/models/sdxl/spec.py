@@ -44,6 +44,7 @@ SPEC = ModelSpec(
         *("conv_out", "time_embedding.linear_1", "time_embedding.linear_2"),
     ),
     num_text_encoders=2,
+    text_encoder_lora_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
     own_keys=DIFFUSION_KEYS | UNET_KEYS | {"pretrained_config_name_or_path", "max_token_length"},
     target_aliases={
         "Attention": TargetAlias(modules=("Attention",)),

@@ -412,3 +412,22 @@ def test_control_images_of_a_model_that_does_not_edit_are_left_out(folder: Path,
     assert "validation_reference_images" not in draft.config
     assert decision(draft, "process[0].datasets[0].control_path").outcome == "not translated"
     assert decision(draft, "process[0].sample.samples").outcome == "approximate"
+
+
+@pytest.mark.parametrize(
+    ("train", "rates"),
+    [
+        ({"lr": 1e-4, "text_encoder_lr": 1e-5}, None),
+        ({"lr": 1e-4, "train_text_encoder": True, "text_encoder_lr": 1e-5}, [1e-5]),
+        ({"lr": 1e-4, "train_text_encoder": True}, [1e-4]),
+    ],
+    ids=["off", "rate", "common rate"],
+)
+def test_text_encoders_are_trained_with_their_rate(
+    folder: Path, tmp_path: Path, train: dict[str, object], rates: list[float] | None
+) -> None:
+    model = {"name_or_path": "a/b", "is_xl": True}
+    job = ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder)}], train=train, model=model)
+    draft = migrate(job)
+    assert draft.config.get("train_text_encoder", False) is (rates is not None)
+    assert draft.config.get("text_encoder_lr") == rates

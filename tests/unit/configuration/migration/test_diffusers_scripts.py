@@ -216,7 +216,7 @@ def test_levels_of_the_scripts_are_those_of_their_formula() -> None:
         assert distribution.sigma_at(1 - share, shift=1.0) == pytest.approx(1 - place)
 
 
-@pytest.mark.parametrize("key", ["with_prior_preservation", "train_text_encoder", "push_to_hub"])
+@pytest.mark.parametrize("key", ["with_prior_preservation", "train_text_encoder_ti", "push_to_hub"])
 def test_what_is_left_out_is_named(folder: Path, key: str) -> None:
     found = decision(_migrate(folder, **{key: True}), key)
     assert found.outcome == "not translated"
@@ -241,3 +241,22 @@ def test_another_script_is_an_error_that_names_it(folder: Path, script: str) -> 
 def test_half_a_call_is_an_error_that_names_the_missing_option(folder: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         _migrate(folder, **{key: None})
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({}, None),
+        ({"text_encoder_lr": 1e-5}, None),
+        ({"train_text_encoder": True}, [5e-6]),
+        ({"train_text_encoder": True, "text_encoder_lr": 1e-5}, [1e-5]),
+        ({"train_text_encoder": True, "script": "train_text_to_image_lora_sdxl"}, [1e-4]),
+    ],
+    ids=["off", "rate alone", "default", "rate", "text to image"],
+)
+def test_text_encoders_are_trained_with_the_scripts_rate(
+    folder: Path, options: dict[str, object], rates: list[float] | None
+) -> None:
+    draft = _migrate(folder, **options)  # type: ignore[arg-type]
+    assert draft.config.get("train_text_encoder", False) is (rates is not None)
+    assert draft.config.get("text_encoder_lr") == rates

@@ -157,19 +157,26 @@ def test_lokr_on_a_quantised_base_adds_to_the_output(dog: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "outcome"),
+    ("options", "rates"),
     [
-        ({}, "not translated"),
-        ({"network_train_unet_only": True}, "translated"),
-        ({"cache_text_encoder_outputs": True}, "translated"),
-        ({"text_encoder_lr": 0}, "translated"),
-        ({"text_encoder_lr": 5e-5}, "not translated"),
+        ({}, [2e-6]),
+        ({"network_train_unet_only": True}, None),
+        ({"cache_text_encoder_outputs": True}, None),
+        ({"text_encoder_lr": 0}, None),
+        ({"text_encoder_lr": 5e-5}, [5e-5]),
+        ({"text_encoder_lr": [5e-5, 5e-5]}, [5e-5]),
+        ({"text_encoder_lr": [0, 5e-5]}, [0, 5e-5]),
+        ({"text_encoder_lr": [5e-5, 1e-5], "optimizer_type": "Prodigy", "learning_rate": 1.0}, [1.0, 1.0]),
     ],
-    ids=["neither", "unet only", "cached", "rate 0", "rate"],
+    ids=["neither", "unet only", "cached", "rate 0", "rate", "same rates", "second", "prodigy"],
 )
-def test_trained_text_encoders_are_named(dog: Path, options: dict[str, object], outcome: str) -> None:
+def test_text_encoders_are_trained_with_their_rates(
+    dog: Path, options: dict[str, object], rates: list[float] | None
+) -> None:
     draft = migrate(kohya(dog, NETWORK, options))
-    assert decision(draft, "network_train_unet_only").outcome == outcome
+    assert draft.config.get("train_text_encoder", False) is (rates is not None)
+    assert draft.config.get("text_encoder_lr") == rates
+    assert decision(draft, "network_train_unet_only").outcome == "translated"
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,7 @@ def test_a_default_of_the_program_is_written_or_named_where_it_differs(dog: Path
     left_out = {
         each.key for each in draft.decisions if each.outcome == "not translated" and each.key not in given
     }
-    assert left_out == {"network_train_unet_only"}
+    assert left_out == set()
 
 
 def test_a_secret_is_not_shown(dog: Path) -> None:

@@ -354,9 +354,9 @@ def test_the_average_is_the_adapter_as_there(
     assert outcomes <= expected
 
 
-@pytest.mark.parametrize("key", ["masked_training", "perturbation_noise_weight", "text_encoder.train"])
+@pytest.mark.parametrize("key", ["masked_training", "perturbation_noise_weight", "text_encoder.model_name"])
 def test_what_is_left_out_is_named(folder: Path, tmp_path: Path, key: str) -> None:
-    keys = {"text_encoder": {"train": True}} if "." in key else {key: True}
+    keys = {"text_encoder": {"train": False, "model_name": "x"}} if "." in key else {key: True}
     draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **keys))
     assert decision(draft, key).outcome == "not translated"
 
@@ -367,3 +367,34 @@ def test_tags_that_are_dropped_in_another_way_are_named(folder: Path, tmp_path: 
     assert "caption_tag_dropout_rate" not in draft.datasets[0]
     assert decision(draft, "concepts[0].text.tag_dropout_enable").outcome == "not translated"
     assert decision(draft, "concepts[0].text.tag_dropout_probability").outcome == "no effect"
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({"text_encoder": {"train": False}, "text_encoder_2": {"train": False}}, {}),
+        (
+            {"text_encoder": {"train": True, "learning_rate": 1e-5}, "text_encoder_2": {"train": False}},
+            {"train_text_encoder": True, "text_encoder_lr": [1e-5, 0.0]},
+        ),
+        (
+            {
+                name: {
+                    "train": True,
+                    "learning_rate": 2e-5,
+                    "stop_training_after": 30,
+                    "stop_training_after_unit": "STEP",
+                }
+                for name in ("text_encoder", "text_encoder_2")
+            },
+            {"train_text_encoder": True, "text_encoder_lr": [2e-5], "stop_text_encoder_training": 30},
+        ),
+    ],
+    ids=["none", "first", "both to a step"],
+)
+def test_trained_text_encoders_keep_rates_and_end(
+    folder: Path, tmp_path: Path, parts: dict[str, object], expected: dict[str, object]
+) -> None:
+    draft = migrate(one_trainer(tmp_path / "run.json", [_concept(folder)], **parts))
+    found = {key: value for key, value in draft.config.items() if "text_encoder" in key and "prec" not in key}
+    assert found == expected

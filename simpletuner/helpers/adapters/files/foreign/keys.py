@@ -19,6 +19,7 @@ PREFIXES = ("diffusion_model.", "transformer.", "unet.", "lora_unet_", "lora_tra
 """What stands before a denoiser's layer; LAYER_PREFIX is LyCORIS's and this program's."""
 TEXT_ENCODERS = ("lora_te", "lora_text_encoder", "text_encoder", "te1", "te2", "clip_l.", "clip_g.", "t5.")
 EMBEDDINGS = ("bundle_emb.",)
+_OF_TEXT_ENCODERS = "layers of text encoders"
 STATIC_KEYS = ("tlora_current_rank", "tlora_min_rank", "tlora_max_rank", "tlora_alpha")
 
 # diffusers once kept LoRA layers in the attention processors: "<attention>.processor.to_q_lora.<part>".
@@ -115,9 +116,8 @@ def split_keys(file: AdapterFile) -> ForeignLayers:
     for layer, parts in layers.items():
         _refuse_incomplete(file.path, first_keys[layer], parts)
     if not layers:
-        raise AdapterError(
-            f"{file.path}: it has no layer of a denoiser, only {next(iter(left_out.values()))}."
-        )
+        only = next(iter(left_out.values()), _OF_TEXT_ENCODERS)
+        raise AdapterError(f"{file.path}: it has no layer of a denoiser, only {only}.")
     return ForeignLayers(layers, frozenset(prefixes), any(processors), left_out)
 
 
@@ -137,7 +137,7 @@ def _without(key: str, prefixes: Iterable[str]) -> str:
 def _reason_to_leave_out(key: str) -> str | None:
     if key.startswith(EMBEDDINGS):
         return "embeddings of prompt words"
-    return "layers of text encoders" if key.startswith(TEXT_ENCODERS) else None
+    return _OF_TEXT_ENCODERS if key.startswith(TEXT_ENCODERS) else None
 
 
 def _layer_and_part(

@@ -296,7 +296,10 @@ def _in_shape(parts: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
 def _report(reading: Reading) -> None:
     for reason, count in Counter(reading.foreign.left_out.values()).items():
         logger.warning(
-            "%s: %d tensors are left out: %s, which are not adapted here.", reading.file.path, count, reason
+            "%s: %d tensors are left out: %s, which the denoiser does not have.",
+            reading.file.path,
+            count,
+            reason,
         )
     found = reading.found
     if found is None:

@@ -1,0 +1,149 @@
+"""Prompts of a run that trains text encoders: they are encoded when they are needed, never cached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from simpletuner.helpers.adapters.joint import JointAdapter, TextEncoderLora, TextEncoderSettings
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from simpletuner.helpers.adapters.adapter import Adapter
+    from simpletuner.helpers.adapters.trainable import Trainable
+    from simpletuner.helpers.checkpointing.progress import Progress
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.contracts import Batch, TextEmbeds
+    from simpletuner.helpers.models.family import ModelFamily
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoding:
+    """Encodes the captions of a step with the text encoders that it trains."""
+
+    family: ModelFamily
+    text_encoders: tuple[TextEncoderLora, ...]
+    """Empty for a run that trains none: its batches have cached prompt embeds."""
+    end_step: int | None
+    progress: Progress
+
+    def encoded(self, batch: Batch) -> Batch:
+        """The batch with the embeds of its captions, through which gradients reach the text encoders.
+
+        Unchanged in a run that trains no text encoder.
+        """
+        if not self.text_encoders:
+            return batch
+        has_ended = self.end_step is not None and self.progress.step >= self.end_step
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not has_ended):
+            return replace(batch, text=self.family.embed_prompts([each.caption for each in batch.samples]))
+
+    def average_gradients(self, accelerator: Accelerator) -> None:
+        """Average the text encoders' gradients over the processes, as DDP does those of the denoiser.
+
+        A parameter without a gradient in every process, as of a layer whose output nothing reads, keeps none.
+        """
+        if accelerator.num_processes == 1 or not self.text_encoders:
+            return
+        parameters = [each for encoder in self.text_encoders for each in encoder.lora.parameters()]
+        found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        has_gradient = [float(each.grad is not None) for each in parameters]
+        whole = torch.cat([found[0].new_tensor(has_gradient), *(each.flatten() for each in found)])
+        whole = accelerator.reduce(whole, reduction="sum")
+        counts, *sums = whole.split([len(parameters), *(each.numel() for each in parameters)])
+        for parameter, count, gradient in zip(parameters, counts.tolist(), sums, strict=True):
+            mean = gradient.view_as(parameter) / accelerator.num_processes
+            parameter.grad = mean if count else None
+
+
+def build_text_encoding(
+    config: RunConfig, family: ModelFamily, trainable: Trainable, *, progress: Progress
+) -> TextEncoding:
+    """The encoding of a run's captions."""
+    return TextEncoding(
+        family=family,
+        text_encoders=trainable.text_encoders if isinstance(trainable, JointAdapter) else (),
+        end_step=config.text_encoders.stop_text_encoder_training,
+        progress=progress,
+    )
+
+
+def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily) -> Adapter:
+    """The adapter with LoRAs on the family's text encoders, which are loaded; as it is if none is trained.
+
+    Raises:
+        AdapterError: The layers of the text encoders in the file of init_lora do not fit.
+        ModelError: A text encoder does not load.
+    """
+    section = config.text_encoders
+    if not section.train_text_encoder:
+        return adapter
+    family.load_text_encoders()
+    trained = []
+    for index, (name, encoder) in enumerate(family.text_encoders.items()):
+        encoder.requires_grad_(False)
+        if not section.trains(index):
+            continue
+        if config.training.gradient_checkpointing:
+            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        lora = TextEncoderLora(
+            encoder,
+            lora_of_text_encoders(config),
+            name=name,
+            targets=family.spec.text_encoder_lora_targets,
+            settings=TextEncoderSettings(
+                learning_rate=section.rate_of(index), end_step=section.stop_text_encoder_training
+            ),
+            seed=config.training.seed,
+        )
+        encoder.train()  # transformers recomputes activations in training mode alone
+        trained.append(lora)
+    joint = JointAdapter(adapter, trained)
+    if config.adapter.init_lora is not None:
+        joint.init_text_encoders(config.adapter.init_lora)
+    return joint
+
+
+def lora_of_text_encoders(config: RunConfig) -> AdapterConfig:
+    """Rank, alpha and dropout of the text encoders' LoRA: those of the denoiser's adapter, unless set."""
+    own, lycoris, rank = config.adapter, config.lycoris, config.text_encoders.text_encoder_lora_rank
+    if lycoris is not None:
+        rank = rank or lycoris.linear_dim
+        return AdapterConfig(lora_rank=rank, lora_alpha=rank * lycoris.linear_alpha / lycoris.linear_dim)
+    rank = rank or own.lora_rank
+    return AdapterConfig(
+        lora_rank=rank,
+        lora_alpha=rank * own.lora_alpha / own.lora_rank,
+        lora_dropout=own.lora_dropout,
+        use_rslora=own.use_rslora,
+    )
+
+
+def present_embeds(family: ModelFamily) -> Callable[[str], TextEmbeds]:
+    """What encodes a prompt with the text encoders as they are, loading them if need be."""
+
+    def embeds_of(prompt: str) -> TextEmbeds:
+        family.load_text_encoders()
+        with _evaluating(family.text_encoders):
+            return family.encode_prompts([prompt])[0]
+
+    return embeds_of
+
+
+@contextmanager
+def _evaluating(encoders: Mapping[str, nn.Module]) -> Iterator[None]:
+    were_training = {name: encoder.training for name, encoder in encoders.items()}
+    for encoder in encoders.values():
+        encoder.eval()
+    try:
+        yield
+    finally:
+        for name, encoder in encoders.items():
+            encoder.train(were_training[name])
