@@ -24,6 +24,10 @@ _ONLY: Mapping[str, tuple[object, str]] = MappingProxyType(
         ),
         "base_model_precision": ((UNCHANGED,), "quantised weights are not trained. Use {allowed}."),
         "enable_group_offload": ((False,), "offloaded weights are not trained. Use {allowed}."),
+        "train_text_encoder": (
+            (False,),
+            "the text encoders' LoRA has no adapter to stand beside. Use {allowed}.",
+        ),
         "push_to_hub": (
             (False,),
             "whole models are not uploaded. Use {allowed}, and upload the folder yourself.",

@@ -61,15 +61,13 @@ class Draft:
             for each in self.decisions
         ]
 
-    def withdraw(self, key: str, text: str) -> None:
+    def withdraw(self, key: str, text: str, *, outcome: Outcome = "no effect") -> None:
         """Take one of our keys back, and the decision with it."""
         if key not in self.config:
             return
         del self.config[key]
         self.decisions = [
-            replace(each, outcome="no effect", ours="", text=text)
-            if each.ours.startswith(f"{key}: ")
-            else each
+            replace(each, outcome=outcome, ours="", text=text) if each.ours.startswith(f"{key}: ") else each
             for each in self.decisions
         ]
 

@@ -130,7 +130,8 @@ def read_kohya(run: KohyaRun) -> Draft:
     _saving(settings, run.place)
     _noise(settings)
     _samples(settings, run)
-    _text_encoders(settings, run.specs[family])
+    if not trains_all:
+        _text_encoders(settings, run.specs[family])
     settings.finish()
     if trains_all:
         fit_to_whole_model(draft)

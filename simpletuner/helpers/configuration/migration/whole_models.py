@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.migration.draft import Draft, Settings
+from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.configuration.text.problems import shown
 
@@ -50,7 +51,12 @@ def put_weight_format(settings: Settings, key: str, *, is_bf16: bool) -> None:
 def fit_to_whole_model(draft: Draft) -> None:
     """Set model_type, and take back what goes with adapters only."""
     draft.config["model_type"] = "full"
-    for key in ("enable_group_offload", "base_model_precision", "lora_format"):
+    for key in (
+        "enable_group_offload",
+        "base_model_precision",
+        "lora_format",
+        *TextEncoderConfig.model_fields,
+    ):
         draft.withdraw(key, "Not with model_type full.")
     draft.config.pop("group_offload_type", None)
     if draft.config.get("mixed_precision") == "fp16":

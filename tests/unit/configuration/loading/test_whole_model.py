@@ -70,6 +70,7 @@ def test_everything_that_needs_an_adapter_or_the_base_model_is_refused_at_once(f
         "init_lora": "start.safetensors",
         "mixed_precision": "fp16",
         "base_model_precision": "int8-torchao",
+        "train_text_encoder": True,
         "enable_group_offload": True,
         "push_to_hub": True,
         "validation_lycoris_strength": 0.5,

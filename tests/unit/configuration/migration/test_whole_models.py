@@ -86,6 +86,11 @@ def test_ai_toolkits_job_without_a_network(folder: Path, tmp_path: Path) -> None
     del job["config"]["process"][0]["network"]
     file.write_text(json.dumps(job))
     assert load(migrate(file), tmp_path)["model_type"] == "full"
+    job["config"]["process"][0]["train"]["train_text_encoder"] = True
+    file.write_text(json.dumps(job))
+    draft = migrate(file)
+    assert "text_encoder_lr" not in load(draft, tmp_path)
+    assert decision(draft, "process[0].train.train_text_encoder").outcome == "not translated"
 
 
 @pytest.mark.parametrize("script", ["train_text_to_image_sdxl", "train_dreambooth_flux"])
