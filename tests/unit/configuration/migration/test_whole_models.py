@@ -89,7 +89,7 @@ def test_ai_toolkits_job_without_a_network(folder: Path, tmp_path: Path) -> None
     job["config"]["process"][0]["train"]["train_text_encoder"] = True
     file.write_text(json.dumps(job))
     draft = migrate(file)
-    assert "text_encoder_lr" not in load(draft, tmp_path)
+    assert load(draft, tmp_path)["train_text_encoder"] is False
     assert decision(draft, "process[0].train.train_text_encoder").outcome == "not translated"
 
 
