@@ -325,3 +325,34 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_references(make: M
         gradients.append(reference.grad)
     assert gradients[0].abs().min() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
+
+
+@EVERY_CASE
+def test_edit_pipeline_opens_the_ranks_of_each_step_and_leaves_no_mask(make: Make, case: Case) -> None:
+    family = make(case.name)
+    family.load_text_encoders()
+    pipeline: Any = family.make_pipeline(family.load_denoiser(), "edit")
+    adapter = attach_tlora(pipeline.transformer, family.spec, off_start=0.1)
+    pipeline._tlora_config = adapter.tlora_config
+    opened: list[int] = []
+
+    def look(*_: object) -> None:
+        found = mask.current_mask(adapter.group, 8)
+        assert found is not None
+        opened.append(int(found.sum()))
+
+    pipeline.transformer.x_embedder.register_forward_hook(look)
+    (text,) = family.encode_prompts(["a cat"])
+    inputs = family.pipeline_inputs(
+        text,
+        text,
+        validation=ValidationConfig(validation_guidance=1.0),
+        size=SIZE,
+        references=[pixels_of(FIRST)],
+    )
+    levels = [1.0, 0.3, 0.05, 0.005]
+    pipeline(**{**inputs, "sigmas": levels}, height=64, width=80, num_inference_steps=4)
+    schedule = RankSchedule(8, min_rank=2)
+    assert opened == [schedule.rank_at(int(1000 * level)) for level in levels]
+    assert len(set(opened)) > 2
+    assert not mask.groups_with_mask()
