@@ -178,7 +178,8 @@ class Loader:
             key: raw.value for key, raw in self.raw.items() if not self._is_inline_file(key)
         }
         self.source = self.source.with_names(model_family=str(self.values.get("model_family", "")))
-        file, checkpoint = self._section(FileConfig), self._section(CheckpointConfig)
+        self._section(FileConfig)
+        checkpoint = self._section(CheckpointConfig)
         if checkpoint.section is not None:
             self.source = self.source.with_names(output_dir=str(checkpoint.section.output_dir))
             self._draw_seed(checkpoint.section)
@@ -187,8 +188,8 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
-        masks, whole_model = self._section(MaskConfig), self._section(WholeModelConfig)
-        text_encoders = self._section(TextEncoderConfig)
+        self._section(WholeModelConfig)
+        masks, text_encoders = self._section(MaskConfig), self._section(TextEncoderConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -232,26 +233,13 @@ class Loader:
         run = RunConfig.model_validate(
             {
                 "source": Path(os.path.abspath(self.path)),
-                "file": file.section,
-                "model": model.section,
-                "adapter": adapter.section,
+                **self._sections(),
                 "lycoris": lycoris,
-                "text_encoders": text_encoders.section,
-                "training": training.section,
-                "regularisation": regularisation.section,
-                "optimizer": optimizer.section,
-                "ema": ema.section,
-                "noise": noise.section,
-                "masks": masks.section,
-                "whole_model": whole_model.section,
-                "precision": precision.section,
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
                 "conditioning": dataset_file.conditioning,
                 "references": dataset_file.references,
-                "checkpoint": checkpoint.section,
                 "tracking": tracking.section.model_copy(update={"webhooks": webhooks}),
-                "publishing": publishing.section,
                 "validation": validation.section.model_copy(
                     update={"validation_resolution": sizes, "prompts": prompts}
                 ),
@@ -343,6 +331,12 @@ class Loader:
         built = build(section, own, self.source, placeholders=placeholders)
         self.built += [built.section] if built.section is not None else []
         return built
+
+    def _sections(self) -> dict[str, Section]:
+        """The sections by their names in a RunConfig."""
+        built = {type(each): each for each in self.built}
+        fields = RunConfig.model_fields.items()
+        return {name: built[field.annotation] for name, field in fields if field.annotation in built}
 
     def _lycoris(
         self, adapter: Validated[AdapterConfig], precision: Validated[PrecisionConfig]

@@ -137,21 +137,9 @@ def build_components(
 ) -> Trainer:
     """Load the denoiser, attach the adapter, load the resumed state, and build the trainer."""
     config, accelerator, data = context.config, context.accelerator, context.data
-    logger.info("Loading the denoiser.")
-    denoiser = context.family.load_denoiser()
-    limit_cpu_threads(denoiser, accelerator.device)
-    hashes = weight_hashes(denoiser)  # before quantisation changes the weights
-    base_model = base_weights_hash(hashes)
-    weights: dict[str, JsonValue] = {"base weights": base_model}
-    if context.resumed is not None:
-        check_compatible(context.resumed, "weights", weights)
     is_offloaded, device = config.precision.enable_group_offload, accelerator.device
-    denoiser = quantize_and_move(
-        denoiser,
-        precision=config.precision.base_model_precision,
-        device=device,
-        home=context.family.denoiser_device if is_offloaded else device,
-    )
+    denoiser, hashes = load_denoiser(context)
+    base_model = base_weights_hash(hashes)
     # The display counts the images that the validation below still generates.
     display = ProgressDisplay(
         total_steps=context.max_steps,
@@ -207,7 +195,7 @@ def build_components(
         ema=state.ema,
     )
     text_encoding = build_text_encoding(config, context.family, trainable, progress=state.progress)
-    checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
+    checkpoints = build_checkpoints(context, state, weights=identity_of(hashes), epochs=epochs)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -234,6 +222,34 @@ def build_components(
         max_steps=context.max_steps,
         resources=resources.pop_all(),
     )
+
+
+def load_denoiser(context: RunContext) -> tuple[nn.Module, dict[str, str]]:
+    """The denoiser in its precision, and the hash of each weight before it was quantised.
+
+    Raises:
+        ModelError: It does not load.
+        CheckpointError: The resumed run began with other weights.
+    """
+    logger.info("Loading the denoiser.")
+    precision, device = context.config.precision, context.accelerator.device
+    denoiser = context.family.load_denoiser()
+    limit_cpu_threads(denoiser, device)
+    hashes = weight_hashes(denoiser)
+    if context.resumed is not None:
+        check_compatible(context.resumed, "weights", identity_of(hashes))
+    denoiser = quantize_and_move(
+        denoiser,
+        precision=precision.base_model_precision,
+        device=device,
+        home=context.family.denoiser_device if precision.enable_group_offload else device,
+    )
+    return denoiser, hashes
+
+
+def identity_of(hashes: Mapping[str, str]) -> dict[str, JsonValue]:
+    """What a checkpoint holds of the base model's weights."""
+    return {"base weights": base_weights_hash(hashes)}
 
 
 def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:

@@ -33,7 +33,7 @@ from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, pr
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
 from simpletuner.helpers.configuration.migration.tags import Tags, put_tags, share_dropout
-from simpletuner.helpers.configuration.migration.text_encoders import outcome_of, put_text_encoders
+from simpletuner.helpers.configuration.migration.text_encoders import ai_toolkit_text_encoders
 from simpletuner.helpers.configuration.migration.whole_models import fit_to_whole_model
 from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -92,7 +92,7 @@ def read_ai_toolkit(content: Mapping[str, JsonValue], place: Place, specs: Mappi
     references = _datasets(settings, datasets, place, alignment=specs[family].minimum_alignment, edits=edits)
     _output(settings, str(config.get("name", "")), place)
     _samples(settings, place if edits else None)
-    _text_encoders(settings, specs[family])
+    ai_toolkit_text_encoders(settings, specs[family])
     settings.finish()
     if trains_all:
         fit_to_whole_model(draft)
@@ -308,23 +308,6 @@ def _train(settings: Settings, family: str) -> None:
     put_ema(settings, f"{ema}.use_ema", numbers={f"{ema}.ema_decay": "ema_decay"}, images="ema_only")
     settings.decide("train.noise_scheduler", "translated", ours="the model's own", text="")
     _timesteps(settings, family)
-
-
-def _text_encoders(settings: Settings, spec: ModelSpec) -> None:
-    keys = ("train.train_text_encoder", "train.text_encoder_lr")
-    if settings.flag(keys[0]) and spec.text_encoder_lora_targets:
-        rate = settings.number(keys[1]) or float(str(settings.draft.config["learning_rate"]))
-        ours = put_text_encoders(settings.draft, [rate])
-        for key in keys:
-            if settings.has(key):
-                settings.decide(key, outcome_of(settings.draft), ours=ours, text="")
-        return
-    for key in keys:
-        if settings.has(key) and settings.flag(keys[0]):
-            text = f"The text encoders of {spec.name} are not trained here; the result differs."
-            settings.decide(key, "not translated", text=text)
-        elif settings.has(key):
-            settings.decide(key, "no effect", text="The text encoders are not trained.")
 
 
 def _timesteps(settings: Settings, family: str) -> None:

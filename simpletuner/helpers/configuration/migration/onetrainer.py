@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import JsonValue
@@ -24,7 +24,7 @@ from simpletuner.helpers.configuration.migration.paths import Place, is_of_other
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, put_prompts
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
-from simpletuner.helpers.configuration.migration.text_encoders import outcome_of, put_text_encoders
+from simpletuner.helpers.configuration.migration.text_encoders import onetrainer_text_encoders
 from simpletuner.helpers.configuration.migration.whole_models import (
     fit_to_whole_model,
     put_fused_backward_pass,
@@ -90,7 +90,7 @@ def read_one_trainer(content: Mapping[str, JsonValue], place: Place, specs: Mapp
     _noise(settings, family)
     _saving(settings, place)
     _samples(settings, place)
-    _text_encoders(settings, specs[family])
+    onetrainer_text_encoders(settings, specs[family])
     for key in [
         each for each in settings.values if each.partition(".")[0] in _PARTS and each not in settings.rows
     ]:
@@ -139,55 +139,6 @@ def _trained_parts(settings: Settings, spec: ModelSpec) -> None:
             raise settings.error(key, "only adapters of the denoiser are trained here.")
         if settings.has(key):
             settings.decide(key, "translated", ours="the only way here", text="")
-
-
-def _text_encoders(settings: Settings, spec: ModelSpec) -> None:
-    parts = ["text_encoder", "text_encoder_2"][: spec.num_text_encoders]
-    trained = [part for part in parts if settings.flag(f"{part}.train")]
-    if trained and not spec.text_encoder_lora_targets:
-        text = f"The text encoders of {spec.name} are not trained here; the result differs."
-        for part in trained:
-            settings.decide(f"{part}.train", "not translated", text=text)
-    elif trained:
-        _put_text_encoders(settings, parts, trained)
-    for key in ("train", "learning_rate", "stop_training_after", "stop_training_after_unit"):
-        for part in ("text_encoder", "text_encoder_2"):
-            if settings.has(f"{part}.{key}"):
-                text = "Of a text encoder that is not trained, or that the model does not have."
-                settings.decide(f"{part}.{key}", "no effect", text=text)
-
-
-def _put_text_encoders(settings: Settings, parts: Sequence[str], trained: Sequence[str]) -> None:
-    """Train these text encoders; a rate of 0 leaves the other one as it is."""
-    draft = settings.draft
-    common, own = settings.number("learning_rate"), float(str(draft.config["learning_rate"]))
-    factor = own / (settings.number("unet.learning_rate") or common or own)  # of learning_rate_scaler
-    given = {part: settings.number(f"{part}.learning_rate") or common for part in trained}
-    rates = [given[part] * factor if part in trained else 0.0 for part in parts]
-    ours = put_text_encoders(draft, rates)
-    for part in trained:
-        settings.decide(f"{part}.train", outcome_of(draft), ours=ours, text="")
-        if settings.has(f"{part}.learning_rate"):
-            settings.decide(f"{part}.learning_rate", "translated", ours="text_encoder_lr", text="")
-    ends = {
-        settings.whole(f"{part}.stop_training_after")
-        if settings.text(f"{part}.stop_training_after_unit").upper() == "STEP"
-        else 0
-        for part in trained
-    }
-    for part in trained:
-        for key in ("stop_training_after", "stop_training_after_unit"):
-            if len(ends) == 1 and ends != {0}:
-                draft.config["stop_text_encoder_training"] = max(ends)
-                ours = f"stop_text_encoder_training: {max(ends)}"
-                settings.decide(f"{part}.{key}", "translated", ours=ours, text="")
-            elif settings.has(f"{part}.{key}"):
-                unit = settings.text(f"{part}.stop_training_after_unit").upper()
-                is_never = unit in ("", "NEVER") and ends == {0}
-                text = (
-                    "Never, as here." if is_never else settings.rows["text_encoder.stop_training_after"].text
-                )
-                settings.decide(f"{part}.{key}", "no effect" if is_never else "not translated", text=text)
 
 
 def _network(settings: Settings, family: str, place: Place) -> None:
