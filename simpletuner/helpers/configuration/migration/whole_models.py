@@ -51,13 +51,11 @@ def put_weight_format(settings: Settings, key: str, *, is_bf16: bool) -> None:
 def fit_to_whole_model(draft: Draft) -> None:
     """Set model_type, and take back what goes with adapters only."""
     draft.config["model_type"] = "full"
-    for key in (
-        "enable_group_offload",
-        "base_model_precision",
-        "lora_format",
-        *TextEncoderConfig.model_fields,
-    ):
+    for key in ("enable_group_offload", "base_model_precision", "lora_format"):
         draft.withdraw(key, "Not with model_type full.")
+    for key in TextEncoderConfig.model_fields:
+        text = "Text encoders are trained beside an adapter only; the result differs."
+        draft.withdraw(key, text, outcome="not translated")
     draft.config.pop("group_offload_type", None)
     if draft.config.get("mixed_precision") == "fp16":
         draft.change("mixed_precision", "bf16", f"fp16 is for adapters. {_ROUNDED}")
