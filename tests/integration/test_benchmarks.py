@@ -19,6 +19,7 @@ SCRIPTS = [
     "bench_optimizers",
     "bench_ema",
     "bench_token_routing",
+    "bench_text_encoders",
     "bench_merging",
     "bench_losses",
 ]

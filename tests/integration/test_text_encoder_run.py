@@ -125,7 +125,12 @@ def test_each_group_has_its_rate_and_moves_both_encoders(tmp_path: Path) -> None
 
 def test_an_encoder_of_rate_0_stays_bit_identical_and_out_of_the_file(tmp_path: Path) -> None:
     run = TinyRun(tmp_path)
-    run.run(**TRAINED | STANDARD | {"text_encoder_lr": "0,1e-2"})
+    keys = TRAINED | STANDARD | {"text_encoder_lr": "0,1e-2"}
+    with run.trainer(**keys) as trainer:
+        assert not any(
+            weight.requires_grad for weight in trainer.family.text_encoders["text_encoder"].parameters()
+        )
+        trainer.run()
     file = run.output_dir / ADAPTER_FILE
     assert encoders_in(adapter_file.read(file)) == ["text_encoder_2"]
     pipeline, untouched = load(tiny_model()), load(tiny_model())
@@ -221,9 +226,16 @@ def test_init_lora_starts_the_text_encoders_too(tmp_path: Path, kind: str) -> No
     source = trained(kind)
     keys = TRAINED | KINDS[kind] | {"init_lora": str(source.output_dir / ADAPTER_FILE)}
     with TinyRun(tmp_path).trainer(**keys) as trainer:
-        embeds = present_embeds(trainer.family)(PROMPT)
-    for found, expected in zip((embeds.prompt_embeds, embeds.pooled), live_embeds(source, kind), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+        at_once = present_embeds(trainer.family)(PROMPT)
+        for encoder in trainer.text_encoding.text_encoders:
+            for parameter in encoder.lora.parameters():
+                parameter.data.zero_()
+        trainer.trainable.init_from(source.output_dir / ADAPTER_FILE)  # type: ignore[attr-defined]
+        again = present_embeds(trainer.family)(PROMPT)
+    for embeds in (at_once, again):
+        pairs = zip((embeds.prompt_embeds, embeds.pooled), live_embeds(source, kind), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def test_validation_encodes_prompts_at_the_strength_of_their_images(tmp_path: Path) -> None:
@@ -316,6 +328,7 @@ def test_the_compared_run_has_its_own_text_encoders(tmp_path: Path, trains_too: 
         "validation_num_inference_steps": 2,
         "validation_resolution": "64",
         "validation_compared_config": str(other.folder / "config.json"),
+        "validation_lycoris_strength": 0.5,
     }
     run = TinyRun(tmp_path)
     with run.trainer(**keys, **(TRAINED if trains_too else {})) as trainer:
@@ -326,7 +339,7 @@ def test_the_compared_run_has_its_own_text_encoders(tmp_path: Path, trains_too: 
         encode = present_embeds(trainer.family)
         assert torch.equal(encode(PROMPT).prompt_embeds, embeds_of(load(tiny_model()))[0])
     pipeline = load(tiny_model())
-    load_into_pipeline(pipeline, other.output_dir / ADAPTER_FILE)
+    load_into_pipeline(pipeline, other.output_dir / ADAPTER_FILE, strength=0.5)
     generator = torch.Generator().manual_seed(prompt.seed)
     options = {"prompt": PROMPT, "num_inference_steps": 2, "guidance_scale": 7.5}
     expected = pipeline(**options, height=64, width=64, generator=generator, output_type="np").images[0]

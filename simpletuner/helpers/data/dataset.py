@@ -136,7 +136,7 @@ class TrainingData:
             for plan in self._plans
             if plan.caption_plan.num_variants > 1
         }
-        if self.caches_text and (problem := limit_problem(several)):
+        if problem := limit_problem(several):
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
