@@ -107,20 +107,35 @@ class WeightOptimizer(Optimizer):
         weights = [weight for group in part for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
-        stored = {weight: weight.data for weight in weights if weight.dtype == torch.bfloat16}
-        for weight in stored:
-            gradient, weight.grad = weight.grad, None
-            weight.data = weight.data.float()
-            weight.grad = gradient.float()
+        copies = {weight: self._exchanged(weight) for weight in weights if weight.dtype == torch.bfloat16}
         groups, self.inner.param_groups = self.inner.param_groups, list(part)
+        own = [group["params"] for group in part]
+        for group in part:
+            group["params"] = [copies.get(weight, weight) for weight in group["params"]]
         try:
             self.inner.step()
         finally:
             self.inner.param_groups = groups
-        for weight, data in stored.items():
-            weight.grad = None
-            data.copy_(rounded_stochastically(weight.data, generator=self._generator(weight)))
-            weight.data = data
+            for group, params in zip(part, own, strict=True):
+                group["params"] = params
+            for weight, copy in copies.items():
+                if copy in self.state:
+                    self.state[weight] = self.state.pop(copy)
+        for weight, copy in copies.items():
+            weight.data.copy_(rounded_stochastically(copy.data, generator=self._generator(weight)))
+
+    def _exchanged(self, weight: nn.Parameter) -> nn.Parameter:
+        """A float32 copy of a weight, which takes its gradient and its state.
+
+        The weight itself cannot become float32: torch would drop its gradient accumulator, on which DDP has
+        the hook that averages the gradients of the processes.
+        """
+        copy = torch.nn.Parameter(weight.detach().float())
+        assert weight.grad is not None, "only weights with a gradient are stepped"
+        copy.grad, weight.grad = weight.grad.float(), None
+        if weight in self.state:
+            self.state[copy] = self.state.pop(weight)
+        return copy
 
     def _generator(self, weight: nn.Parameter) -> torch.Generator:
         device = weight.device
