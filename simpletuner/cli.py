@@ -14,7 +14,6 @@ from simpletuner.cli_options import (
     AdapterArgument,
     AdapterFile,
     Dtype,
-    DtypeOption,
     Form,
     LayoutOption,
     NamingModel,
@@ -255,7 +254,10 @@ def export_command(
         int | None,
         typer.Option("--bands", help="Instead of --rank: the number of files, one per range of timesteps."),
     ] = None,
-    dtype: DtypeOption = "fp32",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="Dtype of the tensors. Default: fp32; of a whole model, as it is."),
+    ] = None,
     schedule: ScheduleOption = None,
     model: NamingModel = None,
     family: Annotated[
@@ -264,10 +266,17 @@ def export_command(
     per_layer: PerLayer = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Convert a T-LoRA file to LoRA, for tools without a rank schedule."""
+    """Convert a T-LoRA file to LoRA for tools without a rank schedule, or a whole model to one file."""
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
+    from simpletuner.helpers.adapters.files.finding import find_model
 
+    if (folder := find_model(adapter)) is not None:
+        from simpletuner.helpers.sampling.export_command import export_whole_model
+
+        given = {"rank": rank, "timestep": timestep, "bands": bands, "model": model, "schedule": schedule}
+        print(export_whole_model(folder, output, dtype=dtype, others=given, overwrite=overwrite))
+        return
     adapter = one_adapter(adapter)
     options = ExportOptions(
         layout=layout,
@@ -275,7 +284,7 @@ def export_command(
         rank=rank,
         timestep=timestep,
         bands=bands,
-        dtype=dtype,
+        dtype=dtype or "fp32",
         schedule=schedule_options(schedule) if schedule is not None else None,
     )
     if model is None:

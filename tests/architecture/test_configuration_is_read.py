@@ -26,7 +26,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "NoiseConfig.timestep_bias_portion": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_strategy": "read through biased_timesteps",
     "RunConfig.decisions": "read through translation_lines",
-    "ModelConfig.model_type": "has one value; the key is accepted because users' files have it",
     "TextCacheEntry.cache_dir": _OPENED,
     "TrainingConfig.num_train_epochs": "read through TrainingConfig.planned_steps",
     "TrackingConfig.webhook_config": _OPENED,

@@ -27,6 +27,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
     "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",
     "simpletuner/helpers/training/muon.py param_groups": "the parts of one optimiser share its groups",
+    "simpletuner/helpers/training/weight_optimizer.py param_groups": "one group is stepped at a time",
     "simpletuner/helpers/training/muon.py state": "the parts of one optimiser share its state",
 }
 

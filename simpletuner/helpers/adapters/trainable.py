@@ -39,6 +39,8 @@ class Trainable(ABC):
     """LyCORIS's name of an adapter's algorithm; "standard" for PEFT LoRA."""
     num_layers: int
     """Number of layers with trained weights."""
+    is_model: bool = False
+    """Whether `save` writes the folder of a model, which is the training state too."""
 
     @property
     def tlora_config(self) -> dict[str, int | float | str] | None:

@@ -53,6 +53,12 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
         "optimizer": config.optimizer.optimizer,
         "lora_type": config.adapter.lora_type,
     }
+    if config.model.is_full:
+        settings |= {
+            "model_type": config.model.model_type,
+            "mixed_precision": config.precision.mixed_precision,
+            "layer_filter": list(config.whole_model.layer_filter),
+        }
     settings |= _prompt_length(config.model)
     for dataset in config.datasets:
         name = redacted(f"dataset {dataset.id}")
@@ -137,6 +143,8 @@ def adapter_metadata(
         "trigger_words": redacted(", ".join(sorted(prompts))),
     }
     own = {name: str(value) for name, value in metadata.items() if value not in (None, "")}
+    if config.model.is_full:  # the labels are those of adapters
+        return own
     prediction_type = config.model.prediction_type or scheduler.get("prediction_type")
     labels = labels_of_run(
         config,

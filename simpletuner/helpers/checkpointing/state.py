@@ -7,10 +7,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from simpletuner.helpers.checkpointing.optimizer_state import (
     optimizer_state,
 )
 from simpletuner.helpers.errors import CheckpointError, SimpleTunerError
-from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.atomic import publish_folder, write_json
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_STATE_FILE,
     COUNTERS_FILE,
@@ -73,10 +74,15 @@ class RunState:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensors that `save` writes; adapter and EMA are each in two files."""
-        trained = sum(weight.numel() * weight.element_size() for weight in self.trainable.parameters())
+        """Size of the tensors that `save` writes; adapter and EMA are each in two files, a model in one."""
+        if self.trainable.is_model:
+            state: Iterable[Tensor] = self.trainable.state_dict().values()
+        else:
+            state = self.trainable.parameters()
+        copies = 1 if self.trainable.is_model else 2
+        trained = sum(weight.numel() * weight.element_size() for weight in state)
         ema = 0 if self.ema is None else self.ema.num_bytes
-        return 2 * trained + 2 * ema + num_state_bytes(self.optimizer)
+        return copies * (trained + ema) + num_state_bytes(self.optimizer)
 
     def check_optimizer(self) -> None:
         """Check that a checkpoint can hold the optimiser's state; every process of a sharded run calls it.
@@ -87,40 +93,60 @@ class RunState:
         optimizer_state(self.optimizer)
 
     def save(self, folder: Path) -> None:
-        """Write the state and the adapter files into an existing folder.
+        """Write the state and the files for use into an existing folder; a whole model's folder is both.
 
         Raises:
             CheckpointError: A tensor file cannot be written.
             OSError: The disk is full.
         """
         tensors, numbers = optimizer_state(self.optimizer)
-        _save_tensors(self.trainable.state_dict(), folder / ADAPTER_STATE_FILE)
         _save_tensors(tensors, folder / OPTIMIZER_FILE)
         if self.ema is not None:
             _save_tensors(self.ema.tensors(), folder / EMA_STATE_FILE)
         write_json(folder / COUNTERS_FILE, {**self._counters(), "optimizer": numbers})
-        self.save_adapters(folder)
+        if self.trainable.is_model:
+            self._save(folder / self.trainable.file_names[0])
+        else:
+            _save_tensors(self.trainable.state_dict(), folder / ADAPTER_STATE_FILE)
+            self.save_weights(folder)
 
-    def save_adapters(self, folder: Path) -> list[Path]:
-        """Write the adapter file, and with an EMA a second one; ema_adapter_file says which has the average.
+    def save_weights(self, folder: Path) -> list[Path]:
+        """Write the weights for use, with an EMA twice; ema_adapter_file says which are the average.
 
         The headers have the metadata and the number of steps.
 
         Returns:
-            The files.
+            The files, or the folders of a whole model.
         """
-        metadata = {**self.metadata, "steps": str(self.progress.step)}
         main, second = (folder / name for name in self.trainable.file_names)
         plain = second if self.ema is not None and self.ema.is_main else main
         named = {} if self.ema is None else {WEIGHTS_KEY: "plain"}
         with self.averages():
-            self.trainable.save(plain, metadata=metadata | named)
+            self._publish(plain, named)
         if self.ema is None:
             return [main]
         named = {WEIGHTS_KEY: "ema", "ema_decay": str(self.ema.config.ema_decay)}
         with self.ema.weights():
-            self.trainable.save(main if plain == second else second, metadata=metadata | named)
+            self._publish(main if plain == second else second, named)
         return [main, second]
+
+    def _publish(self, path: Path, metadata: Mapping[str, str]) -> None:
+        with publish_folder(path) if self.trainable.is_model else nullcontext(path) as target:
+            self._save(target, metadata)
+
+    def _save(self, path: Path, metadata: Mapping[str, str] = MappingProxyType({})) -> None:
+        known = {**self.metadata, "steps": str(self.progress.step)}
+        try:
+            self.trainable.save(path, metadata=known | dict(metadata))
+        except SafetensorError as error:
+            raise _not_written(path, error) from error
+
+    def _weights_in(self, folder: Path) -> dict[str, Tensor]:
+        """The training state in a checkpoint."""
+        if not self.trainable.is_model:
+            return load_file(folder / ADAPTER_STATE_FILE)
+        files = sorted((folder / self.trainable.file_names[0]).glob("*.safetensors"))
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def load(self, folder: Path) -> None:
         """Load the state that `save` wrote.
@@ -130,7 +156,7 @@ class RunState:
         """
         try:
             counters = json.loads((folder / COUNTERS_FILE).read_bytes())
-            self.trainable.load_state_dict(load_file(folder / ADAPTER_STATE_FILE))
+            self.trainable.load_state_dict(self._weights_in(folder))
             # Copies: the optimiser keeps them, and Windows removes no file that is mapped into memory.
             tensors = {name: value.clone() for name, value in load_file(folder / OPTIMIZER_FILE).items()}
             load_optimizer_state(self.optimizer, tensors, numbers=counters["optimizer"])
@@ -189,10 +215,14 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         # safetensors makes files for their owner alone; the folder has the mode that the umask gives.
         path.chmod(path.parent.stat().st_mode & 0o666)
     except SafetensorError as error:
-        number = _OS_ERROR.search(str(error))
-        if number is not None:
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
-        raise CheckpointError(f"{path} cannot be written: {error}. Earlier checkpoints are kept.") from error
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: SafetensorError) -> Exception:
+    number = _OS_ERROR.search(str(error))
+    if number is not None:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return CheckpointError(f"{path} cannot be written: {error}. Earlier checkpoints are kept.")
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -182,6 +182,15 @@ STANDARD = Algorithm(
 )
 """The algorithm of lora_type standard, which has no lycoris json."""
 
+WHOLE_MODEL = Algorithm(
+    name="whole_model",
+    display_name="Full fine-tune",
+    summary="The weights of the denoiser.",
+    build="simpletuner.helpers.models.whole_model:WholeModel",
+    defaults={},
+)
+"""What model_type full trains, without an adapter."""
+
 ALGORITHMS = Registry(
     Algorithm(
         name="tlora",
@@ -315,8 +324,8 @@ ALGORITHMS = Registry(
 
 
 def display_name_of(name: str) -> str:
-    """Title of an algorithm or of lora_type standard; an unknown name as it is."""
-    known = {**ALGORITHMS, STANDARD.name: STANDARD}
+    """Title of an algorithm, of lora_type standard or of model_type full; an unknown name as it is."""
+    known = {**ALGORITHMS, **{each.name: each for each in (STANDARD, WHOLE_MODEL)}}
     return known[name].title if name in known else name
 
 

@@ -25,6 +25,8 @@ class Optimizer(Choice):
     """Whether images and adapter files use averages of the weights, which its `eval()` computes."""
     trains_shards: bool = False
     """Whether it trains parameters that FSDP shards."""
+    needs_all_gradients: bool = False
+    """Whether the step of a weight depends on the gradients of others, so that all are stepped at once."""
 
 
 _ADAM: Mapping[str, ArgumentType] = {"betas": "betas", "eps": "number", "weight_decay": "number"}
@@ -140,6 +142,7 @@ OPTIMIZERS = Registry(
         defaults={"use_bias_correction": True, "safeguard_warmup": True},
         default_learning_rate=1.0,
         trains_shards=True,
+        needs_all_gradients=True,
     ),
     Optimizer(
         name="prodigyplus",
@@ -162,6 +165,7 @@ OPTIMIZERS = Registry(
         defaults={"split_groups": False},
         default_learning_rate=1.0,
         has_averages=True,
+        needs_all_gradients=True,
     ),
     Optimizer(
         name="adamw_schedulefree",
@@ -217,6 +221,7 @@ OPTIMIZERS = Registry(
             "nesterov": "boolean",
             "ns_steps": "count",
         },
+        needs_all_gradients=True,
     ),
     Optimizer(
         name="dadaptation",
@@ -236,5 +241,6 @@ OPTIMIZERS = Registry(
         # The decay of AdamW instead of a penalty in the gradient, as in prodigy.
         defaults={"weight_decouple": True},
         default_learning_rate=1.0,
+        needs_all_gradients=True,
     ),
 )

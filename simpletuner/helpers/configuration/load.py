@@ -38,6 +38,7 @@ from simpletuner.helpers.configuration.loading.lycoris_file import complete_lyco
 from simpletuner.helpers.configuration.loading.prompts import at_both_ends, merge_prompts, read_library
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.webhook_file import hide_address, read_webhooks
+from simpletuner.helpers.configuration.loading.whole_model import check_whole_model
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
@@ -67,6 +68,7 @@ from simpletuner.helpers.configuration.schema.sections import (
 )
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig, WebhookConfig
 from simpletuner.helpers.configuration.schema.values import DifferingDefault, optimizer_arguments
+from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.configuration.text.placeholders import Environment
 from simpletuner.helpers.configuration.text.problems import Problems, shown
@@ -84,6 +86,7 @@ SECTIONS: tuple[type[Section], ...] = (
     EmaConfig,
     NoiseConfig,
     MaskConfig,
+    WholeModelConfig,
     PrecisionConfig,
     DataConfig,
     CheckpointConfig,
@@ -180,7 +183,7 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
-        masks = self._section(MaskConfig)
+        masks, whole_model = self._section(MaskConfig), self._section(WholeModelConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -192,9 +195,7 @@ class Loader:
             rules.check_model(model, spec, self.source)
             family_sections = (model, adapter, training, noise, validation)
             rules.check_family(family_sections, spec, families=self.families, source=self.source)
-            rules.check_lora_preset(self.raw, adapter, spec=spec, source=self.source)
-            rules.check_format(adapter, lycoris, spec=spec, source=self.source)
-            rules.check_slider(adapter, lycoris, datasets=dataset_file.datasets, source=self.source)
+            self._check_adapter(adapter, lycoris, spec=spec, datasets=dataset_file.datasets)
             rules.check_precision(precision, adapter, lycoris, spec=spec, source=self.source)
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
@@ -204,6 +205,8 @@ class Loader:
         rules.check_ema(ema, optimizer, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
+        datasets = dataset_file.datasets
+        check_whole_model(self.built, self.raw, prompts=prompts, datasets=datasets, source=self.source)
         rules.check_output(checkpoint, dataset_file.folders(), self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
@@ -226,6 +229,7 @@ class Loader:
                 "ema": ema.section,
                 "noise": noise.section,
                 "masks": masks.section,
+                "whole_model": whole_model.section,
                 "precision": precision.section,
                 "data": data.section.model_copy(update=text_cache),
                 "datasets": dataset_file.datasets,
@@ -329,7 +333,7 @@ class Loader:
         self, adapter: Validated[AdapterConfig], precision: Validated[PrecisionConfig]
     ) -> LycorisConfig | None:
         section = adapter.section
-        if section is None:
+        if section is None or self.values.get("model_type") == "full":
             return None
         # An invalid lora_type has become standard here; its lycoris json is checked nevertheless.
         if section.lora_type == "standard" and "lora_type" not in adapter.invalid_keys:
@@ -350,6 +354,20 @@ class Loader:
             text = "required by lora_type lycoris. Give the path of the lycoris json."
             self.source.add("lycoris_config", text)
         return None
+
+    def _check_adapter(
+        self,
+        adapter: Validated[AdapterConfig],
+        lycoris: LycorisConfig | None,
+        *,
+        spec: ModelSpec,
+        datasets: Sequence[DatasetConfig],
+    ) -> None:
+        if self.values.get("model_type") == "full":
+            return
+        rules.check_lora_preset(self.raw, adapter, spec=spec, source=self.source)
+        rules.check_format(adapter, lycoris, spec=spec, source=self.source)
+        rules.check_slider(adapter, lycoris, datasets=datasets, source=self.source)
 
     def _datasets(self, data: Validated[DataConfig]) -> DatasetFile:
         path = data.section.data_backend_config if data.section is not None else None

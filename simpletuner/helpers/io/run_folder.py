@@ -68,6 +68,17 @@ _IMAGE = re.compile(r"\d\d+-(?P<prompt>.+)-(?P<size>\d+x\d+)-seed(?P<seed>-?\d+)
 _CACHED_IMAGE = re.compile(r"(?P<name>.+)-[0-9a-f]{16}\.png")
 
 
+def ema_folder(model: str) -> str:
+    """Name of the folder beside that of a whole model, for the second weights of a run with an EMA."""
+    return f"{model}_ema"
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weight files of a whole model in an output folder or a checkpoint; none beside an adapter."""
+    found = sorted(folder.glob("*/diffusion_pytorch_model*.safetensors"))
+    return [file for file in found if file.parent.name != ema_folder(file.parent.name.removesuffix("_ema"))]
+
+
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
     """The checkpoint after this optimiser step."""
     return output_dir / f"{_CHECKPOINT}{step}"

@@ -66,8 +66,16 @@ JOINT_ATTENTION: Names = {
     **joined("txt_attn.qkv", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
     "attn.to_out.0": "img_attn.proj",
     "attn.to_add_out": "txt_attn.proj",
+    "attn.norm_q": "img_attn.norm.query_norm",
+    "attn.norm_k": "img_attn.norm.key_norm",
+    "attn.norm_added_q": "txt_attn.norm.query_norm",
+    "attn.norm_added_k": "txt_attn.norm.key_norm",
 }
 """Attention of the double blocks of Flux.1 and Flux.2."""
+
+
+SINGLE_NORMS: Names = {"attn.norm_q": "norm.query_norm", "attn.norm_k": "norm.key_norm"}
+"""Normalisation in the single blocks of Flux.1 and Flux.2."""
 
 
 def flux_names(model: str, *, embedder: str, double: Names, single: Names, outside: Names) -> BlockNames:
@@ -89,7 +97,7 @@ def flux_names(model: str, *, embedder: str, double: Names, single: Names, outsi
         model=model,
         blocks={
             "transformer_blocks": ("double_blocks", {**JOINT_ATTENTION, **double}),
-            "single_transformer_blocks": ("single_blocks", single),
+            "single_transformer_blocks": ("single_blocks", {**SINGLE_NORMS, **single}),
         },
         outside={
             "x_embedder": "img_in",

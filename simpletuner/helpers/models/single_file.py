@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import xxhash
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import FromOriginalModelMixin
 from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
 from safetensors import SafetensorError
@@ -157,11 +158,16 @@ def hash_file(path: Path, digest: xxhash.xxh3_128) -> None:
 def _named_for(
     model_class: Any, tensors: Mapping[str, Tensor], *, folder: Path, prefix: str
 ) -> Mapping[str, Tensor]:
-    """The tensors in the names that diffusers' loader detects: its own, or the original ones with prefix."""
+    """The tensors in the names that diffusers' loader reads: its own, or the original ones.
+
+    Those of a UNet need the prefix; converters of transformers take none, and some do not know it.
+    """
     with torch.device("meta"):
         own = model_class.from_config(model_class.load_config(str(folder))).state_dict().keys()
     if own <= tensors.keys():
         return {name: tensors[name] for name in own}
+    if prefix == DENOISER_PREFIX and not issubclass(model_class, UNet2DConditionModel):
+        return tensors
     return _prefixed(tensors, prefix)
 
 

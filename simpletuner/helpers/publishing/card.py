@@ -32,7 +32,13 @@ from simpletuner.helpers.io.run_folder import (
 from simpletuner.helpers.io.safetensors_file import read_header
 from simpletuner.helpers.publishing.markdown import escape, fenced, table
 from simpletuner.helpers.publishing.run_files import RunFiles, read_run
-from simpletuner.helpers.publishing.usage import diffusers_code, pipeline_code, sample_command
+from simpletuner.helpers.publishing.usage import (
+    diffusers_code,
+    export_command,
+    pipeline_code,
+    sample_command,
+    whole_model_code,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +122,11 @@ def front_matter(run: RunFiles, spec: ModelSpec | None) -> dict[str, Any]:
     model, licence = base_model(run), _licence(run, spec)
     triggers = _triggers(run)
     is_safe = bool(run.config.get("model_card_safe_for_work"))
-    tags = ["text-to-image", "diffusers", "lora", "template:diffusion-lora", _algorithm(run), "simpletuner-t"]
+    kind = ["lora", "template:diffusion-lora", _algorithm(run)] if run.model is None else ["full-fine-tune"]
+    tags = ["text-to-image", "diffusers", *kind, "simpletuner-t"]
     found = {
         "base_model": model,
-        "base_model_relation": "adapter" if model else None,
+        "base_model_relation": ("adapter" if run.model is None else "finetune") if model else None,
         "library_name": "diffusers",
         "license": licence.identifier if licence else None,
         "license_name": licence.name if licence else None,
@@ -181,6 +188,8 @@ def _summary(run: RunFiles) -> str:
     base = f"[{escape(model)}](https://huggingface.co/{model})" if model else "a local base model"
     steps = run.header.get("steps")
     trained = f" for {counted(int(steps), 'step')}" if steps and steps.isdecimal() else ""
+    if run.model is not None:
+        return f"A full fine-tune of the denoiser of {base}, trained{trained} with SimpleTuner-T."
     algorithm = escape(display_name_of(_algorithm(run)))
     return f"An adapter ({algorithm}) for {base}, trained{trained} with SimpleTuner-T."
 
@@ -239,7 +248,9 @@ def _rank_table(run: RunFiles) -> str:
 def _settings(run: RunFiles) -> str:
     rows: list[tuple[str, object]] = [(key, run.config.get(key)) for key in SETTINGS]
     lycoris = run.config.get("lycoris_config")
-    if isinstance(lycoris, Mapping):
+    if run.model is not None:
+        rows = [(key, value) for key, value in rows if key not in (*STANDARD_SETTINGS, "lora_type")]
+    elif isinstance(lycoris, Mapping):
         rows = [(key, value) for key, value in rows if key not in STANDARD_SETTINGS]
         rows += [(key, lycoris.get(key)) for key in LYCORIS_SETTINGS]
     rows.append(("training images", run.header.get("ss_num_train_images")))
@@ -248,6 +259,15 @@ def _settings(run: RunFiles) -> str:
 
 def _usage(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) -> Iterator[str]:
     model, name = base_model(run), run.adapter_name
+    if run.model is not None:
+        yield "### diffusers"
+        source = model or LOCAL_MODEL
+        code = whole_model_code(run.config, run.manifest, model=source, folder=name, spec=spec)
+        yield fenced(code, "python")
+        yield "### ComfyUI"
+        yield "This writes a file for the folder `models/diffusion_models` and the node Load Diffusion Model:"
+        yield fenced(export_command(name), "bash")
+        return
     yield "### SimpleTuner-T"
     if repository is not None:
         yield fenced(f"hf download {shlex.quote(repository)} {shlex.quote(name)} --local-dir .", "bash")

@@ -18,6 +18,7 @@ from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.redaction import PLACEHOLDER
 from simpletuner.helpers.io.run_folder import (
     CARD_FILE,
+    CARD_FOLDER,
     CONFIG_FILE,
     LYCORIS_FILE,
     UPLOAD_FOLDER,
@@ -72,7 +73,12 @@ def publish(
         PublishError: The folder has nothing to upload, or the hub cannot be reached or fails.
         StorageError: Another process uploads this folder, or a file cannot be written.
     """
-    read_run(folder)  # before anything is made in a folder that is none of a run
+    # Before anything is made in a folder that is none of a run.
+    if read_run(folder).model is not None:
+        raise PublishError(
+            f"{folder} holds a whole model, which is not uploaded here. Upload it with hf upload, the model "
+            f"card of {CARD_FOLDER} too."
+        )
     if hub.is_offline():
         raise PublishError("HF_HUB_OFFLINE is set, so nothing is uploaded. Unset it and try again.")
     with run_lock(folder / UPLOAD_FOLDER, remedy=BUSY_REMEDY):

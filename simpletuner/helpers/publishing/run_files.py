@@ -25,6 +25,7 @@ from simpletuner.helpers.io.run_folder import (
     checkpoint_folder,
     checkpoint_folders,
     image_file,
+    model_files,
     validation_step_folders,
 )
 from simpletuner.helpers.io.safetensors_file import read_metadata
@@ -48,6 +49,8 @@ class RunFiles:
     """The texts in the adapter's header; names in place of paths."""
     checkpoints: Mapping[str, Path]
     """Path in a repository -> adapter file of a checkpoint that waits for its upload."""
+    model: str | None = None
+    """Path of the folder of a whole model, of which `adapter` is a file; None for an adapter."""
 
     @property
     def comfyui(self) -> Path | None:
@@ -67,6 +70,8 @@ class RunFiles:
     @property
     def ema_sentence(self) -> str:
         """Which file has the moving average of a run that keeps one, in Markdown; else empty."""
+        if self.model is not None:
+            return ""
         if not self.config.get("use_ema") or not self.adapter.with_name(EMA_ADAPTER_FILE).exists():
             return ""
         files = self.adapter_name, str(PurePosixPath(self.adapter_name).with_name(EMA_ADAPTER_FILE))
@@ -122,6 +127,10 @@ def read_run(folder: Path) -> RunFiles:
     newest = {_name(step): path for step, path in saved if path.exists()}
     adapters = {ADAPTER_FILE: folder / ADAPTER_FILE} if (folder / ADAPTER_FILE).exists() else {}
     candidates = adapters or dict(reversed(newest.items())) or dict(reversed(mains.items()))
+    folders = [folder, *(path for _, path in reversed(checkpoint_folders(folder)))]
+    models = [files[0] for each in folders if (files := model_files(each))]
+    if models:
+        candidates = {models[0].parent.relative_to(folder).as_posix(): models[0]}
     if not candidates:
         raise PublishError(f"{folder} holds no adapter yet: neither {ADAPTER_FILE} nor a checkpoint.")
     name, adapter = next(iter(candidates.items()))
@@ -133,6 +142,7 @@ def read_run(folder: Path) -> RunFiles:
         adapter_name=name,
         header=without_paths(read_metadata(adapter, error=PublishError)),
         checkpoints=waiting,
+        model=name if models else None,
     )
 
 

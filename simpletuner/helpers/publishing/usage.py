@@ -92,6 +92,35 @@ def diffusers_code(
     return "\n".join(lines)
 
 
+def whole_model_code(
+    config: Config, manifest: Manifest, *, model: str, folder: str, spec: ModelSpec | None
+) -> str:
+    """Python code that puts a trained denoiser into the base model's pipeline; `folder` is the denoiser's."""
+    image, is_flow = example_image(config, manifest), spec is not None and _is_flow(spec)
+    name = "transformer" if spec is None else spec.denoiser_name
+    loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
+    device, dtype, *pipeline = _pipeline(model, loading)
+    lines = [
+        "import torch",
+        "from diffusers import AutoModel, DiffusionPipeline",
+        "",
+        device,
+        dtype,
+        f"{name} = AutoModel.from_pretrained({folder!r}, torch_dtype=dtype)",
+        *pipeline[:-1],
+        f"    {name}={name},",
+        pipeline[-1],
+        *_scheduler(config, is_flow=is_flow),
+        *_image(config, image, is_flow=is_flow),
+    ]
+    return "\n".join(lines)
+
+
+def export_command(folder: str) -> str:
+    """The `simpletuner export` command that writes a whole model as a single file."""
+    return f"simpletuner export {shlex.quote(folder)} --output model.safetensors"
+
+
 def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
     """Prompt, size, seed, strength and sampling of the first validation image, else close to training."""
     prompt: Mapping[str, Any] = next(iter(manifest.get("shots", [])), {})

@@ -9,10 +9,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from simpletuner.helpers.io.atomic import damaged_files, file_entry, write_json
+from simpletuner.helpers.io.atomic import damaged_files, file_entry, verify_manifest, write_json
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.redaction import redacted_json
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, COMFYUI_FILES, EMA_ADAPTER_FILE, SUMMARY_FILE
+from simpletuner.helpers.io.run_folder import (
+    ADAPTER_FILE,
+    COMFYUI_FILES,
+    EMA_ADAPTER_FILE,
+    SUMMARY_FILE,
+    ema_folder,
+)
 from simpletuner.helpers.publishing.uploads import Uploads
 
 logger = logging.getLogger(__name__)
@@ -44,6 +50,8 @@ class RunSummary:
 
     trackers: dict[str, str] | None = None
     """Tracker -> the folder of its files; None for runs of earlier versions."""
+    model: str | None = None
+    """Name of the folder of a whole model, whose path `adapter` then is; None for an adapter."""
     ema: str | None = None
     """The file beside the adapter, if it has the EMA weights."""
     plain: str | None = None
@@ -51,11 +59,15 @@ class RunSummary:
 
     @property
     def adapter_files(self) -> list[str]:
-        """Names of the adapter files without their exports."""
+        """Names of the adapter files without their exports, or of the folders of a whole model."""
+        if self.model is not None:
+            return [self.model, *([ema_folder(self.model)] if self.ema or self.plain else [])]
         return [ADAPTER_FILE] if self.ema is self.plain is None else [ADAPTER_FILE, EMA_ADAPTER_FILE]
 
     def sealed(self, output_dir: Path) -> RunSummary:
-        """The summary with the present size and hash of the adapter files."""
+        """The summary with the present size and hash of the adapter files; a model's folder has its own."""
+        if self.model is not None:
+            return self
         names = self.adapter_files
         if self.comfyui is not None:
             names += [COMFYUI_FILES[name] for name in names]
@@ -66,7 +78,10 @@ class RunSummary:
         write_json(output_dir / SUMMARY_FILE, redacted_json(asdict(self)))
 
     def damage(self, output_dir: Path) -> list[str]:
-        """One sentence for each adapter file that is missing or damaged; the export too."""
+        """One sentence for each file of the weights that is missing or damaged; the export too."""
+        if self.model is not None:
+            problems = {name: verify_manifest(output_dir / name) for name in self.adapter_files}
+            return [f"{name}: {problem}" for name, each in problems.items() for problem in each]
         if not self.files:
             return [] if (output_dir / ADAPTER_FILE).is_file() else [f"{ADAPTER_FILE} is missing"]
         try:
@@ -76,7 +91,7 @@ class RunSummary:
 
     def show(self) -> None:
         """Log one line for each file."""
-        logger.info("Adapter:     %s", self.adapter)
+        logger.info("%-12s %s", "Adapter:" if self.model is None else "Model:", self.adapter)
         if self.ema is not None:
             logger.info("EMA:         %s", self.ema)
         if self.plain is not None:

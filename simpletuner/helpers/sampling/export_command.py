@@ -1,4 +1,4 @@
-"""`simpletuner export --model`: files that can only be exported with their base model."""
+"""`simpletuner export` with models: adapter files that need their base model, and whole models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from simpletuner.helpers.adapters.files import adapter_file
 from simpletuner.helpers.adapters.files.export import Exported, ExportOptions, export_live
 from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.sampling.sample_command import SampleRequest, make_family, sections_of
+from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.models.original_layout import export_model
+from simpletuner.helpers.sampling.sample_command import DTYPES, SampleRequest, make_family, sections_of
 
 
 def export_with_model(
@@ -47,3 +49,33 @@ def export_with_model(
         metadata=stored.metadata,
         overwrite=overwrite,
     )
+
+
+def export_whole_model(
+    folder: Path, output: Path, *, dtype: str | None, others: Mapping[str, object], overwrite: bool
+) -> str:
+    """Write the denoiser in a folder as one file with the original layer names.
+
+    Args:
+        folder: In diffusers' layout.
+        output: The file.
+        dtype: Key of DTYPES; None keeps that of the folder.
+        others: Option of the command -> its value, of those that are for adapters.
+        overwrite: Replace a file that exists.
+
+    Returns:
+        A sentence for people.
+
+    Raises:
+        ConfigError: An option for adapters is given.
+        ModelError: It is no denoiser of a known family.
+        StorageError: The file cannot be written, or exists.
+    """
+    given = [f"--{name}" for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(
+            f"{folder} is a whole model, for which {', '.join(given)} means nothing. Remove it."
+        )
+    wanted = None if dtype is None else DTYPES[dtype]
+    number = export_model(folder, output, dtype=wanted, overwrite=overwrite)
+    return f"{output}: {number} tensors of {folder}, with the layer names of the original checkpoint"

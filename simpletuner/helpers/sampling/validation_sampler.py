@@ -105,6 +105,14 @@ class ValidationSampler:
                 prepare(prompt)
                 self.generate(pipeline, prompt, file)
 
+    def generate_base(self, denoiser: nn.Module) -> None:
+        """Generate the missing images of the base model with its denoiser, before training changes that."""
+        files = {prompt: self.cached_path(prompt) for prompt in self.prompts}
+        missing = {prompt: file for prompt, file in files.items() if not file.exists()}
+        if missing and not self.config.disable_benchmark:
+            with self.best_effort("the base-model images"), self.eval_mode(denoiser):
+                self.generate_all(self.make_pipeline(denoiser), missing, prepare=lambda _: None)
+
     def generate(self, pipeline: Any, prompt: PromptSpec, file: Path) -> None:
         """Generate the image of a prompt and write it as PNG.
 

@@ -39,6 +39,7 @@ from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.recomputing import recompute_blocks
 from simpletuner.helpers.models.token_routing import TokenRouting
+from simpletuner.helpers.models.whole_model import WholeModel
 from simpletuner.helpers.reporting.html_report.manifest import build_manifest
 from simpletuner.helpers.reporting.html_report.writer import RunPage
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
@@ -65,13 +66,13 @@ from simpletuner.helpers.training.preparing import (
 from simpletuner.helpers.training.regularisation import build_regularisation
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
+from simpletuner.helpers.training.weight_optimizer import build_weight_optimizer, steps_one_by_one
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-    from simpletuner.helpers.adapters.adapter import Adapter
     from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.io.atomic import JsonValue
@@ -115,7 +116,6 @@ def build_components(
 ) -> Trainer:
     """Load the denoiser, attach the adapter, load the resumed state, and build the trainer."""
     config, accelerator, data = context.config, context.accelerator, context.data
-    is_main_process = accelerator.is_main_process
     logger.info("Loading the denoiser.")
     denoiser = context.family.load_denoiser()
     limit_cpu_threads(denoiser, accelerator.device)
@@ -135,51 +135,54 @@ def build_components(
     display = ProgressDisplay(
         total_steps=context.max_steps,
         step=context.step,
-        enabled=is_main_process,
+        enabled=accelerator.is_main_process,
         images_left=lambda step: validation.images_left(step, max_steps=context.max_steps),
     )
     sampler = build_sampler(context, prompts, base_model=base_model, display=display)
     comparison = build_comparison(config, sampler)
-    if comparison is not None and is_main_process:
+    if comparison is not None and accelerator.is_main_process:
         comparison.generate_missing(denoiser)
-    adapter = build_adapter(context, denoiser, weight_hashes=hashes)
+    if config.model.is_full and accelerator.is_main_process:
+        sampler.generate_base(denoiser)
+    trainable = build_trainable(context, denoiser, weight_hashes=hashes)
     if config.precision.base_model_precision != UNCHANGED:
         ddp_ignore_frozen(denoiser)
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
         shard_adapters(denoiser)
-    optimizer = build_optimizer(adapter.groups(), config.optimizer)
-    averages = partial(weights_for_use, optimizer, config.optimizer)
+    optimizer = build_optimizer(trainable.groups(), config.optimizer)
     state = RunState(
-        trainable=adapter,
+        trainable=trainable,
         optimizer=optimizer,
         progress=Progress(),
         metadata=adapter_metadata(
             config, data, spec=context.family.spec, scheduler=context.family.components.scheduler.config
         ),
         scaler=accelerator.scaler,
-        averages=averages,
-        ema=build_ema(config, adapter, device=device),
+        averages=partial(weights_for_use, optimizer, config.optimizer),
+        ema=build_ema(config, trainable, device=device),
     )
     if context.resumed is not None:
         resume(state, context.resumed)
-    schedule = build_lr_schedule(optimizer, config.optimizer, max_steps=context.max_steps, step=context.step)
+    weight_optimizer = build_weight_optimizer(config, optimizer, state.progress)
+    stepped = weight_optimizer or optimizer
+    schedule = build_lr_schedule(stepped, config.optimizer, max_steps=context.max_steps, step=context.step)
     # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
     prepared, prepared_optimizer = accelerator.prepare(
-        denoiser, optimizer, device_placement=[not is_offloaded, False]
+        denoiser, stepped, device_placement=[not is_offloaded, False]
     )
     epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
-        trainable=adapter,
+        trainable=trainable,
         denoiser=denoiser,
         title=config.algorithm.title,
         comparison=comparison,
         trackers=trackers,
         scorer=context.scorer,
         epochs=epochs,
-        averages=averages,
+        averages=state.averages,
         ema=state.ema,
     )
     checkpoints = build_checkpoints(context, state, weights=weights, epochs=epochs)
@@ -188,13 +191,14 @@ def build_components(
         accelerator=accelerator,
         family=context.family,
         denoiser=prepared,
-        trainable=adapter,
+        trainable=trainable,
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
         objective=build_objective(config, context.family, state.progress),
-        regularisation=build_regularisation(config, context.family, adapter),
+        regularisation=build_regularisation(config, context.family, trainable),
         token_routing=build_token_routing(config, denoiser),
+        weight_optimizer=weight_optimizer,
         state=state,
         checkpoints=checkpoints,
         validation=validation,
@@ -238,31 +242,44 @@ def build_sampler(
     )
 
 
-def build_adapter(context: RunContext, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]) -> Adapter:
-    """Attach the adapter to the denoiser, in training mode."""
+def build_trainable(
+    context: RunContext, denoiser: nn.Module, *, weight_hashes: Mapping[str, str]
+) -> Trainable:
+    """What the run trains, with the denoiser in training mode: its own weights, or an adapter on it."""
     config, accelerator = context.config, context.accelerator
     if config.training.gradient_checkpointing:
         recompute_blocks(denoiser, interval=config.training.gradient_checkpointing_interval or 1)
     denoiser.train()
-    adapter = attach_adapter(
-        denoiser,
-        config.adapter,
-        lycoris=config.lycoris,
-        spec=context.family.spec,
-        seed=config.training.seed,
-        weight_hashes=weight_hashes,
-    )
+    accelerator._tlora_config, accelerator._tlora_active = None, False
+    accelerator._lycoris_wrapped_network = None
+    trainable: Trainable
+    if config.model.is_full:
+        trainable = WholeModel(
+            denoiser,
+            folder=context.family.spec.denoiser_name,
+            layer_filter=config.whole_model.layer_filter,
+            one_by_one=steps_one_by_one(config),
+        )
+    else:
+        trainable = adapter = attach_adapter(
+            denoiser,
+            config.adapter,
+            lycoris=config.lycoris,
+            spec=context.family.spec,
+            seed=config.training.seed,
+            weight_hashes=weight_hashes,
+        )
+        # Other people's code reads these from the accelerator.
+        accelerator._tlora_config = adapter.tlora_config
+        accelerator._tlora_active = adapter.tlora_config is not None
+        accelerator._lycoris_wrapped_network = adapter.lycoris_network
     logger.info(
-        "Adapter %s: %s, %d trainable parameters.",
-        adapter.algorithm,
-        counted(adapter.num_layers, "layer"),
-        sum(parameter.numel() for parameter in adapter.parameters()),
+        "%s: %s, %d trainable parameters.",
+        config.algorithm.title,
+        counted(trainable.num_layers, "layer"),
+        sum(parameter.numel() for parameter in trainable.parameters()),
     )
-    # Other people's code reads these from the accelerator.
-    accelerator._tlora_config = adapter.tlora_config
-    accelerator._tlora_active = adapter.tlora_config is not None
-    accelerator._lycoris_wrapped_network = adapter.lycoris_network
-    return adapter
+    return trainable
 
 
 def build_ema(config: RunConfig, trainable: Trainable, *, device: torch.device) -> Ema | None:

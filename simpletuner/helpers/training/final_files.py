@@ -14,11 +14,9 @@ from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.faults import storage_error
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import (
-    ADAPTER_FILE,
     COMFYUI_FILE,
     COMFYUI_FILES,
     CONFIG_FILE,
-    EMA_ADAPTER_FILE,
     METRICS_FILE,
     TENSORBOARD_FOLDER,
     WANDB_FOLDER,
@@ -44,32 +42,41 @@ class FinalFiles:
     spec: ModelSpec
     exports_to_comfyui: bool = False
 
-    def save_adapters(self) -> None:
-        """Write the adapter files and their exports. Every process calls it, to gather a sharded adapter."""
+    def save_weights(self) -> None:
+        """Write the adapter files and their exports, or the folders of a whole model.
+
+        Every process calls it, to gather sharded weights.
+        """
         if self.is_main_process:
-            for file in self.state.save_adapters(self.output_dir):
+            for file in self.state.save_weights(self.output_dir):
                 if self.exports_to_comfyui:
                     _export(file, self.spec)
         elif self.state.is_sharded:
             with TemporaryDirectory() as scratch:
-                self.state.save_adapters(Path(scratch))
+                self.state.save_weights(Path(scratch))
 
     def save_summary(self, *, grid: Path, page: Path | None) -> None:
         """Mark the run as finished, and log the paths of its files."""
         if not self.is_main_process:
             return
         step, ema = self.state.progress.step, self.state.ema
-        second = str(self.output_dir / EMA_ADAPTER_FILE)
+        main, second = (str(self.output_dir / name) for name in self.state.trainable.file_names)
+        is_model = self.state.trainable.is_model
         exported = self.output_dir / COMFYUI_FILE if self.exports_to_comfyui else None
         summary = RunSummary(
             step=step,
-            adapter=str(self.output_dir / ADAPTER_FILE),
+            adapter=main,
+            model=Path(main).name if is_model else None,
             checkpoint=str(checkpoint_folder(self.output_dir, step)),
             metrics=str(self.output_dir / METRICS_FILE),
             config=str(self.output_dir / CONFIG_FILE),
             grid=str(grid) if grid.exists() else None,
             comfyui=None if exported is None else str(exported),
-            comfyui_advice=comfyui.advice_for(self.output_dir / ADAPTER_FILE, exported=exported),
+            comfyui_advice=(
+                f"after simpletuner export {main} --output model.safetensors"
+                if is_model
+                else comfyui.advice_for(Path(main), exported=exported)
+            ),
             page=None if page is None else str(page),
             card=self._save_card(),
             ema=second if ema is not None and not ema.is_main else None,
@@ -101,6 +108,14 @@ def restore_damaged(summary: RunSummary, output_dir: Path, *, checkpoint: Path, 
     """
     damage = summary.damage(output_dir)
     if not damage:
+        return
+    if summary.model is not None:
+        logger.warning(
+            "%s: %s. %s has the trained weights: copy that folder.",
+            output_dir,
+            "; ".join(damage),
+            checkpoint / summary.model,
+        )
         return
     for name in summary.adapter_files:
         stored = checkpoint / name

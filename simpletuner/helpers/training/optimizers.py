@@ -55,8 +55,12 @@ def averaged_weights(optimizer: Any) -> Iterator[None]:
     try:
         with torch.no_grad():
             for parameter in parameters:
-                parameter.data = parameter.data.clone()
+                # The averages have the dtype of the optimiser's own weights, "z", which may be float32.
+                own = optimizer.state[parameter].get("z", parameter)
+                parameter.data = parameter.data.to(own.dtype, copy=True)
         optimizer.eval()
+        for parameter, weight in zip(parameters, trained, strict=True):
+            parameter.data = parameter.data.to(weight.dtype)
         yield
     finally:
         for parameter, weight in zip(parameters, trained, strict=True):

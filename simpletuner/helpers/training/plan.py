@@ -31,6 +31,7 @@ from simpletuner.helpers.io.run_folder import (
     METRICS_FILE,
     PAGE_FILE,
     TENSORBOARD_FOLDER,
+    ema_folder,
 )
 from simpletuner.helpers.models.rank_forecast import RankForecast, expected_mean_rank, is_low
 from simpletuner.helpers.models.weights_on_disk import (
@@ -78,13 +79,18 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     ]
     _refuse(previews)
     batches = batches_per_epoch(config, previews)
-    rows = [("model", _model(config, spec)), ("adapter", _adapter(config, spec))]
+    trained = (
+        ("weights", _whole_model(config, spec))
+        if config.model.is_full
+        else ("adapter", _adapter(config, spec))
+    )
+    rows = [("model", _model(config, spec)), trained]
     for each in previews:
         rows += _dataset(each)
     rows += [
         ("steps", _steps(config, previews, batches=batches)),
         ("validation", _validation(config, batches=batches)),
-        ("writes", _written(config)),
+        ("writes", _written(config, spec)),
     ]
     rows += _block("keys", translation_lines(config)) + _block(
         "defaults", default_lines(config.differing_defaults)
@@ -336,6 +342,14 @@ def _model(config: RunConfig, spec: ModelSpec) -> str:
     return f"{spec.name}, {config.model.pretrained_model_name_or_path}{size}; {formats}"
 
 
+def _whole_model(config: RunConfig, spec: ModelSpec) -> str:
+    whole, is_rounded = config.whole_model, config.precision.mixed_precision != "no"
+    names = f"those with {' or '.join(whole.layer_filter)} in their names" if whole.layer_filter else "all"
+    kept = "bf16, rounded stochastically after each step" if is_rounded else "float32"
+    when = ", each in the backward pass" if whole.fused_backward_pass else ""
+    return f"{config.algorithm.title} of the {spec.denoiser_name}: {names}; {kept}{when}"
+
+
 def _adapter(config: RunConfig, spec: ModelSpec) -> str:
     lycoris, title = config.lycoris, config.algorithm.title
     if lycoris is None:
@@ -426,9 +440,12 @@ def _every(steps: int, epochs: int) -> str:
     return " and ".join(f"every {counted(number, noun)}" for noun, number in given.items() if number)
 
 
-def _written(config: RunConfig) -> str:
+def _written(config: RunConfig, spec: ModelSpec) -> str:
     every = _every(config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
-    adapters = [ADAPTER_FILE, *([EMA_ADAPTER_FILE] if config.ema.use_ema else [])]
+    names = (ADAPTER_FILE, EMA_ADAPTER_FILE)
+    if config.model.is_full:
+        names = (spec.denoiser_name, ema_folder(spec.denoiser_name))
+    adapters = names if config.ema.use_ema else names[:1]
     files = [
         *adapters,
         *(COMFYUI_FILES[name] for name in adapters if config.adapter.lora_format == "comfyui"),

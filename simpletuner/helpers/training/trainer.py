@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.training.objective import Objective
     from simpletuner.helpers.training.regularisation import Regularisation
     from simpletuner.helpers.training.validation import Validation
+    from simpletuner.helpers.training.weight_optimizer import WeightOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,8 @@ class Trainer:
     resources: ExitStack
     """Run lock and signal handlers, held until the run ends."""
     token_routing: TokenRouting | None = None
+    weight_optimizer: WeightOptimizer | None = None
+    """What steps the weights of a whole model."""
     metrics: StepAccumulator = field(default_factory=StepAccumulator)
     skipped_steps: int = 0
     """Consecutive optimiser steps that the gradient scaler skipped."""
@@ -114,7 +117,7 @@ class Trainer:
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:
-                self.final_files.save_adapters()
+                self.final_files.save_weights()
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
@@ -297,6 +300,8 @@ class Trainer:
 
     def _clip(self) -> Tensor:
         """Clip the gradients; returns their norm before that, a scalar."""
+        if self.weight_optimizer is not None and self.weight_optimizer.in_backward:
+            return self.weight_optimizer.gradient_norm()
         parameters, bound = self.trainable.parameters(), self.config.training.max_grad_norm
         if self.config.training.grad_clip_method == "norm":
             return full_tensor(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))

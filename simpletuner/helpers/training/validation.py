@@ -103,7 +103,9 @@ class Validation:
             for later, folder in validation_step_folders(self.sampler.folder):
                 if later > step:
                     _remove_images(folder, resumed_step=step)
-        if self.sampler.prompts and not config.disable_benchmark and accelerator.is_main_process:
+        # Those of a whole model are generated before its weights change.
+        has_base = not config.disable_benchmark and not self.trainable.is_model
+        if self.sampler.prompts and has_base and accelerator.is_main_process:
             with self.sampler.best_effort("the base-model images"):
                 self._generate_base_images()
         if (step == 0 and config.validation_on_startup) or self.is_due(step):

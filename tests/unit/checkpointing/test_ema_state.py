@@ -71,7 +71,7 @@ def test_digest_sees_the_average_and_its_counter() -> None:
 @pytest.mark.parametrize("choice", ["plain", "main"])
 def test_header_says_which_weights_a_file_has(choice: str, tmp_path: Path) -> None:
     state = ema_state(ema_adapter_file=choice)
-    assert state.save_adapters(tmp_path) == [tmp_path / ADAPTER_FILE, tmp_path / EMA_ADAPTER_FILE]
+    assert state.save_weights(tmp_path) == [tmp_path / ADAPTER_FILE, tmp_path / EMA_ADAPTER_FILE]
     main, second = (json.loads((tmp_path / name).read_text()) for name in (ADAPTER_FILE, EMA_ADAPTER_FILE))
     plain, average = (main, second) if choice == "plain" else (second, main)
     assert plain == {"seed": "7", "steps": "0", "adapter_weights": "plain"}

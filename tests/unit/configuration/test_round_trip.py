@@ -51,7 +51,9 @@ CONFIG = {
     # SimpleTuner's learning_rate may lie below the lr_end that is drawn here.
     "defaults": st.just("ours"),
     "model_flavour": st.sampled_from(["small", "large"]),
-    "model_type": st.just("lora"),
+    "model_type": st.just("lora"),  # full takes no adapter, which every example has
+    "layer_filter": st.just([]),
+    "fused_backward_pass": st.just(False),
     "pretrained_model_name_or_path": st.tuples(NAMES, NAMES).map("/".join),
     "pretrained_config_name_or_path": st.none(),
     "pretrained_unet_model_name_or_path": st.none() | st.tuples(NAMES, NAMES).map("/".join),

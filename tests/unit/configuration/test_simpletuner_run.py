@@ -19,7 +19,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
         "--optimizer": "adamw_bf16",
         "seed": 7,
         "write_batch_size": 64,
-        "model_type": "full",
+        "model_type": "controlnet",
         "offset_noise": True,
         "hub_model_id": "me/mine",
         "base_model_precision": "int8-quanto",

@@ -18,16 +18,25 @@ from simpletuner.helpers.training.final_files import FinalFiles, restore_damaged
 
 
 @dataclass
+class Trainable:
+    """What was trained: an adapter."""
+
+    file_names: tuple[str, str] = (ADAPTER_FILE, EMA_ADAPTER_FILE)
+    is_model: bool = False
+
+
+@dataclass
 class State:
     """A run's state whose adapter file says its step."""
 
     progress: Progress = field(default_factory=lambda: Progress(step=6))
     is_sharded: bool = False
     saved_to: list[Path] = field(default_factory=list)
+    trainable: Trainable = field(default_factory=Trainable)
 
     ema: Ema | None = None
 
-    def save_adapters(self, folder: Path) -> list[Path]:
+    def save_weights(self, folder: Path) -> list[Path]:
         names = [ADAPTER_FILE] if self.ema is None else [ADAPTER_FILE, EMA_ADAPTER_FILE]
         files = [folder / name for name in names]
         self.saved_to += files
@@ -49,7 +58,7 @@ def make(folder: Path, state: State, *, is_main_process: bool) -> FinalFiles:
 
 def test_main_process_writes_the_adapter_and_then_the_summary_of_its_files(tmp_path: Path) -> None:
     files = make(tmp_path, State(), is_main_process=True)
-    files.save_adapters()
+    files.save_weights()
     assert float(load_file(tmp_path / ADAPTER_FILE)["lycoris_a.lora_up.weight"]) == 6
     assert not (tmp_path / SUMMARY_FILE).exists()
     files.save_summary(grid=tmp_path / "missing.png", page=tmp_path / "report.html")
@@ -68,7 +77,7 @@ def test_the_folders_of_trackers_are_in_the_final_list(
     for name in ("tensorboard", "wandb"):
         (tmp_path / name).mkdir()
     files = make(tmp_path, State(), is_main_process=True)
-    files.save_adapters()
+    files.save_weights()
     with caplog.at_level("INFO"):
         files.save_summary(grid=tmp_path / "grid.png", page=None)
     assert f"Tensorboard: {tmp_path / 'tensorboard'}" in " ".join(caplog.text.split())
@@ -81,7 +90,7 @@ def test_other_processes_help_to_gather_a_sharded_adapter_and_write_nothing(
 ) -> None:
     state = State(is_sharded=is_sharded)
     files = make(tmp_path, state, is_main_process=False)
-    files.save_adapters()
+    files.save_weights()
     files.save_summary(grid=tmp_path / "grid.png", page=None)
     assert len(state.saved_to) == is_sharded
     assert not any(file.exists() for file in state.saved_to)
@@ -93,7 +102,7 @@ def test_only_a_damaged_adapter_is_written_again_and_is_then_the_sealed_one(
     tmp_path: Path, damage: str
 ) -> None:
     files = make(tmp_path, State(), is_main_process=True)
-    files.save_adapters()
+    files.save_weights()
     files.save_summary(grid=tmp_path / "grid.png", page=None)
     (tmp_path / "checkpoint-6").mkdir()
     (tmp_path / "checkpoint-6" / ADAPTER_FILE).write_bytes(b"of the checkpoint")
@@ -114,7 +123,7 @@ def test_only_a_damaged_adapter_is_written_again_and_is_then_the_sealed_one(
 @pytest.mark.parametrize("is_main", [False, True], ids=["plain", "main"])
 def test_summary_of_a_run_with_an_average_names_and_seals_both_files(tmp_path: Path, is_main: bool) -> None:
     files = make(tmp_path, State(ema=Ema(is_main=is_main)), is_main_process=True)
-    files.save_adapters()
+    files.save_weights()
     files.save_summary(grid=tmp_path / "grid.png", page=None)
     summary = load_summary(tmp_path)
     assert summary is not None

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.paths import portable
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders, model_files
 
+CONFIG = "config.json"
+"""Of a model in diffusers' layout."""
 RUNS = Path("output")
 """A run's folder is found by its name below this one too."""
 
@@ -36,3 +38,19 @@ def find_adapter(path: Path) -> Path:
         f"{folder}: this folder has no {ADAPTER_FILE}, and no checkpoint with one.{found} Give an adapter "
         "file, or the output_dir of a run."
     )
+
+
+def find_model(path: Path) -> Path | None:
+    """The denoiser's folder of a run of model_type full, or of its newest checkpoint; None for anything else.
+
+    A denoiser's folder itself is found too.
+    """
+    path = portable(path)
+    folder = path if path.is_dir() else RUNS / path
+    if path.is_file() or not folder.is_dir():
+        return None
+    if (folder / CONFIG).is_file() and any(folder.glob("*.safetensors")):
+        return folder
+    checkpoints = [checkpoint for _, checkpoint in reversed(checkpoint_folders(folder))]
+    found = (model_files(candidate) for candidate in (folder, *checkpoints))
+    return next((files[0].parent for files in found if files), None)

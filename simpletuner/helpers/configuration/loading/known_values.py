@@ -55,7 +55,7 @@ def _repository(name: str) -> str:
 
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
-    "model_type": ("full embedding controlnet ip-adapter", "Use lora: only adapters are trained."),
+    "model_type": ("embedding controlnet ip-adapter", "Use lora or full."),
     "model_flavour": ("kontext", "It trains edit pairs, which are not supported."),
     "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
     "dataset_type": (

@@ -70,7 +70,6 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
     """The family's values of keys that the user left out."""
     defaults: dict[str, object] = {
         "aspect_bucket_alignment": spec.pixel_alignment,
-        "peft_lora_target_modules": _named_targets(raw, spec) or spec.lora_targets,
         "validation_guidance": spec.default_guidance,
     }
     in_area = "resolution_type" in raw and raw["resolution_type"].value == "area"
@@ -82,9 +81,20 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
         defaults["pretrained_model_name_or_path"] = spec.flavours.get(
             str(flavour), spec.flavours[spec.default_flavour]
         )
+    if _value(raw, "model_type") == "full":
+        defaults["learning_rate"] = full_learning_rate(_value(raw, "optimizer"))
+    else:
+        defaults["peft_lora_target_modules"] = _named_targets(raw, spec) or spec.lora_targets
     if spec.denoiser_name == "unet" and not is_off(_value(raw, "enable_group_offload")):
         defaults["group_offload_type"] = "leaf_level"
     return {key: value for key, value in defaults.items() if key not in raw}
+
+
+def full_learning_rate(optimizer: object) -> float:
+    """Default of model_type full: a tenth of an adapter's; 1 where the optimiser estimates its step."""
+    record = OPTIMIZERS.named(optimizer or "adamw")
+    rate = OPTIMIZERS["adamw"].default_learning_rate if record is None else record.default_learning_rate
+    return rate if rate == 1.0 else rate / 10.0
 
 
 def _value(raw: Mapping[str, RawValue], key: str) -> JsonValue:

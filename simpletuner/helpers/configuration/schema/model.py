@@ -29,8 +29,8 @@ class ModelConfig(Section):
     """Family of the model."""
     model_flavour: OptionalText = None
     """Variant within the family; it names the repository if no model is given. Default: the family's."""
-    model_type: Literal["lora"] = "lora"
-    """lora trains an adapter, by lora_type."""
+    model_type: Literal["lora", "full"] = "lora"
+    """lora trains an adapter, by lora_type; full trains the weights of the denoiser."""
     pretrained_model_name_or_path: ModelSource
     """Folder in diffusers' layout, repository written owner/name, or checkpoint in one .safetensors file if
     the family reads one. Default: the flavour's repository."""
@@ -62,6 +62,11 @@ class ModelConfig(Section):
     max_token_length: Annotated[Literal[75, 150, 225], BeforeValidator(_token_length)] = 75
     """Tokens of a prompt that are read, in training, validation and images from the adapter: each 75 are a
     chunk, and all prompts have equally many."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the run trains the weights of the denoiser instead of an adapter."""
+        return self.model_type == "full"
 
     @model_validator(mode="after")
     def _configures_a_file(self) -> Self:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
-from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, Algorithm
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, WHOLE_MODEL, Algorithm
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
@@ -65,6 +65,7 @@ from simpletuner.helpers.configuration.schema.values import (
     optimizer_problem,
     sizes,
 )
+from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.redaction import redacted, redacted_json
@@ -378,6 +379,7 @@ class RunConfig(Section):
     ema: EmaConfig
     noise: NoiseConfig
     masks: MaskConfig = MaskConfig()
+    whole_model: WholeModelConfig = WholeModelConfig()
     precision: PrecisionConfig
     data: DataConfig
     datasets: tuple[DatasetConfig, ...]
@@ -397,7 +399,9 @@ class RunConfig(Section):
 
     @property
     def algorithm(self) -> Algorithm:
-        """Algorithm of the adapter."""
+        """Algorithm of the adapter; for model_type full the training of the whole model."""
+        if self.model.is_full:
+            return WHOLE_MODEL
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
 
     @property
@@ -430,6 +434,7 @@ class RunConfig(Section):
             self.ema,
             self.noise,
             self.masks,
+            self.whole_model,
             self.precision,
             self.data,
             self.checkpoint,

@@ -13,11 +13,14 @@ _OUTSIDE_BLOCKS: Mapping[str, str] = {
     "time_embedding.linear_2": "time_embed.2",
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 _IN_RESNETS: Mapping[str, str] = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }

@@ -28,6 +28,8 @@ from simpletuner.helpers.io.run_folder import (
     SCORES_FILE,
     SUMMARY_FILE,
     VALIDATION_FOLDER,
+    ema_folder,
+    model_files,
     validation_step_folders,
 )
 from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
@@ -61,7 +63,7 @@ class RunSnapshot:
     ema_clip_scores: Mapping[int, float]
     """The same of its images of the EMA weights."""
     adapter: Path | None
-    """The final adapter, else that of the newest checkpoint."""
+    """The final adapter or the folder of the whole model, else that of the newest checkpoint."""
     beside_adapter: Path | None
     """Of a run with an EMA, the file beside `adapter`."""
     comfyui: Path | None
@@ -156,12 +158,19 @@ def _finished_step(path: Path) -> int:
 
 def _adapter(path: Path) -> Path | None:
     folders = [path, *(checkpoint.path for checkpoint in current_checkpoints(path))]
-    return next((folder / ADAPTER_FILE for folder in folders if (folder / ADAPTER_FILE).exists()), None)
+    for folder in folders:
+        if (folder / ADAPTER_FILE).exists():
+            return folder / ADAPTER_FILE
+        if weights := model_files(folder):
+            return weights[0].parent
+    return None
 
 
 def _beside(adapter: Path | None) -> Path | None:
-    file = None if adapter is None else adapter.with_name(EMA_ADAPTER_FILE)
-    return file if file is not None and file.exists() else None
+    if adapter is None:
+        return None
+    file = adapter.with_name(ema_folder(adapter.name) if adapter.is_dir() else EMA_ADAPTER_FILE)
+    return file if file.exists() else None
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def render_page(run: RunSnapshot) -> str:
         section("data", "Data", sections.render_datasets(run)),
         section("configuration", "Configuration", sections.render_configuration(run)),
         section("environment", "Environment", sections.render_environment(run)),
-        section("use", "Use the adapter", render_usage(run)),
+        section("use", "Use what was trained", render_usage(run)),
     ]
     body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))

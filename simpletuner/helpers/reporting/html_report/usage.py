@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from simpletuner.helpers.models import registry
-from simpletuner.helpers.publishing.usage import FAMILY, pipeline_code, sample_command
+from simpletuner.helpers.publishing.usage import (
+    FAMILY,
+    export_command,
+    pipeline_code,
+    sample_command,
+    whole_model_code,
+)
 from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, relative_path
 from simpletuner.helpers.reporting.html_report.markup import escape
 
@@ -18,6 +26,8 @@ def render_usage(run: RunSnapshot) -> str:
     if run.adapter is None:
         return ""
     where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
+    if run.adapter.is_dir():
+        return _model_usage(run, run.adapter, where=where)
     blocks = [
         f"<p>The adapter{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
         "The command and the code below generate an image with it, in the working directory of the run.</p>",
@@ -35,6 +45,24 @@ def render_usage(run: RunSnapshot) -> str:
         blocks.append(f"<p>This run kept a moving average (EMA) of its weights. {name} has {weights}.</p>")
     if run.comfyui is not None:
         blocks.append(f"<p>For ComfyUI: <code>{escape(relative_path(run.comfyui))}</code></p>")
+    return "\n".join(blocks)
+
+
+def _model_usage(run: RunSnapshot, folder: Path, *, where: str) -> str:
+    """The same for a whole model."""
+    spec = registry.specs().get(str(run.config.get(FAMILY)))
+    model, name = (
+        relative_path(str(each)) for each in (run.config.get("pretrained_model_name_or_path"), folder)
+    )
+    code = whole_model_code(run.config, run.manifest, model=model, folder=name, spec=spec)
+    blocks = [
+        f"<p>The trained model{escape(where)} is <code>{escape(name)}</code>, in diffusers' layout.</p>",
+        _block(PYTHON_ID, "In Python", code),
+        _block(COMMAND_ID, "One file for ComfyUI", export_command(name)),
+    ]
+    if run.beside_adapter is not None:
+        beside = escape(relative_path(run.beside_adapter))
+        blocks.append(f"<p><code>{beside}</code> has the other weights of the moving average (EMA).</p>")
     return "\n".join(blocks)
 
 
