@@ -303,15 +303,15 @@ def recomputed_bytes(layout: Layout, step: Step) -> int:
 def working_bytes(layout: Layout, step: Step) -> int:
     """Upper bound of the gradients of activations that exist at once.
 
-    Three of the widest tensor of the largest block, and those of the block's input and output: a bound that
-    measured blocks keep.
+    Three of the widest tensor of the largest block, and those of the block's input and output, in the format
+    of norms: a bound that measured blocks keep.
     """
     return max(_working_bytes(block, step) for block in layout.blocks)
 
 
 def _working_bytes(block: Block, step: Step) -> int:
     widest = max(layer.rows * max(layer.inputs, layer.outputs) for layer in block.layers)
-    return step.batch_size * step.arithmetic.compute_bytes * (3 * widest + 2 * block.input_numbers)
+    return step.batch_size * step.arithmetic.norm_bytes * (3 * widest + 2 * block.input_numbers)
 
 
 def _entering_bytes(block: Block, step: Step) -> int:

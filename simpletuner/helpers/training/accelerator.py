@@ -71,6 +71,11 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     distribution = accelerator.distributed_type
     if config.precision.enable_group_offload and accelerator.num_processes > 1:
         raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
+    if config.whole_model.fused_backward_pass and accelerator.num_processes > 1:
+        raise ConfigError(
+            "fused_backward_pass works in a run of one process: it steps a weight before the processes have "
+            "added their gradients. Set it to false."
+        )
     if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."
@@ -84,8 +89,8 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
             config.precision.base_model_precision != UNCHANGED
         ),
-        "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
-            config.lycoris is None or config.lycoris.algo != "tlora"
+        "FSDP trains T-LoRA and no other adapter. Set algo to tlora and no other algorithms": (
+            not config.model.is_full and (config.lycoris is None or config.lycoris.algo != "tlora")
         ),
         f"FSDP does not train with {config.optimizer.optimizer}. Set optimizer to {' or '.join(sharded)}": (
             not OPTIMIZERS[config.optimizer.optimizer].trains_shards

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.ema import Ema
 from simpletuner.helpers.adapters.network import attach_adapter
-from simpletuner.helpers.adapters.sharding import shard_adapters
+from simpletuner.helpers.adapters.sharding import shard_adapters, shard_model
 from simpletuner.helpers.checkpointing.changes import DATA_PART
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
@@ -149,8 +149,9 @@ def build_components(
         ddp_ignore_frozen(denoiser)
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        shard_adapters(denoiser)
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP
+    if is_sharded:
+        (shard_model if config.model.is_full else shard_adapters)(denoiser)
     optimizer = build_optimizer(trainable.groups(), config.optimizer)
     state = RunState(
         trainable=trainable,
@@ -169,9 +170,15 @@ def build_components(
     stepped = weight_optimizer or optimizer
     schedule = build_lr_schedule(stepped, config.optimizer, max_steps=context.max_steps, step=context.step)
     # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
-    prepared, prepared_optimizer = accelerator.prepare(
-        denoiser, stepped, device_placement=[not is_offloaded, False]
-    )
+    if is_sharded and config.model.is_full:
+        prepared, prepared_optimizer = (
+            denoiser,
+            accelerator.prepare_optimizer(stepped, device_placement=False),
+        )
+    else:
+        prepared, prepared_optimizer = accelerator.prepare(
+            denoiser, stepped, device_placement=[not is_offloaded, False]
+        )
     epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,

@@ -8,12 +8,13 @@ the nearest loses all of them. Source: Zamirai et al., Revisiting BFloat16 Train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
+from simpletuner.helpers.adapters.sharding import own_part
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.randomness import mix
 
@@ -39,7 +40,8 @@ class WeightOptimizer(Optimizer):
     """Steps the weights of a model one parameter group at a time.
 
     A bf16 weight and its gradient are float32 during its step, so the state of the optimiser is too, and the
-    result is rounded stochastically. The rounding depends on the seed, the step and the weight alone.
+    result is rounded stochastically. The rounding depends on the seed, the step and the weight alone; of a
+    sharded weight each process rounds its part.
 
     Args:
         inner: The optimiser of the weights. Where its step needs no other gradients, each weight should be a
@@ -107,25 +109,38 @@ class WeightOptimizer(Optimizer):
         weights = [weight for group in part for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
-        stored = {weight: weight.data for weight in weights if weight.dtype == torch.bfloat16}
-        for weight in stored:
-            gradient, weight.grad = weight.grad, None
-            weight.data = weight.data.float()
-            weight.grad = gradient.float()
+        exact = {weight: _in_float32(weight) for weight in weights if weight.dtype == torch.bfloat16}
         groups, self.inner.param_groups = self.inner.param_groups, list(part)
         try:
+            self._exchange(part, exact)
             self.inner.step()
         finally:
+            self._exchange(part, {value: weight for weight, value in exact.items()})
             self.inner.param_groups = groups
-        for weight, data in stored.items():
-            weight.grad = None
-            data.copy_(rounded_stochastically(weight.data, generator=self._generator(weight)))
-            weight.data = data
+        for weight, value in exact.items():
+            rounded = rounded_stochastically(own_part(value), generator=self._generator(weight))
+            own_part(weight).copy_(rounded)
+
+    def _exchange(self, part: Sequence[dict[str, Any]], others: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Put other tensors in the place of weights, for the optimiser and as keys of its state."""
+        for group in part:
+            group["params"][:] = [others.get(weight, weight) for weight in group["params"]]
+        for weight, other in others.items():
+            if weight in self.inner.state:
+                self.inner.state[other] = self.inner.state.pop(weight)
 
     def _generator(self, weight: nn.Parameter) -> torch.Generator:
         device = weight.device
         generator = self._generators.setdefault(device, torch.Generator(device))
         return generator.manual_seed(mix(self.seed, "rounding", self.num_steps(), self._index[weight]))
+
+
+def _in_float32(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy of a weight with its gradient, which the weight loses."""
+    assert weight.grad is not None, "weights without a gradient are not stepped"
+    exact = torch.nn.Parameter(weight.detach().float())
+    exact.grad, weight.grad = weight.grad.float(), None
+    return exact
 
 
 def steps_one_by_one(config: RunConfig) -> bool:

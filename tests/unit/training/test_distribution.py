@@ -18,9 +18,8 @@ from simpletuner.helpers.training.accelerator import check_distribution
 
 def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = False) -> Accelerator:
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=through_one)
-    return cast(
-        Accelerator, SimpleNamespace(distributed_type=kind, state=SimpleNamespace(fsdp_plugin=plugin))
-    )
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    return cast(Accelerator, SimpleNamespace(distributed_type=kind, state=state, num_processes=2))
 
 
 @pytest.fixture
@@ -56,3 +55,22 @@ def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
         "fsdp_cpu_ram_efficient_loading to false",
     ):
         assert remedy in str(caught.value)
+
+
+def test_fsdp_shards_a_whole_model_without_an_adapter(config: RunConfig) -> None:
+    model = config.model.model_copy(update={"model_type": "full"})
+    whole = config.model_copy(update={"model": model, "lycoris": None})
+    check_distribution(whole, accelerator(DistributedType.FSDP))
+
+
+@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.FSDP])
+def test_a_step_in_the_backward_pass_is_refused_on_several_processes(
+    kind: DistributedType, config: RunConfig
+) -> None:
+    model = config.model.model_copy(update={"model_type": "full"})
+    fused = config.whole_model.model_copy(update={"fused_backward_pass": True})
+    with pytest.raises(ConfigError, match="fused_backward_pass"):
+        check_distribution(
+            config.model_copy(update={"model": model, "lycoris": None, "whole_model": fused}),
+            accelerator(kind),
+        )

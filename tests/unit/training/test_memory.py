@@ -65,7 +65,7 @@ def test_parts_of_a_whole_model_in_16_bits() -> None:
     assert memory.ema == 4 * trained
     assert memory.activations == 2 * 2 * (640 * 4 + 640 * 2 + 1280 * 2)
     assert memory.recomputed == 0
-    assert memory.working == 2 * 2 * (3 * 10 * 128 + 2 * 640)
+    assert memory.working == 2 * 4 * (3 * 10 * 128 + 2 * 640)
     assert memory.total == sum(
         (memory.weights, memory.gradients, memory.states, memory.ema, memory.activations, memory.working)
     )
