@@ -191,10 +191,13 @@ def sample_command(
         Dtype | None, typer.Option("--dtype", help="Dtype of the model. Default: bf16 on a GPU, else fp32.")
     ] = None,
 ) -> None:
-    """Generate images with an adapter; its file names the base model and the rank schedule."""
-    file = one_adapter(adapter, option)
+    """Generate images with an adapter, or with the whole model of a run; its file names the base model."""
     configure_logging(main_process=True)
+    from simpletuner.helpers.adapters.files.finding import find_model
     from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
+
+    whole_model = find_model(adapter) if adapter is not None and option is None else None
+    file = whole_model or one_adapter(adapter, option)
 
     request = SampleRequest(
         adapter=file,

@@ -12,7 +12,9 @@ import torch
 from diffusers import AutoModel
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
+from simpletuner.cli import app
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
 from simpletuner.helpers.models.registry import specs
@@ -170,6 +172,24 @@ def test_report_and_card_name_the_folder_and_damage_is_told(
     assert "checksum" in caplog.text
     run.run(max_train_steps=3)
     assert [each.name for each in run.output_dir.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_sample_takes_the_run_of_a_whole_model(tmp_path: Path) -> None:
+    run = run_of("sdxl", tmp_path, max_train_steps=2, learning_rate=0.05)
+    run.run()
+    arguments = ["sample", str(run.output_dir), "--prompt", "a cat", "--size", "64x64", "--steps", "1"]
+    images = []
+    for name, model in (
+        ("trained", run.output_dir),
+        ("checkpoint", run.output_dir / "checkpoint-2" / "unet"),
+    ):
+        arguments[1] = str(model)
+        result = CliRunner().invoke(app, [*arguments, "--dtype", "fp32", "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        images += [file.read_bytes() for file in (tmp_path / name).glob("*.png")]
+    assert images[0] == images[1]
+    refused = CliRunner().invoke(app, [*arguments, "--strength", "0.5"])
+    assert isinstance(refused.exception, ConfigError)
 
 
 def test_checkpoint_with_a_damaged_model_is_passed_over(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""`simpletuner sample`: images from an adapter file, with the base model and rank schedule of its header."""
+"""`simpletuner sample`: images from an adapter file or a whole model, with the base model of its header."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.model_source import FILE_SUFFIX
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.sections import (
     PrecisionConfig,
@@ -27,9 +28,11 @@ from simpletuner.helpers.configuration.schema.sections import (
 )
 from simpletuner.helpers.configuration.text.problems import Problems, nearest
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.errors import ConfigError, ModelError
 from simpletuner.helpers.io.new_files import unused
 from simpletuner.helpers.io.redaction import PLACEHOLDER
+from simpletuner.helpers.io.safetensors_file import read_metadata
+from simpletuner.helpers.models.denoiser_weights import find_denoiser
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
@@ -69,6 +72,7 @@ class SampleRequest:
     """The arguments of `simpletuner sample`."""
 
     adapter: Path
+    """The file; or the folder of a whole denoiser in diffusers' layout."""
     prompts: Sequence[str]
     model: Mapping[str, object]
     """Keys of the model section; they override the file's header."""
@@ -95,8 +99,13 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         AdapterError: The file is unreadable or does not fit the model.
         ModelError: The model is missing or does not load.
     """
-    stored = adapter_file.read(request.adapter)  # before the model: a damaged file fails at once
-    sections = sections_of(request, header=stored.metadata, families=families)
+    # Before the model: a damaged file fails at once.
+    stored = None if request.adapter.is_dir() else adapter_file.read(request.adapter)
+    if stored is None:
+        request, header = _of_whole_model(request)
+    else:
+        header = stored.metadata
+    sections = sections_of(request, header=header, families=families)
     family, validation = make_family(sections, dtype=request.dtype), sections.validation
     prompts, negative = expand_prompts(validation, seed=0), validation.validation_negative_prompt
     texts = sorted({negative, *(prompt.text for prompt in prompts)})
@@ -106,11 +115,8 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     precision = sections.precision.base_model_precision
     denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
     pipeline: Any = family.make_pipeline(denoiser, scheduler=validation.validation_noise_scheduler)
-    strength = validation.validation_lycoris_strength
-    if is_read_by_diffusers(stored) and not request.schedule:
-        load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
-    else:
-        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
+    if stored is not None:
+        _load_adapter(pipeline, stored, request, strength=validation.validation_lycoris_strength)
     del stored
     for prompt in prompts:
         inputs = family.pipeline_inputs(
@@ -120,6 +126,32 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         file = unused(output / f"{prompt.name}.png")
         save_png(image, file)
         yield file
+
+
+def _load_adapter(
+    pipeline: Any, stored: adapter_file.AdapterFile, request: SampleRequest, *, strength: float
+) -> None:
+    if is_read_by_diffusers(stored) and not request.schedule:
+        load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
+    else:
+        load_into_pipeline(pipeline, request.adapter, strength=strength, schedule=request.schedule)
+
+
+def _of_whole_model(request: SampleRequest) -> tuple[SampleRequest, Mapping[str, str]]:
+    """The request with the folder as the model's denoiser, and the header of its weights.
+
+    Raises:
+        ConfigError: A strength or a rank schedule is given.
+        ModelError: It is no denoiser of a known family.
+    """
+    folder = request.adapter
+    if request.schedule or request.validation.get("validation_lycoris_strength", 1.0) != 1.0:
+        raise ConfigError(f"{folder} is a whole model, which has no strength and no rank schedule.")
+    found = find_denoiser(str(folder), option="ADAPTER")
+    weights = sorted(folder.glob(f"*{FILE_SUFFIX}"))
+    denoiser = {f"pretrained_{found.spec.denoiser_name}_model_name_or_path": str(folder)}
+    model = {"model_family": found.family, **denoiser, **request.model}
+    return replace(request, model=model), read_metadata(weights[0], error=ModelError)
 
 
 def sections_of(

@@ -27,6 +27,7 @@ from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, pr
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
 from simpletuner.helpers.configuration.migration.tags import Tags, put_tags, share_dropout
+from simpletuner.helpers.configuration.migration.whole_models import fit_to_whole_model
 from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
@@ -72,14 +73,18 @@ def read_ai_toolkit(content: Mapping[str, JsonValue], place: Place, specs: Mappi
     draft.config.update(fact)
     family = str(fact["model_family"])
     settings = Settings(values, table.rows("process"), draft, place="process[0].", family=family)
-    settings.decide("type", "translated", ours="lora_type", text="")
+    trains_all = not any(key.startswith("network.") for key in values)
+    settings.decide("type", "translated", ours="model_type: full" if trains_all else "lora_type", text="")
     _model(settings, specs[family], place)
-    _network(settings, family, place)
+    if not trains_all:
+        _network(settings, family, place)
     _train(settings, family)
     _datasets(settings, datasets, place, alignment=specs[family].minimum_alignment)
     _output(settings, str(config.get("name", "")), place)
     _samples(settings)
     settings.finish()
+    if trains_all:
+        fit_to_whole_model(draft)
     fit_to_quantised(draft)
     return draft
 
@@ -97,10 +102,6 @@ def _architecture(values: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
     if is_off(values.get("train.train_unet", True)):
         raise ConfigError(
             "process[0].train.train_unet: false: only adapters of the denoiser are trained here."
-        )
-    if "network.type" not in values and not any(key.startswith("network.") for key in values):
-        raise ConfigError(
-            "process[0] has no network: it trains the whole model. Only adapters are trained here."
         )
     return dict(fact)
 

@@ -21,6 +21,7 @@ from simpletuner.helpers.configuration.migration.draft import Draft, Settings
 from simpletuner.helpers.configuration.migration.noise import levels_of_scheme, put_offset_noise
 from simpletuner.helpers.configuration.migration.paths import Place, unique_id
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.whole_models import fit_to_whole_model
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ConfigError
@@ -58,16 +59,9 @@ def read_diffusers(command: Command, place: Place, specs: Mapping[str, ModelSpec
     # Defaults of this script that differ from the others'; not the user's, so the decisions do not show them.
     defaults = dict(fact.get("defaults", {}))
     _model(settings, specs[family], fact=fact, place=place)
-    targets = [each.strip() for each in settings.text("lora_layers").split(",") if each.strip()]
-    if not targets:
-        targets = expanded(table.facts["targets"][family], table.facts["single_blocks"])
-    rank = settings.whole("rank")
-    alpha = settings.number("lora_alpha", rank if family not in table.facts["flow_families"] else 4.0)
-    put_lora(draft, rank=rank, alpha=alpha, targets=targets)
-    settings.decide("rank", "translated", ours=f"lora_rank: {rank}", text="")
-    for key, ours in (("lora_alpha", f"lora_alpha: {alpha:g}"), ("lora_layers", "peft_lora_target_modules")):
-        if settings.has(key):
-            settings.decide(key, "translated", ours=ours, text="")
+    trains_all = bool(fact.get("trains_all"))
+    if not trains_all:
+        _network(settings, family)
     _data(settings, place, defaults, drops=bool(fact["drops"]))
     _optimizer(settings, defaults)
     _noise(settings, family)
@@ -78,8 +72,24 @@ def read_diffusers(command: Command, place: Place, specs: Mapping[str, ModelSpec
     settings.finish()
     if draft.config.get("lr_scheduler") == "constant":
         draft.withdraw("lr_warmup_steps", "constant has no warm-up.")
+    if trains_all:
+        fit_to_whole_model(draft)
     fit_to_quantised(draft)
     return draft
+
+
+def _network(settings: Settings, family: str) -> None:
+    table, draft = load_table("diffusers"), settings.draft
+    targets = [each.strip() for each in settings.text("lora_layers").split(",") if each.strip()]
+    if not targets:
+        targets = expanded(table.facts["targets"][family], table.facts["single_blocks"])
+    rank = settings.whole("rank")
+    alpha = settings.number("lora_alpha", rank if family not in table.facts["flow_families"] else 4.0)
+    put_lora(draft, rank=rank, alpha=alpha, targets=targets)
+    settings.decide("rank", "translated", ours=f"lora_rank: {rank}", text="")
+    for key, ours in (("lora_alpha", f"lora_alpha: {alpha:g}"), ("lora_layers", "peft_lora_target_modules")):
+        if settings.has(key):
+            settings.decide(key, "translated", ours=ours, text="")
 
 
 def _model(settings: Settings, spec: ModelSpec, *, fact: Mapping[str, Any], place: Place) -> None:

@@ -22,6 +22,11 @@ from simpletuner.helpers.configuration.migration.paths import Place, is_of_other
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, prompts_of_text, put_prompts
 from simpletuner.helpers.configuration.migration.reading import read_text
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.whole_models import (
+    fit_to_whole_model,
+    put_fused_backward_pass,
+    put_weight_format,
+)
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import ModelSpec
@@ -113,10 +118,12 @@ def read_kohya(run: KohyaRun) -> Draft:
         )
     draft.config["model_family"] = family
     _model(settings, run, family)
-    put_network(settings, family, run.place)
-    _text_encoders(settings)
+    trains_all = bool(known.get("trains_all"))
+    if not trains_all:
+        put_network(settings, family, run.place)
+        _text_encoders(settings)
     _optimizer(settings)
-    _memory(settings, family)
+    _memory(settings, family, trains_all=trains_all)
     alignment = run.specs[family].minimum_alignment
     put_data(settings, run.place, is_preset=run.graphical is not None, alignment=alignment)
     _schedule(settings)
@@ -124,6 +131,8 @@ def read_kohya(run: KohyaRun) -> Draft:
     _noise(settings)
     _samples(settings, run)
     settings.finish()
+    if trains_all:
+        fit_to_whole_model(draft)
     if run.graphical is not None:
         decide_rest(run.graphical, draft)
     for key in table.facts["without_guidance"].get(str(draft.config.get("model_flavour")), ()):
@@ -199,9 +208,15 @@ def _words(items: list[JsonValue]) -> list[JsonValue]:
     return [word for item in items for word in str(item).split()]
 
 
-def _memory(settings: Settings, family: str) -> None:
+def _memory(settings: Settings, family: str, *, trains_all: bool) -> None:
     draft = settings.draft
     settings.put("gradient_checkpointing", "gradient_checkpointing", settings.flag("gradient_checkpointing"))
+    if trains_all:
+        put_weight_format(settings, "full_bf16", is_bf16=settings.flag("full_bf16"))
+        accumulation = settings.whole("gradient_accumulation_steps", 1)
+        put_fused_backward_pass(settings, "fused_backward_pass", accumulation=accumulation)
+    elif settings.has("fused_backward_pass"):
+        settings.decide("fused_backward_pass", "no effect", text="Of whole models.")
     for key in ("full_bf16", "full_fp16"):
         if settings.has(key):
             settings.skip(key, outcome="approximate")
@@ -258,7 +273,7 @@ def _saving(settings: Settings, place: Place) -> None:
         settings.decide("output_dir", "approximate", ours="output_dir: its default", text=text)
     settings.decide("output_name", "translated", ours="the name of the run's folder")
     suffix = settings.text("save_model_as")
-    if suffix == "safetensors" and draft.config["lora_type"] == "standard":
+    if suffix == "safetensors" and draft.config.get("lora_type") == "standard":
         settings.put("save_model_as", "lora_format", "comfyui")
     elif settings.has("save_model_as"):
         text = (

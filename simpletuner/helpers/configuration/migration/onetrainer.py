@@ -24,6 +24,12 @@ from simpletuner.helpers.configuration.migration.paths import Place, is_of_other
 from simpletuner.helpers.configuration.migration.prompts import SamplePrompt, put_prompts
 from simpletuner.helpers.configuration.migration.reading import flattened
 from simpletuner.helpers.configuration.migration.table import load_table
+from simpletuner.helpers.configuration.migration.whole_models import (
+    fit_to_whole_model,
+    put_fused_backward_pass,
+    put_layer_filter,
+    put_weight_format,
+)
 from simpletuner.helpers.configuration.schema.base import NUM_TIMESTEPS
 from simpletuner.helpers.configuration.schema.noise import MODE_SCALES
 from simpletuner.helpers.configuration.schema.values import is_off
@@ -67,12 +73,17 @@ def read_one_trainer(content: Mapping[str, JsonValue], place: Place, specs: Mapp
     draft.config.update(fact)
     family = str(fact["model_family"])
     settings = Settings(_flat(content), table.rows("run"), draft, family=family)
-    settings.decide("training_method", "translated", ours="lora_type", text="")
+    trains_all = content["training_method"] == "FINE_TUNE"
+    ours = "model_type: full" if trains_all else "lora_type"
+    settings.decide("training_method", "translated", ours=ours, text="")
     settings.decide("model_type", "translated", ours=f"model_family: {family}", text="")
     _model(settings, specs[family], place)
-    _network(settings, family, place)
+    if trains_all:
+        _layer_filter(settings, family)
+    else:
+        _network(settings, family, place)
     _precision(settings, family)
-    _training(settings)
+    _training(settings, trains_all=trains_all)
     put_concepts(settings, place)
     _schedule(settings)
     _noise(settings, family)
@@ -83,6 +94,8 @@ def read_one_trainer(content: Mapping[str, JsonValue], place: Place, specs: Mapp
     ]:
         settings.decide(key, "no effect", text=settings.rows["unet.*"].text)
     settings.finish()
+    if trains_all:
+        fit_to_whole_model(draft)
     fit_to_quantised(draft)
     return draft
 
@@ -175,6 +188,20 @@ def _network(settings: Settings, family: str, place: Place) -> None:
     _network_rest(settings, kind=kind, rank=rank, place=place)
 
 
+def _layer_filter(settings: Settings, family: str) -> None:
+    """The weights of a whole model that are trained."""
+    presets = load_table("onetrainer").facts["layer_presets"][family]
+    filters = settings.text("layer_filter") or presets.get(settings.text("layer_filter_preset"), "")
+    parts = [part.strip() for part in filters.split(",")]
+    is_regex = settings.flag("layer_filter_regex")
+    put_layer_filter(
+        settings, "layer_filter", [part if is_regex else part.replace(".", r"\.") for part in parts]
+    )
+    for key in ("layer_filter_preset", "layer_filter_regex"):
+        if settings.has(key):
+            settings.decide(key, "translated", ours="layer_filter", text="")
+
+
 def _network_rest(settings: Settings, *, kind: str, rank: int, place: Place) -> None:
     draft = settings.draft
     settings.decide("peft_type", "translated", ours=f"lora_type: {draft.config['lora_type']}", text="")
@@ -236,11 +263,18 @@ def _precision(settings: Settings, family: str) -> None:
     settings.put("gradient_checkpointing", "gradient_checkpointing", on, text=found.text if found else "")
 
 
-def _training(settings: Settings) -> None:
+def _training(settings: Settings, *, trains_all: bool) -> None:
     arguments = {
         key.partition(".")[2]: value for key, value in settings.values.items() if key.startswith("optimizer.")
     }
     arguments.pop("optimizer", None)
+    if trains_all and "fused_back_pass" in arguments:
+        arguments.pop("fused_back_pass")
+        accumulation = settings.whole("gradient_accumulation_steps", 1)
+        put_fused_backward_pass(settings, "optimizer.fused_back_pass", accumulation=accumulation)
+    if trains_all and "stochastic_rounding" in arguments:
+        arguments.pop("stochastic_rounding")
+        put_weight_format(settings, "optimizer.stochastic_rounding", is_bf16=True)
     for name in arguments:
         settings.decide(
             f"optimizer.{name}", "translated", ours="optimizer_config", text=settings.rows["optimizer.*"].text
@@ -486,7 +520,7 @@ def _saving(settings: Settings, place: Place) -> None:
     elif path:
         settings.decide(key, "approximate", ours="output_dir: its default", text="A path of Windows.")
     wants_kohya = settings.text("output_model_format").upper() != "DIFFUSERS_LORA"
-    if wants_kohya and draft.config["lora_type"] == "standard" and not draft.config.get("use_dora"):
+    if wants_kohya and draft.config.get("lora_type") == "standard" and not draft.config.get("use_dora"):
         settings.put("output_model_format", "lora_format", "comfyui")
     elif settings.has("output_model_format"):
         settings.decide("output_model_format", "translated", ours="safetensors", text="")

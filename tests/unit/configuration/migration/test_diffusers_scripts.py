@@ -228,7 +228,7 @@ def test_what_is_left_out_is_named(folder: Path, key: str) -> None:
     [
         "train_dreambooth_lora_flux_kontext",
         "train_dreambooth_lora_sd3",
-        "train_text_to_image_sdxl",
+        "train_controlnet_sdxl",
         "train_mine",
     ],
 )

@@ -682,7 +682,7 @@ def test_a_subset_with_its_own_resolution_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["sdxl_train", "train_network", "sd3_train_network", "flux_train", "sdxl_train_control_net"],
+    ["train_network", "sd3_train_network", "sdxl_train_control_net"],
 )
 def test_another_kind_of_run_is_an_error_that_names_it(dog: Path, script: str) -> None:
     with pytest.raises(ConfigError, match=script):

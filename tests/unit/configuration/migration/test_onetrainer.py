@@ -283,7 +283,6 @@ def test_noise_levels_of_flow_matching_become_ours(
 @pytest.mark.parametrize(
     ("keys", "found"),
     [
-        ({"training_method": "FINE_TUNE"}, "FINE_TUNE"),
         ({"training_method": "EMBEDDING"}, "EMBEDDING"),
         ({"model_type": "STABLE_DIFFUSION_15"}, "STABLE_DIFFUSION_15"),
         ({"model_type": "FLUX_FILL_DEV_1"}, "inpainting"),
