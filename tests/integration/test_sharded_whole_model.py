@@ -26,6 +26,17 @@ KEYS: dict[str, object] = {
     "use_ema": True,
     "gradient_checkpointing": True,
 }
+WITH_WRITES = """
+import os, sys
+from pathlib import Path
+import simpletuner.helpers.models.whole_model as whole_model
+write = whole_model.write_model
+def write_model(path, config, state, **others):
+    with open(Path(sys.argv[1]).parent / f"writes-{os.environ['RANK']}", "a") as file:
+        file.write(f"{path.name} {len(state)}\\n")
+    write(path, config, state, **others)
+whole_model.write_model = write_model
+"""
 PHASES = {"no": ((2, 2), (1, 4)), "bf16": ((1, 2), (2, 4))}
 """mixed_precision -> number of processes and the last step on them, and the same after a stop."""
 
@@ -43,7 +54,7 @@ def moved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         train(
             run,
             num_processes=num_processes,
-            before=ON_CPU_TOO if num_processes == 2 else "",
+            before=ON_CPU_TOO + WITH_WRITES if num_processes == 2 else "",
             train_batch_size=2 // num_processes,
             max_train_steps=steps,
             **KEYS,
@@ -62,6 +73,13 @@ def test_another_number_of_processes_goes_on_from_the_very_weights(moved: TinyRu
         assert stored.keys() == loaded.keys()
         assert all(torch.equal(tensor, stored[key]) for key, tensor in loaded.items())
         assert any(not torch.equal(tensor, trained[key]) for key, tensor in loaded.items())
+
+
+def test_only_the_first_process_gathers_and_writes_the_model(moved: TinyRun) -> None:
+    num_weights = len(model_in(moved.output_dir / "unet"))
+    written = (moved.folder / "writes-0").read_text().splitlines()
+    assert f"unet {num_weights}" in written
+    assert not (moved.folder / "writes-1").exists()
 
 
 def test_model_of_a_sharded_run_is_one_of_diffusers(moved: TinyRun) -> None:

@@ -71,7 +71,9 @@ from simpletuner.helpers.training.weight_optimizer import build_weight_optimizer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from accelerate.optimizer import AcceleratedOptimizer
     from torch import nn
+    from torch.optim import Optimizer
 
     from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.sections import RunConfig
@@ -149,8 +151,7 @@ def build_components(
         ddp_ignore_frozen(denoiser)
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
-    is_sharded = accelerator.distributed_type == DistributedType.FSDP
-    if is_sharded:
+    if accelerator.distributed_type == DistributedType.FSDP:
         (shard_model if config.model.is_full else shard_adapters)(denoiser)
     optimizer = build_optimizer(trainable.groups(), config.optimizer)
     state = RunState(
@@ -169,16 +170,7 @@ def build_components(
     weight_optimizer = build_weight_optimizer(config, optimizer, state.progress)
     stepped = weight_optimizer or optimizer
     schedule = build_lr_schedule(stepped, config.optimizer, max_steps=context.max_steps, step=context.step)
-    # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
-    if is_sharded and config.model.is_full:
-        prepared, prepared_optimizer = (
-            denoiser,
-            accelerator.prepare_optimizer(stepped, device_placement=False),
-        )
-    else:
-        prepared, prepared_optimizer = accelerator.prepare(
-            denoiser, stepped, device_placement=[not is_offloaded, False]
-        )
+    prepared, prepared_optimizer = prepare(context, denoiser, stepped)
     epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
@@ -218,6 +210,21 @@ def build_components(
         max_steps=context.max_steps,
         resources=resources.pop_all(),
     )
+
+
+def prepare(
+    context: RunContext, denoiser: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Denoiser and optimiser as accelerate runs them; a sharded whole model stays as it is."""
+    config, accelerator = context.config, context.accelerator
+    # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
+    if config.model.is_full and accelerator.distributed_type == DistributedType.FSDP:
+        return denoiser, accelerator.prepare_optimizer(optimizer, device_placement=False)
+    placement = [not config.precision.enable_group_offload, False]
+    prepared: tuple[nn.Module, AcceleratedOptimizer] = accelerator.prepare(
+        denoiser, optimizer, device_placement=placement
+    )
+    return prepared
 
 
 def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:
