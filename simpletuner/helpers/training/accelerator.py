@@ -73,8 +73,7 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         raise ConfigError("enable_group_offload works in a run of one process. Set it to false.")
     if config.whole_model.fused_backward_pass and accelerator.num_processes > 1:
         raise ConfigError(
-            "fused_backward_pass works in a run of one process: it steps a weight before the processes have "
-            "added their gradients. Set it to false."
+            "fused_backward_pass steps before gradients of several processes are averaged. Set it to false."
         )
     if distribution in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(

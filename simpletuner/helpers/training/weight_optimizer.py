@@ -145,12 +145,13 @@ def _in_float32(weight: nn.Parameter) -> nn.Parameter:
 
 def steps_one_by_one(config: RunConfig) -> bool:
     """Whether each weight of a whole model is a parameter group of its own, which is stepped alone."""
-    return _is_needed(config) and not OPTIMIZERS[config.optimizer.optimizer].needs_all_gradients
+    return config.model.is_full and not OPTIMIZERS[config.optimizer.optimizer].needs_all_gradients
 
 
 def build_weight_optimizer(config: RunConfig, inner: Optimizer, progress: Progress) -> WeightOptimizer | None:
     """What steps the weights of model_type full; None for float32 weights and for adapters."""
-    if not _is_needed(config):
+    is_rounded, in_backward = config.precision.mixed_precision != "no", config.whole_model.fused_backward_pass
+    if not config.model.is_full or not (is_rounded or in_backward):
         return None
     training = config.training
     return WeightOptimizer(
@@ -158,11 +159,6 @@ def build_weight_optimizer(config: RunConfig, inner: Optimizer, progress: Progre
         seed=training.seed,
         step=lambda: progress.step,
         at_once=not steps_one_by_one(config),
-        in_backward=config.whole_model.fused_backward_pass,
+        in_backward=in_backward,
         bound=training.max_grad_norm or None,
     )
-
-
-def _is_needed(config: RunConfig) -> bool:
-    is_rounded = config.precision.mixed_precision != "no"
-    return config.model.is_full and (is_rounded or config.whole_model.fused_backward_pass)

@@ -11,15 +11,19 @@ from accelerate import Accelerator, DistributedType
 
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.accelerator import check_distribution
 
 
-def accelerator(kind: DistributedType, *, version: int = 2, through_one: bool = False) -> Accelerator:
+def accelerator(
+    kind: DistributedType, *, version: int = 2, through_one: bool = False, num_processes: int = 1
+) -> Accelerator:
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=through_one)
     state = SimpleNamespace(fsdp_plugin=plugin)
-    return cast(Accelerator, SimpleNamespace(distributed_type=kind, state=state, num_processes=2))
+    found = SimpleNamespace(distributed_type=kind, state=state, num_processes=num_processes)
+    return cast(Accelerator, found)
 
 
 @pytest.fixture
@@ -63,14 +67,9 @@ def test_fsdp_shards_a_whole_model_without_an_adapter(config: RunConfig) -> None
     check_distribution(whole, accelerator(DistributedType.FSDP))
 
 
-@pytest.mark.parametrize("kind", [DistributedType.MULTI_GPU, DistributedType.FSDP])
-def test_a_step_in_the_backward_pass_is_refused_on_several_processes(
-    kind: DistributedType, config: RunConfig
-) -> None:
-    model = config.model.model_copy(update={"model_type": "full"})
-    fused = config.whole_model.model_copy(update={"fused_backward_pass": True})
+def test_fused_backward_pass_needs_one_process(config: RunConfig) -> None:
+    whole = WholeModelConfig(fused_backward_pass=True)
+    fused = config.model_copy(update={"whole_model": whole})
+    check_distribution(fused, accelerator(DistributedType.NO))
     with pytest.raises(ConfigError, match="fused_backward_pass"):
-        check_distribution(
-            config.model_copy(update={"model": model, "lycoris": None, "whole_model": fused}),
-            accelerator(kind),
-        )
+        check_distribution(fused, accelerator(DistributedType.MULTI_GPU, num_processes=2))

@@ -517,3 +517,11 @@ def test_masks_that_are_missing_end_validation_as_they_end_the_run(folder: Path)
     entries = [{"id": "mine", "instance_data_dir": str(folder / "images"), "alpha_mask": True}]
     assert re.search(r"masks +mine: alpha", lines(run_of(folder, data_backend_config=entries)))
     assert not re.search(r"^ +masks ", lines(run_of(folder)), re.MULTILINE)
+
+
+def test_the_plan_of_a_whole_model_names_its_weights_and_folders(folder: Path) -> None:
+    keys = {"model_type": "full", "lora_type": "standard", "lycoris_config": None, "use_ema": True}
+    text = lines(run_of(folder, **keys, layer_filter="up_blocks"))
+    assert "weights     Full fine-tune of the unet: those with up_blocks in their names; bf16" in text
+    assert "unet, unet_ema, checkpoints" in text
+    assert "adapter" not in text.partition("writes")[0]

@@ -98,12 +98,14 @@ def test_steps_in_the_backward_pass_give_the_same_weights_bit_for_bit(name: str)
     assert not any(isinstance(each, Tensor) and each.dtype == torch.bfloat16 for each in state)
 
 
-def test_gradients_are_freed_and_their_norm_is_kept() -> None:
-    model = network()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_are_freed_and_their_norm_is_kept(dtype: torch.dtype) -> None:
+    model = network(dtype)
     optimizer = optimizer_of(model, in_backward=True)
-    plain = network()
+    plain = network(dtype)
     for each in (plain, model):
-        each(torch.ones(2, 8, dtype=torch.bfloat16)).float().sum().backward()
+        each(torch.ones(2, 8, dtype=dtype)).float().sum().backward()
+    assert len(optimizer.inner.param_groups) == len(list(model.parameters()))
     assert all(weight.grad is None for weight in model.parameters())
     norms = [weight.grad.float().norm() for weight in plain.parameters() if weight.grad is not None]
     torch.testing.assert_close(optimizer.gradient_norm(), torch.stack(norms).norm())
