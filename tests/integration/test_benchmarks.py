@@ -21,6 +21,7 @@ SCRIPTS = [
     "bench_token_routing",
     "bench_merging",
     "bench_losses",
+    "bench_memory",
 ]
 
 
