@@ -97,7 +97,7 @@ class WeightOptimizer(Optimizer):
         @torch.no_grad()
         def step_now(weight: Tensor) -> None:
             assert weight.grad is not None, "the hook runs when the gradient is complete"
-            self._squares.append(weight.grad.float().square().sum())
+            self._squares.append(torch.linalg.vector_norm(weight.grad, dtype=torch.float32).square())
             if self.bound is not None:
                 weight.grad.clamp_(-self.bound, self.bound)
             self._step_part(part)
