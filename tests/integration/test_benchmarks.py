@@ -22,6 +22,7 @@ SCRIPTS = [
     "bench_text_encoders",
     "bench_merging",
     "bench_losses",
+    "bench_memory",
 ]
 
 

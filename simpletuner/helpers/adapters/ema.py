@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, join_part, own_part
+from simpletuner.helpers.adapters.sharding import distribute_like, gathered, join_part, own_part
 from simpletuner.helpers.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ class Ema:
             self._set(weights, trained)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The whole average by the index of its parameter; every process of a sharded run must call this."""
+        """The whole average by the index of its parameter, as `gathered` returns it."""
         pairs = zip(self._trainable.parameters(), self._averages, strict=True)
-        whole = [full_tensor(join_part(average, like=parameter)) for parameter, average in pairs]
-        return {str(index): average for index, average in enumerate(whole)}
+        joined = (join_part(average, like=parameter) for parameter, average in pairs)
+        return gathered({str(index): average for index, average in enumerate(joined)})
 
     def load(self, tensors: Mapping[str, Tensor], *, num_updates: int) -> None:
         """Load what `tensors` returned, and the number of updates; the configured decay stays.

@@ -1,9 +1,14 @@
-"""Adapters under FSDP2: each process has a shard of every factor."""
+"""Weights under FSDP2: each process has a shard of every factor of an adapter, or of a whole model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import get_rank
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from simpletuner.helpers.adapters.attachment import adapters_of
@@ -16,6 +21,36 @@ def shard_adapters(denoiser: nn.Module) -> None:
     """
     for module in list(adapters_of(denoiser)):
         fully_shard(module)
+
+
+def shard_model(denoiser: Any) -> None:
+    """Shard a whole denoiser of diffusers, each block as its own FSDP unit; weights keep their dtype.
+
+    Gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    units = set(denoiser._no_split_modules)
+    for module in reversed(list(denoiser.modules())):  # inner ones first
+        if type(module).__name__ in units:
+            fully_shard(module, mp_policy=policy)
+    fully_shard(denoiser, mp_policy=policy)
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors for a file; every process of a sharded run must call this.
+
+    One sharded tensor after the other is gathered and moved to the host of the first process. The others
+    return none of them.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            whole[name] = tensor
+            continue
+        complete = full_tensor(tensor)
+        if get_rank() == 0:
+            whole[name] = complete.cpu()
+    return whole
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -54,8 +89,7 @@ def join_part(part: Tensor, *, like: Tensor) -> Tensor:
 
 
 def distribute_like(value: Tensor, *, like: Tensor) -> Tensor:
-    """Shard a whole tensor like another one; unchanged if that one is not sharded."""
+    """Shard a whole tensor like another one, in its own dtype; unchanged if that one is not sharded."""
     if not isinstance(like, DTensor):
         return value
-    own = value.to(device=like.device, dtype=like.dtype)
-    return distribute_tensor(own, like.device_mesh, like.placements)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)

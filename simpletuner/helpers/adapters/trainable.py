@@ -60,6 +60,11 @@ class Trainable(ABC):
         """The trained parameters of all groups."""
         return [parameter for group in self.groups() for parameter in group.parameters]
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of what `state_dict` returns."""
+        return sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+
     def rank_mask_for(self, timesteps: Sequence[int]) -> AbstractContextManager[None]:
         """Set the rank mask of these timesteps, one per sample, for a forward and its backward.
 

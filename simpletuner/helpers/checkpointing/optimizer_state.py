@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.serialization import get_safe_globals
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, is_dtensor
+from simpletuner.helpers.adapters.sharding import distribute_like, gathered, is_dtensor
 from simpletuner.helpers.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _OF_THE_RUN = {"params", "lr", "initial_lr"}
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimiser's state into named tensors and JSON; `load_optimizer_state` joins them.
 
-    Sharded tensors are gathered; then every process must call this.
+    Sharded tensors are `gathered`; then every process must call this.
 
     Raises:
         CheckpointError: The optimiser keeps a value that cannot be saved.
@@ -54,11 +54,11 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
                 if name != "params"
             }
         )
-    tensors = {name: full_tensor(tensor) for name, tensor in encoder.tensors.items()}
+    tensors = gathered(encoder.tensors)
     numbers = {
         "state": {index: values for index, values in state.items() if values},
         "groups": groups,
-        "tensors": sorted(tensors),
+        "tensors": sorted(encoder.tensors),
         "shapes": [list(parameter.shape) for parameter in parameters],
     }
     return tensors, numbers

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,14 +75,9 @@ class RunState:
     @property
     def num_bytes(self) -> int:
         """Size of the tensors that `save` writes; adapter and EMA are each in two files, a model in one."""
-        if self.trainable.is_model:
-            state: Iterable[Tensor] = self.trainable.state_dict().values()
-        else:
-            state = self.trainable.parameters()
         copies = 1 if self.trainable.is_model else 2
-        trained = sum(weight.numel() * weight.element_size() for weight in state)
         ema = 0 if self.ema is None else self.ema.num_bytes
-        return copies * (trained + ema) + num_state_bytes(self.optimizer)
+        return copies * (self.trainable.num_bytes + ema) + num_state_bytes(self.optimizer)
 
     def check_optimizer(self) -> None:
         """Check that a checkpoint can hold the optimiser's state; every process of a sharded run calls it.

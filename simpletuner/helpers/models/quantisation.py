@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from simpletuner.helpers.choices.precisions import PRECISIONS, TILE, UNCHANGED
+from simpletuner.helpers.choices.precisions import KEPT_IN_NAMES, PRECISIONS, TILE, UNCHANGED
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.optional import require
 
@@ -25,8 +25,6 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
-KEPT_IN_NAMES = "emb"
-"""Part of the path of embeddings and their projections, which are small and feed every block."""
 KEPT_NAMES = frozenset({"wo"})
 """T5 casts its input to the dtype of this weight, which in 4 bits is the dtype of the codes."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.errors import ModelError
+from simpletuner.helpers.models.memory_model import FamilyMemory
 
 if TYPE_CHECKING:
     from simpletuner.helpers.models.family import ModelFamily
@@ -42,6 +44,15 @@ def load_family(name: str) -> type[ModelFamily]:
     return cast("type[ModelFamily]", getattr(import_module(module), class_name))
 
 
+def memory_of(name: str) -> FamilyMemory | None:
+    """What the memory model knows of a family; None if it has no module for it."""
+    module = f"{_folder_of(FAMILIES[name])}.memory"
+    return cast(FamilyMemory, import_module(module)) if find_spec(module) else None
+
+
 def _spec_of(target: str) -> ModelSpec:
-    folder = target.partition(":")[0].rpartition(".")[0]
-    return cast(ModelSpec, import_module(f"{folder}.spec").SPEC)
+    return cast(ModelSpec, import_module(f"{_folder_of(target)}.spec").SPEC)
+
+
+def _folder_of(target: str) -> str:
+    return target.partition(":")[0].rpartition(".")[0]

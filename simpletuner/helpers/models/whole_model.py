@@ -14,7 +14,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from simpletuner.helpers.adapters.sharding import full_tensor
+from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, gathered
 from simpletuner.helpers.adapters.trainable import (
     FULL_STRENGTH,
     ParameterGroup,
@@ -24,7 +24,7 @@ from simpletuner.helpers.adapters.trainable import (
 )
 from simpletuner.helpers.choices.algorithms import WHOLE_MODEL
 from simpletuner.helpers.errors import AdapterError, ConfigError
-from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.run_folder import ema_folder
 
 LARGEST_FILE = "10GB"
@@ -51,6 +51,7 @@ class WholeModel(Trainable):
         self, denoiser: nn.Module, *, folder: str, layer_filter: Sequence[str] = (), one_by_one: bool = False
     ) -> None:
         self.denoiser, self.folder = denoiser, folder
+        self.config = config_of(denoiser)  # sharding gives the denoiser another class
         self.one_by_one = one_by_one
         names = [name for name, _ in denoiser.named_parameters()]
         unmatched = [each for each in layer_filter if not any(re.search(each, name) for name in names)]
@@ -82,6 +83,12 @@ class WholeModel(Trainable):
         """There is no base model beside the trained one, so only the strength of training is possible."""
         assert strength == FULL_STRENGTH, "the configuration refuses what needs the base model"
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of all weights and buffers."""
+        tensors: list[Tensor] = list(self.denoiser.state_dict().values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def state_dict(self) -> dict[str, Tensor]:
         """All weights and buffers, the frozen ones too; sharded ones are gathered."""
         return {name: full_tensor(tensor.detach()) for name, tensor in self.denoiser.state_dict().items()}
@@ -96,32 +103,46 @@ class WholeModel(Trainable):
         own = self.denoiser.state_dict()
         refuse_other_state(state, own=own)
         for name, tensor in own.items():
-            tensor.copy_(state[name])
+            tensor.copy_(distribute_like(state[name], like=tensor))
 
     def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
         """Write the folder of the model in diffusers' layout; the headers of its weights have the metadata.
+
+        Every process of a sharded run must call this, and the first one writes.
 
         Raises:
             AdapterError: A weight is not finite; nothing is written.
             SafetensorError: A file cannot be written.
         """
-        state = self.state_dict()
+        own = self.denoiser.state_dict()
+        state = gathered({name: tensor.detach() for name, tensor in own.items()})
+        if len(state) < len(own):
+            return
         bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
         if bad:
             raise AdapterError(f"{len(bad)} weights are not finite, first {bad[0]}. Nothing was written.")
-        write_model(path, self.denoiser, state, metadata=metadata)
+        write_model(path, self.config, state, metadata=metadata)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, each) for name, each in self.denoiser.named_parameters() if each.requires_grad]
 
 
+def config_of(denoiser: Any) -> dict[str, JsonValue]:
+    """The configuration of a model of diffusers, as its folder has it."""
+    config: dict[str, JsonValue] = json.loads(denoiser.to_json_string())
+    config.pop("_name_or_path", None)  # a path of this machine
+    return config
+
+
 def write_model(
-    path: Path, denoiser: Any, state: Mapping[str, Tensor], *, metadata: Mapping[str, str]
+    path: Path,
+    config: Mapping[str, JsonValue],
+    state: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
 ) -> None:
     """Write a folder that diffusers' from_pretrained reads: the configuration and these weights."""
     path.mkdir(parents=True, exist_ok=True)
-    config = json.loads(denoiser.to_json_string())
-    config.pop("_name_or_path", None)  # a path of this machine
     write_json(path / CONFIG_NAME, config)
     pattern = SAFETENSORS_WEIGHTS_NAME.replace(".", "{suffix}.")
     shards = split_torch_state_dict_into_shards(

@@ -82,17 +82,23 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     if distribution != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
-    sharded = [name for name, record in OPTIMIZERS.items() if record.trains_shards]
+    # Prodigy keeps the start of each weight in one row, which a resumed run would not shard again; that of an
+    # adapter is zero.
+    sharded = [
+        name
+        for name, record in OPTIMIZERS.items()
+        if record.trains_shards and not (config.model.is_full and record.needs_all_gradients)
+    ]
     problems = {
         "FSDP 1 is not supported. Set fsdp_version to 2": plugin.fsdp_version != 2,
         "FSDP does not shard quantised weights. Set base_model_precision to no_change": (
             config.precision.base_model_precision != UNCHANGED
         ),
-        "FSDP trains T-LoRA only. Set algo to tlora and no other algorithms": (
-            config.lycoris is None or config.lycoris.algo != "tlora"
+        "FSDP trains T-LoRA and no other adapter. Set algo to tlora and no other algorithms": (
+            not config.model.is_full and (config.lycoris is None or config.lycoris.algo != "tlora")
         ),
         f"FSDP does not train with {config.optimizer.optimizer}. Set optimizer to {' or '.join(sharded)}": (
-            not OPTIMIZERS[config.optimizer.optimizer].trains_shards
+            config.optimizer.optimizer not in sharded
         ),
         "FSDP generates no validation images. Set validation_disable to true": bool(
             config.validation.prompts and not config.validation.validation_disable

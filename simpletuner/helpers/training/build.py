@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simpletuner.helpers.adapters.ema import Ema
 from simpletuner.helpers.adapters.network import attach_adapter
-from simpletuner.helpers.adapters.sharding import shard_adapters
+from simpletuner.helpers.adapters.sharding import shard_adapters, shard_model
 from simpletuner.helpers.checkpointing.changes import DATA_PART
 from simpletuner.helpers.checkpointing.checkpoints import (
     Checkpoint,
@@ -77,7 +77,9 @@ from simpletuner.helpers.training.weight_optimizer import build_weight_optimizer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from accelerate.optimizer import AcceleratedOptimizer
     from torch import nn
+    from torch.optim import Optimizer
 
     from simpletuner.helpers.adapters.trainable import Trainable
     from simpletuner.helpers.configuration.schema.sections import RunConfig
@@ -159,7 +161,7 @@ def build_components(
     if is_offloaded:
         offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
-        shard_adapters(denoiser)
+        (shard_model if config.model.is_full else shard_adapters)(denoiser)
     optimizer = build_optimizer(trainable.groups(), config.optimizer)
     state = RunState(
         trainable=trainable,
@@ -177,10 +179,7 @@ def build_components(
     weight_optimizer = build_weight_optimizer(config, optimizer, state.progress)
     stepped = weight_optimizer or optimizer
     schedule = build_lr_schedule(stepped, config.optimizer, max_steps=context.max_steps, step=context.step)
-    # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
-    prepared, prepared_optimizer = accelerator.prepare(
-        denoiser, stepped, device_placement=[not is_offloaded, False]
-    )
+    prepared, prepared_optimizer = prepare(context, denoiser, stepped)
     epochs = build_epochs(context, state)
     validation = Validation(
         sampler=sampler,
@@ -250,6 +249,21 @@ def load_denoiser(context: RunContext) -> tuple[nn.Module, dict[str, str]]:
 def identity_of(hashes: Mapping[str, str]) -> dict[str, JsonValue]:
     """What a checkpoint holds of the base model's weights."""
     return {"base weights": base_weights_hash(hashes)}
+
+
+def prepare(
+    context: RunContext, denoiser: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Denoiser and optimiser as accelerate runs them; a sharded whole model stays as it is."""
+    config, accelerator = context.config, context.accelerator
+    # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
+    if config.model.is_full and accelerator.distributed_type == DistributedType.FSDP:
+        return denoiser, accelerator.prepare_optimizer(optimizer, device_placement=False)
+    placement = [not config.precision.enable_group_offload, False]
+    prepared: tuple[nn.Module, AcceleratedOptimizer] = accelerator.prepare(
+        denoiser, optimizer, device_placement=placement
+    )
+    return prepared
 
 
 def limit_cpu_threads(denoiser: nn.Module, device: torch.device) -> None:

@@ -61,6 +61,16 @@ def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
         assert remedy in str(caught.value)
 
 
+def test_fsdp_shards_a_whole_model_without_an_adapter(config: RunConfig) -> None:
+    model = config.model.model_copy(update={"model_type": "full"})
+    whole = config.model_copy(update={"model": model, "lycoris": None})
+    check_distribution(whole, accelerator(DistributedType.FSDP))
+    prodigy = config.optimizer.model_copy(update={"optimizer": "prodigy"})
+    with pytest.raises(ConfigError, match=r"optimizer to adamw\."):
+        check_distribution(whole.model_copy(update={"optimizer": prodigy}), accelerator(DistributedType.FSDP))
+    check_distribution(config.model_copy(update={"optimizer": prodigy}), accelerator(DistributedType.FSDP))
+
+
 def test_fused_backward_pass_needs_one_process(config: RunConfig) -> None:
     whole = WholeModelConfig(fused_backward_pass=True)
     fused = config.model_copy(update={"whole_model": whole})

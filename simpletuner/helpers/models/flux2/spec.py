@@ -32,7 +32,8 @@ _NON_COMMERCIAL = {
     )
     for name in ("dev", "klein-base-9b", "klein-9b")
 }
-_SIZES = {name: "dev" if name == "dev" else name[-2:] for name in FLAVOURS}
+SIZES = {name: "dev" if name == "dev" else name[-2:] for name in FLAVOURS}
+"""Flavour -> size of its models."""
 _LABELS = {
     "dev": ModelLabels("Flux.2-dev", "flux2"),
     "4b": ModelLabels("flux.2-klein-4b", "flux2_klein_4b"),
@@ -106,7 +107,7 @@ SPEC = ModelSpec(
     original_name=original_name,
     original_code="https://github.com/black-forest-labs/flux2",
     licences=_NON_COMMERCIAL | dict.fromkeys(("klein-base-4b", "klein-4b"), Licence("apache-2.0")),
-    labels={name: _LABELS[size] for name, size in _SIZES.items()},
+    labels={name: _LABELS[size] for name, size in SIZES.items()},
     reference_flavours=frozenset(FLAVOURS),
     dynamic_shift=empirical_shift,
     training_shift=training_shift,
