@@ -238,6 +238,16 @@ def test_optimisers_resume_exactly_over_whole_weights(optimizer: str, tmp_path: 
     assert are_equal(*(model_in(run) for run in runs))
 
 
+def test_two_processes_keep_the_same_bf16_weights(tmp_path: Path) -> None:
+    run = run_of("flux", tmp_path, max_train_steps=3)
+    train(run, num_processes=2, train_batch_size=1)
+    start, first, second = (
+        load_file(run.folder / f"{name}.safetensors") for name in ("start-0", "end-0", "end-1")
+    )
+    assert are_equal(first, second)
+    assert not are_equal(start, first)
+
+
 def test_two_processes_train_what_one_trains_with_the_same_samples(tmp_path: Path) -> None:
     keys: dict[str, object] = {"max_train_steps": 2, "mixed_precision": "no", "optimizer_config": "eps=1e-3"}
     two, one = (run_of("flux", tmp_path / name, **keys) for name in ("two", "one"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -49,21 +49,38 @@ def averaged_weights(optimizer: Any) -> Iterator[None]:
 
     The averages are computed in copies: switching the weights there and back changes their last bits.
     """
-    groups = optimizer.param_groups
+    groups, state = optimizer.param_groups, optimizer.state
     parameters: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
     trained, entries = [parameter.data for parameter in parameters], [dict(group) for group in groups]
+    # In the dtype of the optimiser's own weights, "z". Copies, since a parameter that changes its dtype loses
+    # the hooks of DDP.
+    copies = {each: _copy(each, state.get(each, {}).get("z", each).dtype) for each in parameters}
+    for group in groups:
+        group["params"] = [copies[each] for each in group["params"]]
     try:
-        with torch.no_grad():
-            for parameter in parameters:
-                # The averages have the dtype of the optimiser's own weights, "z", which may be float32.
-                own = optimizer.state[parameter].get("z", parameter)
-                parameter.data = parameter.data.to(own.dtype, copy=True)
-        optimizer.eval()
+        _move_state(state, copies)
+        try:
+            optimizer.eval()
+        finally:
+            _move_state(state, {copy: each for each, copy in copies.items()})
+            for group, values in zip(groups, entries, strict=True):
+                group["params"] = values["params"]
         for parameter, weight in zip(parameters, trained, strict=True):
-            parameter.data = parameter.data.to(weight.dtype)
+            parameter.data = copies.pop(parameter).data.to(weight.dtype)
         yield
     finally:
         for parameter, weight in zip(parameters, trained, strict=True):
             parameter.data = weight
         for group, values in zip(groups, entries, strict=True):
             group.update(values)
+
+
+def _copy(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    return torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+
+
+def _move_state(state: Any, owners: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Give the state of each parameter to another one."""
+    for old, new in owners.items():
+        if old in state:
+            state[new] = state.pop(old)
