@@ -8,7 +8,7 @@ the nearest loses all of them. Source: Zamirai et al., Revisiting BFloat16 Train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,42 +109,41 @@ class WeightOptimizer(Optimizer):
         weights = [weight for group in part for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
-        exact = {weight: _in_float32(weight) for weight in weights if weight.dtype == torch.bfloat16}
+        copies = {weight: self._exchanged(weight) for weight in weights if weight.dtype == torch.bfloat16}
         groups, self.inner.param_groups = self.inner.param_groups, list(part)
+        own = [group["params"] for group in part]
+        for group in part:
+            group["params"] = [copies.get(weight, weight) for weight in group["params"]]
         try:
-            self._exchange(part, exact)
             self.inner.step()
         finally:
-            self._exchange(part, {value: weight for weight, value in exact.items()})
             self.inner.param_groups = groups
-        for weight, value in exact.items():
-            rounded = rounded_stochastically(own_part(value), generator=self._generator(weight))
-            own_part(weight).copy_(rounded)
+            for group, params in zip(part, own, strict=True):
+                group["params"] = params
+            for weight, copy in copies.items():
+                if copy in self.state:
+                    self.state[weight] = self.state.pop(copy)
+        for weight, copy in copies.items():
+            rounded = rounded_stochastically(own_part(copy.detach()), generator=self._generator(weight))
+            own_part(weight.detach()).copy_(rounded)
 
-    def _exchange(self, part: Sequence[dict[str, Any]], others: Mapping[nn.Parameter, nn.Parameter]) -> None:
-        """Put other tensors in the place of weights, for the optimiser and as keys of its state."""
-        for group in part:
-            group["params"][:] = [others.get(weight, weight) for weight in group["params"]]
-        for weight, other in others.items():
-            if weight in self.inner.state:
-                self.inner.state[other] = self.inner.state.pop(weight)
+    def _exchanged(self, weight: nn.Parameter) -> nn.Parameter:
+        """A float32 copy of a weight, which takes its gradient and its state.
+
+        The weight itself cannot become float32: torch would drop its gradient accumulator, on which DDP has
+        the hook that averages the gradients of the processes.
+        """
+        copy = torch.nn.Parameter(weight.detach().float())
+        assert weight.grad is not None, "only weights with a gradient are stepped"
+        copy.grad, weight.grad = weight.grad.float(), None
+        if weight in self.state:
+            self.state[copy] = self.state.pop(weight)
+        return copy
 
     def _generator(self, weight: nn.Parameter) -> torch.Generator:
         device = weight.device
         generator = self._generators.setdefault(device, torch.Generator(device))
         return generator.manual_seed(mix(self.seed, "rounding", self.num_steps(), self._index[weight]))
-
-
-def _in_float32(weight: nn.Parameter) -> nn.Parameter:
-    """A float32 copy of a weight with its gradient, which the weight loses.
-
-    The weight itself cannot become float32: torch would drop its gradient accumulator, on which DDP has the
-    hook that averages the gradients of the processes.
-    """
-    assert weight.grad is not None, "weights without a gradient are not stepped"
-    exact = torch.nn.Parameter(weight.detach().float())
-    exact.grad, weight.grad = weight.grad.float(), None
-    return exact
 
 
 def steps_one_by_one(config: RunConfig) -> bool:
