@@ -88,7 +88,6 @@ def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily)
     family.load_text_encoders()
     trained = []
     for index, (name, encoder) in enumerate(family.text_encoders.items()):
-        encoder.requires_grad_(False)
         if not section.trains(index):
             continue
         if config.training.gradient_checkpointing:
