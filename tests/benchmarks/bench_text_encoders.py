@@ -1,4 +1,4 @@
-"""B17: what a training step adds when it encodes its caption, at the real size of SDXL's text encoders.
+"""B21: what a training step adds when it encodes its caption, at the real size of SDXL's text encoders.
 
     python tests/benchmarks/bench_text_encoders.py [--quick]
 
@@ -44,7 +44,7 @@ def main() -> None:
     weights = sum(weight.numel() for each in encoders for weight in each.parameters())
     trained = sum(weight.numel() for each in encoders for weight in each.parameters() if weight.requires_grad)
     case = f"{weights / 1e6:.0f} M weights, {trained / 1e6:.1f} M trained"
-    report(side_by_side("B17", case, contenders, turns=options.turns, device=device), options)
+    report(side_by_side("B21", case, contenders, turns=options.turns, device=device), options)
 
 
 def encoder(kind: type[nn.Module], size: tuple[int, int, int, int], device: torch.device) -> nn.Module:

@@ -362,16 +362,18 @@ def edit_job(tmp_path: Path, arch: str, folder: Path, **sample: object) -> Draft
     return migrate(ai_toolkit(tmp_path / "job.json", datasets, model={"arch": arch}, sample=sample))
 
 
-@pytest.mark.parametrize("arch", ["flux_kontext", "flux2_klein_4b"])
+@pytest.mark.parametrize(
+    ("arch", "kind"), [("flux_kontext", "reference_strict"), ("flux2_klein_4b", "reference_loose")]
+)
 def test_control_images_become_references_of_a_model_that_edits(
-    folder: Path, tmp_path: Path, arch: str
+    folder: Path, tmp_path: Path, arch: str, kind: str
 ) -> None:
     draft = edit_job(tmp_path, arch, folder)
     names = ["before-references", "sketch-references"]
     assert [each.get("conditioning_data") for each in draft.datasets] == [names, names, None, None, None]
     found = {str(each["id"]): each for each in draft.datasets[3:]}
     assert list(found) == names
-    assert {each["conditioning_type"] for each in found.values()} == {"reference_strict"}
+    assert {each["conditioning_type"] for each in found.values()} == {kind}
     assert found["before-references"]["instance_data_dir"] == str(tmp_path / "before")
     assert draft.config["conditioning_multidataset_sampling"] == "combined"
     assert draft.config["model_family"] == arch.partition("_")[0]
