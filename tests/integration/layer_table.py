@@ -92,7 +92,7 @@ MODELS = (
     Model(
         "Flux.1",
         flux.SPEC,
-        ("dev", "krea", "schnell"),
+        ("dev", "kontext", "krea", "schnell"),
         FluxTransformer2DModel,
         {"guidance_embeds": True},  # schnell has none; they are among no targets
         (("FluxAttention", "FeedForward"), ("FluxTransformerBlock", "FluxSingleTransformerBlock")),

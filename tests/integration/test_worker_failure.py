@@ -14,7 +14,7 @@ import pytest
 
 from simpletuner.helpers.caching.latents import read_latents
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
-from simpletuner.helpers.data import dataset
+from simpletuner.helpers.data import cache_reader
 from simpletuner.helpers.errors import DataError
 from tests.integration import processes
 from tests.integration.tiny_runs import TinyRun, start_pair, wait_for_steps
@@ -22,9 +22,9 @@ from tests.integration.tiny_runs import TinyRun, start_pair, wait_for_steps
 HANGING_COMMAND = """
 import sys
 from simpletuner import train
-from simpletuner.helpers.data import dataset
+from simpletuner.helpers.data import cache_reader
 from tests.integration.test_worker_failure import HangingCache
-dataset.read_latents = HangingCache(2)
+cache_reader.read_latents = HangingCache(2)
 sys.exit(train.main(["--config", sys.argv[1]]))
 """
 
@@ -77,7 +77,7 @@ def test_signal_is_honoured_while_the_loader_hangs(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         # In the second micro-batch of step 2: its first one is trained on again.
         hanging = HangingCache(4, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
-        patched.setattr(dataset, "read_latents", hanging)
+        patched.setattr(cache_reader, "read_latents", hanging)
         assert run.run() == EXIT_PREEMPTED
         hanging.released.set()
     assert [path.name for path in run.output_dir.glob("checkpoint-*")] == ["checkpoint-1"]

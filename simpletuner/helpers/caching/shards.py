@@ -1,8 +1,8 @@
 """Shards: safetensors files that hold many entries of a tensor store. Their headers are the store's index.
 
 Tensor NAME of entry KEY is named KEY.NAME. The tensors of an entry and, last, KEY.digest are one range of
-bytes: a digest of 16 bytes over key and tensors, and zeros up to a multiple of 8. The metadata, which stands
-first in the header, has the ranges as numbers, so that a thousand entries are found without a thousand names.
+bytes. The metadata, which stands first in the header, has the ranges as numbers, so that a thousand entries
+are found without a thousand names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, read
 _ABOUT, _INDEX = "about", "index"
 _DIGEST = "digest"
 _DIGEST_BYTES = 16
-_ALIGNMENT = 8
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -139,15 +138,14 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, Tensor]], about
     starts, lengths, layout_ids = [], [], []
     end = 0
     for key, tensors in entries.items():
-        # Large elements first, so that each tensor starts at a multiple of its element's size.
+        # Large elements first, so that each tensor starts at a multiple of its element's size in the entry.
         named = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
         parts: list[tuple[str, str, tuple[int, ...], bytes | memoryview]] = [
             (name, _NAMES[each.dtype], tuple(each.shape), _bytes_of(each)) for name, each in named
         ]
-        used = end + sum(len(data) for *_, data in parts) + _DIGEST_BYTES
-        seal = digest_of(key, tensors) + bytes(-used % _ALIGNMENT)
+        parts.append((_DIGEST, "U8", (_DIGEST_BYTES,), digest_of(key, tensors)))
         first, places = end, []
-        for name, dtype, shape, data in (*parts, (_DIGEST, "U8", (len(seal),), seal)):
+        for name, dtype, shape, data in parts:
             offsets = [end, end + len(data)]
             header[f"{key}.{name}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
             places.append(Place(name, dtype, shape, end - first))
@@ -221,7 +219,7 @@ def parse_entry(key: str, data: bytearray, layout: Layout) -> dict[str, Tensor]:
     """
     tensors = {place.name: _tensor_at(data, place) for place in layout}
     seal = tensors.pop(_DIGEST)
-    if bytes(seal[:_DIGEST_BYTES].tolist()) != digest_of(key, tensors):
+    if bytes(seal.tolist()) != digest_of(key, tensors):
         raise ValueError("its digest differs")
     return tensors
 

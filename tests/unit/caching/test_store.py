@@ -87,6 +87,13 @@ def test_get_of_a_missing_key_is_none(store: TensorStore) -> None:
     assert store.held([KEY, OTHER_KEY]) == {KEY}
 
 
+def test_keys_that_begin_alike_are_not_taken_for_each_other(store: TensorStore) -> None:
+    put_example(store)
+    alike = KEY[:16] + OTHER_KEY[16:]
+    assert store.held([alike]) == set()
+    assert store.get(alike) is None
+
+
 def test_a_shard_is_a_safetensors_file_that_names_its_entries(store: TensorStore) -> None:
     tensors = put_example(store)
     with safe_open(shards(store)[0], framework="pt") as file:

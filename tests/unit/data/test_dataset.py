@@ -88,6 +88,7 @@ def make(tmp_path: Path) -> Make:
             if name in ("seed", "batch_size", "num_processes", "process_index", "caption_dropout")
         }
         alignment = options.pop("aspect_bucket_alignment", None)
+        memory = options.pop("text_cache_memory", 2.0)
         datasets = [
             DatasetConfig(id=folder.name, instance_data_dir=folder, **{"resolution": 64, **options})
             for folder in folders
@@ -96,6 +97,7 @@ def make(tmp_path: Path) -> Make:
             cache_dir_vae=tmp_path / "cache" / "vae",
             cache_dir_text=tmp_path / "cache" / "text",
             aspect_bucket_alignment=alignment,
+            text_cache_memory=memory,
         )
         return TrainingData(datasets, data, **{"seed": 42, "batch_size": 2, "pixel_alignment": 64, **own})
 
@@ -574,7 +576,7 @@ def test_shards_that_are_cut_are_encoded_again(make: Make, photos: Path, tmp_pat
 
 def spoil(store: TensorStore, key: str) -> None:
     """Change one byte of an entry on disk."""
-    shard = next(store.folder.glob("shard-*"))
+    shard = next(each for each in store.folder.glob("shard-*") if key in read_index(each))
     start = read_index(shard)[key].start
     data = bytearray(shard.read_bytes())
     data[start] ^= 1
@@ -606,6 +608,39 @@ def test_the_next_image_of_the_bucket_takes_the_place_of_one_whose_entry_is_dama
     cached(make(photos), encoders)
     assert (encoders.images, len(encoders.prompts)) == ((1, 0) if kind == "latents" else (0, 1))
     assert shape(taken(cached(make(photos)), 16)) == expected
+
+
+@pytest.mark.reliability_row(18)
+def test_a_prompt_of_validation_whose_entry_is_damaged_is_encoded_at_the_start(
+    make: Make, photos: Path
+) -> None:
+    data = cached(make(photos))
+    fill(data.text_requests(["a prompt"]), Encoders().text)
+    request = data.text_requests(["a prompt"])[-1]
+    spoil(request.store, request.key)
+    encoders = Encoders()
+    later = make(photos)
+    later.set_encoders(vae_identity="vae", text_identity="clip")
+    fill(later.text_requests(["a prompt"]), encoders.text)
+    assert encoders.prompts == ["a prompt"]
+
+
+@pytest.mark.parametrize(("memory", "num_reads"), [(2.0, 8), (0.0, 16)])
+def test_a_caption_is_read_once_within_text_cache_memory(
+    make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch, memory: float, num_reads: int
+) -> None:
+    data = cached(make(photos, text_cache_memory=memory))
+    read: list[str] = []
+
+    def counted_get(self: TensorStore, key: str) -> dict[str, Tensor] | None:
+        if self.folder.name == "text":
+            read.append(key)
+        return get(self, key)
+
+    get = TensorStore.get
+    monkeypatch.setattr(TensorStore, "get", counted_get)
+    taken(data, 8)  # two passes over eight images; the loader reads one batch ahead
+    assert len(read) - (0 if memory else 2) in (num_reads, num_reads - 2)
 
 
 @pytest.mark.parametrize("change", [{"resolution": 128}, {"crop": True, "seed": 1}])
