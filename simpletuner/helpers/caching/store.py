@@ -73,7 +73,7 @@ class TensorStore:
             while found is not None:
                 try:
                     return parse_entry(key, *found)
-                except (ValueError, KeyError, RuntimeError) as error:
+                except (ValueError, KeyError, TypeError, RuntimeError) as error:
                     logger.warning("Cache entry %s in %s is damaged: %s.", key, self._shown, error)
                     self._shards.exclude(key)
                 found = self._shards.read(key)
