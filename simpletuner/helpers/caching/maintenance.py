@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,8 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
 
 
 def _packing(folder: Path, used: Set[str] | None) -> _Packing:
-    packing = _Packing()
+    packing, copies = _Packing(), Counter(SingleFiles(folder).found())
+    copies.update(key for _, key in _entries(folder))
     for name in sorted(shard_names(folder)):
         own = _keys_of(folder / name)
         kept = own - set(excluded_keys(folder / name)) - packing.seen
@@ -140,7 +142,9 @@ def _packing(folder: Path, used: Set[str] | None) -> _Packing:
             kept &= used
         packing.seen |= kept
         packing.removed += len(own) - len(kept)
-        if kept != own or not own or not _is_large(folder / name, len(own)):
+        # Moved entries are read, so that a damaged copy does not stay in place of a whole one.
+        is_repeated = any(copies[key] > 1 for key in kept)
+        if is_repeated or kept != own or not own or not _is_large(folder / name, len(own)):
             packing.moved[folder / name] = sorted(kept)
     return packing
 

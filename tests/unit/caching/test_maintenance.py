@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from simpletuner.helpers.caching import store as limits
 from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
 from simpletuner.helpers.caching.shard_folder import shard_names
 from simpletuner.helpers.caching.shards import digest_of, read_about, read_index
@@ -112,3 +113,19 @@ def test_stores_are_found_below_a_folder(folder: Path, tmp_path: Path) -> None:
     assert stores_under(tmp_path) == [tmp_path / "text", folder]
     with pytest.raises(DataError):
         stores_under(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("whole_copy", ["shard", "single file"])
+def test_prune_keeps_the_whole_copy_of_an_entry_that_is_damaged_in_a_large_shard(
+    tmp_path: Path, whole_copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_SHARD_ENTRIES", 4)
+    large = put(tmp_path, 0, 1, 2).rename(tmp_path / f"shard-{'0' * 16}.safetensors")
+    if whole_copy == "shard":
+        put(tmp_path, 2)
+    else:
+        put_single(tmp_path, 2)
+    spoil(large, 2)
+    prune(tmp_path)
+    assert verify(tmp_path) == []
+    assert TensorStore(tmp_path).held(KEYS) == set(KEYS[:3])
