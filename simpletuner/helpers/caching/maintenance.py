@@ -165,7 +165,7 @@ def _is_store(folder: Path) -> bool:
 
 
 def _is_large(shard: Path, num_entries: int) -> bool:
-    return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or shard.stat().st_size >= limits.MAX_SHARD_BYTES // 2
+    return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or _bytes_of(shard) >= limits.MAX_SHARD_BYTES // 2
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -185,7 +185,15 @@ def _keys_of(shard: Path) -> set[str]:
 def _size_of(folder: Path) -> int:
     singles = SingleFiles(folder)
     files = [folder / name for name in shard_names(folder)] + [singles.path(key) for key in singles.found()]
-    return sum(file.stat().st_size for file in files)
+    return sum(map(_bytes_of, files))
+
+
+def _bytes_of(file: Path) -> int:
+    """The size of a file; 0 if another process removed it."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _remove(files: Collection[Path]) -> None:

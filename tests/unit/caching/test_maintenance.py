@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from simpletuner.helpers.caching import maintenance
 from simpletuner.helpers.caching import store as limits
 from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
 from simpletuner.helpers.caching.shard_folder import shard_names
@@ -129,3 +131,15 @@ def test_prune_keeps_the_whole_copy_of_an_entry_that_is_damaged_in_a_large_shard
     prune(tmp_path)
     assert verify(tmp_path) == []
     assert TensorStore(tmp_path).held(KEYS) == set(KEYS[:3])
+
+
+@pytest.mark.parametrize("look", [stats, prune], ids=["stats", "prune"])
+def test_a_shard_that_another_process_removes_meanwhile_is_passed_over(
+    folder: Path, look: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_removed(folder: Path) -> list[str]:
+        return [*shard_names(folder), f"shard-{'0' * 16}.safetensors"]
+
+    monkeypatch.setattr(maintenance, "shard_names", with_removed)
+    look(folder)
+    assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
