@@ -126,6 +126,7 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
     result.packed += _pack(wanted, reader, writer, about={})
     result.removed += len(singles) - len(wanted)
     writer.flush()
+    reader.close()  # Windows removes no open file
     _remove([*packing.moved, *(exclusions_file(each) for each in packing.moved)])
     _remove([SingleFiles(folder).path(key) for key in singles])
     result.freed_bytes = before - _size_of(folder)

@@ -134,6 +134,11 @@ class TensorStore:
                 write_shard(self.folder, self._pending, self._about)
                 self._pending, self._about = {}, {}
 
+    def close(self) -> None:
+        """Close the files that are open; a later read opens them again."""
+        with self._lock:
+            self._shards.close()
+
     @property
     def _shown(self) -> str:
         return printable(str(self.folder))

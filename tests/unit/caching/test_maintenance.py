@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from simpletuner.helpers.caching import maintenance
+from simpletuner.helpers.caching import maintenance, shard_folder
 from simpletuner.helpers.caching import store as limits
 from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
 from simpletuner.helpers.caching.shard_folder import shard_names
@@ -143,3 +144,24 @@ def test_a_shard_that_another_process_removes_meanwhile_is_passed_over(
     monkeypatch.setattr(maintenance, "shard_names", with_removed)
     look(folder)
     assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+
+
+def test_prune_has_closed_the_shards_that_it_removes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[FileIO] = []
+
+    class Noted(FileIO):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(self)
+
+    remove, were_closed = maintenance._remove, []
+
+    def noted_remove(files: Collection[Path]) -> None:
+        were_closed.append(all(each.closed for each in opened))
+        remove(files)
+
+    monkeypatch.setattr(shard_folder, "FileIO", Noted)
+    monkeypatch.setattr(maintenance, "_remove", noted_remove)
+    prune(folder)
+    assert opened
+    assert all(were_closed)
