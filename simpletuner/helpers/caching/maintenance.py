@@ -27,7 +27,7 @@ class StoreStats:
     repeated: int
     """Further entries of the same keys, as of two runs that encoded at once."""
     damaged: int
-    """Entries that were found damaged; a shard that cannot be read counts as empty."""
+    """Entries that were found damaged; a shard whose header is damaged counts as empty."""
     shards: int
     single_files: int
     """Entries in files of their own, as earlier versions wrote them."""
@@ -71,7 +71,11 @@ def stores_under(folder: Path) -> list[Path]:
 
 
 def stats(folder: Path) -> StoreStats:
-    """Count what a store's folder holds; only headers are read."""
+    """Count what a store's folder holds; only headers are read.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
     keys: list[str] = []
     damaged = 0
     for name in shard_names(folder):
@@ -93,7 +97,11 @@ def stats(folder: Path) -> StoreStats:
 
 
 def verify(folder: Path) -> list[str]:
-    """Read every entry of a store; the keys of those that are damaged, which count as missing from now on."""
+    """Read every entry of a store; the keys of those that are damaged, which count as missing from now on.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
     store, damaged = TensorStore(folder), []
     for key in sorted({*SingleFiles(folder).found(), *(key for _, key in _entries(folder))}):
         if store.get(key) is None:
@@ -111,6 +119,7 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
         used: The keys to keep; None for all.
 
     Raises:
+        DataError: A shard cannot be read; nothing is removed.
         StorageError: A shard cannot be written or removed.
     """
     before, reader, writer = _size_of(folder), TensorStore(folder), TensorStore(folder)
@@ -176,10 +185,17 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _keys_of(shard: Path) -> set[str]:
-    """The keys of a shard; none if it cannot be read."""
+    """The keys of a shard; none if it is damaged or another process removed it.
+
+    Raises:
+        DataError: The file cannot be read, so nothing is known of what it holds.
+    """
     try:
         return set(read_index(shard))
-    except DataError:
+    except DataError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise
         return set()
 
 

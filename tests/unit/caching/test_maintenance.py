@@ -18,6 +18,7 @@ from simpletuner.helpers.caching.shards import digest_of, read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io import safetensors_file
 
 KEYS = [content_key(str(number)) for number in range(6)]
 
@@ -165,3 +166,18 @@ def test_prune_has_closed_the_shards_that_it_removes(folder: Path, monkeypatch: 
     prune(folder)
     assert opened
     assert all(were_closed)
+
+
+def test_prune_removes_no_shard_that_cannot_be_read_for_the_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = shard_names(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors_file, "_header_bytes", refuse)
+        with pytest.raises(DataError):
+            prune(folder)
+    assert shard_names(folder) == before
+    assert TensorStore(folder).held(KEYS) == set(KEYS[:5])
