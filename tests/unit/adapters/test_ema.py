@@ -128,7 +128,7 @@ def test_an_update_holds_a_float32_copy_of_one_weight_at_a_time(monkeypatch: pyt
     make_copy = Tensor.to
 
     def noted(tensor: Tensor, *args: object, **options: object) -> Tensor:
-        copy = make_copy(tensor, *args, **options)  # type: ignore[call-overload]  # passed on
+        copy: Tensor = make_copy(tensor, *args, **options)  # type: ignore[call-overload]  # passed on
         copies.append(ref(copy))
         alive.append(sum(each() is not None for each in copies))
         return copy
