@@ -67,8 +67,14 @@ class Ema:
         if step % self.config.ema_update_interval:
             return
         decay = decay_after(self.num_updates, decay=self.config.ema_decay)
-        weights = [weight.to(self._device, torch.float32) for weight in self._weights()]
-        torch._foreach_lerp_(self._averages, weights, 1.0 - decay)
+        weights = self._weights()
+        if all(
+            weight.dtype == torch.float32 and weight.device.type == self._device.type for weight in weights
+        ):
+            torch._foreach_lerp_(self._averages, weights, 1.0 - decay)
+        else:  # one after the other: copies of all weights of a whole model would need much memory
+            for average, weight in zip(self._averages, weights, strict=True):
+                average.lerp_(weight.to(self._device, torch.float32), 1.0 - decay)
         self.num_updates += 1
 
     @contextmanager

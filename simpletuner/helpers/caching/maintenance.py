@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ class StoreStats:
     repeated: int
     """Further entries of the same keys, as of two runs that encoded at once."""
     damaged: int
-    """Entries that were found damaged; a shard that cannot be read counts as empty."""
+    """Entries that were found damaged; a shard whose header is damaged counts as empty."""
     shards: int
     single_files: int
     """Entries in files of their own, as earlier versions wrote them."""
@@ -70,7 +71,11 @@ def stores_under(folder: Path) -> list[Path]:
 
 
 def stats(folder: Path) -> StoreStats:
-    """Count what a store's folder holds; only headers are read."""
+    """Count what a store's folder holds; only headers are read.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
     keys: list[str] = []
     damaged = 0
     for name in shard_names(folder):
@@ -92,7 +97,11 @@ def stats(folder: Path) -> StoreStats:
 
 
 def verify(folder: Path) -> list[str]:
-    """Read every entry of a store; the keys of those that are damaged, which count as missing from now on."""
+    """Read every entry of a store; the keys of those that are damaged, which count as missing from now on.
+
+    Raises:
+        DataError: A shard cannot be read.
+    """
     store, damaged = TensorStore(folder), []
     for key in sorted({*SingleFiles(folder).found(), *(key for _, key in _entries(folder))}):
         if store.get(key) is None:
@@ -110,6 +119,7 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
         used: The keys to keep; None for all.
 
     Raises:
+        DataError: A shard cannot be read; nothing is removed.
         StorageError: A shard cannot be written or removed.
     """
     before, reader, writer = _size_of(folder), TensorStore(folder), TensorStore(folder)
@@ -125,6 +135,7 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
     result.packed += _pack(wanted, reader, writer, about={})
     result.removed += len(singles) - len(wanted)
     writer.flush()
+    reader.close()  # Windows removes no open file
     _remove([*packing.moved, *(exclusions_file(each) for each in packing.moved)])
     _remove([SingleFiles(folder).path(key) for key in singles])
     result.freed_bytes = before - _size_of(folder)
@@ -132,7 +143,8 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
 
 
 def _packing(folder: Path, used: Set[str] | None) -> _Packing:
-    packing = _Packing()
+    packing, copies = _Packing(), Counter(SingleFiles(folder).found())
+    copies.update(key for _, key in _entries(folder))
     for name in sorted(shard_names(folder)):
         own = _keys_of(folder / name)
         kept = own - set(excluded_keys(folder / name)) - packing.seen
@@ -140,7 +152,9 @@ def _packing(folder: Path, used: Set[str] | None) -> _Packing:
             kept &= used
         packing.seen |= kept
         packing.removed += len(own) - len(kept)
-        if kept != own or not own or not _is_large(folder / name, len(own)):
+        # Moved entries are read, so that a damaged copy does not stay in place of a whole one.
+        is_repeated = any(copies[key] > 1 for key in kept)
+        if is_repeated or kept != own or not own or not _is_large(folder / name, len(own)):
             packing.moved[folder / name] = sorted(kept)
     return packing
 
@@ -161,7 +175,7 @@ def _is_store(folder: Path) -> bool:
 
 
 def _is_large(shard: Path, num_entries: int) -> bool:
-    return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or shard.stat().st_size >= limits.MAX_SHARD_BYTES // 2
+    return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or _bytes_of(shard) >= limits.MAX_SHARD_BYTES // 2
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -171,17 +185,32 @@ def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _keys_of(shard: Path) -> set[str]:
-    """The keys of a shard; none if it cannot be read."""
+    """The keys of a shard; none if it is damaged or another process removed it.
+
+    Raises:
+        DataError: The file cannot be read, so nothing is known of what it holds.
+    """
     try:
         return set(read_index(shard))
-    except DataError:
+    except DataError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise
         return set()
 
 
 def _size_of(folder: Path) -> int:
     singles = SingleFiles(folder)
     files = [folder / name for name in shard_names(folder)] + [singles.path(key) for key in singles.found()]
-    return sum(file.stat().st_size for file in files)
+    return sum(map(_bytes_of, files))
+
+
+def _bytes_of(file: Path) -> int:
+    """The size of a file; 0 if another process removed it."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _remove(files: Collection[Path]) -> None:

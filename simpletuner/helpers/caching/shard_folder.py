@@ -99,6 +99,11 @@ class Shards:
         self._load(name, excluded)
         self._merge()
 
+    def close(self) -> None:
+        """Close the shards that are open; a later read opens them again."""
+        while self._files:
+            self._files.popitem()[1].close()
+
     def _find(self, key: str) -> tuple[str, Range] | None:
         place = int(self._table.find(halves([key]))[0])
         if place < 0:

@@ -73,7 +73,7 @@ class TensorStore:
             while found is not None:
                 try:
                     return parse_entry(key, *found)
-                except (ValueError, KeyError, RuntimeError) as error:
+                except (ValueError, KeyError, TypeError, RuntimeError) as error:
                     logger.warning("Cache entry %s in %s is damaged: %s.", key, self._shown, error)
                     self._shards.exclude(key)
                 found = self._shards.read(key)
@@ -133,6 +133,11 @@ class TensorStore:
             if self._pending:
                 write_shard(self.folder, self._pending, self._about)
                 self._pending, self._about = {}, {}
+
+    def close(self) -> None:
+        """Close the files that are open; a later read opens them again."""
+        with self._lock:
+            self._shards.close()
 
     @property
     def _shown(self) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from weakref import ref
+
 import pytest
 import torch
+from torch import Tensor
 
 from simpletuner.helpers.adapters.ema import Ema, decay_after
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
@@ -115,3 +118,22 @@ def test_average_of_another_adapter_is_refused() -> None:
             ema.load(tensors, num_updates=1)
     with pytest.raises(AdapterError, match="finite"):
         ema.load(ema.tensors() | {"1": torch.full((4,), float("nan"))}, num_updates=1)
+
+
+def test_an_update_holds_a_float32_copy_of_one_weight_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = TwoLinears()
+    for weight in adapter.parameters():
+        weight.data = weight.data.bfloat16()
+    ema, copies, alive = new_ema(adapter), [], []
+    make_copy = Tensor.to
+
+    def noted(tensor: Tensor, *args: object, **options: object) -> Tensor:
+        copy: Tensor = make_copy(tensor, *args, **options)  # type: ignore[call-overload]  # passed on
+        copies.append(ref(copy))
+        alive.append(sum(each() is not None for each in copies))
+        return copy
+
+    monkeypatch.setattr(Tensor, "to", noted)
+    ema.update(ema.config.ema_update_interval)
+    assert len(copies) == len(adapter.parameters()) > 2
+    assert max(alive) <= 2  # the one before may live until it is replaced

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from io import FileIO
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
+from simpletuner.helpers.caching import maintenance, shard_folder
+from simpletuner.helpers.caching import store as limits
 from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
 from simpletuner.helpers.caching.shard_folder import shard_names
 from simpletuner.helpers.caching.shards import digest_of, read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io import safetensors_file
 
 KEYS = [content_key(str(number)) for number in range(6)]
 
@@ -112,3 +117,67 @@ def test_stores_are_found_below_a_folder(folder: Path, tmp_path: Path) -> None:
     assert stores_under(tmp_path) == [tmp_path / "text", folder]
     with pytest.raises(DataError):
         stores_under(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("whole_copy", ["shard", "single file"])
+def test_prune_keeps_the_whole_copy_of_an_entry_that_is_damaged_in_a_large_shard(
+    tmp_path: Path, whole_copy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "MAX_SHARD_ENTRIES", 4)
+    large = put(tmp_path, 0, 1, 2).rename(tmp_path / f"shard-{'0' * 16}.safetensors")
+    if whole_copy == "shard":
+        put(tmp_path, 2)
+    else:
+        put_single(tmp_path, 2)
+    spoil(large, 2)
+    prune(tmp_path)
+    assert verify(tmp_path) == []
+    assert TensorStore(tmp_path).held(KEYS) == set(KEYS[:3])
+
+
+@pytest.mark.parametrize("look", [stats, prune], ids=["stats", "prune"])
+def test_a_shard_that_another_process_removes_meanwhile_is_passed_over(
+    folder: Path, look: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_removed(folder: Path) -> list[str]:
+        return [*shard_names(folder), f"shard-{'0' * 16}.safetensors"]
+
+    monkeypatch.setattr(maintenance, "shard_names", with_removed)
+    look(folder)
+    assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+
+
+def test_prune_has_closed_the_shards_that_it_removes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[FileIO] = []
+
+    class Noted(FileIO):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            opened.append(self)
+
+    remove, were_closed = maintenance._remove, []
+
+    def noted_remove(files: Collection[Path]) -> None:
+        were_closed.append(all(each.closed for each in opened))
+        remove(files)
+
+    monkeypatch.setattr(shard_folder, "FileIO", Noted)
+    monkeypatch.setattr(maintenance, "_remove", noted_remove)
+    prune(folder)
+    assert opened
+    assert all(were_closed)
+
+
+def test_prune_removes_no_shard_that_cannot_be_read_for_the_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *args: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    before = shard_names(folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors_file, "_header_bytes", refuse)
+        with pytest.raises(DataError):
+            prune(folder)
+    assert shard_names(folder) == before
+    assert TensorStore(folder).held(KEYS) == set(KEYS[:5])

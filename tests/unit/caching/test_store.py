@@ -256,3 +256,22 @@ def test_text_in_an_entry_shows_no_value_of_an_environment_variable(store: Tenso
     assert b"secret" not in data
     assert b"{env:KEY} cat" in data
     assert store.get(KEY) is not None
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (rb"\"digest\",\"U8\",[16]", rb"\"digest\",\"F64\",[2]"),
+        (rb"\"latents\",\"F32\",[2,3,4]", rb"\"latents\",\"F32\",[4.0]"),
+    ],
+    ids=["digest of floats", "shape of a float"],
+)
+def test_an_entry_with_a_hostile_layout_is_damaged(store: TensorStore, before: bytes, after: bytes) -> None:
+    put_example(store)
+    (shard,) = shards(store)
+    data = shard.read_bytes()
+    assert before in data
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = data[8:end].replace(before, after).ljust(end - 8)
+    shard.write_bytes(data[:8] + header + data[end:])
+    assert anew(store).get(KEY) is None
