@@ -10,7 +10,7 @@ from pathlib import Path
 
 from simpletuner.helpers.caching import store as limits
 from simpletuner.helpers.caching.shard_folder import excluded_keys, exclusions_file, shard_names
-from simpletuner.helpers.caching.shards import read_about, read_index
+from simpletuner.helpers.caching.shards import ShardIndex, read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.errors import DataError
@@ -27,8 +27,10 @@ class StoreStats:
     repeated: int
     """Further entries of the same keys, as of two runs that encoded at once."""
     damaged: int
-    """Entries that were found damaged; a shard whose header is damaged counts as empty."""
+    """Entries that were found damaged, of shards that can be read."""
     shards: int
+    unreadable_shards: int
+    """Those of the shards that cannot be read; they count as empty."""
     single_files: int
     """Entries in files of their own, as earlier versions wrote them."""
     num_bytes: int
@@ -91,13 +93,21 @@ def stats(folder: Path) -> StoreStats:
         repeated=len(keys) + len(singles) - len(distinct),
         damaged=damaged,
         shards=len(shard_names(folder)),
+        unreadable_shards=len(unreadable_shards(folder)),
         single_files=len(singles),
         num_bytes=_size_of(folder),
     )
 
 
+def unreadable_shards(folder: Path) -> list[str]:
+    """The names of the shards that are cut short or have a damaged header; their entries count as missing."""
+    return sorted(name for name in shard_names(folder) if _index_of(folder / name) is None)
+
+
 def verify(folder: Path) -> list[str]:
     """Read every entry of a store; the keys of those that are damaged, which count as missing from now on.
+
+    Entries of `unreadable_shards` have no keys that could be read.
 
     Raises:
         DataError: A shard cannot be read.
@@ -190,13 +200,18 @@ def _keys_of(shard: Path) -> set[str]:
     Raises:
         DataError: The file cannot be read, so nothing is known of what it holds.
     """
+    return set(_index_of(shard) or ())
+
+
+def _index_of(shard: Path) -> ShardIndex | None:
+    """The index of a shard; None if it is damaged or another process removed it."""
     try:
-        return set(read_index(shard))
+        return read_index(shard)
     except DataError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise
-        return set()
+        return None
 
 
 def _size_of(folder: Path) -> int:

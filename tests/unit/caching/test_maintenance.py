@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from simpletuner.helpers.caching import maintenance, shard_folder
 from simpletuner.helpers.caching import store as limits
-from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, verify
+from simpletuner.helpers.caching.maintenance import prune, stats, stores_under, unreadable_shards, verify
 from simpletuner.helpers.caching.shard_folder import shard_names
 from simpletuner.helpers.caching.shards import digest_of, read_about, read_index
 from simpletuner.helpers.caching.single_files import SingleFiles
@@ -73,6 +73,16 @@ def test_stats_counts_entries_by_the_headers(folder: Path) -> None:
 def test_verify_names_damaged_entries_which_are_missing_from_then_on(folder: Path) -> None:
     assert verify(folder) == [KEYS[3]]
     assert TensorStore(folder).held(KEYS) == {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+
+
+def test_shards_that_are_cut_or_have_no_header_are_unreadable(folder: Path) -> None:
+    assert unreadable_shards(folder) == []
+    cut, other = put(folder, 5), "shard-0123456789abcdef.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    (folder / other).write_bytes(b"cut")
+    assert unreadable_shards(folder) == sorted([cut.name, other])
+    found = stats(folder)
+    assert (found.entries, found.shards, found.unreadable_shards) == (5, 4, 2)
 
 
 def test_prune_packs_what_is_whole_into_one_shard_and_keeps_its_texts(folder: Path) -> None:
