@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files import adapter_file
@@ -21,7 +22,7 @@ from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.adapters.files.rewriting import open_adapter
 from simpletuner.helpers.adapters.files.text_layers import encoders_in, without_encoders
 from simpletuner.helpers.adapters.inference import load_into_pipeline, remove_from_pipeline
-from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.errors import AdapterError, CheckpointError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, image_file, validation_step_folder
 from simpletuner.helpers.models.registry import specs
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
@@ -105,6 +106,18 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(tmp_path: Path, 
                 trainer.run()
                 digests.append(trainer.state_digest())
     assert digests[0] == digests[2]
+
+
+def test_a_run_does_not_go_on_with_other_text_encoders(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(), model)
+    run, keys = TinyRun(tmp_path), TRAINED | STANDARD | {"pretrained_model_name_or_path": str(model)}
+    assert run.run(max_train_steps=1, **keys) == 0
+    file = model / "text_encoder" / "model.safetensors"
+    weights = {name: weight + 1 for name, weight in load_file(file).items()}
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="text encoders"):
+        run.run(max_train_steps=2, **keys)
 
 
 def test_each_group_has_its_rate_and_moves_both_encoders(tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def build_components(
         ema=state.ema,
     )
     text_encoding = build_text_encoding(config, context.family, trainable, progress=state.progress)
-    checkpoints = build_checkpoints(context, state, weights=identity_of(hashes), epochs=epochs)
+    checkpoints = build_checkpoints(context, state, weights=identity_of(context, hashes), epochs=epochs)
     return Trainer(
         config=config,
         accelerator=accelerator,
@@ -236,7 +236,7 @@ def load_denoiser(context: RunContext) -> tuple[nn.Module, dict[str, str]]:
     limit_cpu_threads(denoiser, device)
     hashes = weight_hashes(denoiser)
     if context.resumed is not None:
-        check_compatible(context.resumed, "weights", identity_of(hashes))
+        check_compatible(context.resumed, "weights", identity_of(context, hashes))
     denoiser = quantize_and_move(
         denoiser,
         precision=precision.base_model_precision,
@@ -246,9 +246,12 @@ def load_denoiser(context: RunContext) -> tuple[nn.Module, dict[str, str]]:
     return denoiser, hashes
 
 
-def identity_of(hashes: Mapping[str, str]) -> dict[str, JsonValue]:
-    """What a checkpoint holds of the base model's weights."""
-    return {"base weights": base_weights_hash(hashes)}
+def identity_of(context: RunContext, hashes: Mapping[str, str]) -> dict[str, JsonValue]:
+    """What a checkpoint holds of the weights that the trained ones stand beside."""
+    identity: dict[str, JsonValue] = {"base weights": base_weights_hash(hashes)}
+    if context.config.text_encoders.train_text_encoder:
+        identity["text encoders"] = context.family.text_identity
+    return identity
 
 
 def prepare(
