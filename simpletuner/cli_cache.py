@@ -32,21 +32,22 @@ def stats_command(folder: Folder) -> None:
         print(
             f"{store}: {counted(found.entries, 'entry', 'entries')} in {counted(found.shards, 'shard')} and "
             f"{counted(found.single_files, 'single file')}, {found.num_bytes / MIB:.1f} MiB; "
-            f"{found.repeated} repeated, {found.damaged} damaged."
+            f"{found.repeated} repeated, {found.damaged} damaged{_unreadable(found.unreadable_shards)}."
         )
 
 
 @app.command("verify")
 def verify_command(folder: Folder) -> None:
     """Read every entry of a cache; the next run makes damaged ones anew. Exit code 1 if there are any."""
-    from simpletuner.helpers.caching.maintenance import stores_under, verify
+    from simpletuner.helpers.caching.maintenance import stores_under, unreadable_shards, verify
 
     configure_logging(main_process=True)
     num_damaged = 0
     for store in stores_under(folder):
-        damaged = verify(store)
-        num_damaged += len(damaged)
-        print(f"{store}: {counted(len(damaged), 'damaged entry', 'damaged entries')}.")
+        damaged, unreadable = verify(store), unreadable_shards(store)
+        num_damaged += len(damaged) + len(unreadable)
+        entries = counted(len(damaged), "damaged entry", "damaged entries")
+        print(f"{store}: {entries}{_unreadable(len(unreadable))}.")
     if num_damaged:
         raise typer.Exit(1)
 
@@ -84,3 +85,7 @@ def prune_command(
             f"{store}: removed {counted(done.removed, 'entry', 'entries')}, packed {done.packed} anew, "
             f"{done.freed_bytes / MIB:.1f} MiB freed."
         )
+
+
+def _unreadable(number: int) -> str:
+    return f", {counted(number, 'unreadable shard')}" if number else ""

@@ -51,5 +51,8 @@ def test_verify_ends_with_1_for_damage_and_an_error_where_there_is_no_cache(tmp_
     shard.write_bytes(data)
     result = CliRunner().invoke(app, ["cache", "verify", str(tmp_path / "cache")])
     assert result.exit_code == 1
+    shard.write_bytes(data[:-1])
+    result = CliRunner().invoke(app, ["cache", "verify", str(tmp_path / "cache")])
+    assert result.exit_code == 1, "a shard that is cut short"
     result = CliRunner().invoke(app, ["cache", "stats", str(tmp_path / "images")])
     assert result.exit_code != 0
