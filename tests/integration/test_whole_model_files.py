@@ -75,6 +75,8 @@ def test_stock_diffusers_and_our_reader_load_the_single_file(name: str, tmp_path
     folder, model = saved(name)
     file = tmp_path / "model.safetensors"
     export_model(folder, file, dtype=None, overwrite=False)
+    (tmp_path / "other").touch()
+    assert file.stat().st_mode == (tmp_path / "other").stat().st_mode
     stock = type(model).from_single_file(
         str(file), config=str(folder), torch_dtype=torch.bfloat16, local_files_only=True
     )

@@ -14,12 +14,14 @@ _PACKAGE = Path(__file__).resolve().parents[2]
 PLACES = (_PACKAGE / "examples", _PACKAGE.parent / "config" / "examples")
 """In an installed package; in the repository."""
 LIST = "README.md"
+_LINK = re.compile(r"\[([^\]]+)\]\([^)]+\)")
 _ROW = re.compile(r"^\| `([\w-]+)` \| (.+) \|$", re.MULTILINE)
 
 
 def examples() -> dict[str, str]:
-    """Name -> description of every example."""
-    return dict(_ROW.findall((_folder() / LIST).read_text(encoding="utf-8")))
+    """Name -> description of every example, without the addresses of its links."""
+    rows = _ROW.findall((_folder() / LIST).read_text(encoding="utf-8"))
+    return {name: _LINK.sub(r"\1", description) for name, description in rows}
 
 
 def copy_example(name: str, folder: Path | None = None) -> Path:

@@ -69,7 +69,7 @@ class PairFinder:
             f"no {self.noun} in {folder}. Add a file of the same path and name, but for its suffix"
             f"{self.remedy}": self._missing,
             f"several {self.noun}s in {folder}. Keep one of each": self._ambiguous,
-            f"a {self.noun} of another aspect ratio. Make it as large as the image": self._misshapen,
+            f"a {self.noun} of another aspect ratio. Crop it to the image's": self._misshapen,
         }
         return [
             f"{counted(len(names), 'image has', 'images have')} {text}: {listed(names)}"

@@ -72,7 +72,10 @@ def export_model(folder: Path, output: Path, *, dtype: torch.dtype | None, overw
     metadata = read_metadata(files[0], error=ModelError) | {"format": "pt"}
     partial = output.with_name(f".{output.name}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         save_file(named, partial, metadata=metadata)
+        partial.chmod(mode)  # safetensors lets the owner alone read a new file
         partial.replace(output)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{output} cannot be written: {error}. Choose another --output.") from error

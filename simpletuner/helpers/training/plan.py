@@ -88,6 +88,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         else ("adapter", _adapter(config, spec))
     )
     rows = [("model", _model(config, spec)), trained]
+    if config.text_encoders.train_text_encoder:
+        rows.append(("encoders", _text_encoders(config)))
     for each in previews:
         rows += _dataset(each)
     rows += [
@@ -166,6 +168,7 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         *_sizes_without_effect(config),
         *_without_references(config, spec),
         *_prompts_without_references(config),
+        *_untrained_text_encoders(config),
     ]
     if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
         found.append("push_checkpoints_to_hub uploads nothing without push_to_hub. Set push_to_hub to true.")
@@ -237,9 +240,18 @@ def _prompts_without_references(config: RunConfig) -> Iterator[str]:
     names = [each.name for each in prompts if not each.images]
     if config.has_references and names:
         yield (
-            f"the run trains on reference images, and {listed(names)} of the validation prompts name none: "
-            "their images say little of it. Set validation_reference_images, or image in user_prompt_library."
+            f"the run trains on reference images, and these validation prompts name none: {listed(names)}. "
+            "Their images say little of it. Set validation_reference_images, or image in user_prompt_library."
         )
+
+
+def _untrained_text_encoders(config: RunConfig) -> Iterator[str]:
+    """The keys of the text encoders' LoRA in a run without it."""
+    section = config.text_encoders
+    names = sorted(section.model_fields_set - {"train_text_encoder"})
+    unread = [name for name in names if getattr(section, name)]
+    if unread and not section.train_text_encoder:
+        yield f"{', '.join(unread)}: no effect without train_text_encoder. Set it to true, or remove them."
 
 
 def rank_line(forecast: RankForecast, config: RunConfig) -> str:
@@ -395,6 +407,18 @@ def _adapter(config: RunConfig, spec: ModelSpec) -> str:
     )
     lowest = min_rank_of(lycoris.tlora_min_rank, lycoris.linear_dim)
     return f"{title}, rank {lycoris.linear_dim}, {lowest} at the highest noise; {forecast}"
+
+
+def _text_encoders(config: RunConfig) -> str:
+    section, lycoris = config.text_encoders, config.lycoris
+    rank = lycoris.linear_dim if lycoris is not None else config.adapter.lora_rank
+    rates = section.text_encoder_lr or (config.optimizer.learning_rate,)
+    last = section.stop_text_encoder_training
+    end = "to the end" if last is None else f"until step {last}"
+    return (
+        f"LoRA of the text encoders, rank {section.text_encoder_lora_rank or rank}; learning rate "
+        f"{', '.join(f'{rate:g}' for rate in rates)}; {end}"
+    )
 
 
 def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:

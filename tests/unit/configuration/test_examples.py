@@ -83,7 +83,7 @@ def test_an_installed_package_has_its_own_examples(
     package = repository / "simpletuner"
     assert [str(each.relative_to(package.parent)) for each in module.PLACES] == [place, source]
     shutil.copytree(repository / source / NAME, home / "site" / NAME)
-    (home / "site" / module.LIST).write_text(f"| `{NAME}` | only one |\n")
+    (home / "site" / module.LIST).write_text(f"| `{NAME}` | only [one](page.md) |\n")
     monkeypatch.setattr(module, "PLACES", (home / "site", module.PLACES[1]))
     assert examples() == {NAME: "only one"}
     assert copy_example(NAME).is_file()

@@ -398,6 +398,30 @@ def test_a_size_without_effect_is_named_once_with_its_datasets(
 
 
 @pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({}, "rank 8; learning rate 0.0003; to the end"),
+        ({"text_encoder_lr": "1e-5,0"}, "rank 8; learning rate 1e-05, 0; to the end"),
+        ({"text_encoder_lora_rank": 4, "stop_text_encoder_training": 9}, "rank 4; .*; until step 9"),
+    ],
+    ids=["defaults", "rates", "rank and end"],
+)
+def test_the_plan_names_the_text_encoders_that_are_trained(
+    folder: Path, keys: dict[str, Any], line: str
+) -> None:
+    run = run_of(folder, train_text_encoder=True, learning_rate=3e-4, **keys)
+    assert re.search(f"^  encoders +.*{line}$", lines(run), re.MULTILINE)
+    assert "train_text_encoder" not in lines(run)
+
+
+def test_keys_of_text_encoders_that_are_not_trained_are_named(folder: Path) -> None:
+    assert "train_text_encoder" not in lines(run_of(folder, text_encoder_lr=None))
+    found = lines(run_of(folder, text_encoder_lr=1e-5, stop_text_encoder_training=5))
+    assert "stop_text_encoder_training, text_encoder_lr: no effect" in found
+    assert "encoders  " not in found
+
+
+@pytest.mark.parametrize(
     ("checkpoints", "interval", "is_named"), [(False, 2, True), (True, 2, False), (False, 1, False)]
 )
 def test_an_interval_without_gradient_checkpointing_is_named(

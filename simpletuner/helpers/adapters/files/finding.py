@@ -30,6 +30,11 @@ def find_adapter(path: Path) -> Path:
     for candidate in (folder, *checkpoints):
         if (file := candidate / ADAPTER_FILE).is_file():
             return file
+    if find_model(folder) is not None:
+        raise AdapterError(
+            f"{folder}: this is a whole model and no adapter. simpletuner sample and export take it; here "
+            "give an adapter file, or the output_dir of a run that trained one."
+        )
     others = sorted(folder.glob("*.safetensors"))
     if len(others) == 1:
         return others[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from pydantic import JsonValue
 
 from simpletuner.helpers.configuration.loading.building import Source, build
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, ConditioningType
 from simpletuner.helpers.configuration.schema.references import CROP_KEYS, REFERENCE_TYPES, ReferenceConfig
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
@@ -19,9 +20,11 @@ from simpletuner.helpers.configuration.text.problems import nearest, shown
 TYPE, OWNER, SERVANTS = "conditioning_type", "source_dataset_id", "conditioning_data"
 REMEDY = 'Remove the entry, or set "disabled": true in it.'
 CAPTIONS = "captions"
+ALL_TYPES = frozenset(get_args(ConditioningType)) | REFERENCE_TYPES
+_KINDS = "mask or segmentation for masks, reference_strict or reference_loose for reference images"
 _SOURCE, _PROMPT = "caption_strategy", "instance_prompt"
-_CUT = "Of the images, whose resize and crop {} gets."
-_LOOSE = "Of the images, whose resolution the references get."
+_CUT = "The images have such keys, and {} gets their resize and crop."
+_LOOSE = "The images have such keys, and references get their resolution."
 _UNREAD_CAPTIONS = "An image is trained with its own caption."
 
 
@@ -89,11 +92,13 @@ def read_conditioning(
 ) -> tuple[ConditioningConfig | ReferenceConfig | None, list[Decision]]:
     """Check an entry whose images condition others, by the names of keys here."""
     if is_off(values.get(TYPE)):
-        kinds = "mask or segmentation for masks, reference_strict or reference_loose for reference images"
-        source.add(TYPE, f"required, but missing: {kinds}. Else: {REMEDY}")
+        source.add(TYPE, f"required, but missing: {_KINDS}. If it is not needed: {REMEDY}")
         return None, []
     if advice := UNSUPPORTED_VALUES.get((TYPE, str(values[TYPE]))):
         source.reject(TYPE, values[TYPE], f"known from SimpleTuner, not supported here. {advice}")
+        return None, []
+    if values[TYPE] not in ALL_TYPES:
+        source.reject(TYPE, values[TYPE], f"must be {_KINDS}.{nearest(str(values[TYPE]), ALL_TYPES)}")
         return None, []
     if not is_off(values.get(SERVANTS)):
         source.reject(SERVANTS, values[SERVANTS], "this entry conditions others and has none. Remove it.")

@@ -55,7 +55,7 @@ SWITCHES = ("disabled", "disable_multiline_split")
 """Keys that are true or false, besides those of a section."""
 _NO_TARGET = (
     'its images must not be trained on. Set "conditioning_type": "mask" for masks, "reference_strict" or '
-    f'"reference_loose" for reference images. Else: {REMEDY}'
+    f'"reference_loose" for reference images. If it is not needed: {REMEDY}'
 )
 _LATENTS = "cache_dir_vae names the folder of latents."
 _SWITCHES = {

@@ -477,7 +477,8 @@ def check_references(
         f"{one.type} of {each.id}" for each in file.datasets for one in each.conditioning if one.captions
     ]
     if sampling is not None and sampling.conditioning_multidataset_sampling == "combined" and captioned:
-        text = f"an image then has one caption, but {captioned[0]} has captions. Remove them, or use random."
+        text = f"an image then has its own caption, but {captioned[0]!r} has captions. Remove them, or use "
+        text += "random."
         source.reject("conditioning_multidataset_sampling", "combined", text)
 
 

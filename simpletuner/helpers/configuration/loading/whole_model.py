@@ -20,7 +20,7 @@ _ONLY: Mapping[str, tuple[object, str]] = MappingProxyType(
     {
         "mixed_precision": (
             ("bf16", "no"),
-            "has no room for the small updates of whole weights. Use {allowed}.",
+            "its numbers have no room for the small updates of whole weights. Use {allowed}.",
         ),
         "base_model_precision": ((UNCHANGED,), "quantised weights are not trained. Use {allowed}."),
         "enable_group_offload": ((False,), "offloaded weights are not trained. Use {allowed}."),
@@ -32,8 +32,8 @@ _ONLY: Mapping[str, tuple[object, str]] = MappingProxyType(
             (False,),
             "whole models are not uploaded. Use {allowed}, and upload the folder yourself.",
         ),
-        "validation_compared_config": ((None,), "compares adapters. Remove it."),
-        "validation_lycoris_strength": ((1.0,), "there is no adapter, whose strength this is. Remove it."),
+        "validation_compared_config": ((None,), "there is no adapter to compare. Remove it."),
+        "validation_lycoris_strength": ((1.0,), "there is no adapter that has a strength. Remove it."),
     }
 )
 """Key -> the values that model_type full takes, and why."""

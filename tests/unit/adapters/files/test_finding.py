@@ -43,6 +43,16 @@ def test_a_folder_of_one_other_file_is_that_file_and_of_several_names_them(run: 
         find_adapter(folder)
 
 
+@pytest.mark.parametrize("name", ["output/full", "output/full/unet"])
+def test_a_whole_model_is_refused_as_one(run: Path, name: str) -> None:
+    model = run.parent / "full" / "unet"
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    (model / "diffusion_pytorch_model.safetensors").touch()
+    with pytest.raises(AdapterError, match="whole model"):
+        find_adapter(Path(name))
+
+
 @pytest.mark.parametrize("name", ["config", "nothing", "nothing.safetensors"])
 def test_what_holds_no_adapter_is_refused(run: Path, name: str) -> None:
     Path("config").mkdir()

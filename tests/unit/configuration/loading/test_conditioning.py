@@ -91,7 +91,7 @@ def test_keys_of_images_in_an_entry_of_masks_have_no_effect(workspace: Workspace
         (
             {"conditioning_data": "masks"},
             {"conditioning_type": "masque"},
-            r'conditioning_type +"masque": .*mask',
+            r'conditioning_type +"masque": .*mask.*reference_strict.*reference_loose',
         ),
         (
             {"conditioning_data": "masks"},
