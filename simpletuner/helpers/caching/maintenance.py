@@ -34,8 +34,6 @@ class StoreStats:
     single_files: int
     """Entries in files of their own, as earlier versions wrote them."""
     num_bytes: int
-    unreadable_shards: int = 0
-    """Those of the shards that are cut short or whose header is damaged."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,11 +72,6 @@ def stores_under(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def unreadable_shards(folder: Path) -> list[str]:
-    """The names of the shards that are cut short or whose header is damaged; their entries are missing."""
-    return [name for name in sorted(shard_names(folder)) if not _is_readable(folder / name)]
-
-
 def stats(folder: Path) -> StoreStats:
     """Count what a store's folder holds; only headers are read.
 
@@ -103,7 +96,6 @@ def stats(folder: Path) -> StoreStats:
         unreadable_shards=len(unreadable_shards(folder)),
         single_files=len(singles),
         num_bytes=_size_of(folder),
-        unreadable_shards=len(unreadable_shards(folder)),
     )
 
 
@@ -186,15 +178,6 @@ def _pack(keys: Collection[str], reader: TensorStore, writer: TensorStore, *, ab
             writer.put_again(key, tensors, about=about.get(key, ""))
             number += 1
     return number
-
-
-def _is_readable(shard: Path) -> bool:
-    """Whether a shard has a whole header; true for one that another process removed."""
-    try:
-        read_index(shard)
-    except DataError:
-        return not shard.exists()
-    return True
 
 
 def _is_store(folder: Path) -> bool:

@@ -114,15 +114,6 @@ def test_prune_removes_a_shard_that_cannot_be_read(folder: Path) -> None:
     assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
 
 
-def test_shards_that_are_cut_or_have_no_header_are_counted(folder: Path) -> None:
-    assert stats(folder).unreadable_shards == 0
-    cut = put(folder, 5)
-    cut.write_bytes(cut.read_bytes()[:-1])
-    (folder / "shard-0123456789abcdef.safetensors").write_bytes(b"cut")
-    found = stats(folder)
-    assert (found.entries, found.shards, found.unreadable_shards) == (5, 4, 2)
-
-
 def test_a_store_that_is_open_finds_its_entries_after_a_prune(folder: Path) -> None:
     store = TensorStore(folder)
     assert store.held(KEYS[:2]) == set(KEYS[:2])
