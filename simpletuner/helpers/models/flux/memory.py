@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.memory_model import Block, Kept, Layer, Layout, attention_kept
+from simpletuner.helpers.models.two_stream_memory import modulated_kept, two_stream_layout
 
 MLP_RATIO = 4
-PIXELS_PER_TOKEN = 16 * 16
 TIME_CHANNELS = 256
 PUBLISHED: Mapping[str, Mapping[str, int]] = {
     name: {
@@ -39,13 +39,13 @@ def layout(config: Mapping[str, int], *, size: Size, text_tokens: int) -> Layout
         size: Of the image, in pixels.
         text_tokens: Tokens of T5.
     """
-    heads = config["num_attention_heads"]
-    width = heads * config["attention_head_dim"]
-    image = size.height * size.width // PIXELS_PER_TOKEN
-    sizes = {"image": image, "text": text_tokens, "width": width, "heads": heads}
-    double, single = double_block(**sizes), single_block(**sizes)
-    blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
-    return Layout(blocks, _outside(config, width))
+    return two_stream_layout(
+        config,
+        size=size,
+        text_tokens=text_tokens,
+        blocks=(double_block, single_block),
+        outside=_outside,
+    )
 
 
 def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
@@ -66,16 +66,9 @@ def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
             Layer(f"{feed_forward}.net.2", hidden, width, tokens, f"gelu{suffix}"),
         ]
         kept += [
-            Kept(f"{norm} input", tokens * width, "norm"),
-            Kept(f"norm2{suffix} input", tokens * width, "norm"),
-            Kept(f"norm statistics{suffix}", 4 * tokens, "norm"),
-            Kept(f"query and key before norm{suffix}", 2 * tokens * width, "float32"),
-            Kept(f"query and key statistics{suffix}", 2 * tokens * heads, "float32"),
-            Kept(f"query and key normalised{suffix}", 2 * tokens * width, "normalised"),
+            *modulated_kept(tokens=tokens, width=width, heads=heads, norms=2, suffix=suffix),
             Kept(f"gelu input{suffix}", tokens * hidden),
             Kept(f"modulation{suffix}", 8 * width),
-            Kept(f"norm outputs{suffix}", 2 * tokens * width, "modulated norm"),
-            Kept(f"gated outputs{suffix}", 2 * tokens * width, "modulated"),
         ]
     return Block(
         kind="double",
@@ -97,15 +90,9 @@ def single_block(*, image: int, text: int, width: int, heads: int) -> Block:
     )
     kept = (
         *attention_kept(tokens=tokens, width=width, heads=heads),
-        Kept("norm input", tokens * width, "norm"),
-        Kept("norm statistics", 2 * tokens, "norm"),
-        Kept("query and key before norm", 2 * tokens * width, "float32"),
-        Kept("query and key statistics", 2 * tokens * heads, "float32"),
-        Kept("query and key normalised", 2 * tokens * width, "normalised"),
+        *modulated_kept(tokens=tokens, width=width, heads=heads, norms=1),
         Kept("gelu input", tokens * hidden),
         Kept("modulation", 4 * width),
-        Kept("norm output", tokens * width, "modulated norm"),
-        Kept("gated output", tokens * width, "modulated"),
     )
     return Block(
         kind="single",

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.models.flux2.spec import FLAVOURS, SIZES
 from simpletuner.helpers.models.memory_model import Block, Kept, Layer, Layout, attention_kept
+from simpletuner.helpers.models.two_stream_memory import modulated_kept, two_stream_layout
 
 MLP_RATIO = 3
-PIXELS_PER_TOKEN = 16 * 16
 TIME_CHANNELS = 256
 _BLOCKS_AND_HEADS = {"dev": (8, 48, 48), "4b": (5, 20, 24), "9b": (8, 24, 32)}
 """Size -> double blocks, single blocks, attention heads."""
@@ -47,13 +47,13 @@ def layout(config: Mapping[str, int], *, size: Size, text_tokens: int) -> Layout
         size: Of the image, in pixels.
         text_tokens: Tokens of the text encoder.
     """
-    heads = config["num_attention_heads"]
-    width = heads * config["attention_head_dim"]
-    image = size.height * size.width // PIXELS_PER_TOKEN
-    sizes = {"image": image, "text": text_tokens, "width": width, "heads": heads}
-    double, single = double_block(**sizes), single_block(**sizes)
-    blocks = (double,) * config["num_layers"] + (single,) * config["num_single_layers"]
-    return Layout(blocks, _outside(config, width))
+    return two_stream_layout(
+        config,
+        size=size,
+        text_tokens=text_tokens,
+        blocks=(double_block, single_block),
+        outside=_outside,
+    )
 
 
 def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
@@ -75,17 +75,10 @@ def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
             _linear(f"ff{suffix}.linear_out", hidden, width, rows=tokens, source=f"swiglu{suffix}"),
         ]
         kept += [
-            Kept(f"norm1{suffix} input", tokens * width, "norm"),
-            Kept(f"norm2{suffix} input", tokens * width, "norm"),
-            Kept(f"norm statistics{suffix}", 4 * tokens, "norm"),
-            Kept(f"query and key before norm{suffix}", 2 * tokens * width, "float32"),
-            Kept(f"query and key statistics{suffix}", 2 * tokens * heads, "float32"),
-            Kept(f"query and key normalised{suffix}", 2 * tokens * width, "normalised"),
+            *modulated_kept(tokens=tokens, width=width, heads=heads, norms=2, suffix=suffix),
             Kept(f"swiglu input{suffix}", 2 * tokens * hidden),
             Kept(f"swiglu gate{suffix}", tokens * hidden),
             Kept(f"modulation{suffix}", 2 * width),
-            Kept(f"norm outputs{suffix}", 2 * tokens * width, "modulated norm"),
-            Kept(f"gated outputs{suffix}", 2 * tokens * width, "modulated"),
         ]
     return Block(
         kind="double",
@@ -106,16 +99,10 @@ def single_block(*, image: int, text: int, width: int, heads: int) -> Block:
     )
     kept = (
         *attention_kept(tokens=tokens, width=width, heads=heads, own_values=False),
-        Kept("norm input", tokens * width, "norm"),
-        Kept("norm statistics", 2 * tokens, "norm"),
+        *modulated_kept(tokens=tokens, width=width, heads=heads, norms=1, queries="cast"),
         Kept("joint projection", tokens * joint),
-        Kept("query and key before norm", 2 * tokens * width, "cast"),
-        Kept("query and key statistics", 2 * tokens * heads, "float32"),
-        Kept("query and key normalised", 2 * tokens * width, "normalised"),
         Kept("swiglu gate", tokens * hidden),
         Kept("modulation", width),
-        Kept("norm output", tokens * width, "modulated norm"),
-        Kept("gated output", tokens * width, "modulated"),
     )
     return Block(
         kind="single",
