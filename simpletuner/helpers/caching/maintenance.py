@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Set
+from collections.abc import Collection, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,9 +80,9 @@ def stats(folder: Path) -> StoreStats:
     """
     keys: list[str] = []
     damaged = 0
-    for name in shard_names(folder):
-        excluded = set(excluded_keys(folder / name))
-        own = _keys_of(folder / name)
+    indexes = _indexes(folder)
+    for shard, index in indexes.items():
+        excluded, own = set(excluded_keys(shard)), set(index or ())
         damaged += len(own & excluded)
         keys += own - excluded
     singles = SingleFiles(folder).found()
@@ -92,8 +92,8 @@ def stats(folder: Path) -> StoreStats:
         entries=len(distinct),
         repeated=len(keys) + len(singles) - len(distinct),
         damaged=damaged,
-        shards=len(shard_names(folder)),
-        unreadable_shards=len(unreadable_shards(folder)),
+        shards=len(indexes),
+        unreadable_shards=sum(index is None for index in indexes.values()),
         single_files=len(singles),
         num_bytes=_size_of(folder),
     )
@@ -101,7 +101,7 @@ def stats(folder: Path) -> StoreStats:
 
 def unreadable_shards(folder: Path) -> list[str]:
     """The names of the shards that are cut short or have a damaged header; their entries count as missing."""
-    return sorted(name for name in shard_names(folder) if _index_of(folder / name) is None)
+    return [shard.name for shard, index in _indexes(folder).items() if index is None]
 
 
 def verify(folder: Path) -> list[str]:
@@ -113,7 +113,8 @@ def verify(folder: Path) -> list[str]:
         DataError: A shard cannot be read.
     """
     store, damaged = TensorStore(folder), []
-    for key in sorted({*SingleFiles(folder).found(), *(key for _, key in _entries(folder))}):
+    in_shards = (key for index in _indexes(folder).values() for key in index or ())
+    for key in sorted({*SingleFiles(folder).found(), *in_shards}):
         if store.get(key) is None:
             damaged.append(key)
     return damaged
@@ -154,18 +155,19 @@ def prune(folder: Path, *, used: Set[str] | None = None) -> Pruned:
 
 def _packing(folder: Path, used: Set[str] | None) -> _Packing:
     packing, copies = _Packing(), Counter(SingleFiles(folder).found())
-    copies.update(key for _, key in _entries(folder))
-    for name in sorted(shard_names(folder)):
-        own = _keys_of(folder / name)
-        kept = own - set(excluded_keys(folder / name)) - packing.seen
+    indexes = {shard: set(index or ()) for shard, index in _indexes(folder).items()}
+    for own in indexes.values():
+        copies.update(own)
+    for shard, own in indexes.items():
+        kept = own - set(excluded_keys(shard)) - packing.seen
         if used is not None:
             kept &= used
         packing.seen |= kept
         packing.removed += len(own) - len(kept)
         # Moved entries are read, so that a damaged copy does not stay in place of a whole one.
         is_repeated = any(copies[key] > 1 for key in kept)
-        if is_repeated or kept != own or not own or not _is_large(folder / name, len(own)):
-            packing.moved[folder / name] = sorted(kept)
+        if is_repeated or kept != own or not own or not _is_large(shard, len(own)):
+            packing.moved[shard] = sorted(kept)
     return packing
 
 
@@ -188,23 +190,16 @@ def _is_large(shard: Path, num_entries: int) -> bool:
     return num_entries >= limits.MAX_SHARD_ENTRIES // 2 or _bytes_of(shard) >= limits.MAX_SHARD_BYTES // 2
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, str]]:
-    for name in shard_names(folder):
-        for key in _keys_of(folder / name):
-            yield folder / name, key
-
-
-def _keys_of(shard: Path) -> set[str]:
-    """The keys of a shard; none if it is damaged or another process removed it.
+def _indexes(folder: Path) -> dict[Path, ShardIndex | None]:
+    """Shard -> its index, in the order of their names; None for one that is damaged or was removed meanwhile.
 
     Raises:
-        DataError: The file cannot be read, so nothing is known of what it holds.
+        DataError: A file cannot be read, so nothing is known of what it holds.
     """
-    return set(_index_of(shard) or ())
+    return {folder / name: _index_of(folder / name) for name in sorted(shard_names(folder))}
 
 
 def _index_of(shard: Path) -> ShardIndex | None:
-    """The index of a shard; None if it is damaged or another process removed it."""
     try:
         return read_index(shard)
     except DataError as error:

@@ -56,6 +56,7 @@ class TensorStore:
         self._shards, self._files = Shards(folder), SingleFiles(folder)
         self._pending: dict[str, dict[str, Tensor]] = {}
         self._about: dict[str, str] = {}
+        self._pending_bytes = 0
         self._pending_since_s = 0.0
         self._lock = RLock()
 
@@ -114,10 +115,10 @@ class TensorStore:
                 self._pending_since_s = time.monotonic()
             self._pending[key] = {name: each.detach().contiguous().cpu() for name, each in tensors.items()}
             self._about[key] = about
+            self._pending_bytes += sum(each.nbytes for each in self._pending[key].values())
             waited_s = time.monotonic() - self._pending_since_s
-            num_bytes = sum(each.nbytes for entry in self._pending.values() for each in entry.values())
             if (
-                num_bytes >= MAX_SHARD_BYTES
+                self._pending_bytes >= MAX_SHARD_BYTES
                 or len(self._pending) >= MAX_SHARD_ENTRIES
                 or waited_s >= MAX_WAIT_S
             ):
@@ -132,7 +133,7 @@ class TensorStore:
         with self._lock:
             if self._pending:
                 write_shard(self.folder, self._pending, self._about)
-                self._pending, self._about = {}, {}
+                self._pending, self._about, self._pending_bytes = {}, {}, 0
 
     def close(self) -> None:
         """Close the files that are open; a later read opens them again."""
