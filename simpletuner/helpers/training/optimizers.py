@@ -58,11 +58,11 @@ def averaged_weights(optimizer: Any) -> Iterator[None]:
     for group in groups:
         group["params"] = [copies[each] for each in group["params"]]
     try:
-        _move_state(state, copies)
+        move_state(state, copies)
         try:
             optimizer.eval()
         finally:
-            _move_state(state, {copy: each for each, copy in copies.items()})
+            move_state(state, {copy: each for each, copy in copies.items()})
             for group, values in zip(groups, entries, strict=True):
                 group["params"] = values["params"]
         for parameter, weight in zip(parameters, trained, strict=True):
@@ -79,7 +79,7 @@ def _copy(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
     return torch.nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
 
 
-def _move_state(state: Any, owners: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def move_state(state: Any, owners: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Give the state of each parameter to another one."""
     for old, new in owners.items():
         if old in state:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from simpletuner.helpers.adapters.sharding import own_part
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.randomness import mix
+from simpletuner.helpers.training.optimizers import move_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -109,7 +110,8 @@ class WeightOptimizer(Optimizer):
         weights = [weight for group in part for weight in group["params"] if weight.grad is not None]
         if not weights:
             return
-        copies = {weight: self._exchanged(weight) for weight in weights if weight.dtype == torch.bfloat16}
+        copies = {weight: _in_float32(weight) for weight in weights if weight.dtype == torch.bfloat16}
+        move_state(self.state, copies)
         groups, self.inner.param_groups = self.inner.param_groups, list(part)
         own = [group["params"] for group in part]
         for group in part:
@@ -120,30 +122,27 @@ class WeightOptimizer(Optimizer):
             self.inner.param_groups = groups
             for group, params in zip(part, own, strict=True):
                 group["params"] = params
-            for weight, copy in copies.items():
-                if copy in self.state:
-                    self.state[weight] = self.state.pop(copy)
+            move_state(self.state, {copy: weight for weight, copy in copies.items()})
         for weight, copy in copies.items():
             rounded = rounded_stochastically(own_part(copy.detach()), generator=self._generator(weight))
             own_part(weight.detach()).copy_(rounded)
-
-    def _exchanged(self, weight: nn.Parameter) -> nn.Parameter:
-        """A float32 copy of a weight, which takes its gradient and its state.
-
-        The weight itself cannot become float32: torch would drop its gradient accumulator, on which DDP has
-        the hook that averages the gradients of the processes.
-        """
-        copy = torch.nn.Parameter(weight.detach().float())
-        assert weight.grad is not None, "only weights with a gradient are stepped"
-        copy.grad, weight.grad = weight.grad.float(), None
-        if weight in self.state:
-            self.state[copy] = self.state.pop(weight)
-        return copy
 
     def _generator(self, weight: nn.Parameter) -> torch.Generator:
         device = weight.device
         generator = self._generators.setdefault(device, torch.Generator(device))
         return generator.manual_seed(mix(self.seed, "rounding", self.num_steps(), self._index[weight]))
+
+
+def _in_float32(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy of a weight, which takes its gradient.
+
+    The weight itself cannot become float32: torch would drop its gradient accumulator, on which DDP has the
+    hook that averages the gradients of the processes.
+    """
+    copy = torch.nn.Parameter(weight.detach().float())
+    assert weight.grad is not None, "only weights with a gradient are stepped"
+    copy.grad, weight.grad = weight.grad.float(), None
+    return copy
 
 
 def steps_one_by_one(config: RunConfig) -> bool:
