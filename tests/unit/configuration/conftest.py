@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,14 @@ class Workspace:
         with pytest.raises(ConfigError) as caught:
             self.load(*overrides, **changes)
         return str(caught.value)
+
+    def dataset_problems(self, *entries: object, number: int = 1, **config: object) -> str:
+        """The message for a dataset json of these entries, which lists this number of problems."""
+        self.datasets = list(entries)
+        self.config |= config
+        message = self.problems()
+        assert sum(map(int, re.findall(r": (\d+) problem", message))) == number, message
+        return message
 
     def without(self, *keys: str) -> Workspace:
         """Take keys out of config.json."""

@@ -23,14 +23,6 @@ def mask_folder(workspace: Workspace) -> None:
     workspace.image_folder("masks")
 
 
-def problems(workspace: Workspace, *entries: object, number: int = 1, **config: object) -> str:
-    workspace.datasets = list(entries)
-    workspace.config |= config
-    message = workspace.problems()
-    assert sum(map(int, re.findall(r": (\d+) problem", message))) == number, message
-    return message
-
-
 @pytest.mark.parametrize(
     "entries",
     [
@@ -111,33 +103,33 @@ def test_keys_of_images_in_an_entry_of_masks_have_no_effect(workspace: Workspace
 def test_a_mistake_in_an_entry_of_masks_is_one_problem(
     workspace: Workspace, images: dict[str, object], masks: dict[str, object], pattern: str
 ) -> None:
-    found = problems(workspace, PHOTOS | images, MASKS | masks)
+    found = workspace.dataset_problems(PHOTOS | images, MASKS | masks)
     assert re.search(pattern, found), found
 
 
 def test_an_id_that_no_entry_has_is_named(workspace: Workspace) -> None:
-    found = problems(workspace, PHOTOS | {"conditioning_data": "mask"})
+    found = workspace.dataset_problems(PHOTOS | {"conditioning_data": "mask"})
     assert re.search(r'photos\.conditioning_data +"mask": no entry', found)
-    found = problems(workspace, PHOTOS | {"conditioning_data": ["masks", "other"]}, MASKS)
+    found = workspace.dataset_problems(PHOTOS | {"conditioning_data": ["masks", "other"]}, MASKS)
     assert re.search(r'photos\.conditioning_data +"other": no entry', found)
 
 
 def test_an_image_has_one_mask(workspace: Workspace) -> None:
     workspace.image_folder("more")
     more = MASKS | {"id": "more", "instance_data_dir": "more"}
-    found = problems(workspace, PHOTOS | {"conditioning_data": ["masks", "more"]}, MASKS, more)
+    found = workspace.dataset_problems(PHOTOS | {"conditioning_data": ["masks", "more"]}, MASKS, more)
     assert re.search(r"photos\.conditioning_data +masks, more: ", found)
 
 
 def test_masks_without_images_are_no_run(workspace: Workspace) -> None:
-    found = problems(workspace, MASKS | {"source_dataset_id": "photos"}, number=2)
+    found = workspace.dataset_problems(MASKS | {"source_dataset_id": "photos"}, number=2)
     assert "no enabled image dataset" in found
 
 
 def test_a_folder_without_images_is_no_folder_of_masks(workspace: Workspace) -> None:
     (workspace.folder / "empty").mkdir()
     entry = MASKS | {"instance_data_dir": "empty"}
-    found = problems(workspace, PHOTOS | {"conditioning_data": "masks"}, entry)
+    found = workspace.dataset_problems(PHOTOS | {"conditioning_data": "masks"}, entry)
     assert re.search(r"masks\.instance_data_dir .*holds no image", found)
 
 
@@ -172,15 +164,15 @@ def test_what_is_resolved_can_be_read_again(workspace: Workspace) -> None:
     [("unmasked_weight", 0.1), ("normalize_masked_area_loss", True), ("masked_loss_probability", 0.9)],
 )
 def test_a_key_of_masks_without_masks_is_refused(workspace: Workspace, key: str, value: object) -> None:
-    assert re.search(rf"{key} +.*without masks", problems(workspace, PHOTOS, **{key: value}))
+    assert re.search(rf"{key} +.*without masks", workspace.dataset_problems(PHOTOS, **{key: value}))
 
 
 def test_a_mistake_in_the_entry_of_masks_is_not_named_twice(workspace: Workspace) -> None:
     entries = [PHOTOS | {"conditioning_data": "masks"}, MASKS | {"instance_data_dir": "nowhere"}]
     keys = {"unmasked_weight": 0.1, "normalize_masked_area_loss": True}
-    assert "nowhere" in problems(workspace, *entries, **keys)
+    assert "nowhere" in workspace.dataset_problems(*entries, **keys)
     entries = [PHOTOS | {"conditioning_data": "nothing"}]
-    assert "nothing" in problems(workspace, *entries, **keys)
+    assert "nothing" in workspace.dataset_problems(*entries, **keys)
 
 
 def test_the_defaults_of_the_keys_of_masks_need_no_masks(workspace: Workspace) -> None:
@@ -195,7 +187,8 @@ def test_the_defaults_of_the_keys_of_masks_need_no_masks(workspace: Workspace) -
 )
 def test_masked_loss_probability_is_for_segmentation(workspace: Workspace, entries: list[object]) -> None:
     assert re.search(
-        r"masked_loss_probability .*segmentation", problems(workspace, *entries, masked_loss_probability=0.5)
+        r"masked_loss_probability .*segmentation",
+        workspace.dataset_problems(*entries, masked_loss_probability=0.5),
     )
 
 
@@ -203,7 +196,7 @@ def test_masked_loss_probability_is_for_segmentation(workspace: Workspace, entri
 @pytest.mark.parametrize("key", ["unmasked_weight", "masked_loss_probability"])
 def test_weights_and_probabilities_are_shares(workspace: Workspace, key: str, value: float) -> None:
     entries = [PHOTOS | {"alpha_mask": True}]
-    assert key in problems(workspace, *entries, **{key: value})
+    assert key in workspace.dataset_problems(*entries, **{key: value})
 
 
 @pytest.mark.parametrize("masked", [{"alpha_mask": True}, {"conditioning_data": "masks"}, {}])
@@ -223,7 +216,7 @@ def test_a_loss_that_takes_no_mask_is_refused_with_masks(
 
 def test_output_is_not_written_among_the_masks(workspace: Workspace) -> None:
     entries = [PHOTOS | {"conditioning_data": "masks"}, MASKS]
-    found = problems(workspace, *entries, output_dir=str(workspace.folder / "masks" / "run"))
+    found = workspace.dataset_problems(*entries, output_dir=str(workspace.folder / "masks" / "run"))
     assert re.search(r"output_dir .*dataset masks", found)
 
 

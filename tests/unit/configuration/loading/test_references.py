@@ -31,14 +31,6 @@ def editing_family(workspace: Workspace) -> None:
         workspace.image_folder(name)
 
 
-def problems(workspace: Workspace, *entries: object, number: int = 1, **config: object) -> str:
-    workspace.datasets = list(entries)
-    workspace.config |= config
-    message = workspace.problems()
-    assert sum(map(int, re.findall(r": (\d+) problem", message))) == number, message
-    return message
-
-
 @pytest.mark.parametrize(
     "entries",
     [
@@ -69,7 +61,7 @@ def test_a_mask_and_references_stand_on_one_dataset_in_the_order_of_the_list(wor
     assert run.datasets[0].conditioning_data == ("sketch", "masks", "before")
     assert {each.id for each in run.references} == {"before", "sketch"}
     assert [each.id for each in run.conditioning] == ["masks"]
-    assert problems(workspace, BOTH, BEFORE, SKETCH, unmasked_weight=0.1)  # no mask is left
+    assert workspace.dataset_problems(BOTH, BEFORE, SKETCH, unmasked_weight=0.1)  # no mask is left
 
 
 def test_only_loose_references_have_a_crop_of_their_own(workspace: Workspace) -> None:
@@ -111,7 +103,7 @@ def test_only_loose_references_have_a_crop_of_their_own(workspace: Workspace) ->
 def test_a_mistake_in_an_entry_of_references_is_one_problem(
     workspace: Workspace, images: dict[str, object], references: dict[str, object], pattern: str
 ) -> None:
-    found = problems(workspace, PHOTOS | images, BEFORE | references)
+    found = workspace.dataset_problems(PHOTOS | images, BEFORE | references)
     assert re.search(pattern, found), found
 
 
@@ -121,7 +113,7 @@ def test_a_mistake_in_an_entry_of_references_is_one_problem(
 def test_a_model_that_sees_no_references_is_refused_with_them(
     workspace: Workspace, config: dict[str, object]
 ) -> None:
-    found = problems(workspace, ONE, BEFORE, **config)
+    found = workspace.dataset_problems(ONE, BEFORE, **config)
     assert re.search(r"model_flavour  .*photos.*toy small", found)
     workspace.datasets = [PHOTOS]
     workspace.load()
@@ -142,7 +134,7 @@ def test_what_is_resolved_can_be_read_again(workspace: Workspace, sampling: str)
 
 
 def test_an_unknown_way_to_choose_is_refused(workspace: Workspace) -> None:
-    found = problems(workspace, BOTH, BEFORE, SKETCH, conditioning_multidataset_sampling="both")
+    found = workspace.dataset_problems(BOTH, BEFORE, SKETCH, conditioning_multidataset_sampling="both")
     assert re.search(r'conditioning_multidataset_sampling  "both": .*random.*combined', found)
 
 
@@ -150,7 +142,7 @@ def test_an_unknown_way_to_choose_is_refused(workspace: Workspace) -> None:
 def test_captions_of_references_are_for_random(workspace: Workspace, captions: object) -> None:
     workspace.datasets = [BOTH, BEFORE | {"captions": captions}, SKETCH | {"captions": False}]
     assert [each.captions for each in workspace.load().references] == [("sharpen",), ()]
-    found = problems(workspace, *workspace.datasets, conditioning_multidataset_sampling="combined")
+    found = workspace.dataset_problems(*workspace.datasets, conditioning_multidataset_sampling="combined")
     assert re.search(r'conditioning_multidataset_sampling  "combined": .*before', found)
 
 
@@ -176,12 +168,12 @@ def test_captions_of_a_single_entry_are_not_read_as_in_simpletuner(
 
 
 def test_text_files_of_one_of_several_entries_are_refused(workspace: Workspace) -> None:
-    found = problems(workspace, BOTH, BEFORE | {"caption_strategy": "textfile"}, SKETCH)
+    found = workspace.dataset_problems(BOTH, BEFORE | {"caption_strategy": "textfile"}, SKETCH)
     assert re.search(r'before\.caption_strategy  "textfile": .*captions', found)
 
 
 def test_output_is_not_written_among_the_references(workspace: Workspace) -> None:
-    found = problems(workspace, ONE, BEFORE, output_dir=str(workspace.folder / "before" / "run"))
+    found = workspace.dataset_problems(ONE, BEFORE, output_dir=str(workspace.folder / "before" / "run"))
     assert re.search(r"output_dir .*dataset before", found)
 
 
@@ -241,18 +233,18 @@ def test_params_stand_for_keys_beside_them_and_what_is_off_is_left_out(workspace
 def test_a_mistake_in_a_made_reference_is_one_problem(
     workspace: Workspace, made: object, pattern: str
 ) -> None:
-    found = problems(workspace, PHOTOS | {"conditioning": made})
+    found = workspace.dataset_problems(PHOTOS | {"conditioning": made})
     assert re.search(pattern, found), found
 
 
 def test_made_references_need_a_model_that_sees_them(workspace: Workspace) -> None:
-    found = problems(workspace, PHOTOS | {"conditioning": {"type": "canny"}}, model_family="plain")
+    found = workspace.dataset_problems(PHOTOS | {"conditioning": {"type": "canny"}}, model_family="plain")
     assert re.search(r"model_flavour  .*photos.*toy small", found)
 
 
 def test_captions_of_made_references_are_for_random(workspace: Workspace) -> None:
     made = [{"type": "canny"}, {"type": "jpeg", "captions": "restore"}]
-    found = problems(
-        workspace, PHOTOS | {"conditioning": made}, conditioning_multidataset_sampling="combined"
+    found = workspace.dataset_problems(
+        PHOTOS | {"conditioning": made}, conditioning_multidataset_sampling="combined"
     )
     assert re.search(r'conditioning_multidataset_sampling  "combined": .*jpeg_artifacts of photos', found)
