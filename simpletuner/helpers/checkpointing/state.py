@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from simpletuner.helpers.adapters.sharding import is_dtensor
 from simpletuner.helpers.checkpointing.optimizer_state import (
@@ -32,6 +32,7 @@ from simpletuner.helpers.io.run_folder import (
     EMA_STATE_FILE,
     OPTIMIZER_FILE,
 )
+from simpletuner.helpers.io.safetensors_file import save_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,9 +207,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     # safetensors refuses views, which share storage, and writes from the host.
     copies = {name: _copy(tensor) for name, tensor in tensors.items()}
     try:
-        save_file(copies, path)
-        # safetensors makes files for their owner alone; the folder has the mode that the umask gives.
-        path.chmod(path.parent.stat().st_mode & 0o666)
+        save_tensors(copies, path)
     except SafetensorError as error:
         raise _not_written(path, error) from error
 

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from simpletuner.helpers.errors import SimpleTunerError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_AXES = 8
 """Of a tensor; torch's layers have at most 5."""
@@ -94,6 +97,28 @@ def header_bytes(header: Mapping[str, Mapping[str, Any]]) -> bytes:
     text = json.dumps(ordered, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a file with the permissions that the umask gives; safetensors lets its owner alone read it.
+
+    Args:
+        tensors: Contiguous, on the host, none a view of another.
+        path: Of the file.
+        metadata: Texts of its header.
+
+    Raises:
+        SafetensorError: It cannot be written.
+        OSError: It cannot be made.
+    """
+    from safetensors.torch import save_file  # here, because headers are read without torch
+
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, metadata=None if metadata is None else dict(metadata))
+    path.chmod(mode)
 
 
 @contextmanager

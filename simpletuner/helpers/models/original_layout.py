@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from simpletuner.helpers.contracts import FusedSlice, ModelSpec
 from simpletuner.helpers.errors import ModelError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.new_files import refuse_existing
-from simpletuner.helpers.io.safetensors_file import read_metadata
+from simpletuner.helpers.io.safetensors_file import read_metadata, save_tensors
 from simpletuner.helpers.models.denoiser_weights import find_denoiser
 from simpletuner.helpers.models.single_file import DENOISER_PREFIX, SUFFIX
 
@@ -72,10 +72,7 @@ def export_model(folder: Path, output: Path, *, dtype: torch.dtype | None, overw
     metadata = read_metadata(files[0], error=ModelError) | {"format": "pt"}
     partial = output.with_name(f".{output.name}.partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file(named, partial, metadata=metadata)
-        partial.chmod(mode)  # safetensors lets the owner alone read a new file
+        save_tensors(named, partial, metadata=metadata)
         partial.replace(output)
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{output} cannot be written: {error}. Choose another --output.") from error

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from diffusers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.sharding import distribute_like, full_tensor, gathered
@@ -26,6 +25,7 @@ from simpletuner.helpers.choices.algorithms import WHOLE_MODEL
 from simpletuner.helpers.errors import AdapterError, ConfigError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.run_folder import ema_folder
+from simpletuner.helpers.io.safetensors_file import save_tensors
 
 LARGEST_FILE = "10GB"
 """Of weights; larger models are split, as diffusers splits them."""
@@ -150,8 +150,7 @@ def write_model(
     )
     for file, names in shards.filename_to_tensors.items():
         tensors = {name: state[name].cpu().contiguous() for name in names}
-        save_file(tensors, path / file, metadata={**metadata, "format": "pt"})
-        (path / file).chmod(path.stat().st_mode & 0o666)
+        save_tensors(tensors, path / file, metadata={**metadata, "format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         write_json(path / SAFE_WEIGHTS_INDEX_NAME, index)

@@ -219,7 +219,7 @@ def test_full_disk_under_a_tensor_file_is_the_systems_own_error(
     def fail(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("simpletuner.helpers.checkpointing.state.save_file", fail)
+    monkeypatch.setattr("simpletuner.helpers.checkpointing.state.save_tensors", fail)
     with pytest.raises(OSError, match="No space") as info:
         new_state().save(tmp_path)
     assert info.value.errno == errno.ENOSPC
