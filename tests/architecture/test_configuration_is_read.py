@@ -25,6 +25,10 @@ READ_WHILE_LOADING: dict[str, str] = {
     "NoiseConfig.timestep_bias_end": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_portion": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_strategy": "read through biased_timesteps",
+    **dict.fromkeys(
+        (f"{each}.instance_data_dir" for each in ("ImagePlace", "ConditioningConfig", "ReferenceConfig")),
+        "read through ImagePlace.folder and ImagePlace.place",
+    ),
     "RunConfig.decisions": "read through translation_lines",
     "TextCacheEntry.cache_dir": _OPENED,
     "TrainingConfig.num_train_epochs": "read through TrainingConfig.planned_steps",

@@ -30,7 +30,7 @@ POSIX_NAMES = {
 }
 # Without O_BINARY, which `open` sets, os.open changes line ends on Windows.
 OPENS_BY_DESCRIPTOR = {
-    "simpletuner/helpers/data/sources.py": "as an opener of open(), which sets the flags",
+    "simpletuner/helpers/data/sources/local.py": "as an opener of open(), which sets the flags",
     "simpletuner/helpers/io/atomic.py": "a folder, to flush it",
     "simpletuner/helpers/io/logs.py": "the null device",
 }

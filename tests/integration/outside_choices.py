@@ -23,7 +23,7 @@ from simpletuner.helpers.choices.registry import Choice
 from simpletuner.helpers.choices.samplers import SAMPLERS, Sampler
 from simpletuner.helpers.choices.trackers import TRACKERS
 from simpletuner.helpers.data.captions import CaptionReader, Captions
-from simpletuner.helpers.data.sources import FoundFile, read_bounded
+from simpletuner.helpers.data.sources.base import FoundFile, read_bounded
 from simpletuner.helpers.reporting.metrics import StepMetrics
 
 STEPS_SAMPLED: list[float] = []

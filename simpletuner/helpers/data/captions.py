@@ -11,7 +11,7 @@ from typing import Literal
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
 from simpletuner.helpers.configuration.schema.datasets import CaptionLines, DatasetConfig
-from simpletuner.helpers.data.sources import FoundFile, Scan, read_bounded
+from simpletuner.helpers.data.sources.base import FoundFile, Scan, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -100,7 +100,7 @@ class TextFileCaptions(CaptionReader):
             try:
                 found.setdefault(captions_from_file(text_file, lines=self.caption_lines), text_file)
             except DataError as error:
-                raise DataError(f"{printable(str(text_file.path))}: {error}") from error
+                raise DataError(f"{text_file.place}: {error}") from error
         if len(found) > 1:
             names = " and ".join(printable(each.name) for each in found.values())
             image = printable(file.name)

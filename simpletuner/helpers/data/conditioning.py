@@ -14,7 +14,7 @@ from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.masks import FoundMask
 from simpletuner.helpers.data.pairing import Pair, PairFinder
 from simpletuner.helpers.data.references import PlannedReference, made_reference, planned_reference
-from simpletuner.helpers.data.sources import FoundFile
+from simpletuner.helpers.data.sources.base import FoundFile
 
 Entry = ConditioningConfig | ReferenceConfig
 _WHITE = "; a white mask keeps the whole image"

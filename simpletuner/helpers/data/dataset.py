@@ -45,7 +45,7 @@ from simpletuner.helpers.data.references import PlannedReference, drawn_referenc
 from simpletuner.helpers.data.sampler import Bucket, Draw, Sampler, draws_per_image, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
-from simpletuner.helpers.data.sources import SkippedImage
+from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
@@ -427,9 +427,9 @@ class TrainingData:
         return TensorStore(folder)
 
     def _folders(self) -> list[tuple[str, Path]]:
-        """Id and folder of each entry with images, masks or references."""
-        images = [(each.id, each.instance_data_dir) for each in self.datasets]
-        return images + [(each.id, each.instance_data_dir) for each in self.conditioning]
+        """Id and folder of each entry with images, masks or references on this machine."""
+        entries = (*self.datasets, *self.conditioning)
+        return [(each.id, each.folder) for each in entries if each.folder is not None]
 
     def _plan(self, config: DatasetConfig) -> DatasetPlan:
         index, entries = self._indexes[config.id], self._entries[config.id]

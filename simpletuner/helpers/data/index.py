@@ -19,7 +19,7 @@ from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
-from simpletuner.helpers.data.sources import MAX_FILE_BYTES, FoundFile, read_bounded
+from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, FoundFile, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.names import file_name, printable
@@ -86,7 +86,7 @@ def read_unchanged(file: FoundFile, digest: str) -> bytes:
         if content_digest(data) != digest:
             raise DataError("it changed after the scan")
     except DataError as error:
-        raise DataError(f"{printable(str(file.path))}: {error}. Start the run again.") from error
+        raise DataError(f"{file.place}: {error}. Start the run again.") from error
     return data
 
 
@@ -116,7 +116,7 @@ class ImageIndex:
         except DataError as error:
             return ImageInfo(digest="", size=None, problem=str(error))
         digest = content_digest(data)
-        if started_ns - image.signature[2] > _RACY_NS:
+        if started_ns - image.source.changed_ns(image) > _RACY_NS:
             self._current.files[image.name] = [*image.signature, digest]
         return self._info_of(digest, lambda: self._known.contents.get(digest) or _inspected(data))
 

@@ -15,7 +15,7 @@ from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.contracts import Sample
 from simpletuner.helpers.data.images import decode_values
 from simpletuner.helpers.data.index import content_digest
-from simpletuner.helpers.data.sources import FoundFile
+from simpletuner.helpers.data.sources.base import FoundFile
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,8 @@ from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.scan_report import listed
-from simpletuner.helpers.data.sources import FoundFile, scan_folder
+from simpletuner.helpers.data.sources.base import FoundFile
+from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.io.names import counted, printable
 
 
@@ -43,7 +44,7 @@ class PairFinder:
     _misshapen: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        for file in scan_folder(self.entry.instance_data_dir).images:
+        for file in scan_entry(self.entry).images:
             self._files.setdefault(os.path.splitext(file.name)[0], []).append(file)
 
     def pair_of(self, image: FoundFile, image_px: Size) -> Pair | str:
@@ -64,11 +65,10 @@ class PairFinder:
 
     def problems(self) -> list[str]:
         """Why the files so far cannot be used, as sentences without their ends."""
-        folder = printable(str(self.entry.instance_data_dir))
         found = {
-            f"no {self.noun} in {folder}. Add a file of the same path and name, but for its suffix"
+            f"no {self.noun} in {self.entry.place}. Add a file of the same path and name, but for its suffix"
             f"{self.remedy}": self._missing,
-            f"several {self.noun}s in {folder}. Keep one of each": self._ambiguous,
+            f"several {self.noun}s in {self.entry.place}. Keep one of each": self._ambiguous,
             f"a {self.noun} of another aspect ratio. Crop it to the image's": self._misshapen,
         }
         return [

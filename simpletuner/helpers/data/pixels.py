@@ -10,7 +10,6 @@ from simpletuner.helpers.data.made_references import DepthEstimator, make_refere
 from simpletuner.helpers.data.planning import PlannedImage
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
-from simpletuner.helpers.io.names import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +28,7 @@ def load_pixels(image: PlannedImage | PlannedReference, *, depth: DepthEstimator
         TrainingError: The pixels do not fit into memory.
         ModelError: A model for depth estimation cannot be loaded.
     """
-    shown, sample = printable(str(image.file.path)), image.sample
+    shown, sample = image.file.place, image.sample
     data = read_unchanged(image.file, image.digest)
     try:
         pixels = decode_image(data)

@@ -18,7 +18,8 @@ from simpletuner.helpers.data.masks import BLANK, MaskKind, mask_key
 from simpletuner.helpers.data.references import PlannedReference, bucket_name
 from simpletuner.helpers.data.sampler import shuffled
 from simpletuner.helpers.data.scan_report import listed, report_captions, report_downsampled, report_files
-from simpletuner.helpers.data.sources import FoundFile, Scan, SkippedImage, scan_folder
+from simpletuner.helpers.data.sources.base import FoundFile, Scan, SkippedImage
+from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -119,7 +120,7 @@ def plan_dataset(
             claim one text file, no caption has tags to shuffle, there are too many variants, or an image has
             no mask or reference, several, or one of another aspect ratio.
     """
-    scan = scan_folder(config.instance_data_dir)
+    scan = scan_entry(config)
     reader = caption_reader(config, scan)
     _refuse_ambiguous(config, reader)
     report_files(config, scan, reader)
@@ -238,7 +239,7 @@ def _refuse_ambiguous(config: DatasetConfig, reader: CaptionReader) -> None:
     problems = reader.conflicts()
     if problems:
         raise DataError(
-            f"Dataset {config.id!r} in {printable(str(config.instance_data_dir))}: {listed(problems)}. "
+            f"Dataset {config.id!r} in {config.place}: {listed(problems)}. "
             "Rename the images so that each text file belongs to one of them."
         )
 
@@ -268,11 +269,10 @@ def _report_skipped(
     for each in skipped:
         logger.warning("Dataset %s: skipped %s: %s.", config.id, each.path, each.reason)
     if num_usable == 0:
-        folder = printable(str(config.instance_data_dir))
         reasons = [f"{each.path}: {each.reason}" for each in (*skipped, *left_out)]
         found = listed(reasons) or "there are no images in it"
         raise DataError(
-            f"Dataset {config.id!r}: no image in {folder} can be used ({found}). "
+            f"Dataset {config.id!r}: no image in {config.place} can be used ({found}). "
             "Put images there or correct instance_data_dir."
         )
 

@@ -20,7 +20,8 @@ from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.references import bucket_name
-from simpletuner.helpers.data.sources import FoundFile, Scan, scan_folder
+from simpletuner.helpers.data.sources.base import FoundFile, Scan
+from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -96,7 +97,7 @@ def preview(
     Raises:
         DataError: The folder cannot be read.
     """
-    scan = scan_folder(config.instance_data_dir)
+    scan = scan_entry(config)
     reader = caption_reader(config, scan)
     index = ImageIndex(index_file(data.latents_folder(config), config))
     found = list(islice(candidates(config, scan, seed), config.max_num_samples))

@@ -13,7 +13,7 @@ from simpletuner.helpers.data.buckets import Placement
 from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.index import ImageInfo
 from simpletuner.helpers.data.pairing import Pair
-from simpletuner.helpers.data.sources import FoundFile
+from simpletuner.helpers.data.sources.base import FoundFile
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.randomness import mix
 

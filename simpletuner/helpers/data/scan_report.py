@@ -17,7 +17,7 @@ from simpletuner.helpers.data.captions import (
     TextFileCaptions,
     text_files_beside,
 )
-from simpletuner.helpers.data.sources import FoundFile, Scan
+from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
 

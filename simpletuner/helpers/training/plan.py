@@ -203,7 +203,9 @@ def _repeated_folders(config: RunConfig) -> Iterator[str]:
     """Folders named like 10_sks dog, whose number is how often kohya's scripts take each image."""
     theirs = "which kohya's scripts take {} times an epoch"
     for dataset in config.datasets:
-        folder = dataset.instance_data_dir
+        folder = dataset.folder
+        if folder is None:
+            continue
         own = repeated_folder(folder.name)
         if own is not None and own[0] <= MOST_REPEATS and own[0] - 1 != dataset.repeats:
             yield (
@@ -294,7 +296,7 @@ def _examples_own(config: RunConfig) -> Iterator[str]:
     if Path(config.model.pretrained_model_name_or_path).is_relative_to(DEMO):
         return
     for dataset in config.datasets:
-        if dataset.instance_data_dir.is_relative_to(DEMO):
+        if dataset.folder is not None and dataset.folder.is_relative_to(DEMO):
             yield f"instance_data_dir of dataset {dataset.id} is still the example's. Set your folder."
         elif EXAMPLE_SUBJECT in (dataset.instance_prompt or ""):
             yield f"instance_prompt of dataset {dataset.id} is still the example's. Name your subject."
@@ -434,10 +436,10 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     )
     if config.downsampling is not None:
         grown = f"{each.num_downsampled} above maximum_image_size; {grown}"
-    folder, buckets = printable(str(config.instance_data_dir)), ", ".join(sizes[:_SHOWN_BUCKETS])
+    buckets = ", ".join(sizes[:_SHOWN_BUCKETS])
     number = counted(each.num_images, "image")
     kind = f"{number} of regularisation" if config.is_regularisation_data else number
-    yield "images", f"{config.id}: {kind} in {folder}"
+    yield "images", f"{config.id}: {kind} in {config.place}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:
         yield "", f"slider_strength {config.slider_strength:g}"

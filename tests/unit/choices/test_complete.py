@@ -15,6 +15,7 @@ import torch
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS, ARGUMENTS, STANDARD, argument_aliases
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
 from simpletuner.helpers.choices.losses import HUBER_SCHEDULES, LOSSES, Loss
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
@@ -40,6 +41,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "base_model_precision": PRECISIONS,
     **{f"text_encoder_{number}_precision": PRECISIONS for number in range(1, 5)},
     "caption_strategy": CAPTION_SOURCES,
+    "type": IMAGE_SOURCES,
     "report_to": TRACKERS,
     "algo": ALGORITHMS,
 }

@@ -15,7 +15,8 @@ from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.data.captions import strategy_of
-from simpletuner.helpers.data.sources import scan_folder
+from simpletuner.helpers.data.sources.base import scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.models import registry
 
 QUESTION = re.compile(r"a sks toy (.+) on a (\w+) (\w+) background")
@@ -54,10 +55,10 @@ def test_every_example_trains_captions_beside_the_users_images_and_crops_none(
     (dataset,) = load(f"examples/{name}/config.json").datasets
     assert not dataset.crop
     (tmp_path / "dog.png").touch()
-    without_texts = strategy_of(dataset, scan_folder(tmp_path))
+    without_texts = strategy_of(dataset, scan_source(LocalFolder(tmp_path)))
     assert without_texts == ("instanceprompt" if dataset.instance_prompt else "textfile")
     (tmp_path / "dog.txt").touch()
-    assert strategy_of(dataset, scan_folder(tmp_path)) == "textfile"
+    assert strategy_of(dataset, scan_source(LocalFolder(tmp_path))) == "textfile"
 
 
 def test_the_list_has_every_example(repository: Path) -> None:

@@ -21,13 +21,14 @@ from simpletuner.helpers.data.captions import (
     strategy_of,
     with_instance_prompt,
 )
-from simpletuner.helpers.data.sources import FoundFile, scan_folder
+from simpletuner.helpers.data.sources.base import FoundFile, scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.errors import DataError
 
 
 def text_file(folder: Path, data: bytes) -> FoundFile:
     (folder / "a.txt").write_bytes(data)
-    return scan_folder(folder).captions["a"][0]
+    return scan_source(LocalFolder(folder)).captions["a"][0]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_with_instance_prompt_puts_it_before_every_caption() -> None:
 
 
 def text_files(folder: Path, **options: Any) -> CaptionReader:
-    return TextFileCaptions(scan_folder(folder), suffix=".txt", instance_prompt="", **options)
+    return TextFileCaptions(scan_source(LocalFolder(folder)), suffix=".txt", instance_prompt="", **options)
 
 
 @pytest.mark.reliability_row(16)
@@ -184,7 +185,7 @@ def write(folder: Path, texts: Mapping[str, str]) -> None:
 
 
 def caption_of_first(folder: Path) -> tuple[str, ...]:
-    reader = caption_reader(DatasetConfig(id="p", instance_data_dir=folder), scan_folder(folder))
+    reader = caption_reader(DatasetConfig(id="p", instance_data_dir=folder), scan_source(LocalFolder(folder)))
     return reader.read(reader.scan.images[0]).texts
 
 
@@ -246,4 +247,4 @@ def test_the_files_and_the_instance_prompt_choose_the_source_of_captions(
 ) -> None:
     write(tmp_path, {"a.png": ""} | texts)
     config = DatasetConfig(id="p", instance_data_dir=tmp_path, **options)
-    assert strategy_of(config, scan_folder(tmp_path)) == strategy
+    assert strategy_of(config, scan_source(LocalFolder(tmp_path))) == strategy

@@ -13,7 +13,8 @@ from PIL import Image
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data import index as index_module
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
-from simpletuner.helpers.data.sources import FoundFile, scan_folder
+from simpletuner.helpers.data.sources.base import FoundFile, scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 
 
 def bmp(color: str, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -61,7 +62,7 @@ def read(monkeypatch: pytest.MonkeyPatch, inspected: list[bytes]) -> list[str]:
 
 
 def found(folder: Path) -> FoundFile:
-    return scan_folder(folder).images[0]
+    return scan_source(LocalFolder(folder)).images[0]
 
 
 def wait_for_the_clock_of_the_files(file: Path) -> None:
@@ -101,20 +102,20 @@ def test_an_unchanged_file_is_not_even_read_again(folder: Path, read: list[str])
 def test_an_image_edited_in_place_with_its_times_set_back_is_read_again(
     folder: Path, inspected: list[bytes]
 ) -> None:
-    first, before = info(folder), found(folder).path.stat()
-    wait_for_the_clock_of_the_files(found(folder).path)
-    with found(folder).path.open("r+b") as file:
+    first, before = info(folder), Path(found(folder).place).stat()
+    wait_for_the_clock_of_the_files(Path(found(folder).place))
+    with Path(found(folder).place).open("r+b") as file:
         file.write(bmp("blue"))
-    os.utime(found(folder).path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert found(folder).path.stat().st_mtime_ns == before.st_mtime_ns
-    assert found(folder).path.stat().st_ino == before.st_ino
+    os.utime(Path(found(folder).place), ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Path(found(folder).place).stat().st_mtime_ns == before.st_mtime_ns
+    assert Path(found(folder).place).stat().st_ino == before.st_ino
     assert info(folder).digest != first.digest
     assert len(inspected) == 2
 
 
 @pytest.mark.reliability_row(17)
 def test_a_file_that_changed_just_now_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed_ns = found(folder).path.stat().st_ctime_ns
+    changed_ns = Path(found(folder).place).stat().st_ctime_ns
     monkeypatch.setattr(time, "time_ns", lambda: changed_ns + 1_900_000_000)
     first = info(folder)
     assert b"a.bmp" not in (folder.parent / "index.json").read_bytes()
@@ -123,13 +124,13 @@ def test_a_file_that_changed_just_now_is_not_trusted(folder: Path, monkeypatch: 
 
 def test_a_moved_file_is_not_decoded_again(folder: Path, inspected: list[bytes]) -> None:
     first = info(folder)
-    found(folder).path.rename(folder / "b.bmp")
+    Path(found(folder).place).rename(folder / "b.bmp")
     assert info(folder) == first
     assert len(inspected) == 1
 
 
 def test_a_broken_image_is_remembered_with_its_reason(folder: Path, inspected: list[bytes]) -> None:
-    found(folder).path.write_bytes(b"<html>")
+    Path(found(folder).place).write_bytes(b"<html>")
     assert "web page" in str(info(folder).problem)
     assert info(folder).size is None
     assert len(inspected) == 1
@@ -157,7 +158,7 @@ def test_an_index_of_another_decoder_is_not_trusted(
 
 def test_a_vanished_file_has_a_problem_and_no_digest(folder: Path) -> None:
     file = found(folder)
-    file.path.unlink()
+    Path(file.place).unlink()
     result = ImageIndex(folder.parent / "index.json").info(file)
     assert result.digest == ""
     assert "No such file" in str(result.problem)

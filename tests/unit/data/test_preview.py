@@ -15,7 +15,8 @@ from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data import preview as module
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.preview import DatasetPreview, preview
-from simpletuner.helpers.data.sources import scan_folder
+from simpletuner.helpers.data.sources.base import scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_images_in_the_index_are_not_read_again(folder: Path, monkeypatch: pytes
     monkeypatch.setattr("simpletuner.helpers.data.index._RACY_NS", -1)
     config = DatasetConfig(id="x", instance_data_dir=folder, resolution=256.0)
     index = ImageIndex(index_file(folder.parent / "cache" / "x", config))
-    for file in scan_folder(folder).images:
+    for file in scan_source(LocalFolder(folder)).images:
         index.info(file)
     index.save()
     monkeypatch.setattr(module, "MOST_HEADERS", 0)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.choices import image_files
-from simpletuner.helpers.data.sources import read_bounded, scan_folder
+from simpletuner.helpers.data.sources.base import read_bounded, scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.errors import DataError
 from tests.counted import builtin_calls, lines_run
 
@@ -21,12 +22,12 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def image_names(folder: Path) -> list[str]:
-    return [file.name for file in scan_folder(folder).images]
+    return [file.name for file in scan_source(LocalFolder(folder)).images]
 
 
 def test_scan_folder_finds_images_and_captions_in_the_order_of_their_names(tmp_path: Path) -> None:
     touch(tmp_path, "b.jpg", "B.PNG", "a.webp", "a.txt", "sub/c.tiff", "sub/c.TXT", "notes.md", "sub-2/d.png")
-    scan = scan_folder(tmp_path)
+    scan = scan_source(LocalFolder(tmp_path))
     assert [file.name for file in scan.images] == ["B.PNG", "a.webp", "b.jpg", "sub/c.tiff", "sub-2/d.png"]
     assert sorted(scan.captions) == ["a", "sub/c"]
     assert scan.skipped == ()
@@ -45,7 +46,7 @@ def test_an_image_whose_package_is_missing_is_unread_with_the_package_to_install
 ) -> None:
     touch(tmp_path, f"a{suffix}")
     monkeypatch.setattr(image_files, "find_spec", lambda _: None)
-    ((name, reason),) = scan_folder(tmp_path).unread
+    ((name, reason),) = scan_source(LocalFolder(tmp_path)).unread
     assert name == f"a{suffix}"
     assert "pillow-" in reason
     assert "simpletuner-t[formats]" in reason
@@ -57,7 +58,7 @@ def test_scan_folder_tells_masks_and_files_of_other_kinds_apart_from_images(tmp_
     masks = ("a-masklabel.png", "a-condlabel.PNG", "sub/b-MASKLABEL.png", "sub/_controls/b.depth.jpg")
     others = ("._hidden.json", "a.json", "a.npz", "metadata.jsonl", "noextension")
     touch(tmp_path, "a.png", "sub/b.png", "c.psd", "c.svg", *masks, *others)
-    scan = scan_folder(tmp_path)
+    scan = scan_source(LocalFolder(tmp_path))
     assert [file.name for file in scan.images] == ["a.png", "sub/b.png"]
     assert sorted(scan.conditioning) == sorted(masks)
     assert [name for name, _ in scan.unread] == ["c.psd", "c.svg"]
@@ -68,7 +69,11 @@ def test_orphans_are_caption_files_without_an_image(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "a.txt", "a.png.txt", "b.psd", "b.txt", "c.txt", "sub/a.txt", "d.caption")
     (tmp_path / "gone.jpg").symlink_to("nowhere")
     touch(tmp_path, "gone.txt")
-    assert [file.name for file in scan_folder(tmp_path).orphans()] == ["c.txt", "d.caption", "sub/a.txt"]
+    assert [file.name for file in scan_source(LocalFolder(tmp_path)).orphans()] == [
+        "c.txt",
+        "d.caption",
+        "sub/a.txt",
+    ]
 
 
 def test_scan_folder_passes_over_hidden_files(tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_specials_are_skipped_with_a_reason_and_the_scan_ends(tmp_path: Path) ->
     (root / "up").symlink_to(root)
     (root / "aside").symlink_to(tmp_path / "other")
     (root / "sub" / "loop").symlink_to(root / "sub")
-    scan = scan_folder(root)
+    scan = scan_source(LocalFolder(root))
     assert [file.name for file in scan.images] == ["a.jpg", "in.jpg", "sub/b.jpg"]
     assert dict(scan.skipped) == {
         "pipe.jpg": "it is not a regular file",
@@ -143,7 +148,7 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_names_it(tmp_path: Path, 
     if kind == "file":
         touch(tmp_path, "dataset")
     with pytest.raises(DataError, match=r"dataset.*Check instance_data_dir"):
-        scan_folder(tmp_path / "dataset")
+        scan_source(LocalFolder(tmp_path / "dataset"))
 
 
 def numbered_files(folder: Path, count: int) -> Path:
@@ -156,8 +161,10 @@ def numbered_files(folder: Path, count: int) -> Path:
 @pytest.mark.reliability_row(19)
 def test_a_scan_asks_for_the_facts_of_a_file_once_and_does_not_open_it(tmp_path: Path) -> None:
     few, many = (numbered_files(tmp_path / str(count), count) for count in (10, 110))
-    scan_folder(few)  # imports what it needs
-    grown = builtin_calls(lambda: scan_folder(many)) - builtin_calls(lambda: scan_folder(few))
+    scan_source(LocalFolder(few))  # imports what it needs
+    grown = builtin_calls(lambda: scan_source(LocalFolder(many))) - builtin_calls(
+        lambda: scan_source(LocalFolder(few))
+    )
     asking = re.compile("stat|open|read|access|scandir|listdir")
     assert {name: count for name, count in grown.items() if asking.search(name)} == {"DirEntry.stat": 100}
 
@@ -165,8 +172,8 @@ def test_a_scan_asks_for_the_facts_of_a_file_once_and_does_not_open_it(tmp_path:
 @pytest.mark.reliability_row(19)
 def test_the_work_of_a_scan_grows_with_the_number_of_files_and_is_little_for_each(tmp_path: Path) -> None:
     few, many = (numbered_files(tmp_path / str(count), count) for count in (200, 2000))
-    scan_folder(few)  # imports what it needs
-    lines = [lines_run(lambda folder=folder: scan_folder(folder)) for folder in (few, many)]
+    scan_source(LocalFolder(few))  # imports what it needs
+    lines = [lines_run(lambda folder=folder: scan_source(LocalFolder(folder))) for folder in (few, many)]
     # 10^5 files are scanned in 5 s of CPU time at 50 us for each, which is 500 lines.
     assert lines[1] < 50 * 2000
     assert lines[1] < 11 * lines[0]
@@ -174,14 +181,14 @@ def test_the_work_of_a_scan_grows_with_the_number_of_files_and_is_little_for_eac
 
 def test_read_bounded_refuses_a_larger_file_a_pipe_and_a_missing_one(tmp_path: Path) -> None:
     touch(tmp_path, "a.jpg")
-    (file,) = scan_folder(tmp_path).images
+    (file,) = scan_source(LocalFolder(tmp_path)).images
     assert read_bounded(file, limit=1) == b"x"
     with pytest.raises(DataError, match="over 0 bytes"):
         read_bounded(file, limit=0)
-    file.path.unlink()
+    Path(file.place).unlink()
     with pytest.raises(DataError, match="cannot be read: No such file"):
         read_bounded(file, limit=1)
-    os.mkfifo(file.path)
+    os.mkfifo(Path(file.place))
     with pytest.raises(DataError, match="not a regular file"):
         read_bounded(file, limit=1)
 
@@ -192,5 +199,5 @@ def test_a_file_is_read_byte_by_byte_where_no_open_is_without_waiting(
     content = b"\x89PNG\r\n\x1a\n"
     (tmp_path / "a.png").write_bytes(content)
     monkeypatch.delattr(os, "O_NONBLOCK")
-    (image,) = scan_folder(tmp_path).images
+    (image,) = scan_source(LocalFolder(tmp_path)).images
     assert read_bounded(image, limit=100) == content

@@ -214,7 +214,7 @@ def test_images_that_another_process_found_damaged_are_left_out(
     data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, other, kept = (image.digest for image in data._images)
-    file = data._images[0].file.path
+    file = Path(data._images[0].file.place)
     monkeypatch.setattr(
         caches, "gather_object", lambda found: [*found, (other, "it is damaged: another process says so")]
     )

@@ -204,8 +204,8 @@ def _problem(
     if masks and dataset.alpha_mask:
         return f"{masks[0]}: an image has one mask, and alpha_mask gives another. Remove one of the keys."
     for entry in (known[each] for each in ids if each in known):
-        folder = entry.instance_data_dir
-        if folder.is_relative_to(dataset.instance_data_dir):
+        folder, images = entry.folder, dataset.folder
+        if folder is not None and images is not None and folder.is_relative_to(images):
             return (
                 f"the folder {folder} of {entry.id} lies in that of the images, which are all trained on. "
                 "Move its images."

@@ -101,10 +101,9 @@ class DatasetFile:
     """What became of every key that does not stay as it is."""
 
     def folders(self) -> dict[str, Path]:
-        """Id -> folder of the images, masks or references."""
-        images = {each.id: each.instance_data_dir for each in self.datasets}
-        masks = {each.id: each.instance_data_dir for each in self.conditioning}
-        return images | masks | {each.id: each.instance_data_dir for each in self.references}
+        """Id -> folder on this machine of the images, masks or references."""
+        entries = (*self.datasets, *self.conditioning, *self.references)
+        return {each.id: each.folder for each in entries if each.folder is not None}
 
 
 def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataConfig]) -> DatasetFile:
@@ -182,8 +181,8 @@ def _conditioning(
     if isinstance(identity, str):
         source = source.with_names(id=identity)
     read, found = read_conditioning(known, source, conditions=conditions)
-    if read is not None:
-        _check_images(read.instance_data_dir, source)
+    if read is not None and read.folder is not None:
+        _check_images(read.folder, source)
     return read, [*decisions, *found]
 
 
@@ -310,8 +309,8 @@ def _chosen(entries: list[TextCacheEntry], source: Source) -> TextCacheEntry:
 
 
 def _check_folder(dataset: DatasetConfig, source: Source) -> None:
-    folder = dataset.instance_data_dir
-    if not _check_images(folder, source):
+    folder = dataset.folder
+    if folder is None or not _check_images(folder, source):
         return
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):

@@ -255,7 +255,12 @@ def input_file(value: object, info: ValidationInfo) -> Path:
     return path
 
 
-def _folder(value: object, info: ValidationInfo) -> Path:
+def input_folder(value: object, info: ValidationInfo) -> Path:
+    """The absolute path of an existing folder.
+
+    Raises:
+        ValueError: There is none.
+    """
     path = _existing(value, info)
     if not path.is_dir():
         raise ValueError("is a file. Give the path of a folder.")
@@ -323,7 +328,7 @@ OptionalWhole = Annotated[Whole | None, BeforeValidator(none_word)]
 OptionalText = Annotated[str | None, BeforeValidator(_empty_to_none)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 InputFile = Annotated[Path, BeforeValidator(input_file)]
-InputFolder = Annotated[Path, BeforeValidator(_folder)]
+InputFolder = Annotated[Path, BeforeValidator(input_folder)]
 OutputPath = Annotated[Path, BeforeValidator(_output)]
 InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_in_list)]
 OptionalInputFile = Annotated[InputFile | None, BeforeValidator(none_word)]

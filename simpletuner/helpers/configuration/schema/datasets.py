@@ -12,7 +12,6 @@ from simpletuner.helpers.choices.captions import CAPTION_SOURCES
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
 from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
-    InputFolder,
     Names,
     NonNegativeNumber,
     OneOf,
@@ -23,11 +22,11 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalShare,
     OptionalText,
     PositiveNumber,
-    Section,
     Share,
     contradiction,
 )
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
+from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.made_references import MadeReferences
 from simpletuner.helpers.configuration.schema.values import is_off
 
@@ -107,19 +106,15 @@ def _listed(value: object) -> object:
 CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
 
 
-class DatasetConfig(Section):
+class DatasetConfig(ImagePlace):
     """A folder of images, with captions, size and repeats."""
 
     id: Annotated[str, BeforeValidator(_folder_name)]
     """Name of the dataset and of its cache folder, unique in the file."""
-    type: Literal["local"] = "local"
-    """Place of the images: local, a folder on this machine."""
     dataset_type: Literal["image"] = "image"
     """image, or text_embeds for an entry that only names the text cache (`cache_dir`)."""
     disabled: bool = False
     """Skip the entry without checks."""
-    instance_data_dir: InputFolder
-    """Folder of the images, with its subfolders; only read."""
     cache_dir_vae: OptionalOutputPath = None
     """Folder of cached latents. Default: the dataset's id below `cache_dir_vae` of config.json."""
     resolution: PositiveNumber = 1024.0

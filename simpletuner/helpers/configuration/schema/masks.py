@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from simpletuner.helpers.configuration.schema.base import InputFolder, Section, Share
+from simpletuner.helpers.configuration.schema.base import Section, Share
+from simpletuner.helpers.configuration.schema.image_places import ImageFolder, ImagePlace
 
 ConditioningType = Literal["mask", "segmentation"]
 
@@ -20,7 +21,7 @@ class MaskConfig(Section):
     """Fraction of samples to which masks of conditioning_type segmentation apply; the others train whole."""
 
 
-class ConditioningConfig(Section):
+class ConditioningConfig(ImagePlace):
     """An entry whose images condition those of another one: its masks. They are never trained on.
 
     An image and its mask have the same path in their folders, without the suffix, and the same aspect ratio.
@@ -30,8 +31,6 @@ class ConditioningConfig(Section):
     id: str
     """Name of the entry. The entry of the images gives it as `conditioning_data`, or this one gives theirs as
     `source_dataset_id`."""
-    type: Literal["local"] = "local"
-    """Place of the masks: local, a folder on this machine."""
     dataset_type: Literal["conditioning"] = "conditioning"
     """conditioning, or left out."""
     disabled: bool = False
@@ -39,5 +38,5 @@ class ConditioningConfig(Section):
     conditioning_type: ConditioningType
     """mask, the red channel weights the loss, black 0 and white 1; segmentation, the weight is 1 where the
     mean of the three channels in a cell of the latents is above mid grey, and 0 elsewhere."""
-    instance_data_dir: InputFolder
+    instance_data_dir: ImageFolder
     """Folder of the masks, with its subfolders; only read. Not in the folder of the images."""

@@ -7,7 +7,6 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import BeforeValidator, model_validator
 
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
-from simpletuner.helpers.configuration.schema.base import InputFolder, Section
 from simpletuner.helpers.configuration.schema.captions import ReferenceCaptions
 from simpletuner.helpers.configuration.schema.datasets import (
     BUCKETED_ASPECTS,
@@ -16,12 +15,13 @@ from simpletuner.helpers.configuration.schema.datasets import (
     american,
     without_buckets,
 )
+from simpletuner.helpers.configuration.schema.image_places import ImageFolder, ImagePlace
 
 ReferenceType = Literal["reference_strict", "reference_loose"]
 REFERENCE_TYPES: frozenset[str] = frozenset(get_args(ReferenceType))
 
 
-class ReferenceConfig(Section):
+class ReferenceConfig(ImagePlace):
     """An entry of reference images: a denoiser that edits sees one beside each image of a dataset.
 
     They are never trained on. An image and its reference have the same path in their folders, without the
@@ -31,8 +31,6 @@ class ReferenceConfig(Section):
     id: str
     """Name of the entry. The entry of the images gives it in `conditioning_data`, or this one gives theirs as
     `source_dataset_id`."""
-    type: Literal["local"] = "local"
-    """Place of the references: local, a folder on this machine."""
     dataset_type: Literal["conditioning"] = "conditioning"
     """conditioning, or left out."""
     disabled: bool = False
@@ -40,7 +38,7 @@ class ReferenceConfig(Section):
     conditioning_type: ReferenceType
     """reference_strict, a reference has the aspect ratio of its image and gets its resize and crop;
     reference_loose, it has any size and is cut by itself, at the resolution of the images."""
-    instance_data_dir: InputFolder
+    instance_data_dir: ImageFolder
     """Folder of the references, with its subfolders; only read. Not in the folder of the images."""
     captions: ReferenceCaptions = ()
     """Caption of the images where this entry is their reference, instead of their own: a text, or a list of

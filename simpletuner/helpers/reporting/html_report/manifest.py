@@ -111,7 +111,7 @@ def _dataset(config: DatasetConfig, data: TrainingData) -> dict[str, Any]:
     originals = sorted({sample.original_px for sample in samples}, key=lambda size: size.height * size.width)
     return {
         "id": config.id,
-        "folder": str(config.instance_data_dir),
+        "folder": config.place,
         "images": len(samples),
         "without_caption": sum(not sample.caption for sample in samples),
         "distinct_captions": len({sample.caption for sample in samples if sample.caption}),

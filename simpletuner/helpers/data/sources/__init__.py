@@ -1,0 +1,1 @@
+"""Places of images: folders, storage, tables and archives."""

@@ -1,0 +1,30 @@
+"""The source of an entry of the dataset json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
+from simpletuner.helpers.configuration.schema.image_places import ImagePlace
+from simpletuner.helpers.data.sources.base import ImageSource, Scan, scan_source
+
+
+def open_source(entry: ImagePlace) -> ImageSource[Any]:
+    """The source that holds the images of an entry.
+
+    Raises:
+        MissingDependencyError: Its optional package is not installed.
+        DataError: It cannot be reached.
+    """
+    source: ImageSource[Any] = IMAGE_SOURCES[entry.source].load()(entry)
+    return source
+
+
+def scan_entry(entry: ImagePlace) -> Scan:
+    """Find the images and text files of an entry of the dataset json.
+
+    Raises:
+        MissingDependencyError: An optional package is not installed.
+        DataError: The source cannot be read.
+    """
+    return scan_source(open_source(entry))
