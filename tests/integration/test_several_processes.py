@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMA_ADAPTER_FILE, checkpoint_folders
+from tests.integration.family_runs import FLUX
 from tests.integration.processes import start, start_ranks, wait_for_all
-from tests.integration.tiny_runs import TinyRun
+from tests.integration.tiny_runs import TLORA, TinyRun
 
 SCRIPT = """
 import json, os, sys
@@ -138,11 +140,16 @@ def test_each_process_opens_the_ranks_of_its_own_samples(runs: tuple[TinyRun, Ti
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, TinyRun]:
-    """Three steps with every weight shared out over two processes, stopped after two; and on one process."""
+    """Three steps with every weight shared out over two processes, stopped after two; and on one process.
+
+    Of the layers of rank 1 the second process has no part.
+    """
     folder = tmp_path_factory.mktemp("sharded")
+    ranks = {"name_algo_map": {".*to_k$": {"linear_dim": 1, "linear_alpha": 1, "tlora_min_rank": 1}}}
+    lycoris = {**TLORA, "apply_preset": {"target_module": ["Attention"], **ranks}}
     keys = {"lr_scheduler": "constant", "optimizer_config": "eps=1e-3", "gradient_checkpointing": True}
     keys |= {"use_ema": True}
-    two, one = TinyRun(folder / "two", num_images=4), TinyRun(folder / "one", num_images=4)
+    two, one = (TinyRun(folder / name, lycoris=lycoris, num_images=4) for name in ("two", "one"))
     for steps in (2, 3):
         train(two, num_processes=2, before=ON_CPU_TOO, train_batch_size=1, max_train_steps=steps, **keys)
     train(one, num_processes=1, train_batch_size=2, max_train_steps=3, **keys)
@@ -202,3 +209,44 @@ def test_two_processes_train_the_text_encoders_that_one_trains(tmp_path: Path) -
     assert max(float((expected[key] - start[key]).abs().max()) for key in moved) > 1e-5
     for key, tensor in expected.items():
         torch.testing.assert_close(end[key], tensor, rtol=0, atol=1e-7)
+
+
+PAIRS: dict[str, object] = {
+    "model_flavour": "kontext",
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "optimizer_config": "eps=1e-3",
+    "validation_prompt": None,
+}
+
+
+def save_pairs(run: TinyRun) -> None:
+    """Four images, each with a reference of its own in each of two entries, of which one is drawn."""
+    entries = []
+    for name, first in (("after", 0), ("before", 40), ("other", 80)):
+        folder = run.folder / name
+        folder.mkdir()
+        for number in range(4):
+            Image.new("RGB", (64, 64), (first + 20 * number, 200 - first, 10 * number)).save(
+                folder / f"{number}.png"
+            )
+        entries.append({"id": name, "instance_data_dir": str(folder)})
+    entries[0] |= {"conditioning_data": ["before", "other"], "caption_strategy": "filename"}
+    for entry in entries[1:]:
+        entry["conditioning_type"] = "reference_strict"
+    run.keys["data_backend_config"] = entries
+
+
+def test_two_processes_train_the_pairs_that_one_trains(tmp_path: Path) -> None:
+    runs = {number: FLUX.run(tmp_path / str(number)) for number in (1, 2)}
+    for number, run in runs.items():
+        save_pairs(run)
+        size = 2 // number
+        train(run, num_processes=number, train_batch_size=size, max_train_steps=2, **PAIRS)
+    start, end, expected = (
+        tensors(runs[number], name) for number, name in ((1, "start-0"), (2, "end-0"), (1, "end-0"))
+    )
+    assert any(not torch.equal(start[key], tensor) for key, tensor in expected.items())
+    for key, tensor in expected.items():
+        torch.testing.assert_close(end[key], tensor, rtol=0, atol=1e-7)
+        assert torch.equal(end[key], tensors(runs[2], "end-1")[key])

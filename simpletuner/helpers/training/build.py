@@ -263,9 +263,14 @@ def prepare(
     if config.model.is_full and accelerator.distributed_type == DistributedType.FSDP:
         return denoiser, accelerator.prepare_optimizer(optimizer, device_placement=False)
     placement = [not config.precision.enable_group_offload, False]
+    # accelerate looks parameters up by their address, which all empty shards share: of a rank below the
+    # number of processes.
+    parameters = [[*group["params"]] for group in optimizer.param_groups]
     prepared: tuple[nn.Module, AcceleratedOptimizer] = accelerator.prepare(
         denoiser, optimizer, device_placement=placement
     )
+    for group, own in zip(optimizer.param_groups, parameters, strict=True):
+        group["params"] = own
     return prepared
 
 
