@@ -19,6 +19,10 @@ class DataError(SimpleTunerError):
     """An image, a caption or a cache entry is unusable."""
 
 
+class UnreachableError(SimpleTunerError):
+    """A place of images does not answer, after several attempts."""
+
+
 class DamagedImageError(DataError):
     """The pixels of an image cannot be decoded, or only in part; the message does not name the file."""
 

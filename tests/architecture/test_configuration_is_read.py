@@ -25,13 +25,8 @@ READ_WHILE_LOADING: dict[str, str] = {
     "NoiseConfig.timestep_bias_end": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_portion": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_strategy": "read through biased_timesteps",
-    **dict.fromkeys(
-        (f"{each}.instance_data_dir" for each in ("ImagePlace", "ConditioningConfig", "ReferenceConfig")),
-        "read through ImagePlace.folder and ImagePlace.place",
-    ),
     "RunConfig.decisions": "read through translation_lines",
     "TextCacheEntry.cache_dir": _OPENED,
-    "TrainingConfig.num_train_epochs": "read through TrainingConfig.planned_steps",
     "TrackingConfig.webhook_config": _OPENED,
     "PublishingConfig.model_card_safe_for_work": "read from the resolved configuration, as the command does",
     "TextCacheEntry.default": "has one value; the key is accepted because users' files have it",

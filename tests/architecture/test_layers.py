@@ -53,7 +53,7 @@ PLACES = {
     "peft": ("helpers/adapters/",),
     "fsspec": ("helpers/io/",),
     "filelock": ("helpers/io/",),
-    "huggingface_hub": ("helpers/models/", "helpers/publishing/"),
+    "huggingface_hub": ("helpers/models/", "helpers/publishing/", "helpers/data/sources/hub.py"),
     "pydantic": ("helpers/configuration/",),
     "yaml": ("helpers/configuration/migration/", "helpers/publishing/"),
     "typer": ("cli.py", "cli_cache.py", "cli_files.py", "cli_options.py"),

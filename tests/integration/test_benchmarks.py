@@ -23,6 +23,7 @@ SCRIPTS = [
     "bench_merging",
     "bench_losses",
     "bench_memory",
+    "bench_tar",
 ]
 
 

@@ -54,6 +54,8 @@ class TinyRun:
     lycoris: dict[str, object] = field(default_factory=lambda: dict(TLORA))
     num_images: int = 3
     keys: dict[str, object] = field(default_factory=dict)
+    entry: dict[str, object] = field(default_factory=dict)
+    """The dataset's entry, if it is not the folder of images."""
 
     def __post_init__(self) -> None:
         images = self.folder / "images"
@@ -91,8 +93,8 @@ class TinyRun:
             **self.keys,
             **overrides,
         }
-        dataset = [{"id": "pictures", "type": "local", "instance_data_dir": str(self.folder / "images")}]
-        (self.folder / "data.json").write_text(json.dumps(dataset))
+        entry = self.entry or {"type": "local", "instance_data_dir": str(self.folder / "images")}
+        (self.folder / "data.json").write_text(json.dumps([{"id": "pictures", **entry}]))
         (self.folder / "lycoris.json").write_text(json.dumps(self.lycoris))
         (self.folder / "config.json").write_text(json.dumps(keys))
         return load_config(self.folder / "config.json", families=registry.specs())

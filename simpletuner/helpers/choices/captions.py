@@ -41,6 +41,12 @@ CAPTION_SOURCES = Registry(
         build=f"{_CAPTIONS}:InstancePromptCaptions",
         needs_instance_prompt=True,
     ),
+    CaptionSource(
+        name="table",
+        summary="Columns of the table or dataset that holds the images, or of the table that parquet names.",
+        aliases=("parquet", "csv", "jsonl", "huggingface"),
+        build="simpletuner.helpers.data.table_captions:TableCaptions",
+    ),
 )
 
 

@@ -15,6 +15,10 @@ class ImageSourceChoice(Choice):
     """Schemes of URLs in instance_data_dir that pick it by themselves."""
     needs_folder: bool = False
     """Whether instance_data_dir is a folder on this machine, which must hold an image."""
+    holds_archives: bool = False
+    """Whether instance_data_dir names tar archives, in a folder or at a URL that another record opens."""
+    holds_rows: bool = False
+    """Whether its images are rows of a table, which may hold their captions too."""
 
 
 _SOURCES = "simpletuner.helpers.data.sources"
@@ -25,5 +29,26 @@ IMAGE_SOURCES = Registry(
         summary="A folder on this machine.",
         build=f"{_SOURCES}.local:local_folder",
         needs_folder=True,
+    ),
+    ImageSourceChoice(
+        name="webdataset",
+        summary="Tar archives.",
+        build=f"{_SOURCES}.tar:tar_archives",
+        holds_archives=True,
+    ),
+    ImageSourceChoice(
+        name="table",
+        summary="The rows of a csv, jsonl or parquet file: paths, URLs or bytes of images.",
+        aliases=("csv", "tsv", "jsonl", "parquet"),
+        build=f"{_SOURCES}.rows:table_rows",
+        holds_rows=True,
+    ),
+    ImageSourceChoice(
+        name="huggingface",
+        summary="A split of a dataset of the Hugging Face hub, or of such a dataset on this machine.",
+        build=f"{_SOURCES}.hub:hub_rows",
+        package="datasets",
+        extra="datasets",
+        holds_rows=True,
     ),
 )

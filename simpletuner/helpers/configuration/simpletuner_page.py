@@ -78,6 +78,8 @@ they are what they are there; without it `validate` and the start of a run say s
 _TITLES: dict[File, str] = {
     "config.json": "config.json",
     "dataset": "Dataset json, entries of images",
+    "huggingface": "huggingface of the dataset json",
+    "parquet": "parquet of the dataset json",
     "text_embeds": "Dataset json, entries of text embeds",
     "lycoris": "Lycoris json",
     "apply_preset": "apply_preset of the lycoris json",

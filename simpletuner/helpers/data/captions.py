@@ -51,6 +51,16 @@ class CaptionReader(ABC):
         self.further_suffixes = further_suffixes
         self.caption_lines = caption_lines
 
+    @staticmethod
+    def completed(scan: Scan, config: DatasetConfig) -> Scan:
+        """The scan with what the source reads elsewhere.
+
+        Raises:
+            DataError: It cannot be read.
+        """
+        del config
+        return scan
+
     def caption_files(self, image: FoundFile) -> list[FoundFile]:
         """The source's files beside an image, in the order in which they are preferred.
 
@@ -139,12 +149,13 @@ def caption_reader(config: DatasetConfig, scan: Scan) -> CaptionReader:
     """The caption source of a dataset.
 
     Raises:
+        DataError: It cannot be read.
         MissingDependencyError: The source's optional package is not installed.
     """
     source = CAPTION_SOURCES[strategy_of(config, scan)]
     reader: type[CaptionReader] = source.load()
     return reader(
-        scan,
+        reader.completed(scan, config),
         suffix=source.suffix,
         instance_prompt=shortened((config.instance_prompt or "").strip()),
         further_suffixes=source.further_suffixes,
@@ -169,6 +180,8 @@ def strategy_of(config: DatasetConfig, scan: Scan) -> str:
         return "instanceprompt"
     if config.caption_strategy is not None:
         return config.caption_strategy
+    if config.parquet is not None or scan.texts is not None:
+        return "table"
     if any(text_files_beside(image, scan) for image in scan.images):
         return "textfile"
     return "instanceprompt" if config.instance_prompt and not config.prepend_instance_prompt else "filename"

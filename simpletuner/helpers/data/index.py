@@ -102,6 +102,11 @@ class ImageIndex:
         self._known = _read(file)
         self._current = _Entries()
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the latents, in which its file lies."""
+        return self._file.parent
+
     def info(self, image: FoundFile) -> ImageInfo:
         """Look an image up, or read and inspect it."""
         started_ns = time.time_ns()

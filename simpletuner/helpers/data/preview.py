@@ -97,7 +97,7 @@ def preview(
     Raises:
         DataError: The folder cannot be read.
     """
-    scan = scan_entry(config)
+    scan = scan_entry(config, cache=data.latents_folder(config))
     reader = caption_reader(config, scan)
     index = ImageIndex(index_file(data.latents_folder(config), config))
     found = list(islice(candidates(config, scan, seed), config.max_num_samples))

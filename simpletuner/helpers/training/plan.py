@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import limit_problem
-from simpletuner.helpers.data.conditioning import entries_of
+from simpletuner.helpers.data.conditioning import Entry, entries_of
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
@@ -53,6 +53,7 @@ FEWEST_TLORA_STEPS = 100
 MOST_REPEATS = 999
 """A larger number before a folder's name is a year."""
 _SHOWN_BUCKETS = 6
+_UNSEEN = "downloaded by the run or by validate --data, and not checked before"
 
 
 def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -> Iterator[str]:
@@ -61,13 +62,16 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     Args:
         config: The run.
         spec: Its family.
-        reads_all: Read the headers of all images, not of the first 2,000.
+        reads_all: Read the headers of all images, not of the first 2,000, and download datasets of the hub.
 
     Raises:
         DataError: A dataset's folder cannot be read, no caption has tags to shuffle, or there are too many
             variants of captions.
         ModelError: A local model's file is no safetensors file.
     """
+    entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
+    active = [each for each in config.datasets if each.dataset_type == "image"]
+    unseen = [] if reads_all else [each for each in active if _needs_download(each, entries)]
     previews = [
         preview(
             dataset,
@@ -75,13 +79,13 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
             alignment=config.data.alignment(spec.pixel_alignment),
             seed=config.training.seed,
             reads_all=reads_all,
-            conditioning=entries_of(dataset, (*config.conditioning, *config.references)),
+            conditioning=entries_of(dataset, entries),
         )
-        for dataset in config.datasets
-        if dataset.dataset_type == "image"
+        for dataset in active
+        if dataset not in unseen
     ]
     _refuse(previews)
-    batches = batches_per_epoch(config, previews)
+    batches = 0 if unseen else batches_per_epoch(config, previews)
     trained = (
         ("weights", _whole_model(config, spec))
         if config.model.is_full
@@ -92,6 +96,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("encoders", _text_encoders(config)))
     for each in previews:
         rows += _dataset(each)
+    rows += [("images", f"{each.id}: {each.place}, {_UNSEEN}") for each in unseen]
     rows += [
         ("steps", _steps(config, previews, batches=batches)),
         ("validation", _validation(config, batches=batches)),
@@ -107,8 +112,14 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     draws = slider_draws(_buckets(config, previews), batch_size=config.training.train_batch_size)
     problems += slider_problems(draws)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
-    for text in (*problems, *warnings_of(config, spec, batches=batches), *_only_before(config, spec)):
+    if not unseen or config.training.max_train_steps is not None:  # else the number of steps is unknown
+        problems += warnings_of(config, spec, batches=batches)
+    for text in (*problems, *_only_before(config, spec)):
         yield f"  warning     {text}"
+
+
+def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
+    return any(each.needs_download for each in (dataset, *entries_of(dataset, entries)))
 
 
 def _refuse(previews: Sequence[DatasetPreview]) -> None:
@@ -470,11 +481,15 @@ def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, batches: in
     training = config.training
     steps = training.planned_steps(batches_per_epoch=batches)
     about = "" if all(each.is_whole for each in previews) else "about "
+    if not batches and training.max_train_steps is None:
+        return f"{counted(training.num_train_epochs, 'epoch')} of an unknown number of images"
     per_step = training.train_batch_size * training.gradient_accumulation_steps
     epochs = steps * training.gradient_accumulation_steps / batches if batches else 0
     number = f"{epochs:,.1f}".removesuffix(".0")
     noun = "epoch" if number == "1" else "epochs"
     passes = f"{about}{number} {noun} of {counted(batches, 'batch', 'batches')}"
+    if not batches:
+        passes = "an unknown number of epochs"
     return f"{counted(steps, 'step')} of {counted(per_step, 'image')} on each process; {passes}"
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
+from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
 from simpletuner.helpers.configuration.loading.conditioning import (
     CAPTIONS,
@@ -24,6 +25,7 @@ from simpletuner.helpers.configuration.loading.conditioning import (
     read_conditioning,
 )
 from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.row_entries import unnested
 from simpletuner.helpers.configuration.loading.translation import (
     File,
     rename_keys,
@@ -33,9 +35,12 @@ from simpletuner.helpers.configuration.loading.translation import (
 from simpletuner.helpers.configuration.schema.base import OutputPath, Section, takes_empty_text
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import REFERENCE_TYPES, ReferenceConfig
+from simpletuner.helpers.configuration.schema.row_keys import HUB
 from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.configuration.schema.tar_places import is_tar
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.configuration.text.decisions import Decision
 from simpletuner.helpers.io.names import counted
@@ -182,7 +187,7 @@ def _conditioning(
         source = source.with_names(id=identity)
     read, found = read_conditioning(known, source, conditions=conditions)
     if read is not None and read.folder is not None:
-        _check_images(read.folder, source)
+        _check_images(read, read.folder, source)
     return read, [*decisions, *found]
 
 
@@ -202,7 +207,7 @@ def _image_dataset(
         source.reject("id", values["id"], f"is conditioning_data of {owners[0]}: {_NO_TARGET}")
         return None, []
     values = dict(values)
-    for key in ("cache_dir", "default"):
+    for key in ("default",) if values.get("type") == HUB else ("cache_dir", "default"):
         if _SWITCHES.get(str(values.pop(key, False)).strip().lower()) is not False:
             advice = "Use cache_dir_vae." if key == "cache_dir" else "Remove it."
             source.add(key, f"belongs to an entry with dataset_type text_embeds. {advice}")
@@ -216,7 +221,9 @@ def _image_dataset(
         source = source.with_names(id=identity)
         if "cache_dir_vae" in inherited:
             complete.setdefault("cache_dir_vae", str(Path(str(inherited["cache_dir_vae"])) / identity))
-    placeholders = {"id": "?", "instance_data_dir": os.curdir}
+    placeholders = {"id": "?"}
+    if complete.get("type", "local") == "local":
+        placeholders["instance_data_dir"] = os.curdir
     built = build(DatasetConfig, complete, source, placeholders=placeholders)
     if dataset := built.if_valid("instance_data_dir"):
         _check_folder(dataset, source)
@@ -260,7 +267,8 @@ def _translations(
     """The values of an entry, of text embeds or of images, in our names, and what became of the others."""
     section: type[Section] = TextCacheEntry if is_text else DatasetConfig
     file: File = "text_embeds" if is_text else "dataset"
-    renamed = rename_keys(file, values.items())
+    flat, unnesting = (values, []) if is_text else unnested(values)
+    renamed = rename_keys(file, flat.items())
     own = {*section.model_fields, *(() if is_text else (TYPE, OWNER, CAPTIONS))}
     translation = translate_values(
         file,
@@ -274,7 +282,7 @@ def _translations(
         context=Context({**inherited, **renamed.values}),
         takes_empty=lambda key: takes_empty_text(section, key),
     )
-    return translation.values, [*renamed.decisions, *translation.decisions]
+    return translation.values, [*unnesting, *renamed.decisions, *translation.decisions]
 
 
 def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCacheEntry, list[Decision]]:
@@ -310,7 +318,7 @@ def _chosen(entries: list[TextCacheEntry], source: Source) -> TextCacheEntry:
 
 def _check_folder(dataset: DatasetConfig, source: Source) -> None:
     folder = dataset.folder
-    if folder is None or not _check_images(folder, source):
+    if folder is None or not _check_images(dataset, folder, source):
         return
     cache = dataset.cache_dir_vae
     if cache is not None and cache.is_relative_to(folder):
@@ -318,12 +326,12 @@ def _check_folder(dataset: DatasetConfig, source: Source) -> None:
         source.reject("cache_dir_vae", str(cache), text)
 
 
-def _check_images(folder: Path, source: Source) -> bool:
+def _check_images(entry: ImagePlace, folder: Path, source: Source) -> bool:
     """Note what is wrong with the folder of an entry; whether it can be read."""
     if not os.access(folder, os.R_OK | os.X_OK):
         source.reject("instance_data_dir", str(folder), "cannot be read. Change its permissions.")
         return False
-    if reason := _without_images(folder):
+    if IMAGE_SOURCES[entry.source].needs_folder and (reason := _without_images(folder)):
         source.reject("instance_data_dir", str(folder), reason)
     return True
 
@@ -332,10 +340,12 @@ def _without_images(folder: Path) -> str | None:
     """The error message for a folder without an image that can be read; None for every other folder."""
     readable, unread = image_suffixes(), unread_suffixes()
     reasons: Counter[str] = Counter()
+    num_archives = 0
     for parent, folders, names in os.walk(folder):
         folders[:] = [each for each in folders if not each.startswith(".")]
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
+            num_archives += is_tar(name)
             if name.startswith(".") or (suffix not in readable and suffix not in unread):
                 continue
             if conditioned_stem(f"{os.path.basename(parent)}/{name}") is not None:
@@ -348,4 +358,6 @@ def _without_images(folder: Path) -> str | None:
         f" It holds {counted(number, 'image that is', 'images that are')} {reason}."
         for reason, number in reasons.items()
     )
+    if num_archives:
+        found += f' It holds {counted(num_archives, "tar archive")}: "type": "webdataset" trains from them.'
     return f"holds no image ({', '.join(sorted(readable))}).{found} Put images there or correct the path."

@@ -56,7 +56,7 @@ def _repository(name: str) -> str:
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "model_type": ("embedding controlnet ip-adapter", "Use lora or full."),
-    "type": ("aws huggingface csv parquet s3", "Copy the data to a folder and use local."),
+    "type": ("aws s3 webshart memory", "Copy the data to a folder and use local."),
     "dataset_type": (
         "eval video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',
@@ -67,7 +67,7 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
         'others is not supported: remove the entry, or set "disabled": true in it.',
     ),
     "caption_strategy": (
-        "parquet csv huggingface",
+        "webshart",
         f"Write each caption into a text file beside its image. {_use('caption_strategy')}",
     ),
     "crop_style": ("face", "Use center, random or corner."),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.schema.values import is_off
 from simpletuner.helpers.contracts import ModelSpec
@@ -97,6 +98,12 @@ def _is_given_as_standard(_key: str, context: Context) -> bool:
     return context.text("lora_type") == "standard"
 
 
+def _has_other_captions(_key: str, context: Context) -> bool:
+    record = CAPTION_SOURCES.named(context.values.get("caption_strategy"))
+    has_prompt = context.is_on("only_instance_prompt")
+    return has_prompt or (record is not None and record.name != "table")
+
+
 def _names_no_model(_key: str, context: Context) -> bool:
     return not context.is_on("pretrained_model_name_or_path")
 
@@ -132,6 +139,7 @@ RELATIONS: Mapping[str, Callable[[str, Context], bool]] = MappingProxyType(
         "lr_scheduler polynomial": _is_polynomial,
         "lora_type standard": _is_standard,
         "lora_type given as standard": _is_given_as_standard,
+        "captions from elsewhere": _has_other_captions,
         "without a model or its flavour": _names_no_model,
         "with validation images": _has_prompts,
         "a dataset without caption_strategy": _lacks_caption_strategy,

@@ -28,7 +28,8 @@ from simpletuner.helpers.configuration.text.decisions import Decision, Outcome
 from simpletuner.helpers.configuration.text.problems import shown, unknown_key
 from simpletuner.helpers.contracts import Size
 
-File = Literal["config.json", "dataset", "text_embeds", "lycoris", "apply_preset"]
+File = Literal["config.json", "dataset", "huggingface", "parquet", "text_embeds", "lycoris", "apply_preset"]
+"""Kinds of files, and of entries and objects within them."""
 _ONE_MEGAPIXEL = 1024
 OFF = "Off, as here."
 """What becomes of a key that is not supported here, at a value that asks for nothing."""
@@ -272,7 +273,9 @@ def _of_unowned(
 
 
 def _table_of(file: File) -> Table:
-    return "dataset" if file == "text_embeds" else file
+    if file == "text_embeds" or file == "huggingface" or file == "parquet":
+        return "dataset"
+    return file
 
 
 def _respelt(

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
 from simpletuner.helpers.configuration.schema.base import (
     CountOrZero,
@@ -28,6 +29,7 @@ from simpletuner.helpers.configuration.schema.base import (
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.made_references import MadeReferences
+from simpletuner.helpers.configuration.schema.row_keys import RowCaptionKeys
 from simpletuner.helpers.configuration.schema.values import is_off
 
 ResolutionType = Literal["pixel", "area", "pixel_area"]
@@ -106,7 +108,7 @@ def _listed(value: object) -> object:
 CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
 
 
-class DatasetConfig(ImagePlace):
+class DatasetConfig(RowCaptionKeys, ImagePlace):
     """A folder of images, with captions, size and repeats."""
 
     id: Annotated[str, BeforeValidator(_folder_name)]
@@ -145,8 +147,9 @@ class DatasetConfig(ImagePlace):
     """Width / height of the crops with closest and random: numbers, which random draws evenly, or objects
     {"aspect", "weight"}, whose weights sum to 1."""
     caption_strategy: CaptionStrategy | None = None
-    """Source of captions. null takes textfile if text files lie beside images, else instanceprompt if
-    instance_prompt is set without prepend_instance_prompt, else filename. Default: config.json's."""
+    """Source of captions. null takes table if a table holds captions, else textfile if text files lie beside
+    images, else instanceprompt if instance_prompt is set without prepend_instance_prompt, else filename.
+    Default: config.json's."""
     caption_lines: CaptionLines = "choose"
     """Lines of a text file: choose, each line is a caption and one is drawn each time; first, the first line
     is the caption; whole, the text is one caption. A JSON object or array is always whole. SimpleTuner's
@@ -202,6 +205,13 @@ class DatasetConfig(ImagePlace):
         return self.caption_shuffle.enable or self.caption_shuffle.keep_separator is not None
 
     @property
+    def needs_row_captions(self) -> bool:
+        """Whether the rows that are the images must hold captions."""
+        has_prompt = self.instance_prompt is not None and not self.prepend_instance_prompt
+        is_asked = self.caption_strategy == "table" or (self.caption_strategy is None and not has_prompt)
+        return is_asked and not self.only_instance_prompt
+
+    @property
     def crops_to_buckets(self) -> bool:
         """Whether the shape of a crop comes from crop_aspect_buckets."""
         return self.crop and self.crop_aspect in BUCKETED_ASPECTS
@@ -231,6 +241,25 @@ class DatasetConfig(ImagePlace):
                 "remove it and maximum_image_size.",
                 "resolution",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _finds_captions(self) -> Self:
+        has_rows, strategy = IMAGE_SOURCES[self.source].holds_rows, self.caption_strategy
+        if has_rows and self.parquet is not None:
+            text = "names captions of other images; rows hold theirs in caption_column. Remove it."
+            raise contradiction("parquet", text)
+        if strategy == "table" and not has_rows and self.parquet is None:
+            text = (
+                "captions come from a table, and none is named. Set parquet, with path, filename_column and "
+            )
+            raise contradiction("caption_strategy", f'"table": {text}caption_column.', "parquet")
+        if strategy == "textfile" and has_rows:
+            text = "no files lie beside rows of a table. Use table, instanceprompt or filename."
+            raise contradiction("caption_strategy", f'"textfile": {text}')
+        if self.streaming and self.max_num_samples is None:
+            text = "a stream is taken up to max_num_samples rows. Set that, or remove streaming."
+            raise contradiction("max_num_samples", f"required by streaming: {text}", "streaming")
         return self
 
     @model_validator(mode="after")

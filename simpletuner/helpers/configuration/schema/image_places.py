@@ -5,42 +5,69 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, ValidationInfo
+from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
-from simpletuner.helpers.configuration.schema.base import OneOf, Section, input_folder
+from simpletuner.helpers.configuration.schema.base import OneOf, Section
+from simpletuner.helpers.configuration.schema.row_keys import RowKeys
+from simpletuner.helpers.configuration.schema.tar_places import check_names, tar_place
 from simpletuner.helpers.io.names import printable
 
 
-def _image_folder(value: object, info: ValidationInfo) -> Path | str:
-    """A folder on this machine, or a URL of a known scheme."""
+def _image_folder(value: object, info: ValidationInfo) -> Path | str | None:
+    """A folder on this machine, a URL of a known scheme, or the place of tar archives.
+
+    None for a source that needs none of them.
+    """
+    record = IMAGE_SOURCES[info.data.get("type", "local")]
+    if value is None:
+        if not record.holds_rows:
+            raise PydanticCustomError("missing", "required")
+        return None
     if not isinstance(value, str) or "://" not in value:
-        return input_folder(value, info)
+        place = tar_place(value, info)
+        if isinstance(place, str) and not record.holds_archives:
+            raise ValueError('is a tar archive. Set "type": "webdataset" to train from it.')
+        return place
     scheme = value.partition("://")[0].lower()
     known = [each for record in IMAGE_SOURCES.values() for each in record.schemes]
     if scheme not in known:
         urls = f", or a URL of {', '.join(f'{each}://' for each in known)}" if known else ""
         raise ValueError(f"{scheme}:// is not supported. Give a folder on this machine{urls}.")
+    if record.holds_archives:
+        check_names(value)
     return value
 
 
-ImageFolder = Annotated[Path | str, BeforeValidator(_image_folder)]
+ImageFolder = Annotated[
+    Path | str | None, BeforeValidator(_image_folder), Field(default=None, validate_default=True)
+]
 
 
-class ImagePlace(Section):
-    """Where the images of an entry lie. They are only read."""
+class _Entry(Section):
+    """The keys by which the others are understood."""
 
     id: str
     """Name of the entry, unique in the file."""
     type: Annotated[str, OneOf(IMAGE_SOURCES)] = "local"
-    """Place of the images: local, a folder on this machine."""
+    """Place of the images: local, a folder on this machine; webdataset, tar archives; table (also csv, jsonl,
+    parquet), the rows of a file; huggingface, a dataset of the hub or in its format."""
+
+
+class ImagePlace(RowKeys, _Entry):
+    """Where the images of an entry lie. They are only read."""
+
     instance_data_dir: ImageFolder
-    """Folder of the images, with its subfolders; only read."""
+    """Folder of the images, with its subfolders; only read. With webdataset: folder of .tar archives, or
+    their path, in which {000..012} stands for numbers, {a,b} for texts and * for anything. With type table:
+    where relative paths begin; default: the table's folder."""
 
     @property
     def source(self) -> str:
-        """Name of the record in IMAGE_SOURCES: that of the URL's scheme, else `type`."""
-        if isinstance(self.instance_data_dir, Path):
+        """Name of the record in IMAGE_SOURCES: `type`, or that of a URL's scheme where images are files."""
+        record = IMAGE_SOURCES[self.type]
+        if record.holds_archives or record.holds_rows or not isinstance(self.instance_data_dir, str):
             return self.type
         scheme = self.instance_data_dir.partition("://")[0].lower()
         return next(record.name for record in IMAGE_SOURCES.values() if scheme in record.schemes)
@@ -53,4 +80,9 @@ class ImagePlace(Section):
     @property
     def place(self) -> str:
         """Where the images lie, in words for people."""
-        return printable(str(self.instance_data_dir))
+        return printable(str(self.table_file or self.dataset_name or self.instance_data_dir))
+
+    @property
+    def needs_download(self) -> bool:
+        """Whether the images may have to be downloaded before they are listed."""
+        return self.dataset_name is not None and not Path(self.dataset_name).is_absolute()

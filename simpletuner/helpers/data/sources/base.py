@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from simpletuner.helpers.choices.captions import caption_suffixes
@@ -15,6 +18,12 @@ from simpletuner.helpers.io.names import printable
 MAX_FILE_BYTES = 256 << 20
 
 Entry = TypeVar("Entry")
+Texts = Callable[[str], tuple[str, ...] | None]
+"""Name of an image -> its captions, of which there may be none; None if nothing is known of the image.
+
+Raises:
+    DataError: They cannot be used; the message names the row and the reason.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +41,9 @@ class ImageSource(ABC, Generic[Entry]):
 
     It is only read, by several threads at a time. `Entry` is what the listing knows of a file.
     """
+
+    holds_rows = False
+    """Every entry of the listing is an image, whatever the suffix of its name."""
 
     @property
     @abstractmethod
@@ -60,6 +72,14 @@ class ImageSource(ABC, Generic[Entry]):
             DataError: The file is larger or cannot be read; the message does not name it.
         """
 
+    def remember_in(self, folder: Path) -> None:
+        """Keep what is learnt of the place in a folder of the caches; most sources have nothing to keep."""
+        del folder
+
+    def texts(self) -> Texts | None:
+        """The captions that the place itself holds; None if it holds none."""
+        return None
+
     def place_of(self, name: str) -> str:
         """Where a file lies, in words for people."""
         return f"{self.place}/{printable(name)}"
@@ -68,6 +88,26 @@ class ImageSource(ABC, Generic[Entry]):
         """When a file last changed, nanoseconds since 1970; 0 if the signature differs with the content."""
         del file
         return 0
+
+
+class RangedSource(ImageSource[Entry]):
+    """A source that also gives a part of a file, so that archives in it need not be read whole."""
+
+    request_bytes = 1 << 20
+    """How much to ask for at once when small parts are read one after another."""
+
+    @abstractmethod
+    def read_range(self, file: FoundFile, start: int, length: int) -> bytes:
+        """The bytes of a file from `start` on, `length` of them or what there is of them.
+
+        Raises:
+            DataError: They cannot be read, or the file changed after the scan; the message does not name it.
+        """
+
+    @contextmanager
+    def ranges(self, file: FoundFile) -> Iterator[Callable[[int, int], bytes]]:
+        """`read_range` of one file, for many parts of it one after another."""
+        yield partial(self.read_range, file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +141,8 @@ class Scan:
     """Names of the masks and source images of other images, which are never trained on."""
     others: tuple[str, ...] = ()
     """Names of all other files."""
+    texts: Texts | None = None
+    """Captions that the source itself holds."""
 
     def orphans(self) -> list[FoundFile]:
         """Caption files without an image of their name."""
@@ -124,7 +166,7 @@ def scan_source(source: ImageSource[Any]) -> Scan:
     names: dict[str, list[str]] = {"unread": [], "conditioning": [], "other": []}
     kinds = _Kinds(caption_suffixes(), image_suffixes(), unread_suffixes())
     for name, entry in sorted(source.list(), key=_by_folder):
-        kind = kinds.kind(name)
+        kind = "image" if source.holds_rows else kinds.kind(name)
         found = entry
         if not isinstance(entry, str) and kind in ("image", "caption"):
             found = source.stat(name, entry)
@@ -143,6 +185,7 @@ def scan_source(source: ImageSource[Any]) -> Scan:
         unread=tuple((name, kinds.unread[_suffix(name)]) for name in names["unread"]),
         conditioning=tuple(names["conditioning"]),
         others=tuple(names["other"]),
+        texts=source.texts(),
     )
 
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
-from simpletuner.helpers.data.sources.base import FoundFile, ImageSource
+from simpletuner.helpers.data.sources.base import FoundFile, RangedSource
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
 
-class LocalFolder(ImageSource[os.DirEntry[str]]):
-    """A folder with its subfolders.
+class LocalFolder(RangedSource[os.DirEntry[str]]):
+    """A folder, with its subfolders or alone.
 
     Hidden files are ignored. Symbolic links to folders or out of the folder, unreadable subfolders, and
     images and text files that are not regular files are skipped with a reason. A signature is (bytes,
     modification time, status change time, inode), times in nanoseconds.
     """
 
-    def __init__(self, folder: Path) -> None:
+    request_bytes = 4096
+
+    def __init__(self, folder: Path, *, with_subfolders: bool = True) -> None:
         self.folder = folder.resolve()
+        self._with_subfolders = with_subfolders
 
     @property
     def place(self) -> str:
@@ -31,7 +36,7 @@ class LocalFolder(ImageSource[os.DirEntry[str]]):
 
     def list(self) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
         """(name, entry or reason to skip it) of each file."""
-        return _walk(self.folder)
+        return _walk(self.folder, with_subfolders=self._with_subfolders)
 
     def stat(self, name: str, entry: os.DirEntry[str]) -> FoundFile | str:
         """A regular file within the folder, or the reason to skip it."""
@@ -52,20 +57,48 @@ class LocalFolder(ImageSource[os.DirEntry[str]]):
         Raises:
             DataError: The file is larger, not regular or cannot be read; the message does not name it.
         """
-        try:
-            with open(self.folder / file.name, "rb", opener=_open_at_once) as opened:
-                if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-                    raise DataError("it is not a regular file")
-                data = opened.read(limit + 1)
-        except OSError as error:
-            raise DataError(f"it cannot be read: {error.strerror}") from error
+        with self._opened(file) as opened:
+            data = opened.read(limit + 1)
         if len(data) > limit:
             raise DataError(f"it is over {limit} bytes")
         return data
 
+    def read_range(self, file: FoundFile, start: int, length: int) -> bytes:
+        """The bytes of a regular file from `start` on.
+
+        Raises:
+            DataError: They cannot be read, or the file changed after the scan; the message does not name it.
+        """
+        with self.ranges(file) as read:
+            return read(start, length)
+
+    @contextmanager
+    def ranges(self, file: FoundFile) -> Iterator[Callable[[int, int], bytes]]:
+        """`read_range` of one file, which is opened once."""
+        with self._opened(file) as opened:
+
+            def read(start: int, length: int) -> bytes:
+                status = os.fstat(opened.fileno())
+                if (status.st_size, status.st_mtime_ns) != file.signature[:2]:
+                    raise DataError("it changed after the scan")
+                opened.seek(start)
+                return opened.read(length)
+
+            yield read
+
     def changed_ns(self, file: FoundFile) -> int:
         """The status change time, which also changes when somebody sets the modification time back."""
         return int(file.signature[2])
+
+    @contextmanager
+    def _opened(self, file: FoundFile) -> Iterator[BinaryIO]:
+        try:
+            with open(self.folder / file.name, "rb", opener=_open_at_once) as opened:
+                if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                    raise DataError("it is not a regular file")
+                yield opened
+        except OSError as error:
+            raise DataError(f"it cannot be read: {error.strerror}") from error
 
 
 def local_folder(entry: ImagePlace) -> LocalFolder:
@@ -83,7 +116,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | O_NONBLOCK)
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
+def _walk(root: Path, *, with_subfolders: bool) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
     """(name, entry or reason to skip it)."""
     pending = [""]
     while pending:
@@ -104,7 +137,7 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str] | str]]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                pending.append(name + "/")
+                pending += [name + "/"] if with_subfolders else []
             elif entry.is_symlink() and _is_folder(entry):
                 yield name, "it is a link to a folder"
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
@@ -20,11 +21,18 @@ def open_source(entry: ImagePlace) -> ImageSource[Any]:
     return source
 
 
-def scan_entry(entry: ImagePlace) -> Scan:
+def scan_entry(entry: ImagePlace, *, cache: Path | None = None) -> Scan:
     """Find the images and text files of an entry of the dataset json.
+
+    Args:
+        entry: The entry.
+        cache: Folder of its latents, where a source may keep what it learnt; None keeps nothing.
 
     Raises:
         MissingDependencyError: An optional package is not installed.
         DataError: The source cannot be read.
     """
-    return scan_source(open_source(entry))
+    source = open_source(entry)
+    if cache is not None:
+        source.remember_in(cache)
+    return scan_source(source)

@@ -1,0 +1,126 @@
+"""Images behind URLs: a server on loopback that answers, refuses, breaks off and dies."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.data.index import ImageIndex
+from simpletuner.helpers.data.sources import urls
+from simpletuner.helpers.data.sources.opening import scan_entry
+from simpletuner.helpers.data.sources.urls import UrlReader, shown_url
+from simpletuner.helpers.errors import DataError, UnreachableError
+from tests.tables import png
+
+
+class Server(ThreadingHTTPServer):
+    """Answers with the images by path, or with the statuses to come."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.statuses: list[int] = []
+        """0 breaks off in the middle."""
+        self.requests: list[str] = []
+        self.authorizations: set[str | None] = set()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.server.authorizations.add(self.headers["Authorization"])
+        assert len(self.server.requests) < 100, "the client does not end"
+        data = self.server.files.get(self.path)
+        status = self.server.statuses.pop(0) if self.server.statuses else 200 if data else 404
+        self.send_response(status or 200)
+        body = data or b""
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body[: len(body) // 2] if status == 0 else body)
+
+    def log_message(self, *_arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(urls.time, "sleep", lambda _: None)
+    made = Server()
+    made.files = {"/a.png": png(0), "/b%20%C3%BC.png?size=1": png(1), "/b%20%C3%BC.png?size=2": png(2)}
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.shutdown()
+    made.server_close()
+    thread.join(10)
+
+
+def test_rows_with_urls_are_images_and_their_queries_are_no_names(server: Server, tmp_path: Path) -> None:
+    addresses = ["/a.png", "/b ü.png?size=1", "/b ü.png?size=2", "/gone.png"]
+    lines = [f"{server.address.replace('http://', 'http://user:se%2Fcret@')}{each},x" for each in addresses]
+    (tmp_path / "a.csv").write_text("\n".join(["url,caption", *lines]), encoding="utf-8")
+    scan = scan_entry(DatasetConfig(id="a", type="csv", table_file=tmp_path / "a.csv"))
+    names = [image.name for image in scan.images]
+    assert not any("cret" in name or "size" in name for name in names)
+    assert len(set(names)) == 4
+    index = ImageIndex(tmp_path / "index.json")
+    found = {image.name: index.info(image) for image in scan.images}
+    problems = [each.problem for each in found.values() if each.problem is not None]
+    assert server.authorizations == {f"Basic {base64.b64encode(b'user:se/cret').decode()}"}
+    assert problems == ["its server answers 404 Not Found"]
+    assert len({each.digest for each in found.values()}) == 4
+    index.save()
+    assert b"cret" not in (tmp_path / "index.json").read_bytes()
+    number = len(server.requests)
+    again = ImageIndex(tmp_path / "index.json")
+    known = [image for image in scan.images if found[image.name].problem is None]
+    assert [again.info(image).digest for image in known] == [found[image.name].digest for image in known]
+    assert len(server.requests) == number
+
+
+@pytest.mark.reliability_row(31)
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_a_request_that_fails_for_a_while_is_made_again(server: Server, status: int) -> None:
+    server.statuses = [status, status]
+    assert UrlReader().read(f"{server.address}/a.png", limit=10**6) == png(0)
+    assert len(server.requests) == 3
+
+
+def test_a_host_that_answered_before_and_then_does_not_ends_the_run(server: Server) -> None:
+    reader = UrlReader()
+    reader.read(f"{server.address}/a.png", limit=10**6)
+    server.statuses = [503] * 3
+    with pytest.raises(UnreachableError, match=r"/a.png: its host .* answers 503 .*, after 3 attempts"):
+        reader.read(f"{server.address}/a.png?key=secret", limit=10**6)
+
+
+def test_a_host_that_never_answers_is_a_reason_to_skip_and_is_asked_once() -> None:
+    reader, times = UrlReader(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(urls.time, "sleep", times.append)
+        for _ in range(3):
+            with pytest.raises(
+                DataError, match=r"its host 127.0.0.1:9 does not answer: .*, after 3 attempts"
+            ):
+                reader.read("http://127.0.0.1:9/a.png", limit=10)
+    assert times == [1.0, 4.0]
+
+
+def test_a_file_above_the_limit_is_not_read_to_its_end(server: Server) -> None:
+    with pytest.raises(DataError, match="it is over 100 bytes"):
+        UrlReader().read(f"{server.address}/a.png", limit=100)
+
+
+def test_a_url_is_shown_without_its_secrets() -> None:
+    assert shown_url("https://me:secret@host/a.png?token=x#y") == "https://host/a.png"
