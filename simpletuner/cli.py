@@ -9,15 +9,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_cache, cli_files, train
+from simpletuner import __version__, cli_cache, cli_data, cli_files, train
 from simpletuner.cli_options import (
+    TAKES_OVERRIDES,
     AdapterArgument,
     AdapterFile,
+    ConfigOption,
     Dtype,
     Form,
     LayoutOption,
     NamingModel,
     OutputFile,
+    Overrides,
     Overwrite,
     PerLayer,
     one_adapter,
@@ -35,23 +38,6 @@ from simpletuner.helpers.io.redaction import redact_terminal
 from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
-
-# `--key value` is an override too, so the configuration gets every option that typer does not know; its error
-# names the closest key.
-TAKES_OVERRIDES = {"ignore_unknown_options": True}
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="CONFIG", help="The same. Default: config/config.json."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG] [KEY=VALUE]...",
-        help="The configuration: a file, its folder, or that folder's name below config. Values that "
-        "override the file's.",
-        show_default=False,
-    ),
-]
 
 SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
@@ -92,6 +78,7 @@ app.add_typer(benchmark_app, name="benchmark")
 examples_app = typer.Typer(no_args_is_help=True, help="Configurations to start from.")
 app.add_typer(examples_app, name="examples")
 app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

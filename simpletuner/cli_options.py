@@ -9,6 +9,23 @@ import typer
 
 from simpletuner.helpers.errors import ConfigError
 
+# `--key value` is an override too, so the configuration gets every option that typer does not know; its error
+# names the closest key.
+TAKES_OVERRIDES = {"ignore_unknown_options": True}
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="CONFIG", help="The same. Default: config/config.json."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="The configuration: a file, its folder, or that folder's name below config. Values that "
+        "override the file's.",
+        show_default=False,
+    ),
+]
+
 ADAPTER_ARGUMENT = typer.Argument(
     metavar="ADAPTER", help="The adapter file, or the folder or name of a run.", show_default=False
 )

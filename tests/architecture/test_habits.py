@@ -41,7 +41,12 @@ BROAD_EXCEPTS: dict[str, str] = {
 }
 
 # Modules that may print: the command line only.
-PRINTING = {"simpletuner/cli.py", "simpletuner/cli_cache.py", "simpletuner/cli_files.py"}
+PRINTING = {
+    "simpletuner/cli.py",
+    "simpletuner/cli_cache.py",
+    "simpletuner/cli_data.py",
+    "simpletuner/cli_files.py",
+}
 
 # Untrusted bytes become objects or code there.
 UNSAFE_IMPORTS = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}

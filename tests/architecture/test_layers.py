@@ -36,7 +36,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 NESTED = {
     "adapters": ("tlora", "files", "network", "inference"),
     "configuration": ("text", "schema", "loading", "load", "reference", "migration"),
-    "reporting": ("metrics", "html_report"),
+    "reporting": ("metrics", "html_report", "data_page"),
     "training": ("trainer", "build", "runs"),
 }
 
@@ -56,7 +56,7 @@ PLACES = {
     "huggingface_hub": ("helpers/models/", "helpers/publishing/", "helpers/data/sources/hub.py"),
     "pydantic": ("helpers/configuration/",),
     "yaml": ("helpers/configuration/migration/", "helpers/publishing/"),
-    "typer": ("cli.py", "cli_cache.py", "cli_files.py", "cli_options.py"),
+    "typer": ("cli.py", "cli_cache.py", "cli_data.py", "cli_files.py", "cli_options.py"),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),
     "trackio": ("helpers/reporting/",),

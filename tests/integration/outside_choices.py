@@ -149,7 +149,7 @@ ALGORITHMS.register(
 )
 CAPTION_SOURCES.register(
     CaptionSource(
-        name="json",
+        name="braces",
         summary="A .caption file.",
         build="weavers:JsonCaptions",
         suffix=".caption",

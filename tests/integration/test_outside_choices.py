@@ -170,7 +170,7 @@ def test_caption_source_reads_its_files(run: TinyRun) -> None:
     for index in range(run.num_images):
         (run.folder / "images" / f"image{index}.caption").write_text(json.dumps({"text": f"json {index}"}))
     with run.trainer(caption_strategy="js") as trainer:
-        assert trainer.config.datasets[0].caption_strategy == "json"
+        assert trainer.config.datasets[0].caption_strategy == "braces"
         assert sorted(sample.caption for sample in trainer.data.samples) == ["json 0", "json 1", "json 2"]
 
 
@@ -195,5 +195,5 @@ def test_package_of_a_choice_is_missed_before_anything_is_cached(run: TinyRun) -
 
 def test_reference_page_has_every_value(weavers: Any) -> None:
     page = reference(registry.specs())
-    for name in ("shrinking", "stairs", "l1", "noted", "sixteenths", "loud", "json", "losses", "gain"):
+    for name in ("shrinking", "stairs", "l1", "noted", "sixteenths", "loud", "braces", "losses", "gain"):
         assert f"| `{name}`" in page

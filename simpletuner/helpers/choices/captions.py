@@ -16,10 +16,15 @@ class CaptionSource(Choice):
     """Of its files beside the images, lower case; empty for a source without files."""
     further_suffixes: tuple[str, ...] = ()
     """Read where no file with `suffix` lies beside the image, in this order; lower case."""
+    has_other_uses: bool = False
+    """Files with the suffix may be something else: one without an image of its name is no caption file."""
+    tables: tuple[str, ...] = ()
+    """Names of files that hold the captions of a folder."""
     needs_instance_prompt: bool = False
 
 
 _CAPTIONS = "simpletuner.helpers.data.captions"
+_METADATA = "simpletuner.helpers.data.metadata_captions"
 
 CAPTION_SOURCES = Registry(
     CaptionSource(
@@ -28,6 +33,19 @@ CAPTION_SOURCES = Registry(
         build=f"{_CAPTIONS}:TextFileCaptions",
         suffix=".txt",
         further_suffixes=(".caption",),
+    ),
+    CaptionSource(
+        name="json",
+        summary="The .json file beside an image: its caption, captions, text, prompt or tags.",
+        build=f"{_METADATA}:JsonCaptions",
+        suffix=".json",
+        has_other_uses=True,
+    ),
+    CaptionSource(
+        name="metadata",
+        summary="The image's row in a metadata.jsonl or metadata.csv of its folder or of one above.",
+        build=f"{_METADATA}:MetadataCaptions",
+        tables=("metadata.jsonl", "metadata.csv"),
     ),
     CaptionSource(
         name="filename",
@@ -119,3 +137,19 @@ def caption_suffixes() -> tuple[str, ...]:
     sources = CAPTION_SOURCES.values()
     suffixes = (suffix for each in sources for suffix in (each.suffix, *each.further_suffixes))
     return tuple(dict.fromkeys(filter(None, suffixes)))
+
+
+def text_suffixes() -> tuple[str, ...]:
+    """Suffixes of the text files that hold captions."""
+    source = CAPTION_SOURCES["textfile"]
+    return (source.suffix, *source.further_suffixes)
+
+
+def shared_suffixes() -> tuple[str, ...]:
+    """Suffixes of caption files that may be something else."""
+    return tuple(each.suffix for each in CAPTION_SOURCES.values() if each.has_other_uses)
+
+
+def caption_tables() -> frozenset[str]:
+    """Names of the files that hold the captions of a folder."""
+    return frozenset(name for each in CAPTION_SOURCES.values() for name in each.tables)

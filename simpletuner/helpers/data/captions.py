@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.captions import CAPTION_SOURCES, text_suffixes
 from simpletuner.helpers.configuration.schema.datasets import CaptionLines, DatasetConfig
 from simpletuner.helpers.data.sources.base import FoundFile, Scan, read_bounded
 from simpletuner.helpers.errors import DataError
@@ -30,11 +30,18 @@ class Captions:
     """Counted in the report."""
 
 
+MISSING = Captions(texts=("",), note="missing")
+
+
 class CaptionReader(ABC):
     """Base of the caption sources: the captions of one dataset."""
 
     can_prepend = True
     """instance_prompt may stand before the captions."""
+    reads_metadata = False
+    """The captions stand in the scan's tables, metadata.jsonl or metadata.csv."""
+    reads_table = False
+    """The captions are cells of a table; several of an image are several cells, not lines."""
 
     def __init__(
         self,
@@ -108,14 +115,22 @@ class TextFileCaptions(CaptionReader):
         found: dict[Captions, FoundFile] = {}
         for text_file in self.caption_files(file):
             try:
-                found.setdefault(captions_from_file(text_file, lines=self.caption_lines), text_file)
+                found.setdefault(self.captions_of(text_file), text_file)
             except DataError as error:
                 raise DataError(f"{text_file.place}: {error}") from error
         if len(found) > 1:
             names = " and ".join(printable(each.name) for each in found.values())
             image = printable(file.name)
             raise DataError(f"{names} hold different captions of {image}. Keep one of them")
-        return next(iter(found), captions_from_file(None))
+        return next(iter(found), MISSING)
+
+    def captions_of(self, file: FoundFile) -> Captions:
+        """The captions in a file.
+
+        Raises:
+            DataError: They cannot be used; the message gives the reason only.
+        """
+        return captions_from_file(file, lines=self.caption_lines)
 
 
 class FileNameCaptions(CaptionReader):
@@ -189,8 +204,7 @@ def strategy_of(config: DatasetConfig, scan: Scan) -> str:
 
 def text_files_beside(image: FoundFile, scan: Scan) -> list[FoundFile]:
     """The files from which caption_strategy textfile reads the captions of an image."""
-    source = CAPTION_SOURCES["textfile"]
-    return files_beside(image, scan, suffixes=(source.suffix, *source.further_suffixes))
+    return files_beside(image, scan, suffixes=text_suffixes())
 
 
 def files_beside(image: FoundFile, scan: Scan, *, suffixes: tuple[str, ...]) -> list[FoundFile]:
@@ -200,7 +214,7 @@ def files_beside(image: FoundFile, scan: Scan, *, suffixes: tuple[str, ...]) -> 
     return [file for suffix in suffixes for file in files if file.name.lower().endswith(suffix)]
 
 
-def captions_from_file(file: FoundFile | None, *, lines: CaptionLines = "choose") -> Captions:
+def captions_from_file(file: FoundFile, *, lines: CaptionLines = "choose") -> Captions:
     """The captions in a text file: one per line without blank lines, the first of them, or the whole text.
 
     A text that parses as a JSON object or array is one caption. Lines end at a line feed, with or without a
@@ -209,14 +223,16 @@ def captions_from_file(file: FoundFile | None, *, lines: CaptionLines = "choose"
     Raises:
         DataError: The file cannot be read, is too large or not UTF-8; the message gives the reason only.
     """
-    if file is None:
-        return Captions(texts=("",), note="missing")
-    text = _decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES)).replace("\r\n", "\n").strip()
+    text = decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES)).replace("\r\n", "\n").strip()
     parts = [text] if lines == "whole" or _is_json(text) else text.split("\n")
     texts = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not texts:
         return Captions(texts=("",), note="empty")
-    texts = texts[:1] if lines == "first" else texts
+    return within_limit(texts[:1] if lines == "first" else texts)
+
+
+def within_limit(texts: tuple[str, ...]) -> Captions:
+    """Captions, each cut to the limit."""
     if all(len(text) <= MAX_CAPTION_CHARACTERS for text in texts):
         return Captions(texts=texts)
     return Captions(texts=tuple(shortened(text) for text in texts), note="shortened")
@@ -262,7 +278,12 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _decoded(data: bytes) -> str:
+def decoded(data: bytes) -> str:
+    """UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        DataError: It is another encoding; the message gives the reason only.
+    """
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
@@ -54,12 +55,22 @@ def read_mask(data: bytes, sample: Sample, *, kind: MaskKind) -> Tensor:
     Raises:
         DataError: The file is damaged; the message does not name it.
     """
+    import torch  # here, because validate finds masks without torch
+
+    return torch.from_numpy(mask_cells(data, sample, kind=kind)).to(torch.float16)[None]
+
+
+def mask_cells(data: bytes, sample: Sample, *, kind: MaskKind) -> npt.NDArray[np.float64]:
+    """Read the mask of a sample: [H / 8, W / 8] in [0, 1], the means of cells in its crop.
+
+    Raises:
+        DataError: The file is damaged; the message does not name it.
+    """
     values = decode_values(data)
     channels = {"mask": "R", "segmentation": "RGB", "alpha": "A"}[kind]
     means = [_cells(values.getchannel(channel), sample) for channel in channels]
-    import torch  # here, because validate finds masks without torch
-
-    return torch.from_numpy(np.mean(means, axis=0) / 255).to(torch.float16)[None]
+    cells: npt.NDArray[np.float64] = np.mean(means, axis=0) / 255
+    return cells
 
 
 def loss_factors(mask: Tensor, kind: MaskKind, *, grid: tuple[int, int], config: MaskConfig) -> Tensor:
@@ -82,8 +93,8 @@ def loss_factors(mask: Tensor, kind: MaskKind, *, grid: tuple[int, int], config:
     return factors
 
 
-def is_blank(mask: Tensor, kind: MaskKind, config: MaskConfig) -> bool:
-    """Whether a mask of `read_mask` leaves nothing of its image to learn."""
+def is_blank(mask: Tensor | npt.NDArray[np.float64], kind: MaskKind, config: MaskConfig) -> bool:
+    """Whether a mask of `read_mask` or `mask_cells` leaves nothing of its image to learn."""
     least = _MID_GREY if kind == "segmentation" else 0.0
     return config.unmasked_weight == 0 and not bool((mask > least).any())
 

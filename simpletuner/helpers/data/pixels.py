@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from PIL import Image
+
 from simpletuner.helpers.data.images import as_pixels, cut, decode_image
 from simpletuner.helpers.data.index import read_unchanged
 from simpletuner.helpers.data.made_references import DepthEstimator, make_reference
@@ -28,17 +30,44 @@ def load_pixels(image: PlannedImage | PlannedReference, *, depth: DepthEstimator
         TrainingError: The pixels do not fit into memory.
         ModelError: A model for depth estimation cannot be loaded.
     """
-    shown, sample = image.file.place, image.sample
+    return as_pixels(planned_cut(load_image(image), image, depth=depth))
+
+
+def load_image(image: PlannedImage | PlannedReference) -> Image.Image:
+    """Read the whole file of a planned image as 8-bit sRGB.
+
+    Raises:
+        DamagedImageError: Its pixels are damaged.
+        DataError: The file changed or vanished since the scan.
+        TrainingError: The pixels do not fit into memory.
+    """
     data = read_unchanged(image.file, image.digest)
     try:
-        pixels = decode_image(data)
+        return decode_image(data)
     except DataError as error:
         raise DamagedImageError(str(error)) from error
     except MemoryError as error:
         raise TrainingError(
-            f"{shown}: {sample.original_px} px do not fit into memory. Free memory or scale the image down."
+            f"{image.file.place}: {image.sample.original_px} px do not fit into memory. "
+            "Free memory or scale the image down."
         ) from error
-    found = cut(pixels, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px)
+
+
+def planned_cut(
+    whole: Image.Image, image: PlannedImage | PlannedReference, *, depth: DepthEstimator | None = None
+) -> Image.Image:
+    """The whole image, resized and cropped as planned; what is made of it, for a reference that is made.
+
+    Args:
+        whole: The image of `load_image`.
+        image: The image, or a reference.
+        depth: Estimates depth; None if no reference needs it.
+
+    Raises:
+        ModelError: A model for depth estimation cannot be loaded.
+    """
+    sample = image.sample
+    found = cut(whole, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px)
     if isinstance(image, PlannedReference) and image.making is not None:
         found = make_reference(found, image.making, seed=image.seed, depth=depth)
-    return as_pixels(found)
+    return found

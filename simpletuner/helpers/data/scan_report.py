@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from simpletuner.helpers.choices.captions import CAPTION_SOURCES
+from simpletuner.helpers.choices.captions import shared_suffixes, text_suffixes
 from simpletuner.helpers.choices.image_files import conditioned_stem
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.data.captions import (
@@ -17,6 +17,7 @@ from simpletuner.helpers.data.captions import (
     TextFileCaptions,
     text_files_beside,
 )
+from simpletuner.helpers.data.metadata_captions import MetadataCaptions
 from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -55,7 +56,8 @@ def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> No
     if scan.conditioning:
         _report_conditioning(config, scan)
     _report_unread_texts(config, scan, reader)
-    _report_others(config, scan)
+    _report_others(config, scan, reader)
+    _report_unused_rows(config, reader)
 
 
 def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
@@ -107,10 +109,13 @@ def _report_unread(config: DatasetConfig, scan: Scan) -> None:
         )
 
 
-def _report_others(config: DatasetConfig, scan: Scan) -> None:
+def _report_others(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
     orphans = [file.name for file in scan.orphans()]
-    kinds: dict[str, list[str]] = {"captions": [], "caches": [], "others": []}
+    captions = _other_captions(config, scan, reader)
+    kinds: dict[str, list[str]] = {"captions": [*captions], "caches": [], "others": []}
     for name in scan.others:
+        if _is_read_table(config, name):
+            continue
         suffix = os.path.splitext(name)[1].lower()
         is_caption, is_cache = suffix in _CAPTION_SUFFIXES, suffix in _CACHE_SUFFIXES
         kinds["captions" if is_caption else "caches" if is_cache else "others"].append(name)
@@ -118,10 +123,7 @@ def _report_others(config: DatasetConfig, scan: Scan) -> None:
         f"{counted(len(names), *title)} ({listed(map(printable, names))})"
         for title, names in (
             (("text file without an image", "text files without an image"), orphans),
-            (
-                (f"that may hold captions, which are read from {' and '.join(_text_suffixes())} only",) * 2,
-                kinds["captions"],
-            ),
+            (("that may hold captions",) * 2, kinds["captions"]),
             (("cache of tensors", "caches of tensors"), kinds["caches"]),
             (("other", "others"), kinds["others"]),
         )
@@ -129,8 +131,45 @@ def _report_others(config: DatasetConfig, scan: Scan) -> None:
     ]
     if parts:
         level = logging.WARNING if orphans or kinds["captions"] else logging.INFO
-        number = counted(len(orphans) + len(scan.others), "file is", "files are")
-        logger.log(level, "Dataset %s: %s not read: %s.", config.id, number, "; ".join(parts))
+        number = counted(len(orphans) + sum(map(len, kinds.values())), "file is", "files are")
+        remedy = (
+            ' caption_strategy "json" reads .json files beside images, "metadata" a metadata.jsonl or '
+            "metadata.csv."
+            if captions
+            else ""
+        )
+        logger.log(level, "Dataset %s: %s not read: %s.%s", config.id, number, "; ".join(parts), remedy)
+
+
+def _is_read_table(config: DatasetConfig, name: str) -> bool:
+    """Whether a file is the table of captions that `parquet` names."""
+    return (
+        config.parquet is not None
+        and config.folder is not None
+        and config.folder / name == config.parquet.path
+    )
+
+
+def _other_captions(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> list[str]:
+    """JSON files and tables that the source of captions does not read, and JSON files without an image."""
+    unread = tuple(suffix for suffix in shared_suffixes() if suffix != reader.suffix)
+    beside = [
+        file for files in scan.captions.values() for file in files if file.name.lower().endswith(unread)
+    ]
+    tables = () if reader.reads_metadata else scan.tables
+    names = dict.fromkeys(file.name for file in (*beside, *scan.strays(), *tables))
+    return [name for name in names if not _is_read_table(config, name)]
+
+
+def _report_unused_rows(config: DatasetConfig, reader: CaptionReader) -> None:
+    unused = reader.unused() if isinstance(reader, MetadataCaptions) else []
+    if unused:
+        logger.warning(
+            "Dataset %s: %s no image that is here: %s.",
+            config.id,
+            counted(len(unused), "row of the captions names", "rows of the captions name"),
+            listed(unused),
+        )
 
 
 def report_captions(
@@ -162,7 +201,7 @@ def report_captions(
         found = listed(names)
         number = counted(len(names), "caption is", "captions are")
         logger.warning("Dataset %s: %s %s: %s.%s", config.id, number, note, found, effect)
-    _report_lines(config, files, captions)
+    _report_lines(config, files, captions, are_lines=not reader.reads_table)
 
 
 def report_downsampled(config: DatasetConfig, number: int, total: int) -> None:
@@ -182,28 +221,33 @@ def report_downsampled(config: DatasetConfig, number: int, total: int) -> None:
 
 
 def _source(reader: CaptionReader) -> str:
-    suffixes = _text_suffixes()
+    suffixes = text_suffixes()
+    if reader.reads_table:
+        return "the table"
     if isinstance(reader, TextFileCaptions):
         return f"the text files ({', '.join(suffixes)}) beside the images"
     source = "instance_prompt" if isinstance(reader, InstancePromptCaptions) else "the file names"
     return f"{source}, because no {' or '.join(suffixes)} file lies beside an image"
 
 
-def _report_lines(config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions]) -> None:
+def _report_lines(
+    config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions], *, are_lines: bool
+) -> None:
     """Log how many images have several captions, or a caption of several lines, with one of them."""
     several = [pair for pair in zip(files, captions, strict=True) if len(pair[1].texts) > 1]
     whole = [pair for pair in zip(files, captions, strict=True) if "\n" in pair[1].texts[0]]
     if several:
         file, first = several[0]
         logger.info(
-            "Dataset %s: %s several captions, one for each line; each time an image is "
-            "trained on, one is drawn, for instance of the %d of %s: %s. To train all lines as one caption, "
-            'set caption_lines to "whole".',
+            "Dataset %s: %s several captions%s; each time an image is trained on, one is drawn, for instance "
+            "of the %d of %s: %s.%s",
             config.id,
             _share(len(several), len(files)),
+            ", one for each line" if are_lines else "",
             len(first.texts),
             printable(file.name),
             " or ".join(map(shown, first.texts[:2])),
+            ' To train all lines as one caption, set caption_lines to "whole".' if are_lines else "",
         )
     if whole:
         file, first = whole[0]
@@ -218,8 +262,3 @@ def _report_lines(config: DatasetConfig, files: Sequence[FoundFile], captions: S
 
 def _share(number: int, total: int) -> str:
     return "the image has" if total == 1 else f"{number} of {total} images {'has' if number == 1 else 'have'}"
-
-
-def _text_suffixes() -> tuple[str, ...]:
-    source = CAPTION_SOURCES["textfile"]
-    return (source.suffix, *source.further_suffixes)

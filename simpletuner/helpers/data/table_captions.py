@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.row_keys import CaptionTable
-from simpletuner.helpers.data.captions import MAX_CAPTION_CHARACTERS, CaptionReader, Captions, shortened
+from simpletuner.helpers.data.captions import MISSING, CaptionReader, Captions, within_limit
 from simpletuner.helpers.data.sources.base import FoundFile, Scan, Texts
 from simpletuner.helpers.data.sources.rows import RowTexts, caption_columns
 from simpletuner.helpers.data.sources.table_files import open_table
@@ -18,6 +18,8 @@ from simpletuner.helpers.io.names import printable
 
 class TableCaptions(CaptionReader):
     """The captions that the scan found in a table, several of one image if the table has several."""
+
+    reads_table = True
 
     @staticmethod
     def completed(scan: Scan, config: DatasetConfig) -> Scan:
@@ -35,12 +37,10 @@ class TableCaptions(CaptionReader):
         assert self.scan.texts is not None, "the configuration names a table"
         texts = self.scan.texts(file.name)
         if texts is None:
-            return Captions(texts=("",), note="missing")
+            return MISSING
         if not texts:
             return Captions(texts=("",), note="empty")
-        if all(len(text) <= MAX_CAPTION_CHARACTERS for text in texts):
-            return Captions(texts=texts)
-        return Captions(texts=tuple(shortened(text) for text in texts), note="shortened")
+        return within_limit(texts)
 
 
 def texts_beside(spec: CaptionTable, images: Sequence[FoundFile]) -> Texts:

@@ -98,8 +98,11 @@ def test_a_text_that_is_no_json_object_or_array_has_a_caption_a_line(
 
 
 @pytest.mark.reliability_row(15)
-def test_a_missing_text_file_is_noted() -> None:
-    assert captions_from_file(None) == Captions(texts=("",), note="missing")
+def test_a_missing_text_file_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    scan = scan_source(LocalFolder(tmp_path))
+    reader = TextFileCaptions(scan, suffix=".txt", instance_prompt="")
+    assert reader.read(scan.images[0]) == Captions(texts=("",), note="missing")
 
 
 @pytest.mark.parametrize(

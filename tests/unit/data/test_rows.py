@@ -336,3 +336,14 @@ def test_a_table_without_captions_is_trained_with_the_instance_prompt(folder: Pa
 def test_a_long_caption_is_shortened(folder: Path) -> None:
     (image,) = captions(csv(folder, f"path,caption\nimages/0.png,{'word ' * 5000}\n")).values()
     assert 8000 < len(image[0]) <= 8192
+
+
+def test_a_large_row_group_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(parquet, "LARGE_GROUP_BYTES", 20_000)
+    table = embedded([png(0), png(1)], text=["a", "b"])
+    scan_entry(dataset(write(table, tmp_path / "a.parquet", group=1)))
+    assert not caplog.records
+    scan_entry(dataset(write(table, tmp_path / "b.parquet", group=2)))
+    assert "b.parquet: a row group of 2 rows has 0 MiB" in caplog.text

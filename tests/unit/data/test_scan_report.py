@@ -13,8 +13,11 @@ from PIL import Image
 from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.data.captions import caption_reader
 from simpletuner.helpers.data.dataset import TrainingData
-from simpletuner.helpers.data.scan_report import listed, shown
+from simpletuner.helpers.data.scan_report import listed, report_captions, report_files, shown
+from simpletuner.helpers.data.sources.base import scan_source
+from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.redaction import hide
 
@@ -171,3 +174,41 @@ def test_a_folder_of_images_that_are_not_read_is_an_error_that_names_them(planne
 def test_beginning_of_a_caption_is_redacted_before_it_is_cut() -> None:
     hide("secret" * 20, "{env:KEY}")
     assert shown("secret" * 20) == "'{env:KEY}'"
+
+
+def test_json_files_and_tables_are_captions_where_caption_strategy_reads_them(planned: Planned) -> None:
+    files = {"b.png": "image", "b.json": '{"caption": "a cat"}', "lost.json": "{}"}
+    data, lines = planned(files, caption_strategy="json")
+    assert [sample.caption for sample in data.samples] == ["a cat"]
+    assert "b.json" not in line_with(lines, "1 file is not read", "lost.json")
+    assert not data.skipped
+    rows = '{"file_name": "b.png", "text": "a dog"}\n{"file_name": "gone.png", "text": "x"}'
+    data, lines = planned({"metadata.jsonl": rows}, caption_strategy="metadata")
+    assert [sample.caption for sample in data.samples] == ["a dog"]
+    line_with(lines, "1 row of the captions names no image", "gone.png")
+    line_with(lines, "2 files are not read", "b.json", "lost.json")
+
+
+def test_a_json_file_that_is_not_read_is_a_warning_with_the_value_that_reads_it(planned: Planned) -> None:
+    _, lines = planned({"a.png": "image", "a.json": "{}", "metadata.csv": ""})
+    line = line_with(lines, "2 files are not read", "may hold captions", '"json"', '"metadata"')
+    assert "a.json" in line
+    assert "metadata.csv" in line
+
+
+def test_captions_of_a_table_are_reported_as_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "list.csv").write_text("filename,caption,text\na,one,two\n")
+    table = {"path": tmp_path / "list.csv", "caption_column": ["caption", "text"]}
+    config = DatasetConfig(id="x", instance_data_dir=tmp_path, parquet=table)
+    scan = scan_source(LocalFolder(tmp_path))
+    reader = caption_reader(config, scan)
+    files = list(scan.images)
+    with caplog.at_level("INFO"):
+        report_files(config, scan, reader)
+        report_captions(config, files, [reader.read(file) for file in files], reader=reader)
+    text = caplog.text
+    assert "captions come from the table, for instance a.png: 'one'" in text
+    assert "the image has several captions; each time" in text
+    assert "caption_lines" not in text
+    assert "list.csv" not in text

@@ -62,7 +62,9 @@ def test_scan_folder_tells_masks_and_files_of_other_kinds_apart_from_images(tmp_
     assert [file.name for file in scan.images] == ["a.png", "sub/b.png"]
     assert sorted(scan.conditioning) == sorted(masks)
     assert [name for name, _ in scan.unread] == ["c.psd", "c.svg"]
-    assert scan.others == others[1:]
+    assert scan.others == ("a.npz", "noextension")
+    assert [file.name for file in scan.captions["a"]] == ["a.json"]
+    assert [file.name for file in scan.tables] == ["metadata.jsonl"]
 
 
 def test_orphans_are_caption_files_without_an_image(tmp_path: Path) -> None:
@@ -74,6 +76,20 @@ def test_orphans_are_caption_files_without_an_image(tmp_path: Path) -> None:
         "d.caption",
         "sub/a.txt",
     ]
+
+
+def test_a_json_file_without_an_image_is_a_stray_and_no_orphan(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "a.json", "a.png.json", "b.JSON", "sub/a.json", "sub/c.txt")
+    scan = scan_source(LocalFolder(tmp_path))
+    assert [file.name for file in scan.strays()] == ["b.JSON", "sub/a.json"]
+    assert [file.name for file in scan.orphans()] == ["sub/c.txt"]
+
+
+def test_tables_are_found_in_every_folder_by_their_name_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "metadata.csv", "sub/Metadata.JSONL", "my metadata.csv", "metadata.parquet")
+    scan = scan_source(LocalFolder(tmp_path))
+    assert [file.name for file in scan.tables] == ["metadata.csv", "sub/Metadata.JSONL"]
+    assert scan.others == ("metadata.parquet", "my metadata.csv")
 
 
 def test_scan_folder_passes_over_hidden_files(tmp_path: Path) -> None:

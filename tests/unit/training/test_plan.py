@@ -661,3 +661,28 @@ def test_the_plan_of_a_whole_model_names_its_weights_and_folders(folder: Path) -
     assert "weights     Full fine-tune of the unet: those with up_blocks in their names; bf16" in text
     assert "unet, unet_ema, checkpoints" in text
     assert "adapter" not in text.partition("writes")[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "steps"),
+    [
+        ({}, "120 steps of 1 image on each process; an unknown number of epochs"),
+        ({"max_train_steps": None, "num_train_epochs": 2}, "2 epochs of an unknown number of images"),
+    ],
+    ids=["steps", "epochs"],
+)
+def test_a_dataset_of_the_hub_is_not_downloaded_for_a_look(
+    folder: Path, keys: dict[str, Any], steps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("simpletuner.helpers.data.preview.scan_entry", lambda entry: opened.append(entry.id))
+    datasets = [{"id": "hub", "type": "huggingface", "dataset_name": "owner/name"}]
+    text = lines(run_of(folder, data_backend_config=datasets, **keys))
+    assert "hub: owner/name, downloaded by the run or by validate --data, and not checked before" in text
+    assert steps in text
+    assert not opened
+    with pytest.raises(AttributeError):
+        list(
+            plan_lines(run_of(folder, data_backend_config=datasets), registry.specs()["sdxl"], reads_all=True)
+        )
+    assert opened == ["hub"]

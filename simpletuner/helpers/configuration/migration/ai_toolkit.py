@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.captions import caption_suffixes
+from simpletuner.helpers.choices.captions import text_suffixes
 from simpletuner.helpers.configuration.migration.adapters import (
     expanded,
     fit_to_quantised,
@@ -485,13 +485,14 @@ def _captions(own: Settings, entry: dict[str, JsonValue], place: Place, *, trigg
     images = place.images(str(entry["instance_data_dir"]), with_subfolders=True)
     has_text = images is None or any(image.with_suffix(suffix).is_file() for image in images)
     default = own.text("default_caption")
-    entry |= {"caption_strategy": "textfile", "caption_lines": "whole"}
-    if suffix.lower() not in caption_suffixes():
+    files = "json" if suffix.lower() == ".json" else "textfile"
+    entry |= {"caption_strategy": files, "caption_lines": "whole"}
+    if suffix.lower() not in (*text_suffixes(), ".json"):
         own.decide(
             "caption_ext", "not translated", text=f"Files {suffix} are not read here: rename them to .txt."
         )
     else:
-        own.decide("caption_ext", "translated", ours="caption_strategy: textfile", text="")
+        own.decide("caption_ext", "translated", ours=f"caption_strategy: {files}", text="")
     if default and not (has_text and images is not None):
         entry |= {"instance_prompt": default}
         if not has_text:
@@ -506,7 +507,7 @@ def _captions(own: Settings, entry: dict[str, JsonValue], place: Place, *, trigg
         )
         entry["instance_prompt"] = prompt
         if entry.get("caption_strategy") != "instanceprompt":
-            entry |= {"prepend_instance_prompt": True, "caption_strategy": "textfile"}
+            entry |= {"prepend_instance_prompt": True, "caption_strategy": files}
     if own.has("trigger_word"):
         own.skip("trigger_word", outcome="approximate")
     _tags(own, entry, images, suffix=suffix)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
-from simpletuner.helpers.choices.captions import caption_suffixes
+from simpletuner.helpers.choices.captions import text_suffixes
 from simpletuner.helpers.configuration.migration.adapters import number
 from simpletuner.helpers.configuration.migration.draft import Settings
 from simpletuner.helpers.configuration.migration.tags import DRAWN, Tags, first_line, put_tags
@@ -47,7 +47,7 @@ def put_captions(levels: Levels, entry: dict[str, JsonValue], images: Sequence[P
     suffix = suffix_at.text("caption_extension") or ".caption"
     tokens = levels.at("class_tokens").text("class_tokens")
     with_text = [image for image in images or () if image.with_suffix(suffix).is_file()]
-    is_read = suffix.lower() in caption_suffixes()
+    is_read = suffix.lower() in text_suffixes()
     uses_files = is_read and bool(with_text or images is None)
     if uses_files and with_text:
         entry["caption_strategy"] = "textfile"
@@ -91,7 +91,7 @@ def _decide_captions(
             suffix_at.draft.to_do.append(
                 f"{entry['instance_data_dir']}: write {tokens!r} into the missing {suffix} files."
             )
-    elif suffix.lower() not in caption_suffixes():
+    elif suffix.lower() not in text_suffixes():
         text = f"Files {suffix} are not read here: rename them to .txt, and remove caption_strategy."
         suffix_at.decide("caption_extension", "not translated", text=text)
     else:

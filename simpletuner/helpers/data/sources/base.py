@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-from simpletuner.helpers.choices.captions import caption_suffixes
+from simpletuner.helpers.choices.captions import caption_suffixes, caption_tables, shared_suffixes
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
 from simpletuner.helpers.io.names import printable
 
@@ -132,7 +133,7 @@ class Scan:
 
     images: tuple[FoundFile, ...]
     captions: dict[str, tuple[FoundFile, ...]]
-    """Name without suffix -> the caption files of that name (.txt, .TXT)."""
+    """Name without suffix -> the caption files of that name (.txt, .TXT, .json)."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason)."""
     unread: tuple[tuple[str, str], ...] = ()
@@ -143,9 +144,20 @@ class Scan:
     """Names of all other files."""
     texts: Texts | None = None
     """Captions that the source itself holds."""
+    tables: tuple[FoundFile, ...] = ()
+    """Files with the captions of a folder (metadata.jsonl)."""
 
     def orphans(self) -> list[FoundFile]:
-        """Caption files without an image of their name."""
+        """Caption files without an image of their name, but for those that may be something else."""
+        shared = shared_suffixes()
+        return [file for file in self._ownerless() if _suffix(file.name) not in shared]
+
+    def strays(self) -> list[FoundFile]:
+        """Files without an image of their name that may be captions or something else (.json)."""
+        shared = shared_suffixes()
+        return [file for file in self._ownerless() if _suffix(file.name) in shared]
+
+    def _ownerless(self) -> list[FoundFile]:
         names = (
             *(image.name for image in self.images),
             *(name for name, _ in (*self.skipped, *self.unread)),
@@ -162,18 +174,21 @@ def scan_source(source: ImageSource[Any]) -> Scan:
     """
     images: list[FoundFile] = []
     captions: dict[str, list[FoundFile]] = {}
+    tables: list[FoundFile] = []
     skipped: list[tuple[str, str]] = []
     names: dict[str, list[str]] = {"unread": [], "conditioning": [], "other": []}
-    kinds = _Kinds(caption_suffixes(), image_suffixes(), unread_suffixes())
+    kinds = _Kinds(caption_suffixes(), caption_tables(), image_suffixes(), unread_suffixes())
     for name, entry in sorted(source.list(), key=_by_folder):
         kind = "image" if source.holds_rows else kinds.kind(name)
         found = entry
-        if not isinstance(entry, str) and kind in ("image", "caption"):
+        if not isinstance(entry, str) and kind in ("image", "caption", "table"):
             found = source.stat(name, entry)
         if isinstance(found, str):
             skipped.append((name, found))
         elif kind == "image":
             images.append(found)
+        elif kind == "table":
+            tables.append(found)
         elif kind == "caption":
             captions.setdefault(os.path.splitext(name)[0], []).append(found)
         else:
@@ -186,6 +201,7 @@ def scan_source(source: ImageSource[Any]) -> Scan:
         conditioning=tuple(names["conditioning"]),
         others=tuple(names["other"]),
         texts=source.texts(),
+        tables=tuple(tables),
     )
 
 
@@ -203,16 +219,17 @@ class _Kinds:
     """The suffixes of the files that a scan tells apart, in lower case."""
 
     captions: tuple[str, ...]
+    tables: frozenset[str]
     images: frozenset[str]
     unread: dict[str, str]
 
-    def kind(self, name: str) -> Literal["caption", "image", "unread", "conditioning", "other"]:
+    def kind(self, name: str) -> Literal["caption", "table", "image", "unread", "conditioning", "other"]:
         """What a file is by its name."""
         if name.lower().endswith(self.captions):
             return "caption"
         suffix = _suffix(name)
         if suffix not in self.images and suffix not in self.unread:
-            return "other"
+            return "table" if posixpath.basename(name).lower() in self.tables else "other"
         if conditioned_stem(name) is not None:
             return "conditioning"
         return "image" if suffix in self.images else "unread"

@@ -152,10 +152,10 @@ def _explained(entry: ImagePlace, error: Exception) -> DataError | UnreachableEr
             f"{place}: it is not in the hub's cache, and {why}. Start once with a connection to download it, "
             "or give the folder of a dataset on this machine."
         )
-    reason = one_line_reason(error)
+    reason = one_line_reason(causes[-1] if str(causes[-1]) else error).rstrip(".")
     if entry.needs_download and type(error).__name__ == "DatasetNotFoundError":
         return DataError(
-            f"{place}: {reason} Correct the name. For a private or gated dataset accept its terms at "
+            f"{place}: {reason}. Correct the name. For a private or gated dataset accept its terms at "
             f"{constants.ENDPOINT}/datasets/{entry.place}, then run hf auth login or set HF_TOKEN."
         )
     remedy = "Correct split." if "split" in reason else "Correct dataset_name, split or revision."

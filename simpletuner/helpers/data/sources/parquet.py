@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,8 +15,12 @@ from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import one_line_reason, printable
 from simpletuner.helpers.io.optional import require
 
+logger = logging.getLogger(__name__)
+
 BATCH_ROWS = 16
 KEPT_BATCHES = 8
+LARGE_GROUP_BYTES = 256 << 20
+"""A row group above this is warned of."""
 
 
 class ParquetTable(ArrowTable):
@@ -56,7 +61,20 @@ class ParquetTable(ArrowTable):
 
     def images(self, column: str) -> ParquetTable | None:
         """Itself if the cells are bytes, or objects with a field `bytes` that is not always null."""
-        return self if self.holds_bytes(column) and not self._is_empty(f"{column}.bytes") else None
+        if not self.holds_bytes(column) or self._is_empty(f"{column}.bytes"):
+            return None
+        metadata = self._opened.metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        large = max(groups, key=lambda each: each.total_byte_size, default=None)
+        if large is not None and large.num_rows > 1 and large.total_byte_size > LARGE_GROUP_BYTES:
+            logger.warning(
+                "%s: a row group of %d rows has %d MiB, and an image is found from its start. If reading is "
+                "slow, write the file with row groups of 100 rows.",
+                self.place,
+                large.num_rows,
+                large.total_byte_size >> 20,
+            )
+        return self
 
     def signature(self, row: int) -> tuple[int | str, ...]:
         """(bytes, modification time, status change time, inode) of the file and the row; nanoseconds."""

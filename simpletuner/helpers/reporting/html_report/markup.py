@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.redaction import redacted
+
+_STYLE = Path(__file__).with_name("page.css")
+
+
+def document(title: str, body: str, *, script: str, style: str = "") -> str:
+    """A self-contained HTML document in the report's style; the browser runs its script and loads nothing.
+
+    Args:
+        title: Of the document.
+        body: HTML.
+        script: The only one that the browser runs.
+        style: Rules beside the report's.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n"
+        f"<style>\n{_STYLE.read_text(encoding='utf-8')}{style}</style>\n</head>\n<body>\n<main>\n"
+        f"{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
 
 
 def escape(text: object) -> str:

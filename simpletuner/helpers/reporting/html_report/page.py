@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +14,13 @@ from simpletuner.helpers.reporting.html_report import sections
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart
 from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, State, read_run
 from simpletuner.helpers.reporting.html_report.gallery import render_gallery
-from simpletuner.helpers.reporting.html_report.markup import escape, section
+from simpletuner.helpers.reporting.html_report.markup import document, section
 from simpletuner.helpers.reporting.html_report.schedule import render_schedule
 from simpletuner.helpers.reporting.html_report.series import Floats, downsample, smooth
 from simpletuner.helpers.reporting.html_report.usage import render_usage
 from simpletuner.helpers.reporting.noise_bands import BANDS
 
-_HERE = Path(__file__).parent
+_SCRIPT = Path(__file__).with_name("page.js")
 
 
 def write_page(output_dir: Path, *, state: State | None = None, step: int | None = None) -> Path:
@@ -50,19 +48,8 @@ def render_page(run: RunSnapshot) -> str:
         section("use", "Use what was trained", render_usage(run)),
     ]
     body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    # The browser runs only this script and loads nothing.
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(sections.run_title(run))}: {run.state} at step {run.step}</title>\n"
-        f"<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
-        f"{body}\n</main>\n<script>{script}</script>\n</body>\n</html>\n"
-    )
+    title = f"{sections.run_title(run)}: {run.state} at step {run.step}"
+    return document(title, body, script=_SCRIPT.read_text(encoding="utf-8"))
 
 
 def _charts(run: RunSnapshot) -> str:

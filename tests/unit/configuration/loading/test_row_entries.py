@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -199,3 +200,17 @@ def test_masks_and_references_may_be_rows(workspace: Workspace) -> None:
     workspace.datasets = [HUB | {"conditioning_data": "m"}, masks]
     run = workspace.load()
     assert [each.table_file for each in run.conditioning] == [workspace.folder / "masks.csv"]
+
+
+def test_the_entries_of_the_documentation_load(workspace: Workspace, repository: Path) -> None:
+    workspace.text("photos.csv", "")
+    workspace.text("captions.parquet", "")
+    workspace.image_folder("photos")
+    page = (repository / "documentation" / "tables-and-hub-datasets.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        (entry,) = json.loads(block)
+        dataset, decisions = loaded(workspace, entry)
+        assert dataset.id == entry["id"]
+        assert decisions == {}

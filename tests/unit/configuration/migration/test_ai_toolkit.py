@@ -258,6 +258,24 @@ def test_the_trigger_word_stands_before_captions_and_in_prompts(folder: Path, tm
     assert {key: draft.config[key] for key in ours} == ours
 
 
+@pytest.mark.parametrize("trigger", ["", "sks"], ids=["no trigger", "trigger"])
+def test_captions_in_json_files_stay_there(folder: Path, tmp_path: Path, trigger: str) -> None:
+    for file in folder.glob("*.txt"):
+        file.with_suffix(".json").write_text('{"caption": "a dog"}')
+        file.unlink()
+    file = ai_toolkit(tmp_path / "job.json", [{"folder_path": str(folder), "caption_ext": "json"}])
+    written = f'"type": "sd_trainer", "trigger_word": "{trigger}"'
+    file.write_text(file.read_text().replace('"type": "sd_trainer"', written))
+    assert migrate(file).datasets[0]["caption_strategy"] == "json"
+
+
+def test_captions_in_files_that_are_not_read_are_to_do(folder: Path, tmp_path: Path) -> None:
+    datasets = [{"folder_path": str(folder), "caption_ext": ".tags"}]
+    draft = migrate(ai_toolkit(tmp_path / "job.json", datasets))
+    (found,) = [each for each in draft.decisions if each.key.endswith("caption_ext")]
+    assert found.outcome == "not translated"
+
+
 @pytest.mark.parametrize(
     ("section", "keys", "found"),
     [

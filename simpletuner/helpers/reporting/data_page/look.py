@@ -1,0 +1,199 @@
+"""Plans the data of a configuration as training does, and measures every image of it. Imports no torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+from rich.progress import track
+
+from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.caption_variants import caption_plan
+from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
+from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset
+from simpletuner.helpers.data.sampler import Bucket, draws_per_image
+from simpletuner.helpers.data.sources.base import SkippedImage
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.logs import terminal
+from simpletuner.helpers.reporting.data_page.findings import LookedImage, find
+from simpletuner.helpers.reporting.data_page.measures import Measures, measure
+from simpletuner.helpers.reporting.data_page.texts import TextCounts, count_texts, is_uncaptioned, triggers_of
+from simpletuner.helpers.reporting.html_report.markup import format_duration
+
+logger = logging.getLogger(__name__)
+
+MOST_THREADS = 8
+"""Each holds an image of up to 64 Mi pixels, and its copies."""
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedBucket:
+    """Images of one size."""
+
+    size: str
+    num_images: int
+    draws_per_epoch: int
+    batches_per_epoch: int
+    """On one process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LookedDataset:
+    """One dataset of a configuration."""
+
+    config: DatasetConfig
+    problem: str | None
+    """The reason if a run would refuse it; it has no images then."""
+    images: tuple[LookedImage, ...]
+    skipped: tuple[SkippedImage, ...]
+    """Files that are left out, with the reason."""
+    buckets: tuple[LookedBucket, ...]
+    texts: TextCounts
+
+    @property
+    def trained(self) -> list[PlannedImage]:
+        """The images that are not masked out."""
+        return [each.planned for each in self.images if "masked" not in each.findings]
+
+
+def look(config: RunConfig, spec: ModelSpec, *, triggers: Sequence[str] = ()) -> list[LookedDataset]:
+    """Read every image of every dataset, and find what is worth a look.
+
+    Args:
+        config: The run.
+        spec: Its family.
+        triggers: Texts of which each caption should hold one; instance_prompt without any.
+    """
+    datasets = [each for each in config.datasets if each.dataset_type == "image" and not each.disabled]
+    plans = [_plan(dataset, config, spec) for dataset in datasets]
+    images = [image for plan in plans if isinstance(plan, DatasetPlan) for image in plan.images]
+    measured = iter([*_measured(images, config)])
+    looked: list[LookedDataset] = []
+    for dataset, plan in zip(datasets, plans, strict=True):
+        if isinstance(plan, str):
+            looked.append(_refused(dataset, plan))
+        else:
+            looked.append(_looked(plan, [next(measured) for _ in plan.images], triggers))
+    find([image for each in looked for image in each.images])
+    return _with_buckets(looked, config)
+
+
+def _plan(dataset: DatasetConfig, config: RunConfig, spec: ModelSpec) -> DatasetPlan | str:
+    """The images of a dataset with their cuts and captions, or the reason why a run would refuse it."""
+    folder = config.data.latents_folder(dataset)
+    entries = entries_of(dataset, (*config.conditioning, *config.references))
+    try:
+        return plan_dataset(
+            dataset,
+            index=ImageIndex(index_file(folder, dataset)),
+            conditioning=ConditioningFinder(
+                dataset, entries, index_of=lambda entry: ImageIndex(index_file(folder, entry))
+            ),
+            seed=config.training.seed,
+            alignment=config.data.alignment(spec.pixel_alignment),
+            aspect_decimals=config.data.aspect_bucket_rounding,
+            caption_plan=caption_plan(dataset, config.data, seed=config.training.seed, caption_dropout=0),
+        )
+    except DataError as error:
+        return str(error)
+
+
+def _measured(images: Sequence[PlannedImage], config: RunConfig) -> Iterator[Measures | str]:
+    """The measures of each image, in their order; a bar or log lines say how far it is."""
+    threads = min(MOST_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(partial(measure, masks=config.masks), images)
+        try:
+            yield from _shown(found, len(images))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _shown(found: Iterable[Measures | str], total: int) -> Iterator[Measures | str]:
+    console = terminal()
+    if console.is_terminal:
+        yield from track(found, "images", total=total, console=console, transient=True)
+        return
+    started_s = logged_s = time.monotonic()
+    for number, each in enumerate(found, start=1):
+        yield each
+        if time.monotonic() - logged_s >= _SECONDS_BETWEEN_LINES:
+            logged_s = time.monotonic()
+            left_s = (logged_s - started_s) / number * (total - number)
+            logger.info("Looked at %d of %d images, %s left.", number, total, format_duration(left_s))
+
+
+def _refused(dataset: DatasetConfig, problem: str) -> LookedDataset:
+    return LookedDataset(
+        config=dataset,
+        problem=problem,
+        images=(),
+        skipped=(),
+        buckets=(),
+        texts=count_texts((), dataset),
+    )
+
+
+def _looked(plan: DatasetPlan, measured: Sequence[Measures | str], triggers: Sequence[str]) -> LookedDataset:
+    """A dataset before anything is compared."""
+    config = plan.config
+    pairs = list(zip(plan.images, measured, strict=True))
+    damaged = [
+        SkippedImage(config.id, image.sample.path, found) for image, found in pairs if isinstance(found, str)
+    ]
+    has_one_caption = len({image.captions for image in plan.images}) == 1
+    images = tuple(
+        LookedImage(
+            planned=image,
+            measures=found,
+            triggers=triggers_of(triggers, config),
+            is_uncaptioned=is_uncaptioned(image, plan.caption_plan),
+            is_regularisation=config.is_regularisation_data,
+            has_one_caption=has_one_caption,
+        )
+        for image, found in pairs
+        if isinstance(found, Measures)
+    )
+    return LookedDataset(
+        config=config,
+        problem=None if images else "No image of it can be used.",
+        images=images,
+        skipped=(*damaged, *plan.skipped),
+        buckets=(),
+        texts=count_texts((image.planned for image in images), config),
+    )
+
+
+def _with_buckets(looked: Sequence[LookedDataset], config: RunConfig) -> list[LookedDataset]:
+    draws = draws_per_image(
+        [each.config for each in looked],
+        [len(each.trained) for each in looked],
+        balances=config.regularisation.regularisation_target == "data",
+    )
+    size = config.training.train_batch_size
+    return [
+        replace(each, buckets=tuple(_buckets(each, factor, batch_size=size)))
+        for each, factor in zip(looked, draws, strict=True)
+    ]
+
+
+def _buckets(looked: LookedDataset, draws: float, *, batch_size: int) -> Iterator[LookedBucket]:
+    for name, number in sorted(Counter(each.bucket for each in looked.trained).items()):
+        bucket = Bucket(name, number, max(1, round(number * draws)))
+        yield LookedBucket(
+            size=name,
+            num_images=number,
+            draws_per_epoch=bucket.samples_per_epoch,
+            batches_per_epoch=bucket.num_batches(batch_size),
+        )
