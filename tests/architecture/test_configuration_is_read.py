@@ -10,6 +10,7 @@ from tests.architecture.package_source import Module, assert_only, modules
 
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
+_ONE_VALUE = "has one value; the key is accepted because users' files have it"
 _HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
 READ_WHILE_LOADING: dict[str, str] = {
     "NoiseConfig.flux2_training_shift": "read by the family's spec, from a mapping",
@@ -20,6 +21,9 @@ READ_WHILE_LOADING: dict[str, str] = {
     "DataConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "DataConfig.data_backend_config": _OPENED,
     "DatasetConfig.enable_wildcard": "read by its name, as the switch of a caption step",
+    "ConditioningConfig.dataset_type": _ONE_VALUE,
+    "DatasetConfig.dataset_type": "read through DatasetConfig.is_trained",
+    "ReferenceConfig.dataset_type": _ONE_VALUE,
     "DatasetConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "NoiseConfig.timestep_bias_begin": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_end": "read through biased_timesteps",
@@ -29,7 +33,7 @@ READ_WHILE_LOADING: dict[str, str] = {
     "TextCacheEntry.cache_dir": _OPENED,
     "TrackingConfig.webhook_config": _OPENED,
     "PublishingConfig.model_card_safe_for_work": "read from the resolved configuration, as the command does",
-    "TextCacheEntry.default": "has one value; the key is accepted because users' files have it",
+    "TextCacheEntry.default": _ONE_VALUE,
     "ValidationConfig.user_prompt_library": _OPENED,
     "ValidationConfig.validation_compared_config": _OPENED,
     "ValidationConfig.validation_prompt": _OPENED,

@@ -30,12 +30,21 @@ class WeightedTimesteps(SDXL):
         self._up_to: NDArray[np.int64] = np.cumsum(weights)
         self._alpha_bars = training_alpha_bars(self.components.scheduler, zero_snr=False)
 
-    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
+    def add_noise(
+        self,
+        latents: Tensor,
+        *,
+        sample_indices: Sequence[int],
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> NoisyBatch:
         """Noise [B, 4, h, w] latents for v-prediction; with equal weights it is the family's own noise."""
-        timesteps = [
-            draw_timestep(self._up_to, generator=generator_of(seed, "timestep", each))
-            for each in sample_indices
-        ]
+        if shares is None:
+            generators = (generator_of(seed, "timestep", each) for each in sample_indices)
+            timesteps = [draw_timestep(self._up_to, generator=each) for each in generators]
+        else:
+            sums = np.array(shares) * self._up_to[-1]
+            timesteps = np.searchsorted(self._up_to, sums, side="right").tolist()
         alpha_bar = self._alpha_bars[timesteps]  # [B]
         scales = zip(alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist(), strict=True)
         levels = [Level(timestep, *pair) for timestep, pair in zip(timesteps, scales, strict=True)]

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
     ValidationConfig,
@@ -29,6 +30,7 @@ DATA_PART = "data"
 # Without effect on training, or refused on resume when they differ.
 _IGNORED = {
     *CheckpointConfig.model_fields,
+    *EvaluationConfig.model_fields,
     *TrackingConfig.model_fields,
     *ValidationConfig.model_fields,
     "cache_dir_text",

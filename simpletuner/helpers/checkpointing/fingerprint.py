@@ -61,7 +61,7 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
             "layer_filter": list(config.whole_model.layer_filter),
         }
     settings |= _prompt_length(config.model) | _text_encoders(config.text_encoders)
-    for dataset in config.datasets:
+    for dataset in (each for each in config.datasets if each.is_trained):
         name = redacted(f"dataset {dataset.id}")
         if dataset.downsampling is not None:
             maximum, target = dataset.downsampling

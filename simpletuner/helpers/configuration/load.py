@@ -49,6 +49,7 @@ from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
+from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.lycoris import (
     LayerArguments,
     LycorisConfig,
@@ -102,6 +103,7 @@ SECTIONS: tuple[type[Section], ...] = (
     TrackingConfig,
     PublishingConfig,
     ValidationConfig,
+    EvaluationConfig,
 )
 COMPUTED_KEYS = frozenset({"prompts", "webhooks"})
 KEYS = Keys(
@@ -194,6 +196,7 @@ class Loader:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
         publishing, ema = self._section(PublishingConfig), self._section(EmaConfig)
+        evaluation = self._section(EvaluationConfig)
         lycoris, dataset_file = self._lycoris(adapter, precision), self._datasets(data)
         self.decisions += dataset_file.decisions
         prompts, webhooks = self._prompts(validation, dataset_file), self._webhooks(tracking)
@@ -217,6 +220,7 @@ class Loader:
         rules.check_noise(noise, self.source)
         rules.check_masks(masks, noise, kinds=dataset_file.mask_kinds, source=self.source)
         rules.check_ema(ema, optimizer, self.source)
+        rules.check_evaluation(evaluation, dataset_file, self.source)
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
         datasets = dataset_file.datasets

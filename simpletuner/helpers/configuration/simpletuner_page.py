@@ -45,7 +45,9 @@ entry's `conditioning_data`) are never trained on: [masks](masks.md) weight the 
 [references](edit-pairs.md), and every other such entry ends the run. A mask of `conditioning_type`
 `segmentation` counts above mid grey here; SimpleTuner counts all that is not black.
 [Regularisation](regularisation.md) images (`is_regularisation_data`) are trained towards the base model's
-prediction, as in SimpleTuner.
+prediction, as in SimpleTuner. [Held-out images](held-out-data.md) (`dataset_type` `eval`) are evaluated every
+100 steps unless `eval_steps_interval` says otherwise, beside as many training images: 8 of each at 8 noise
+levels, where SimpleTuner has 4 at 28.
 
 ## What the run prints
 

@@ -30,6 +30,7 @@ from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.cache_reader import CachedItem, CacheReader
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
+from simpletuner.helpers.data.held_out import Divided, divided
 from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
 from simpletuner.helpers.data.made_references import DepthEstimator
 from simpletuner.helpers.data.masks import BLANK, is_blank, read_mask
@@ -96,7 +97,9 @@ class TrainingData:
     """Of the wait for batches and for the inputs of the caches."""
 
     samples: tuple[Sample, ...] = field(init=False)
-    """Every usable image once, with its first caption."""
+    """Every trained image once, with its first caption."""
+    divided: Divided = field(init=False)
+    """The images that are trained, and those that are held out."""
     skipped: tuple[SkippedImage, ...] = field(init=False)
     """Every unusable image."""
     damaged: dict[str, str] = field(init=False)
@@ -105,7 +108,7 @@ class TrainingData:
     """Micro-batches per process and epoch."""
 
     def __post_init__(self) -> None:
-        active = [each for each in self.datasets if each.dataset_type == "image" and not each.disabled]
+        active = [each for each in self.datasets if not each.disabled]
         self._text_store = self._store(self.data.cache_dir_text)
         self._latents_stores = {each.id: self._store(self.data.latents_folder(each)) for each in active}
         self._indexes = {
@@ -142,11 +145,15 @@ class TrainingData:
     def captions(self) -> tuple[str, ...]:
         """Every variant of a caption once, in the order of the images; "" first when captions are dropped.
 
-        Captions of references come last.
+        Then the first variant of each held-out image, then the captions of references.
         """
         texts = [text for image in self._images for variants in image.captions for text in variants]
-        texts += [text for image in self._images for each in image.references for text in each.captions]
-        drops = any(plan.caption_plan.config.caption_dropout_probability for plan in self._plans)
+        held_out = self.divided.held_out
+        texts += [image.sample.caption for image in held_out]
+        references = (each for image in (*self._images, *held_out) for each in image.references)
+        texts += [text for each in references for text in each.captions]
+        trained = self.divided.trained
+        drops = any(plan.caption_plan.config.caption_dropout_probability for plan in trained)
         return tuple(dict.fromkeys(["", *texts] if drops else texts))
 
     def facts(self) -> dict[str, JsonValue]:
@@ -154,23 +161,31 @@ class TrainingData:
         facts: dict[str, JsonValue] = {
             "samples per batch of all processes": self.batch_size * self.num_processes
         }
+        for plan in self.divided.trained:
+            facts |= self._facts_of(plan.images, redacted(f"dataset {plan.config.id}"))
         for plan in self._plans:
-            dataset = redacted(f"dataset {plan.config.id}")
-            captions = sorted((image.sample.path, sum(image.captions, ())) for image in plan.images)
-            facts |= {
-                f"{dataset}, number of images": len(plan.images),
-                f"{dataset}, hash of all images": _hash_of(sorted(image.digest for image in plan.images)),
-                f"{dataset}, hash of all captions": _hash_of([each for _, each in captions]),
-            }
-            if masks := sorted(image.mask.key for image in plan.images if image.mask is not None):
-                facts[f"{dataset}, hash of all masks"] = _hash_of(masks)
-            references = sorted(
-                reference_fact(image.sample.path, each, content=self._cached.content(each))
-                for image in plan.images
-                for each in image.references
-            )
-            if references:
-                facts[f"{dataset}, hash of all references"] = _hash_of(references)
+            held_out = [each for each in self.divided.held_out if each.sample.dataset_id == plan.config.id]
+            if held_out:
+                facts |= self._facts_of(held_out, redacted(f"held-out part of dataset {plan.config.id}"))
+        return facts
+
+    def _facts_of(self, images: Sequence[PlannedImage], owner: str) -> dict[str, JsonValue]:
+        """Number and identity of some images."""
+        captions = sorted((image.sample.path, sum(image.captions, ())) for image in images)
+        facts: dict[str, JsonValue] = {
+            f"{owner}, number of images": len(images),
+            f"{owner}, hash of all images": _hash_of(sorted(image.digest for image in images)),
+            f"{owner}, hash of all captions": _hash_of([each for _, each in captions]),
+        }
+        if masks := sorted(image.mask.key for image in images if image.mask is not None):
+            facts[f"{owner}, hash of all masks"] = _hash_of(masks)
+        references = sorted(
+            reference_fact(image.sample.path, each, content=self._cached.content(each))
+            for image in images
+            for each in image.references
+        )
+        if references:
+            facts[f"{owner}, hash of all references"] = _hash_of(references)
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
@@ -178,17 +193,18 @@ class TrainingData:
         self._cached.set_encoders(vae_identity=vae_identity, text_identity=text_identity)
 
     def latents_requests(self) -> list[CacheRequest[Tensor]]:
-        """A request for the latents of each image, by bucket; then of each reference, by size.
+        """A request for the latents of each image, by bucket, the held-out ones last; then of each reference.
 
         Inputs are [3, H, W] in [-1, 1].
         """
+        in_buckets = [image for _, images in self._buckets for image in images]
+        in_buckets += sorted(self.divided.held_out, key=_bucket_of)
         images = [
-            self._latents_request(image, name=image.sample.path, batch_group=bucket.name)
-            for bucket, images in self._buckets
-            for image in images
+            self._latents_request(image, name=image.sample.path, batch_group=_bucket_of(image))
+            for image in in_buckets
         ]
         references = sorted(
-            (each for image in self._images for each in image.references),
+            (each for image in (*self._images, *self.divided.held_out) for each in image.references),
             key=lambda each: (each.sample.dataset_id, each.sample.target_px),
         )
         return images + [
@@ -224,7 +240,7 @@ class TrainingData:
                 metadata={"image": image.sample.path, "mask": printable(image.mask.file.name)},
                 load=partial(self._mask_unless_damaged, image, image.mask),
             )
-            for image in self._images
+            for image in (*self._images, *self.divided.held_out)
             if image.mask is not None
         ]
 
@@ -290,6 +306,28 @@ class TrainingData:
         """
         return prefetch(count(start), self._batch, watch=self.watch)
 
+    def evaluated_item(self, image: PlannedImage, *, index: int) -> CachedItem:
+        """The cached tensors of an image as it is evaluated: always those of its first caption.
+
+        Of several references it has those of the first epoch.
+
+        Args:
+            image: Trained or held out.
+            index: Decides over a mask that applies to a share of the samples.
+
+        Raises:
+            CacheEntryError: An entry is missing or damaged.
+        """
+        references = self._references(image, epoch=0)
+        caption = next((text for each in references for text in each.captions), image.sample.caption)
+        sample = replace(image.sample, caption=caption)
+        return self._cached.item(image, sample, references=references, sample_index=index)
+
+    def evaluated_strength(self, image: PlannedImage) -> float:
+        """The adapter's strength for an evaluated image: its dataset's, 1 for a neutral one."""
+        own = next(each.slider_strength for each in self.datasets if each.id == image.sample.dataset_id)
+        return 1.0 if own is None else own
+
     def _batch(self, index: int) -> Batch:
         draw = self._sampler.draw(index)
         first = self.process_index * self.batch_size
@@ -317,13 +355,12 @@ class TrainingData:
             ),
         )
 
-    def _references(self, image: PlannedImage, draw: Draw) -> tuple[PlannedReference, ...]:
-        """The references that an image is trained with in a batch."""
+    def _references(self, image: PlannedImage, *, epoch: int) -> tuple[PlannedReference, ...]:
+        """The references that an image is trained with in an epoch."""
         if self.data.conditioning_multidataset_sampling == "combined":
             return image.references
-        bucket = self._buckets[draw.bucket][0].name
         return drawn_references(
-            image.sample, image.references, seed=self.seed, epoch=draw.epoch, bucket=bucket
+            image.sample, image.references, seed=self.seed, epoch=epoch, bucket=_bucket_of(image)
         )
 
     def _item_or_next(self, draw: Draw, member: int, *, pass_index: int, sample_index: int) -> CachedItem:
@@ -335,7 +372,7 @@ class TrainingData:
         problem, members = "", self._buckets[draw.bucket][1]
         for offset in range(len(members)):
             image = members[(member + offset) % len(members)]
-            references = self._references(image, draw)
+            references = self._references(image, epoch=draw.epoch)
             sample = self._with_caption(image, pass_index, sample_index, references=references)
             try:
                 return self._cached.item(image, sample, references=references, sample_index=sample_index)
@@ -454,6 +491,8 @@ class TrainingData:
     def _follow(self, plans: Sequence[DatasetPlan]) -> None:
         """Take samples and order from the datasets' plans."""
         self._plans = plans
+        self.divided = divided(plans)
+        plans = self.divided.trained
         self._caption_plans = {plan.config.id: plan.caption_plan for plan in plans}
         factors = draws_per_image(
             [plan.config for plan in plans],
@@ -471,7 +510,7 @@ class TrainingData:
         )
         self._images = [image for plan in plans for image in plan.images]
         self.samples = tuple(image.sample for image in self._images)
-        self.skipped = tuple(each for plan in plans for each in plan.skipped)
+        self.skipped = tuple(each for plan in self._plans for each in plan.skipped)
         self.batches_per_epoch = self._sampler.batches_per_epoch
         self._log_epoch()
         self._log_slider()
@@ -503,7 +542,7 @@ class TrainingData:
 
     def _log_slider(self) -> None:
         size = self.batch_size * self.num_processes
-        configs = {plan.config.id: plan.config for plan in self._plans}
+        configs = {plan.config.id: plan.config for plan in self.divided.trained}
         pairs = ((configs[images[0].sample.dataset_id], bucket) for bucket, images in self._buckets)
         for text in slider_problems(slider_draws(pairs, batch_size=size)):
             logger.warning("%s", text)
@@ -525,6 +564,11 @@ def _log_plan(plan: DatasetPlan) -> None:
     )
 
 
+def _bucket_of(image: PlannedImage) -> str:
+    """Name of an image's bucket among those of all datasets."""
+    return f"{image.sample.dataset_id} {image.bucket}"
+
+
 def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[PlannedImage]]]:
     """The buckets of a dataset by size and sizes of references, with `draws` of each image in an epoch.
 
@@ -532,7 +576,7 @@ def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[Plan
     """
     members: dict[str, list[PlannedImage]] = {}
     for image in sorted(plan.images, key=lambda image: image.sample.target_px):
-        members.setdefault(f"{plan.config.id} {image.bucket}", []).append(image)
+        members.setdefault(_bucket_of(image), []).append(image)
     return [
         (
             Bucket(

@@ -16,6 +16,7 @@ from simpletuner.helpers.data.caption_variants import TagProblems, caption_plan
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, read_captions, strategy_of
 from simpletuner.helpers.data.conditioning import ConditioningFinder, Entry
 from simpletuner.helpers.data.cropping import Cropping
+from simpletuner.helpers.data.held_out import is_held_out
 from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.planning import candidates
@@ -62,7 +63,10 @@ class DatasetPreview:
     conditioning_problem: str | None = None
     """Masks and references that the images read lack, or that do not fit them."""
     groups: Counter[str]
-    """Bucket, with the sizes of references if they differ from the images' -> number of the images read."""
+    """Bucket, with the sizes of references if they differ from the images' -> number of the images read that
+    are trained."""
+    num_held_out: int
+    """Images read that are held out."""
 
     @property
     def is_whole(self) -> bool:
@@ -70,9 +74,27 @@ class DatasetPreview:
         return self.num_read == self.num_images
 
     @property
+    def num_trained(self) -> int:
+        """Images read that are trained."""
+        return sum(self.groups.values())
+
+    @property
+    def expected_trained(self) -> int:
+        """All images that are trained: of those read, in proportion."""
+        return self._in_proportion(self.num_trained)
+
+    @property
+    def expected_held_out(self) -> int:
+        """All images that are held out: of those read, in proportion."""
+        return self._in_proportion(self.num_held_out)
+
+    @property
     def expected_captions(self) -> int:
         """Captions of all images, each variant counted: those of the images read, in proportion."""
-        return round(self.num_captions * self.num_images / max(1, self.num_read))
+        return self._in_proportion(self.num_captions)
+
+    def _in_proportion(self, number: int) -> int:
+        return round(number * self.num_images / max(1, self.num_read))
 
 
 def preview(
@@ -106,7 +128,7 @@ def preview(
     enlarged: list[str] = []
     problems = [f"{name}: {reason}" for name, reason in scan.skipped] + reader.conflicts()
     usable: list[FoundFile] = []
-    num_read = num_downsampled = 0
+    num_read = num_downsampled = num_held_out = 0
     cropping = Cropping(
         config=config, seed=seed, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
     )
@@ -131,7 +153,10 @@ def preview(
             continue
         usable.append(file)
         buckets[placement.target_px] += 1
-        groups[bucket_name(placement.target_px, [each.sample.target_px for each in own.references])] += 1
+        if is_held_out(config, info.digest):
+            num_held_out += 1
+        else:
+            groups[bucket_name(placement.target_px, [each.sample.target_px for each in own.references])] += 1
         num_downsampled += cropping.is_downsampled(info.size)
         resized = placement.resized_px
         if resized.width > info.size.width or resized.height > info.size.height:
@@ -164,6 +189,7 @@ def preview(
         tags=changes.tag_problems(firsts),
         conditioning_problem=finder.problem(),
         groups=groups,
+        num_held_out=num_held_out,
     )
 
 

@@ -62,15 +62,24 @@ class DiffusionSchedule:
 
 
 def add_noise(
-    latents: Tensor, *, schedule: DiffusionSchedule, sample_indices: Sequence[int], seed: int
+    latents: Tensor,
+    *,
+    schedule: DiffusionSchedule,
+    sample_indices: Sequence[int],
+    seed: int,
+    shares: Sequence[float] | None = None,
 ) -> NoisyBatch:
     """Noise [B, ...] latents at a timestep drawn for each sample; float32, on the device of the latents.
 
-    Timestep and noise depend on the seed and the sample index only, not on the batch or the process.
+    Timestep and noise depend on the seed and the sample index only, not on the batch or the process. With
+    `shares`, in (0, 1), the timesteps are these quantiles of the distribution that they are drawn from.
 
     Source: Ho et al., arXiv:2006.11239, equation 4.
     """
-    timesteps = draw_timesteps(sample_indices, seed=seed, weights=schedule.timestep_weights)
+    if shares is None:
+        timesteps = draw_timesteps(sample_indices, seed=seed, weights=schedule.timestep_weights)
+    else:
+        timesteps = timesteps_at(shares, weights=schedule.timestep_weights)
     alpha_bar = schedule.alpha_bars[list(timesteps)].float()  # [B]
     weight = loss_weight(alpha_bar, prediction=schedule.prediction, noise=schedule.noise)
     columns = (alpha_bar.sqrt().tolist(), (1 - alpha_bar).sqrt().tolist(), weight.tolist())
@@ -93,6 +102,13 @@ def draw_timesteps(sample_indices: Sequence[int], *, seed: int, weights: Tensor)
         return int(torch.multinomial(weights, 1, generator=generator))
 
     return tuple(map(draw, sample_indices))
+
+
+def timesteps_at(shares: Sequence[float], *, weights: Tensor) -> tuple[int, ...]:
+    """The timestep in [0, T) at each quantile in (0, 1) of their distribution by weight, [T]."""
+    sums = weights.double().cumsum(0)
+    wanted = torch.tensor(shares, dtype=torch.float64) * sums[-1]
+    return tuple(torch.searchsorted(sums, wanted, right=True).tolist())
 
 
 def special_noise(noise: Tensor, sample_index: int, *, settings: NoiseConfig, seed: int) -> Tensor:

@@ -170,8 +170,22 @@ class ModelFamily(ABC):
         raise NotImplementedError(f"{self.spec.name} trains no text encoders")
 
     @abstractmethod
-    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, ...] latents; depends on the seed and each sample's index only."""
+    def add_noise(
+        self,
+        latents: Tensor,
+        *,
+        sample_indices: Sequence[int],
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> NoisyBatch:
+        """Noise [B, ...] latents; depends on the seed and each sample's index only.
+
+        Args:
+            latents: On any device.
+            sample_indices: B indices.
+            seed: Of the run.
+            shares: In place of drawn noise levels, B quantiles in (0, 1) of their distribution in training.
+        """
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:

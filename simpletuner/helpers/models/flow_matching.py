@@ -38,18 +38,19 @@ def add_noise(
     shift: float,
     sample_indices: Sequence[int],
     seed: int,
+    shares: Sequence[float] | None = None,
 ) -> NoisyBatch:
     """Noise [B, ...] latents at a sigma drawn for each sample; float32, on the device of the latents.
 
     The target is the velocity from image to noise. Sigma and noise depend on the seed and the sample index
-    only.
+    only. With `shares`, in (0, 1), the sigmas are these quantiles of the distribution that they are drawn
+    from, before the shift.
 
     Source: Lipman et al., arXiv:2210.02747; Liu et al., arXiv:2209.03003.
     """
-    sigmas = tuple(
-        sample_sigma(distribution, shift=shift, seed=seed, sample_index=sample_index)
-        for sample_index in sample_indices
-    )
+    if shares is None:
+        shares = [share_of(distribution, seed=seed, sample_index=each) for each in sample_indices]
+    sigmas = tuple(float(np.float32(distribution.sigma_at(share, shift=shift))) for share in shares)
     levels = [Level(sigma_to_timestep(sigma), signal_scale=1 - sigma, noise_scale=sigma) for sigma in sigmas]
     noise = draw_noise(sample_indices, seed=seed, shape=latents.shape[1:])
     return replace(mix_noise(latents, noise, levels, target=velocity), sigmas=sigmas)
@@ -62,12 +63,16 @@ def velocity(clean: Tensor, noise: Tensor, *, signal_scale: Tensor, noise_scale:
 
 def sample_sigma(distribution: SigmaDistribution, *, shift: float, seed: int, sample_index: int) -> float:
     """Sigma in [0, 1] of one sample index, after the shift, rounded to float32."""
-    if distribution.turns is not None:
-        share = (sample_index % distribution.turns + 0.5) / distribution.turns
-    else:
-        generator = generator_of(seed, "sigma", sample_index)
-        share = float(torch.rand((), generator=generator, dtype=torch.float64)) or SMALLEST_SHARE
+    share = share_of(distribution, seed=seed, sample_index=sample_index)
     return float(np.float32(distribution.sigma_at(share, shift=shift)))
+
+
+def share_of(distribution: SigmaDistribution, *, seed: int, sample_index: int) -> float:
+    """The share in (0, 1) that stands for one sample index: drawn, or the next in turn."""
+    if distribution.turns is not None:
+        return (sample_index % distribution.turns + 0.5) / distribution.turns
+    generator = generator_of(seed, "sigma", sample_index)
+    return float(torch.rand((), generator=generator, dtype=torch.float64)) or SMALLEST_SHARE
 
 
 def draw_guidance(noise: NoiseConfig, *, sample_indices: Sequence[int], seed: int) -> tuple[float, ...]:

@@ -37,6 +37,7 @@ from simpletuner.helpers.publishing.usage import (
     export_command,
     pipeline_code,
     sample_command,
+    teaches,
     whole_model_code,
 )
 
@@ -211,9 +212,7 @@ def _licence_text(run: RunFiles, spec: ModelSpec | None) -> str:
 
 def _triggers(run: RunFiles) -> list[str]:
     datasets = run.config.get("data_backend_config") or []
-    subjects = [
-        each for each in datasets if isinstance(each, Mapping) and not each.get("is_regularisation_data")
-    ]
+    subjects = [each for each in datasets if isinstance(each, Mapping) and teaches(each)]
     found = [each.get("instance_prompt") for each in subjects]
     return sorted({str(each) for each in found if each})
 

@@ -132,7 +132,7 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
     prompts = [
         each["instance_prompt"]
         for each in config.get("data_backend_config", [])
-        if each.get("instance_prompt") and not each.get("is_regularisation_data")
+        if each.get("instance_prompt") and teaches(each)
     ]
     captions = [text for each in manifest.get("datasets", []) for _, text in each["captions"]]
     sizes = [prompt.get("size"), *config.get("validation_resolution", ()), "1024x1024"]
@@ -150,6 +150,11 @@ def example_image(config: Config, manifest: Manifest) -> dict[str, Any]:
         "seed": next(seed for seed in seeds if seed is not None),
         "strength": float(next(strength for strength in strengths if strength is not None)),
     }
+
+
+def teaches(dataset: Mapping[str, Any]) -> bool:
+    """Whether an entry's images are trained as what the adapter is for."""
+    return not dataset.get("is_regularisation_data") and dataset.get("dataset_type") != "eval"
 
 
 def _strength_argument(image: Mapping[str, Any]) -> str:

@@ -56,6 +56,8 @@ class RunSummary:
     """The file beside the adapter, if it has the EMA weights."""
     plain: str | None = None
     """The file beside the adapter, if the adapter file has the EMA weights and this one the trained ones."""
+    held_out: str | None = None
+    """When the loss of held-out images was lowest, in words; None for a run that evaluated none."""
 
     @property
     def adapter_files(self) -> list[str]:
@@ -104,6 +106,8 @@ class RunSummary:
             logger.info("Report:      %s", self.page)
         if self.card is not None:
             logger.info("Model card:  %s", self.card)
+        if self.held_out is not None:
+            logger.info("Held out:    %s", self.held_out)
         logger.info("Checkpoint:  %s", self.checkpoint)
         logger.info("Metrics:     %s", self.metrics)
         for tracker, folder in (self.trackers or {}).items():

@@ -35,7 +35,7 @@ class Tracker(Protocol):
         """Record validation images: label -> file."""
 
     def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Record the scores of validation images: name -> value."""
+        """Record the scores of validation images, or the losses of held-out ones: name -> value."""
 
     def finish(self) -> None:
         """Close the tracker."""

@@ -24,7 +24,14 @@ from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.io.optional import require
 from simpletuner.helpers.io.redaction import PLACEHOLDER, redacted, redacted_json
-from simpletuner.helpers.io.run_folder import METRICS_FILE, TENSORBOARD_FOLDER, TRACKIO_FILE, WANDB_FILE
+from simpletuner.helpers.io.run_folder import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    TENSORBOARD_FOLDER,
+    TRACKIO_FILE,
+    WANDB_FILE,
+)
+from simpletuner.helpers.reporting.evaluations import EvaluationMetrics
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.tracker_thread import QUIET_S, Tracker, TrackerThread
 from simpletuner.helpers.reporting.webhooks import Message, Webhook
@@ -36,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class JsonLines:
-    """One JSON object per optimiser step. Rows that cannot be written are kept and written later."""
+    """One JSON object per step or evaluation. Rows that cannot be written are kept and written later."""
 
     def __init__(self, file: Path, *, resumed_step: int) -> None:
         self._file = file
@@ -49,10 +56,10 @@ class JsonLines:
         self._has_warned = False
 
     def start(self) -> None:
-        """Remove the lines after the step that the run resumes from."""
+        """Remove the lines after the step that the run resumes from; all of them if it starts anew."""
         self._write()
 
-    def log(self, record: StepMetrics) -> None:
+    def log(self, record: StepMetrics | EvaluationMetrics) -> None:
         """Append one line and hand it to the operating system."""
         self._waiting.append(f"{json.dumps(asdict(record))}\n".encode())
         self._write()
@@ -61,7 +68,7 @@ class JsonLines:
         """Write the rows that wait, for the last time; warn of those that are lost."""
         self._write()
         if self._waiting:
-            logger.warning("%s lacks the last %d steps.", printable(str(self._file)), len(self._waiting))
+            logger.warning("%s lacks the last %d rows.", printable(str(self._file)), len(self._waiting))
 
     def _write(self) -> None:
         try:
@@ -85,7 +92,8 @@ class JsonLines:
         """Bytes of the lines that stay."""
         text = self._file.read_text("utf-8", errors="replace") if self._file.exists() else ""
         lines = text.splitlines()
-        kept = "".join(f"{line}\n" for line in lines if 0 < _step_of(line) <= self._resumed_step)
+        last = self._resumed_step or -1
+        kept = "".join(f"{line}\n" for line in lines if 0 <= _step_of(line) <= last)
         write_text(self._file, kept)
         return len(kept.encode())
 
@@ -243,10 +251,12 @@ class Trackers:
         log: JsonLines | None,
         trackers: Sequence[Tracker] = (),
         *,
+        evaluations: JsonLines | None = None,
         webhooks: Sequence[Webhook] = (),
         timeout_s: float = 30.0,
     ) -> None:
         self._log = log
+        self._evaluations = evaluations
         self._tracker_threads = [TrackerThread(tracker) for tracker in trackers]
         self._webhook_threads = {webhook: TrackerThread(webhook) for webhook in webhooks}
         self._threads = [*self._tracker_threads, *self._webhook_threads.values()]
@@ -254,8 +264,8 @@ class Trackers:
 
     def start(self) -> None:
         """Open every tracker."""
-        if self._log is not None:
-            self._log.start()
+        for log in filter(None, (self._log, self._evaluations)):
+            log.start()
         for thread in self._threads:
             thread.start()
 
@@ -266,13 +276,19 @@ class Trackers:
         for thread in self._tracker_threads:
             thread.log(record)
 
+    def log_evaluation(self, record: EvaluationMetrics) -> None:
+        """Record the losses of held-out images in their log and the trackers."""
+        if self._evaluations is not None:
+            self._evaluations.log(record)
+        self.log_scores(record.step, record.curves)
+
     def log_images(self, step: int, images: Mapping[str, Path]) -> None:
         """Give validation images to the trackers; the output folder has them already."""
         for thread in self._threads:
             thread.log_images(step, images)
 
     def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Give the scores of validation images to the trackers; the output folder has them already."""
+        """Give scores of validation, or of an evaluation, to the trackers; the output folder has them."""
         for thread in self._threads:
             thread.log_scores(step, scores)
 
@@ -296,8 +312,8 @@ class Trackers:
 
     def finish(self) -> None:
         """Close every tracker; those in threads get timeout_s together, then one warning with the losses."""
-        if self._log is not None:
-            self._log.finish()
+        for log in filter(None, (self._log, self._evaluations)):
+            log.finish()
         for thread in self._threads:
             thread.close()
         deadline_s = time.monotonic() + self._timeout_s
@@ -311,9 +327,14 @@ class Trackers:
 
 
 def build_trackers(
-    config: TrackingConfig, *, output_dir: Path, settings: Mapping[str, object], resumed_step: int
+    config: TrackingConfig,
+    *,
+    output_dir: Path,
+    settings: Mapping[str, object],
+    resumed_step: int,
+    evaluates: bool = False,
 ) -> Trackers:
-    """The JSONL log, every tracker of `report_to` and every webhook, not yet started.
+    """The JSONL logs, every tracker of `report_to` and every webhook, not yet started.
 
     Raises:
         MissingDependencyError: The package of a tracker is not installed.
@@ -327,4 +348,12 @@ def build_trackers(
     log = JsonLines(output_dir / METRICS_FILE, resumed_step=resumed_step)
     name = config.tracker_run_name or config.tracker_project_name
     webhooks = [Webhook(each, name=name) for each in config.webhooks]
-    return Trackers(log, trackers, webhooks=webhooks, timeout_s=config.tracker_timeout_seconds)
+    file = output_dir / EVALUATIONS_FILE
+    keeps_evaluations = evaluates or file.exists()  # an earlier run's are removed
+    return Trackers(
+        log,
+        trackers,
+        evaluations=JsonLines(file, resumed_step=resumed_step) if keeps_evaluations else None,
+        webhooks=webhooks,
+        timeout_s=config.tracker_timeout_seconds,
+    )

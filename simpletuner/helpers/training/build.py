@@ -50,9 +50,10 @@ from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts
 from simpletuner.helpers.sampling.references import with_references
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from simpletuner.helpers.training.caches import fill_caches
+from simpletuner.helpers.training.evaluation import Evaluation
 from simpletuner.helpers.training.final_files import FinalFiles
 from simpletuner.helpers.training.lr_schedules import build_lr_schedule
-from simpletuner.helpers.training.objective import build_objective
+from simpletuner.helpers.training.objective import Objective, build_objective
 from simpletuner.helpers.training.optimizers import build_optimizer, weights_for_use
 from simpletuner.helpers.training.preparing import (
     RunContext,
@@ -66,6 +67,7 @@ from simpletuner.helpers.training.preparing import (
 )
 from simpletuner.helpers.training.regularisation import build_regularisation
 from simpletuner.helpers.training.text_encoding import (
+    TextEncoding,
     build_text_encoding,
     present_embeds,
     with_text_encoders,
@@ -194,6 +196,7 @@ def build_components(
         ema=state.ema,
     )
     text_encoding = build_text_encoding(config, context.family, trainable, progress=state.progress)
+    objective = build_objective(config, context.family, state.progress)
     checkpoints = build_checkpoints(context, state, weights=identity_of(context, hashes), epochs=epochs)
     return Trainer(
         config=config,
@@ -204,7 +207,7 @@ def build_components(
         data=data,
         optimizer=prepared_optimizer,
         lr_schedule=schedule,
-        objective=build_objective(config, context.family, state.progress),
+        objective=objective,
         regularisation=build_regularisation(config, context.family, trainable, text_encoding=text_encoding),
         text_encoding=text_encoding,
         token_routing=build_token_routing(config, denoiser),
@@ -212,6 +215,15 @@ def build_components(
         state=state,
         checkpoints=checkpoints,
         validation=validation,
+        evaluation=build_evaluation(
+            context,
+            state,
+            denoiser=prepared,
+            objective=objective,
+            text_encoding=text_encoding,
+            trackers=trackers,
+            epochs=epochs,
+        ),
         trackers=trackers,
         display=display,
         page=build_page(context, state, images=validation.manifest()),
@@ -350,6 +362,37 @@ def build_ema(config: RunConfig, trainable: Trainable, *, device: torch.device) 
         return None
     return Ema(
         trainable, config.ema, device=torch.device("cpu") if config.ema.ema_device == "cpu" else device
+    )
+
+
+def build_evaluation(
+    context: RunContext,
+    state: RunState,
+    *,
+    denoiser: nn.Module,
+    objective: Objective,
+    text_encoding: TextEncoding,
+    trackers: Trackers,
+    epochs: Epochs,
+) -> Evaluation:
+    """What measures the loss of held-out images; of the EMA, where validation shows that alone."""
+    weights = state.averages
+    if state.ema is not None and state.ema.config.ema_validation == "ema_only":
+        weights = state.ema.weights
+    return Evaluation(
+        config=context.config.evaluation,
+        accelerator=context.accelerator,
+        denoiser=denoiser,
+        trainable=state.trainable,
+        objective=objective,
+        text_encoding=text_encoding,
+        data=context.data,
+        trackers=trackers,
+        preemption=context.preemption,
+        output_dir=context.config.checkpoint.output_dir,
+        batch_size=context.config.training.train_batch_size,
+        weights=weights,
+        epochs=epochs,
     )
 
 

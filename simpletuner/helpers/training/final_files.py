@@ -23,6 +23,7 @@ from simpletuner.helpers.io.run_folder import (
     checkpoint_folder,
 )
 from simpletuner.helpers.publishing.card import write_card
+from simpletuner.helpers.reporting.evaluations import lowest_held_out
 from simpletuner.helpers.reporting.run_summary import RunSummary
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class FinalFiles:
             ),
             page=None if page is None else str(page),
             card=self._save_card(),
+            held_out=lowest_held_out(self.output_dir),
             ema=second if ema is not None and not ema.is_main else None,
             plain=second if ema is not None and ema.is_main else None,
             trackers={

@@ -12,6 +12,8 @@ from simpletuner.helpers.models.noising import perturb
 from simpletuner.helpers.training.losses import build_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from simpletuner.helpers.checkpointing.progress import Progress
@@ -45,6 +47,13 @@ class Objective:
         if not strength:
             return noisy
         return perturb(noisy, strength=strength, sample_indices=indices, seed=self.seed)
+
+    def evaluated_noise(self, batch: Batch, *, shares: Sequence[float]) -> NoisyBatch:
+        """Noise the latents at these quantiles of training's noise levels; without input_perturbation."""
+        noisy = self.family.add_noise(
+            batch.latents, sample_indices=batch.sample_indices, seed=self.seed, shares=shares
+        )
+        return replace(noisy, loss_mask=batch.loss_mask)
 
     def sample_losses(self, prediction: Tensor, noisy: NoisyBatch) -> Tensor:
         """Weighted loss of each sample, [B], of a prediction [B, ...] in the space of the target."""

@@ -31,6 +31,7 @@ from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILES,
     EMA_ADAPTER_FILE,
+    EVALUATIONS_FILE,
     METRICS_FILE,
     PAGE_FILE,
     TENSORBOARD_FOLDER,
@@ -45,6 +46,11 @@ from simpletuner.helpers.models.weights_on_disk import (
     scheduler_config,
 )
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, has_gpu
+from simpletuner.helpers.training.evaluation_plan import (
+    evaluation_problems,
+    evaluation_rows,
+    without_training,
+)
 from simpletuner.helpers.training.packages import check_packages
 
 DEMO = Path(simpletuner.__file__).parent / "demo"
@@ -70,8 +76,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         ModelError: A local model's file is no safetensors file.
     """
     entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
-    active = [each for each in config.datasets if each.dataset_type == "image"]
-    unseen = [] if reads_all else [each for each in active if _needs_download(each, entries)]
+    unseen = [] if reads_all else [each for each in config.datasets if _needs_download(each, entries)]
     previews = [
         preview(
             dataset,
@@ -81,7 +86,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
             reads_all=reads_all,
             conditioning=entries_of(dataset, entries),
         )
-        for dataset in active
+        for dataset in config.datasets
         if dataset not in unseen
     ]
     _refuse(previews)
@@ -100,6 +105,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     rows += [
         ("steps", _steps(config, previews, batches=batches)),
         ("validation", _validation(config, batches=batches)),
+        *evaluation_rows(config, previews),
         ("writes", _written(config, spec)),
     ]
     rows += _block("keys", translation_lines(config)) + _block(
@@ -111,6 +117,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     draws = slider_draws(_buckets(config, previews), batch_size=config.training.train_batch_size)
     problems += slider_problems(draws)
+    problems += evaluation_problems(config, previews)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     if not unseen or config.training.max_train_steps is not None:  # else the number of steps is unknown
         problems += warnings_of(config, spec, batches=batches)
@@ -123,7 +130,7 @@ def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
 
 
 def _refuse(previews: Sequence[DatasetPreview]) -> None:
-    """Refuse what the run would refuse of captions and masks, all at once; tags only if every one was read.
+    """Refuse what the run would refuse, all at once; tags and shares only of datasets that were read whole.
 
     Raises:
         DataError: Of one dataset or of several.
@@ -134,6 +141,7 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
         if each.tags.is_error and each.is_whole
     ]
     several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
+    problems += without_training(previews)
     problems += filter(None, [limit_problem(several), *(each.conditioning_problem for each in previews)])
     if problems:
         raise DataError("\n".join(problems))
@@ -155,10 +163,12 @@ def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> 
 
 def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[tuple[DatasetConfig, Bucket]]:
     """Each bucket and its dataset."""
+    # The images that were not read are counted in proportion.
+    # Limit: images of which another dataset holds out the same bytes are counted as trained.
+    previews = [each for each in previews if each.num_trained]
     configs = [each.config for each in previews]
-    # Those in buckets are usable; the images that were not read are counted in proportion.
     parts = [each.num_images / max(1, each.num_read) for each in previews]
-    numbers = [sum(each.buckets.values()) * part for each, part in zip(previews, parts, strict=True)]
+    numbers = [each.num_trained * part for each, part in zip(previews, parts, strict=True)]
     balances = config.regularisation.regularisation_target == "data"
     draws = draws_per_image(configs, numbers, balances=balances)
     return [
@@ -215,7 +225,7 @@ def _repeated_folders(config: RunConfig) -> Iterator[str]:
     theirs = "which kohya's scripts take {} times an epoch"
     for dataset in config.datasets:
         folder = dataset.folder
-        if folder is None:
+        if folder is None or not dataset.is_trained:
             continue
         own = repeated_folder(folder.name)
         if own is not None and own[0] <= MOST_REPEATS and own[0] - 1 != dataset.repeats:
@@ -450,6 +460,8 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     buckets = ", ".join(sizes[:_SHOWN_BUCKETS])
     number = counted(each.num_images, "image")
     kind = f"{number} of regularisation" if config.is_regularisation_data else number
+    if config.holds_out:
+        kind = f"{number}, {each.num_held_out}{part} held out"
     yield "images", f"{config.id}: {kind} in {config.place}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:
@@ -527,6 +539,7 @@ def _written(config: RunConfig, spec: ModelSpec) -> str:
         *(COMFYUI_FILES[name] for name in adapters if config.adapter.lora_format == "comfyui"),
         f"checkpoints {every}" if every else "a checkpoint at the end",
         METRICS_FILE,
+        *((EVALUATIONS_FILE,) if config.evaluates else ()),
         PAGE_FILE,
         *(TENSORBOARD_FOLDER if name == "tensorboard" else name for name in config.tracking.report_to),
     ]

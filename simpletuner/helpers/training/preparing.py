@@ -269,5 +269,9 @@ def build_run_trackers(context: RunContext) -> Trackers:
     record_changes(output_dir, context.resumed, resolved=resolved, data=context.data_facts)
     write_json(output_dir / CONFIG_FILE, resolved)
     return build_trackers(
-        config.tracking, output_dir=output_dir, settings=resolved, resumed_step=context.step
+        config.tracking,
+        output_dir=output_dir,
+        settings=resolved,
+        resumed_step=context.step,
+        evaluates=config.evaluates,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -33,6 +33,11 @@ class TextEncoding:
     """Empty for a run that trains none: its batches have cached prompt embeds."""
     end_step: int | None
     progress: Progress
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The text encoders that are loaded for training; none if the run trains none."""
+        return list(self.family.text_encoders.values()) if self.text_encoders else []
 
     def encoded(self, batch: Batch) -> Batch:
         """The batch with the embeds of its captions, through which gradients reach the text encoders.
@@ -130,19 +135,20 @@ def present_embeds(family: ModelFamily) -> Callable[[str], TextEmbeds]:
 
     def embeds_of(prompt: str) -> TextEmbeds:
         family.load_text_encoders()
-        with _evaluating(family.text_encoders):
+        with evaluating(family.text_encoders.values()):
             return family.encode_prompts([prompt])[0]
 
     return embeds_of
 
 
 @contextmanager
-def _evaluating(encoders: Mapping[str, nn.Module]) -> Iterator[None]:
-    were_training = {name: encoder.training for name, encoder in encoders.items()}
-    for encoder in encoders.values():
-        encoder.eval()
+def evaluating(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Models in evaluation mode; each is back in its own mode afterwards."""
+    were_training = [(model, model.training) for model in models]
+    for model, _ in were_training:
+        model.eval()
     try:
         yield
     finally:
-        for name, encoder in encoders.items():
-            encoder.train(were_training[name])
+        for model, was_training in were_training:
+            model.train(was_training)

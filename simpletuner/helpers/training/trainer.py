@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.reporting.html_report.writer import RunPage
     from simpletuner.helpers.reporting.progress_bar import ProgressDisplay
     from simpletuner.helpers.reporting.trackers import Trackers
+    from simpletuner.helpers.training.evaluation import Evaluation
     from simpletuner.helpers.training.final_files import FinalFiles
     from simpletuner.helpers.training.objective import Objective
     from simpletuner.helpers.training.regularisation import Regularisation
@@ -78,6 +79,7 @@ class Trainer:
     state: RunState
     checkpoints: Checkpoints
     validation: Validation
+    evaluation: Evaluation
     trackers: Trackers
     display: ProgressDisplay
     page: RunPage
@@ -114,12 +116,14 @@ class Trainer:
         with self.resources, self.uploads, self.trackers, self._failure_notified(), self.page, self.display:
             self._notify("start", f"Training from step {self.progress.step} to {self.max_steps}")
             self.validation.start(self.progress.step)
+            self.evaluation.start(self.progress.step)
             batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
             self._take_steps(batches)
             if self.progress.step > 0:
                 self.save_checkpoint()
             if not self.should_stop:
                 self.final_files.save_weights()
+                self.evaluation.run(self.progress.step)
                 self.validation.run(self.progress.step, "final")
             if self.should_stop or self.preemption.requested:
                 self.trackers.limit_wait(STOP_WAIT_S)
@@ -280,7 +284,7 @@ class Trainer:
             raise
 
     def _after_step(self, metrics: StepMetrics) -> None:
-        """Log, save and validate, in that order."""
+        """Log, save, evaluate and validate, in that order."""
         step = metrics.step
         if not self.is_state_checked:
             self.state.check_optimizer()
@@ -289,9 +293,12 @@ class Trainer:
         self.trackers.log(metrics)
         if self.should_stop or self.checkpoints.is_due(step):
             self.save_checkpoint()
-        if self.validation.is_due(step) and step < self.max_steps and not self.should_stop:
+        goes_on = step < self.max_steps and not self.should_stop
+        if self.evaluation.is_due(step) and goes_on:
+            self.evaluation.run(step)
+        if self.validation.is_due(step) and goes_on:
             self.validation.run(step)
-        if self.checkpoints.is_due(step) or self.validation.is_due(step):
+        if any(each.is_due(step) for each in (self.checkpoints, self.evaluation, self.validation)):
             self.page.refresh()
 
     def _drop_ended_gradients(self) -> None:

@@ -182,6 +182,13 @@ CONFIG = {
     "caption_strategy": st.none() | st.sampled_from(["textfile", "filename", "instanceprompt"]),
     "caption_lines": st.sampled_from(["choose", "whole"]),
     "caption_variants": COUNTS,
+    "eval_share": st.floats(0, 0.99),
+    "eval_steps_interval": COUNTS_OR_ZERO,
+    "eval_epoch_interval": COUNTS_OR_ZERO,
+    "num_eval_images": COUNTS,
+    "eval_timesteps": COUNTS,
+    "eval_dataset_id": st.just([]),  # it names an entry, which every example has its own of
+    "eval_loss_disable": SWITCHES,
     "conditioning_multidataset_sampling": st.sampled_from(["random", "combined"]),
     "cache_dir_vae": st.sampled_from(["latents", "{model_family}/latents", "{output_dir}/latents"]),
     "cache_dir_text": NAMES,
@@ -249,6 +256,7 @@ DATASET = {
     "maximum_image_size": st.floats(16, 4096),
     "target_downsample_size": st.floats(4096, 16384),
     "max_upscale_threshold": SHARES,
+    "eval_share": st.floats(0, 0.99),
     "is_regularisation_data": st.just(False),  # alone it is refused
     "crop": SWITCHES,
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),

@@ -70,7 +70,7 @@ def test_the_files_of_a_run_become_ours(workspace: Workspace) -> None:
     [
         {"conditioning_type": "controlnet"},
         {"source_dataset_id": "photos"},
-        {"dataset_type": "eval"},
+        {"dataset_type": "video"},
         {"type": "aws"},
     ],
     ids=range(4),
@@ -82,6 +82,16 @@ def test_an_entry_that_is_no_training_target_is_left_out(
     run = translate_run(workspace.write(), families=workspace.families)
     assert [entry["id"] for entry in run.datasets] == ["photos"]
     assert "others.id" in {each.key for each in run.decisions if each.outcome == "not translated"}
+
+
+def test_held_out_images_stay(workspace: Workspace) -> None:
+    workspace.config |= {"eval_steps_interval": 50, "num_eval_images": 4}
+    held_out = {"id": "others", "instance_data_dir": "images", "dataset_type": "eval"}
+    workspace.datasets.append(held_out | {"repeats": 3})
+    run = translate_run(workspace.write(), families=workspace.families)
+    assert [entry["id"] for entry in run.datasets] == ["photos", "others"]
+    assert run.datasets[1]["dataset_type"] == "eval"
+    assert (run.config["eval_steps_interval"], run.config["num_eval_images"]) == (50, 4)
 
 
 def test_references_stay(workspace: Workspace) -> None:

@@ -20,6 +20,7 @@ from simpletuner.helpers.models.diffusion import (
     loss_weight,
     q_sample,
     soft_min_snr,
+    timesteps_at,
     velocity,
 )
 from simpletuner.helpers.models.noising import draw_noise, generator_of
@@ -320,3 +321,25 @@ def test_timesteps_without_a_bias_are_those_of_the_plain_draw() -> None:
     drawn = add_noise(torch.zeros(4, 1, 1, 1), schedule=schedule(), sample_indices=range(4), seed=7).timesteps
     generators = [generator_of(7, "timestep", index) for index in range(4)]
     assert drawn == tuple(int(torch.randint(1000, (1,), generator=each)) for each in generators)
+
+
+def test_shares_give_the_quantiles_of_the_drawn_timesteps() -> None:
+    assert timesteps_at([0.1, 0.5, 0.9], weights=torch.ones(10)) == (1, 5, 9)
+    weights = torch.tensor([0.0, 3.0, 1.0, 0.0])
+    assert timesteps_at([1e-9, 0.7, 0.76, 1 - 1e-9], weights=weights) == (1, 1, 2, 2)
+    biased = schedule(min_timestep=200, max_timestep=600).timestep_weights
+    assert timesteps_at([0.0625, 0.9375], weights=biased) == (225, 575)
+    shares = [(index + 0.5) / 400 for index in range(400)]
+    drawn = draw_timesteps(range(4000), seed=1, weights=schedule().timestep_weights)
+    at = timesteps_at(shares, weights=schedule().timestep_weights)
+    assert sum(at) / len(at) == pytest.approx(sum(drawn) / len(drawn), rel=0.03)
+
+
+def test_noise_at_shares_is_that_of_the_sample_index_at_another_timestep() -> None:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    found = add_noise(latents, schedule=schedule(), sample_indices=[5, 6], seed=1, shares=[0.25, 0.75])
+    assert found.timesteps == (250, 750)
+    assert torch.equal(found.target, draw_noise([5, 6], seed=1, shape=latents.shape[1:]))
+    drawn = add_noise(latents, schedule=schedule(), sample_indices=[5, 6], seed=1)
+    assert torch.equal(found.target, drawn.target)
+    assert drawn.timesteps != found.timesteps

@@ -223,3 +223,24 @@ def test_a_timestep_range_holds_after_the_shift() -> None:
     ]
     assert 200 <= min(drawn) < 300
     assert 590 < max(drawn) <= 600
+
+
+def test_shares_give_the_quantiles_of_the_drawn_noise_levels() -> None:
+    clean = torch.zeros(3, 4, 8, 8)
+    options = {"distribution": SIGMOID, "shift": 3.0, "sample_indices": [4, 9, 2], "seed": 7}
+    found = add_noise(clean, **options, shares=[0.1, 0.5, 0.9])
+    levels = [shift_sigma(1 / (1 + math.exp(-stats.norm.ppf(share))), 3.0) for share in (0.1, 0.5, 0.9)]
+    assert found.sigmas == pytest.approx(levels, rel=1e-6)
+    assert found.timesteps == tuple(int(1000 * level) for level in levels)
+    noise = draw_noise([4, 9, 2], seed=7, shape=clean.shape[1:])
+    assert torch.equal(found.target, noise)
+    assert torch.equal(add_noise(clean, **options).target, noise)
+
+
+def test_shares_take_custom_noise_levels_too() -> None:
+    distribution = distribution_of(
+        NoiseConfig(flow_custom_timesteps=[100, 500, 900], flow_timesteps_mode="round-robin")
+    )
+    clean = torch.zeros(3, 4, 8, 8)
+    options = {"distribution": distribution, "shift": 3.0, "sample_indices": [7, 7, 7], "seed": 1}
+    assert add_noise(clean, **options, shares=[0.1, 0.5, 0.9]).timesteps == (100, 500, 900)

@@ -641,3 +641,29 @@ def test_path_on_another_drive_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(os.path, "relpath", refuse)
     assert relative_path(Path("D:/runs/mine")) == "D:/runs/mine"
+
+
+def test_losses_of_held_out_images_and_their_gap_are_drawn(tmp_path: Path) -> None:
+    folder = SyntheticRun(tmp_path / "run").write()
+    rows = [
+        {
+            "step": step,
+            "eval_loss": 0.5 + step / 1000,
+            "eval_train_loss": 0.5 - step / 1000,
+            "eval_loss_by_band": dict.fromkeys(BANDS, 0.75),
+            "eval_train_loss_by_band": dict.fromkeys(BANDS, 0.5),
+        }
+        for step in (0, 10, 20)
+    ]
+    (folder / "evaluations.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = Page(write_page(folder).read_text(encoding="utf-8"))
+    readings = [json.loads(each) for each in page.scripts[:-1]]
+    assert {"x": [0, 10, 20], "y": [[0.5, 0.49, 0.48], [0.5, 0.51, 0.52]]} in readings
+    gaps = [[0.25] * 3, [0.25] * 3, [0.25] * 3, [0, 0.02, 0.04]]
+    assert {"x": [0, 10, 20], "y": gaps} in readings
+    assert "Loss of held-out images" in page.text
+    assert "What it grows by is overfitting" in page.text
+
+
+def test_page_of_a_run_without_held_out_images_has_no_chart_of_them(html: str) -> None:
+    assert "held-out" not in html

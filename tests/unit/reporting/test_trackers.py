@@ -26,6 +26,7 @@ from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.reporting import trackers as trackers_module
+from simpletuner.helpers.reporting.evaluations import EvaluationMetrics, evaluated_steps, lowest_held_out
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.trackers import JsonLines, Trackers, build_trackers
 
@@ -147,7 +148,7 @@ def test_log_of_a_disk_that_stays_full_says_how_many_steps_it_lacks(
     for step in range(2, 5):
         tracker.log(replace(RECORD, step=step))
     tracker.finish()
-    assert "the last 3 steps" in warnings_in(caplog)[-1]
+    assert "the last 3 rows" in warnings_in(caplog)[-1]
 
 
 @pytest.mark.reliability_row(5)
@@ -404,3 +405,63 @@ def test_tracker_whose_package_is_missing_is_an_error_before_anything_starts(
         build_trackers(
             TrackingConfig(report_to="tensorboard"), output_dir=tmp_path, settings={}, resumed_step=0
         )
+
+
+def evaluation(step: int) -> EvaluationMetrics:
+    return EvaluationMetrics(
+        step=step,
+        eval_loss=0.5,
+        eval_train_loss=0.25,
+        eval_loss_by_band={"0-500": 0.5},
+        eval_train_loss_by_band={"0-500": None},
+        images=2,
+        train_images=2,
+        seconds=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("resumed", "kept"), [(0, []), (2, [0, 2]), (3, [0, 2]), (9, [0, 2, 4])], ids=range(4)
+)
+def test_evaluations_of_later_steps_are_removed_and_those_of_another_run_all(
+    tmp_path: Path, resumed: int, kept: list[int]
+) -> None:
+    options = {"output_dir": tmp_path, "settings": {}}
+    file = tmp_path / "evaluations.jsonl"
+    with build_trackers(TrackingConfig(), **options, resumed_step=0, evaluates=True) as trackers:
+        for step in (0, 2, 4):
+            trackers.log_evaluation(evaluation(step))
+    with build_trackers(TrackingConfig(), **options, resumed_step=resumed):
+        assert steps_in(file) == kept
+
+
+def test_a_run_without_held_out_images_has_no_log_of_evaluations(tmp_path: Path) -> None:
+    with build_trackers(TrackingConfig(), output_dir=tmp_path, settings={}, resumed_step=0):
+        assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+def test_trackers_get_the_losses_of_an_evaluation_as_scores(tmp_path: Path) -> None:
+    seen: list[tuple[int, dict[str, float]]] = []
+
+    class Scores:
+        def start(self) -> None: ...
+        def finish(self) -> None: ...
+        def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+            seen.append((step, dict(scores)))
+
+    with Trackers(None, [Scores()]) as trackers:
+        trackers.log_evaluation(evaluation(4))
+    losses = {"eval_loss": 0.5, "eval_train_loss": 0.25, "eval_gap": 0.25, "eval_loss_0-500": 0.5}
+    assert seen == [(4, losses)]
+
+
+def test_lowest_loss_of_held_out_images_is_named(tmp_path: Path) -> None:
+    assert lowest_held_out(tmp_path) is None
+    rows = [replace(evaluation(step), eval_loss=loss) for step, loss in ((0, 0.5), (2, 0.25), (4, 0.75))]
+    with build_trackers(
+        TrackingConfig(), output_dir=tmp_path, settings={}, resumed_step=0, evaluates=True
+    ) as trackers:
+        for row in (*rows, replace(rows[0], step=5, eval_loss=None)):
+            trackers.log_evaluation(row)
+    assert lowest_held_out(tmp_path) == "lowest loss 0.25000 at step 2 of 4 evaluations; last 0.75000"
+    assert evaluated_steps(tmp_path) == {0, 2, 4, 5}

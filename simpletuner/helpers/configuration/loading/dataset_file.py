@@ -55,7 +55,12 @@ INHERITED = (
     "caption_strategy",
     "caption_lines",
     "instance_prompt",
+    "eval_share",
 )
+_NEVER_TRAINED = ("repeats", "probability", "caption_dropout_probability", "eval_share")
+"""Keys without effect in an entry of held-out images."""
+_OF_SUBJECT = ("instance_prompt", "eval_share")
+"""Keys that regularisation data does not inherit."""
 SWITCHES = ("disabled", "disable_multiline_split")
 """Keys that are true or false, besides those of a section."""
 _NO_TARGET = (
@@ -104,6 +109,8 @@ class DatasetFile:
     """Kinds of masks that entries ask for, be they valid or not: conditioning_type, alpha, "" if unknown."""
     decisions: tuple[Decision, ...] = ()
     """What became of every key that does not stay as it is."""
+    names: frozenset[str] = frozenset()
+    """Every id of an entry that is not disabled, be it valid or not."""
 
     def folders(self) -> dict[str, Path]:
         """Id -> folder on this machine of the images, masks or references."""
@@ -152,7 +159,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             dataset, found = _image_dataset(values, own, data=data, owners=owners)
             datasets += [dataset] if dataset is not None else []
         decisions += found
-        num_images += kind not in ("text_embeds", "image_embeds") and not is_conditioning(values)
+        num_images += kind not in ("text_embeds", "image_embeds", "eval") and not is_conditioning(values)
     _check_subject(datasets, num_images, source)
     chosen = _chosen(text_caches, source)
     filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
@@ -164,11 +171,13 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         references=tuple(each for each in used if isinstance(each, ReferenceConfig)),
         mask_kinds=(conditions.kinds - REFERENCE_TYPES) | {"alpha" for each in filtered if each.alpha_mask},
         decisions=tuple(decisions),
+        names=conditions.names - conditions.disabled,
     )
 
 
 def _check_subject(datasets: list[DatasetConfig], num_images: int, source: Source) -> None:
     """Check that some images are trained on, beside those that keep what the model knows."""
+    datasets = [each for each in datasets if each.is_trained]
     if num_images == 0:
         source.add("", "no enabled image dataset. Add one.")
     elif len(datasets) == num_images and all(each.is_regularisation_data for each in datasets):
@@ -203,7 +212,7 @@ def _image_dataset(
     values: Mapping[str, JsonValue], source: Source, *, data: Validated[DataConfig], owners: Sequence[str]
 ) -> tuple[DatasetConfig | None, list[Decision]]:
     """Check an entry of images; `owners` are the entries whose conditioning_data it is."""
-    if owners and values.get("dataset_type", "image") == "image":
+    if owners and values.get("dataset_type", "image") in ("image", "eval"):
         source.reject("id", values["id"], f"is conditioning_data of {owners[0]}: {_NO_TARGET}")
         return None, []
     values = dict(values)
@@ -213,9 +222,8 @@ def _image_dataset(
             source.add(key, f"belongs to an entry with dataset_type text_embeds. {advice}")
     inherited: dict[str, object] = dict(data.section) if data.section is not None else {}
     known, decisions = _translated(values, source, is_text=False, inherited=inherited)
-    complete = {key: inherited[key] for key in INHERITED if key in inherited} | known
-    if "instance_prompt" not in known and not is_off(known.get("is_regularisation_data")):
-        complete.pop("instance_prompt", None)  # that of config.json names the subject
+    complete, found = _completed(known, source, inherited=inherited)
+    decisions += found
     identity = known.get("id")
     if isinstance(identity, str):
         source = source.with_names(id=identity)
@@ -228,6 +236,26 @@ def _image_dataset(
     if dataset := built.if_valid("instance_data_dir"):
         _check_folder(dataset, source)
     return built.section if not built.invalid_keys else None, decisions
+
+
+def _completed(
+    known: Mapping[str, JsonValue], source: Source, *, inherited: Mapping[str, object]
+) -> tuple[dict[str, object], list[Decision]]:
+    """An entry of images with what it inherits of config.json, and its keys without effect."""
+    is_of_class = not is_off(known.get("is_regularisation_data"))
+    unshared = _OF_SUBJECT if is_of_class else ()
+    complete = {key: inherited[key] for key in INHERITED if key in inherited and key not in unshared}
+    complete |= known
+    if known.get("dataset_type") != "eval":
+        return complete, []
+    reason = "Its images are held out: each is evaluated as it is, and none is trained."
+    for key in _NEVER_TRAINED:
+        complete.pop(key, None)
+    defaults = DatasetConfig.model_fields
+    unread = [key for key in _NEVER_TRAINED if key in known and known[key] != defaults[key].default]
+    return complete, [
+        Decision(f"{source.prefix}{key}", known[key], "no effect", "", reason) for key in unread
+    ]
 
 
 def translate_entry(

@@ -58,7 +58,7 @@ _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "model_type": ("embedding controlnet ip-adapter", "Use lora or full."),
     "type": ("aws s3 webshart memory", "Copy the data to a folder and use local."),
     "dataset_type": (
-        "eval video audio conditioning_image_embeds caption distillation_cache",
+        "video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',
     ),
     "conditioning_type": (

@@ -21,6 +21,7 @@ from simpletuner.helpers.configuration.loading.layers import RawValue
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE, AdapterConfig
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
+from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
@@ -380,6 +381,22 @@ def check_ema(ema: Validated[EmaConfig], optimizer: Validated[OptimizerConfig], 
     if OPTIMIZERS[trained.optimizer].has_averages:
         text = f"true: {trained.optimizer} averages its weights by itself, and files and images have that"
         source.add("use_ema", f"{text} average. Remove use_ema, or choose another optimizer.")
+
+
+def check_evaluation(evaluation: Validated[EvaluationConfig], file: DatasetFile, source: Source) -> None:
+    """Check that eval_dataset_id names entries with held-out images."""
+    section = evaluation.if_valid("eval_dataset_id")
+    for name in () if section is None else section.eval_dataset_id:
+        dataset = next((each for each in file.datasets if each.id == name), None)
+        if name not in file.names:
+            hint = nearest(name, [each.id for each in file.datasets])
+            source.reject("eval_dataset_id", name, f"no enabled entry of images has this id.{hint}")
+        elif dataset is not None and not dataset.holds_out:
+            text = (
+                'holds no images out. Set "dataset_type": "eval" or eval_share in that entry, or remove the '
+                "key. Reference images of validation are validation_reference_images."
+            )
+            source.reject("eval_dataset_id", name, text)
 
 
 def check_repository(

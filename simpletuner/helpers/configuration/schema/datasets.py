@@ -24,6 +24,7 @@ from simpletuner.helpers.configuration.schema.base import (
     OptionalText,
     PositiveNumber,
     Share,
+    ShareBelowOne,
     contradiction,
 )
 from simpletuner.helpers.configuration.schema.captions import CaptionFilters, CaptionShuffle
@@ -98,8 +99,8 @@ def _switched(value: object) -> object:
     return {} if is_off(value) else value
 
 
-def _listed(value: object) -> object:
-    """conditioning_data as a list of ids, which may be numbers."""
+def listed_ids(value: object) -> object:
+    """One id or several as a list of texts; an id may be a number."""
     if is_off(value):
         return ()
     return [str(each) for each in value] if isinstance(value, list) else [str(value)]
@@ -113,8 +114,9 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
 
     id: Annotated[str, BeforeValidator(_folder_name)]
     """Name of the dataset and of its cache folder, unique in the file."""
-    dataset_type: Literal["image"] = "image"
-    """image, or text_embeds for an entry that only names the text cache (`cache_dir`)."""
+    dataset_type: Literal["image", "eval"] = "image"
+    """image; eval, whose images are held out: never trained, only evaluated; or text_embeds for an entry that
+    only names the text cache (`cache_dir`)."""
     disabled: bool = False
     """Skip the entry without checks."""
     cache_dir_vae: OptionalOutputPath = None
@@ -182,10 +184,13 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     """Additional passes over each image in an epoch; 0 is one pass."""
     probability: PositiveNumber = 1.0
     """Factor on the number of draws in an epoch: 0.5 draws half the images, 2 each image twice."""
+    eval_share: ShareBelowOne = 0.0
+    """Share of the images that is held out: never trained, only evaluated. The digest of an image's bytes
+    decides, whatever else is in the folder. Default: config.json's, 0 for regularisation."""
     is_regularisation_data: bool = False
     """The images keep what the model knows of the subject's class: regularisation_target of config.json says
     what they are trained towards. Their captions name the class, without the subject's own word."""
-    conditioning_data: Annotated[Names, BeforeValidator(_listed)] = ()
+    conditioning_data: Annotated[Names, BeforeValidator(listed_ids)] = ()
     """ids of the entries with the masks and the reference images of the images: a text or a list."""
     conditioning: MadeReferences = ()
     """References that are made of the images themselves, beside those of conditioning_data: an object, or a
@@ -198,6 +203,16 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     """Strength of the adapter while the images train, for a slider: positive in one dataset, negative in
     another. null or 0 is neutral: trained at the strengths of the others in turn, or at 1 if no dataset has
     one."""
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its images are trained, but for the part that is held out."""
+        return self.dataset_type == "image"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether images of it may be held out."""
+        return not self.is_trained or self.eval_share > 0
 
     @property
     def arranges_tags(self) -> bool:
@@ -266,6 +281,10 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     def _fits_together(self) -> Self:
         if problem := resolution_problem(self.resolution, self.resolution_type):
             raise contradiction("resolution", problem, "resolution_type")
+        if self.is_regularisation_data and self.holds_out:
+            key = "eval_share" if self.is_trained else "dataset_type"
+            text = "images of regularisation are not evaluated. Remove one of the keys."
+            raise contradiction(key, text, "is_regularisation_data")
         needs_prompt = {
             f'caption_strategy "{self.caption_strategy}"': self.caption_strategy is not None
             and CAPTION_SOURCES[self.caption_strategy].needs_instance_prompt,
@@ -283,10 +302,11 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
 
 
 def subjects_of(datasets: Iterable[DatasetConfig]) -> list[DatasetConfig]:
-    """The datasets that teach something new: those without is_regularisation_data."""
-    return [dataset for dataset in datasets if not dataset.is_regularisation_data]
+    """The datasets that teach something new: without is_regularisation_data, and not held out."""
+    return [each for each in datasets if each.is_trained and not each.is_regularisation_data]
 
 
 def slider_strengths(datasets: Iterable[DatasetConfig]) -> tuple[float, ...]:
     """The strengths of a slider's datasets, each once and ascending; empty without a slider."""
-    return tuple(sorted({each.slider_strength for each in datasets if each.slider_strength is not None}))
+    trained = (each.slider_strength for each in datasets if each.is_trained)
+    return tuple(sorted({strength for strength in trained if strength is not None}))

@@ -36,6 +36,7 @@ from simpletuner.helpers.configuration.schema.base import (
     Section,
     Seed,
     Share,
+    ShareBelowOne,
     as_json,
     contradiction,
     none_word,
@@ -48,6 +49,7 @@ from simpletuner.helpers.configuration.schema.datasets import (
     resolution_problem,
 )
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
+from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.model import ModelConfig
@@ -229,6 +231,9 @@ class DataConfig(Section):
     is the caption; whole, the text is one caption. A JSON object or array is always whole."""
     instance_prompt: OptionalText = None
     """Caption of every image with instanceprompt; prefix of captions with prepend_instance_prompt."""
+    eval_share: ShareBelowOne = 0.0
+    """Share of each dataset's images that is held out: never trained, only evaluated. The digest of an
+    image's bytes decides, whatever else is in the folder."""
     conditioning_multidataset_sampling: Literal["random", "combined"] = "random"
     """References of an image with several entries of them: random, those of one entry, drawn for each image
     and epoch; combined, those of all entries."""
@@ -407,6 +412,7 @@ class RunConfig(Section):
     tracking: TrackingConfig
     publishing: PublishingConfig
     validation: ValidationConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
     compared_with: RunConfig | None = None
     """The run of validation_compared_config."""
     decisions: tuple[Decision, ...] = Field(default=(), repr=False, exclude=True)
@@ -425,6 +431,11 @@ class RunConfig(Section):
     def has_references(self) -> bool:
         """Whether the datasets have reference images, in entries or made of the images themselves."""
         return bool(self.references) or any(each.conditioning for each in self.datasets)
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss of held-out images is measured, if there are some."""
+        return not self.evaluation.eval_loss_disable and any(each.holds_out for each in self.datasets)
 
     @property
     def title(self) -> str:
@@ -464,6 +475,7 @@ class RunConfig(Section):
             self.tracking,
             self.publishing,
             self.validation,
+            self.evaluation,
         )
         flat: dict[str, JsonValue] = {}
         for section in sections:

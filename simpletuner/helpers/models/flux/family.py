@@ -137,8 +137,15 @@ class Flux(ModelFamily):
             )
         return embeds
 
-    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""
+    def add_noise(
+        self,
+        latents: Tensor,
+        *,
+        sample_indices: Sequence[int],
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> NoisyBatch:
+        """Noise [B, C, h, w] latents; depends on the seed, each sample's index and its share only."""
         height, width = latents.shape[-2:]
         noisy = add_noise(
             latents.to(self.device),
@@ -146,6 +153,7 @@ class Flux(ModelFamily):
             shift=self._shift(num_tokens=height * width // PATCH**2),
             sample_indices=sample_indices,
             seed=seed,
+            shares=shares,
         )
         if not self.components.has_guidance:
             return noisy

@@ -122,8 +122,15 @@ class Flux2(ModelFamily):
             check_finite_text(prompt, encoded, dtype=self.weight_dtype)
         return [TextEmbeds(prompt_embeds=each.cpu().clone()) for each in prompt_embeds.split(1)]
 
-    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, C, h, w] latents; depends on the seed and each sample's index only."""
+    def add_noise(
+        self,
+        latents: Tensor,
+        *,
+        sample_indices: Sequence[int],
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> NoisyBatch:
+        """Noise [B, C, h, w] latents; depends on the seed, each sample's index and its share only."""
         height, width = latents.shape[-2:]
         noisy = add_noise(
             latents.to(self.device),
@@ -131,6 +138,7 @@ class Flux2(ModelFamily):
             shift=self._training_shift(num_tokens=height * width),
             sample_indices=sample_indices,
             seed=seed,
+            shares=shares,
         )
         if not self.components.has_guidance:
             return noisy

@@ -161,10 +161,21 @@ class SDXL(ModelFamily):
             is_zero = not prompt and self.components.empty_prompt_is_zero
             yield (torch.zeros_like(text), torch.zeros_like(pooled)) if is_zero else (text, pooled)
 
-    def add_noise(self, latents: Tensor, *, sample_indices: Sequence[int], seed: int) -> NoisyBatch:
-        """Noise [B, 4, h, w] latents; depends on the seed and each sample's index only."""
+    def add_noise(
+        self,
+        latents: Tensor,
+        *,
+        sample_indices: Sequence[int],
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> NoisyBatch:
+        """Noise [B, 4, h, w] latents; depends on the seed, each sample's index and its share only."""
         return add_noise(
-            latents.to(self.device), schedule=self._schedule, sample_indices=sample_indices, seed=seed
+            latents.to(self.device),
+            schedule=self._schedule,
+            sample_indices=sample_indices,
+            seed=seed,
+            shares=shares,
         )
 
     def predict(self, denoiser: nn.Module, noisy: NoisyBatch, batch: Batch) -> Tensor:

@@ -22,6 +22,7 @@ from simpletuner.helpers.io.run_folder import (
     COMFYUI_FILE,
     CONFIG_FILE,
     EMA_ADAPTER_FILE,
+    EVALUATIONS_FILE,
     EXIT_FILE,
     METRICS_FILE,
     RUN_MANIFEST_FILE,
@@ -53,6 +54,8 @@ class RunSnapshot:
     step: int
     """Optimiser steps so far; the log lacks the last ones of a run whose disk was full."""
     log: Log
+    evaluations: Log
+    """The losses of held-out images."""
     config: Mapping[str, Any]
     """Resolved configuration; empty if unreadable."""
     manifest: Mapping[str, Any]
@@ -102,6 +105,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         step=step,
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
+        evaluations=read_log(path / EVALUATIONS_FILE),
         config=without_secrets(config),
         manifest=manifest,
         images=images,

@@ -106,6 +106,8 @@ def _adapter(trainable: Trainable) -> dict[str, Any]:
 
 def _dataset(config: DatasetConfig, data: TrainingData) -> dict[str, Any]:
     samples = [sample for sample in data.samples if sample.dataset_id == config.id]
+    held_out = [each.sample for each in data.divided.held_out if each.sample.dataset_id == config.id]
+    samples += held_out
     skipped = [each for each in data.skipped if each.dataset_id == config.id]
     sizes = Counter(sample.target_px for sample in samples)
     originals = sorted({sample.original_px for sample in samples}, key=lambda size: size.height * size.width)
@@ -113,6 +115,7 @@ def _dataset(config: DatasetConfig, data: TrainingData) -> dict[str, Any]:
         "id": config.id,
         "folder": config.place,
         "images": len(samples),
+        "held_out": len(held_out),
         "without_caption": sum(not sample.caption for sample in samples),
         "distinct_captions": len({sample.caption for sample in samples if sample.caption}),
         "buckets": {str(size): count for size, count in sorted(sizes.items())},

@@ -97,9 +97,41 @@ def _charts(run: RunSnapshot) -> str:
         note = "100 times the cosine of image and prompt."
         small.append(Chart("CLIP score of validation images", curves, note=note))
     marks = tuple(change["step"] for change in run.changes)
-    charts = (replace(chart, marks=marks) for chart in (loss_chart, by_band, *small))
+    charts = (replace(chart, marks=marks) for chart in (loss_chart, by_band, *_held_out(run), *small))
     figures = "\n".join(filter(None, map(draw_chart, charts)))
     return f'<div class="charts">\n{figures}\n</div>'
+
+
+def _held_out(run: RunSnapshot) -> Sequence[Chart]:
+    """The loss of held-out images, and how much larger it is than that of training images."""
+    log, steps = run.evaluations, run.evaluations.steps
+    held_out, trained = log.column("eval_loss"), log.column("eval_train_loss")
+    gaps = [
+        _curve(
+            steps,
+            log.column("eval_loss_by_band", band) - log.column("eval_train_loss_by_band", band),
+            f"timesteps {band}",
+            colour=colour,
+        )
+        for colour, band in enumerate(BANDS, start=2)
+    ]
+    return (
+        Chart(
+            "Loss of held-out images",
+            [
+                _curve(steps, trained, "training images", colour=3),
+                _curve(steps, held_out, "held out", colour=2),
+            ],
+            is_wide=True,
+            note="The same images at the same noise in every evaluation; step 0 is the base model.",
+        ),
+        Chart(
+            "Gap: held out minus training images",
+            [*gaps, _curve(steps, held_out - trained, "all", colour=1)],
+            is_wide=True,
+            note="At step 0 it is the difference of the images. What it grows by is overfitting.",
+        ),
+    )
 
 
 def _without_peaks(values: Floats) -> Floats:

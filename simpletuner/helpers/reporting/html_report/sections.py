@@ -160,6 +160,7 @@ def _dataset(
     entries = [
         ("folder", display_path(config["instance_data_dir"]) if config.get("instance_data_dir") else None),
         ("images", known.get("images")),
+        ("held out", known.get("held_out") or None),
         ("left out", known.get("num_skipped")),
         ("captions", _captions_in_words(known)),
         ("sizes as stored", " to ".join(known.get("originals", []))),
@@ -171,7 +172,7 @@ def _dataset(
         ("regularisation", f"towards {target}" if keeps_class else None),
         ("masks", "alpha channels" if config.get("alpha_mask") else ", ".join(masks)),
         ("references", ", ".join(references)),
-        ("draws per epoch", draws),
+        ("draws per epoch", draws if config.get("dataset_type") != "eval" else "none, they are held out"),
         ("captions from", config.get("caption_strategy")),
         ("instance prompt", config.get("instance_prompt")),
     ]

@@ -162,7 +162,7 @@ def test_aspect_buckets_are_numbers_or_objects(workspace: Workspace) -> None:
         ({"type": "huggingface"}, "photos.dataset_name  required"),
         ({"type": "csv"}, "photos.table_file  required"),
         ({"dataset_type": "conditioning"}, "photos.conditioning_type  required.*Remove the entry"),
-        ({"dataset_type": "eval"}, 'photos.dataset_type  "eval": known from SimpleTuner'),
+        ({"dataset_type": "video"}, 'photos.dataset_type  "video": known from SimpleTuner'),
         ({"caption_strategy": "webshart"}, 'photos.caption_strategy  "webshart": known from .*textfile'),
         ({"caption_strategy": "parquet"}, 'photos.caption_strategy  "table": .*Set parquet'),
         (

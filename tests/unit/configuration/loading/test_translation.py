@@ -236,7 +236,7 @@ def test_an_empty_text_stays_where_it_is_a_text(workspace: Workspace) -> None:
         {"compress_disk_cache": True, "keep_vae_loaded": True, "quantize_via": "pipeline"},
         {"disable_tf32": False, "set_grads_to_none": True, "i_know_what_i_am_doing": True},
         {"base_model_default_dtype": "bf16", "inference_scheduler_timestep_spacing": "trailing"},
-        {"gradient_checkpointing_backend": "torch", "num_eval_images": 4, "grounding": False},
+        {"gradient_checkpointing_backend": "torch", "eval_dataset_pooling": True, "grounding": False},
         {"validation_disable_unconditional": False, "accelerate_extra_args": "--x", "smoldit": "false"},
         {"scheduled_sampling_sampler": "unipc", "scheduled_sampling_max_step_offset": 0},
         {"sdnq_group_size": 64, "sdnq_use_svd": True, "delete_problematic_images": "true"},

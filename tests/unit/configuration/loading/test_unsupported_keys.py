@@ -205,7 +205,7 @@ def test_every_unsupported_value_is_named_with_its_advice(workspace: Workspace) 
 def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
     fields = DatasetConfig.model_fields
     values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in fields}
-    assert len(values) > 11
+    assert len(values) > 10
     wrong = []
     for (key, value), advice in values.items():
         workspace.datasets = [{"id": "photos", "instance_data_dir": "images", key: value}]

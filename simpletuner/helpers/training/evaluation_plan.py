@@ -1,0 +1,64 @@
+"""What a run will evaluate, as `validate` prints it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.data.held_out import all_held_out, without_any
+from simpletuner.helpers.data.preview import DatasetPreview
+from simpletuner.helpers.io.names import counted
+
+
+def evaluation_rows(config: RunConfig, previews: Sequence[DatasetPreview]) -> Iterator[tuple[str, str]]:
+    """The row on evaluations, and what each of them costs; none for a run without held-out images."""
+    if not any(each.config.holds_out for each in previews):
+        return
+    section = config.evaluation
+    if section.eval_loss_disable:
+        yield "evaluation", "none: eval_loss_disable"
+        return
+    ids = section.eval_dataset_id
+    counting = [each for each in previews if not ids or each.config.id in ids]
+    about = "" if all(each.is_whole for each in previews) else "about "
+    found = sum(each.expected_held_out for each in counting)
+    held_out = min(section.num_eval_images, found)
+    trained = min(held_out, sum(each.expected_trained for each in previews))
+    intervals = {"step": section.eval_steps_interval, "epoch": section.eval_epoch_interval}
+    every = [f"every {counted(number, noun)}" for noun, number in intervals.items() if number]
+    yield (
+        "evaluation",
+        f"{about}{held_out} of {counted(found, 'held-out image')} and {counted(trained, 'training image')}, "
+        f"{', '.join(['before step 1', *every])} and at the end",
+    )
+    levels = section.eval_timesteps
+    predictions = (held_out + trained) * levels
+    batch = config.training.train_batch_size
+    yield (
+        "",
+        f"{counted(levels, 'noise level')} of each: {about}{counted(predictions, 'prediction')} without "
+        f"gradients each time, {batch} at once",
+    )
+
+
+def evaluation_problems(config: RunConfig, previews: Sequence[DatasetPreview]) -> Iterator[str]:
+    """Shares that hold out nothing, and keys without effect."""
+    for each in previews:
+        if each.is_whole and each.config.eval_share and not each.num_held_out and each.num_trained:
+            yield without_any(each.config, each.num_trained)
+    section = config.evaluation
+    given = sorted(key for key in section.model_fields_set if getattr(section, key))
+    if given and not any(each.holds_out for each in config.datasets):
+        yield (
+            f"{', '.join(given)}: no effect without held-out images. Set eval_share, or add an entry with "
+            "dataset_type eval."
+        )
+
+
+def without_training(previews: Sequence[DatasetPreview]) -> list[str]:
+    """Errors of the datasets of which all images are held out."""
+    return [
+        all_held_out(each.config, each.num_held_out)
+        for each in previews
+        if each.is_whole and each.config.is_trained and each.num_held_out and not each.num_trained
+    ]
