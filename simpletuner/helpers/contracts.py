@@ -156,6 +156,8 @@ class Sample:
     """(top, left) of the crop in the resized image, pixels."""
     target_px: Size
     """Size of the encoded image; a multiple of the alignment."""
+    is_mirrored: bool = False
+    """Left and right are exchanged, before the crop."""
 
 
 @dataclass(frozen=True, slots=True)

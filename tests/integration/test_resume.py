@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.faults import at_crash_points
+from simpletuner.helpers.models.sdxl.family import SDXL
 from simpletuner.helpers.models.sdxl.tiny import save_tiny_sdxl
 from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
 from tests.integration.processes import wait_for_all
@@ -78,6 +79,47 @@ def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert run.log() == whole.log()
     ours, theirs = (load_file(each.output_dir / "pytorch_lora_weights.safetensors") for each in (run, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_what_is_encoded_on_demand_trains_as_what_was_encoded_before(
+    run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = whole_run()
+    keys = {"vae_cache_ondemand": True, "text_cache_ondemand": True}
+    digest_after(run, 2, **keys)
+    assert digest_after(run, 6, **keys) == expected
+    assert run.log() == whole.log()
+    monkeypatch.setattr(SDXL, "load_vae", None)
+    assert digest_after(run, 7, **keys) != expected  # every entry is there
+
+
+def follow_each_other(run: TinyRun) -> None:
+    """Two datasets of the images: small ones for two steps, large ones from the second."""
+    entry = {"instance_data_dir": str(run.folder / "images"), "resolution_type": "pixel"}
+    datasets = [
+        {"id": "small", "resolution": 64, "end_step": 2, **entry},
+        {"id": "large", "resolution": 96, "start_step": 2, **entry},
+    ]
+    run.keys["data_backend_config"] = "two.json"
+    (run.folder / "two.json").write_text(json.dumps(datasets))
+
+
+def test_datasets_that_follow_each_other_are_resumed_in_their_place(run: TinyRun, tmp_path: Path) -> None:
+    whole = TinyRun(tmp_path / "whole")
+    keys = {"gradient_accumulation_steps": 2}
+    for each in (run, whole):
+        follow_each_other(each)
+    expected = digest_after(whole, 6, **keys)
+    digest_after(run, 3, **keys)
+    assert digest_after(run, 6, **keys) == expected
+    assert run.log() == whole.log()
+    # Step 1 is small, step 2 both, the others large: epochs of 3, 6 and 3 batches, of which two are cut to 2.
+    assert [row["epoch"] for row in whole.log()] == [0, 1, 2, 3, 3, 4]
+    with (
+        pytest.raises(CheckpointError, match=r"6 steps of the checkpoint had 12 images, another.*start_step"),
+        run.trainer(max_train_steps=8, gradient_accumulation_steps=1),
+    ):
+        pass
 
 
 def test_checkpoints_at_the_ends_of_epochs_are_the_same_after_a_resume(

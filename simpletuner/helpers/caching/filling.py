@@ -17,6 +17,9 @@ from simpletuner.helpers.errors import DataError
 
 Input = TypeVar("Input")
 
+VAE, TEXT_ENCODER = "VAE", "text encoder"
+"""Encoders, in requests and messages."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheRequest(Generic[Input]):
@@ -80,10 +83,20 @@ def _encoded(
     num_encoded = 0
     for batch, inputs in prefetch(_batches(missing, batch_size), partial(_load, watch), watch=watch):
         if inputs:
-            for request, tensors in zip(batch, encode(inputs), strict=True):
-                _put(request, tensors)
+            put_encoded(batch, encode(inputs))
         num_encoded += len(batch)
         yield num_encoded, len(missing)
+
+
+def put_encoded(requests: Sequence[CacheRequest[Input]], encoded: Sequence[Mapping[str, Tensor]]) -> None:
+    """Store the tensors of requested entries.
+
+    Raises:
+        DataError: An encoded value is not finite.
+        StorageError: An entry cannot be written.
+    """
+    for request, tensors in zip(requests, encoded, strict=True):
+        _put(request, tensors)
 
 
 def _missing(requests: Sequence[CacheRequest[Input]]) -> list[CacheRequest[Input]]:

@@ -18,6 +18,7 @@ _PIXELS_VERSION = "pixels 1"
 def latents_key(sample: Sample, *, image_digest: str, vae_identity: str) -> str:
     """The cache key of an image's latents; it changes with everything that the latents depend on."""
     crop = f"{sample.resized_px} {sample.crop_top_left} {sample.target_px}"
+    crop += " mirrored" if sample.is_mirrored else ""
     return content_key(_PIXELS_VERSION, image_digest, crop, vae_identity)
 
 

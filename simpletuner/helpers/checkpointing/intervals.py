@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+
+from simpletuner.helpers.data.phases import Calendar, even
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,8 +17,8 @@ class Epochs:
     the first batches of the next epoch.
     """
 
-    batches_per_epoch: int = 1
-    """Micro-batches of one process."""
+    calendar: Calendar = field(default_factory=lambda: even(1))
+    """Of the micro-batches of one process."""
     batches_per_step: int = 1
     """Micro-batches of one process in an optimiser step."""
     step: int = 0
@@ -27,11 +29,11 @@ class Epochs:
     def completed(self, step: int) -> int:
         """Number of epochs that are complete after an optimiser step."""
         batches = self.batches + (step - self.step) * self.batches_per_step
-        return batches // self.batches_per_epoch
+        return self.calendar.epoch_of(batches)
 
     def end_of(self, epochs: int) -> int:
         """The optimiser step after which this many epochs are complete."""
-        return self.step - (self.batches - epochs * self.batches_per_epoch) // self.batches_per_step
+        return self.step - (self.batches - self.calendar.end_of(epochs)) // self.batches_per_step
 
     def is_due(self, step: int, *, steps: int, epochs: int) -> bool:
         """Whether something is due after an optimiser step.

@@ -25,6 +25,7 @@ from simpletuner.helpers.configuration.loading.dataset_file import (
     TextCacheEntry,
     read_datasets,
 )
+from simpletuner.helpers.configuration.loading.dataset_times import check_times
 from simpletuner.helpers.configuration.loading.defaults import (
     CHOICE,
     THEIRS,
@@ -224,6 +225,7 @@ class Loader:
         rules.check_repository(tracking, publishing, self.source)
         rules.check_regularisation(regularisation, adapter, dataset_file.datasets, source=self.source)
         datasets = dataset_file.datasets
+        check_times(datasets, training, self.source)
         check_whole_model(self.built, self.raw, prompts=prompts, datasets=datasets, source=self.source)
         rules.check_output(checkpoint, dataset_file.folders(), self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere

@@ -167,4 +167,5 @@ class CacheReader:
                 f"The mask of {image.sample.path} (dataset {image.sample.dataset_id!r}) is not in "
                 f"{printable(str(store.folder))}. Start the run again: it first reads missing masks."
             )
-        return loss_factors(values, mask.kind, grid=grid, config=self.masks)
+        factors = loss_factors(values, mask.kind, grid=grid, config=self.masks)
+        return factors.flip(-1) if image.sample.is_mirrored else factors

@@ -30,8 +30,8 @@ def limit_problem(numbers: Mapping[str, int]) -> str | None:
     parts = " and ".join(f"{number:,} of dataset {name!r}" for name, number in numbers.items())
     return (
         f"{total:,} variants of captions ({parts}) are more than {MAX_VARIANTS:,}, and each is encoded "
-        "before training. Lower caption_variants, count of caption_shuffle or max_num_samples; "
-        "text_cache_ondemand, which encodes captions during training, is not available yet."
+        "before training. Lower caption_variants, count of caption_shuffle or max_num_samples, or set "
+        "text_cache_ondemand, which encodes captions during training."
     )
 
 

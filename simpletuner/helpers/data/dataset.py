@@ -12,12 +12,13 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
-from simpletuner.helpers.caching.filling import CacheRequest
+from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, CacheRequest
 from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.recent import GIB
@@ -25,15 +26,25 @@ from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
-from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig, TrainingConfig
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.cache_reader import CachedItem, CacheReader
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
+from simpletuner.helpers.data.epoch_report import report_epochs
 from simpletuner.helpers.data.held_out import Divided, divided
 from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
 from simpletuner.helpers.data.made_references import DepthEstimator
 from simpletuner.helpers.data.masks import BLANK, is_blank, read_mask
+from simpletuner.helpers.data.mirroring import Planned, is_mirrored, mirrored
+from simpletuner.helpers.data.on_demand import Loaded, OnDemand
+from simpletuner.helpers.data.phases import (
+    Calendar,
+    Curriculum,
+    DatasetBuckets,
+    gap_problem,
+    has_steps,
+)
 from simpletuner.helpers.data.pixels import load_pixels
 from simpletuner.helpers.data.planning import (
     DatasetPlan,
@@ -43,9 +54,8 @@ from simpletuner.helpers.data.planning import (
     without_damaged,
 )
 from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_fact
-from simpletuner.helpers.data.sampler import Bucket, Draw, Sampler, draws_per_image, shuffled
+from simpletuner.helpers.data.sampler import Draw, shuffled
 from simpletuner.helpers.data.scan_report import beginning, shown
-from simpletuner.helpers.data.sliders import slider_draws, slider_problems, turn_of
 from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
@@ -55,7 +65,6 @@ from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
 
-_SHOWN = 5
 _WHOLE = 1 << 63  # above every value of `mix`
 
 
@@ -69,7 +78,7 @@ class TrainingData:
 
     Raises:
         DataError: A dataset has no usable image, a caption cannot be used, captions have too many variants,
-            or a cache folder lies inside a dataset's folder.
+            a cache folder lies inside a dataset's folder, or no dataset takes part in a step.
     """
 
     datasets: Sequence[DatasetConfig]
@@ -81,6 +90,8 @@ class TrainingData:
     process_index: int = 0
     pixel_alignment: int
     """Width and height of buckets are multiples of this, unless aspect_bucket_alignment is set; pixels."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length of the run and of its steps, for datasets that begin or end within it."""
     caption_dropout: float = 0.0
     """Share of draws that train without a caption, of datasets that set none."""
     balances_regularisation: bool = False
@@ -104,8 +115,8 @@ class TrainingData:
     """Every unusable image."""
     damaged: dict[str, str] = field(init=False)
     """Images whose pixels this process found damaged while it loaded them; digest -> reason."""
-    batches_per_epoch: int = field(init=False)
-    """Micro-batches per process and epoch."""
+    calendar: Calendar = field(init=False)
+    """Where the epochs end among the micro-batches of each process."""
 
     def __post_init__(self) -> None:
         active = [each for each in self.datasets if not each.disabled]
@@ -131,6 +142,7 @@ class TrainingData:
             text_memory_bytes=int(self.data.text_cache_memory * GIB),
         )
         self._bad: set[str] = set()
+        self._on_demand: OnDemand | None = None
         self._strengths = slider_strengths(active)
         self.damaged = {}
         self._follow([self._plan(each) for each in active])
@@ -139,7 +151,8 @@ class TrainingData:
             for plan in self._plans
             if plan.caption_plan.num_variants > 1
         }
-        if problem := limit_problem(several):
+        problem = None if self.data.text_cache_ondemand else limit_problem(several)
+        if problem is not None:
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:
@@ -162,7 +175,10 @@ class TrainingData:
             "samples per batch of all processes": self.batch_size * self.num_processes
         }
         for plan in self.divided.trained:
-            facts |= self._facts_of(plan.images, redacted(f"dataset {plan.config.id}"))
+            dataset = redacted(f"dataset {plan.config.id}")
+            facts |= self._facts_of(plan.images, dataset)
+            if plan.config.train_batch_size is not None:
+                facts[f"{dataset}, samples per batch"] = plan.config.train_batch_size * self.num_processes
         for plan in self._plans:
             held_out = [each for each in self.divided.held_out if each.sample.dataset_id == plan.config.id]
             if held_out:
@@ -197,14 +213,21 @@ class TrainingData:
 
         Inputs are [3, H, W] in [-1, 1].
         """
-        in_buckets = [image for _, images in self._buckets for image in images]
+        in_buckets = [
+            each for _, images in self._buckets for image in images for each in self._orientations(image)
+        ]
         in_buckets += sorted(self.divided.held_out, key=_bucket_of)
         images = [
             self._latents_request(image, name=image.sample.path, batch_group=_bucket_of(image))
             for image in in_buckets
         ]
         references = sorted(
-            (each for image in (*self._images, *self.divided.held_out) for each in image.references),
+            (
+                each
+                for image in (*self._images, *self.divided.held_out)
+                for own in image.references
+                for each in self._orientations(own)
+            ),
             key=lambda each: (each.sample.dataset_id, each.sample.target_px),
         )
         return images + [
@@ -216,6 +239,23 @@ class TrainingData:
             for each in references
         ]
 
+    def _orientations(self, image: Planned) -> tuple[Planned, ...]:
+        """An image or reference, and itself mirrored if it is trained so."""
+        return (image, mirrored(image)) if image.sample.dataset_id in self._flipped else (image,)
+
+    def encode_on_demand(self, on_demand: OnDemand) -> None:
+        """Encode what the caches lack once a batch needs it."""
+        self._on_demand = on_demand
+
+    def flush(self) -> None:
+        """Write what was encoded on demand since the last shards.
+
+        Raises:
+            StorageError: A shard cannot be written.
+        """
+        for store in (self._text_store, *self._latents_stores.values()):
+            store.flush()
+
     def _latents_request(
         self, image: PlannedImage | PlannedReference, *, name: str, batch_group: str
     ) -> CacheRequest[Tensor]:
@@ -223,7 +263,7 @@ class TrainingData:
             store=self._latents_stores[image.sample.dataset_id],
             key=self._cached.latents_key(image),
             name=name,
-            encoder="VAE",
+            encoder=VAE,
             metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
             load=partial(self._pixels_unless_damaged, image),
             batch_group=batch_group,
@@ -249,20 +289,19 @@ class TrainingData:
 
         Those of the prompts and of dropped captions are read at once, since no other can take their place.
         """
-        captions = self.captions()
         vital = {"", *prompts}
-        return [
-            CacheRequest(
-                store=self._text_store,
-                key=self._cached.text_key(prompt),
-                name=f"Prompt {shown(prompt)}",
-                encoder="text encoder",
-                metadata={"prompt": beginning(prompt)},
-                load=partial(str, prompt),
-                is_read_at_once=prompt in vital,
-            )
-            for prompt in (*captions, *prompts)
-        ]
+        return [self._text_request(each, is_vital=each in vital) for each in (*self.captions(), *prompts)]
+
+    def _text_request(self, prompt: str, *, is_vital: bool = False) -> CacheRequest[str]:
+        return CacheRequest(
+            store=self._text_store,
+            key=self._cached.text_key(prompt),
+            name=f"Prompt {shown(prompt)}",
+            encoder=TEXT_ENCODER,
+            metadata={"prompt": beginning(prompt)},
+            load=partial(str, prompt),
+            is_read_at_once=is_vital,
+        )
 
     def leave_out(self, damaged: Mapping[str, str]) -> None:
         """Leave damaged images out of this run's samples and of later runs' too; list them as skipped.
@@ -300,11 +339,25 @@ class TrainingData:
         No earlier batch is computed to find the start.
 
         Raises:
-            DataError: A cache entry is missing or damaged.
+            DataError: A cache entry is missing or damaged; on demand, an image changed or vanished.
             LoaderTimeoutError: A batch took longer than loader_timeout_seconds.
             Preempted: A stop signal arrived while one was waited for.
         """
-        return prefetch(count(start), self._batch, watch=self.watch)
+        if self._on_demand is None:
+            yield from prefetch(count(start), self._batch, watch=self.watch)
+            return
+        load = partial(self._loaded, self._on_demand)
+        for index, loaded in prefetch(count(start), load, watch=self.watch):
+            self._on_demand.encode(loaded)
+            yield self._batch(index)
+
+    def batches_before(self, num_samples: int) -> int:
+        """Micro-batches of each process that the run has drawn after this number of samples of all.
+
+        Raises:
+            CheckpointError: A batch would end at another number.
+        """
+        return self._curriculum.batches_before(num_samples)
 
     def evaluated_item(self, image: PlannedImage, *, index: int) -> CachedItem:
         """The cached tensors of an image as it is evaluated: always those of its first caption.
@@ -321,6 +374,9 @@ class TrainingData:
         references = self._references(image, epoch=0)
         caption = next((text for each in references for text in each.captions), image.sample.caption)
         sample = replace(image.sample, caption=caption)
+        if self._on_demand is not None:
+            loaded = self._on_demand.load(self._requests_of(sample, (image, *references)))
+            self._on_demand.encode(loaded or ())
         return self._cached.item(image, sample, references=references, sample_index=index)
 
     def evaluated_strength(self, image: PlannedImage) -> float:
@@ -329,16 +385,9 @@ class TrainingData:
         return 1.0 if own is None else own
 
     def _batch(self, index: int) -> Batch:
-        draw = self._sampler.draw(index)
-        first = self.process_index * self.batch_size
-        own = draw.samples[first : first + self.batch_size]
-        start = index * self.batch_size * self.num_processes + first
-        sample_indices = tuple(range(start, start + self.batch_size))
-        turns = zip(own, draw.passes[first : first + self.batch_size], sample_indices, strict=True)
-        items = [
-            self._item_or_next(draw, member, pass_index=pass_index, sample_index=sample_index)
-            for member, pass_index, sample_index in turns
-        ]
+        draw = self._curriculum.draw(index)
+        items = [self._item_or_next(draw, slot) for slot in self._slots(draw)]
+        sample_indices = tuple(draw.first_sample + slot for slot in self._slots(draw))
         samples = tuple(item.sample for item in items)
         masks = [item.loss_mask for item in items if item.loss_mask is not None]
         return Batch(
@@ -363,34 +412,77 @@ class TrainingData:
             image.sample, image.references, seed=self.seed, epoch=epoch, bucket=_bucket_of(image)
         )
 
-    def _item_or_next(self, draw: Draw, member: int, *, pass_index: int, sample_index: int) -> CachedItem:
-        """The cached item of a member of a bucket, or of the next one whose entries are all whole.
+    def _slots(self, draw: Draw) -> range:
+        """The places of this process in a global batch."""
+        size = len(draw.samples) // self.num_processes
+        return range(self.process_index * size, (self.process_index + 1) * size)
+
+    def _candidates(
+        self, draw: Draw, slot: int
+    ) -> Iterator[tuple[PlannedImage, Sample, tuple[PlannedReference, ...]]]:
+        """The image of a place in a batch with its caption and references, then those that may replace it."""
+        members = self._buckets[draw.bucket][1]
+        for offset in range(len(members)):
+            image = members[(draw.samples[slot] + offset) % len(members)]
+            references = self._references(image, epoch=draw.epoch)
+            if image.sample.dataset_id in self._flipped and is_mirrored(
+                image.sample, seed=self.seed, pass_index=draw.passes[slot]
+            ):
+                image, references = mirrored(image), tuple(map(mirrored, references))
+            sample = self._with_caption(
+                image, draw.passes[slot], draw.first_sample + slot, references=references
+            )
+            yield image, sample, references
+
+    def _item_or_next(self, draw: Draw, slot: int) -> CachedItem:
+        """The cached item of a place in a batch, or of the next image whose entries are all whole.
 
         Raises:
-            DataError: No member's are.
+            DataError: No image of the bucket has whole ones.
         """
-        problem, members = "", self._buckets[draw.bucket][1]
-        for offset in range(len(members)):
-            image = members[(member + offset) % len(members)]
-            references = self._references(image, epoch=draw.epoch)
-            sample = self._with_caption(image, pass_index, sample_index, references=references)
+        problem = ""
+        for image, sample, references in self._candidates(draw, slot):
             try:
-                return self._cached.item(image, sample, references=references, sample_index=sample_index)
+                return self._cached.item(
+                    image, sample, references=references, sample_index=draw.first_sample + slot
+                )
             except CacheEntryError as error:
                 problem = str(error)
-                self._report_bad(image, problem)
+                instead = f"Until then the next image of its size is trained in place of {image.sample.path}."
+                self._report_bad(image, f"{problem} {instead}")
         raise DataError(f"No image of this size has whole cache entries. {problem}")
 
-    def _report_bad(self, image: PlannedImage, problem: str) -> None:
+    def _loaded(self, on_demand: OnDemand, index: int) -> tuple[int, list[Loaded]]:
+        """The number of a batch, and the inputs of the entries that it lacks."""
+        draw = self._curriculum.draw(index)
+        loaded: list[Loaded] = []
+        for slot in self._slots(draw):
+            for image, sample, references in self._candidates(draw, slot):
+                requests = self._requests_of(sample, (image, *references))
+                own = None if image.fault(self.damaged) else on_demand.load(requests)
+                if own is not None:
+                    loaded += own
+                    break
+                fault = f"{image.sample.path} cannot be used: {image.fault(self.damaged)}."
+                self._report_bad(image, f"{fault} The next image of its size is trained in its place.")
+        return index, loaded
+
+    def _requests_of(
+        self, sample: Sample, images: Sequence[PlannedImage | PlannedReference]
+    ) -> Iterator[CacheRequest[Any]]:
+        """The entries of a sample."""
+        for each in images:
+            cut = each.sample
+            yield self._latents_request(each, name=cut.path, batch_group=f"{cut.dataset_id} {cut.target_px}")
+        if self.caches_text:
+            yield self._text_request(sample.caption)
+
+    def _report_bad(self, image: PlannedImage, text: str) -> None:
         """Say once that the next image of its bucket takes the place of this one."""
         if image.digest not in self._bad:
             self._bad.add(image.digest)
             # An error, because only the first process shows warnings.
-            logger.error(
-                "%s Until then the next image of its size is trained in place of %s.",
-                problem,
-                image.sample.path,
-            )
+            logger.error("%s", text)
 
     def _strength(self, dataset_id: str, turn: int) -> float:
         """The adapter's strength in a batch of a dataset; a neutral one takes those of the others in turn.
@@ -494,58 +586,40 @@ class TrainingData:
         self.divided = divided(plans)
         plans = self.divided.trained
         self._caption_plans = {plan.config.id: plan.caption_plan for plan in plans}
-        factors = draws_per_image(
-            [plan.config for plan in plans],
-            [len(plan.images) for plan in plans],
+        members = [_members(plan) for plan in plans]
+        self._buckets = [bucket for each in members for bucket in each.items()]
+        self._regularisation = {plan.config.id for plan in plans if plan.config.is_regularisation_data}
+        self._flipped = {plan.config.id for plan in plans if plan.config.random_flip}
+        self._curriculum = Curriculum(
+            [
+                DatasetBuckets(
+                    plan.config,
+                    {name: len(images) for name, images in each.items()},
+                    batch_size=(plan.config.train_batch_size or self.batch_size) * self.num_processes,
+                )
+                for plan, each in zip(plans, members, strict=True)
+            ],
+            seed=self.seed,
+            batches_per_step=self.training.gradient_accumulation_steps,
             balances=self.balances_regularisation,
         )
-        self._buckets = [
-            bucket for plan, draws in zip(plans, factors, strict=True) for bucket in _buckets_of(plan, draws)
-        ]
-        self._regularisation = {plan.config.id for plan in plans if plan.config.is_regularisation_data}
-        self._sampler = Sampler(
-            [bucket for bucket, _ in self._buckets],
-            seed=self.seed,
-            batch_size=self.batch_size * self.num_processes,
-        )
+        self.calendar = self._curriculum.calendar
+        if problem := gap_problem(self.calendar, self.training):
+            raise DataError(problem)
         self._images = [image for plan in plans for image in plan.images]
         self.samples = tuple(image.sample for image in self._images)
         self.skipped = tuple(each for plan in self._plans for each in plan.skipped)
-        self.batches_per_epoch = self._sampler.batches_per_epoch
-        self._log_epoch()
-        self._log_slider()
+        report_epochs(self._curriculum, self.training)
 
-    def _log_epoch(self) -> None:
-        size = self.batch_size * self.num_processes
-        small = [
-            f"{printable(bucket.name)} ({bucket.num_samples})"
-            for bucket, _ in self._buckets
-            if bucket.num_samples < size
-        ]
-        if small:
-            logger.warning(
-                "%s fewer images than the batch of %d, so a batch repeats images: %s.",
-                f"{counted(len(small), 'bucket has', 'buckets have')}",
-                size,
-                ", ".join(small[:_SHOWN]) + (", ..." if len(small) > _SHOWN else ""),
-            )
-        requested = sum(bucket.samples_per_epoch for bucket, _ in self._buckets)
-        repeated = self.batches_per_epoch * size - requested
-        logger.info(
-            "Epoch: %s of %s%s.",
-            counted(self.batches_per_epoch, "batch", "batches"),
-            counted(size, "image"),
-            f"; {counted(repeated, 'image is a repetition', 'images are repetitions')} to fill the batches"
-            if repeated
-            else "",
-        )
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches per process in the first epoch."""
+        return self.calendar.stretches[0].length
 
-    def _log_slider(self) -> None:
-        size = self.batch_size * self.num_processes
-        configs = {plan.config.id: plan.config for plan in self.divided.trained}
-        pairs = ((configs[images[0].sample.dataset_id], bucket) for bucket, images in self._buckets)
-        for text in slider_problems(slider_draws(pairs, batch_size=size)):
-            logger.warning("%s", text)
+    @property
+    def counts_steps(self) -> bool:
+        """Whether a dataset begins or ends at an optimiser step."""
+        return has_steps([plan.config for plan in self.divided.trained])
 
 
 def _hash_of(value: object) -> str:
@@ -569,23 +643,9 @@ def _bucket_of(image: PlannedImage) -> str:
     return f"{image.sample.dataset_id} {image.bucket}"
 
 
-def _buckets_of(plan: DatasetPlan, draws: float) -> list[tuple[Bucket, list[PlannedImage]]]:
-    """The buckets of a dataset by size and sizes of references, with `draws` of each image in an epoch.
-
-    Batches never mix datasets, because repeats and targets differ.
-    """
+def _members(plan: DatasetPlan) -> dict[str, list[PlannedImage]]:
+    """The buckets of a dataset by size and sizes of references."""
     members: dict[str, list[PlannedImage]] = {}
     for image in sorted(plan.images, key=lambda image: image.sample.target_px):
         members.setdefault(_bucket_of(image), []).append(image)
-    return [
-        (
-            Bucket(
-                name=name,
-                num_samples=len(images),
-                samples_per_epoch=max(1, round(len(images) * draws)),
-                group=turn_of(plan.config),
-            ),
-            images,
-        )
-        for name, images in members.items()
-    ]
+    return members

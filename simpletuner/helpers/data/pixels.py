@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from simpletuner.helpers.data.images import as_pixels, cut, decode_image
 from simpletuner.helpers.data.index import read_unchanged
 from simpletuner.helpers.data.made_references import DepthEstimator, make_reference
+from simpletuner.helpers.data.mirroring import mirrored_sample
 from simpletuner.helpers.data.planning import PlannedImage
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
@@ -67,7 +68,8 @@ def planned_cut(
         ModelError: A model for depth estimation cannot be loaded.
     """
     sample = image.sample
-    found = cut(whole, sample.resized_px, top_left=sample.crop_top_left, target_px=sample.target_px)
+    plain = mirrored_sample(sample) if sample.is_mirrored else sample
+    found = cut(whole, sample.resized_px, top_left=plain.crop_top_left, target_px=sample.target_px)
     if isinstance(image, PlannedReference) and image.making is not None:
         found = make_reference(found, image.making, seed=image.seed, depth=depth)
-    return found
+    return ImageOps.mirror(found) if sample.is_mirrored else found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from threading import RLock
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,12 +29,15 @@ class Bucket:
     num_samples: int
     samples_per_epoch: int
     """Requested draws: num_samples * draws_per_image, rounded."""
+    batch_size: int
+    """Samples in a global batch."""
     group: int = 0
     """The batches of an epoch alternate between the groups, in ascending order."""
 
-    def num_batches(self, batch_size: int) -> int:
+    @property
+    def num_batches(self) -> int:
         """Batches in each epoch: whole ones, at least one."""
-        return max(1, -(-self.samples_per_epoch // batch_size))
+        return max(1, -(-self.samples_per_epoch // self.batch_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Draw:
     """How often each of them was drawn before."""
     turn: int
     """Number of the batch among all of its bucket."""
+    first_sample: int
+    """Samples of all batches before it."""
 
 
 def draws_per_image(
@@ -95,16 +101,29 @@ class Sampler:
     epoch.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], *, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, buckets: Sequence[Bucket], *, seed: int, first_epoch: int = 0, drawn: Sequence[int] = ()
+    ) -> None:
+        """Take the buckets.
+
+        Args:
+            buckets: At least one.
+            seed: Of the order.
+            first_epoch: Number of the first epoch.
+            drawn: Batches of each bucket before the first epoch; empty for none.
+        """
         assert buckets, "a sampler needs a bucket"
         assert all(bucket.num_samples > 0 for bucket in buckets), "a bucket needs a sample"
         self._buckets = tuple(buckets)
         self._seed = seed
-        self._batch_size = batch_size
-        self._num_batches = tuple(bucket.num_batches(batch_size) for bucket in buckets)
+        self._first_epoch = first_epoch
+        self._drawn = tuple(drawn) or (0,) * len(buckets)
+        self._num_batches = tuple(bucket.num_batches for bucket in buckets)
         self._starts = np.cumsum([0, *self._num_batches])
+        self._sizes = np.repeat([bucket.batch_size for bucket in buckets], self._num_batches)
         self._groups = np.repeat([bucket.group for bucket in buckets], self._num_batches)
         self._num_groups = len({bucket.group for bucket in buckets})
+        self._lock = RLock()  # the loader's thread draws, the one that trains counts samples
         self._orders: dict[tuple[str, int], npt.NDArray[np.int32]] = {}
 
     @property
@@ -115,13 +134,40 @@ class Sampler:
     def draw(self, index: int) -> Draw:
         """The global batch with this number, computed without the earlier ones."""
         epoch, position = divmod(index, self.batches_per_epoch)
-        entry = int(self._epoch_order(epoch)[position])
+        entry = int(self._epoch_order(self._first_epoch + epoch)[position])
         bucket = int(np.searchsorted(self._starts, entry, side="right")) - 1
-        batch = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
-        first = batch * self._batch_size
-        turns = [self._sample(bucket, first + slot) for slot in range(self._batch_size)]
+        within = epoch * self._num_batches[bucket] + entry - int(self._starts[bucket])
+        batch, size = self._drawn[bucket] + within, self._buckets[bucket].batch_size
+        turns = [self._sample(bucket, batch * size + slot) for slot in range(size)]
         samples, passes = zip(*turns, strict=True)
-        return Draw(epoch=epoch, bucket=bucket, samples=samples, passes=passes, turn=batch)
+        return Draw(
+            epoch=self._first_epoch + epoch,
+            bucket=bucket,
+            samples=samples,
+            passes=passes,
+            turn=batch,
+            first_sample=self.samples_before(index),
+        )
+
+    def samples_before(self, index: int) -> int:
+        """Samples of all batches before the one with this number."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        return epoch * int(self._sizes.sum()) + int(self._counts(epoch)[position])
+
+    def index_after(self, num_samples: int) -> int:
+        """Number of the first batch that does not lie wholly within this number of samples."""
+        epoch, rest = divmod(num_samples, int(self._sizes.sum()))
+        position = int(np.searchsorted(self._counts(epoch), rest, side="right")) - 1
+        return epoch * self.batches_per_epoch + position
+
+    def _counts(self, epoch: int) -> npt.NDArray[np.int32]:
+        """Samples of the epoch before each of its batches, then of the whole epoch."""
+
+        def make() -> npt.NDArray[np.int32]:
+            sizes = self._sizes[self._epoch_order(self._first_epoch + epoch)]
+            return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+
+        return self._cached("samples", self._first_epoch + epoch, make)
 
     def _epoch_order(self, epoch: int) -> npt.NDArray[np.int32]:
         """The epoch's batches, shuffled within each group; groups of equal size take strict turns."""
@@ -144,14 +190,15 @@ class Sampler:
         self, purpose: str, index: int, make: Callable[[], npt.NDArray[np.int32]]
     ) -> npt.NDArray[np.int32]:
         """A cached order: neighbouring batches need the same few."""
-        order = self._orders.get((purpose, index))
-        if order is None:
-            order = make()
-            num_numbers = sum(map(len, self._orders.values())) + len(order)
-            if num_numbers > _CACHED_NUMBERS or len(self._orders) == _CACHED_ORDERS:
-                self._orders.clear()
-            self._orders[purpose, index] = order
-        return order
+        with self._lock:
+            order = self._orders.get((purpose, index))
+            if order is None:
+                order = make()
+                num_numbers = sum(map(len, self._orders.values())) + len(order)
+                if num_numbers > _CACHED_NUMBERS or len(self._orders) == _CACHED_ORDERS:
+                    self._orders.clear()
+                self._orders[purpose, index] = order
+            return order
 
 
 def _in_turns(order: npt.NDArray[np.int32], groups: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

@@ -17,12 +17,12 @@ def turn_of(dataset: DatasetConfig) -> int:
     return 0 if strength > 0 else 1 if strength < 0 else 2
 
 
-def slider_draws(buckets: Iterable[tuple[DatasetConfig, Bucket]], *, batch_size: int) -> Counter[float]:
+def slider_draws(buckets: Iterable[tuple[DatasetConfig, Bucket]]) -> Counter[float]:
     """Strength of a slider -> images that an epoch draws at it, in whole batches."""
     draws: Counter[float] = Counter()
     for dataset, bucket in buckets:
         if dataset.slider_strength is not None:
-            draws[dataset.slider_strength] += bucket.num_batches(batch_size) * batch_size
+            draws[dataset.slider_strength] += bucket.num_batches * bucket.batch_size
     return draws
 
 

@@ -118,6 +118,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
             accelerator=context.accelerator,
             preemption=context.preemption,
         )
+        resources.callback(context.data.flush)
         return build_components(context, prompts=prompts, trackers=trackers, resources=resources)
 
 
@@ -438,15 +439,22 @@ def build_epochs(context: RunContext, state: RunState) -> Epochs:
     """Where the epochs of the run end, counted from the step that it goes on from.
 
     Raises:
-        CheckpointError: The samples so far are no whole number of this run's batches.
+        CheckpointError: The samples so far are no whole number of this run's batches, or the steps so far had
+            another number of images, and a dataset begins or ends at a step.
     """
     training, progress = context.config.training, state.progress
-    global_batch = context.accelerator.num_processes * training.train_batch_size
+    batches = context.data.batches_before(progress.samples)
+    if context.data.counts_steps and batches != progress.step * training.gradient_accumulation_steps:
+        raise CheckpointError(
+            f"The {progress.step} steps of the checkpoint had {progress.samples} images, another number than "
+            "here, so datasets would begin and end at other steps than start_step and end_step say. Resume "
+            "with the same product of processes, train_batch_size and gradient_accumulation_steps."
+        )
     return Epochs(
-        batches_per_epoch=context.data.batches_per_epoch,
+        calendar=context.data.calendar,
         batches_per_step=training.gradient_accumulation_steps,
         step=progress.step,
-        batches=progress.micro_step(global_batch=global_batch),
+        batches=batches,
     )
 
 

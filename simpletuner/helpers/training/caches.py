@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 
-from simpletuner.helpers.caching.filling import CacheRequest, encode_missing
+from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.masks import mask_entries
 from simpletuner.helpers.caching.text import text_entry
+from simpletuner.helpers.data.on_demand import Encode, OnDemand
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.reporting.progress_bar import duration
 
@@ -47,7 +49,8 @@ def fill_caches(
 ) -> None:
     """Encode the images, captions and validation prompts that are not cached, divided among the processes.
 
-    A run that trains text encoders caches no captions and prompts.
+    A run that trains text encoders caches no captions and prompts; what is encoded on demand is left to the
+    batches.
 
     Images whose pixels turn out to be damaged are left out of the data.
 
@@ -58,48 +61,65 @@ def fill_caches(
         ModelError: An encoder cannot be loaded.
         StorageError: An entry cannot be written.
     """
-    loaded: set[str] = set()
-
-    def encode_images(pixels: list[Tensor]) -> list[dict[str, Tensor]]:
-        if "VAE" not in loaded:
-            logger.info("Loading the VAE.")
-        loaded.add("VAE")
-        family.load_vae()  # does nothing when it is loaded
-        return latents_entries(family.encode_images(torch.stack(pixels)))
-
-    def encode_prompts(texts: list[str]) -> list[dict[str, Tensor]]:
-        if "text encoders" not in loaded:
-            logger.info("Loading the text encoders.")
-        loaded.add("text encoders")
-        family.load_text_encoders()
-        return [text_entry(embeds) for embeds in family.encode_prompts(texts)]
-
+    encoders = _Encoders(family)
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     shard = accelerator.process_index, accelerator.num_processes
     fill = partial(_fill, shard=shard, preemption=preemption, watch=data.watch)
-    fill(
-        ("image", "images"),
-        data.latents_requests(),
-        encode_images,
-        batch_size=config.precision.vae_batch_size,
-    )
-    family.unload_vae()
-    if data.depth is not None:
-        data.depth.unload()
+    image_size, text_size = config.precision.vae_batch_size, config.data.text_encoder_batch_size
+    on_demand: dict[str, tuple[Encode, int]] = {}
+    if config.data.vae_cache_ondemand:
+        on_demand[VAE] = encoders.encode_images, image_size
+    else:
+        fill(("image", "images"), data.latents_requests(), encoders.encode_images, batch_size=image_size)
+        family.unload_vae()
+        if data.depth is not None:
+            data.depth.unload()
     if masks := data.mask_requests():
         # A mask that is cached while another process still looks for images would leave it with other ones.
         accelerator.wait_for_everyone()
         fill(("mask", "masks"), masks, mask_entries, batch_size=1)
     if data.caches_text:
+        texts = data.text_requests(prompts_to_encode(validation_prompts, config.validation))
+        if config.data.text_cache_ondemand:
+            on_demand[TEXT_ENCODER] = encoders.encode_prompts, text_size
+            texts = [each for each in texts if each.is_read_at_once]
         fill(
             ("caption or prompt", "captions and prompts"),
-            data.text_requests(prompts_to_encode(validation_prompts, config.validation)),
-            encode_prompts,
-            batch_size=config.data.text_encoder_batch_size,
+            texts,
+            encoders.encode_prompts,
+            batch_size=text_size,
         )
-    family.unload_text_encoders()
+    if TEXT_ENCODER not in on_demand:
+        family.unload_text_encoders()
+    if on_demand:
+        data.encode_on_demand(OnDemand(on_demand, watch=data.watch))
     # Waits for every process. All leave out the same images, whichever of them decoded one.
     data.leave_out(dict(gather_object(list(data.damaged.items()))))
+
+
+@dataclass(slots=True)
+class _Encoders:
+    """Encode with the family's models, which are loaded when they are first needed."""
+
+    family: ModelFamily
+    logged: set[str] = field(default_factory=set)
+
+    def encode_images(self, pixels: list[Tensor]) -> list[dict[str, Tensor]]:
+        """The entries of images."""
+        self._log("the VAE")
+        self.family.load_vae()  # does nothing when it is loaded
+        return latents_entries(self.family.encode_images(torch.stack(pixels)))
+
+    def encode_prompts(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """The entries of prompts."""
+        self._log("the text encoders")
+        self.family.load_text_encoders()
+        return [text_entry(embeds) for embeds in self.family.encode_prompts(texts)]
+
+    def _log(self, name: str) -> None:
+        if name not in self.logged:
+            logger.info("Loading %s.", name)
+        self.logged.add(name)
 
 
 def prompts_to_encode(prompts: Sequence[PromptSpec], validation: ValidationConfig) -> list[str]:

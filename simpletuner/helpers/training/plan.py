@@ -15,14 +15,24 @@ from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
-from simpletuner.helpers.configuration.schema.sections import RunConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig, RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import limit_problem
 from simpletuner.helpers.data.conditioning import Entry, entries_of
+from simpletuner.helpers.data.phases import (
+    Calendar,
+    Curriculum,
+    DatasetBuckets,
+    batch_sizes,
+    buckets_of,
+    even,
+    gap_problem,
+    idle_datasets,
+    stretch_lines,
+)
 from simpletuner.helpers.data.preview import DatasetPreview, preview
-from simpletuner.helpers.data.sampler import Bucket, Sampler, draws_per_image
 from simpletuner.helpers.data.scan_report import listed, shown
 from simpletuner.helpers.data.sliders import slider_draws, slider_problems
 from simpletuner.helpers.errors import DataError, MissingDependencyError
@@ -76,6 +86,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         ModelError: A local model's file is no safetensors file.
     """
     entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
+    trained = trained_datasets(config)
     unseen = [] if reads_all else [each for each in config.datasets if _needs_download(each, entries)]
     previews = [
         preview(
@@ -89,22 +100,23 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         for dataset in config.datasets
         if dataset not in unseen
     ]
-    _refuse(previews)
-    batches = 0 if unseen else batches_per_epoch(config, previews)
-    trained = (
+    _refuse(previews, config.data)
+    calendar = even(0, num_datasets=len(trained)) if unseen else calendar_of(config, previews)
+    weights = (
         ("weights", _whole_model(config, spec))
         if config.model.is_full
         else ("adapter", _adapter(config, spec))
     )
-    rows = [("model", _model(config, spec)), trained]
+    rows = [("model", _model(config, spec)), weights]
     if config.text_encoders.train_text_encoder:
         rows.append(("encoders", _text_encoders(config)))
     for each in previews:
         rows += _dataset(each)
     rows += [("images", f"{each.id}: {each.place}, {_UNSEEN}") for each in unseen]
     rows += [
-        ("steps", _steps(config, previews, batches=batches)),
-        ("validation", _validation(config, batches=batches)),
+        ("steps", _steps(config, previews, calendar=calendar)),
+        *_block("", stretch_lines(trained, calendar, config.training)),
+        ("validation", _validation(config, calendar=calendar)),
         *evaluation_rows(config, previews),
         ("writes", _written(config, spec)),
     ]
@@ -115,12 +127,11 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
-    draws = slider_draws(_buckets(config, previews), batch_size=config.training.train_batch_size)
-    problems += slider_problems(draws)
+    problems += _slider_problems(config, previews, calendar)
     problems += evaluation_problems(config, previews)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     if not unseen or config.training.max_train_steps is not None:  # else the number of steps is unknown
-        problems += warnings_of(config, spec, batches=batches)
+        problems += warnings_of(config, spec, calendar=calendar)
     for text in (*problems, *_only_before(config, spec)):
         yield f"  warning     {text}"
 
@@ -129,7 +140,7 @@ def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
     return any(each.needs_download for each in (dataset, *entries_of(dataset, entries)))
 
 
-def _refuse(previews: Sequence[DatasetPreview]) -> None:
+def _refuse(previews: Sequence[DatasetPreview], data: DataConfig) -> None:
     """Refuse what the run would refuse, all at once; tags and shares only of datasets that were read whole.
 
     Raises:
@@ -140,7 +151,11 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
         for each in previews
         if each.tags.is_error and each.is_whole
     ]
-    several = {each.config.id: each.expected_captions for each in previews if each.num_variants > 1}
+    several = {
+        each.config.id: each.expected_captions
+        for each in previews
+        if each.num_variants > 1 and not data.text_cache_ondemand
+    }
     problems += without_training(previews)
     problems += filter(None, [limit_problem(several), *(each.conditioning_problem for each in previews)])
     if problems:
@@ -152,35 +167,66 @@ def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
 
 
-def batches_per_epoch(config: RunConfig, previews: Sequence[DatasetPreview]) -> int:
-    """Batches of one process in an epoch, in proportion to the images that were read; 0 without images."""
-    buckets = [bucket for _, bucket in _buckets(config, previews)]
-    if not buckets:
-        return 0
-    size = config.training.train_batch_size
-    return Sampler(buckets, seed=config.training.seed, batch_size=size).batches_per_epoch
+def calendar_of(config: RunConfig, previews: Sequence[DatasetPreview]) -> Calendar:
+    """The epochs of the run, in proportion to the images that were read.
+
+    Raises:
+        DataError: No dataset takes part in a step.
+    """
+    buckets = _buckets(config, previews)
+    if not any(each.sizes for each in buckets):
+        return even(0, num_datasets=len(buckets))
+    calendar = Curriculum(
+        buckets,
+        seed=config.training.seed,
+        batches_per_step=config.training.gradient_accumulation_steps,
+        balances=config.regularisation.regularisation_target == "data",
+    ).calendar
+    if problem := gap_problem(calendar, config.training):
+        raise DataError(problem)
+    return calendar
 
 
-def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[tuple[DatasetConfig, Bucket]]:
-    """Each bucket and its dataset."""
-    # The images that were not read are counted in proportion.
+def trained_datasets(config: RunConfig) -> list[DatasetConfig]:
+    """The datasets that are trained, but for what they hold out."""
+    return [each for each in config.datasets if each.is_trained]
+
+
+def trained_of(previews: Sequence[DatasetPreview]) -> list[DatasetPreview]:
+    """The datasets that are trained, but for what they hold out."""
     # Limit: images of which another dataset holds out the same bytes are counted as trained.
-    previews = [each for each in previews if each.num_trained]
-    configs = [each.config for each in previews]
-    parts = [each.num_images / max(1, each.num_read) for each in previews]
-    numbers = [each.num_trained * part for each, part in zip(previews, parts, strict=True)]
-    balances = config.regularisation.regularisation_target == "data"
-    draws = draws_per_image(configs, numbers, balances=balances)
+    return [each for each in previews if each.config.is_trained]
+
+
+def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[DatasetBuckets]:
+    """The buckets of each dataset of which something is trained."""
+    # Those in buckets are usable; the images that were not read are counted in proportion.
     return [
-        (each.config, Bucket(name, number, max(1, round(number * factor * part))))
-        for each, factor, part in zip(previews, draws, parts, strict=True)
-        for name, number in each.groups.items()
+        DatasetBuckets(
+            each.config,
+            {
+                f"{each.config.id} {name}": number * each.num_images / max(1, each.num_read)
+                for name, number in each.groups.items()
+            },
+            batch_size=each.config.train_batch_size or config.training.train_batch_size,
+        )
+        for each in trained_of(previews)
     ]
 
 
-def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str]:
-    """What a person may not have meant, from the configuration and the number of batches in an epoch."""
-    steps = config.training.planned_steps(batches_per_epoch=batches)
+def _slider_problems(
+    config: RunConfig, previews: Sequence[DatasetPreview], calendar: Calendar
+) -> Iterator[str]:
+    """What keeps the directions of a slider from balancing, in any stretch of the run."""
+    datasets, balances = _buckets(config, previews), config.regularisation.regularisation_target == "data"
+    for stretch in calendar.stretches:
+        buckets = buckets_of([datasets[place] for place in stretch.datasets], balances=balances)
+        yield from slider_problems(slider_draws(buckets))
+
+
+def warnings_of(config: RunConfig, spec: ModelSpec, *, calendar: Calendar) -> list[str]:
+    """What a person may not have meant, from the configuration and the epochs of the run."""
+    steps = calendar.num_steps(config.training)
     found = [
         *_other_model(config),
         *_examples_own(config),
@@ -190,6 +236,7 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, batches: int) -> list[str
         *_without_references(config, spec),
         *_prompts_without_references(config),
         *_untrained_text_encoders(config),
+        *idle_datasets(trained_datasets(config), calendar, config.training),
     ]
     if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
         found.append("push_checkpoints_to_hub uploads nothing without push_to_hub. Set push_to_hub to true.")
@@ -273,6 +320,8 @@ def _untrained_text_encoders(config: RunConfig) -> Iterator[str]:
     section = config.text_encoders
     names = sorted(section.model_fields_set - {"train_text_encoder"})
     unread = [name for name in names if getattr(section, name)]
+    if config.data.text_cache_ondemand and section.train_text_encoder:
+        yield "text_cache_ondemand: no effect with train_text_encoder, which caches no captions."
     if unread and not section.train_text_encoder:
         yield f"{', '.join(unread)}: no effect without train_text_encoder. Set it to true, or remove them."
 
@@ -450,6 +499,7 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     sizes = [f"{size}: {number:,}" for size, number in sorted(each.buckets.items())]
     more = f" and {len(sizes) - _SHOWN_BUCKETS} more" if len(sizes) > _SHOWN_BUCKETS else ""
     crop = f"crop {config.crop_aspect}, {config.crop_style}" if config.crop else "no crop"
+    crop += ", every second pass mirrored" if config.random_flip else ""
     grown = (
         f"{counted(len(each.enlarged), 'is', 'are')} enlarged: {listed(each.enlarged)}"
         if each.enlarged
@@ -489,25 +539,25 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
         )
 
 
-def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, batches: int) -> str:
+def _steps(config: RunConfig, previews: Sequence[DatasetPreview], *, calendar: Calendar) -> str:
     training = config.training
-    steps = training.planned_steps(batches_per_epoch=batches)
+    steps = calendar.num_steps(training)
     about = "" if all(each.is_whole for each in previews) else "about "
+    accumulated, batches = training.gradient_accumulation_steps, calendar.stretches[0].length
     if not batches and training.max_train_steps is None:
         return f"{counted(training.num_train_epochs, 'epoch')} of an unknown number of images"
-    per_step = training.train_batch_size * training.gradient_accumulation_steps
-    epochs = steps * training.gradient_accumulation_steps / batches if batches else 0
-    number = f"{epochs:,.1f}".removesuffix(".0")
+    own = [each.config.train_batch_size for each in trained_of(previews)] or [None]
+    sizes = [(each or training.train_batch_size) * accumulated for each in own]
+    number = f"{calendar.epochs_before(steps * accumulated):,.1f}".removesuffix(".0")
     noun = "epoch" if number == "1" else "epochs"
-    passes = f"{about}{number} {noun} of {counted(batches, 'batch', 'batches')}"
-    if not batches:
-        passes = "an unknown number of epochs"
-    return f"{counted(steps, 'step')} of {counted(per_step, 'image')} on each process; {passes}"
+    lengths = f" of {counted(batches, 'batch', 'batches')}" if len(calendar.stretches) == 1 else ""
+    passes = f"{about}{number} {noun}{lengths}" if batches else "an unknown number of epochs"
+    return f"{counted(steps, 'step')} of {batch_sizes(sizes)} on each process; {passes}"
 
 
-def _validation(config: RunConfig, *, batches: int) -> str:
+def _validation(config: RunConfig, *, calendar: Calendar) -> str:
     validation = config.validation
-    steps = config.training.planned_steps(batches_per_epoch=batches)
+    steps = calendar.num_steps(config.training)
     sizes = validation.validation_resolution
     number = len(validation.prompts) * len(sizes) * validation.num_validation_images
     if config.ema.use_ema and config.ema.ema_validation == "comparison":
@@ -516,7 +566,7 @@ def _validation(config: RunConfig, *, batches: int) -> str:
         return "no images"
     by_step, by_epoch = validation.validation_step_interval, validation.validation_epoch_interval
     per_step = config.training.gradient_accumulation_steps
-    epochs = Epochs(batches_per_epoch=max(1, batches), batches_per_step=per_step)
+    epochs = Epochs(calendar=calendar, batches_per_step=per_step)
     first = min([*([by_step] if by_step else []), *([epochs.end_of(by_epoch)] if by_epoch else []), steps])
     when = f"{_every(by_step, by_epoch)} and at the end" if first < steps else "at the end"
     return f"{counted(number, 'image')} of {', '.join(map(str, sizes))} {when}"

@@ -73,7 +73,7 @@ class RunContext:
     @property
     def max_steps(self) -> int:
         """Optimiser steps of the whole run; less data is left once damaged images were found."""
-        return self.config.training.planned_steps(batches_per_epoch=self.data.batches_per_epoch)
+        return self.data.calendar.num_steps(self.config.training)
 
     @property
     def step(self) -> int:
@@ -146,7 +146,7 @@ def report_plan(context: RunContext) -> None:
     if forecast is not None and config.lycoris is not None:
         level = logging.WARNING if is_low(forecast, config.lycoris) else logging.INFO
         logger.log(level, "%s: %s.", config.algorithm.title, rank_line(forecast, config))
-    for text in warnings_of(config, family.spec, batches=context.data.batches_per_epoch):
+    for text in warnings_of(config, family.spec, calendar=context.data.calendar):
         logger.warning("%s", text)
 
 
@@ -231,6 +231,7 @@ def build_data(
         num_processes=num_processes,
         process_index=process_index,
         pixel_alignment=family.spec.pixel_alignment,
+        training=config.training,
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",
         conditioning=(*config.conditioning, *config.references),

@@ -117,7 +117,7 @@ class Trainer:
             self._notify("start", f"Training from step {self.progress.step} to {self.max_steps}")
             self.validation.start(self.progress.step)
             self.evaluation.start(self.progress.step)
-            batches = self.data.batches(start=self.progress.micro_step(global_batch=self.global_batch))
+            batches = self.data.batches(start=self.data.batches_before(self.progress.samples))
             self._take_steps(batches)
             if self.progress.step > 0:
                 self.save_checkpoint()
@@ -146,12 +146,6 @@ class Trainer:
     def progress(self) -> Progress:
         """Steps and samples so far."""
         return self.state.progress
-
-    @property
-    def global_batch(self) -> int:
-        """Samples in one micro-batch of all processes."""
-        num_processes: int = self.accelerator.num_processes
-        return num_processes * self.config.training.train_batch_size
 
     @property
     def should_stop(self) -> bool:
@@ -230,8 +224,8 @@ class Trainer:
         self.progress.advance(samples=self.metrics.num_samples * self.accelerator.num_processes)
         self.metrics.record("step", step)
         self.metrics.record("samples", self.progress.samples)
-        samples_per_epoch = self.global_batch * self.data.batches_per_epoch
-        self.metrics.record("epoch", (self.progress.samples - 1) // samples_per_epoch)
+        batches = self.data.batches_before(self.progress.samples)
+        self.metrics.record("epoch", self.data.calendar.epoch_of(batches - 1))
 
     def _routed(self, batch: Batch) -> AbstractContextManager[None]:
         """Token routing of a micro-batch, if the run has it."""

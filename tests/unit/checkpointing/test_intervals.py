@@ -7,9 +7,10 @@ import itertools
 import pytest
 
 from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
+from simpletuner.helpers.data.phases import even
 
 # 3 batches in an epoch, 2 in a step: the epochs end after batches 3, 6, 9, ..., in steps 2, 3, 5, 6, 8, 9.
-ACCUMULATED = Epochs(batches_per_epoch=3, batches_per_step=2)
+ACCUMULATED = Epochs(calendar=even(3), batches_per_step=2)
 
 
 def due(where: Epochs, *, steps: int = 0, epochs: int = 0, last: int = 12) -> list[int]:
@@ -19,17 +20,17 @@ def due(where: Epochs, *, steps: int = 0, epochs: int = 0, last: int = 12) -> li
 @pytest.mark.parametrize(
     ("where", "intervals", "expected"),
     [
-        (Epochs(batches_per_epoch=4), {"epochs": 1}, [4, 8, 12]),
-        (Epochs(batches_per_epoch=4), {"epochs": 2}, [8]),
-        (Epochs(batches_per_epoch=4), {"steps": 3}, [3, 6, 9, 12]),
-        (Epochs(batches_per_epoch=4), {"steps": 3, "epochs": 1}, [3, 4, 6, 8, 9, 12]),
-        (Epochs(batches_per_epoch=4), {}, []),
+        (Epochs(calendar=even(4)), {"epochs": 1}, [4, 8, 12]),
+        (Epochs(calendar=even(4)), {"epochs": 2}, [8]),
+        (Epochs(calendar=even(4)), {"steps": 3}, [3, 6, 9, 12]),
+        (Epochs(calendar=even(4)), {"steps": 3, "epochs": 1}, [3, 4, 6, 8, 9, 12]),
+        (Epochs(calendar=even(4)), {}, []),
         (ACCUMULATED, {"epochs": 1}, [2, 3, 5, 6, 8, 9, 11, 12]),
         (ACCUMULATED, {"epochs": 2}, [3, 6, 9, 12]),
         (ACCUMULATED, {"epochs": 3}, [5, 9]),
         # Several epochs in a step: 2 end in each, so every third is in steps 2, 3, 5, 6, ...
-        (Epochs(batches_per_epoch=2, batches_per_step=4), {"epochs": 1, "last": 3}, [1, 2, 3]),
-        (Epochs(batches_per_epoch=2, batches_per_step=4), {"epochs": 3, "last": 7}, [2, 3, 5, 6]),
+        (Epochs(calendar=even(2), batches_per_step=4), {"epochs": 1, "last": 3}, [1, 2, 3]),
+        (Epochs(calendar=even(2), batches_per_step=4), {"epochs": 3, "last": 7}, [2, 3, 5, 6]),
     ],
 )
 def test_due_after_the_steps_and_after_the_step_in_which_an_epoch_ends(
@@ -40,13 +41,13 @@ def test_due_after_the_steps_and_after_the_step_in_which_an_epoch_ends(
 
 def test_a_resumed_run_has_the_same_ends() -> None:
     for step in range(9):
-        resumed = Epochs(batches_per_epoch=3, batches_per_step=2, step=step, batches=2 * step)
+        resumed = Epochs(calendar=even(3), batches_per_step=2, step=step, batches=2 * step)
         assert due(resumed, epochs=2) == due(ACCUMULATED, epochs=2)
 
 
 def test_ends_are_counted_from_the_batches_before_the_run_went_on() -> None:
     # 5 steps of one batch, then steps of 2: batches 7, 9, 11, 13 are the last of steps 6, 7, 8, 9.
-    resumed = Epochs(batches_per_epoch=4, batches_per_step=2, step=5, batches=5)
+    resumed = Epochs(calendar=even(4), batches_per_step=2, step=5, batches=5)
     assert [step for step in due(resumed, epochs=1) if step > 5] == [7, 9, 11]
     assert resumed.completed(9) == 3
 
@@ -55,9 +56,9 @@ def test_ends_are_counted_from_the_batches_before_the_run_went_on() -> None:
     "where",
     [
         ACCUMULATED,
-        Epochs(batches_per_epoch=4),
-        Epochs(batches_per_epoch=2, batches_per_step=5),
-        Epochs(batches_per_epoch=4, batches_per_step=2, step=5, batches=9),
+        Epochs(calendar=even(4)),
+        Epochs(calendar=even(2), batches_per_step=5),
+        Epochs(calendar=even(4), batches_per_step=2, step=5, batches=9),
     ],
     ids=["accumulated", "plain", "several in a step", "resumed"],
 )

@@ -47,7 +47,7 @@ def test_every_algorithm_alias_and_unsupported_key_is_named(page: str) -> None:
 @pytest.mark.parametrize(
     ("key", "row"),
     [
-        ("train_batch_size", "| `train_batch_size` | whole number ≥ 1 | `1` |"),
+        ("vae_batch_size", "| `vae_batch_size` | whole number ≥ 1 | `1` |"),
         ("lora_dropout", "| `lora_dropout` | number ≥ 0, < 1 | `0.0` |"),
         ("model_family", "| `model_family` | text | **required** |"),
         ("mixed_precision", '| `mixed_precision` | `bf16`, `fp16`, `no` | `"bf16"` |'),

@@ -193,6 +193,8 @@ CONFIG = {
     "cache_dir_vae": st.sampled_from(["latents", "{model_family}/latents", "{output_dir}/latents"]),
     "cache_dir_text": NAMES,
     "text_encoder_batch_size": COUNTS,
+    "vae_cache_ondemand": SWITCHES,
+    "text_cache_ondemand": SWITCHES,
     "output_dir": st.sampled_from(["out", "out/{model_family}"]),
     "checkpoint_step_interval": COUNTS_OR_ZERO,
     "checkpoint_epoch_interval": COUNTS_OR_ZERO,
@@ -259,6 +261,7 @@ DATASET = {
     "eval_share": st.floats(0, 0.99),
     "is_regularisation_data": st.just(False),  # alone it is refused
     "crop": SWITCHES,
+    "random_flip": SWITCHES,
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
     "crop_aspect": st.sampled_from(["square", "preserve"]),
     "crop_aspect_buckets": st.lists(st.floats(0.1, 10), max_size=3)
@@ -292,6 +295,11 @@ DATASET = {
     "caption_tag_dropout_rate": SHARES,
     "caption_dropout_probability": st.none() | SHARES,
     "repeats": COUNTS_OR_ZERO,
+    "train_batch_size": st.none() | COUNTS_OR_ZERO,
+    "start_step": st.sampled_from([0, 1]),
+    "end_step": st.none() | st.just(0),
+    "start_epoch": st.sampled_from([0, 1]),
+    "end_epoch": st.none() | st.just(0),
     "probability": RATES,
     "max_num_samples": st.none() | COUNTS_OR_ZERO,
     "slider_strength": st.none() | st.just(0),

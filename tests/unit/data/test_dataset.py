@@ -28,7 +28,7 @@ from simpletuner.helpers.caching.shards import read_index
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig, TrainingConfig
 from simpletuner.helpers.contracts import Batch, Size, TextEmbeds
 from simpletuner.helpers.data import pixels
 from simpletuner.helpers.data.dataset import TrainingData
@@ -1121,3 +1121,64 @@ def test_an_image_without_a_caption_is_trained_with_the_prefix(
     data = make(photos, caption_prefix="sks", caption_suffix="end")
     assert next(each.caption for each in data.samples if each.path == "bare.png") == "sks end"
     assert re.search(r"1 caption is missing: bare.*with caption_prefix and caption_suffix alone", caplog.text)
+
+
+def test_datasets_follow_each_other_and_a_step_without_one_is_refused(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paint(tmp_path / "later", "one.png")
+    small = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64, end_step=3)
+    large = DatasetConfig(id="later", instance_data_dir=tmp_path / "later", resolution=64, start_step=3)
+    folders = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+
+    def made(*datasets: DatasetConfig, **options: object) -> TrainingData:
+        training = TrainingConfig(max_train_steps=4, gradient_accumulation_steps=2)
+        options = {"seed": 1, "batch_size": 1, "pixel_alignment": 64, "training": training} | options
+        return TrainingData(datasets, folders, **options)
+
+    with caplog.at_level(logging.INFO):
+        data = made(small, large)
+    assert "Datasets from step 3: photos, later; epochs of 9 batches." in caplog.text
+    whole = taken(cached(data), 8)
+    assert [batch.samples[0].dataset_id for batch in whole[:4]] == ["photos"] * 4
+    assert {batch.samples[0].dataset_id for batch in whole[6:]} == {"later"}
+    assert shape(taken(data, 3, start=5)) == shape(whole[5:])
+    assert data.counts_steps
+    assert not made(large.model_copy(update={"start_step": 1})).counts_steps
+    with pytest.raises(DataError, match="No dataset takes part in step 4"):
+        made(small)
+
+
+def test_a_dataset_has_its_own_batch_size_on_any_number_of_processes(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(4):
+        paint(tmp_path / "large", f"{number}.png", (128, 128))
+    many = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64, train_batch_size=4)
+    few = DatasetConfig(id="large", instance_data_dir=tmp_path / "large", resolution=128)
+    folders = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+
+    def made(divisor: int, process_index: int = 0) -> TrainingData:
+        datasets = [
+            few,
+            many.model_copy(update={"train_batch_size": 4 // divisor}),
+        ]
+        options = {"num_processes": divisor, "process_index": process_index, "batch_size": 2 // divisor}
+        return cached(TrainingData(datasets, folders, seed=1, pixel_alignment=64, **options))
+
+    with caplog.at_level(logging.INFO):
+        whole = taken(made(1), 8)
+    assert "Epoch: 4 batches of 2 to 4 images." in caplog.text
+    sizes = {batch.samples[0].dataset_id: len(batch) for batch in whole}
+    assert sizes == {"photos": 4, "large": 2}
+    assert [index for batch in whole for index in batch.sample_indices] == list(range(24))
+    halves = [taken(made(2, process), 8) for process in (0, 1)]
+    joined = [
+        tuple(a + b for a, b in zip(first, second, strict=True))
+        for first, second in zip(*map(shape, halves), strict=True)
+    ]
+    assert joined == shape(whole)
+    data = made(1)
+    assert data.batches_before(12) == 4
+    assert "dataset photos, samples per batch" in data.facts()
+    assert "dataset large, samples per batch" not in data.facts()

@@ -276,7 +276,7 @@ def test_a_damaged_image_has_its_own_reason(make: Make, tmp_path: Path) -> None:
 
 def test_made_references_share_the_bucket_of_their_images(make: Make) -> None:
     data = make({"type": "canny"}, crop=False)
-    assert sorted(bucket.name for bucket, _ in data._buckets) == ["photos 48x48", "photos 64x32"]
+    assert sorted(name for name, _ in data._buckets) == ["photos 48x48", "photos 64x32"]
 
 
 class Estimator:

@@ -191,7 +191,7 @@ def test_a_batch_of_loose_references_has_one_size(make: Make, folder: Path) -> N
     for name in ("1", "2"):
         paint(folder / "before", f"{name}.png", red=100 + int(name), size=(300, 100))
     data = cached(make(kind="reference_loose"))
-    names = sorted(bucket.name for bucket, _ in data._buckets)
+    names = sorted(name for name, _ in data._buckets)
     assert names == ["photos 64x64", "photos 64x64 + 112x32"]
     seen = set()
     for index in range(data.batches_per_epoch):
@@ -248,7 +248,7 @@ def test_references_of_several_sizes_are_drawn_for_the_bucket(make: Make, folder
     for name in NAMES:
         paint(folder / "sketch", f"{name}.png", red=200 + int(name[-1]), size=(300, 100))
     data = cached(make("before", "sketch", kind="reference_loose"))
-    assert [bucket.name for bucket, _ in data._buckets] == ["photos 64x64 + 64x64 + 112x32"]
+    assert [name for name, _ in data._buckets] == ["photos 64x64 + 64x64 + 112x32"]
     drawn = draws(data, range(8))
     of_epoch = [{next(iter(drawn[image, epoch])) for image in range(4)} for epoch in range(8)]
     assert all(len(each) == 1 for each in of_epoch)
@@ -336,11 +336,7 @@ def test_validate_names_the_same_pairs_and_counts_the_same_buckets(
 
     found = seen()
     assert found.conditioning_problem is None
-    counts = {
-        name.removeprefix("photos "): bucket.num_samples
-        for bucket, _ in data._buckets
-        for name in [bucket.name]
-    }
+    counts = {name.removeprefix("photos "): len(images) for name, images in data._buckets}
     assert dict(found.groups) == counts
     (folder / "before" / "2.png").unlink()
     with pytest.raises(DataError) as caught:

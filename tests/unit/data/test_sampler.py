@@ -22,11 +22,14 @@ def sampler(
 ) -> Sampler:
     buckets = [
         Bucket(
-            name=str(place), num_samples=size, samples_per_epoch=max(1, round(size * (repeats + 1) * share))
+            name=str(place),
+            num_samples=size,
+            samples_per_epoch=max(1, round(size * (repeats + 1) * share)),
+            batch_size=batch_size,
         )
         for place, size in enumerate(sizes)
     ]
-    return Sampler(buckets, seed=seed, batch_size=batch_size)
+    return Sampler(buckets, seed=seed)
 
 
 def counted(order: Sampler, start: int, stop: int) -> Counter[tuple[int, int]]:
@@ -108,6 +111,22 @@ def test_memory_is_bounded_over_any_number_of_epochs() -> None:
     assert draws == {(0,)}
 
 
+def test_the_order_of_the_earliest_versions_stays() -> None:
+    buckets = [
+        Bucket("a 64x64", 5, 10, batch_size=2),
+        Bucket("b 64x32", 3, 3, batch_size=2),
+        Bucket("c 32x64", 2, 1, batch_size=2, group=1),
+    ]
+    order = Sampler(buckets, seed=7)
+    found = [order.draw(index) for index in (0, 3, 9, 1000)]
+    assert [(each.epoch, each.bucket, each.samples, each.passes, each.turn) for each in found] == [
+        (0, 1, (1, 1), (0, 1), 1),
+        (0, 0, (1, 4), (0, 0), 1),
+        (1, 0, (0, 2), (2, 2), 5),
+        (125, 1, (0, 2), (167, 167), 251),
+    ]
+
+
 def test_shuffled_is_the_same_on_every_machine() -> None:
     assert shuffled(42, "epoch", 3, length=8).tolist() == [0, 2, 7, 3, 5, 1, 4, 6]
 
@@ -154,10 +173,10 @@ def test_balanced_datasets_keep_their_own_proportion() -> None:
 
 def in_groups(groups: list[int], sizes: list[int], *, seed: int = 0, batch_size: int = 2) -> Sampler:
     buckets = [
-        Bucket(name=str(place), num_samples=size, samples_per_epoch=size, group=group)
+        Bucket(name=str(place), num_samples=size, samples_per_epoch=size, batch_size=batch_size, group=group)
         for place, (group, size) in enumerate(zip(groups, sizes, strict=True))
     ]
-    return Sampler(buckets, seed=seed, batch_size=batch_size)
+    return Sampler(buckets, seed=seed)
 
 
 def test_groups_of_equal_size_take_strict_turns_in_every_epoch() -> None:

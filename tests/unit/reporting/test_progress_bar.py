@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from simpletuner.helpers.checkpointing.progress import Progress
-from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay, duration
 
@@ -40,17 +39,6 @@ def test_progress_survives_a_round_trip() -> None:
     restored = Progress()
     restored.load_state_dict(progress.state_dict())
     assert restored == Progress(step=2, samples=6)
-
-
-@pytest.mark.parametrize(("global_batch", "micro_step"), [(1, 12), (2, 6), (3, 4), (12, 1)])
-def test_micro_step_follows_from_the_samples_seen(global_batch: int, micro_step: int) -> None:
-    assert Progress(step=3, samples=12).micro_step(global_batch=global_batch) == micro_step
-
-
-@pytest.mark.reliability_row(8)
-def test_micro_step_refuses_a_batch_that_does_not_divide_and_names_those_that_do() -> None:
-    with pytest.raises(CheckpointError, match=r"12 samples.* 5 .*: 1, 2, 3, 4, 6, 12\."):
-        Progress(step=3, samples=12).micro_step(global_batch=5)
 
 
 @pytest.mark.parametrize(("step", "shown"), [(10, True), (11, False), (12, True)])

@@ -78,11 +78,16 @@ def fill(
     *,
     preemption: Preemption | None = None,
     wait: Callable[[], None] = lambda: None,
+    on_demand: tuple[str, ...] = (),
 ) -> None:
     config = SimpleNamespace(
         validation=SimpleNamespace(validation_negative_prompt="blurry"),
         precision=SimpleNamespace(vae_batch_size=2),
-        data=SimpleNamespace(text_encoder_batch_size=2),
+        data=SimpleNamespace(
+            text_encoder_batch_size=2,
+            vae_cache_ondemand="vae" in on_demand,
+            text_cache_ondemand="text" in on_demand,
+        ),
     )
     accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=wait)
     caches.fill_caches(
@@ -104,6 +109,34 @@ def test_one_encoder_after_the_other_is_loaded_and_freed(data: TrainingData) -> 
     assert family.events[6::2] == ["prompts 2", "prompts 2", "prompts 1"]
     for prompt in ("cat 0", VALIDATION, "blurry"):
         assert data.text_embeds(prompt).prompt_embeds[0, 0, 0] == len(prompt)
+
+
+@pytest.mark.parametrize(
+    ("on_demand", "before"),
+    [
+        (("vae",), 3 * ["load text encoders", "prompts"] + ["unload text encoders"]),
+        (("text",), [*2 * ["load vae", "images"], "unload vae", "load text encoders", "prompts"]),
+        (("vae", "text"), ["load text encoders", "prompts"]),
+    ],
+    ids=["images", "captions", "both"],
+)
+def test_encoders_on_demand_stay_and_only_prompts_of_validation_are_encoded_before(
+    data: TrainingData, on_demand: tuple[str, ...], before: list[str]
+) -> None:
+    family = Family()
+    fill(data, family, on_demand=on_demand)
+    assert [event.rstrip(" 0123456789") for event in family.events] == before
+    assert data.text_embeds(VALIDATION).prompt_embeds[0, 0, 0] == len(VALIDATION)
+    family.events.clear()
+    batches = data.batches()
+    assert len({next(batches).samples[0].path for _ in range(3)}) == 3
+    assert [event for event in family.events if event.startswith("images")] == ["images 1"] * (
+        3 * ("vae" in on_demand)
+    )
+    assert [event for event in family.events if event.startswith("prompts")] == ["prompts 1"] * (
+        3 * ("text" in on_demand)
+    )
+    assert not [event for event in family.events if event.startswith("unload")]
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -22,6 +22,7 @@ from simpletuner.helpers.configuration.schema.made_references import Canny
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig, ValidationPrompt
 from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.data.phases import even
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
@@ -176,20 +177,59 @@ def test_the_start_of_a_run_says_what_became_of_its_keys(
         config=run_of(folder, quantize_via="cpu"),
         family=SimpleNamespace(spec=registry.specs()["sdxl"], components=components),
         accelerator=SimpleNamespace(device=torch.device("cpu")),
-        data=SimpleNamespace(batches_per_epoch=1),
+        data=SimpleNamespace(calendar=even(1)),
     )
     with caplog.at_level(logging.INFO):
         preparing.report_plan(context)
     assert "quantize_via: no effect" in caplog.text
 
 
+def test_datasets_that_follow_each_other_stand_in_the_plan(folder: Path) -> None:
+    entry = {"instance_data_dir": str(folder / "images")}
+    entries = [
+        {"id": "small", **entry, "end_step": 40},
+        {"id": "large", **entry, "start_step": 41, "repeats": 1},
+        {"id": "late", **entry, "start_step": 121},
+    ]
+    text = lines(run_of(folder, data_backend_config=entries))
+    # 40 steps are 13 epochs of 3 and one that is cut, 80 steps are 13.3 epochs of 6.
+    assert re.search(r"steps +120 steps of 1 image on each process; 27\.3 epochs\n", text)
+    assert re.search(
+        r"\n +from step 1: small; epochs of 3 batches\n +from step 41: large; epochs of 6 ", text
+    )
+    assert "warning     dataset late takes part in none of the 120 steps" in text
+
+
+def test_mirrored_images_stand_in_the_plan(folder: Path) -> None:
+    entry = {"id": "mine", "instance_data_dir": str(folder / "images"), "random_flip": True}
+    assert "no crop, every second pass mirrored; 1 bucket" in lines(
+        run_of(folder, data_backend_config=[entry])
+    )
+
+
+def test_validate_refuses_an_epoch_without_data(folder: Path) -> None:
+    entry = {"id": "mine", "instance_data_dir": str(folder / "images"), "end_epoch": 2}
+    with pytest.raises(DataError, match=r"No dataset takes part in step 7, where epoch 3 begins"):
+        lines(run_of(folder, data_backend_config=[entry]))
+
+
+def test_a_slider_balances_in_each_part_of_the_run(folder: Path) -> None:
+    entry = {"instance_data_dir": str(folder / "images")}
+    entries = [
+        {"id": "more", **entry, "slider_strength": 1},
+        {"id": "less", **entry, "slider_strength": -1, "end_step": 60},
+    ]
+    text = lines(run_of(folder, data_backend_config=entries, slider_lora_target=True, lora_type="standard"))
+    assert text.count("slider_strength is positive in every dataset") == 1
+
+
 def test_a_flavour_with_another_model_under_its_name_is_a_warning(folder: Path) -> None:
     spec = registry.specs()["flux2"]
     keys = {"model_family": "flux2", "aspect_bucket_alignment": 16, "pretrained_model_name_or_path": None}
-    warned = plan.warnings_of(run_of(folder, model_flavour="klein-9b", **keys), spec, batches=1)
+    warned = plan.warnings_of(run_of(folder, model_flavour="klein-9b", **keys), spec, calendar=even(1))
     assert [text for text in warned if "klein-base-9b" in text]
     for changes in ({"model_flavour": "klein-base-9b"}, {"model_flavour": "klein-9b", "defaults": "ours"}):
-        warned = plan.warnings_of(run_of(folder, **keys, **changes), spec, batches=1)
+        warned = plan.warnings_of(run_of(folder, **keys, **changes), spec, calendar=even(1))
         assert not [text for text in warned if "klein" in text]
 
 
@@ -392,7 +432,7 @@ def test_a_size_without_effect_is_named_once_with_its_datasets(
     datasets = [{"id": name, "instance_data_dir": str(folder / "images"), **dataset} for name in "xy"]
     config = run_of(folder, data_backend_config=datasets, **keys)
     spec = registry.specs()["sdxl"]
-    found = [text for text in plan.warnings_of(config, spec, batches=6) if "no effect" in text]
+    found = [text for text in plan.warnings_of(config, spec, calendar=even(6)) if "no effect" in text]
     assert [text.split()[0] for text in found] == unread
     assert all("(dataset x, y)" in text for text in found)
 
@@ -428,7 +468,7 @@ def test_an_interval_without_gradient_checkpointing_is_named(
     folder: Path, checkpoints: bool, interval: int, is_named: bool
 ) -> None:
     config = run_of(folder, gradient_checkpointing=checkpoints, gradient_checkpointing_interval=interval)
-    found = plan.warnings_of(config, registry.specs()["sdxl"], batches=6)
+    found = plan.warnings_of(config, registry.specs()["sdxl"], calendar=even(6))
     assert any("gradient_checkpointing_interval" in text for text in found) == is_named
 
 
@@ -461,7 +501,9 @@ def test_a_schedule_that_decays_beside_averages_is_a_warning(
 ) -> None:
     spec = registry.specs()["sdxl"]
     for optimizer, counts in (("adamw_schedulefree", is_warned), ("adamw", False)):
-        found = plan.warnings_of(run_of(folder, optimizer=optimizer, lr_scheduler=schedule), spec, batches=6)
+        found = plan.warnings_of(
+            run_of(folder, optimizer=optimizer, lr_scheduler=schedule), spec, calendar=even(6)
+        )
         assert any("averages" in text for text in found) == counts
 
 
@@ -574,9 +616,9 @@ def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"train_batch_size": 3})}
     )
-    several = plan.batches_per_epoch(config, [preview_of(config)])
+    several = plan.calendar_of(config, [preview_of(config)]).stretches[0].length
     without = config.model_copy(update={"references": (), "datasets": run_of(folder).datasets})
-    assert (several, plan.batches_per_epoch(without, [preview_of(without)])) == (2, 1)
+    assert (several, plan.calendar_of(without, [preview_of(without)]).stretches[0].length) == (2, 1)
     (folder / "before" / "b.png").unlink()
     with pytest.raises(DataError, match=r"no reference.*b\.png"):
         list(plan_lines(config, spec))
@@ -634,7 +676,7 @@ def test_a_flavour_for_editing_without_references_is_a_warning(
         flavours={**spec.flavours, "another": "some/other"} if takes == "own" else spec.flavours,
         reference_flavours=frozenset(flavours),
     )
-    found = [text for text in plan.warnings_of(config, spec, batches=1) if "reference_strict" in text]
+    found = [text for text in plan.warnings_of(config, spec, calendar=even(1)) if "reference_strict" in text]
     assert bool(found) is is_warned
 
 
@@ -649,9 +691,9 @@ def test_prompts_without_references_are_a_warning_where_the_data_has_some(
     validation = config.validation.model_copy(update={"prompts": prompts, "validation_disable": disabled})
     config = config.model_copy(update={"validation": validation})
     keys = ("validation_reference_images", "mine", "user_prompt_library")
-    found = plan.warnings_of(config, spec, batches=1)
+    found = plan.warnings_of(config, spec, calendar=even(1))
     assert any(all(key in text for key in keys) for text in found) is is_warned
-    without = plan.warnings_of(config.model_copy(update={"references": ()}), spec, batches=1)
+    without = plan.warnings_of(config.model_copy(update={"references": ()}), spec, calendar=even(1))
     assert not any(keys[0] in text for text in without)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.trainable import ParameterGroup
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.contracts import Batch, MicroBatchOutput, Sample, Size, TextEmbeds
+from simpletuner.helpers.data.phases import even
 from simpletuner.helpers.training.trainer import Trainer
 
 PIXELS = Size(64, 64)
@@ -36,7 +37,7 @@ def make(weight: nn.Parameter, *, end_step: int | None = None, **keys: object) -
             parameters=lambda: [weight],
             groups=lambda: [ParameterGroup(name="weight", parameters=[weight], end_step=end_step)],
         ),
-        "data": SimpleNamespace(batches_per_epoch=1),
+        "data": SimpleNamespace(calendar=even(1), batches_before=lambda samples: samples),
         "optimizer": optimizer,
         "lr_schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
         "state": SimpleNamespace(progress=Progress()),

@@ -26,6 +26,7 @@ from simpletuner.helpers.configuration.loading.conditioning import (
 )
 from simpletuner.helpers.configuration.loading.relations import Context
 from simpletuner.helpers.configuration.loading.row_entries import unnested
+from simpletuner.helpers.configuration.loading.several_resolutions import at_each_resolution, with_copies
 from simpletuner.helpers.configuration.loading.translation import (
     File,
     rename_keys,
@@ -128,6 +129,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
     text_caches: list[TextCacheEntry] = []
     decisions: list[Decision] = []
     first_with: dict[str, int] = {}
+    copies: dict[str, list[str]] = {}
     num_images = 0
     conditions = conditions_of(entries)
     for index, entry in enumerate(entries):
@@ -156,13 +158,17 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             num_images += read is None  # one problem is enough
         else:
             owners = conditions.owners(str(identity))
-            dataset, found = _image_dataset(values, own, data=data, owners=owners)
-            datasets += [dataset] if dataset is not None else []
+            own_copies, found = at_each_resolution(values, own, index=index, first_with=first_with)
+            copies[str(identity)] = [str(each.get("id")) for each in own_copies]
+            read_copies = [_image_dataset(each, own, data=data, owners=owners) for each in own_copies]
+            datasets += [dataset for dataset, _ in read_copies if dataset is not None]
+            found = [*found, *(line for _, lines in read_copies[:1] for line in lines)]
+            num_images += max(1, len(own_copies)) * (kind not in ("image_embeds", "eval"))
         decisions += found
-        num_images += kind not in ("text_embeds", "image_embeds", "eval") and not is_conditioning(values)
     _check_subject(datasets, num_images, source)
     chosen = _chosen(text_caches, source)
     filtered = tuple(_with_filters(each, chosen.caption_filter_list) for each in datasets)
+    conditions = with_copies(conditions, copies)
     filtered, used = paired(filtered, conditioning, conditions=conditions, source=source)
     return DatasetFile(
         filtered,

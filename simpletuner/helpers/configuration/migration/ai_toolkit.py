@@ -471,11 +471,10 @@ def _dataset(own: Settings, place: Place, *, trigger: str) -> None:
         text="",
     )
     sizes = own.items("resolution")
-    for size in sizes:
-        name = Path(folder).name or "images"
-        name = name if len(sizes) == 1 else f"{name}-{size}"
-        identity = unique_id(name, [str(each["id"]) for each in draft.datasets])
-        draft.datasets.append({"id": identity, **entry, "resolution": number(float(str(size)))})
+    resolutions: list[JsonValue] = [number(float(str(size))) for size in sizes]
+    identity = unique_id(Path(folder).name or "images", [str(each["id"]) for each in draft.datasets])
+    resolution = resolutions[0] if len(resolutions) == 1 else resolutions
+    draft.datasets.append({"id": identity, **entry, "resolution": resolution})
     text = "" if len(sizes) == 1 else f"{len(sizes)} datasets of all images."
     own.decide("resolution", "translated", ours=f"resolution: {', '.join(map(str, sizes))}", text=text)
 

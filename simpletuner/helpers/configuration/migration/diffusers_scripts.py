@@ -158,6 +158,8 @@ def _data(settings: Settings, place: Place, defaults: Mapping[str, Any], *, drop
     )
     entry["crop_style"] = "center" if settings.flag("center_crop") else "random"
     settings.decide("center_crop", "translated", ours=f"crop_style: {entry['crop_style']}", text="")
+    if settings.flag("random_flip"):
+        settings.put("random_flip", "random_flip", True, into=entry)
     for each in ("aspect_ratio_buckets", "use_aspect_ratio_buckets"):
         if settings.flag(each):
             entry |= {"crop": False, "resolution_type": "pixel_area"}

@@ -27,7 +27,6 @@ from simpletuner.helpers.configuration.migration.reading import read_structured
 from simpletuner.helpers.configuration.migration.table import load_table
 from simpletuner.helpers.configuration.migration.tags import share_dropout
 from simpletuner.helpers.configuration.schema.values import is_off
-from simpletuner.helpers.configuration.text.decisions import Outcome
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.names import counted
@@ -42,6 +41,8 @@ class Dataset:
     levels: Levels
     subsets: list[Levels] = field(default_factory=list)
     batch_size: int = 1
+    entries: list[dict[str, JsonValue]] = field(default_factory=list)
+    """What becomes of the subsets."""
     draws: list[Draws] | None = field(default_factory=list)
     """Of the images that are learnt; None if a folder is not at hand."""
     regularisation: list[Draws] = field(default_factory=list)
@@ -81,8 +82,10 @@ def put_data(settings: Settings, place: Place, *, is_preset: bool, alignment: in
         dataset.batch_size = (
             at.whole("batch_size") if at.has("batch_size") else settings.whole("train_batch_size", 1)
         )
+        first = len(draft.datasets)
         for levels in dataset.subsets:
             _subset(levels, dataset, place=place, draft=draft)
+        dataset.entries = draft.datasets[first:]
     if all("is_regularisation_data" in each for each in draft.datasets):
         raise ConfigError(f"{settings.place or 'The configuration'}: {_NOTHING_TO_TRAIN}")
     _batch_sizes(settings, datasets)
@@ -222,6 +225,7 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
     repeats = levels.at("num_repeats")
     times = max(1, repeats.whole("num_repeats", 1))
     repeats.put("num_repeats", "repeats", times - 1, into=entry)
+    _put_flip(levels, entry)
     _put_alpha_mask(levels, entry)
     resolution = _size(levels, entry)
     images = place.images(folder, with_subfolders=False)
@@ -243,6 +247,12 @@ def _subset(levels: Levels, dataset: Dataset, *, place: Place, draft: Draft) -> 
             draft.to_do.append(
                 f"Move the subfolders of {folder} away: kohya's scripts do not read them, this does."
             )
+
+
+def _put_flip(levels: Levels, entry: dict[str, JsonValue]) -> None:
+    at = levels.at("flip_aug")
+    if at.flag("flip_aug"):
+        at.put("flip_aug", "random_flip", True, into=entry)
 
 
 def _put_alpha_mask(levels: Levels, entry: dict[str, JsonValue]) -> None:
@@ -304,14 +314,14 @@ def _buckets_of(levels: Levels, resolution: Size) -> Callable[[Size], Size]:
 def _batch_sizes(settings: Settings, datasets: Sequence[Dataset]) -> None:
     sizes = list(dict.fromkeys(dataset.batch_size for dataset in datasets if dataset.subsets))
     settings.draft.config["train_batch_size"] = sizes[0]
-    text = "" if len(sizes) == 1 else f"The datasets have {sizes}; all have one here, the first."
     for dataset in datasets:
         at = dataset.levels.at("batch_size")
         if at.has("batch_size"):
-            outcome: Outcome = "translated" if len(sizes) == 1 else "approximate"
-            at.decide("batch_size", outcome, ours=f"train_batch_size: {sizes[0]}", text=text)
+            at.decide("batch_size", "translated", ours=f"train_batch_size: {dataset.batch_size}", text="")
+        for entry in dataset.entries if dataset.batch_size != sizes[0] else ():
+            entry["train_batch_size"] = dataset.batch_size
     if settings.whole("train_batch_size", 1) == sizes[0]:
-        settings.put("train_batch_size", "train_batch_size", sizes[0], text=text)
+        settings.put("train_batch_size", "train_batch_size", sizes[0], text="")
     else:
         settings.decide("train_batch_size", "no effect", text="batch_size of the dataset file counts.")
 

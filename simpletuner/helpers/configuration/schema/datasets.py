@@ -122,7 +122,8 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     cache_dir_vae: OptionalOutputPath = None
     """Folder of cached latents. Default: the dataset's id below `cache_dir_vae` of config.json."""
     resolution: PositiveNumber = 1024.0
-    """Training size of images, in the unit of resolution_type. Default: config.json's."""
+    """Training size of images, in the unit of resolution_type. A list makes a dataset of each size, with ids
+    like cats-512. Default: config.json's."""
     resolution_type: ResolutionType = "pixel_area"
     """Unit of resolution: pixel, the shorter edge; pixel_area, the edge of a square of equal area; area,
     megapixels. Default: config.json's."""
@@ -148,6 +149,9 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     crop_aspect_buckets: AspectBuckets = ()
     """Width / height of the crops with closest and random: numbers, which random draws evenly, or objects
     {"aspect", "weight"}, whose weights sum to 1."""
+    random_flip: bool = False
+    """Train each image mirrored left to right in every second pass, with its mask and references. Not for
+    subjects with a left and a right, such as writing or a face."""
     caption_strategy: CaptionStrategy | None = None
     """Source of captions. null takes table if a table holds captions, else textfile if text files lie beside
     images, else instanceprompt if instance_prompt is set without prepend_instance_prompt, else filename.
@@ -187,6 +191,17 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     eval_share: ShareBelowOne = 0.0
     """Share of the images that is held out: never trained, only evaluated. The digest of an image's bytes
     decides, whatever else is in the folder. Default: config.json's, 0 for regularisation."""
+    train_batch_size: OptionalCount = None
+    """Images of the dataset in a forward pass of each process; null or 0 takes config.json's."""
+    start_step: CountOrZero = 1
+    """First optimiser step that the dataset takes part in; 0 and 1 are the first of the run."""
+    end_step: OptionalCount = None
+    """Last optimiser step that it takes part in; null or 0 is the last of the run."""
+    start_epoch: CountOrZero = 1
+    """First epoch that it takes part in, beside start_step; 0 and 1 are the first of the run. A new epoch
+    begins where a dataset begins or ends."""
+    end_epoch: OptionalCount = None
+    """Last epoch that it takes part in, beside end_step; null or 0 is the last of the run."""
     is_regularisation_data: bool = False
     """The images keep what the model knows of the subject's class: regularisation_target of config.json says
     what they are trained towards. Their captions name the class, without the subject's own word."""
@@ -278,6 +293,17 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
         return self
 
     @model_validator(mode="after")
+    def _begins_before_its_end(self) -> Self:
+        for unit, start, end in (
+            ("step", self.start_step, self.end_step),
+            ("epoch", self.start_epoch, self.end_epoch),
+        ):
+            if end is not None and end < start:
+                text = f"{end} is before start_{unit} {start}. Raise it, or lower start_{unit}."
+                raise contradiction(f"end_{unit}", text, f"start_{unit}")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if problem := resolution_problem(self.resolution, self.resolution_type):
             raise contradiction("resolution", problem, "resolution_type")
@@ -285,6 +311,9 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
             key = "eval_share" if self.is_trained else "dataset_type"
             text = "images of regularisation are not evaluated. Remove one of the keys."
             raise contradiction(key, text, "is_regularisation_data")
+        if self.train_batch_size is not None and self.slider_strength is not None:
+            text = "the datasets of a slider share one. Set it in config.json."
+            raise contradiction("train_batch_size", f"{self.train_batch_size}: {text}", "slider_strength")
         needs_prompt = {
             f'caption_strategy "{self.caption_strategy}"': self.caption_strategy is not None
             and CAPTION_SOURCES[self.caption_strategy].needs_instance_prompt,

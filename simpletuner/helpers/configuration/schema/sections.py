@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -146,12 +145,6 @@ class TrainingConfig(Section):
     tread_config: OptionalTreadConfig = None
     """Token routing in training, an object with routes; null trains every block on all tokens."""
 
-    def planned_steps(self, *, batches_per_epoch: int) -> int:
-        """Optimiser steps of the whole run: max_train_steps, else enough for num_train_epochs."""
-        if self.max_train_steps is not None:
-            return self.max_train_steps
-        return math.ceil(self.num_train_epochs * batches_per_epoch / self.gradient_accumulation_steps)
-
     @model_validator(mode="after")
     def _has_an_end(self) -> Self:
         if self.max_train_steps is None and self.num_train_epochs == 0:
@@ -244,6 +237,12 @@ class DataConfig(Section):
     """Folder of cached latents, one subfolder per dataset. Default: cache/vae."""
     cache_dir_text: OutputPath = Field(default_factory=lambda: PathContext().output_path("cache/text"))
     """Folder of cached prompt embeds. Default: cache/text."""
+    vae_cache_ondemand: bool = False
+    """Encode an image when a batch first needs it, not before the first step; the VAE stays in memory beside
+    the model."""
+    text_cache_ondemand: bool = False
+    """Encode a caption when a batch first needs it, not before the first step; the text encoders stay in
+    memory beside the model. Prompts of validation images are encoded before."""
     text_encoder_batch_size: Count = 1
     """Captions encoded at a time; above 1, the last bits of prompt embeds depend on the batch, so a run whose
     caching was interrupted may end a rounding error apart."""

@@ -18,6 +18,7 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import caption_plan
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
+from simpletuner.helpers.data.held_out import is_held_out
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset
 from simpletuner.helpers.data.sampler import Bucket, draws_per_image
@@ -62,8 +63,12 @@ class LookedDataset:
 
     @property
     def trained(self) -> list[PlannedImage]:
-        """The images that are not masked out."""
-        return [each.planned for each in self.images if "masked" not in each.findings]
+        """The images that are neither masked out nor held out."""
+        return [
+            each.planned
+            for each in self.images
+            if "masked" not in each.findings and not is_held_out(self.config, each.planned.digest)
+        ]
 
 
 def look(config: RunConfig, spec: ModelSpec, *, triggers: Sequence[str] = ()) -> list[LookedDataset]:
@@ -183,17 +188,17 @@ def _with_buckets(looked: Sequence[LookedDataset], config: RunConfig) -> list[Lo
     )
     size = config.training.train_batch_size
     return [
-        replace(each, buckets=tuple(_buckets(each, factor, batch_size=size)))
+        replace(each, buckets=tuple(_buckets(each, factor, size=each.config.train_batch_size or size)))
         for each, factor in zip(looked, draws, strict=True)
     ]
 
 
-def _buckets(looked: LookedDataset, draws: float, *, batch_size: int) -> Iterator[LookedBucket]:
+def _buckets(looked: LookedDataset, draws: float, *, size: int) -> Iterator[LookedBucket]:
     for name, number in sorted(Counter(each.bucket for each in looked.trained).items()):
-        bucket = Bucket(name, number, max(1, round(number * draws)))
+        bucket = Bucket(name, number, max(1, round(number * draws)), batch_size=size)
         yield LookedBucket(
             size=name,
             num_images=number,
             draws_per_epoch=bucket.samples_per_epoch,
-            batches_per_epoch=bucket.num_batches(batch_size),
+            batches_per_epoch=bucket.num_batches,
         )

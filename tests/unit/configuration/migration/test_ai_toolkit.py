@@ -119,9 +119,8 @@ def test_every_key_of_a_job_is_decided_once(folder: Path, tmp_path: Path) -> Non
 def test_each_resolution_is_a_dataset_of_all_images(folder: Path, tmp_path: Path) -> None:
     entry = {"folder_path": str(folder), "resolution": [512, 768, 1024], "num_repeats": 3}
     draft = migrate(ai_toolkit(tmp_path / "job.json", [entry]))
-    found = [(each["id"], each["resolution"], each["repeats"]) for each in draft.datasets]
-    assert found == [("dog-512", 512, 2), ("dog-768", 768, 2), ("dog-1024", 1024, 2)]
-    assert {each["caption_lines"] for each in draft.datasets} == {"whole"}
+    (found,) = draft.datasets
+    assert (found["id"], found["resolution"], found["repeats"]) == ("dog", [512, 768, 1024], 2)
     assert draft.config["aspect_bucket_alignment"] == 64
 
 
@@ -388,8 +387,8 @@ def test_control_images_become_references_of_a_model_that_edits(
 ) -> None:
     draft = edit_job(tmp_path, arch, folder)
     names = ["before-references", "sketch-references"]
-    assert [each.get("conditioning_data") for each in draft.datasets] == [names, names, None, None, None]
-    found = {str(each["id"]): each for each in draft.datasets[3:]}
+    assert [each.get("conditioning_data") for each in draft.datasets] == [names, None, None, None]
+    found = {str(each["id"]): each for each in draft.datasets[2:]}
     assert list(found) == names
     assert {each["conditioning_type"] for each in found.values()} == {kind}
     assert found["before-references"]["instance_data_dir"] == str(tmp_path / "before")
@@ -428,7 +427,7 @@ def test_control_images_of_a_model_that_does_not_edit_are_left_out(folder: Path,
     samples = [{"prompt": "make it red", "ctrl_img": "before/image0.png"}]
     draft = edit_job(tmp_path, "flux", folder, samples=samples)
     assert not any("conditioning_data" in each for each in draft.datasets)
-    assert len(draft.datasets) == 3
+    assert len(draft.datasets) == 2
     assert "validation_reference_images" not in draft.config
     assert decision(draft, "process[0].datasets[0].control_path").outcome == "not translated"
     assert decision(draft, "process[0].sample.samples").outcome == "approximate"

@@ -260,3 +260,8 @@ def test_text_encoders_are_trained_with_the_scripts_rate(
     draft = _migrate(folder, **options)  # type: ignore[arg-type]
     assert draft.config.get("train_text_encoder", False) is (rates is not None)
     assert draft.config.get("text_encoder_lr") == rates
+
+
+def test_flipped_images_are_mirrored(folder: Path) -> None:
+    (entry,) = _migrate(folder, "train_dreambooth_lora_sdxl", random_flip=True).datasets
+    assert entry["random_flip"] is True

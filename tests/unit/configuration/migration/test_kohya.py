@@ -191,7 +191,7 @@ def test_text_encoders_are_trained_with_their_rates(
         ("token_warmup_step", 0.5, "not translated"),
         ("shuffle_caption", True, "no effect"),
         ("keep_tokens", 2, "no effect"),
-        ("flip_aug", True, "not translated"),
+        ("color_aug", True, "not translated"),
         ("xformers", True, "no effect"),
         ("clip_skip", 2, "no effect"),
         ("max_token_length", 75, "no effect"),
@@ -205,6 +205,13 @@ def test_what_is_left_out_is_named(dog: Path, key: str, value: object, outcome: 
     found = decision(draft, key)
     assert (found.outcome, found.ours) == (outcome, "")
     assert found.text
+
+
+def test_flipped_images_are_mirrored(dog: Path) -> None:
+    draft = migrate(kohya(dog, NETWORK, {"flip_aug": True}))
+    assert draft.datasets[0]["random_flip"] is True
+    assert decision(draft, "flip_aug").outcome == "translated"
+    assert "random_flip" not in migrate(kohya(dog, NETWORK, {"flip_aug": False})).datasets[0]
 
 
 def test_every_key_of_the_command_is_decided_once(dog: Path) -> None:
@@ -659,6 +666,28 @@ def test_a_subset_takes_what_it_lacks_from_the_levels_above(dog: Path, tmp_path:
     assert draft.config["max_train_steps"] == 6 + 4
     assert decision(draft, "datasets[0].subsets[1].num_repeats").ours == "repeats: 1"
     assert decision(draft, "general.caption_extension").outcome == "translated"
+
+
+def test_datasets_keep_their_batch_sizes(dog: Path, tmp_path: Path) -> None:
+    folder = (dog / "10_sks dog").as_posix()
+    text = "".join(
+        f"""
+    [[datasets]]
+    resolution = 512
+    batch_size = {size}
+      [[datasets.subsets]]
+      image_dir = '{folder}'
+      class_tokens = 'sks dog'
+    """
+        for size in (3, 1, 3)
+    )
+    draft = migrate(_with_datasets(tmp_path, text, max_train_epochs=1))
+    assert draft.config["train_batch_size"] == 3
+    assert [each.get("train_batch_size") for each in draft.datasets] == [None, 1, None]
+    found = [decision(draft, f"datasets[{place}].batch_size") for place in range(3)]
+    assert [(each.outcome, each.ours) for each in found] == [
+        ("translated", f"train_batch_size: {size}") for size in (3, 1, 3)
+    ]
 
 
 def test_regularisation_subsets_keep_their_kind(dog: Path, tmp_path: Path) -> None:

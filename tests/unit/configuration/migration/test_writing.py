@@ -42,6 +42,7 @@ def test_the_command_writes_a_valid_configuration(
         "network_args": ["algo=loha"],
         "sample_prompts": prompts.as_posix(),
         "flip_aug": True,
+        "color_aug": True,
         "max_train_epochs": 2,
     }
     command = kohya(workspace / "train", SCRIPT, options)
@@ -55,7 +56,8 @@ def test_the_command_writes_a_valid_configuration(
     assert [prompt.text for prompt in run.validation.prompts] == ["a cat", "a dog"]
     assert [dataset.repeats for dataset in run.datasets] == [9]
     page = Path("config/mine/MIGRATION.md").read_text()
-    assert "flip_aug` |" in page.partition("## Not translated")[2].partition("##")[0]
+    assert [dataset.random_flip for dataset in run.datasets] == [True]
+    assert "color_aug` |" in page.partition("## Not translated")[2].partition("##")[0]
     assert "| optimiser steps | 60 | 60 |" in page
     assert "| images in all | 60 | 60 |" in page
 
