@@ -183,6 +183,15 @@ def sample_command(
         str | None,
         typer.Option("--precision", help="As base_model_precision. Default: from the file."),
     ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--embedding",
+            metavar="FILE[=TOKEN]",
+            help="Embeddings of a new token (textual inversion), beside those of the adapter's run. May be "
+            "repeated.",
+        ),
+    ] = None,
     schedule: ScheduleOption = None,
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Dtype of the model. Default: bf16 on a GPU, else fp32.")
@@ -214,6 +223,7 @@ def sample_command(
         ),
         dtype=dtype,
         precision=_given(base_model_precision=precision),
+        embeddings=embedding or (),
         schedule=schedule_options(schedule) if schedule is not None else {},
         options=SAMPLE_OPTIONS,
     )

@@ -22,6 +22,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/io/redaction.py stderr": "the same",
     "simpletuner/train.py daemon": "threading.Timer takes it as an attribute only",
     "simpletuner/helpers/adapters/network.py forward": "LyCORIS puts it in place of the layer's",
+    "simpletuner/helpers/adapters/new_tokens.py eos_token_id": "transformers pools there, and reads it once",
     "simpletuner/helpers/adapters/peft_lora.py _disable_adapters": "PEFT's own switch freezes factors too",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",

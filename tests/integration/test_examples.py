@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from simpletuner.helpers.adapters.files.embeddings import read
 from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.configuration.examples import copy_example, examples
 from simpletuner.helpers.configuration.load import load_config
@@ -89,6 +90,9 @@ def test_an_example_trains_and_leaves_its_adapter_and_pictures(
     assert (output / "validation" / "step-2" / "grid.png").is_file()
     if config.model.is_full:
         assert (output / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+        return
+    if not config.model.has_adapter:
+        assert read(output / "learned_embeds.safetensors").token == config.new_tokens.placeholder_token
         return
     file = inspect(output / "pytorch_lora_weights.safetensors")
     assert file.algorithm == next(ALGORITHMS[part] for part in name.split("-") if part in ALGORITHMS)

@@ -188,27 +188,45 @@ def test_average_of_two_processes_is_that_of_one(runs: tuple[TinyRun, TinyRun]) 
         torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-7)
 
 
-def test_two_processes_train_the_text_encoders_that_one_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"train_text_encoder": True, "text_encoder_lora_rank": 4},
+        {"model_type": "embedding", "lora_type": "standard", "lycoris_config": None},
+    ],
+    ids=["beside an adapter", "token alone"],
+)
+def test_two_processes_train_the_text_encoders_and_the_token_that_one_trains(
+    tmp_path: Path, kind: dict[str, object]
+) -> None:
     keys: dict[str, object] = {
-        "train_text_encoder": True,
-        "text_encoder_lora_rank": 4,
+        **kind,
+        "placeholder_token": "<cat>",
+        "initializer_token": "cat",
         "gradient_accumulation_steps": 2,
         "max_train_steps": 2,
         "lr_scheduler": "constant",
         "optimizer_config": "eps=1e-3,weight_decay=0.1",
     }
-    two = train(TinyRun(tmp_path / "two", num_images=4), num_processes=2, train_batch_size=1, **keys)
-    one = train(TinyRun(tmp_path / "one", num_images=4), num_processes=1, train_batch_size=2, **keys)
+    pair = [TinyRun(tmp_path / name, num_images=4) for name in ("two", "one")]
+    for run in pair:  # so that a process has batches without the token
+        (run.folder / "images" / "image0.txt").write_text("a photo of <cat>")
+    two = train(pair[0], num_processes=2, train_batch_size=1, **keys)
+    one = train(pair[1], num_processes=1, train_batch_size=2, **keys)
     start, end, expected = tensors(one, "start-0"), tensors(two, "end-0"), tensors(one, "end-0")
     other = tensors(two, "end-1")
     assert all(torch.equal(tensor, other[key]) for key, tensor in end.items())
-    text = [key for key in start if key.startswith("text_encoder") and ".lora_B." in key]
-    moved = [key for key in text if not torch.equal(start[key], expected[key])]
-    assert {key.split("/")[0] for key in moved} == {"text_encoder", "text_encoder_2"}
-    assert len(moved) < len(text), "of the last layer of the first encoder nothing is read"
-    assert max(float((expected[key] - start[key]).abs().max()) for key in moved) > 1e-5
     for key, tensor in expected.items():
         torch.testing.assert_close(end[key], tensor, rtol=0, atol=1e-7)
+    moved = {key for key in start if not torch.equal(start[key], expected[key])}
+    if "model_type" in kind:
+        assert moved == {"text_encoder", "text_encoder_2"}
+        return
+    assert {"new_token/text_encoder", "new_token/text_encoder_2"} < moved
+    text = {key for key in start if key.startswith("text_encoder") and ".lora_B." in key}
+    assert {key.split("/")[0] for key in moved & text} == {"text_encoder", "text_encoder_2"}
+    assert not text <= moved, "of the last layer of the first encoder nothing is read"
+    assert max(float((expected[key] - start[key]).abs().max()) for key in moved & text) > 1e-5
 
 
 PAIRS: dict[str, object] = {

@@ -10,7 +10,7 @@ from typing import Any
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files import adapter_file, embeddings
 from simpletuner.helpers.adapters.files.adapter_file import METADATA_KEY, AdapterFile
 from simpletuner.helpers.adapters.files.foreign.translation import ScheduleOptions, paths_in
 from simpletuner.helpers.adapters.files.text_layers import (
@@ -20,6 +20,7 @@ from simpletuner.helpers.adapters.files.text_layers import (
     without_encoders,
 )
 from simpletuner.helpers.adapters.network import LycorisAdapter, attach_stored
+from simpletuner.helpers.adapters.new_tokens import TextPart, attach_embeddings
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.errors import AdapterError
@@ -102,6 +103,29 @@ def attach_to_encoders(
                 each.detach()
             raise
     return attached
+
+
+def load_embeddings_into_pipeline(
+    pipeline: Any, file: str | Path, *, token: str | None = None, strength: float = 1.0
+) -> None:
+    """Add the new token of a file (textual inversion) to a pipeline's text encoders and tokenizers.
+
+    Args:
+        pipeline: A loaded diffusers pipeline.
+        file: A safetensors file of this program, kohya's scripts or diffusers' scripts.
+        token: The word in prompts; None for that of the file.
+        strength: 1 as trained; 0 the embeddings that the token started from, where the file names them.
+
+    Raises:
+        AdapterError: The file cannot be read, is for another model, or the pipeline knows the token.
+    """
+    components = pipeline.components
+    parts = {
+        name: TextPart(components[name], components[name.replace("text_encoder", "tokenizer")])
+        for name in embeddings.KEYS
+        if is_read(components.get(name))
+    }
+    attach_embeddings(parts, embeddings.read(Path(file), token=token), strength=strength)
 
 
 def is_read_by_diffusers(file: AdapterFile) -> bool:

@@ -1,4 +1,7 @@
-"""An adapter of a denoiser and LoRAs of its text encoders, trained together and saved in one file."""
+"""An adapter of a denoiser, LoRAs of its text encoders and a new token, trained together.
+
+Adapter and LoRAs are saved in one file, the token in another beside it.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,18 @@ from simpletuner.helpers.adapters.files.text_layers import (
     file_of_encoder,
     path_in_files,
 )
+from simpletuner.helpers.adapters.new_tokens import NewToken
 from simpletuner.helpers.adapters.peft_lora import PeftAdapter
 from simpletuner.helpers.adapters.trainable import ParameterGroup
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
+from simpletuner.helpers.io.run_folder import embedding_file
 from simpletuner.helpers.randomness import mix
 
 logger = logging.getLogger(__name__)
 
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_TOKEN = "new_token/"
+"""Prefix of the token's state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +109,12 @@ class TextEncoderLora:
 
 
 class JointAdapter(Adapter):
-    """The adapter of a denoiser, and LoRAs of its text encoders with learning rates of their own."""
+    """The adapter of a denoiser, LoRAs of its text encoders and a new token, with rates of their own."""
 
-    def __init__(self, denoiser: Adapter, text_encoders: Sequence[TextEncoderLora]) -> None:
-        self.denoiser, self.text_encoders = denoiser, tuple(text_encoders)
+    def __init__(
+        self, denoiser: Adapter, text_encoders: Sequence[TextEncoderLora], *, token: NewToken | None = None
+    ) -> None:
+        self.denoiser, self.text_encoders, self.token = denoiser, tuple(text_encoders), token
         self.algorithm = denoiser.algorithm
         self.num_layers = denoiser.num_layers + sum(each.lora.num_layers for each in text_encoders)
 
@@ -120,8 +129,9 @@ class JointAdapter(Adapter):
         return self.denoiser.lycoris_network
 
     def groups(self) -> list[ParameterGroup]:
-        """The denoiser's parameters, and those of each text encoder."""
-        return [*self.denoiser.groups(), *(each.group() for each in self.text_encoders)]
+        """The denoiser's parameters, those of each text encoder, and those of the new token."""
+        tokens = [] if self.token is None else self.token.groups()
+        return [*self.denoiser.groups(), *(each.group() for each in self.text_encoders), *tokens]
 
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters of all groups."""
@@ -140,12 +150,16 @@ class JointAdapter(Adapter):
         self.denoiser.set_strength(strength)
         for each in self.text_encoders:
             each.lora.set_strength(strength)
+        if self.token is not None:
+            self.token.set_strength(strength)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The denoiser's state, and that of each text encoder under its name."""
+        """The denoiser's state, that of each text encoder under its name, and that of the new token."""
         state = self.denoiser.state_dict()
         for each in self.text_encoders:
             state |= {f"{each.name}/{key}": tensor for key, tensor in each.lora.state_dict().items()}
+        if self.token is not None:
+            state |= {f"{_TOKEN}{name}": rows for name, rows in self.token.state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -155,10 +169,12 @@ class JointAdapter(Adapter):
             AdapterError: A tensor is missing, unknown or of another shape.
         """
         rest = dict(state)
-        for each in self.text_encoders:
-            prefix = f"{each.name}/"
+        parts = {f"{each.name}/": each.lora.load_state_dict for each in self.text_encoders}
+        if self.token is not None:
+            parts[_TOKEN] = self.token.load_state_dict
+        for prefix, load in parts.items():
             own = {key: rest.pop(key) for key in list(rest) if key.startswith(prefix)}
-            each.lora.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in own.items()})
+            load({key.removeprefix(prefix): tensor for key, tensor in own.items()})
         self.denoiser.load_state_dict(rest)
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -176,6 +192,17 @@ class JointAdapter(Adapter):
                 joined = json.loads(header[METADATA_KEY]) | json.loads(own[METADATA_KEY])
                 header = header | {METADATA_KEY: json.dumps(joined, sort_keys=True)}
         return tensors, header
+
+    def save(self, path: Path, *, metadata: Mapping[str, str]) -> None:
+        """Write `content` to a file, and the new token to another beside it.
+
+        Raises:
+            AdapterError: A weight is not finite, or the adapter cannot be written.
+            StorageError: A file cannot be written.
+        """
+        if self.token is not None:
+            self.token.save(embedding_file(path), metadata=metadata)
+        super().save(path, metadata=metadata)
 
     def init_from(self, file: Path) -> None:
         """Start from a file: the denoiser's adapter, and each text encoder of which it has layers.
@@ -199,5 +226,7 @@ class JointAdapter(Adapter):
     def detach(self) -> None:
         """Remove all adapters; every model becomes bit-identical to its original."""
         self.denoiser.detach()
+        if self.token is not None:
+            self.token.detach()
         for each in self.text_encoders:
             each.lora.detach()

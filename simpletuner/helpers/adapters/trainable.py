@@ -25,6 +25,8 @@ class ParameterGroup:
     """At the full rate of the schedule; None for the run's learning_rate."""
     end_step: int | None = None
     """Optimiser steps after which they stay as they are; None for all steps of the run."""
+    weight_decay: float | None = None
+    """In place of the optimiser's."""
 
 
 def one_group(name: str, parameters: list[nn.Parameter]) -> list[ParameterGroup]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.configuration.schema.model import ModelConfig
+    from simpletuner.helpers.configuration.schema.new_tokens import NewTokenConfig
     from simpletuner.helpers.configuration.schema.noise import NoiseConfig
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.configuration.schema.text_encoders import TextEncoderConfig
@@ -54,13 +55,15 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
         "optimizer": config.optimizer.optimizer,
         "lora_type": config.adapter.lora_type,
     }
+    if not config.model.has_adapter:
+        settings["model_type"] = config.model.model_type
     if config.model.is_full:
         settings |= {
-            "model_type": config.model.model_type,
             "mixed_precision": config.precision.mixed_precision,
             "layer_filter": list(config.whole_model.layer_filter),
         }
     settings |= _prompt_length(config.model) | _text_encoders(config.text_encoders)
+    settings |= token_facts(config.new_tokens, with_digest=True)
     for dataset in (each for each in config.datasets if each.is_trained):
         name = redacted(f"dataset {dataset.id}")
         if dataset.downsampling is not None:
@@ -111,6 +114,14 @@ def _text_encoders(config: TextEncoderConfig) -> dict[str, JsonValue]:
     }
 
 
+def token_facts(config: NewTokenConfig, *, with_digest: bool = False) -> dict[str, JsonValue]:
+    """The new token of a run and what it starts from, redacted; nothing without one."""
+    if config.placeholder_token is None:
+        return {}
+    facts = config.model_dump(mode="json", exclude={"embedding_lr"})
+    return {key: redacted_json(value, with_digest=with_digest) for key, value in facts.items()}
+
+
 def _prompt_length(model: ModelConfig) -> dict[str, JsonValue]:
     """max_token_length if it differs from the default."""
     return model.model_dump(mode="json", include={"max_token_length"}, exclude_defaults=True)
@@ -138,6 +149,7 @@ def adapter_metadata(
         "prediction_type": config.model.prediction_type,
         "rescale_betas_zero_snr": config.model.rescale_betas_zero_snr or None,
         **_prompt_length(config.model),
+        **token_facts(config.new_tokens),
         **redacted_json(replaced),
         **non_default(config.noise),
         "optimizer": config.optimizer.optimizer,
@@ -155,7 +167,7 @@ def adapter_metadata(
         "trigger_words": redacted(", ".join(sorted(prompts))),
     }
     own = {name: str(value) for name, value in metadata.items() if value not in (None, "")}
-    if config.model.is_full:  # the labels are those of adapters
+    if not config.model.has_adapter:  # the labels are those of adapters
         return own
     prediction_type = config.model.prediction_type or scheduler.get("prediction_type")
     labels = labels_of_run(

@@ -191,6 +191,15 @@ WHOLE_MODEL = Algorithm(
 )
 """What model_type full trains, without an adapter."""
 
+NEW_TOKEN = Algorithm(
+    name="new_token",
+    display_name="Textual inversion",
+    summary="The embeddings of a new token in the text encoders.",
+    build="simpletuner.helpers.adapters.new_tokens:NewToken",
+    defaults={},
+)
+"""What model_type embedding trains, without an adapter."""
+
 ALGORITHMS = Registry(
     Algorithm(
         name="tlora",
@@ -324,8 +333,8 @@ ALGORITHMS = Registry(
 
 
 def display_name_of(name: str) -> str:
-    """Title of an algorithm, of lora_type standard or of model_type full; an unknown name as it is."""
-    known = {**ALGORITHMS, **{each.name: each for each in (STANDARD, WHOLE_MODEL)}}
+    """Title of an algorithm, of lora_type standard or of a model_type; an unknown name as it is."""
+    known = {**ALGORITHMS, **{each.name: each for each in (STANDARD, WHOLE_MODEL, NEW_TOKEN)}}
     return known[name].title if name in known else name
 
 

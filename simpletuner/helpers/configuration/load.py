@@ -36,6 +36,7 @@ from simpletuner.helpers.configuration.loading.defaults import (
 )
 from simpletuner.helpers.configuration.loading.layers import Keys, RawValue, merge_layers
 from simpletuner.helpers.configuration.loading.lycoris_file import complete_lycoris, read_lycoris
+from simpletuner.helpers.configuration.loading.new_token_rules import check_embedding, check_new_tokens
 from simpletuner.helpers.configuration.loading.prompts import (
     at_both_ends,
     check_images,
@@ -59,7 +60,8 @@ from simpletuner.helpers.configuration.schema.lycoris import (
     layer_aliases,
 )
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig, MaskConfig
-from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.model import WITHOUT_ADAPTER, ModelConfig
+from simpletuner.helpers.configuration.schema.new_tokens import NewTokenConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
@@ -91,6 +93,7 @@ SECTIONS: tuple[type[Section], ...] = (
     ModelConfig,
     AdapterConfig,
     TextEncoderConfig,
+    NewTokenConfig,
     TrainingConfig,
     RegularisationConfig,
     OptimizerConfig,
@@ -191,8 +194,8 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
-        self._section(WholeModelConfig)
-        masks, text_encoders = self._section(MaskConfig), self._section(TextEncoderConfig)
+        masks, tokens = self._section(MaskConfig), self._section(NewTokenConfig)
+        text_encoders, _ = self._section(TextEncoderConfig), self._section(WholeModelConfig)
         if "webhook_config" in self.raw:
             hide_address(self.raw["webhook_config"].value)
         tracking, validation = self._section(TrackingConfig), self._section(ValidationConfig)
@@ -210,6 +213,7 @@ class Loader:
             check_text_encoders(
                 text_encoders, precision, optimizer, lycoris=lycoris, spec=spec, source=self.source
             )
+            check_new_tokens(tokens, precision, optimizer, spec=spec, source=self.source)
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
@@ -227,6 +231,7 @@ class Loader:
         datasets = dataset_file.datasets
         check_times(datasets, training, self.source)
         check_whole_model(self.built, self.raw, prompts=prompts, datasets=datasets, source=self.source)
+        check_embedding(self.built, self.raw, datasets=datasets, source=self.source)
         rules.check_output(checkpoint, dataset_file.folders(), self.source)
         if len(self.chain) == 1:  # a compared run that is finished may lie anywhere
             rules.check_writable(checkpoint, self.source)
@@ -348,7 +353,7 @@ class Loader:
         self, adapter: Validated[AdapterConfig], precision: Validated[PrecisionConfig]
     ) -> LycorisConfig | None:
         section = adapter.section
-        if section is None or self.values.get("model_type") == "full":
+        if section is None or self.values.get("model_type") in WITHOUT_ADAPTER:
             return None
         # An invalid lora_type has become standard here; its lycoris json is checked nevertheless.
         if section.lora_type == "standard" and "lora_type" not in adapter.invalid_keys:
@@ -378,7 +383,7 @@ class Loader:
         spec: ModelSpec,
         datasets: Sequence[DatasetConfig],
     ) -> None:
-        if self.values.get("model_type") == "full":
+        if self.values.get("model_type") in WITHOUT_ADAPTER:
             return
         rules.check_lora_preset(self.raw, adapter, spec=spec, source=self.source)
         rules.check_format(adapter, lycoris, spec=spec, source=self.source)

@@ -26,7 +26,10 @@ class Pair:
 
 @dataclass(slots=True)
 class PairFinder:
-    """Finds the file of an entry that belongs to each image; notes missing, ambiguous and misshapen ones."""
+    """Finds the file of an entry that belongs to each image; notes missing, ambiguous and misshapen ones.
+
+    Two images of a dataset do not share one.
+    """
 
     entry: ConditioningConfig | ReferenceConfig
     index: ImageIndex
@@ -39,6 +42,9 @@ class PairFinder:
     """What may stand for a missing file."""
     _files: dict[str, list[FoundFile]] = field(init=False, default_factory=dict)
     """Path in the folder without suffix -> the files of that name."""
+    _owners: dict[str, str] = field(init=False, default_factory=dict)
+    """Path of an image without suffix -> the first image of that path."""
+    _shared: list[str] = field(init=False, default_factory=list)
     _missing: list[str] = field(init=False, default_factory=list)
     _ambiguous: list[str] = field(init=False, default_factory=list)
     _misshapen: list[str] = field(init=False, default_factory=list)
@@ -49,12 +55,16 @@ class PairFinder:
 
     def pair_of(self, image: FoundFile, image_px: Size) -> Pair | str:
         """The file of a usable image, or the reason why the image cannot be used."""
-        name = printable(image.name)
-        found = self._files.get(os.path.splitext(image.name)[0], [])
+        name, stem = printable(image.name), os.path.splitext(image.name)[0]
+        found = self._files.get(stem, [])
         if len(found) != 1:
             names = ", ".join(printable(each.name) for each in found)
             (self._ambiguous if found else self._missing).append(f"{name} ({names})" if found else name)
             return f"{len(found)} {self.noun}s have its name"
+        owner = self._owners.setdefault(stem, name)
+        if owner != name:
+            self._shared.append(f"{owner} and {name}")
+            return f"its {self.noun} belongs to {owner}"
         info = self.index.info(found[0])
         if info.size is None:
             return f"its {self.noun} {printable(found[0].name)} cannot be used: {info.problem}"
@@ -69,6 +79,8 @@ class PairFinder:
             f"no {self.noun} in {self.entry.place}. Add a file of the same path and name, but for its suffix"
             f"{self.remedy}": self._missing,
             f"several {self.noun}s in {self.entry.place}. Keep one of each": self._ambiguous,
+            f"the {self.noun} of another image in {self.entry.place}. Rename one of the two, and add its "
+            f"{self.noun}": self._shared,
             f"a {self.noun} of another aspect ratio. Crop it to the image's": self._misshapen,
         }
         return [

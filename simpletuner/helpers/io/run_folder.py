@@ -36,6 +36,17 @@ EMA_ADAPTER_FILE = "pytorch_lora_weights.ema.safetensors"
 EMA_COMFYUI_FILE = "pytorch_lora_weights_comfyui.ema.safetensors"
 COMFYUI_FILES = {ADAPTER_FILE: COMFYUI_FILE, EMA_ADAPTER_FILE: EMA_COMFYUI_FILE}
 """Adapter file -> its export for ComfyUI."""
+EMBEDDING_FILE = "learned_embeds.safetensors"
+EMA_EMBEDDING_FILE = "learned_embeds.ema.safetensors"
+EMBEDDING_FILES = {
+    ADAPTER_FILE: EMBEDDING_FILE,
+    COMFYUI_FILE: EMBEDDING_FILE,
+    EMA_ADAPTER_FILE: EMA_EMBEDDING_FILE,
+    EMA_COMFYUI_FILE: EMA_EMBEDDING_FILE,
+}
+"""Adapter file or export -> the file beside it with the embeddings of the run's new token."""
+EMA_FILES = {ADAPTER_FILE: EMA_ADAPTER_FILE, EMBEDDING_FILE: EMA_EMBEDDING_FILE}
+"""File of the main weights -> that of the second ones of a run with an EMA."""
 
 # The model card, for people who get the adapter; the repository on the hub has the same names.
 CARD_FOLDER = "model-card"
@@ -73,6 +84,17 @@ _CACHED_IMAGE = re.compile(r"(?P<name>.+)-[0-9a-f]{16}\.png")
 def ema_folder(model: str) -> str:
     """Name of the folder beside that of a whole model, for the second weights of a run with an EMA."""
     return f"{model}_ema"
+
+
+def adapter_in(folder: Path) -> Path | None:
+    """The adapter in an output folder or a checkpoint, else the file of a token that was trained alone."""
+    found = (folder / name for name in (ADAPTER_FILE, EMBEDDING_FILE))
+    return next((file for file in found if file.is_file()), None)
+
+
+def embedding_file(adapter: Path) -> Path:
+    """The file with the embeddings of a new token that was trained with this adapter, which may not exist."""
+    return adapter.with_name(EMBEDDING_FILES.get(adapter.name, EMBEDDING_FILE))
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -103,6 +103,11 @@ class ModelFamily(ABC):
         """The loaded text encoders whose layers adapter files hold, by their names in diffusers' files."""
         return {}
 
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """The loaded tokenizers of those text encoders, by the same names."""
+        return {}
+
     def load_vae(self) -> None:
         """Load the VAE to the device, unless it is loaded."""
         if self._vae is None:

@@ -33,6 +33,7 @@ from simpletuner.helpers.io.safetensors_file import read_header
 from simpletuner.helpers.publishing.markdown import escape, fenced, table
 from simpletuner.helpers.publishing.run_files import RunFiles, read_run
 from simpletuner.helpers.publishing.usage import (
+    WeightFiles,
     diffusers_code,
     export_command,
     pipeline_code,
@@ -55,6 +56,7 @@ SETTINGS = (
     *("learning_rate", "lr_scheduler", "lr_warmup_steps", "optimizer", "train_batch_size"),
     *("gradient_accumulation_steps", "mixed_precision", "base_model_precision", "resolution"),
     *("resolution_type", "snr_gamma", "flow_schedule_shift", "flow_schedule_auto_shift"),
+    *("placeholder_token", "initializer_token", "num_vectors", "embedding_lr"),
     *("caption_dropout_probability", "seed"),
 )
 LYCORIS_SETTINGS = (
@@ -123,7 +125,9 @@ def front_matter(run: RunFiles, spec: ModelSpec | None) -> dict[str, Any]:
     model, licence = base_model(run), _licence(run, spec)
     triggers = _triggers(run)
     is_safe = bool(run.config.get("model_card_safe_for_work"))
-    kind = ["lora", "template:diffusion-lora", _algorithm(run)] if run.model is None else ["full-fine-tune"]
+    kind = ["lora", "template:diffusion-lora", _algorithm(run)] if run.has_adapter else []
+    kind += ["full-fine-tune"] if run.model is not None else []
+    kind += ["textual_inversion"] if run.embedding is not None else []
     tags = ["text-to-image", "diffusers", *kind, "simpletuner-t"]
     found = {
         "base_model": model,
@@ -168,6 +172,9 @@ def _digest(text: str) -> str:
 def _sections(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) -> Iterator[str]:
     if triggers := _triggers(run):
         yield "## Trigger words\n\n" + "\n".join(f"- {escape(each)}" for each in triggers)
+    if run.embedding_name is not None:
+        token = escape(run.config.get("placeholder_token"))
+        yield f"## New token\n\n{token} is a word in prompts, whose embeddings `{run.embedding_name}` has."
     if run.images:
         yield f"## Images\n\n{_gallery(run)}"
     if ranks := _rank_table(run):
@@ -191,6 +198,8 @@ def _summary(run: RunFiles) -> str:
     trained = f" for {counted(int(steps), 'step')}" if steps and steps.isdecimal() else ""
     if run.model is not None:
         return f"A full fine-tune of the denoiser of {base}, trained{trained} with SimpleTuner-T."
+    if not run.has_adapter:
+        return f"A new token (textual inversion) for {base}, trained{trained} with SimpleTuner-T."
     algorithm = escape(display_name_of(_algorithm(run)))
     return f"An adapter ({algorithm}) for {base}, trained{trained} with SimpleTuner-T."
 
@@ -245,9 +254,10 @@ def _rank_table(run: RunFiles) -> str:
 
 
 def _settings(run: RunFiles) -> str:
-    rows: list[tuple[str, object]] = [(key, run.config.get(key)) for key in SETTINGS]
+    keys = [key for key in SETTINGS if run.embedding is not None or key != "num_vectors"]
+    rows: list[tuple[str, object]] = [(key, run.config.get(key)) for key in keys]
     lycoris = run.config.get("lycoris_config")
-    if run.model is not None:
+    if not run.has_adapter:
         rows = [(key, value) for key, value in rows if key not in (*STANDARD_SETTINGS, "lora_type")]
     elif isinstance(lycoris, Mapping):
         rows = [(key, value) for key, value in rows if key not in STANDARD_SETTINGS]
@@ -269,12 +279,14 @@ def _usage(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) -> 
         return
     yield "### SimpleTuner-T"
     if repository is not None:
-        yield fenced(f"hf download {shlex.quote(repository)} {shlex.quote(name)} --local-dir .", "bash")
+        names = " ".join(map(shlex.quote, dict.fromkeys(filter(None, (name, run.embedding_name)))))
+        yield fenced(f"hf download {shlex.quote(repository)} {names} --local-dir .", "bash")
     given = None if model else LOCAL_MODEL
     command = sample_command(run.config, run.manifest, adapter=name, model=given)
     yield fenced(command, "bash")
     yield "In Python:"
-    code = pipeline_code(run.config, run.manifest, model=model or LOCAL_MODEL, adapter=repr(name), spec=spec)
+    files = _expressions(run)
+    code = pipeline_code(run.config, run.manifest, model=model or LOCAL_MODEL, files=files, spec=spec)
     yield fenced(code, "python")
     yield "### diffusers"
     yield from _in_diffusers(run, spec, repository=repository)
@@ -282,13 +294,23 @@ def _usage(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) -> 
     exported = None if run.comfyui is None else Path(COMFYUI_FILE)
     shapes = read_header(run.adapter, error=PublishError)
     yield f"ComfyUI: {comfyui.advice(shapes, file=Path(name), exported=exported)}."
+    if run.has_adapter and run.embedding_name is not None:
+        file = Path(run.embedding_name)
+        yield f"It reads `{file}` in models/embeddings, as `embedding:{file.stem}` in a prompt."
+
+
+def _expressions(run: RunFiles) -> WeightFiles:
+    """The files of a run by their names in a repository, as Python writes them."""
+    embedding = None if run.embedding_name is None else repr(run.embedding_name)
+    return WeightFiles(adapter=repr(run.adapter_name) if run.has_adapter else None, embedding=embedding)
 
 
 def _in_diffusers(run: RunFiles, spec: ModelSpec | None, *, repository: str | None) -> Iterator[str]:
     model, name = base_model(run) or LOCAL_MODEL, run.adapter_name
     if _algorithm(run) == STANDARD.name:
         source = repository or "."
-        code = diffusers_code(run.config, run.manifest, model=model, source=source, file=name, spec=spec)
+        files = _expressions(run)
+        code = diffusers_code(run.config, run.manifest, model=model, source=source, files=files, spec=spec)
         yield fenced(code, "python")
         return
     yield "diffusers alone does not read this file; the code above loads it into a pipeline of diffusers."

@@ -17,19 +17,27 @@ from simpletuner.helpers.io.run_folder import (
     CONFIG_FILE,
     EMA_ADAPTER_FILE,
     EMA_COMFYUI_FILE,
+    EMA_EMBEDDING_FILE,
+    EMA_FILES,
     EMA_FOLDER,
+    EMBEDDING_FILE,
     GRID_FILE,
     RUN_MANIFEST_FILE,
     UPLOAD_FOLDER,
     VALIDATION_FOLDER,
+    adapter_in,
     checkpoint_folder,
     checkpoint_folders,
+    embedding_file,
     image_file,
     model_files,
     validation_step_folders,
 )
 from simpletuner.helpers.io.safetensors_file import read_metadata
 from simpletuner.helpers.publishing.privacy import without_paths
+
+UPLOADED_FILES = (*EMA_FILES.values(), *reversed(EMA_FILES))
+"""Of a checkpoint, the adapter last: it marks the others as complete."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,21 +68,41 @@ class RunFiles:
 
     @property
     def adapters(self) -> dict[str, Path]:
-        """Path in a repository -> file: the adapter, its export, those of the EMA, and what waits."""
-        names = [COMFYUI_FILE, *([EMA_ADAPTER_FILE, EMA_COMFYUI_FILE] if self.config.get("use_ema") else [])]
+        """Path in a repository -> file: adapter, export and new token, those of the EMA, and what waits."""
+        names = [COMFYUI_FILE, EMBEDDING_FILE]
+        if self.config.get("use_ema"):
+            names += [EMA_ADAPTER_FILE, EMA_COMFYUI_FILE, EMA_EMBEDDING_FILE]
         beside = {name: self.adapter.with_name(name) for name in names}
         where = PurePosixPath(self.adapter_name)
         found = {str(where.with_name(name)): file for name, file in beside.items() if file.exists()}
         return {self.adapter_name: self.adapter, **found, **self.checkpoints}
 
     @property
+    def embedding(self) -> Path | None:
+        """The file of the run's new token, if there is one; the adapter itself if it was trained alone."""
+        file = embedding_file(self.adapter)
+        return file if self.model is None and file.exists() else None
+
+    @property
+    def embedding_name(self) -> str | None:
+        """Path in a repository of the file of the run's new token."""
+        file = self.embedding
+        return None if file is None else str(PurePosixPath(self.adapter_name).with_name(file.name))
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, and not a whole model or a new token alone."""
+        return self.model is None and self.adapter != self.embedding
+
+    @property
     def ema_sentence(self) -> str:
         """Which file has the moving average of a run that keeps one, in Markdown; else empty."""
         if self.model is not None:
             return ""
-        if not self.config.get("use_ema") or not self.adapter.with_name(EMA_ADAPTER_FILE).exists():
+        beside = EMA_FILES[self.adapter.name]
+        if not self.config.get("use_ema") or not self.adapter.with_name(beside).exists():
             return ""
-        files = self.adapter_name, str(PurePosixPath(self.adapter_name).with_name(EMA_ADAPTER_FILE))
+        files = self.adapter_name, str(PurePosixPath(self.adapter_name).with_name(beside))
         plain, average = reversed(files) if self.has_average_first else files
         return (
             f"`{plain}` has the weights after the last step, `{average}` their exponential moving average "
@@ -116,17 +144,18 @@ def read_run(folder: Path) -> RunFiles:
     if not config:
         raise PublishError(f"{folder} holds no readable {CONFIG_FILE}. Give the output_dir of a run.")
     hide_named(json.dumps(config))  # the paths of the run hold the values
+    main = EMBEDDING_FILE if config.get("model_type") == "embedding" else ADAPTER_FILE
+    mains = [each for each in waiting_adapters(folder) if each.name == main]
     waiting = {
-        _in_repository(path): path
-        for adapter in waiting_adapters(folder)
-        for path in (adapter, adapter.with_name(EMA_ADAPTER_FILE))
-        if path.exists()
+        _in_repository(adapter.with_name(name)): adapter.with_name(name)
+        for adapter in mains
+        for name in UPLOADED_FILES
+        if adapter.with_name(name).exists()
     }
-    mains = {name: path for name, path in waiting.items() if path.name == ADAPTER_FILE}
-    saved = [(step, path / ADAPTER_FILE) for step, path in checkpoint_folders(folder)]
-    newest = {_name(step): path for step, path in saved if path.exists()}
-    adapters = {ADAPTER_FILE: folder / ADAPTER_FILE} if (folder / ADAPTER_FILE).exists() else {}
-    candidates = adapters or dict(reversed(newest.items())) or dict(reversed(mains.items()))
+    saved = filter(None, (adapter_in(path) for _, path in reversed(checkpoint_folders(folder))))
+    newest = {_in_repository(path): path for path in (*saved, *reversed(mains))}
+    final = adapter_in(folder)
+    candidates = newest if final is None else {final.name: final}
     folders = [folder, *(path for _, path in reversed(checkpoint_folders(folder)))]
     models = [files[0] for each in folders if (files := model_files(each))]
     if models:
@@ -148,21 +177,17 @@ def read_run(folder: Path) -> RunFiles:
 
 def waiting_folder(folder: Path, step: int) -> Path:
     """Where the adapter of a checkpoint waits for its upload, so that the checkpoint may be removed."""
-    return folder / UPLOAD_FOLDER / str(Path(_name(step)).parent)
+    return checkpoint_folder(folder / UPLOAD_FOLDER, step)
 
 
 def waiting_adapters(folder: Path) -> list[Path]:
     """The adapters of checkpoints that wait for their upload, oldest first."""
     folders = checkpoint_folders(folder / UPLOAD_FOLDER)
-    return [path / ADAPTER_FILE for _, path in folders if (path / ADAPTER_FILE).exists()]
+    return [*filter(None, (adapter_in(path) for _, path in folders))]
 
 
 def _in_repository(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def _name(step: int) -> str:
-    return f"{checkpoint_folder(Path(), step)}/{ADAPTER_FILE}"
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from typing import Self, TypeVar
 
 from simpletuner.helpers.errors import PublishError, SimpleTunerError
 from simpletuner.helpers.io.atomic import link_or_copy
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMA_ADAPTER_FILE, checkpoint_folder
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
 from simpletuner.helpers.publishing import hub
-from simpletuner.helpers.publishing.run_files import waiting_adapters, waiting_folder
+from simpletuner.helpers.publishing.run_files import UPLOADED_FILES, waiting_adapters, waiting_folder
 from simpletuner.helpers.publishing.state import load_uploaded, note_repository
 
 logger = logging.getLogger(__name__)
@@ -128,11 +128,11 @@ class Uploads:
         if not self.is_enabled or not self.with_checkpoints or step == self._last_step:
             return
         self._last_step = step
-        files = [checkpoint_folder(self.output_dir, step) / name for name in (EMA_ADAPTER_FILE, ADAPTER_FILE)]
+        checkpoint = checkpoint_folder(self.output_dir, step)
+        files = [file for name in UPLOADED_FILES if (file := checkpoint / name).exists()]
         try:
-            for file in files:
-                if file.name == ADAPTER_FILE or file.exists():
-                    link_or_copy(file, waiting_folder(self.output_dir, step) / file.name)
+            for file in files or [checkpoint / ADAPTER_FILE]:
+                link_or_copy(file, waiting_folder(self.output_dir, step) / file.name)
         except SimpleTunerError as error:
             logger.warning("The adapter of step %d is not uploaded: %s", step, error)
             return

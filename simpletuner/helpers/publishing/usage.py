@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from simpletuner.helpers.contracts import ModelSpec
@@ -45,50 +46,79 @@ def sample_command(config: Config, manifest: Manifest, *, adapter: str, model: s
     return " \\\n  ".join(["simpletuner sample", *parts])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightFiles:
+    """Python expressions of the paths of a run's files."""
+
+    adapter: str | None
+    """None for a new token that was trained alone."""
+    embedding: str | None = None
+    """Of the run's new token; None without one."""
+
+
 def pipeline_code(
-    config: Config, manifest: Manifest, *, model: str, adapter: str, spec: ModelSpec | None, imports: str = ""
+    config: Config,
+    manifest: Manifest,
+    *,
+    model: str,
+    files: WeightFiles,
+    spec: ModelSpec | None,
+    imports: str = "",
 ) -> str:
-    """Python code that loads the base model's pipeline and the adapter, and saves image.png.
+    """Python code that loads the base model's pipeline, the adapter and the new token, and saves image.png.
 
     Args:
         config: The run's.
         manifest: The run's.
         model: Folder or repository of the base model.
-        adapter: Python expression of the adapter file's path.
+        files: The run's.
         spec: The family; None if it is unknown.
         imports: A further line of imports from other packages.
     """
     image, is_flow = example_image(config, manifest), spec is not None and _is_flow(spec)
     load = "load_peft_into_pipeline" if config.get("lora_type") == "standard" else "load_into_pipeline"
+    loaders = {load: files.adapter, "load_embeddings_into_pipeline": files.embedding}
+    loaded = {name: file for name, file in loaders.items() if file is not None}
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
     lines = [
         "import torch",
         *_diffusers_imports(image),
         *([imports] if imports else []),
         "",
-        f"from simpletuner.helpers.adapters.inference import {load}",
+        f"from simpletuner.helpers.adapters.inference import {', '.join(sorted(loaded))}",
         "",
         *_pipeline(model, loading),
         *_scheduler(config, is_flow=is_flow),
-        f"{load}(pipeline, {adapter}{_strength_argument(image)})",
+        *(f"{name}(pipeline, {file}{_strength_argument(image)})" for name, file in loaded.items()),
         *_image(config, image, is_flow=is_flow),
     ]
     return "\n".join(lines)
 
 
 def diffusers_code(
-    config: Config, manifest: Manifest, *, model: str, source: str, file: str, spec: ModelSpec | None
+    config: Config, manifest: Manifest, *, model: str, source: str, files: WeightFiles, spec: ModelSpec | None
 ) -> str:
-    """Python code for a LoRA that diffusers loads by itself; `source` is its repository or folder."""
+    """Python code for a LoRA and a new token that diffusers loads by itself.
+
+    Args:
+        config: The run's.
+        manifest: The run's.
+        model: Folder or repository of the base model.
+        source: Repository or folder of the LoRA.
+        files: The run's.
+        spec: The family; None if it is unknown.
+    """
     image, is_flow = example_image(config, manifest), spec is not None and _is_flow(spec)
     loading = {key: config[key] for key in ("revision", "variant") if config.get(key)}
     lines = [
         "import torch",
         *_diffusers_imports(image),
+        *(["from safetensors.torch import load_file"] if files.embedding else []),
         "",
         *_pipeline(model, loading),
         *_scheduler(config, is_flow=is_flow),
-        *_diffusers_loading(image, source=source, file=file),
+        *([] if files.adapter is None else _diffusers_loading(image, source=source, file=files.adapter)),
+        *([] if files.embedding is None else _token_loading(config, files.embedding)),
         *_image(config, image, is_flow=is_flow),
     ]
     return "\n".join(lines)
@@ -173,11 +203,34 @@ def _references(image: Mapping[str, Any]) -> list[str]:
     )
 
 
+def _token_loading(config: Config, file: str) -> list[str]:
+    """Lines that load a new token with diffusers alone."""
+    token = str(config.get("placeholder_token"))
+    loading = [
+        line
+        for key, number in (("clip_l", ""), ("clip_g", "_2"))
+        for line in (
+            "pipeline.load_textual_inversion(",
+            f"    embeddings[{key!r}],",
+            f"    token={token!r},",
+            f"    text_encoder=pipeline.text_encoder{number},",
+            f"    tokenizer=pipeline.tokenizer{number},",
+            ")",
+        )
+    ]
+    return [
+        f"embeddings = load_file({file})",
+        *loading,
+        "# Else some models take the new token for the end of the prompt.",
+        "pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id",
+    ]
+
+
 def _diffusers_loading(image: Mapping[str, Any], *, source: str, file: str) -> list[str]:
     if image["strength"] == 1:
-        return [f"pipeline.load_lora_weights({source!r}, weight_name={file!r})"]
+        return [f"pipeline.load_lora_weights({source!r}, weight_name={file})"]
     return [
-        f"pipeline.load_lora_weights({source!r}, weight_name={file!r}, adapter_name='adapter')",
+        f"pipeline.load_lora_weights({source!r}, weight_name={file}, adapter_name='adapter')",
         f"pipeline.set_adapters('adapter', {image['strength']:g})",
     ]
 

@@ -38,6 +38,8 @@ class StepMetrics:
     prior_loss: float | None = None
     """The part of regularisation samples, with prior_loss_weight; None in a step without any."""
     lr: float
+    lr_by_group: Mapping[str, float] | None = None
+    """Rates of the groups of parameters with another rate than `lr`, by name; None without such a group."""
     grad_norm: float | None
     """Before clipping; None when it overflowed and the gradient scaler skipped the step."""
     mean_active_rank: float | None = None
@@ -58,8 +60,9 @@ class StepMetrics:
         """Every number by name, for trackers that draw curves."""
         values = asdict(self)
         del values["step"]
-        bands = values.pop("loss_by_band")
+        bands, rates = values.pop("loss_by_band"), values.pop("lr_by_group") or {}
         values |= {f"loss_{band}": loss for band, loss in bands.items()}
+        values |= {f"lr_{group}": rate for group, rate in rates.items()}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -86,7 +89,13 @@ class StepAccumulator:
         if batch.is_regularisation:
             self.record("prior_loss", output.loss, reduction="mean")
 
-    def record(self, name: str, value: float | Tensor | None, *, reduction: Reduction = "last") -> None:
+    def record(
+        self,
+        name: str,
+        value: float | Tensor | Mapping[str, float] | None,
+        *,
+        reduction: Reduction = "last",
+    ) -> None:
         """Record a field of StepMetrics; `reduce` reads tensors, which are scalars, from the device.
 
         Every process records the same names.
@@ -95,7 +104,7 @@ class StepAccumulator:
             self._values[name] = value
         elif isinstance(value, torch.Tensor):
             self._tensors[name].append(value)
-        elif value is not None:
+        elif isinstance(value, float | int):
             self._numbers[name].append(value)
 
     def reduce(self, accelerator: Accelerator, *, step: int, stop: bool) -> bool:

@@ -15,7 +15,8 @@ from simpletuner.helpers.io.redaction import redacted_json
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILES,
-    EMA_ADAPTER_FILE,
+    EMA_FILES,
+    EMBEDDING_FILE,
     SUMMARY_FILE,
     ema_folder,
 )
@@ -58,13 +59,19 @@ class RunSummary:
     """The file beside the adapter, if the adapter file has the EMA weights and this one the trained ones."""
     held_out: str | None = None
     """When the loss of held-out images was lowest, in words; None for a run that evaluated none."""
+    embedding: str | None = None
+    """The file of the new token beside the adapter; a token that was trained alone is the adapter itself."""
 
     @property
     def adapter_files(self) -> list[str]:
-        """Names of the adapter files without their exports, or of the folders of a whole model."""
+        """Names of the files of the weights without exports, or of the folders of a whole model."""
+        has_two = self.ema is not None or self.plain is not None
         if self.model is not None:
-            return [self.model, *([ema_folder(self.model)] if self.ema or self.plain else [])]
-        return [ADAPTER_FILE] if self.ema is self.plain is None else [ADAPTER_FILE, EMA_ADAPTER_FILE]
+            return [self.model, *([ema_folder(self.model)] if has_two else [])]
+        mains = [EMBEDDING_FILE]
+        if not self.adapter.endswith(EMBEDDING_FILE):
+            mains = [ADAPTER_FILE, *([] if self.embedding is None else [EMBEDDING_FILE])]
+        return mains + ([EMA_FILES[name] for name in mains] if has_two else [])
 
     def sealed(self, output_dir: Path) -> RunSummary:
         """The summary with the present size and hash of the adapter files; a model's folder has its own."""
@@ -72,7 +79,7 @@ class RunSummary:
             return self
         names = self.adapter_files
         if self.comfyui is not None:
-            names += [COMFYUI_FILES[name] for name in names]
+            names += [COMFYUI_FILES[name] for name in names if name in COMFYUI_FILES]
         return replace(self, files={name: file_entry(output_dir / name) for name in names})
 
     def save(self, output_dir: Path) -> None:
@@ -94,6 +101,8 @@ class RunSummary:
     def show(self) -> None:
         """Log one line for each file."""
         logger.info("%-12s %s", "Adapter:" if self.model is None else "Model:", self.adapter)
+        if self.embedding is not None:
+            logger.info("New token:   %s", self.embedding)
         if self.ema is not None:
             logger.info("EMA:         %s", self.ema)
         if self.plain is not None:

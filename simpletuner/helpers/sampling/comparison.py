@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files import adapter_file, embeddings
+from simpletuner.helpers.adapters.files.embeddings import is_embeddings
 from simpletuner.helpers.adapters.files.text_layers import encoders_in, without_encoders
 from simpletuner.helpers.adapters.inference import (
     attach_to_encoders,
@@ -19,10 +20,12 @@ from simpletuner.helpers.adapters.inference import (
     load_peft_into_pipeline,
     remove_from_pipeline,
 )
+from simpletuner.helpers.adapters.new_tokens import TokenEmbedding, attach_embeddings
 from simpletuner.helpers.checkpointing.fingerprint import weight_hashes
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.io.redaction import redacted
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMBEDDING_FILE, embedding_file
+from simpletuner.helpers.sampling.embeddings import text_parts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,17 +45,20 @@ def build_comparison(config: RunConfig, sampler: ValidationSampler) -> Compariso
     other = config.compared_with
     if other is None or not sampler.prompts:
         return None
-    adapter = other.checkpoint.output_dir / ADAPTER_FILE
+    token, folder = other.new_tokens.placeholder_token, other.checkpoint.output_dir
+    files = [*([] if token is None else [folder / EMBEDDING_FILE])]
+    if other.model.has_adapter:
+        files.insert(0, folder / ADAPTER_FILE)
     try:
-        digest = xxhash.xxh3_64_hexdigest(adapter.read_bytes())
+        digest = xxhash.xxh3_64_hexdigest(b"".join(file.read_bytes() for file in files))
     except OSError as error:
         raise TrainingError(
-            f"{adapter}: cannot read the adapter of validation_compared_config {other.source} "
+            f"{error.filename}: cannot read the adapter of validation_compared_config {other.source} "
             f"({error.strerror}). Copy it from that run's last checkpoint, or train it in another output_dir."
         ) from error
     name = other.algorithm.title
-    title = name if name != config.algorithm.title else f"{name} of {other.checkpoint.output_dir.name}"
-    return Comparison(title=redacted(title), adapter=adapter, digest=digest, sampler=sampler)
+    title = name if name != config.algorithm.title else f"{name} of {folder.name}"
+    return Comparison(title=redacted(title), adapter=files[0], token=token, digest=digest, sampler=sampler)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +68,11 @@ class Comparison:
     title: str
     """Title of their column in the grid."""
     adapter: Path
-    """Adapter file of the other run."""
+    """Adapter file of the other run, or the file of its new token alone."""
+    token: str | None
+    """New token of the other run, whose file is beside the adapter."""
     digest: str
-    """Hash of that file."""
+    """Hash of these files."""
     sampler: ValidationSampler
 
     def cached_path(self, prompt: PromptSpec) -> Path:
@@ -86,13 +94,12 @@ class Comparison:
             pipeline = self.sampler.make_pipeline(denoiser)
             with (
                 self._text_encoders() as (sampler, in_text),
-                loaded_adapter(pipeline, self.adapter, encoders=[*in_text]) as set_strength,
+                loaded_adapter(pipeline, self.adapter, encoders=[*in_text.loras]) as set_strength,
             ):
 
                 def prepare(prompt: PromptSpec) -> None:
                     set_strength(prompt.strength)
-                    for each in in_text.values():
-                        each.set_strength(prompt.strength)
+                    in_text.set_strength(prompt.strength)
 
                 sampler.generate_all(pipeline, missing, prepare=prepare)
         if weight_hashes(denoiser) != before:
@@ -102,19 +109,39 @@ class Comparison:
             )
 
     @contextmanager
-    def _text_encoders(self) -> Iterator[tuple[ValidationSampler, Mapping[str, LycorisAdapter]]]:
-        """The sampler with the text encoders of the other adapter, and what is attached to each."""
-        stored, family = adapter_file.read(self.adapter), self.sampler.family
-        if not encoders_in(stored):
-            yield self.sampler, {}
+    def _text_encoders(self) -> Iterator[tuple[ValidationSampler, InText]]:
+        """The sampler with the text encoders of the other run, and what is attached to them."""
+        stored, family = adapter_file.read(self.adapter, takes_embeddings=True), self.sampler.family
+        if not encoders_in(stored) and self.token is None:
+            yield self.sampler, InText()
             return
+        family.unload_text_encoders()  # a token that is added to their tokenizers stays there
         family.load_text_encoders()
-        in_text = attach_to_encoders(stored, family.text_encoders)
+        loras, tokens = attach_to_encoders(stored, family.text_encoders), []
+        if self.token is not None:
+            learned = embeddings.read(embedding_file(self.adapter), token=self.token)
+            tokens = attach_embeddings(text_parts(family), learned)
         try:
             sampler = replace(self.sampler, text_embeds=lambda text: family.encode_prompts([text])[0])
-            yield sampler, in_text
+            yield sampler, InText(loras, tokens)
         finally:
             family.unload_text_encoders()
+
+
+@dataclass(frozen=True, slots=True)
+class InText:
+    """What of another run is attached to the text encoders."""
+
+    loras: Mapping[str, LycorisAdapter] = field(default_factory=dict)
+    """By the name of the text encoder."""
+    tokens: Sequence[TokenEmbedding] = ()
+
+    def set_strength(self, strength: float) -> None:
+        """Scale all of it."""
+        for lora in self.loras.values():
+            lora.set_strength(strength)
+        for token in self.tokens:
+            token.set_strength(strength)
 
 
 @contextmanager
@@ -123,13 +150,15 @@ def loaded_adapter(
 ) -> Iterator[Callable[[float], None]]:
     """Attach the adapter of a LyCORIS or PEFT file to a pipeline; yields the function that sets its strength.
 
-    The layers of these text encoders, which are attached elsewhere, are left out.
+    The layers of these text encoders and a new token, which are attached elsewhere, are left out.
 
     Raises:
         AdapterError: The file is unreadable or does not fit the model.
     """
-    stored = adapter_file.read(file)
-    if is_read_by_diffusers(stored):
+    stored = adapter_file.read(file, takes_embeddings=True)
+    if is_embeddings(stored):
+        yield lambda _: None
+    elif is_read_by_diffusers(stored):
         name = load_peft_into_pipeline(pipeline, file)
         try:
             yield lambda strength: pipeline.set_adapters(name, strength)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from simpletuner.helpers.adapters.files import adapter_file
+from simpletuner.helpers.adapters.files.embeddings import is_embeddings
 from simpletuner.helpers.adapters.files.text_layers import without_encoders
 from simpletuner.helpers.adapters.inference import (
     attach_to_encoders,
@@ -17,6 +18,7 @@ from simpletuner.helpers.adapters.inference import (
     is_read_by_diffusers,
     load_peft_into_pipeline,
 )
+from simpletuner.helpers.adapters.new_tokens import attach_embeddings
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
 from simpletuner.helpers.configuration.schema.base import PathContext
@@ -38,6 +40,7 @@ from simpletuner.helpers.models.denoiser_weights import find_denoiser
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
+from simpletuner.helpers.sampling.embeddings import read_embeddings, text_parts
 from simpletuner.helpers.sampling.images import save_png
 from simpletuner.helpers.sampling.prompts import expand_prompts, pipeline_inputs, pipeline_type
 from simpletuner.helpers.sampling.references import with_references
@@ -85,6 +88,8 @@ class SampleRequest:
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
     precision: Mapping[str, object] = field(default_factory=dict)
     """Keys of the precision section; they override the file's header."""
+    embeddings: Sequence[str] = ()
+    """Files of new tokens beside the adapter's own, each as FILE or FILE=TOKEN."""
     schedule: Mapping[str, int | float | str] = field(default_factory=dict)
     """Values of the rank schedule; they override the file's."""
     options: Mapping[str, str]
@@ -103,11 +108,14 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         ModelError: The model is missing or does not load.
     """
     # Before the model: a damaged file fails at once.
-    stored = None if request.adapter.is_dir() else adapter_file.read(request.adapter)
+    stored = None if request.adapter.is_dir() else adapter_file.read(request.adapter, takes_embeddings=True)
     if stored is None:
         request, header = _of_whole_model(request)
     else:
         header = stored.metadata
+    tokens = read_embeddings(request.adapter, header, given=request.embeddings)
+    if stored is not None and is_embeddings(stored):
+        stored = None  # a token that was trained alone
     sections = sections_of(request, header=header, families=families)
     family, validation = make_family(sections, dtype=request.dtype), sections.validation
     prompts = with_references(
@@ -119,6 +127,8 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
     strength = validation.validation_lycoris_strength
     if stored is not None:
         attach_to_encoders(stored, family.text_encoders, strength=strength)
+    for each in tokens:
+        attach_embeddings(text_parts(family), each, strength=strength)
     embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
     applied = list(family.text_encoders)
     family.unload_text_encoders()

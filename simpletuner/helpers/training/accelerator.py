@@ -106,6 +106,9 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         "FSDP trains no text encoders. Set train_text_encoder to false": (
             config.text_encoders.train_text_encoder
         ),
+        "FSDP trains no new tokens. Remove placeholder_token": (
+            config.new_tokens.placeholder_token is not None
+        ),
         "FSDP loads weights in every process. Set fsdp_cpu_ram_efficient_loading to false": bool(
             plugin.cpu_ram_efficient_loading
         ),

@@ -26,6 +26,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
     adapter_metadata,
     base_weights_hash,
     resume_fingerprint,
+    token_facts,
     weight_hashes,
 )
 from simpletuner.helpers.checkpointing.intervals import Epochs
@@ -69,6 +70,8 @@ from simpletuner.helpers.training.regularisation import build_regularisation
 from simpletuner.helpers.training.text_encoding import (
     TextEncoding,
     build_text_encoding,
+    check_captions,
+    new_token,
     present_embeds,
     with_text_encoders,
 )
@@ -105,6 +108,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         finished = finished_run(context)
         if finished is not None:
             return finished
+        check_captions(config, context.data)
         context = replace(context, scorer=build_scorer(config, context.accelerator))
         report_plan(context)
         check_uploads(context)
@@ -262,7 +266,7 @@ def load_denoiser(context: RunContext) -> tuple[nn.Module, dict[str, str]]:
 def identity_of(context: RunContext, hashes: Mapping[str, str]) -> dict[str, JsonValue]:
     """What a checkpoint holds of the weights that the trained ones stand beside."""
     identity: dict[str, JsonValue] = {"base weights": base_weights_hash(hashes)}
-    if context.config.text_encoders.train_text_encoder:
+    if context.config.trains_text:
         identity["text encoders"] = context.family.text_identity
     return identity
 
@@ -302,7 +306,9 @@ def build_sampler(
     context: RunContext, prompts: tuple[PromptSpec, ...], *, base_model: str, display: ProgressDisplay
 ) -> ValidationSampler:
     """The sampler of validation images."""
-    precision = context.config.precision.base_model_precision
+    precision, token = context.config.precision.base_model_precision, token_facts(context.config.new_tokens)
+    base_model += "" if precision == UNCHANGED else f" {precision}"
+    base_model += f" {token}" if token else ""
     return ValidationSampler(
         config=context.config.validation,
         accelerator=context.accelerator,
@@ -310,7 +316,7 @@ def build_sampler(
         prompts=prompts,
         text_embeds=context.data.text_embeds if context.data.caches_text else present_embeds(context.family),
         folder=context.config.checkpoint.output_dir / VALIDATION_FOLDER,
-        base_model=base_model if precision == UNCHANGED else f"{base_model} {precision}",
+        base_model=base_model,
         preemption=context.preemption,
         progress=display.image,
     )
@@ -334,6 +340,8 @@ def build_trainable(
             layer_filter=config.whole_model.layer_filter,
             one_by_one=steps_one_by_one(config),
         )
+    elif not config.model.has_adapter:
+        trainable = new_token(config, context.family)
     else:
         trainable = adapter = attach_adapter(
             denoiser,

@@ -21,6 +21,7 @@ from simpletuner.helpers.io.run_folder import (
     TENSORBOARD_FOLDER,
     WANDB_FOLDER,
     checkpoint_folder,
+    embedding_file,
 )
 from simpletuner.helpers.publishing.card import write_card
 from simpletuner.helpers.reporting.evaluations import lowest_held_out
@@ -64,6 +65,7 @@ class FinalFiles:
         main, second = (str(self.output_dir / name) for name in self.state.trainable.file_names)
         is_model = self.state.trainable.is_model
         exported = self.output_dir / COMFYUI_FILE if self.exports_to_comfyui else None
+        embedding = embedding_file(Path(main))
         summary = RunSummary(
             step=step,
             adapter=main,
@@ -83,6 +85,7 @@ class FinalFiles:
             held_out=lowest_held_out(self.output_dir),
             ema=second if ema is not None and not ema.is_main else None,
             plain=second if ema is not None and ema.is_main else None,
+            embedding=str(embedding) if embedding.is_file() and embedding != Path(main) else None,
             trackers={
                 name: str(folder)
                 for name in (TENSORBOARD_FOLDER, WANDB_FOLDER)
@@ -125,7 +128,7 @@ def restore_damaged(summary: RunSummary, output_dir: Path, *, checkpoint: Path, 
             write_bytes(output_dir / name, stored.read_bytes())
         except OSError as error:
             raise storage_error(stored, error) from error
-        if summary.comfyui is not None:
+        if summary.comfyui is not None and name in COMFYUI_FILES:
             _export(output_dir / name, spec)
     summary.sealed(output_dir).save(output_dir)
     logger.warning("%s: %s. Written again from %s.", output_dir, "; ".join(damage), checkpoint.name)

@@ -33,8 +33,8 @@ def build_optimizer(groups: Sequence[ParameterGroup], config: OptimizerConfig) -
 
 
 def _arguments_of(group: ParameterGroup) -> dict[str, Any]:
-    rate = {} if group.learning_rate is None else {"lr": group.learning_rate}
-    return {"params": group.parameters} | rate
+    own = {"lr": group.learning_rate, "weight_decay": group.weight_decay}
+    return {"params": group.parameters} | {key: value for key, value in own.items() if value is not None}
 
 
 def weights_for_use(optimizer: Optimizer, config: OptimizerConfig) -> AbstractContextManager[None]:

@@ -40,7 +40,8 @@ from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
     COMFYUI_FILES,
-    EMA_ADAPTER_FILE,
+    EMA_FILES,
+    EMBEDDING_FILE,
     EVALUATIONS_FILE,
     METRICS_FILE,
     PAGE_FILE,
@@ -102,14 +103,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     ]
     _refuse(previews, config.data)
     calendar = even(0, num_datasets=len(trained)) if unseen else calendar_of(config, previews)
-    weights = (
-        ("weights", _whole_model(config, spec))
-        if config.model.is_full
-        else ("adapter", _adapter(config, spec))
-    )
-    rows = [("model", _model(config, spec)), weights]
-    if config.text_encoders.train_text_encoder:
-        rows.append(("encoders", _text_encoders(config)))
+    rows = [("model", _model(config, spec)), *_weights(config, spec)]
     for each in previews:
         rows += _dataset(each)
     rows += [("images", f"{each.id}: {each.place}, {_UNSEEN}") for each in unseen]
@@ -134,6 +128,17 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         problems += warnings_of(config, spec, calendar=calendar)
     for text in (*problems, *_only_before(config, spec)):
         yield f"  warning     {text}"
+
+
+def _weights(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    if config.model.is_full:
+        yield "weights", _whole_model(config, spec)
+    if config.model.has_adapter:
+        yield "adapter", _adapter(config, spec)
+    if config.text_encoders.train_text_encoder:
+        yield "encoders", _text_encoders(config)
+    if config.new_tokens.placeholder_token is not None:
+        yield "new token", _new_token(config)
 
 
 def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
@@ -237,6 +242,7 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, calendar: Calendar) -> li
         *_prompts_without_references(config),
         *_untrained_text_encoders(config),
         *idle_datasets(trained_datasets(config), calendar, config.training),
+        *_prompts_without_token(config),
     ]
     if config.publishing.push_checkpoints_to_hub and not config.publishing.push_to_hub:
         found.append("push_checkpoints_to_hub uploads nothing without push_to_hub. Set push_to_hub to true.")
@@ -312,6 +318,17 @@ def _prompts_without_references(config: RunConfig) -> Iterator[str]:
         yield (
             f"the run trains on reference images, and these validation prompts name none: {listed(names)}. "
             "Their images say little of it. Set validation_reference_images, or image in user_prompt_library."
+        )
+
+
+def _prompts_without_token(config: RunConfig) -> Iterator[str]:
+    """A run with a new token that no validation prompt shows."""
+    prompts = () if config.validation.validation_disable else config.validation.prompts
+    token = config.new_tokens.placeholder_token
+    if token is not None and prompts and not any(token in each.text for each in prompts):
+        yield (
+            f"no validation prompt has the new token {printable(token)}, so no image shows what it "
+            "learns. Write it in validation_prompt."
         )
 
 
@@ -493,6 +510,14 @@ def _text_encoders(config: RunConfig) -> str:
     )
 
 
+def _new_token(config: RunConfig) -> str:
+    token = config.new_tokens
+    number = counted(token.num_vectors, "embedding")
+    rate = token.embedding_lr or config.optimizer.learning_rate
+    word, start = (printable(str(each)) for each in (token.placeholder_token, token.initializer_token))
+    return f"{word}, {number} in each text encoder, from {start}; learning rate {rate:g}"
+
+
 def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     config = each.config
     part = "" if each.is_whole else f" (of the first {each.num_read:,})"
@@ -580,13 +605,15 @@ def _every(steps: int, epochs: int) -> str:
 
 def _written(config: RunConfig, spec: ModelSpec) -> str:
     every = _every(config.checkpoint.checkpoint_step_interval, config.checkpoint.checkpoint_epoch_interval)
-    names = (ADAPTER_FILE, EMA_ADAPTER_FILE)
-    if config.model.is_full:
-        names = (spec.denoiser_name, ema_folder(spec.denoiser_name))
-    adapters = names if config.ema.use_ema else names[:1]
+    names = [ADAPTER_FILE] if config.model.has_adapter else []
+    names += [spec.denoiser_name] if config.model.is_full else []
+    names += [EMBEDDING_FILE] if config.new_tokens.placeholder_token is not None else []
+    if config.ema.use_ema:
+        names += [EMA_FILES.get(name, ema_folder(name)) for name in names]
+    exported = names if config.adapter.lora_format == "comfyui" else []
     files = [
-        *adapters,
-        *(COMFYUI_FILES[name] for name in adapters if config.adapter.lora_format == "comfyui"),
+        *names,
+        *(COMFYUI_FILES[name] for name in exported if name in COMFYUI_FILES),
         f"checkpoints {every}" if every else "a checkpoint at the end",
         METRICS_FILE,
         *((EVALUATIONS_FILE,) if config.evaluates else ()),

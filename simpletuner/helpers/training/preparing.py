@@ -235,7 +235,7 @@ def build_data(
         caption_dropout=config.training.caption_dropout_probability,
         balances_regularisation=config.regularisation.regularisation_target == "data",
         conditioning=(*config.conditioning, *config.references),
-        caches_text=not config.text_encoders.train_text_encoder,
+        caches_text=not config.trains_text,
         masks=config.masks,
         depth=DepthModels(),
         watch=watch,

@@ -1,16 +1,21 @@
-"""Prompts of a run that trains text encoders: they are encoded when they are needed, never cached."""
+"""Prompts of a run that trains text encoders or a new token: they are encoded when needed, never cached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from simpletuner.helpers.adapters.joint import JointAdapter, TextEncoderLora, TextEncoderSettings
+from simpletuner.helpers.adapters.new_tokens import NewToken
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
+from simpletuner.helpers.configuration.text.problems import shown
+from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.sampling.embeddings import text_parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,43 +26,52 @@ if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.progress import Progress
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch, TextEmbeds
+    from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextEncoding:
-    """Encodes the captions of a step with the text encoders that it trains."""
+    """Encodes the captions of a step with the text encoders and the new token that it trains."""
 
     family: ModelFamily
     text_encoders: tuple[TextEncoderLora, ...]
-    """Empty for a run that trains none: its batches have cached prompt embeds."""
+    """Empty for a run that trains none."""
+    token: NewToken | None
     end_step: int | None
+    """Of the text encoders; the token is trained to the end."""
     progress: Progress
 
     @property
     def models(self) -> list[nn.Module]:
-        """The text encoders that are loaded for training; none if the run trains none."""
-        return list(self.family.text_encoders.values()) if self.text_encoders else []
+        """The text encoders that are loaded for training; none if the run trains nothing of them."""
+        return list(self.family.text_encoders.values()) if self.trains_text else []
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether there is anything to train; the batches of another run have cached prompt embeds."""
+        return bool(self.text_encoders) or self.token is not None
 
     def encoded(self, batch: Batch) -> Batch:
-        """The batch with the embeds of its captions, through which gradients reach the text encoders.
+        """The batch with the embeds of its captions, through which gradients reach what is trained of text.
 
-        Unchanged in a run that trains no text encoder.
+        Unchanged in a run that trains nothing of it.
         """
-        if not self.text_encoders:
+        if not self.trains_text:
             return batch
-        has_ended = self.end_step is not None and self.progress.step >= self.end_step
+        has_ended = self.token is None and self.end_step is not None and self.progress.step >= self.end_step
         with torch.set_grad_enabled(torch.is_grad_enabled() and not has_ended):
             return replace(batch, text=self.family.embed_prompts([each.caption for each in batch.samples]))
 
     def average_gradients(self, accelerator: Accelerator) -> None:
-        """Average the text encoders' gradients over the processes, as DDP does those of the denoiser.
+        """Average the gradients of the text's part over the processes, as DDP does those of the denoiser.
 
         A parameter without a gradient in every process, as of a layer whose output nothing reads, keeps none.
         """
-        if accelerator.num_processes == 1 or not self.text_encoders:
+        if accelerator.num_processes == 1 or not self.trains_text:
             return
         parameters = [each for encoder in self.text_encoders for each in encoder.lora.parameters()]
+        parameters += [] if self.token is None else self.token.parameters()
         found = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         has_gradient = [float(each.grad is not None) for each in parameters]
         whole = torch.cat([found[0].new_tensor(has_gradient), *(each.flatten() for each in found)])
@@ -72,31 +86,89 @@ def build_text_encoding(
     config: RunConfig, family: ModelFamily, trainable: Trainable, *, progress: Progress
 ) -> TextEncoding:
     """The encoding of a run's captions."""
+    joint = trainable if isinstance(trainable, JointAdapter) else None
+    alone = trainable if isinstance(trainable, NewToken) else None
     return TextEncoding(
         family=family,
-        text_encoders=trainable.text_encoders if isinstance(trainable, JointAdapter) else (),
+        text_encoders=() if joint is None else joint.text_encoders,
+        token=alone if joint is None else joint.token,
         end_step=config.text_encoders.stop_text_encoder_training,
         progress=progress,
     )
 
 
-def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily) -> Adapter:
-    """The adapter with LoRAs on the family's text encoders, which are loaded; as it is if none is trained.
+def check_captions(config: RunConfig, data: TrainingData) -> None:
+    """Check that captions have the new token, if the run trains one.
 
     Raises:
+        DataError: None has it, or one has it in other letters, which prompts do not take for the token.
+    """
+    token = config.new_tokens.placeholder_token
+    if token is None:
+        return
+    captions = data.captions()
+    # The tokenizer finds the word in any case of its letters, the embeddings after the first only as it is.
+    others = [text for text in captions if token.lower() in text.replace(token, " ").lower()]
+    if others:
+        raise DataError(
+            f"placeholder_token {printable(token)}: a caption writes it otherwise: {shown(others[0])}. Write "
+            "it as placeholder_token does."
+        )
+    if not any(token in text for text in captions):
+        example = next(filter(None, captions), None)
+        instead = "all are empty" if example is None else f"for instance {shown(example)}"
+        raise DataError(
+            f"placeholder_token {printable(token)} is in none of {counted(len(captions), 'caption')}: "
+            f"{instead}. Write it in the captions, or in instance_prompt of the dataset."
+        )
+
+
+def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily) -> Adapter:
+    """The adapter with what is trained of the text encoders, which are loaded; as it is if nothing is.
+
+    Raises:
+        ConfigError: The new token is known already, or its initializer is unknown or too long.
         AdapterError: The layers of the text encoders in the file of init_lora do not fit.
         ModelError: A text encoder does not load.
     """
-    section = config.text_encoders
-    if not section.train_text_encoder:
+    if not config.trains_text:
         return adapter
     family.load_text_encoders()
-    trained = []
+    loras = _loras(config, family)
+    has_token = config.new_tokens.placeholder_token is not None
+    joint = JointAdapter(adapter, loras, token=new_token(config, family) if has_token else None)
+    if config.adapter.init_lora is not None:
+        joint.init_text_encoders(config.adapter.init_lora)
+    return joint
+
+
+def new_token(config: RunConfig, family: ModelFamily) -> NewToken:
+    """The new token of a run in the family's text encoders, which are loaded and frozen but for their LoRAs.
+
+    Raises:
+        ConfigError: It is known already, or its initializer is unknown or too long.
+        ModelError: A text encoder does not load.
+    """
+    family.load_text_encoders()
+    for index, encoder in enumerate(family.text_encoders.values()):
+        if not config.text_encoders.trains(index):
+            encoder.requires_grad_(False)
+            _prepare(encoder, config)
+    return NewToken(text_parts(family), config.new_tokens)
+
+
+def _prepare(encoder: Any, config: RunConfig) -> None:
+    """Put a text encoder into training mode."""
+    if config.training.gradient_checkpointing:
+        encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    encoder.train()  # transformers recomputes activations in training mode alone
+
+
+def _loras(config: RunConfig, family: ModelFamily) -> list[TextEncoderLora]:
+    section, trained = config.text_encoders, []
     for index, (name, encoder) in enumerate(family.text_encoders.items()):
         if not section.trains(index):
             continue
-        if config.training.gradient_checkpointing:
-            encoder.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         lora = TextEncoderLora(
             encoder,
             lora_of_text_encoders(config),
@@ -107,12 +179,9 @@ def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily)
             ),
             seed=config.training.seed,
         )
-        encoder.train()  # transformers recomputes activations in training mode alone
+        _prepare(encoder, config)
         trained.append(lora)
-    joint = JointAdapter(adapter, trained)
-    if config.adapter.init_lora is not None:
-        joint.init_text_encoders(config.adapter.init_lora)
-    return joint
+    return trained
 
 
 def lora_of_text_encoders(config: RunConfig) -> AdapterConfig:

@@ -214,7 +214,7 @@ class Trainer:
         """
         self.text_encoding.average_gradients(self.accelerator)
         self._drop_ended_gradients()
-        self.metrics.record("lr", float(self.lr_schedule.get_last_lr()[0]))
+        self._record_rates()
         self.metrics.record("grad_norm", self._clip())
         step, stop = self.progress.step + 1, self.preemption.requested
         self.stop_agreed = self.metrics.reduce(self.accelerator, step=step, stop=stop)
@@ -301,6 +301,14 @@ class Trainer:
             if group.end_step is not None and self.progress.step >= group.end_step:
                 for parameter in group.parameters:
                     parameter.grad = None
+
+    def _record_rates(self) -> None:
+        """Record the learning rate, and those of the groups that have another."""
+        first, *others = map(float, self.lr_schedule.get_last_lr())
+        names = [group.name for group in self.trainable.groups()[1:]]
+        different = {name: rate for name, rate in zip(names, others, strict=False) if rate != first}
+        self.metrics.record("lr", first)
+        self.metrics.record("lr_by_group", different or None)
 
     def _clip(self) -> Tensor:
         """Clip the gradients; returns their norm before that, a scalar."""

@@ -133,6 +133,11 @@ CONFIG = {
     "text_encoder_lr": st.lists(RATES, max_size=2),
     "text_encoder_lora_rank": st.none() | COUNTS,
     "stop_text_encoder_training": st.none() | COUNTS,
+    # A token comes with all or none of its keys: test_new_token_rules.py has it.
+    "placeholder_token": st.none(),
+    "initializer_token": st.none(),
+    "num_vectors": st.just(1),
+    "embedding_lr": st.none(),
     "use_ema": SWITCHES,
     "ema_decay": st.floats(0, 0.9999),
     "ema_update_interval": COUNTS,

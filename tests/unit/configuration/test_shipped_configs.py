@@ -52,13 +52,17 @@ def test_every_example_is_valid_and_waits_for_an_output_and_images(
 def test_every_example_trains_captions_beside_the_users_images_and_crops_none(
     name: str, tmp_path: Path, load: Load
 ) -> None:
-    (dataset,) = load(f"examples/{name}/config.json").datasets
+    config = load(f"examples/{name}/config.json")
+    (dataset,) = config.datasets
     assert not dataset.crop
     (tmp_path / "dog.png").touch()
     without_texts = strategy_of(dataset, scan_source(LocalFolder(tmp_path)))
     assert without_texts == ("instanceprompt" if dataset.instance_prompt else "textfile")
     (tmp_path / "dog.txt").touch()
-    assert strategy_of(dataset, scan_source(LocalFolder(tmp_path))) == "textfile"
+    # The user's own captions have no new token.
+    has_token = config.new_tokens.placeholder_token is not None
+    expected = "instanceprompt" if has_token else "textfile"
+    assert strategy_of(dataset, scan_source(LocalFolder(tmp_path))) == expected
 
 
 def test_the_list_has_every_example(repository: Path) -> None:

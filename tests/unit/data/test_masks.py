@@ -241,6 +241,13 @@ def test_missing_and_ambiguous_masks_and_those_of_another_aspect_are_named_at_on
     assert "3.png" not in str(caught.value)
 
 
+def test_two_images_of_one_name_do_not_share_a_mask(make: Make, folders: tuple[Path, Path]) -> None:
+    paint(folders[0], "1.webp", Image.new("RGB", (64, 64)))
+    with pytest.raises(DataError, match=r"1 image has the mask of another image .*: 1.png and 1.webp"):
+        make()
+    assert len(make(conditioning_data=[]).samples) == 5
+
+
 def test_validate_names_the_same_masks(make: Make, folders: tuple[Path, Path], tmp_path: Path) -> None:
     images, masks = folders
     (masks / "1.png").unlink()

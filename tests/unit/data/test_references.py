@@ -305,6 +305,13 @@ def test_pairs_that_do_not_fit_are_listed(make: Make, folder: Path) -> None:
     assert "2.png" not in str(caught.value)
 
 
+def test_two_images_of_one_name_do_not_share_a_reference(make: Make, folder: Path) -> None:
+    (image,) = folder.rglob("photos/1.png")
+    image.with_suffix(".webp").write_bytes(image.read_bytes())
+    with pytest.raises(DataError, match=r"1 image has the reference of another .*: 1.png and 1.webp"):
+        make()
+
+
 def test_a_folder_of_fewer_references_is_an_error_that_lists_the_images(make: Make, folder: Path) -> None:
     for name in NAMES[1:]:
         (folder / "sketch" / f"{name}.png").unlink()

@@ -11,10 +11,12 @@ import pytest
 from huggingface_hub import constants
 
 from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.io.run_folder import EMA_ADAPTER_FILE, EMA_EMBEDDING_FILE, EMBEDDING_FILE
 from simpletuner.helpers.publishing import uploads as background
+from simpletuner.helpers.publishing.run_files import read_run
 from simpletuner.helpers.publishing.uploads import Uploads, check_login
 from tests.hub_server import HubServer
-from tests.unit.publishing.conftest import write_adapter
+from tests.unit.publishing.conftest import write_adapter, write_run
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 REPOSITORY = "somebody/simpletuner"
@@ -115,6 +117,25 @@ def test_a_checkpoint_may_be_removed_while_its_adapter_waits(
     write_adapter(run / "checkpoint-10" / ADAPTER)
     uploads.add_checkpoint(10)  # saved once, uploaded once
     assert not (run / "hub" / "checkpoint-10" / ADAPTER).exists()
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding"])
+def test_the_new_token_of_a_checkpoint_waits_with_its_adapter_or_alone(tmp_path: Path, kind: str) -> None:
+    run = write_run(tmp_path / "token", model_type=kind, use_ema=True)
+    trained = [EMBEDDING_FILE, EMA_EMBEDDING_FILE, *([ADAPTER, EMA_ADAPTER_FILE] if kind == "lora" else [])]
+    for name in trained:
+        write_adapter(run / "checkpoint-2" / name)
+    Uploads(output_dir=run, is_enabled=True, with_checkpoints=True).add_checkpoint(2)
+    assert {path.name for path in (run / "hub" / "checkpoint-2").iterdir()} == set(trained)
+    assert set(read_run(run).checkpoints) == {f"checkpoint-2/{name}" for name in trained}
+
+
+def test_a_checkpoint_is_not_uploaded_before_its_adapter_is_there(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "token")
+    write_adapter(run / "hub" / "checkpoint-2" / EMBEDDING_FILE)
+    assert not read_run(run).checkpoints
+    write_adapter(run / "hub" / "checkpoint-2" / ADAPTER)
+    assert len(read_run(run).checkpoints) == 2
 
 
 @pytest.mark.parametrize(

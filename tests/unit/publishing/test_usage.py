@@ -6,7 +6,12 @@ import ast
 
 import pytest
 
-from simpletuner.helpers.publishing.usage import diffusers_code, pipeline_code, sample_command
+from simpletuner.helpers.publishing.usage import (
+    WeightFiles,
+    diffusers_code,
+    pipeline_code,
+    sample_command,
+)
 
 SHOT = {"name": "edit", "prompt": "make it red", "size": "64x80", "seed": 3, "strength": 1.0}
 
@@ -25,10 +30,9 @@ def test_reference_images_of_the_prompt_are_given(names: tuple[str, ...], shown:
     command = sample_command({}, manifest, adapter="a.safetensors")
     assert command.count("--reference") == len(names)
     assert ("--reference 'my house.jpg' " in command) is (names == ("my house.jpg",))
-    code = pipeline_code({}, manifest, model="some/model", adapter="'a.safetensors'", spec=None)
-    stock = diffusers_code(
-        {}, manifest, model="some/model", source="some/lora", file="a.safetensors", spec=None
-    )
+    files = WeightFiles(adapter="'a.safetensors'")
+    code = pipeline_code({}, manifest, model="some/model", files=files, spec=None)
+    stock = diffusers_code({}, manifest, model="some/model", source="some/lora", files=files, spec=None)
     for text in (code, stock):
         ast.parse(text)
         assert ("import load_image" in text) is bool(names)

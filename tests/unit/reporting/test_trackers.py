@@ -72,6 +72,7 @@ def test_json_lines_hold_one_object_for_each_step(tmp_path: Path) -> None:
         "loss": 0.5,
         "prior_loss": None,
         "lr": 1e-4,
+        "lr_by_group": None,
         "grad_norm": 2.0,
         "mean_active_rank": None,
         "samples": 2,

@@ -462,6 +462,43 @@ def test_keys_of_text_encoders_that_are_not_trained_are_named(folder: Path) -> N
 
 
 @pytest.mark.parametrize(
+    ("keys", "written"),
+    [
+        ({}, "pytorch_lora_weights.safetensors, learned_embeds.safetensors, "),
+        (
+            {"use_ema": True, "lora_format": "comfyui"},
+            "pytorch_lora_weights.safetensors, learned_embeds.safetensors, "
+            "pytorch_lora_weights.ema.safetensors, "
+            "learned_embeds.ema.safetensors, pytorch_lora_weights_comfyui.safetensors, "
+            "pytorch_lora_weights_comfyui.ema.safetensors, ",
+        ),
+        (
+            {
+                "model_type": "embedding",
+                "lora_type": "standard",
+                "lycoris_config": None,
+                "embedding_lr": 0.01,
+            },
+            "learned_embeds.safetensors, ",
+        ),
+    ],
+    ids=["beside", "with an EMA and exports", "alone"],
+)
+def test_the_plan_names_the_new_token_and_its_files(folder: Path, keys: dict[str, Any], written: str) -> None:
+    token = {"placeholder_token": "<my-cat>", "initializer_token": "cat", "num_vectors": 2}
+    run = run_of(folder, **token, **keys, learning_rate=3e-4, validation_prompt="a <my-cat>")
+    found, rate = lines(run), keys.get("embedding_lr", 0.0003)
+    expected = f"<my-cat>, 2 embeddings in each text encoder, from cat; learning rate {rate}"
+    assert re.search(f"^  new token +{re.escape(expected)}$", found, re.MULTILINE)
+    assert re.search(f"^  writes .*output: {re.escape(written)}checkpoints", found, re.MULTILINE)
+    assert ("  adapter  " in found) is ("model_type" not in keys)
+    assert "no validation prompt" not in found
+    assert "no validation prompt has the new token <my-cat>" in lines(
+        run_of(folder, **token, **keys, validation_prompt="a cat")
+    )
+
+
+@pytest.mark.parametrize(
     ("checkpoints", "interval", "is_named"), [(False, 2, True), (True, 2, False), (False, 1, False)]
 )
 def test_an_interval_without_gradient_checkpointing_is_named(

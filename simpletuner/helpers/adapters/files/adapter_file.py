@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import labels
+from simpletuner.helpers.adapters.files.comfyui import EMBEDDING_KEYS
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora import rank_schedule
 from simpletuner.helpers.errors import AdapterError
@@ -106,8 +107,12 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def read(path: Path) -> AdapterFile:
+def read(path: Path, *, takes_embeddings: bool = False) -> AdapterFile:
     """Read an adapter file into memory.
+
+    Args:
+        path: The file.
+        takes_embeddings: Read also the file of a new token, which holds no adapter.
 
     Raises:
         AdapterError: The file is missing, empty or no safetensors file, or a tensor is not finite or of no
@@ -119,6 +124,11 @@ def read(path: Path) -> AdapterFile:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  not a mapping
     if not tensors:
         raise AdapterError(f"{path}: the file has no tensors.")
+    if set(tensors) <= set(EMBEDDING_KEYS) and not takes_embeddings:
+        raise AdapterError(
+            f"{path}: the file has the embeddings of a new token and no adapter. simpletuner sample takes "
+            "it; here give an adapter file."
+        )
     _refuse_malformed(path, tensors)
     _refuse_non_finite(path, tensors)
     file = AdapterFile(path=path, tensors=tensors, metadata=metadata)

@@ -26,6 +26,8 @@ class Limit:
     """`simpletuner export --format comfyui` writes a file that it computes rightly."""
 
 
+EMBEDDING_KEYS = ("clip_l", "clip_g")
+"""Keys of the embeddings of a new token, for the first and the second text encoder."""
 JOINED = "single_transformer_blocks"
 """In a layer's name: of a model whose original checkpoint joins layers."""
 SCHEDULE = Limit("this file keeps the rank schedule, which ComfyUI does not read", export_helps=True)
@@ -82,6 +84,8 @@ def advice(keys: Shapes, *, file: Path, exported: Path | None = None) -> str:
         file: The file.
         exported: Its export for ComfyUI, if there is one.
     """
+    if set(keys) <= set(EMBEDDING_KEYS):
+        return f"reads this file in models/embeddings, as embedding:{file.stem} in a prompt"
     limit = limit_of_file(keys)
     if limit is None:
         if not any(key.endswith(".tlora_schedule") for key in keys):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.paths import portable
-from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folders, model_files
+from simpletuner.helpers.io.run_folder import ADAPTER_FILE, adapter_in, checkpoint_folders, model_files
 
 CONFIG = "config.json"
 """Of a model in diffusers' layout."""
@@ -28,7 +28,7 @@ def find_adapter(path: Path) -> Path:
         raise AdapterError(f"{path}: no such file. Give an adapter file, or the folder or name of a run.")
     checkpoints = [checkpoint for _, checkpoint in reversed(checkpoint_folders(folder))]
     for candidate in (folder, *checkpoints):
-        if (file := candidate / ADAPTER_FILE).is_file():
+        if (file := adapter_in(candidate)) is not None:
             return file
     if find_model(folder) is not None:
         raise AdapterError(

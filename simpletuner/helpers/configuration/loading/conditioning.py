@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -193,6 +194,8 @@ def _problem(
     conditions: Conditions,
 ) -> str | None:
     """Why the entries cannot condition a dataset."""
+    if twice := [each for each, number in Counter(dataset.conditioning_data).items() if number > 1]:
+        return f'"{twice[0]}": named more than once. Name it once.'
     if missing := [each for each in ids if each not in conditions.names]:
         hint = nearest(missing[0], conditions.names - {dataset.id})
         return f'"{missing[0]}": no entry has this id.{hint}'

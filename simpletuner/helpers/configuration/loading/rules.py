@@ -24,7 +24,7 @@ from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
-from simpletuner.helpers.configuration.schema.model import ModelConfig
+from simpletuner.helpers.configuration.schema.model import WITHOUT_ADAPTER, ModelConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig, noise_problems
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.regularisation import RegularisationConfig
@@ -85,7 +85,7 @@ def family_defaults(raw: Mapping[str, RawValue], spec: ModelSpec) -> dict[str, o
         )
     if _value(raw, "model_type") == "full":
         defaults["learning_rate"] = full_learning_rate(_value(raw, "optimizer"))
-    else:
+    elif _value(raw, "model_type") not in WITHOUT_ADAPTER:
         defaults["peft_lora_target_modules"] = _named_targets(raw, spec) or spec.lora_targets
     if spec.denoiser_name == "unet" and not is_off(_value(raw, "enable_group_offload")):
         defaults["group_offload_type"] = "leaf_level"
@@ -545,7 +545,9 @@ def check_comparison(run: RunConfig, source: Source) -> None:
     key = "validation_compared_config"
     for name, value in run.model:
         theirs = getattr(other.model, name)
-        if theirs != value and name != "model_flavour":  # which only names the default repository
+        if name == "model_flavour" or (name == "model_type" and not other.model.is_full):
+            continue  # the one only names the default repository; the other leaves the model as it is
+        if theirs != value:
             found, here = shown(theirs), shown(value)
             source.add(key, f"that run's {name} is {found}, here it is {here}. Name a run on the same model.")
     if other.checkpoint.output_dir == run.checkpoint.output_dir:

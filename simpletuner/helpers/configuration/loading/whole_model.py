@@ -28,6 +28,10 @@ _ONLY: Mapping[str, tuple[object, str]] = MappingProxyType(
             (False,),
             "the text encoders' LoRA has no adapter to stand beside. Use {allowed}.",
         ),
+        "placeholder_token": (
+            (None,),
+            "the text encoders learn no new token. Remove it, or set model_type to lora or embedding.",
+        ),
         "push_to_hub": (
             (False,),
             "whole models are not uploaded. Use {allowed}, and upload the folder yourself.",
@@ -55,7 +59,7 @@ def check_whole_model(
                 source.add(key, "has an effect with model_type full only. Remove it.")
         return
     problems = chain(
-        _adapter_problems(values, raw),
+        adapter_problems(values, raw),
         _value_problems(values),
         _data_problems(values, datasets=datasets, prompts=prompts),
         _backward_problems(values),
@@ -64,13 +68,14 @@ def check_whole_model(
         source.add(key, text)
 
 
-def _adapter_problems(values: Mapping[str, object], raw: Mapping[str, RawValue]) -> Iterator[tuple[str, str]]:
+def adapter_problems(values: Mapping[str, object], raw: Mapping[str, RawValue]) -> Iterator[tuple[str, str]]:
+    """(key, problem) of each key of adapters that is set for a model_type without one."""
     for key, field in AdapterConfig.model_fields.items():
         if key not in raw or key not in values:
             continue
         default = field.get_default(call_default_factory=True, validated_data=dict(values))
         if values[key] != default:
-            yield key, "is a key of adapters, and model_type full trains none. Remove it."
+            yield key, f"is a key of adapters, and model_type {values['model_type']} trains none. Remove it."
 
 
 def _value_problems(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
@@ -90,13 +95,20 @@ def _data_problems(
             "regularisation_target",
             "base: model_type full changes the base model, whose prediction this target is. Use data.",
         )
-    if slider_strengths(datasets):
-        yield (
-            "data_backend_config",
-            "slider_strength is for adapters, and model_type full trains none. Remove it.",
-        )
+    yield from slider_problems(values, datasets)
     if any(prompt.strength not in (None, 1.0) for prompt in prompts):
         yield "user_prompt_library", "adapter_strength has no meaning with model_type full. Remove it."
+
+
+def slider_problems(
+    values: Mapping[str, object], datasets: Sequence[DatasetConfig]
+) -> Iterator[tuple[str, str]]:
+    """(key, problem) of datasets of a slider for a model_type without an adapter."""
+    if slider_strengths(datasets):
+        text = (
+            f"slider_strength is for adapters, and model_type {values['model_type']} trains none. Remove it."
+        )
+        yield "data_backend_config", text
 
 
 def _backward_problems(values: Mapping[str, object]) -> Iterator[tuple[str, str]]:

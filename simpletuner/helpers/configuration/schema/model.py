@@ -14,6 +14,9 @@ from simpletuner.helpers.configuration.schema.model_source import (
 )
 from simpletuner.helpers.contracts import PredictionType
 
+WITHOUT_ADAPTER = ("full", "embedding")
+"""Values of model_type that train no adapter of the denoiser."""
+
 
 def _token_length(value: object) -> int:
     length = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
@@ -29,8 +32,9 @@ class ModelConfig(Section):
     """Family of the model."""
     model_flavour: OptionalText = None
     """Variant within the family; it names the repository if no model is given. Default: the family's."""
-    model_type: Literal["lora", "full"] = "lora"
-    """lora trains an adapter, by lora_type; full trains the weights of the denoiser."""
+    model_type: Literal["lora", "full", "embedding"] = "lora"
+    """lora trains an adapter, by lora_type; full trains the weights of the denoiser; embedding trains the new
+    token of placeholder_token and nothing else."""
     pretrained_model_name_or_path: ModelSource
     """Folder in diffusers' layout, repository written owner/name, or checkpoint in one .safetensors file if
     the family reads one. Default: the flavour's repository."""
@@ -67,6 +71,11 @@ class ModelConfig(Section):
     def is_full(self) -> bool:
         """Whether the run trains the weights of the denoiser instead of an adapter."""
         return self.model_type == "full"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter of the denoiser is trained."""
+        return self.model_type not in WITHOUT_ADAPTER
 
     @model_validator(mode="after")
     def _configures_a_file(self) -> Self:

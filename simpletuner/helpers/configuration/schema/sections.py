@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
-from simpletuner.helpers.choices.algorithms import ALGORITHMS, STANDARD, WHOLE_MODEL, Algorithm
+from simpletuner.helpers.choices.algorithms import ALGORITHMS, NEW_TOKEN, STANDARD, WHOLE_MODEL, Algorithm
 from simpletuner.helpers.choices.lr_schedules import LR_SCHEDULES
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
@@ -55,6 +55,7 @@ from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import (
     ModelSource,
 )
+from simpletuner.helpers.configuration.schema.new_tokens import NewTokenConfig
 from simpletuner.helpers.configuration.schema.noise import NoiseConfig
 from simpletuner.helpers.configuration.schema.publishing import PublishingConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
@@ -392,6 +393,7 @@ class RunConfig(Section):
     adapter: AdapterConfig
     lycoris: LycorisConfig | None
     text_encoders: TextEncoderConfig = TextEncoderConfig()
+    new_tokens: NewTokenConfig = NewTokenConfig()
     training: TrainingConfig
     regularisation: RegularisationConfig
     optimizer: OptimizerConfig
@@ -421,10 +423,15 @@ class RunConfig(Section):
 
     @property
     def algorithm(self) -> Algorithm:
-        """Algorithm of the adapter; for model_type full the training of the whole model."""
-        if self.model.is_full:
-            return WHOLE_MODEL
+        """Algorithm of the adapter; for another model_type what is trained instead."""
+        if not self.model.has_adapter:
+            return WHOLE_MODEL if self.model.is_full else NEW_TOKEN
         return STANDARD if self.lycoris is None else ALGORITHMS[self.lycoris.algo]
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether a text encoder or a new token is trained, so that captions are encoded in every step."""
+        return self.text_encoders.train_text_encoder or self.new_tokens.placeholder_token is not None
 
     @property
     def has_references(self) -> bool:
@@ -461,6 +468,7 @@ class RunConfig(Section):
             self.model,
             self.adapter,
             self.text_encoders,
+            self.new_tokens,
             self.training,
             self.regularisation,
             self.optimizer,

@@ -46,7 +46,13 @@ def encode_chunks(
     """
     parts = ((pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2))
     found = [
-        encoder(chunk_ids(tokenizer, prompt, num_chunks=num_chunks).to(device), output_hidden_states=True)
+        encoder(
+            # A new token of several embeddings is one word in a prompt.
+            chunk_ids(tokenizer, pipeline.maybe_convert_prompt(prompt, tokenizer), num_chunks=num_chunks).to(
+                device
+            ),
+            output_hidden_states=True,
+        )
         for tokenizer, encoder in parts
     ]
     # The last layer but one, as SDXL was trained: Podell et al., arXiv:2307.01952, section 2.

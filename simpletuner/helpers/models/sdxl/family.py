@@ -135,10 +135,19 @@ class SDXL(ModelFamily):
         encoder = self.prompt_encoder
         return {"text_encoder": encoder.text_encoder, "text_encoder_2": encoder.text_encoder_2}
 
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """Their loaded tokenizers, by the same names."""
+        encoder = self.prompt_encoder
+        return {"text_encoder": encoder.tokenizer, "text_encoder_2": encoder.tokenizer_2}
+
     def _encoded(self, prompts: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Embeds [1, L, D] and pooled [1, P] of each prompt, on the device."""
         with quiet():
-            lengths = [len(ids) for ids in self.prompt_encoder.tokenizer(list(prompts)).input_ids]
+            encoder = self.prompt_encoder
+            # A new token of several embeddings is one word in a prompt.
+            expanded = encoder.maybe_convert_prompt(list(prompts), encoder.tokenizer)
+            lengths = [len(ids) for ids in encoder.tokenizer(expanded).input_ids]
         self._truncation_warning.check(prompts, lengths)
         with torch.autocast(self.device.type, enabled=False), quiet():
             return list((self._in_chunks if self._num_chunks > 1 else self._in_one)(prompts))

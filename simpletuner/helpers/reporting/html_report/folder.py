@@ -18,10 +18,9 @@ from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.lock import is_held
 from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
-    ADAPTER_FILE,
     COMFYUI_FILE,
     CONFIG_FILE,
-    EMA_ADAPTER_FILE,
+    EMA_FILES,
     EVALUATIONS_FILE,
     EXIT_FILE,
     METRICS_FILE,
@@ -29,6 +28,7 @@ from simpletuner.helpers.io.run_folder import (
     SCORES_FILE,
     SUMMARY_FILE,
     VALIDATION_FOLDER,
+    adapter_in,
     ema_folder,
     model_files,
     validation_step_folders,
@@ -163,8 +163,8 @@ def _finished_step(path: Path) -> int:
 def _adapter(path: Path) -> Path | None:
     folders = [path, *(checkpoint.path for checkpoint in current_checkpoints(path))]
     for folder in folders:
-        if (folder / ADAPTER_FILE).exists():
-            return folder / ADAPTER_FILE
+        if (file := adapter_in(folder)) is not None:
+            return file
         if weights := model_files(folder):
             return weights[0].parent
     return None
@@ -173,7 +173,7 @@ def _adapter(path: Path) -> Path | None:
 def _beside(adapter: Path | None) -> Path | None:
     if adapter is None:
         return None
-    file = adapter.with_name(ema_folder(adapter.name) if adapter.is_dir() else EMA_ADAPTER_FILE)
+    file = adapter.with_name(ema_folder(adapter.name) if adapter.is_dir() else EMA_FILES[adapter.name])
     return file if file.exists() else None
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from simpletuner.helpers.io.run_folder import EMBEDDING_FILE, embedding_file
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.publishing.usage import (
     FAMILY,
+    WeightFiles,
     export_command,
     pipeline_code,
     sample_command,
@@ -26,10 +28,11 @@ def render_usage(run: RunSnapshot) -> str:
     if run.adapter is None:
         return ""
     where = "" if run.adapter.parent == run.path else f" of {run.adapter.parent.name}, the newest so far"
+    noun = "file of the new token" if run.adapter.name == EMBEDDING_FILE else "adapter"
     if run.adapter.is_dir():
         return _model_usage(run, run.adapter, where=where)
     blocks = [
-        f"<p>The adapter{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
+        f"<p>The {noun}{escape(where)} is <code>{escape(relative_path(run.adapter))}</code>. "
         "The command and the code below generate an image with it, in the working directory of the run.</p>",
         _block(COMMAND_ID, "On the command line", command_line(run)),
         _block(PYTHON_ID, "In Python", python_snippet(run)),
@@ -74,8 +77,13 @@ def command_line(run: RunSnapshot) -> str:
 def python_snippet(run: RunSnapshot) -> str:
     """Python code that generates the same image through diffusers."""
     model = relative_path(str(run.config.get("pretrained_model_name_or_path")))
-    adapter, spec = relative_path(run.adapter or run.path), registry.specs().get(str(run.config.get(FAMILY)))
-    return pipeline_code(run.config, run.manifest, model=model, adapter=repr(adapter), spec=spec)
+    adapter, spec = run.adapter or run.path, registry.specs().get(str(run.config.get(FAMILY)))
+    embedding = embedding_file(adapter)
+    files = WeightFiles(
+        adapter=None if adapter == embedding else repr(relative_path(adapter)),
+        embedding=repr(relative_path(embedding)) if embedding.is_file() else None,
+    )
+    return pipeline_code(run.config, run.manifest, model=model, files=files, spec=spec)
 
 
 def _block(anchor: str, title: str, text: str) -> str:

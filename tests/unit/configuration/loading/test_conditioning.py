@@ -46,6 +46,12 @@ def test_masks_condition_their_images_and_are_no_dataset(workspace: Workspace, e
     assert run.conditioning[0].instance_data_dir == workspace.folder / "masks"
 
 
+def test_an_entry_that_is_named_twice_is_an_error(workspace: Workspace) -> None:
+    entries = [PHOTOS | {"conditioning_data": ["masks", "masks"]}, MASKS]
+    found = workspace.dataset_problems(*entries)
+    assert re.search(r'photos\.conditioning_data +"masks": named more than once', found)
+
+
 def test_masks_serve_several_datasets(workspace: Workspace) -> None:
     workspace.image_folder("more")
     more = {"id": "more", "instance_data_dir": "more", "conditioning_data": "masks"}
