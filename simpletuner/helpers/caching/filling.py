@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -40,6 +41,11 @@ class CacheRequest(Generic[Input]):
     batch_group: str = ""
     """A batch holds neighbouring requests of one group."""
 
+    @property
+    def entry(self) -> tuple[Path, str]:
+        """Identity of the entry: the folder of its store, and its key."""
+        return self.store.folder, self.key
+
 
 def encode_missing(
     requests: Iterable[CacheRequest[Input]],
@@ -61,7 +67,7 @@ def encode_missing(
         Preempted: A stop signal arrived while one was waited for.
     """
     watch = watch or LoaderWatch()
-    unique = list({(request.store.folder, request.key): request for request in requests}.values())
+    unique = list({request.entry: request for request in requests}.values())
     index, num_shards = shard
     own = unique[index::num_shards]
     missing = _missing(own)

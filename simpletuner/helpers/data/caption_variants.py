@@ -19,7 +19,7 @@ Step = Callable[[str, DatasetConfig, CaptionDraw], str]
 
 
 def limit_problem(numbers: Mapping[str, int]) -> str | None:
-    """The error message for more variants than can be encoded before training.
+    """The error message for more variants than can be made before training.
 
     Args:
         numbers: Dataset -> number of the variants of all its captions, of datasets that have several.
@@ -29,9 +29,9 @@ def limit_problem(numbers: Mapping[str, int]) -> str | None:
         return None
     parts = " and ".join(f"{number:,} of dataset {name!r}" for name, number in numbers.items())
     return (
-        f"{total:,} variants of captions ({parts}) are more than {MAX_VARIANTS:,}, and each is encoded "
-        "before training. Lower caption_variants, count of caption_shuffle or max_num_samples, or set "
-        "text_cache_ondemand, which encodes captions during training."
+        f"{total:,} variants of captions ({parts}) are more than {MAX_VARIANTS:,}, and each is made before "
+        "training, also with text_cache_ondemand. Lower caption_variants, count of caption_shuffle or "
+        "max_num_samples."
     )
 
 

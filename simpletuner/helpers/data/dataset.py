@@ -148,11 +148,10 @@ class TrainingData:
         self._follow([self._plan(each) for each in active])
         several = {
             plan.config.id: sum(len(variants) for image in plan.images for variants in image.captions)
-            for plan in self._plans
+            for plan in self.divided.trained
             if plan.caption_plan.num_variants > 1
         }
-        problem = None if self.data.text_cache_ondemand else limit_problem(several)
-        if problem is not None:
+        if problem := limit_problem(several):
             raise DataError(problem)
 
     def captions(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -28,8 +29,8 @@ class OnDemand:
     """Name of an encoder, as in requests -> its function, and the inputs that it takes at a time."""
     _: KW_ONLY
     watch: LoaderWatch
-    _present: set[str] = field(init=False, default_factory=set)
-    """Keys of entries that were read or made."""
+    _present: set[tuple[Path, str]] = field(init=False, default_factory=set)
+    """Entries that were read or made; several folders may hold one key."""
 
     def load(self, requests: Iterable[CacheRequest[Any]]) -> list[Loaded] | None:
         """The inputs of the entries that are missing or damaged; None if an input is unusable.
@@ -39,11 +40,11 @@ class OnDemand:
         """
         loaded: list[Loaded] = []
         for request in requests:
-            if request.encoder not in self.encoders or request.key in self._present:
+            if request.encoder not in self.encoders or request.entry in self._present:
                 continue
             self.watch.note(request.name)
             if request.key in request.store:
-                self._present.add(request.key)
+                self._present.add(request.entry)
                 continue
             value = request.load()
             if value is None:
@@ -58,16 +59,16 @@ class OnDemand:
             DataError: An encoded value is not finite.
             StorageError: An entry cannot be written.
         """
-        groups: dict[tuple[str, str], dict[str, Loaded]] = {}
+        groups: dict[tuple[str, str], dict[tuple[Path, str], Loaded]] = {}
         for request, value in loaded:
-            if request.key not in self._present:
+            if request.entry not in self._present:
                 group = groups.setdefault((request.encoder, request.batch_group), {})
-                group[request.key] = (request, value)
+                group[request.entry] = (request, value)
         for (name, _), group in groups.items():
             encode, size = self.encoders[name]
             for batch in _batched(list(group.values()), size):
                 put_encoded([request for request, _ in batch], encode([value for _, value in batch]))
-                self._present.update(request.key for request, _ in batch)
+                self._present.update(request.entry for request, _ in batch)
 
 
 def _batched(items: Sequence[Loaded], size: int) -> Iterable[Sequence[Loaded]]:

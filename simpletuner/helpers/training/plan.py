@@ -15,7 +15,7 @@ from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
-from simpletuner.helpers.configuration.schema.sections import DataConfig, RunConfig
+from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
@@ -101,7 +101,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         for dataset in config.datasets
         if dataset not in unseen
     ]
-    _refuse(previews, config.data)
+    _refuse(previews)
     calendar = even(0, num_datasets=len(trained)) if unseen else calendar_of(config, previews)
     rows = [("model", _model(config, spec)), *_weights(config, spec)]
     for each in previews:
@@ -145,7 +145,7 @@ def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
     return any(each.needs_download for each in (dataset, *entries_of(dataset, entries)))
 
 
-def _refuse(previews: Sequence[DatasetPreview], data: DataConfig) -> None:
+def _refuse(previews: Sequence[DatasetPreview]) -> None:
     """Refuse what the run would refuse, all at once; tags and shares only of datasets that were read whole.
 
     Raises:
@@ -157,9 +157,7 @@ def _refuse(previews: Sequence[DatasetPreview], data: DataConfig) -> None:
         if each.tags.is_error and each.is_whole
     ]
     several = {
-        each.config.id: each.expected_captions
-        for each in previews
-        if each.num_variants > 1 and not data.text_cache_ondemand
+        each.config.id: each.expected_captions for each in trained_of(previews) if each.num_variants > 1
     }
     problems += without_training(previews)
     problems += filter(None, [limit_problem(several), *(each.conditioning_problem for each in previews)])

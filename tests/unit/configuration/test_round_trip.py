@@ -328,8 +328,20 @@ LYCORIS = {
 }
 
 CONFIGS = st.fixed_dictionaries(ALWAYS, optional=CONFIG)
+ROWS = {
+    "split": WORDS,
+    "revision": st.none() | WORDS,
+    "image_column": WORDS,
+    "caption_column": WORDS | st.lists(WORDS, max_size=2),
+    "fallback_caption_column": st.none() | WORDS,
+    "row_filter": st.dictionaries(
+        WORDS, WORDS | st.lists(COUNTS, min_size=1) | st.fixed_dictionaries({"min": RATES}), max_size=2
+    ),
+    "streaming": st.just(False),
+}
+HUB = {"id": NAMES, "type": st.just("huggingface"), "dataset_name": st.just("owner/name")}
 DATASETS = st.lists(
-    st.fixed_dictionaries({"id": NAMES}, optional=DATASET),
+    st.fixed_dictionaries({"id": NAMES}, optional=DATASET) | st.fixed_dictionaries(HUB, optional=ROWS),
     min_size=1,
     max_size=3,
     unique_by=lambda d: d["id"],
@@ -356,7 +368,10 @@ def loaded(workspace: Workspace) -> Iterator[Callable[..., RunConfig]]:
         config: dict[str, object], lycoris: dict[str, object], datasets: list[dict[str, object]]
     ) -> RunConfig:
         workspace.config, workspace.lycoris = config, lycoris
-        workspace.datasets = [{"instance_data_dir": "images"} | dataset for dataset in datasets]
+        workspace.datasets = [
+            dataset if "dataset_name" in dataset else {"instance_data_dir": "images"} | dataset
+            for dataset in datasets
+        ]
         other = {key.removeprefix("--"): value for key, value in config.items()}
         other |= {"output_dir": "output of the other", "lora_init_type": "default"}
         workspace.text("other.json", json.dumps(other | {"validation_compared_config": None}))

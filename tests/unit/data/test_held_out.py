@@ -264,3 +264,21 @@ def test_references_of_held_out_images_are_cached_and_those_of_the_first_epoch(
         assert [len(item.references) for item in items] == [1, 1, 1]
         assert all(torch.equal(item.references[0], items[0].references[0]) for item in items)
         assert not torch.equal(items[0].references[0], items[0].latents)
+
+
+def test_the_first_variant_of_a_held_out_caption_is_encoded_alone(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "tagged"
+    folder.mkdir()
+    for index, name in enumerate(("trained", "evaluated")):
+        place = folder / name
+        place.mkdir()
+        Image.new("RGB", (32, 32), (index, 0, 0)).save(place / "a.png")
+        (place / "a.txt").write_text("{red|blue} ball")
+    wild = {"enable_wildcard": True}
+    data = make(entry(folder / "trained", **wild), entry(folder / "evaluated", dataset_type="eval", **wild))
+    (image,) = data.divided.held_out
+    assert len(image.captions[0]) == 4
+    trained = [
+        variant for plan in data.divided.trained for each in plan.images for variant in each.captions[0]
+    ]
+    assert data.captions() == tuple(dict.fromkeys([*trained, image.captions[0][0]]))

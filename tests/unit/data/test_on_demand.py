@@ -15,6 +15,7 @@ from torch import Tensor
 from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.prefetch import LoaderWatch
+from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
@@ -113,6 +114,28 @@ def test_entries_stay_for_the_next_start(folder: Path) -> None:
     encoders = Encoders()
     assert_same(taken(on_demand(data_of(folder), encoders), 5), taken(data, 5))
     assert (encoders.images, encoders.texts) == ([], [])
+
+
+def test_datasets_of_one_folder_have_an_entry_each(folder: Path) -> None:
+    def data(cache: str) -> TrainingData:
+        datasets = [
+            DatasetConfig(id=name, instance_data_dir=folder / "images", resolution=64) for name in ("a", "b")
+        ]
+        folders = DataConfig(cache_dir_vae=folder / cache / "vae", cache_dir_text=folder / cache / "text")
+        return TrainingData(datasets, folders, seed=1, batch_size=2, pixel_alignment=64)
+
+    assert_same(taken(on_demand(data("one"), Encoders()), 12), taken(encoded_before(data("two")), 12))
+
+
+def test_an_entry_is_looked_for_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = on_demand(encoded_before(data_of(folder)), Encoders())
+    looked_for: list[object] = []
+    held = TensorStore.__contains__
+    monkeypatch.setattr(
+        TensorStore, "__contains__", lambda store, key: looked_for.append(key) or held(store, key)
+    )
+    taken(data, 12)
+    assert len(looked_for) == len(set(looked_for)) == 10
 
 
 def test_a_damaged_entry_is_made_anew(folder: Path) -> None:

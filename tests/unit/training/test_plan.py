@@ -456,6 +456,8 @@ def test_the_plan_names_the_text_encoders_that_are_trained(
 
 def test_keys_of_text_encoders_that_are_not_trained_are_named(folder: Path) -> None:
     assert "train_text_encoder" not in lines(run_of(folder, text_encoder_lr=None))
+    on_demand = run_of(folder, train_text_encoder=True, learning_rate=3e-4, text_cache_ondemand=True)
+    assert "text_cache_ondemand: no effect with train_text_encoder" in lines(on_demand)
     found = lines(run_of(folder, text_encoder_lr=1e-5, stop_text_encoder_training=5))
     assert "stop_text_encoder_training, text_encoder_lr: no effect" in found
     assert "encoders  " not in found

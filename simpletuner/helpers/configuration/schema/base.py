@@ -50,6 +50,12 @@ class Section(BaseModel):
     )
 
 
+class LateSection(Section):
+    """A section that is only a base of others, so that a validator of its own is not built."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
 @dataclass(frozen=True)
 class PathContext:
     """Start of relative paths, and values of the names in braces."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES
@@ -111,6 +111,8 @@ CaptionStrategy = Annotated[str, OneOf(CAPTION_SOURCES)]
 
 class DatasetConfig(RowCaptionKeys, ImagePlace):
     """A folder of images, with captions, size and repeats."""
+
+    model_config = ConfigDict(defer_build=False)
 
     id: Annotated[str, BeforeValidator(_folder_name)]
     """Name of the dataset and of its cache folder, unique in the file."""

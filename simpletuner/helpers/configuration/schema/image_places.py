@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
-from simpletuner.helpers.configuration.schema.base import OneOf, Section
-from simpletuner.helpers.configuration.schema.row_keys import RowKeys
+from simpletuner.helpers.configuration.schema.base import LateSection, OneOf
+from simpletuner.helpers.configuration.schema.row_keys import HUB, RowKeys
 from simpletuner.helpers.configuration.schema.tar_places import check_names, tar_place
 from simpletuner.helpers.io.names import printable
 
@@ -25,6 +25,8 @@ def _image_folder(value: object, info: ValidationInfo) -> Path | str | None:
         if not record.holds_rows:
             raise PydanticCustomError("missing", "required")
         return None
+    if info.data.get("type") == HUB:
+        raise ValueError("a dataset of the hub has none. Remove it, or name a folder in dataset_name.")
     if not isinstance(value, str) or "://" not in value:
         place = tar_place(value, info)
         if isinstance(place, str) and not record.holds_archives:
@@ -45,7 +47,7 @@ ImageFolder = Annotated[
 ]
 
 
-class _Entry(Section):
+class _Entry(LateSection):
     """The keys by which the others are understood."""
 
     id: str

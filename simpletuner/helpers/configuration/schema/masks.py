@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from simpletuner.helpers.configuration.schema.base import Section, Share
 from simpletuner.helpers.configuration.schema.image_places import ImageFolder, ImagePlace
 
@@ -27,6 +29,8 @@ class ConditioningConfig(ImagePlace):
     An image and its mask have the same path in their folders, without the suffix, and the same aspect ratio.
     The mask gets the resize and the crop of the image.
     """
+
+    model_config = ConfigDict(defer_build=False)
 
     id: str
     """Name of the entry. The entry of the images gives it as `conditioning_data`, or this one gives theirs as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, ConfigDict, model_validator
 
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBuckets
 from simpletuner.helpers.configuration.schema.captions import ReferenceCaptions
@@ -27,6 +27,8 @@ class ReferenceConfig(ImagePlace):
     They are never trained on. An image and its reference have the same path in their folders, without the
     suffix.
     """
+
+    model_config = ConfigDict(defer_build=False)
 
     id: str
     """Name of the entry. The entry of the images gives it in `conditioning_data`, or this one gives theirs as

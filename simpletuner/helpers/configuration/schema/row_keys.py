@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.configuration.schema.base import (
     InputFile,
+    LateSection,
     OptionalText,
     Section,
     none_word,
@@ -110,7 +111,7 @@ _Condition = Annotated[
 RowFilter = Annotated[dict[str, _Condition], BeforeValidator(_filter)]
 
 
-class RowKeys(Section):
+class RowKeys(LateSection):
     """Which rows are images: keys of every entry of images, masks or references."""
 
     table_file: Annotated[TableFile | None, of_types(TABLE, required=True)] = Field(
@@ -144,7 +145,7 @@ class CaptionTable(Section):
     """As in a dataset."""
 
 
-class RowCaptionKeys(Section):
+class RowCaptionKeys(LateSection):
     """Captions that are columns of a table, and the rows to use: keys of a dataset."""
 
     caption_column: Annotated[Columns, of_types(TABLE, HUB)] = ()

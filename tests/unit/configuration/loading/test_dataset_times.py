@@ -63,7 +63,7 @@ def test_epochs_without_a_dataset_are_named(workspace: Workspace) -> None:
 
 def test_epochs_of_a_run_of_steps_may_end_with_the_last_dataset(workspace: Workspace) -> None:
     workspace.datasets = [entry("low", end_epoch=2)]
-    workspace.load(max_train_steps=10)
+    workspace.load(max_train_steps=10, num_train_epochs=5)
 
 
 @pytest.mark.parametrize("unit", ["step", "epoch"])

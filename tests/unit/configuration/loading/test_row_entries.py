@@ -155,6 +155,7 @@ def test_a_table_of_captions_that_are_not_asked_for_has_no_effect(workspace: Wor
         (HUB | {"dataset_name": "./none"}, 'dataset_name  "./none": not found'),
         (HUB | {"dataset_name": "data.json"}, 'dataset_name  "data.json": is a file. .*table_file'),
         (HUB | {"caption_strategy": "textfile"}, "caption_strategy  .*no files lie beside rows"),
+        (HUB | {"instance_data_dir": "images"}, 'instance_data_dir  "images": a dataset of the hub has none'),
         (HUB | {"streaming": True}, "max_num_samples  required by streaming"),
         (HUB | {"parquet": {"path": "a.csv"}}, "parquet  names captions of other images"),
         (HUB | {"row_filter": {"a": {"least": 1}}}, r"row_filter\.a\.limits\.least +unknown key"),
