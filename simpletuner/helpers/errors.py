@@ -19,10 +19,6 @@ class DataError(SimpleTunerError):
     """An image, a caption or a cache entry is unusable."""
 
 
-class UnreachableError(SimpleTunerError):
-    """A place of images does not answer, after several attempts."""
-
-
 class DamagedImageError(DataError):
     """The pixels of an image cannot be decoded, or only in part; the message does not name the file."""
 
@@ -33,6 +29,14 @@ class CacheEntryError(DataError):
 
 class LoaderTimeoutError(DataError):
     """The loader has been reading for longer than loader_timeout_seconds."""
+
+
+class SourceError(SimpleTunerError):
+    """A place of images cannot be listed or read; the message names it."""
+
+
+class UnreachableError(SourceError):
+    """The place may be right, but it does not answer for now: no network, a server that is down or slow."""
 
 
 class ModelError(SimpleTunerError):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class CacheRequest(Generic[Input]):
     """Whether a present entry is read now, and made anew if it is damaged; else it is when it is used."""
     batch_group: str = ""
     """A batch holds neighbouring requests of one group."""
+    file: Any = None
+    """What `load` reads, for `expect`."""
 
     @property
     def entry(self) -> tuple[Path, str]:
@@ -54,11 +56,13 @@ def encode_missing(
     batch_size: int,
     shard: tuple[int, int] = (0, 1),
     watch: LoaderWatch | None = None,
+    expect: Callable[[Iterable[Any]], None] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Encode and store the requested entries that are missing; yields (encoded, missing) after each batch.
 
-    `encode` maps the inputs of a batch to the tensors of its entries. A thread loads one batch ahead.
-    Shard (i, n) takes every n-th entry from the i-th on, so that n processes divide the work.
+    `encode` maps the inputs of a batch to the tensors of its entries. A thread loads one batch ahead,
+    and `expect` learns what will be loaded, in this order. Shard (i, n) takes every n-th entry from the i-th
+    on, so that n processes divide the work.
 
     Raises:
         DataError: An input cannot be loaded, or an encoded value is not finite.
@@ -71,6 +75,8 @@ def encode_missing(
     index, num_shards = shard
     own = unique[index::num_shards]
     missing = _missing(own)
+    if expect is not None:
+        expect(request.file for request in missing if request.file is not None)
     try:
         yield from _encoded(missing, encode, batch_size=batch_size, watch=watch)
     finally:

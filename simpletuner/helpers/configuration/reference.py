@@ -22,6 +22,7 @@ from simpletuner.helpers.configuration.loading.unsupported_keys import Table, un
 from simpletuner.helpers.configuration.schema.base import Section, registry_of
 from simpletuner.helpers.configuration.schema.captions import CaptionShuffle
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.lycoris import (
     COMPUTED_FIELDS,
     LayerArguments,
@@ -82,6 +83,7 @@ def reference(families: Mapping[str, ModelSpec]) -> str:
     parts += [
         _section(DatasetConfig),
         f"Inherited from config.json: {_codes(INHERITED)}.\n",
+        *_choices(ImagePlace),
         _section(CaptionShuffle),
         _section(ConditioningConfig),
         _section(ReferenceConfig),

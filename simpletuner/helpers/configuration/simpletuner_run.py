@@ -34,6 +34,7 @@ _DATASETS, _LYCORIS = "data_backend_config", "lycoris_config"
 _NO_TARGETS = frozenset(
     {
         "type",
+        "aws_bucket_name",
         "dataset_type",
         "conditioning_type",
         "source_dataset_id",

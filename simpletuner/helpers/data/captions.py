@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
 from simpletuner.helpers.choices.captions import CAPTION_SOURCES, text_suffixes
 from simpletuner.helpers.configuration.schema.datasets import CaptionLines, DatasetConfig
-from simpletuner.helpers.data.sources.base import FoundFile, Scan, read_bounded
+from simpletuner.helpers.data.sources.base import FoundFile, Scan, expect, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
 
@@ -76,6 +77,11 @@ class CaptionReader(ABC):
         """
         suffixes = tuple(filter(None, (self.suffix, *self.further_suffixes)))
         return files_beside(image, self.scan, suffixes=suffixes)
+
+    def expect(self, images: Sequence[FoundFile]) -> None:
+        """Tell the source of images that their captions will be read."""
+        if images and images[0].source.reads_ahead:
+            expect(file for image in images for file in self.caption_files(image))
 
     def conflicts(self) -> list[str]:
         """One sentence per caption file that several images could claim."""

@@ -266,6 +266,7 @@ class TrainingData:
             metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
             load=partial(self._pixels_unless_damaged, image),
             batch_group=batch_group,
+            file=image.file,
         )
 
     def mask_requests(self) -> list[CacheRequest[Tensor]]:
@@ -278,6 +279,7 @@ class TrainingData:
                 encoder="mask",
                 metadata={"image": image.sample.path, "mask": printable(image.mask.file.name)},
                 load=partial(self._mask_unless_damaged, image, image.mask),
+                file=image.mask.file,
             )
             for image in (*self._images, *self.divided.held_out)
             if image.mask is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.data.images import inspect_image, is_read_anew
 from simpletuner.helpers.data.optional_formats import optional_formats
-from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, FoundFile, read_bounded
+from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, FoundFile, expect, read_bounded
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.names import file_name, printable
@@ -129,6 +129,10 @@ class ImageIndex:
         """Whether an image is looked up without reading it."""
         known = self._known.files.get(image.name)
         return known is not None and known[:-1] == list(image.signature)
+
+    def expect(self, images: Iterable[FoundFile]) -> None:
+        """Tell the source of images which of them will be read, as they are unknown."""
+        expect(image for image in images if not self.knows(image))
 
     def mark_damaged(self, damaged: Mapping[str, str]) -> None:
         """Remember which of the images looked up have damaged pixels; digest -> reason."""

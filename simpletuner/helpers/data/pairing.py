@@ -50,7 +50,9 @@ class PairFinder:
     _misshapen: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        for file in scan_entry(self.entry, cache=self.index.folder).images:
+        files = scan_entry(self.entry, cache=self.index.folder).images
+        self.index.expect(files)
+        for file in files:
             self._files.setdefault(os.path.splitext(file.name)[0], []).append(file)
 
     def pair_of(self, image: FoundFile, image_px: Size) -> Pair | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
@@ -127,6 +128,7 @@ def plan_dataset(
     skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
     cropping = Cropping(config=config, seed=seed, alignment=alignment, aspect_decimals=aspect_decimals)
     usable: list[_Usable] = []
+    index.expect(islice(candidates(config, scan, seed), config.max_num_samples))
     for file in candidates(config, scan, seed):
         info = index.info(file)
         reason, found = reader.unusable(file), _placement(info.size, cropping, file)
@@ -280,6 +282,7 @@ def _report_skipped(
 def _captions_of(config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader) -> list[Captions]:
     captions: list[Captions] = []
     problems: list[str] = []
+    reader.expect(files)
     for file in files:
         try:
             captions.append(read_captions(file, config, reader))

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.references import bucket_name
 from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.data.sources.opening import scan_entry
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DataError, LoaderTimeoutError, UnreachableError
 from simpletuner.helpers.io.names import printable
 
 MOST_HEADERS = 2000
 LONGEST_S = 2.0
+LONGEST_REMOTE_S = 30.0
+"""For images in remote storage: the listing, the headers and the captions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,8 @@ class DatasetPreview:
     are trained."""
     num_held_out: int
     """Images read that are held out."""
+    unreachable: str | None = None
+    """The reason if the images are in storage that does not answer; then nothing was read."""
 
     @property
     def is_whole(self) -> bool:
@@ -108,18 +113,76 @@ def preview(
 ) -> DatasetPreview:
     """Read the headers of a dataset's images: 2,000 at most and for 2 s at most, beside those in the index.
 
+    Images in remote storage that does not answer in 30 s are left out.
+
     Args:
         config: The dataset.
         data: The run's defaults.
         alignment: Width and height of buckets are multiples of this; pixels.
         seed: Selects the random shapes of crops, and the images if max_num_samples is set.
-        reads_all: Read every image.
+        reads_all: Read every image, however long it takes.
         conditioning: The entries that the dataset's conditioning_data names.
 
     Raises:
-        DataError: The folder cannot be read.
+        DataError: The folder cannot be read, or remote storage holds no image.
+        SourceError: Remote storage refuses.
+        MissingDependencyError: The package of the storage is not installed.
     """
+    read = partial(
+        _read, config, data, alignment=alignment, seed=seed, reads_all=reads_all, conditioning=conditioning
+    )
+    if all(each.folder is not None for each in (config, *conditioning)):
+        return read()
+    # Imported late: most datasets are local, and validate imports little.
+    from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
+
+    watch = LoaderWatch(timeout_s=0 if reads_all else LONGEST_REMOTE_S)
+    try:
+        return next(prefetch([read], lambda work: work(), watch=watch))
+    except LoaderTimeoutError:
+        return _unread(config, data, seed=seed, reason=f"it takes longer than {LONGEST_REMOTE_S:g} s.")
+    except UnreachableError as error:
+        return _unread(config, data, seed=seed, reason=str(error))
+
+
+def _unread(config: DatasetConfig, data: DataConfig, *, seed: int, reason: str) -> DatasetPreview:
+    """A dataset of which nothing is known."""
+    return DatasetPreview(
+        config=config,
+        conditioning=(),
+        num_images=0,
+        num_read=0,
+        buckets=Counter(),
+        enlarged=(),
+        num_downsampled=0,
+        problems=(),
+        captions="",
+        num_uncaptioned=0,
+        example=None,
+        num_variants=1,
+        num_captions=0,
+        tags=caption_plan(config, data, seed=seed, caption_dropout=0).tag_problems([]),
+        groups=Counter(),
+        num_held_out=0,
+        unreachable=reason,
+    )
+
+
+def _read(
+    config: DatasetConfig,
+    data: DataConfig,
+    *,
+    alignment: int,
+    seed: int,
+    reads_all: bool,
+    conditioning: Sequence[Entry],
+) -> DatasetPreview:
     scan = scan_entry(config, cache=data.latents_folder(config))
+    if config.folder is None and not scan.images:
+        raise DataError(
+            f"Dataset {config.id!r}: {config.place} holds no image. Put images there or correct "
+            "instance_data_dir."
+        )
     reader = caption_reader(config, scan)
     index = ImageIndex(index_file(data.latents_folder(config), config))
     found = list(islice(candidates(config, scan, seed), config.max_num_samples))
@@ -136,6 +199,7 @@ def preview(
     finder = ConditioningFinder(
         config, conditioning, index_of=lambda entry: ImageIndex(index_file(folder, entry))
     )
+    index.expect(found)
     for file in found if reads_all else _within_limits(found, index):
         num_read += 1
         info = index.info(file)
@@ -215,6 +279,7 @@ def _captions(
 ) -> list[tuple[str, tuple[str, ...]]]:
     """Name and captions of each image; notes the captions that cannot be used."""
     captions: list[tuple[str, tuple[str, ...]]] = []
+    reader.expect(files)
     for file in files:
         try:
             captions.append((file.name, read_captions(file, config, reader).texts))

@@ -7,16 +7,23 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from simpletuner.helpers.configuration.text.secrets import HIDDEN
+
+_FOLDERS = frozenset({"instance_data_dir", "folder", "aws_endpoint_url"})
+"""Keys of places of images, which may be the URLs of private storage."""
 _PATH = re.compile(r"(?:/|~[^\s/\\]*[/\\]|\\\\|[A-Za-z]:[\\/]|\.{1,2}[\\/])\S")
 
 
 def without_paths(value: Any) -> Any:
     """JSON in which each text that is a path is the last name of the path; JSON in a text is looked through.
 
-    A path begins with a slash, a drive, a dot and a slash, or ~.
+    A path begins with a slash, a drive, a dot and a slash, or ~. The URL of a place of images is hidden.
     """
     if isinstance(value, Mapping):
-        return {without_paths(key): without_paths(each) for key, each in value.items()}
+        return {
+            without_paths(key): HIDDEN if key in _FOLDERS and "://" in str(each) else without_paths(each)
+            for key, each in value.items()
+        }
     if isinstance(value, list | tuple):
         return [without_paths(each) for each in value]
     if not isinstance(value, str):

@@ -17,6 +17,7 @@ from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.masks import mask_entries
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.data.on_demand import Encode, OnDemand
+from simpletuner.helpers.data.sources.base import expect
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.reporting.progress_bar import duration
 
@@ -151,7 +152,7 @@ def _fill(
     started_s = logged_s = time.monotonic()
     num_encoded = total = 0
     for num_encoded, total in encode_missing(
-        requests, encode_unless_stopped, batch_size=batch_size, shard=shard, watch=watch
+        requests, encode_unless_stopped, batch_size=batch_size, shard=shard, watch=watch, expect=expect
     ):
         if time.monotonic() - logged_s >= SECONDS_BETWEEN_LINES:
             logged_s = time.monotonic()

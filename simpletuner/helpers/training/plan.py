@@ -12,6 +12,7 @@ from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.migration.paths import repeated_folder
+from simpletuner.helpers.configuration.schema.base import HIDDEN_SECRET, as_json
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
@@ -121,10 +122,13 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
         rows.append(("uploads", _uploaded(config)))
     yield from (f"  {name:<12}{text}" for name, text in rows)
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
-    problems += _slider_problems(config, previews, calendar)
-    problems += evaluation_problems(config, previews)
+    unreached = [each for each in previews if each.unreachable is not None]
+    problems += [f"dataset {each.config.id} was not looked at: {each.unreachable}" for each in unreached]
+    if not unreached:
+        problems += _slider_problems(config, previews, calendar)
+        problems += evaluation_problems(config, previews)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
-    if not unseen or config.training.max_train_steps is not None:  # else the number of steps is unknown
+    if not (unseen or unreached) or config.training.max_train_steps is not None:  # else steps are unknown
         problems += warnings_of(config, spec, calendar=calendar)
     for text in (*problems, *_only_before(config, spec)):
         yield f"  warning     {text}"
@@ -235,6 +239,7 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, calendar: Calendar) -> li
         *_examples_own(config),
         *_prediction(config),
         *_repeated_folders(config),
+        *_keys_in_files(config),
         *_sizes_without_effect(config),
         *_without_references(config, spec),
         *_prompts_without_references(config),
@@ -375,6 +380,16 @@ def _other_model(config: RunConfig) -> Iterator[str]:
                 f"model_flavour {each.ours} is {named} here; what is {each.ours} in SimpleTuner is "
                 f"{each.theirs} here. Name the one that you mean, or set defaults."
             )
+
+
+def _keys_in_files(config: RunConfig) -> Iterator[str]:
+    """Entries whose keys of storage are written in the dataset json."""
+    entries = (*config.datasets, *config.conditioning, *config.references)
+    if found := [each.id for each in entries if as_json(each)["aws_secret_access_key"] == HIDDEN_SECRET]:
+        yield (
+            f"aws_secret_access_key of {', '.join(found)} stands in the dataset json, where others may read "
+            "it. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment instead."
+        )
 
 
 def _examples_own(config: RunConfig) -> Iterator[str]:
@@ -518,6 +533,9 @@ def _new_token(config: RunConfig) -> str:
 
 def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     config = each.config
+    if each.unreachable is not None:
+        yield "images", f"{config.id}: not looked at in {config.place}"
+        return
     part = "" if each.is_whole else f" (of the first {each.num_read:,})"
     sizes = [f"{size}: {number:,}" for size, number in sorted(each.buckets.items())]
     more = f" and {len(sizes) - _SHOWN_BUCKETS} more" if len(sizes) > _SHOWN_BUCKETS else ""

@@ -22,6 +22,11 @@ from simpletuner.helpers.publishing.privacy import without_paths
         ("C:/place/cat", "cat"),
         (r"\\server\place\cat", "cat"),
         ({"a": ["/x/y", 1, None], "/p/q": True}, {"a": ["y", 1, None], "q": True}),
+        (
+            {"instance_data_dir": "s3://private/x", "aws_endpoint_url": "https://inside", "folder": "gs://b"},
+            {"instance_data_dir": "(hidden)", "aws_endpoint_url": "(hidden)", "folder": "(hidden)"},
+        ),
+        ({"instance_data_dir": "/place/cat"}, {"instance_data_dir": "cat"}),
         (json.dumps({"a": "/x/y"}), '{"a": "y"}'),
     ],
 )

@@ -25,7 +25,7 @@ from simpletuner.helpers.configuration.text.secrets import HIDDEN, without_secre
 from simpletuner.helpers.io.run_folder import CONFIG_FILE
 from simpletuner.helpers.reporting.html_report import gallery, writer
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart, nice_ticks
-from simpletuner.helpers.reporting.html_report.folder import NoRunError, read_run, relative_path
+from simpletuner.helpers.reporting.html_report.folder import NoRunError, display_path, read_run, relative_path
 from simpletuner.helpers.reporting.html_report.markup import (
     data_block,
     format_duration,
@@ -667,3 +667,7 @@ def test_losses_of_held_out_images_and_their_gap_are_drawn(tmp_path: Path) -> No
 
 def test_page_of_a_run_without_held_out_images_has_no_chart_of_them(html: str) -> None:
     assert "held-out" not in html
+
+
+def test_a_url_is_displayed_as_it_is() -> None:
+    assert display_path("s3://bucket/cats") == "s3://bucket/cats"

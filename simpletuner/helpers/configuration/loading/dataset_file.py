@@ -25,6 +25,12 @@ from simpletuner.helpers.configuration.loading.conditioning import (
     read_conditioning,
 )
 from simpletuner.helpers.configuration.loading.relations import Context
+from simpletuner.helpers.configuration.loading.remote_folders import (
+    hide_secrets,
+    with_url,
+    without_secrets,
+    without_storage,
+)
 from simpletuner.helpers.configuration.loading.row_entries import unnested
 from simpletuner.helpers.configuration.loading.several_resolutions import at_each_resolution, with_copies
 from simpletuner.helpers.configuration.loading.translation import (
@@ -137,6 +143,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
             source.reject(f"[{index}]", entry, "must be an object, {...}.")
             continue
         values = {key.removeprefix("--"): value for key, value in entry.items() if value is not None}
+        hide_secrets(values)
         identity = values.get("id")
         named = isinstance(identity, str) and identity not in first_with
         own = replace(source, prefix=f"{identity}." if named else f"[{index}].")
@@ -147,7 +154,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         elif isinstance(identity, str):
             first_with[identity] = index
         kind = values.get("dataset_type")
-        if kind == "image_embeds" and values.get("type", "local") == "local":
+        if kind == "image_embeds" and without_storage(values)[0].get("type", "local") == "local":
             found = [Decision(f"{own.prefix}dataset_type", kind, "no effect", "", _LATENTS)]
         elif kind == "text_embeds":
             text_cache, found = _text_cache(values, own)
@@ -279,8 +286,11 @@ def translate_entry(
     fixed: dict[str, JsonValue] = {
         key: given[key] for key in ("type", "dataset_type", "disabled") if key in given and is_text
     }
-    others = {key: value for key, value in given.items() if key not in fixed}
+    open_values, secrets = without_secrets(given)
+    others, stored = (open_values, []) if is_text else with_url(open_values)
+    others = {key: value for key, value in others.items() if key not in fixed}
     values, decisions = _translations(others, is_text=is_text, inherited=inherited)
+    decisions = [*secrets, *stored, *decisions]
     return {**fixed, **values}, [replace(each, key=f"{prefix}{each.key}") for each in decisions]
 
 
@@ -288,7 +298,9 @@ def _translated(
     values: Mapping[str, JsonValue], source: Source, *, is_text: bool, inherited: Mapping[str, object]
 ) -> tuple[dict[str, JsonValue], list[Decision]]:
     """The values of the section's keys, and what became of the others; notes each that is refused."""
+    values, stored = (values, []) if is_text else with_url(values)
     known, decisions = _translations(values, is_text=is_text, inherited=inherited)
+    decisions = [*stored, *decisions]
     for each in decisions:
         if each.outcome == "not translated":
             source.add(each.key, each.text)
@@ -320,11 +332,11 @@ def _translations(
 
 
 def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCacheEntry, list[Decision]]:
+    values, stored = without_storage(values)
     storage, identity = values.get("type", "local"), values.get("id")
     if storage != "local":
-        advice = "Use local, and remove the aws_ keys: prompt embeds are cached in a local folder, cache_dir."
+        advice = "Use local: prompt embeds are cached in a local folder, cache_dir."
         source.reject("type", storage, f"not supported here. {advice}")
-        values = {key: value for key, value in values.items() if not key.startswith("aws_")}
     others = {key: value for key, value in values.items() if key not in ("type", "dataset_type", "disabled")}
     image_keys = DatasetConfig.model_fields.keys() - TextCacheEntry.model_fields.keys()
     without_effect = tables("text_embeds").without_effect
@@ -334,6 +346,7 @@ def _text_cache(values: Mapping[str, JsonValue], source: Source) -> tuple[TextCa
     known, decisions = _translated(others, source, is_text=True, inherited={})
     if isinstance(identity, str):
         source = source.with_names(id=identity)
+    decisions = [*(replace(each, key=f"{source.prefix}{each.key}") for each in stored), *decisions]
     return build(TextCacheEntry, known, source).section or TextCacheEntry(), decisions
 
 

@@ -56,7 +56,7 @@ def _repository(name: str) -> str:
 
 _VALUE_ADVICE: Mapping[str, tuple[str, str]] = {
     "model_type": ("controlnet ip-adapter", "Use lora, full or embedding."),
-    "type": ("aws s3 webshart memory", "Copy the data to a folder and use local."),
+    "type": ("webshart memory", "Copy the data to a folder and use local."),
     "dataset_type": (
         "video audio conditioning_image_embeds caption distillation_cache",
         'Remove the entry, or set "disabled": true in it.',

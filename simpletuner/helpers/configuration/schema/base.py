@@ -18,6 +18,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     JsonValue,
+    SecretStr,
     ValidationInfo,
 )
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
@@ -26,9 +27,12 @@ import simpletuner
 from simpletuner.helpers.choices.registry import Choice, Registry
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.paths import has_drive, portable, with_slashes
+from simpletuner.helpers.io.redaction import PLACEHOLDER, redacted
 
 NUM_TIMESTEPS = 1000
 """Timesteps of every model: keys that are timesteps lie in [0, 1000]."""
+HIDDEN_SECRET = "***"
+"""Stands for a secret of the configuration in everything that is shown or written."""
 _NONE_WORDS = frozenset({"", "none", "null"})
 _PACKAGE = Path(simpletuner.__file__).parent
 _DEMO = ("simpletuner", "demo")
@@ -158,7 +162,8 @@ def choices_in(section: Section) -> Iterator[tuple[str, Choice]]:
 
 def holds_text(section: type[Section], key: str) -> bool:
     """Whether a key takes free text, in which an environment variable may be a secret."""
-    return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, (str, Path))
+    types = (str, Path, SecretStr)
+    return registry_of(section, key) is None and _mentions(section.model_fields[key].annotation, types)
 
 
 def takes_empty_text(section: type[Section], key: str) -> bool:
@@ -171,7 +176,7 @@ def _mentions(annotation: object, types: tuple[type, ...]) -> bool:
 
 
 def as_json(section: Section) -> dict[str, JsonValue]:
-    """The values of a section as json; validating it gives an equal section."""
+    """The values of a section as json; validating it gives an equal section, but for its secrets."""
     return {key: _plain(value) for key, value in section}
 
 
@@ -180,6 +185,9 @@ def _plain(value: object) -> JsonValue:
         return value
     if isinstance(value, Section):
         return as_json(value)
+    if isinstance(value, SecretStr):
+        text = redacted(value.get_secret_value())
+        return text if PLACEHOLDER.fullmatch(text) else HIDDEN_SECRET
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):

@@ -9,10 +9,12 @@ from pydantic import BeforeValidator, Field, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
-from simpletuner.helpers.configuration.schema.base import LateSection, OneOf
+from simpletuner.helpers.configuration.schema.base import LateSection, OneOf, path_context
 from simpletuner.helpers.configuration.schema.row_keys import HUB, RowKeys
+from simpletuner.helpers.configuration.schema.storage_keys import StorageKeys, folder_url, source_of
 from simpletuner.helpers.configuration.schema.tar_places import check_names, tar_place
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.redaction import redacted
 
 
 def _image_folder(value: object, info: ValidationInfo) -> Path | str | None:
@@ -32,14 +34,10 @@ def _image_folder(value: object, info: ValidationInfo) -> Path | str | None:
         if isinstance(place, str) and not record.holds_archives:
             raise ValueError('is a tar archive. Set "type": "webdataset" to train from it.')
         return place
-    scheme = value.partition("://")[0].lower()
-    known = [each for record in IMAGE_SOURCES.values() for each in record.schemes]
-    if scheme not in known:
-        urls = f", or a URL of {', '.join(f'{each}://' for each in known)}" if known else ""
-        raise ValueError(f"{scheme}:// is not supported. Give a folder on this machine{urls}.")
+    url = folder_url(path_context(info).expand(value))
     if record.holds_archives:
-        check_names(value)
-    return value
+        check_names(url)
+    return url
 
 
 ImageFolder = Annotated[
@@ -53,17 +51,18 @@ class _Entry(LateSection):
     id: str
     """Name of the entry, unique in the file."""
     type: Annotated[str, OneOf(IMAGE_SOURCES)] = "local"
-    """Place of the images: local, a folder on this machine; webdataset, tar archives; table (also csv, jsonl,
-    parquet), the rows of a file; huggingface, a dataset of the hub or in its format."""
+    """Place of the images: local, a folder on this machine, or the storage of the URL in instance_data_dir;
+    webdataset, tar archives; table (also csv, jsonl, parquet), the rows of a file; huggingface, a dataset of
+    the hub or in its format."""
 
 
-class ImagePlace(RowKeys, _Entry):
+class ImagePlace(RowKeys, StorageKeys, _Entry):
     """Where the images of an entry lie. They are only read."""
 
     instance_data_dir: ImageFolder
-    """Folder of the images, with its subfolders; only read. With webdataset: folder of .tar archives, or
-    their path, in which {000..012} stands for numbers, {a,b} for texts and * for anything. With type table:
-    where relative paths begin; default: the table's folder."""
+    """Folder of the images, with its subfolders, or its URL in remote storage; only read. With webdataset:
+    folder of .tar archives, or their path, in which {000..012} stands for numbers, {a,b} for texts and * for
+    anything. With type table: where relative paths begin; default: the table's folder."""
 
     @property
     def source(self) -> str:
@@ -71,8 +70,7 @@ class ImagePlace(RowKeys, _Entry):
         record = IMAGE_SOURCES[self.type]
         if record.holds_archives or record.holds_rows or not isinstance(self.instance_data_dir, str):
             return self.type
-        scheme = self.instance_data_dir.partition("://")[0].lower()
-        return next(record.name for record in IMAGE_SOURCES.values() if scheme in record.schemes)
+        return source_of(self.instance_data_dir) or self.type
 
     @property
     def folder(self) -> Path | None:
@@ -81,8 +79,8 @@ class ImagePlace(RowKeys, _Entry):
 
     @property
     def place(self) -> str:
-        """Where the images lie, in words for people."""
-        return printable(str(self.table_file or self.dataset_name or self.instance_data_dir))
+        """Where the images lie, in words for people, without secrets."""
+        return printable(redacted(str(self.table_file or self.dataset_name or self.instance_data_dir)))
 
     @property
     def needs_download(self) -> bool:

@@ -9,7 +9,9 @@ from typing import Any
 from simpletuner.helpers.io.redaction import redacted
 
 HIDDEN = "(hidden)"
-_SECRET_KEY = re.compile(r"(^|[_-])(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|[_-])(token|secret|password|passwd|api_?key|credential|access_key(_id)?)s?$", re.IGNORECASE
+)
 _WORDS = frozenset({"placeholder_token", "initializer_token"})
 """Keys whose tokens are words of prompts."""
 _SECRET_VALUE = re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA|xox[abp]-)[A-Za-z0-9_-]{12,}")

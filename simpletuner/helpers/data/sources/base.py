@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from simpletuner.helpers.choices.captions import caption_suffixes, caption_tables, shared_suffixes
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
@@ -43,8 +43,10 @@ class ImageSource(ABC, Generic[Entry]):
     It is only read, by several threads at a time. `Entry` is what the listing knows of a file.
     """
 
-    holds_rows = False
+    holds_rows: ClassVar[bool] = False
     """Every entry of the listing is an image, whatever the suffix of its name."""
+    reads_ahead: ClassVar[bool] = False
+    """Whether it gains from `expect`: the first byte of a file is slow to come."""
 
     @property
     @abstractmethod
@@ -59,6 +61,7 @@ class ImageSource(ABC, Generic[Entry]):
 
         Raises:
             DataError: The place cannot be read; the message names it.
+            SourceError: The same, for a place that is no folder on this machine.
         """
 
     @abstractmethod
@@ -70,7 +73,8 @@ class ImageSource(ABC, Generic[Entry]):
         """The bytes of a file, of which there may be at most `limit`.
 
         Raises:
-            DataError: The file is larger or cannot be read; the message does not name it.
+            DataError: The file is larger or cannot be read, and is left out; the message does not name it.
+            SourceError: The place cannot be read any more, which ends the start; the message names the file.
         """
 
     def remember_in(self, folder: Path) -> None:
@@ -84,6 +88,10 @@ class ImageSource(ABC, Generic[Entry]):
     def place_of(self, name: str) -> str:
         """Where a file lies, in words for people."""
         return f"{self.place}/{printable(name)}"
+
+    def expect(self, files: Iterable[FoundFile]) -> None:
+        """Begin to read files that will be asked for, in this order."""
+        del files
 
     def changed_ns(self, file: FoundFile) -> int:
         """When a file last changed, nanoseconds since 1970; 0 if the signature differs with the content."""
@@ -203,6 +211,16 @@ def scan_source(source: ImageSource[Any]) -> Scan:
         texts=source.texts(),
         tables=tuple(tables),
     )
+
+
+def expect(files: Iterable[FoundFile]) -> None:
+    """Tell the sources of files that these will be read next, in this order."""
+    by_source: dict[ImageSource[Any], list[FoundFile]] = {}
+    for file in files:
+        if file.source.reads_ahead:
+            by_source.setdefault(file.source, []).append(file)
+    for source, own in by_source.items():
+        source.expect(own)
 
 
 def read_bounded(file: FoundFile, *, limit: int) -> bytes:

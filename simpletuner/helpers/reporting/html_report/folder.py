@@ -119,7 +119,9 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
 
 
 def relative_path(path: str | Path) -> str:
-    """The path relative to the working directory; unchanged if it is outside."""
+    """The path relative to the working directory; unchanged if it is outside, or a URL."""
+    if "://" in str(path):
+        return str(path)
     try:
         relative = os.path.relpath(path)
     except ValueError:  # on another drive of Windows

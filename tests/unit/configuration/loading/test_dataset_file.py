@@ -124,7 +124,10 @@ def test_aspect_buckets_are_numbers_or_objects(workspace: Workspace) -> None:
     [
         ({"instance_data_dir": "nowhere"}, 'photos.instance_data_dir  "nowhere": not found'),
         ({"instance_data_dir": "config.json"}, 'photos.instance_data_dir  "config.json": .*folder'),
-        ({"instance_data_dir": "s3://bucket/x"}, 'photos.instance_data_dir  "s3://b.*s3:// is not supported'),
+        (
+            {"instance_data_dir": "ftp://host/x"},
+            'photos.instance_data_dir  "ftp://h.*ftp:// is not supported',
+        ),
         ({"instance_data_dir": None}, "photos.instance_data_dir  required"),
         ({"id": None}, r"\[0\].id  required"),
         ({"repeats": -1}, "photos.repeats  -1: .* 0"),
@@ -435,16 +438,17 @@ def test_a_text_embeds_entry_names_the_text_cache(workspace: Workspace) -> None:
     assert [dataset.id for dataset in config.datasets] == ["photos"]
 
 
-def test_prompt_embeds_in_a_remote_storage_are_one_problem_without_a_folder_of_images(
-    workspace: Workspace,
-) -> None:
-    entry = {"id": "t", "dataset_type": "text_embeds", "type": "aws", "aws_bucket_name": "b"}
+@pytest.mark.parametrize("kind", ["text_embeds", "image_embeds"])
+def test_a_cache_in_remote_storage_is_a_local_folder_and_says_so(workspace: Workspace, kind: str) -> None:
+    entry = {"id": "t", "dataset_type": kind, "type": "aws", "aws_bucket_name": "b", "cache_dir": "made"}
     workspace.datasets.append(entry)
-    problems = workspace.problems()
-    assert "t.type" in problems
-    assert "cache_dir" in problems
-    assert "aws_bucket_name" not in problems
-    assert "instance_data_dir" not in problems
+    config = workspace.load()
+    found = {each.key: each.outcome for each in config.decisions if each.key.startswith("t.")}
+    if kind == "text_embeds":
+        assert config.data.cache_dir_text == workspace.folder / "made"
+        assert found == {"t.type": "no effect", "t.aws_bucket_name": "no effect"}
+    else:
+        assert found == {"t.dataset_type": "no effect"}
 
 
 def test_of_several_text_embeds_entries_the_default_counts(workspace: Workspace) -> None:
@@ -463,7 +467,7 @@ def test_of_several_text_embeds_entries_the_default_counts(workspace: Workspace)
     [
         ({"instance_data_dir": "images"}, "t.instance_data_dir  "),
         ({"cache_dri": "x"}, "t.cache_dri  unknown key. Did you mean cache_dir?"),
-        ({"type": "aws"}, 't.type  "aws": '),
+        ({"type": "csv"}, 't.type  "csv": '),
         ({"csv": {"path": "x"}}, "t.csv  known from SimpleTuner"),
     ],
 )

@@ -91,7 +91,7 @@ def test_only_loose_references_have_a_crop_of_their_own(workspace: Workspace) ->
         ({SERVANTS: "before"}, {"instance_data_dir": "nowhere"}, r"before\.instance_data_dir"),
         ({SERVANTS: "before"}, {"crop_colour": 1}, r"before\.crop_colour  unknown key"),
         ({SERVANTS: "before"}, {SERVANTS: "photos"}, r'before\.conditioning_data +"photos": '),
-        ({SERVANTS: "before"}, {"type": "aws"}, r'before\.type +"aws": '),
+        ({SERVANTS: "before"}, {"type": "aws"}, r"before\.aws_bucket_name +required"),
         (
             {SERVANTS: "before"},
             {"conditioning_type": "reference_loose", "crop": True, "crop_aspect": "random"},

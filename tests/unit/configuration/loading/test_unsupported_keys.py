@@ -13,6 +13,7 @@ from simpletuner.helpers.configuration.load import KEYS
 from simpletuner.helpers.configuration.loading import unsupported_keys as module
 from simpletuner.helpers.configuration.loading.conditioning import OWNER
 from simpletuner.helpers.configuration.loading.known_values import UNSUPPORTED_VALUES
+from simpletuner.helpers.configuration.loading.remote_folders import BUCKET, PREFIX
 from simpletuner.helpers.configuration.loading.translation import tables
 from simpletuner.helpers.configuration.loading.unsupported_keys import Table, UnsupportedKey, unsupported_keys
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -109,7 +110,7 @@ def test_every_name_of_config_json_is_known() -> None:
 def test_every_name_of_the_dataset_json_is_known() -> None:
     table = tables("dataset")
     names = DATASET_NAMES.split()
-    sections = {*DatasetConfig.model_fields, *ConditioningConfig.model_fields, OWNER}
+    sections = {*DatasetConfig.model_fields, *ConditioningConfig.model_fields, OWNER, BUCKET, PREFIX}
     known = {*sections, *table.aliases, *unsupported_keys("dataset")}
     assert len(names) > 50
     assert not [name for name in names if name not in known and not any(table.without_effect(name))]
@@ -205,7 +206,7 @@ def test_every_unsupported_value_is_named_with_its_advice(workspace: Workspace) 
 def test_every_unsupported_value_of_a_dataset_is_named_with_its_advice(workspace: Workspace) -> None:
     fields = DatasetConfig.model_fields
     values = {pair: advice for pair, advice in UNSUPPORTED_VALUES.items() if pair[0] in fields}
-    assert len(values) > 10
+    assert len(values) > 8
     wrong = []
     for (key, value), advice in values.items():
         workspace.datasets = [{"id": "photos", "instance_data_dir": "images", key: value}]
