@@ -279,12 +279,15 @@ def prepare(
     # The optimiser's state is where its parameters are; accelerate would cast it to their dtype.
     if config.model.is_full and accelerator.distributed_type == DistributedType.FSDP:
         return denoiser, accelerator.prepare_optimizer(optimizer, device_placement=False)
-    placement = [not config.precision.enable_group_offload, False]
+    moves_denoiser = not config.precision.enable_group_offload
+    if config.model.model_type == "embedding":  # DDP refuses a model without a trained weight
+        frozen = accelerator.prepare_model(denoiser, device_placement=moves_denoiser, evaluation_mode=True)
+        return frozen, accelerator.prepare_optimizer(optimizer, device_placement=False)
     # accelerate looks parameters up by their address, which all empty shards share: of a rank below the
     # number of processes.
     parameters = [[*group["params"]] for group in optimizer.param_groups]
     prepared: tuple[nn.Module, AcceleratedOptimizer] = accelerator.prepare(
-        denoiser, optimizer, device_placement=placement
+        denoiser, optimizer, device_placement=[moves_denoiser, False]
     )
     for group, own in zip(optimizer.param_groups, parameters, strict=True):
         group["params"] = own

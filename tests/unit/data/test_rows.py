@@ -297,7 +297,7 @@ def test_a_filter_keeps_the_rows_that_meet_every_condition(folder: Path) -> None
     names = [
         [image.name[0] for image in scan_entry(dataset(folder / "images/list.csv", row_filter=each)).images]
         for each in (
-            {"score": {"min": 6}},
+            {"score": {"min": 7.5}},
             {"score": {"max": 7.5}},
             {"score": {"min": 6, "max": 8}},
             {"kind": "x"},
@@ -338,6 +338,18 @@ def test_a_long_caption_is_shortened(folder: Path) -> None:
     assert 8000 < len(image[0]) <= 8192
 
 
+def test_memory_does_not_grow_with_the_rows_that_were_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 1)
+    monkeypatch.setattr(parquet, "KEPT_BATCHES", 2)
+    file = write(embedded([png(number, edge=16) for number in range(8)]), tmp_path / "a.parquet")
+    cursor = parquet._Cursor(pyarrow.parquet.ParquetFile(file), "image")
+    for row in range(8):
+        cursor.cell(row)
+        assert len(cursor._kept) <= 2
+
+
 def test_a_large_row_group_is_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -347,3 +359,11 @@ def test_a_large_row_group_is_warned_of(
     assert not caplog.records
     scan_entry(dataset(write(table, tmp_path / "b.parquet", group=2)))
     assert "b.parquet: a row group of 2 rows has 0 MiB" in caplog.text
+
+
+def test_a_filter_compares_values_of_any_kind_as_texts(folder: Path) -> None:
+    rows = [{"image": f"images/{n}.png", "text": "a", "x": x} for n, x in enumerate([True, 2.0, "2", None])]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for wanted, names in ((True, "0"), (2, "12"), ([False, "2"], "12")):
+        scan = scan_entry(dataset(folder / "rows.jsonl", row_filter={"x": wanted}))
+        assert "".join(image.name[7] for image in scan.images) == names

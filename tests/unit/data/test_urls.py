@@ -44,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         data = self.server.files.get(self.path)
         status = self.server.statuses.pop(0) if self.server.statuses else 200 if data else 404
         self.send_response(status or 200)
+        if status == 302:
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/a.png")
         body = data or b""
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -115,6 +117,14 @@ def test_a_host_that_never_answers_is_a_reason_to_skip_and_is_asked_once() -> No
             ):
                 reader.read("http://127.0.0.1:9/a.png", limit=10)
     assert times == [1.0, 4.0]
+
+
+def test_a_password_is_not_sent_to_another_host(server: Server) -> None:
+    server.statuses = [302]
+    address = server.address.replace("http://", "http://user:secret@")
+    assert UrlReader().read(f"{address}/moved.png", limit=10**6) == png(0)
+    assert len(server.requests) == 2
+    assert None in server.authorizations
 
 
 def test_a_file_above_the_limit_is_not_read_to_its_end(server: Server) -> None:

@@ -76,6 +76,11 @@ def _columns(value: object) -> object:
     return () if value is None else (value,) if isinstance(value, str) else value
 
 
+def _word(value: object) -> object:
+    """A switch as the word that JSON has for it; numbers become texts by themselves."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 def _filter(value: object) -> object:
     """Conditions by column; a single value is a list of one."""
     if is_off(value):
@@ -105,7 +110,8 @@ def _kind(condition: object) -> str:
 
 
 _Condition = Annotated[
-    Annotated[Range, Tag("limits")] | Annotated[tuple[str | int | float | bool, ...], Tag("values")],
+    Annotated[Range, Tag("limits")]
+    | Annotated[tuple[Annotated[str, BeforeValidator(_word)], ...], Tag("values")],
     Discriminator(_kind),
 ]
 RowFilter = Annotated[dict[str, _Condition], BeforeValidator(_filter)]

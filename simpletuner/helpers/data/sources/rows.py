@@ -156,9 +156,12 @@ def kept_rows(rows: Rows, conditions: RowFilter) -> list[int]:
     ]
 
 
-def _meets(cell: object, condition: Range | tuple[str | int | float | bool, ...]) -> bool:
+def _meets(cell: object, condition: Range | tuple[str, ...]) -> bool:
     if isinstance(condition, tuple):
-        return cell in condition or str(cell) in map(str, condition)
+        if isinstance(cell, bool):
+            return str(cell).lower() in condition
+        is_whole = isinstance(cell, float) and cell.is_integer()
+        return str(cell) in condition or (is_whole and f"{cell:.0f}" in condition)
     try:
         number = float(str(cell))
     except ValueError:

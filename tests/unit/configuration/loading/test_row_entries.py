@@ -184,7 +184,7 @@ def test_what_is_wrong_with_an_entry_of_rows_is_named(
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"caption_column": "a, b"}, {"row_filter": {"a": [1, "x"], "b": {"min": 2}}}]
+    "keys", [{}, {"caption_column": "a, b"}, {"row_filter": {"a": [1, "x", True], "b": {"min": 2}}}]
 )
 def test_an_entry_of_rows_can_be_written_and_read_again(workspace: Workspace, keys: dict[str, Any]) -> None:
     (workspace.folder / "set").mkdir()
