@@ -189,9 +189,9 @@ class TextEmbeds:
             others=others,
         )
 
-    def to(self, device: torch.device) -> TextEmbeds:
-        """Embeddings with all tensors on a device."""
-        return self.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
+    def each(self, change: Callable[[Tensor], Tensor]) -> TextEmbeds:
+        """Embeddings with all tensors changed."""
+        return self.from_tensors({name: change(tensor) for name, tensor in self.tensors().items()})
 
     @classmethod
     def stack(cls, texts: Sequence[TextEmbeds]) -> TextEmbeds:
@@ -226,16 +226,23 @@ class Batch:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on a device."""
-        mask = None if self.loss_mask is None else self.loss_mask.to(device)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with all tensors changed."""
         return replace(
             self,
-            latents=self.latents.to(device),
-            text=self.text.to(device),
-            loss_mask=mask,
-            references=tuple(each.to(device) for each in self.references),
+            latents=change(self.latents),
+            text=self.text.each(change),
+            loss_mask=None if self.loss_mask is None else change(self.loss_mask),
+            references=tuple(map(change, self.references)),
         )
+
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which CUDA copies while the host goes on."""
+        return self.each(lambda tensor: tensor.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on a device; the host does not wait for copies to CUDA."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
+from simpletuner.helpers.caching.shards import halves
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.errors import DataError
 
@@ -49,6 +52,84 @@ class CacheRequest(Generic[Input]):
         return self.store.folder, self.key
 
 
+class CacheRequests(Sequence[CacheRequest[Input]]):
+    """Requests whose keys are columns; a request is made when somebody asks for it.
+
+    Args:
+        stores: The stores that hold the entries.
+        store_rows: [n], the position of each request's store.
+        keys: [n, 2], the halves of each request's key.
+        make: Makes a request by its position.
+        read_at_once: Positions of the requests that `is_read_at_once`.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TensorStore],
+        store_rows: npt.NDArray[np.int64],
+        keys: npt.NDArray[np.uint64],
+        *,
+        make: Callable[[int], CacheRequest[Input]],
+        read_at_once: Sequence[int] = (),
+    ) -> None:
+        self.stores = stores
+        self.store_rows = store_rows
+        self.keys = keys
+        self.read_at_once = read_at_once
+        self._make = make
+
+    @classmethod
+    def of(cls, requests: Iterable[CacheRequest[Input]]) -> CacheRequests[Input]:
+        """These requests."""
+        if isinstance(requests, CacheRequests):
+            return requests
+        listed = list(requests)
+        stores = list({request.store: None for request in listed})
+        number = {store: row for row, store in enumerate(stores)}
+        return cls(
+            stores,
+            np.array([number[request.store] for request in listed], np.int64),
+            halves([request.key for request in listed]),
+            make=listed.__getitem__,
+            read_at_once=[row for row, request in enumerate(listed) if request.is_read_at_once],
+        )
+
+    def distinct(self) -> npt.NDArray[np.int64]:
+        """The first request for each entry; ascending positions. Stores of one folder hold the same."""
+        folders = [str(store.folder) for store in self.stores]
+        _, of_store = np.unique(np.array(folders, dtype=object).astype(str), return_inverse=True)
+        folder = of_store[self.store_rows] if folders else self.store_rows
+        order = np.lexsort((self.keys[:, 1], self.keys[:, 0], folder))
+        keys, folder = self.keys[order], folder[order]
+        is_first = np.ones(len(order), bool)
+        is_first[1:] = (keys[1:] != keys[:-1]).any(axis=1) | (folder[1:] != folder[:-1])
+        return np.sort(order[is_first])
+
+    def missing(self, rows: npt.NDArray[np.int64]) -> list[int]:
+        """The positions, among these, whose entries are not there, or are to be read at once and damaged."""
+        is_missing = np.zeros(len(rows), bool)
+        for number, store in enumerate(self.stores):
+            own = self.store_rows[rows] == number
+            if own.any():
+                is_missing[own] = ~store.holds(self.keys[rows[own]])
+        for row in set(self.read_at_once) & set(rows[~is_missing].tolist() if self.read_at_once else ()):
+            request = self[row]
+            is_missing[np.searchsorted(rows, row)] = request.key not in request.store
+        return [int(row) for row in rows[is_missing]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> CacheRequest[Input]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[CacheRequest[Input]]: ...
+    def __getitem__(self, index: int | slice) -> CacheRequest[Input] | list[CacheRequest[Input]]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        return self._make(range(len(self))[index])
+
+
 def encode_missing(
     requests: Iterable[CacheRequest[Input]],
     encode: Callable[[list[Input]], Sequence[Mapping[str, Tensor]]],
@@ -71,16 +152,16 @@ def encode_missing(
         Preempted: A stop signal arrived while one was waited for.
     """
     watch = watch or LoaderWatch()
-    unique = list({request.entry: request for request in requests}.values())
+    columns = CacheRequests.of(requests)
     index, num_shards = shard
-    own = unique[index::num_shards]
-    missing = _missing(own)
+    own = columns.distinct()[index::num_shards]
+    missing = [columns[row] for row in columns.missing(own)]
     if expect is not None:
         expect(request.file for request in missing if request.file is not None)
     try:
         yield from _encoded(missing, encode, batch_size=batch_size, watch=watch)
     finally:
-        for store in {request.store for request in own}:
+        for store in columns.stores:
             store.flush()
 
 
@@ -109,20 +190,6 @@ def put_encoded(requests: Sequence[CacheRequest[Input]], encoded: Sequence[Mappi
     """
     for request, tensors in zip(requests, encoded, strict=True):
         _put(request, tensors)
-
-
-def _missing(requests: Sequence[CacheRequest[Input]]) -> list[CacheRequest[Input]]:
-    """The requests whose entries are not there, or are to be read at once and damaged."""
-    keys: dict[TensorStore, list[str]] = {}
-    for request in requests:
-        keys.setdefault(request.store, []).append(request.key)
-    held = {store: store.held(each) for store, each in keys.items()}
-    return [
-        request
-        for request in requests
-        if request.key not in held[request.store]
-        or (request.is_read_at_once and request.key not in request.store)
-    ]
 
 
 def _batches(requests: Iterable[CacheRequest[Input]], size: int) -> Iterator[list[CacheRequest[Input]]]:

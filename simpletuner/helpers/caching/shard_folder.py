@@ -55,12 +55,10 @@ class Shards:
         self._table = _table_of([])
         self._files: OrderedDict[str, FileIO] = OrderedDict()
 
-    def held(self, keys: Collection[str]) -> set[str]:
-        """Those of these keys that have an entry, which is not read."""
+    def holds(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Whether each of these [n, 2] halves of keys has an entry, which is not read."""
         self._refresh()
-        listed = list(keys)
-        places = self._table.find(halves(listed))
-        return {key for key, place in zip(listed, places, strict=True) if place >= 0}
+        return self._table.find(keys) >= 0
 
     def read(self, key: str) -> tuple[bytearray, Layout] | None:
         """The bytes of an entry, unchecked; None if there is none.

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +42,6 @@ class SingleFiles:
     def path(self, key: str) -> Path:
         """The path of a key's entry, which need not exist."""
         return self._folder / key[:2] / f"{key}{SUFFIX}"
-
-    def held(self, keys: Iterable[str]) -> set[str]:
-        """Those of these keys that have a file, which is not read."""
-        return set(keys) & self.found()
 
     def found(self) -> set[str]:
         """The keys of all files."""

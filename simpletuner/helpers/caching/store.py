@@ -11,10 +11,12 @@ from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from simpletuner.helpers.caching.shard_folder import Shards
-from simpletuner.helpers.caching.shards import parse_entry, write_shard
+from simpletuner.helpers.caching.shards import halves, parse_entry, write_shard
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.io.atomic import remove_leftovers
 from simpletuner.helpers.io.names import printable
@@ -35,12 +37,19 @@ MAX_WAIT_S = 60.0
 
 def content_key(*parts: bytes | str) -> str:
     """A 128-bit key, in hexadecimal, that depends on every part and on where each of them ends."""
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        digest.update(f"{len(data)}:".encode())
-        digest.update(data)
-    return digest.hexdigest()
+    return xxhash.xxh3_128_hexdigest(b"".join(map(key_part, parts)))
+
+
+def key_part(part: bytes | str) -> bytes:
+    """What a part adds to the bytes whose hash is a key."""
+    data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+    return b"%d:%b" % (len(data), data)
+
+
+def key_halves(texts: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """[n, 2], the halves of the keys of these bytes, each the joined parts of a key."""
+    digests = b"".join(map(xxhash.xxh3_128_digest, texts))
+    return np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2)
 
 
 class TensorStore:
@@ -89,10 +98,19 @@ class TensorStore:
 
         Removes the temporary files of writers on this machine that no longer run.
         """
+        wanted = list(keys)
+        is_held = self.holds(halves(wanted)).tolist()
+        return {key for key, held in zip(wanted, is_held, strict=True) if held}
+
+    def holds(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Whether each of these [n, 2] halves of keys has an entry, as `held`."""
         with self._lock:
             remove_leftovers(self.folder)
-            wanted = set(keys)
-            return (wanted & self._pending.keys()) | self._shards.held(wanted) | self._files.held(wanted)
+            found = self._shards.holds(keys)
+            others = [*self._pending, *self._files.found()]
+            if others:
+                found |= np.isin(_whole(keys), _whole(halves(others)))
+            return found
 
     def put(self, key: str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
         """Add an entry; the metadata, which is redacted, is for people who look into the file.
@@ -143,3 +161,8 @@ class TensorStore:
     @property
     def _shown(self) -> str:
         return printable(str(self.folder))
+
+
+def _whole(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bytes_]:
+    """One value for each [n, 2] key."""
+    return np.ascontiguousarray(keys).view("S16").reshape(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -18,6 +19,17 @@ class Placement:
     resized_px: Size
     top_left: tuple[int, int]
     target_px: Size
+
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
+        """Height and width of the resized size, top and left, height and width of the crop."""
+        resized, target = self.resized_px, self.target_px
+        return (resized.height, resized.width, *self.top_left, target.height, target.width)
+
+
+def placement_of(numbers: Sequence[int]) -> Placement:
+    """The placement of these `numbers`."""
+    height, width, top, left, target_height, target_width = numbers
+    return Placement(Size(height, width), (top, left), Size(target_height, target_width))
 
 
 def bucket_size(

@@ -8,21 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from simpletuner.helpers.caching.latents import latents_key, read_latents
+from simpletuner.helpers.caching.latents import latents_key, latents_key_texts, read_latents
 from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.caching.recent import RecentlyRead
-from simpletuner.helpers.caching.store import TensorStore
-from simpletuner.helpers.caching.text import read_text, text_key
+from simpletuner.helpers.caching.store import TensorStore, key_halves
+from simpletuner.helpers.caching.text import read_text, text_key, text_key_texts
 from simpletuner.helpers.configuration.schema.made_references import Depth
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.contracts import Sample, TextEmbeds
+from simpletuner.helpers.data.columns import Rows, in_pieces
+from simpletuner.helpers.data.index import content_of
 from simpletuner.helpers.data.made_references import DepthEstimator
 from simpletuner.helpers.data.masks import loss_factors
-from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.planned import PlannedImage, PlannedImages
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.data.scan_report import shown
 from simpletuner.helpers.errors import CacheEntryError
@@ -115,6 +119,24 @@ class CacheReader:
         """The cache key of the latents of an image or a reference."""
         assert self._vae_identity, "the identities come first"
         return latents_key(image.sample, image_digest=self.content(image), vae_identity=self._vae_identity)
+
+    def latents_keys(self, images: PlannedImages, rows: Rows) -> npt.NDArray[np.uint64]:
+        """[n, 2], the halves of the cache keys of the latents of the images at some positions."""
+        assert self._vae_identity, "the identities come first"
+        digests = images.digests[rows].tobytes().hex()
+        contents = (
+            content_of(digests[start : start + 32], is_read_anew=anew)
+            for start, anew in zip(
+                range(0, len(digests), 32), images.is_read_anew[rows].tolist(), strict=True
+            )
+        )
+        cuts = map(tuple, in_pieces(images.cuts[rows, 2:]))
+        return key_halves(latents_key_texts(contents, cuts, vae_identity=self._vae_identity))
+
+    def text_keys(self, prompts: Sequence[str]) -> npt.NDArray[np.uint64]:
+        """[n, 2], the halves of the cache keys of the embeddings of prompts."""
+        assert self._text_identity, "the identities come first"
+        return key_halves(text_key_texts(prompts, text_identity=self._text_identity))
 
     def text_key(self, prompt: str) -> str:
         """The cache key of the embeddings of a prompt."""

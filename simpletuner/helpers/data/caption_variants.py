@@ -90,6 +90,11 @@ class CaptionPlan:
             return orders
         return orders * -(-self.caption_variants // orders)
 
+    @property
+    def changes(self) -> bool:
+        """Whether captions are changed before training."""
+        return any(step.varies != "by sample" for step in self._steps())
+
     def variants(self, texts: Sequence[str], *, image: str) -> tuple[tuple[str, ...], ...]:
         """The variants of each caption of an image.
 

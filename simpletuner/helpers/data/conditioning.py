@@ -53,6 +53,12 @@ class ConditioningFinder:
             if isinstance(each, ReferenceConfig)
         ]
 
+    @property
+    def finds(self) -> bool:
+        """Whether anything conditions the images."""
+        dataset = self._dataset
+        return bool(self._masks or self._references or dataset.alpha_mask or dataset.conditioning)
+
     def conditioning_of(
         self, image: FoundFile, info: ImageInfo, *, placement: Placement, cropping: Cropping
     ) -> Conditioning | str:

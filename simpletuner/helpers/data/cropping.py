@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from random import Random
+
+import numpy as np
+import numpy.typing as npt
 
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBucket
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -20,6 +24,7 @@ from simpletuner.helpers.data.buckets import (
     place,
     scale_to,
 )
+from simpletuner.helpers.data.columns import in_pieces
 
 # Above the rounding errors of a threshold such as 0.2, below the share of a pixel in the longest edge.
 _ROUNDING = 1e-9
@@ -69,6 +74,38 @@ class Cropping:
             rng=Random(f"{self.seed} crop {config.id} {name!r}") if style == "random" else _UNUSED,
             least_scale=least_scale,
         )
+
+    def placements(
+        self, sizes: npt.NDArray[np.int32], names: Sequence[str]
+    ) -> tuple[npt.NDArray[np.int32], dict[int, str]]:
+        """The resized size and the crop of images; images of one size share them unless they are drawn.
+
+        Args:
+            sizes: [n, 2], height and width.
+            names: Of the images.
+
+        Returns:
+            [n, 6], height and width of the resized size, top and left, height and width of the crop; and
+            position -> reason, of the images whose size cannot be used.
+        """
+        distinct, of_size = np.unique(_joined(sizes), return_inverse=True)
+        if self._draws:
+            distinct, of_size = _joined(sizes), np.arange(len(sizes))
+        cuts, problems = np.zeros((len(distinct), 6), np.int32), {}
+        for row, (height, width) in enumerate(in_pieces(_parted(distinct))):
+            found = self.placement(Size(height=height, width=width), name=names[row])
+            if isinstance(found, str):
+                problems[row] = found
+            else:
+                cuts[row] = found.numbers()
+        is_unusable = np.isin(of_size, list(problems)) if problems else np.zeros(len(sizes), bool)
+        return cuts[of_size], {row: problems[of_size[row]] for row in np.flatnonzero(is_unusable).tolist()}
+
+    @property
+    def _draws(self) -> bool:
+        """Whether the name of an image selects its shape or its crop."""
+        config = self.config
+        return config.crop and "random" in (config.crop_style, config.crop_aspect)
 
     def is_downsampled(self, image_px: Size) -> bool:
         """Whether an image is above maximum_image_size, and target_downsample_size makes it smaller."""
@@ -128,6 +165,16 @@ class Cropping:
             resolution_type=self.config.resolution_type,
             alignment=self.alignment,
         )
+
+
+def _joined(sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """A number for each [n, 2] size."""
+    return (sizes[:, 0].astype(np.int64) << 32) | sizes[:, 1]
+
+
+def _parted(joined: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[n, 2], the sizes of these numbers."""
+    return np.stack([joined >> 32, joined & 0xFFFFFFFF], axis=1)
 
 
 def _aspect(bucket: float | AspectBucket) -> float:

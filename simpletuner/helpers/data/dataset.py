@@ -6,19 +6,18 @@ Shapes: B batch, C latent channels, H W image height and width, h w latent heigh
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from itertools import count
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
-from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, CacheRequest
+from simpletuner.helpers.caching.filling import CacheRequest, CacheRequests
 from simpletuner.helpers.caching.masks import read_cached_mask
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.recent import GIB
@@ -30,13 +29,15 @@ from simpletuner.helpers.configuration.schema.sections import DataConfig, Traini
 from simpletuner.helpers.contracts import Batch, Sample, TextEmbeds
 from simpletuner.helpers.data.cache_reader import CachedItem, CacheReader
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
+from simpletuner.helpers.data.columns import joined
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.epoch_report import report_epochs
+from simpletuner.helpers.data.facts import facts_of
 from simpletuner.helpers.data.held_out import Divided, divided
-from simpletuner.helpers.data.index import ImageIndex, index_file, read_unchanged
+from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.made_references import DepthEstimator
-from simpletuner.helpers.data.masks import BLANK, is_blank, read_mask
-from simpletuner.helpers.data.mirroring import Planned, is_mirrored, mirrored
+from simpletuner.helpers.data.masks import is_blank
+from simpletuner.helpers.data.mirroring import is_mirrored, mirrored
 from simpletuner.helpers.data.on_demand import Loaded, OnDemand
 from simpletuner.helpers.data.phases import (
     Calendar,
@@ -45,19 +46,13 @@ from simpletuner.helpers.data.phases import (
     gap_problem,
     has_steps,
 )
-from simpletuner.helpers.data.pixels import load_pixels
-from simpletuner.helpers.data.planning import (
-    DatasetPlan,
-    PlannedImage,
-    PlannedMask,
-    plan_dataset,
-    without_damaged,
-)
-from simpletuner.helpers.data.references import PlannedReference, drawn_references, reference_fact
+from simpletuner.helpers.data.planned import DatasetPlan, Members, PlannedImage, PlannedMask
+from simpletuner.helpers.data.planning import plan_dataset, without_damaged
+from simpletuner.helpers.data.references import PlannedReference, drawn_references
+from simpletuner.helpers.data.requests import DataRequests, bucket_of
 from simpletuner.helpers.data.sampler import Draw, shuffled
-from simpletuner.helpers.data.scan_report import beginning, shown
 from simpletuner.helpers.data.sources.base import SkippedImage
-from simpletuner.helpers.errors import CacheEntryError, DamagedImageError, DataError
+from simpletuner.helpers.errors import CacheEntryError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -104,11 +99,13 @@ class TrainingData:
     """How masks weight the loss."""
     depth: DepthEstimator | None = None
     """Estimates the depth of images; None if no reference is made of it."""
+    pins_batches: bool = False
+    """Batches lie in page-locked memory, for CUDA."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
-    samples: tuple[Sample, ...] = field(init=False)
-    """Every trained image once, with its first caption."""
+    samples: Sequence[Sample] = field(init=False)
+    """Every trained image once, with its first caption; each is made when it is asked for."""
     divided: Divided = field(init=False)
     """The images that are trained, and those that are held out."""
     skipped: tuple[SkippedImage, ...] = field(init=False)
@@ -145,9 +142,10 @@ class TrainingData:
         self._on_demand: OnDemand | None = None
         self._strengths = slider_strengths(active)
         self.damaged = {}
+        self._requests = DataRequests(self._cached, masks=self.masks, depth=self.depth, damaged=self.damaged)
         self._follow([self._plan(each) for each in active])
         several = {
-            plan.config.id: sum(len(variants) for image in plan.images for variants in image.captions)
+            plan.config.id: sum(1 for _ in plan.images.captions.all())
             for plan in self.divided.trained
             if plan.caption_plan.num_variants > 1
         }
@@ -159,12 +157,10 @@ class TrainingData:
 
         Then the first variant of each held-out image, then the captions of references.
         """
-        texts = [text for image in self._images for variants in image.captions for text in variants]
-        held_out = self.divided.held_out
-        texts += [image.sample.caption for image in held_out]
-        references = (each for image in (*self._images, *held_out) for each in image.references)
-        texts += [text for each in references for text in each.captions]
         trained = self.divided.trained
+        texts = [text for plan in trained for text in plan.images.captions.all()]
+        texts += [image.sample.caption for image in self.divided.held_out]
+        texts += [text for each in self.divided.references() for text in each.captions]
         drops = any(plan.caption_plan.config.caption_dropout_probability for plan in trained)
         return tuple(dict.fromkeys(["", *texts] if drops else texts))
 
@@ -175,72 +171,35 @@ class TrainingData:
         }
         for plan in self.divided.trained:
             dataset = redacted(f"dataset {plan.config.id}")
-            facts |= self._facts_of(plan.images, dataset)
+            facts |= facts_of(plan.images, dataset, content_of=self._cached.content)
             if plan.config.train_batch_size is not None:
                 facts[f"{dataset}, samples per batch"] = plan.config.train_batch_size * self.num_processes
-        for plan in self._plans:
-            held_out = [each for each in self.divided.held_out if each.sample.dataset_id == plan.config.id]
-            if held_out:
-                facts |= self._facts_of(held_out, redacted(f"held-out part of dataset {plan.config.id}"))
-        return facts
-
-    def _facts_of(self, images: Sequence[PlannedImage], owner: str) -> dict[str, JsonValue]:
-        """Number and identity of some images."""
-        captions = sorted((image.sample.path, sum(image.captions, ())) for image in images)
-        facts: dict[str, JsonValue] = {
-            f"{owner}, number of images": len(images),
-            f"{owner}, hash of all images": _hash_of(sorted(image.digest for image in images)),
-            f"{owner}, hash of all captions": _hash_of([each for _, each in captions]),
-        }
-        if masks := sorted(image.mask.key for image in images if image.mask is not None):
-            facts[f"{owner}, hash of all masks"] = _hash_of(masks)
-        references = sorted(
-            reference_fact(image.sample.path, each, content=self._cached.content(each))
-            for image in images
-            for each in image.references
-        )
-        if references:
-            facts[f"{owner}, hash of all references"] = _hash_of(references)
+        for images in self.divided.held_parts:
+            owner = redacted(f"held-out part of dataset {images.dataset_id}")
+            facts |= facts_of(images, owner, content_of=self._cached.content)
         return facts
 
     def set_encoders(self, *, vae_identity: str, text_identity: str) -> None:
         """Set the identities of the encoders, which are part of the cache keys."""
         self._cached.set_encoders(vae_identity=vae_identity, text_identity=text_identity)
 
-    def latents_requests(self) -> list[CacheRequest[Tensor]]:
+    def latents_requests(self) -> CacheRequests[Tensor]:
         """A request for the latents of each image, by bucket, the held-out ones last; then of each reference.
 
         Inputs are [3, H, W] in [-1, 1].
         """
-        in_buckets = [
-            each for _, images in self._buckets for image in images for each in self._orientations(image)
-        ]
-        in_buckets += sorted(self.divided.held_out, key=_bucket_of)
-        images = [
-            self._latents_request(image, name=image.sample.path, batch_group=_bucket_of(image))
-            for image in in_buckets
-        ]
-        references = sorted(
-            (
-                each
-                for image in (*self._images, *self.divided.held_out)
-                for own in image.references
-                for each in self._orientations(own)
-            ),
-            key=lambda each: (each.sample.dataset_id, each.sample.target_px),
-        )
-        return images + [
-            self._latents_request(
-                each,
-                name=f"Reference {each.sample.path} of {each.entry}",
-                batch_group=f"references {each.sample.dataset_id} {each.sample.target_px}",
-            )
-            for each in references
-        ]
+        return self._requests.latents(self._buckets, self.divided, flipped=self._flipped)
 
-    def _orientations(self, image: Planned) -> tuple[Planned, ...]:
-        """An image or reference, and itself mirrored if it is trained so."""
-        return (image, mirrored(image)) if image.sample.dataset_id in self._flipped else (image,)
+    def mask_requests(self) -> list[CacheRequest[Tensor]]:
+        """A request for each mask in its image's crop; inputs are those of `read_mask`."""
+        return self._requests.of_masks(self.divided)
+
+    def text_requests(self, prompts: Sequence[str] = ()) -> CacheRequests[str]:
+        """A request for the embeddings of each caption and of these prompts.
+
+        Those of the prompts and of dropped captions are read at once, since no other can take their place.
+        """
+        return self._requests.texts((*self.captions(), *prompts), vital={"", *prompts})
 
     def encode_on_demand(self, on_demand: OnDemand) -> None:
         """Encode what the caches lack once a batch needs it."""
@@ -254,55 +213,6 @@ class TrainingData:
         """
         for store in (self._text_store, *self._latents_stores.values()):
             store.flush()
-
-    def _latents_request(
-        self, image: PlannedImage | PlannedReference, *, name: str, batch_group: str
-    ) -> CacheRequest[Tensor]:
-        return CacheRequest(
-            store=self._latents_stores[image.sample.dataset_id],
-            key=self._cached.latents_key(image),
-            name=name,
-            encoder=VAE,
-            metadata={"image": image.sample.path, "size": str(image.sample.target_px)},
-            load=partial(self._pixels_unless_damaged, image),
-            batch_group=batch_group,
-            file=image.file,
-        )
-
-    def mask_requests(self) -> list[CacheRequest[Tensor]]:
-        """A request for each mask in its image's crop; inputs are those of `read_mask`."""
-        return [
-            CacheRequest(
-                store=self._latents_stores[image.sample.dataset_id],
-                key=image.mask.key,
-                name=f"Mask of {image.sample.path}",
-                encoder="mask",
-                metadata={"image": image.sample.path, "mask": printable(image.mask.file.name)},
-                load=partial(self._mask_unless_damaged, image, image.mask),
-                file=image.mask.file,
-            )
-            for image in (*self._images, *self.divided.held_out)
-            if image.mask is not None
-        ]
-
-    def text_requests(self, prompts: Sequence[str] = ()) -> list[CacheRequest[str]]:
-        """A request for the embeddings of each caption and of these prompts.
-
-        Those of the prompts and of dropped captions are read at once, since no other can take their place.
-        """
-        vital = {"", *prompts}
-        return [self._text_request(each, is_vital=each in vital) for each in (*self.captions(), *prompts)]
-
-    def _text_request(self, prompt: str, *, is_vital: bool = False) -> CacheRequest[str]:
-        return CacheRequest(
-            store=self._text_store,
-            key=self._cached.text_key(prompt),
-            name=f"Prompt {shown(prompt)}",
-            encoder=TEXT_ENCODER,
-            metadata={"prompt": beginning(prompt)},
-            load=partial(str, prompt),
-            is_read_at_once=is_vital,
-        )
 
     def leave_out(self, damaged: Mapping[str, str]) -> None:
         """Leave damaged images out of this run's samples and of later runs' too; list them as skipped.
@@ -322,7 +232,7 @@ class TrainingData:
             index.save()
         plans = [without_damaged(plan, damaged) for plan in self._plans]
         for before, plan in zip(self._plans, plans, strict=True):
-            if plan.images != before.images:
+            if plan is not before:
                 _log_plan(plan)
         self._follow(plans)
 
@@ -391,7 +301,7 @@ class TrainingData:
         sample_indices = tuple(draw.first_sample + slot for slot in self._slots(draw))
         samples = tuple(item.sample for item in items)
         masks = [item.loss_mask for item in items if item.loss_mask is not None]
-        return Batch(
+        batch = Batch(
             latents=torch.stack([item.latents for item in items]),
             text=TextEmbeds.stack([item.text for item in items]),
             samples=samples,
@@ -404,13 +314,14 @@ class TrainingData:
                 torch.stack(column) for column in zip(*(item.references for item in items), strict=True)
             ),
         )
+        return batch.pinned() if self.pins_batches else batch
 
     def _references(self, image: PlannedImage, *, epoch: int) -> tuple[PlannedReference, ...]:
         """The references that an image is trained with in an epoch."""
         if self.data.conditioning_multidataset_sampling == "combined":
             return image.references
         return drawn_references(
-            image.sample, image.references, seed=self.seed, epoch=epoch, bucket=_bucket_of(image)
+            image.sample, image.references, seed=self.seed, epoch=epoch, bucket=bucket_of(image)
         )
 
     def _slots(self, draw: Draw) -> range:
@@ -474,9 +385,11 @@ class TrainingData:
         """The entries of a sample."""
         for each in images:
             cut = each.sample
-            yield self._latents_request(each, name=cut.path, batch_group=f"{cut.dataset_id} {cut.target_px}")
+            yield self._requests.of_image(
+                each, name=cut.path, batch_group=f"{cut.dataset_id} {cut.target_px}"
+            )
         if self.caches_text:
-            yield self._text_request(sample.caption)
+            yield self._requests.of_text(sample.caption)
 
     def _report_bad(self, image: PlannedImage, text: str) -> None:
         """Say once that the next image of its bucket takes the place of this one."""
@@ -498,28 +411,6 @@ class TrainingData:
         cycle, place = divmod(turn, len(self._strengths))
         order = shuffled(self.seed, "strength", cycle, length=len(self._strengths))
         return self._strengths[int(order[place])]
-
-    def _pixels_unless_damaged(self, image: PlannedImage | PlannedReference) -> Tensor | None:
-        """The pixels of an image or a reference; None, and a note in `damaged`, if they are damaged."""
-        try:
-            return load_pixels(image, depth=self.depth)
-        except DamagedImageError as error:
-            is_file = isinstance(image, PlannedReference) and image.making is None
-            start = f"its reference {image.sample.path} cannot be used: " if is_file else ""
-            self.damaged.setdefault(image.digest, f"{start}{error}")
-            return None
-
-    def _mask_unless_damaged(self, image: PlannedImage, mask: PlannedMask) -> Tensor | None:
-        """The mask of an image; None if it is damaged. A note in `damaged` if so, or if it is blank."""
-        data = read_unchanged(mask.file, mask.digest)
-        try:
-            values = read_mask(data, image.sample, kind=mask.kind)
-        except DataError as error:
-            self.damaged[mask.digest] = f"its mask {printable(mask.file.name)} cannot be used: {error}"
-            return None
-        if is_blank(values, mask.kind, self.masks):
-            self.damaged[mask.key] = BLANK
-        return values
 
     def _is_known_blank(self, config: DatasetConfig, mask: PlannedMask) -> bool:
         """Whether a mask was read in an earlier run and leaves nothing of its image."""
@@ -607,8 +498,7 @@ class TrainingData:
         self.calendar = self._curriculum.calendar
         if problem := gap_problem(self.calendar, self.training):
             raise DataError(problem)
-        self._images = [image for plan in plans for image in plan.images]
-        self.samples = tuple(image.sample for image in self._images)
+        self.samples = joined([plan.images.samples for plan in plans])
         self.skipped = tuple(each for plan in self._plans for each in plan.skipped)
         report_epochs(self._curriculum, self.training)
 
@@ -623,30 +513,21 @@ class TrainingData:
         return has_steps([plan.config for plan in self.divided.trained])
 
 
-def _hash_of(value: object) -> str:
-    return xxhash.xxh3_64_hexdigest(repr(value).encode("utf-8", "surrogateescape"))
-
-
 def _log_plan(plan: DatasetPlan) -> None:
-    sizes = Counter((image.sample.target_px, image.bucket) for image in plan.images)
+    sizes = plan.images.members()
     logger.info(
         "Dataset %s: %s (%d skipped) in %s: %s.",
         plan.config.id,
         counted(len(plan.images), "image"),
         len(plan.skipped),
         counted(len(sizes), "bucket"),
-        ", ".join(f"{name}: {number}" for (_, name), number in sorted(sizes.items())),
+        ", ".join(f"{name}: {len(rows)}" for (_, name), rows in sorted(sizes.items(), key=itemgetter(0))),
     )
 
 
-def _bucket_of(image: PlannedImage) -> str:
-    """Name of an image's bucket among those of all datasets."""
-    return f"{image.sample.dataset_id} {image.bucket}"
-
-
-def _members(plan: DatasetPlan) -> dict[str, list[PlannedImage]]:
+def _members(plan: DatasetPlan) -> dict[str, Members]:
     """The buckets of a dataset by size and sizes of references."""
-    members: dict[str, list[PlannedImage]] = {}
-    for image in sorted(plan.images, key=lambda image: image.sample.target_px):
-        members.setdefault(_bucket_of(image), []).append(image)
-    return members
+    return {
+        f"{plan.config.id} {name}": Members(plan.images, rows)
+        for (_, name), rows in plan.images.members().items()
+    }

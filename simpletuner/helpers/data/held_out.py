@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage
+from simpletuner.helpers.data.planned import DatasetPlan, PlannedImage, PlannedImages
+from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.data.scan_report import listed
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import counted
@@ -18,14 +22,28 @@ _NUM_DIGESTS = 1 << 128
 ADVICE = "Raise it, or move images into an entry with dataset_type eval."
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Divided:
     """The images of a run's datasets: what is trained, and what is held out."""
 
     trained: tuple[DatasetPlan, ...]
     """The plans without held-out images; none is empty."""
-    held_out: tuple[PlannedImage, ...]
-    """In the order of the datasets and of their names."""
+    held_parts: tuple[PlannedImages, ...]
+    """The held-out images of each dataset that has some."""
+
+    @cached_property
+    def held_out(self) -> tuple[PlannedImage, ...]:
+        """The held-out images, in the order of the datasets and of their names."""
+        return tuple(image for images in self.held_parts for image in images)
+
+    @property
+    def parts(self) -> tuple[PlannedImages, ...]:
+        """The trained images of each dataset, then the held-out ones."""
+        return (*(plan.images for plan in self.trained), *self.held_parts)
+
+    def references(self) -> list[PlannedReference]:
+        """The references of all images, in their order."""
+        return [each for images in self.parts for own in images.references or () for each in own]
 
 
 def is_held_out(config: DatasetConfig, digest: str) -> bool:
@@ -44,17 +62,23 @@ def divided(plans: Sequence[DatasetPlan]) -> Divided:
     Raises:
         DataError: Nothing of a dataset is left to train.
     """
-    held_out = {
-        plan.config.id: [each for each in plan.images if is_held_out(plan.config, each.digest)]
-        for plan in plans
-    }
-    digests = {image.digest for images in held_out.values() for image in images}
+    held_out = {plan.config.id: _held_out(plan) for plan in plans}
+    digests = {digest for images in held_out.values() for digest in _hex_digests(images)}
     trained = {plan.config.id: _trained(plan, digests) for plan in plans if plan.config.is_trained}
     for plan in plans:
         _log(plan, num_held_out=len(held_out[plan.config.id]))
         if plan.config.is_trained:
             _log_twins(plan, trained[plan.config.id])
-    return Divided(tuple(trained.values()), tuple(image for images in held_out.values() for image in images))
+    return Divided(tuple(trained.values()), tuple(images for images in held_out.values() if len(images)))
+
+
+def _held_out(plan: DatasetPlan) -> PlannedImages:
+    rows = enumerate(_hex_digests(plan.images) if plan.config.holds_out else ())
+    return plan.images.take(np.array([row for row, each in rows if is_held_out(plan.config, each)], np.int64))
+
+
+def _hex_digests(images: PlannedImages) -> Iterator[str]:
+    return (digest.tobytes().hex() for digest in images.digests)
 
 
 def chosen_to_evaluate(
@@ -83,9 +107,11 @@ def _by_digest(images: Sequence[PlannedImage]) -> list[PlannedImage]:
 
 def _trained(plan: DatasetPlan, digests: Collection[str]) -> DatasetPlan:
     """The plan without the images whose digests are held out."""
-    kept = tuple(image for image in plan.images if image.digest not in digests)
-    if kept:
-        return replace(plan, images=kept)
+    if not digests:
+        return plan
+    rows = [row for row, digest in enumerate(_hex_digests(plan.images)) if digest not in digests]
+    if rows:
+        return replace(plan, images=plan.images.take(np.array(rows, np.int64)))
     raise DataError(all_held_out(plan.config, len(plan.images)))
 
 
@@ -113,6 +139,8 @@ def without_any(config: DatasetConfig, number: int) -> str:
 
 def _log_twins(plan: DatasetPlan, kept: DatasetPlan) -> None:
     """Name the images that are left out because another dataset holds out the same ones."""
+    if len(kept.images) == len(plan.images):
+        return
     names = {image.sample.path for image in kept.images}
     twins = [
         image.sample.path

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from simpletuner.helpers.data.captions import (
-    MAX_CAPTION_FILE_BYTES,
     MISSING,
     CaptionReader,
     Captions,
@@ -32,9 +31,10 @@ _SHOWN = 8
 class JsonCaptions(TextFileCaptions):
     """The .json file beside an image."""
 
-    def captions_of(self, file: FoundFile) -> Captions:
-        """The captions in a JSON file: a text, several in an array, or either under a key of an object."""
-        text = decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES))
+    is_plain = False
+
+    def captions_in(self, text: str) -> Captions:
+        """The captions in a JSON text: a text, several in an array, or either under a key of an object."""
         value = _parsed(text)
         if isinstance(value, Mapping):
             key = _caption_key(value)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from simpletuner.helpers.contracts import Sample
-from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.planned import PlannedImage
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.randomness import mix
 

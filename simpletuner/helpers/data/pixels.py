@@ -10,7 +10,7 @@ from simpletuner.helpers.data.images import as_pixels, cut, decode_image
 from simpletuner.helpers.data.index import read_unchanged
 from simpletuner.helpers.data.made_references import DepthEstimator, make_reference
 from simpletuner.helpers.data.mirroring import mirrored_sample
-from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.planned import PlannedImage
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 

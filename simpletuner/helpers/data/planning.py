@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.contracts import Sample, Size
-from simpletuner.helpers.data.buckets import Placement
+from simpletuner.helpers.data.buckets import placement_of
 from simpletuner.helpers.data.caption_variants import CaptionPlan, limit_problem
-from simpletuner.helpers.data.captions import CaptionReader, Captions, caption_reader, read_captions
+from simpletuner.helpers.data.captions import CaptionColumn, CaptionReader, caption_reader, read_caption_rows
+from simpletuner.helpers.data.columns import Rows, Texts, is_everything
 from simpletuner.helpers.data.conditioning import Conditioning, ConditioningFinder
 from simpletuner.helpers.data.cropping import Cropping
-from simpletuner.helpers.data.index import ImageIndex, ImageInfo
-from simpletuner.helpers.data.masks import BLANK, MaskKind, mask_key
-from simpletuner.helpers.data.references import PlannedReference, bucket_name
-from simpletuner.helpers.data.sampler import shuffled
+from simpletuner.helpers.data.index import ImageIndex, Infos, joined_infos
+from simpletuner.helpers.data.masks import BLANK, FoundMask, mask_key
+from simpletuner.helpers.data.planned import CaptionTexts, DatasetPlan, PlannedImages, PlannedMask, Variants
+from simpletuner.helpers.data.sampler import inspection_order
 from simpletuner.helpers.data.scan_report import listed, report_captions, report_downsampled, report_files
-from simpletuner.helpers.data.sources.base import FoundFile, Scan, SkippedImage
+from simpletuner.helpers.data.sources.base import Files, Scan, SkippedImage
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.names import printable
@@ -28,69 +31,29 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedMask:
-    """The mask of a usable image."""
-
-    file: FoundFile
-    digest: str
-    """Of the file's bytes."""
-    kind: MaskKind
-    key: str
-    """Of its entry in the cache of latents."""
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedImage:
-    """A usable image."""
-
-    file: FoundFile
-    digest: str
-    """Of the file's bytes."""
-    sample: Sample
-    """With the first variant of the first caption."""
-    captions: tuple[tuple[str, ...], ...]
-    """The variants of each caption; each draw of the image takes one of one."""
-    content: str
-    """Identity of its pixels, for the keys of cached latents."""
-    mask: PlannedMask | None = None
-    references: tuple[PlannedReference, ...] = ()
-    """One of each entry of references, in the order of conditioning_data, then those that are made."""
-
-    @property
-    def bucket(self) -> str:
-        """The bucket within its dataset."""
-        return bucket_name(self.sample.target_px, [each.sample.target_px for each in self.references])
-
-    def fault(self, damaged: Mapping[str, str]) -> str | None:
-        """The reason if it, its mask or a reference is damaged; by digests, and keys of masks."""
-        ids = [self.digest, *(each.digest for each in self.references)]
-        ids += [] if self.mask is None else [self.mask.digest, self.mask.key]
-        return next((damaged[each] for each in ids if each in damaged), None)
-
-
-@dataclass(frozen=True, slots=True)
-class DatasetPlan:
-    """The images of one dataset."""
-
-    config: DatasetConfig
-    caption_plan: CaptionPlan
-    images: tuple[PlannedImage, ...]
-    """In the order of their names; never empty."""
-    skipped: tuple[SkippedImage, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class _Usable:
-    file: FoundFile
-    info: ImageInfo
-    size: Size
-    placement: Placement
-    conditioning: Conditioning
+    """The usable images found so far, as columns."""
 
-    @property
-    def problem(self) -> str | None:
-        """The reason if an earlier run found its pixels, or those of what conditions it, damaged."""
-        return self.info.problem or self.conditioning.problem
+    rows: Rows
+    """Positions in the scan."""
+    infos: Infos
+    """Of these images."""
+    cuts: npt.NDArray[np.int32]
+    """[n, 6], as `Cropping.placements` gives them."""
+    conditioning: list[Conditioning]
+    """Of each image; empty if nothing conditions them."""
+
+    def take(self, places: Rows) -> _Usable:
+        """Those at some places."""
+        if is_everything(places, len(self.rows)):
+            return self
+        conditioning = [self.conditioning[place] for place in places.tolist()] if self.conditioning else []
+        return _Usable(self.rows[places], self.infos.take(places), self.cuts[places], conditioning)
+
+    def problems(self) -> dict[int, str]:
+        """Place -> the reason if an earlier run found the pixels, or those of what conditions it, damaged."""
+        conditioned = {place: each.problem for place, each in enumerate(self.conditioning) if each.problem}
+        return {**conditioned, **self.infos.problems}
 
 
 def plan_dataset(
@@ -122,54 +85,38 @@ def plan_dataset(
             no mask or reference, several, or one of another aspect ratio.
     """
     scan = scan_entry(config, cache=index.folder)
-    reader = caption_reader(config, scan)
+    reader = caption_reader(config, scan, recall=index.texts)
     _refuse_ambiguous(config, reader)
     report_files(config, scan, reader)
     skipped = [SkippedImage(config.id, printable(name), reason) for name, reason in scan.skipped]
     cropping = Cropping(config=config, seed=seed, alignment=alignment, aspect_decimals=aspect_decimals)
-    usable: list[_Usable] = []
-    index.expect(islice(candidates(config, scan, seed), config.max_num_samples))
-    for file in candidates(config, scan, seed):
-        info = index.info(file)
-        reason, found = reader.unusable(file), _placement(info.size, cropping, file)
-        if info.size is None or reason is not None or isinstance(found, str):
-            why = info.problem or reason or str(found)
-            skipped.append(SkippedImage(config.id, printable(file.name), why))
-        else:
-            own: Conditioning | str = Conditioning()
-            if conditioning is not None:
-                own = conditioning.conditioning_of(file, info, placement=found, cropping=cropping)
-            if isinstance(own, str):
-                skipped.append(SkippedImage(config.id, printable(file.name), own))
-            else:
-                usable.append(_Usable(file, info, info.size, found, own))
-        if len(usable) == config.max_num_samples:
-            break
+    inspection = _Inspection(config, scan, reader, index=index, cropping=cropping, conditioning=conditioning)
+    found = inspection.usable(inspection_order(config, len(scan.images), seed))
+    skipped += inspection.skipped
     if conditioning is not None and (problem := conditioning.problem()):
         raise DataError(problem)
     # After max_num_samples: the run that found the damage did not take another image either.
+    problems = found.problems()
+    names = scan.images.names
     skipped += [
-        SkippedImage(config.id, printable(each.file.name), each.problem) for each in usable if each.problem
+        SkippedImage(config.id, printable(names[int(found.rows[place])]), problems[place])
+        for place in sorted(problems)
     ]
-    usable = [each for each in usable if each.problem is None]
-    usable.sort(key=lambda each: each.file.name.split("/"))
+    whole = np.delete(np.arange(len(found.rows)), sorted(problems))
+    found = found.take(whole[np.argsort(found.rows[whole])])  # the scan is in the order of the names
     left_out = _left_out(config, scan)
-    _report_skipped(config, skipped, num_usable=len(usable), left_out=left_out)
+    _report_skipped(config, skipped, num_usable=len(found.rows), left_out=left_out)
     skipped += left_out
-    files = [each.file for each in usable]
-    captions = _captions_of(config, files, reader=reader)
-    report_captions(config, files, captions, reader=reader)
-    report_downsampled(config, sum(cropping.is_downsampled(each.size) for each in usable), len(usable))
-    _check_captions(files, captions, caption_plan)
-    images = [
-        _planned(config, each, caption_plan.variants(one.texts, image=each.file.name))
-        for each, one in zip(usable, captions, strict=True)
-    ]
-    plan = DatasetPlan(config=config, caption_plan=caption_plan, images=tuple(images), skipped=tuple(skipped))
-    if is_known_blank is None:
+    captions = _captions_of(config, found.rows, reader=reader)
+    files = scan.images.take(found.rows)
+    report_captions(config, files.names, captions, reader=reader)
+    _report_downsampled(config, found, cropping)
+    _check_captions(files.names, captions, caption_plan)
+    images = _planned(config, found, files, captions=captions, caption_plan=caption_plan)
+    plan = DatasetPlan(config=config, caption_plan=caption_plan, images=images, skipped=tuple(skipped))
+    if is_known_blank is None or images.masks is None:
         return plan
-    known = [image.mask for image in images if image.mask is not None]
-    blank = {each.key: BLANK for each in known if is_known_blank(each)}
+    blank = {each.key: BLANK for each in images.masks if each is not None and is_known_blank(each)}
     return without_damaged(plan, blank)
 
 
@@ -183,58 +130,165 @@ def without_damaged(plan: DatasetPlan, damaged: Mapping[str, str]) -> DatasetPla
     Raises:
         DataError: No image is left.
     """
-    faults = [(image, image.fault(damaged)) for image in plan.images]
-    kept = tuple(image for image, fault in faults if fault is None)
+    faults = plan.images.faults(damaged)
+    if not faults:
+        return plan
+    kept = plan.images.take(np.delete(np.arange(len(plan.images)), list(faults)))
     skipped = [
-        SkippedImage(plan.config.id, image.sample.path, fault) for image, fault in faults if fault is not None
+        SkippedImage(plan.config.id, plan.images.sample(row).path, fault)
+        for row, fault in sorted(faults.items())
     ]
     _report_skipped(plan.config, skipped, num_usable=len(kept))
     return replace(plan, images=kept, skipped=(*plan.skipped, *skipped))
 
 
-def _placement(size: Size | None, cropping: Cropping, file: FoundFile) -> Placement | str:
-    """The resize and the crop of an image, or the reason why its size cannot be used."""
-    return "its size is unknown" if size is None else cropping.placement(size, name=file.name)
+class _Inspection:
+    """Finds the usable images of a scan, and notes why the others are not."""
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        scan: Scan,
+        reader: CaptionReader,
+        *,
+        index: ImageIndex,
+        cropping: Cropping,
+        conditioning: ConditioningFinder | None,
+    ) -> None:
+        self._config, self._scan, self._reader = config, scan, reader
+        self._index, self._cropping = index, cropping
+        self._conditioning = conditioning if conditioning is not None and conditioning.finds else None
+        self.skipped: list[SkippedImage] = []
+
+    def usable(self, rows: Rows) -> _Usable:
+        """The usable ones of the images at these positions, up to max_num_samples."""
+        limit = self._config.max_num_samples
+        if limit is None:
+            return self._inspected(rows)
+        parts = [self._inspected(rows[:0])]
+        # No image beyond the limit is inspected: each round takes as many as are wanting.
+        while len(rows) and (wanting := limit - sum(len(part.rows) for part in parts)) > 0:
+            parts.append(self._inspected(rows[:wanting]))
+            rows = rows[wanting:]
+        return _concatenated(parts)
+
+    def _inspected(self, rows: Rows) -> _Usable:
+        files = self._scan.images.take(rows)
+        infos = self._index.infos(files)
+        reasons = self._reader.unusable_rows(files)
+        (sized,) = np.nonzero(infos.sizes[:, 0])
+        cuts, problems = self._cropping.placements(infos.sizes[sized], files.names.take(sized))
+        reasons = {**{int(sized[place]): why for place, why in problems.items()}, **reasons}
+        has_size = np.zeros(len(rows), bool)
+        has_size[sized] = True
+        for place in np.flatnonzero(~has_size).tolist():
+            reasons[place] = infos.problems[place]
+        reasons |= {place: infos.problems[place] for place in reasons.keys() & infos.problems.keys()}
+        all_cuts = np.zeros((len(rows), 6), np.int32)
+        all_cuts[sized] = cuts
+        found = _Usable(rows, infos, all_cuts, [])
+        if self._conditioning is not None:
+            found = self._conditioned(found, files, reasons)
+        for place, reason in sorted(reasons.items()):
+            self.skipped.append(SkippedImage(self._config.id, printable(files.names[place]), reason))
+        return found.take(np.delete(np.arange(len(rows)), sorted(reasons)))
+
+    def _conditioned(self, found: _Usable, files: Files, reasons: dict[int, str]) -> _Usable:
+        """The images with what conditions them; adds the reasons why some cannot be used."""
+        assert self._conditioning is not None, "something conditions them"
+        conditioning = [Conditioning()] * len(files)
+        for place, (file, cut) in enumerate(zip(files, found.cuts.tolist(), strict=True)):
+            if place in reasons:
+                continue
+            own = self._conditioning.conditioning_of(
+                file, found.infos.at(place), placement=placement_of(cut), cropping=self._cropping
+            )
+            if isinstance(own, str):
+                reasons[place] = own
+            else:
+                conditioning[place] = own
+        return replace(found, conditioning=conditioning)
 
 
-def _check_captions(
-    files: Sequence[FoundFile], captions: Sequence[Captions], caption_plan: CaptionPlan
-) -> None:
+def _concatenated(parts: Sequence[_Usable]) -> _Usable:
+    return _Usable(
+        np.concatenate([each.rows for each in parts]),
+        joined_infos([each.infos for each in parts]),
+        np.concatenate([each.cuts for each in parts]),
+        [own for each in parts for own in each.conditioning],
+    )
+
+
+def _report_downsampled(config: DatasetConfig, found: _Usable, cropping: Cropping) -> None:
+    if config.downsampling is None:
+        return
+    sizes, numbers = np.unique(found.infos.sizes, axis=0, return_counts=True)
+    number = sum(
+        count
+        for (height, width), count in zip(sizes.tolist(), numbers.tolist(), strict=True)
+        if cropping.is_downsampled(Size(height, width))
+    )
+    report_downsampled(config, number, len(found.rows))
+
+
+def _check_captions(names: Texts, captions: CaptionColumn, caption_plan: CaptionPlan) -> None:
     """Refuse more variants than can be encoded, and tags that no caption has; log captions without tags."""
     dataset = caption_plan.config.id
     number = caption_plan.num_variants
-    if number > 1 and (
-        problem := limit_problem({dataset: number * sum(len(each.texts) for each in captions)})
-    ):
+    if number > 1 and (problem := limit_problem({dataset: number * captions.num_texts})):
         raise DataError(problem)
-    named = zip((file.name for file in files), (each.texts[0] for each in captions), strict=True)
-    problems = caption_plan.tag_problems(named)
+    problems = caption_plan.tag_problems(zip(names, captions.firsts, strict=True))
     if problems.is_error:
         raise DataError(f"Dataset {dataset!r}: {'; '.join(problems.lines())}.")
     for line in problems.lines():
         logger.warning("Dataset %s: %s.", dataset, line)
 
 
-def _planned(config: DatasetConfig, image: _Usable, captions: tuple[tuple[str, ...], ...]) -> PlannedImage:
-    sample = Sample(
+def _planned(
+    config: DatasetConfig,
+    found: _Usable,
+    files: Files,
+    *,
+    captions: CaptionColumn,
+    caption_plan: CaptionPlan,
+) -> PlannedImages:
+    images = PlannedImages(
         dataset_id=config.id,
-        path=printable(image.file.name),
-        caption=captions[0][0],
-        original_px=image.size,
-        resized_px=image.placement.resized_px,
-        crop_top_left=image.placement.top_left,
-        target_px=image.placement.target_px,
+        files=files,
+        digests=found.infos.digests,
+        is_read_anew=found.infos.is_read_anew,
+        cuts=np.concatenate([found.infos.sizes, found.cuts], axis=1),
+        captions=_caption_texts(files.names, captions, caption_plan),
+        references=[each.references for each in found.conditioning]
+        if any(each.references for each in found.conditioning)
+        else None,
     )
-    mask = image.conditioning.mask
-    return PlannedImage(
-        file=image.file,
-        digest=image.info.digest,
-        sample=sample,
-        captions=captions,
-        content=image.info.content,
-        mask=None if mask is None else PlannedMask(mask.file, mask.digest, mask.kind, mask_key(mask, sample)),
-        references=image.conditioning.references,
-    )
+    if not any(each.mask for each in found.conditioning):
+        return images
+    masks = [_planned_mask(each.mask, images.sample(row)) for row, each in enumerate(found.conditioning)]
+    return replace(images, masks=masks)
+
+
+def _planned_mask(mask: FoundMask | None, sample: Sample) -> PlannedMask | None:
+    if mask is None:
+        return None
+    return PlannedMask(mask.file, mask.digest, mask.kind, mask_key(mask, sample))
+
+
+def _caption_texts(names: Texts, captions: CaptionColumn, caption_plan: CaptionPlan) -> CaptionTexts:
+    """What becomes of the captions."""
+    ones = captions.firsts
+    several: dict[int, Variants] = {
+        row: tuple((text,) for text in texts) for row, texts in captions.several.items()
+    }
+    if caption_plan.changes:
+        ones = []
+        for row, name in enumerate(names):
+            variants = caption_plan.variants(captions.texts_of(row), image=name)
+            ones.append(variants[0][0])
+            if len(variants) > 1 or len(variants[0]) > 1:
+                several[row] = variants
+    return CaptionTexts(Texts.of(ones), several)
 
 
 def _refuse_ambiguous(config: DatasetConfig, reader: CaptionReader) -> None:
@@ -250,14 +304,6 @@ def _left_out(config: DatasetConfig, scan: Scan) -> list[SkippedImage]:
     """Images in formats that are not read here, and text files without an image."""
     reasons = [*scan.unread, *((file.name, "no image has its name") for file in scan.orphans())]
     return [SkippedImage(config.id, printable(name), reason) for name, reason in reasons]
-
-
-def candidates(config: DatasetConfig, scan: Scan, seed: int) -> Iterable[FoundFile]:
-    """The images in the order of inspection: random if max_num_samples is set."""
-    if config.max_num_samples is None:
-        return scan.images
-    order = shuffled(seed, f"max_num_samples\x1f{config.id}", 0, length=len(scan.images))
-    return (scan.images[position] for position in order)
 
 
 def _report_skipped(
@@ -279,15 +325,8 @@ def _report_skipped(
         )
 
 
-def _captions_of(config: DatasetConfig, files: list[FoundFile], *, reader: CaptionReader) -> list[Captions]:
-    captions: list[Captions] = []
-    problems: list[str] = []
-    reader.expect(files)
-    for file in files:
-        try:
-            captions.append(read_captions(file, config, reader))
-        except DataError as error:
-            problems.append(str(error))
+def _captions_of(config: DatasetConfig, rows: Rows, *, reader: CaptionReader) -> CaptionColumn:
+    captions, problems = read_caption_rows(rows, config, reader)
     if problems:
         raise DataError(
             f"Dataset {config.id!r}: {len(problems)} captions cannot be used: {listed(problems)}."

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
@@ -20,8 +19,8 @@ from simpletuner.helpers.data.cropping import Cropping
 from simpletuner.helpers.data.held_out import is_held_out
 from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
-from simpletuner.helpers.data.planning import candidates
 from simpletuner.helpers.data.references import bucket_name
+from simpletuner.helpers.data.sampler import inspection_order
 from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError, UnreachableError
@@ -185,7 +184,8 @@ def _read(
         )
     reader = caption_reader(config, scan)
     index = ImageIndex(index_file(data.latents_folder(config), config))
-    found = list(islice(candidates(config, scan, seed), config.max_num_samples))
+    order = inspection_order(config, len(scan.images), seed)[: config.max_num_samples]
+    found = scan.images.take(order)
     buckets: Counter[Size] = Counter()
     groups: Counter[str] = Counter()
     enlarged: list[str] = []
@@ -265,7 +265,7 @@ def header_size(file: Path) -> Size | None:
         return None
 
 
-def _within_limits(files: list[FoundFile], index: ImageIndex) -> Iterator[FoundFile]:
+def _within_limits(files: Sequence[FoundFile], index: ImageIndex) -> Iterator[FoundFile]:
     started_s, num_unknown = time.monotonic(), 0
     for file in files:
         num_unknown += not index.knows(file)

@@ -92,6 +92,13 @@ def shuffled(seed: int, purpose: str, index: int, *, length: int) -> npt.NDArray
     return np.argsort(words, kind="stable").astype(np.int32)
 
 
+def inspection_order(config: DatasetConfig, number: int, seed: int) -> npt.NDArray[np.int64]:
+    """The order in which a dataset's images are inspected, as positions: random if max_num_samples is set."""
+    if config.max_num_samples is None:
+        return np.arange(number)
+    return shuffled(seed, f"max_num_samples\x1f{config.id}", 0, length=number).astype(np.int64)
+
+
 class Sampler:
     """Draws global batches from buckets.
 

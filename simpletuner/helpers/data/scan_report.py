@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from simpletuner.helpers.choices.captions import shared_suffixes, text_suffixes
 from simpletuner.helpers.choices.image_files import conditioned_stem
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.data.captions import (
+    CaptionColumn,
     CaptionReader,
-    Captions,
     InstancePromptCaptions,
     TextFileCaptions,
     text_files_beside,
 )
+from simpletuner.helpers.data.columns import Texts
 from simpletuner.helpers.data.metadata_captions import MetadataCaptions
-from simpletuner.helpers.data.sources.base import FoundFile, Scan
+from simpletuner.helpers.data.sources.base import Scan
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.redaction import redacted
 
@@ -61,7 +62,7 @@ def report_files(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> No
 
 
 def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
-    stems = {os.path.splitext(image.name)[0] for image in scan.images}
+    stems = set(scan.images.stems())
     paired = sum(conditioned_stem(name) in stems for name in scan.conditioning)
     logger.warning(
         "Dataset %s: %s as masks or source images and not trained on: %s. %s",
@@ -77,6 +78,8 @@ def _report_conditioning(config: DatasetConfig, scan: Scan) -> None:
 
 
 def _report_unread_texts(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> None:
+    if not len(scan.texts) or set(text_suffixes()) <= set(reader.suffixes):
+        return
     unread = {file.name for image in scan.images for file in text_files_beside(image, scan)}
     unread -= {file.name for image in scan.images for file in reader.caption_files(image)}
     if unread:
@@ -173,22 +176,22 @@ def _report_unused_rows(config: DatasetConfig, reader: CaptionReader) -> None:
 
 
 def report_captions(
-    config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions], *, reader: CaptionReader
+    config: DatasetConfig, names: Texts, captions: CaptionColumn, *, reader: CaptionReader
 ) -> None:
     """Log the source of captions if caption_strategy is not set, several lines, and missing captions."""
     if config.caption_strategy is None and not config.only_instance_prompt:
-        first = next((place for place, each in enumerate(captions) if each.note != "missing"), 0)
+        places = range(len(names))
+        first = next((place for place in places if captions.notes.get(place) != "missing"), 0)
         logger.info(
             "Dataset %s: caption_strategy is not set; captions come from %s, for instance %s: %s.",
             config.id,
             _source(reader),
-            printable(files[first].name),
-            shown(captions[first].texts[0]),
+            printable(names[first]),
+            shown(captions.firsts[first]),
         )
     noted: dict[str, list[str]] = {}
-    for file, each in zip(files, captions, strict=True):
-        if each.note is not None:
-            noted.setdefault(each.note, []).append(printable(file.name))
+    for place, note in sorted(captions.notes.items()):
+        noted.setdefault(note, []).append(printable(names[place]))
     others = {
         "instance_prompt": config.prepend_instance_prompt,
         "caption_prefix": config.caption_prefix,
@@ -196,12 +199,12 @@ def report_captions(
     }
     given = [key for key, value in others.items() if value]
     instead = f"with {' and '.join(given)} alone" if given else "without a caption"
-    for note, names in noted.items():
-        effect = "" if note == "shortened" else f" These images are trained {instead}."
-        found = listed(names)
-        number = counted(len(names), "caption is", "captions are")
-        logger.warning("Dataset %s: %s %s: %s.%s", config.id, number, note, found, effect)
-    _report_lines(config, files, captions, are_lines=not reader.reads_table)
+    for kind, noted_names in noted.items():
+        effect = "" if kind == "shortened" else f" These images are trained {instead}."
+        found = listed(noted_names)
+        number = counted(len(noted_names), "caption is", "captions are")
+        logger.warning("Dataset %s: %s %s: %s.%s", config.id, number, kind, found, effect)
+    _report_lines(config, names, captions, are_lines=not reader.reads_table)
 
 
 def report_downsampled(config: DatasetConfig, number: int, total: int) -> None:
@@ -230,33 +233,30 @@ def _source(reader: CaptionReader) -> str:
     return f"{source}, because no {' or '.join(suffixes)} file lies beside an image"
 
 
-def _report_lines(
-    config: DatasetConfig, files: Sequence[FoundFile], captions: Sequence[Captions], *, are_lines: bool
-) -> None:
+def _report_lines(config: DatasetConfig, names: Texts, captions: CaptionColumn, *, are_lines: bool) -> None:
     """Log how many images have several captions, or a caption of several lines, with one of them."""
-    several = [pair for pair in zip(files, captions, strict=True) if len(pair[1].texts) > 1]
-    whole = [pair for pair in zip(files, captions, strict=True) if "\n" in pair[1].texts[0]]
-    if several:
-        file, first = several[0]
+    whole = [place for place, text in enumerate(captions.firsts) if "\n" in text]
+    if captions.several:
+        place = min(captions.several)
+        texts = captions.several[place]
         logger.info(
             "Dataset %s: %s several captions%s; each time an image is trained on, one is drawn, for instance "
             "of the %d of %s: %s.%s",
             config.id,
-            _share(len(several), len(files)),
+            _share(len(captions.several), len(names)),
             ", one for each line" if are_lines else "",
-            len(first.texts),
-            printable(file.name),
-            " or ".join(map(shown, first.texts[:2])),
+            len(texts),
+            printable(names[place]),
+            " or ".join(map(shown, texts[:2])),
             ' To train all lines as one caption, set caption_lines to "whole".' if are_lines else "",
         )
     if whole:
-        file, first = whole[0]
         logger.info(
             "Dataset %s: %s a caption of several lines, trained as a whole, for instance %s: %s.",
             config.id,
-            _share(len(whole), len(files)),
-            printable(file.name),
-            shown(first.texts[0]),
+            _share(len(whole), len(names)),
+            printable(names[whole[0]]),
+            shown(captions.firsts[whole[0]]),
         )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.row_keys import CaptionTable
 from simpletuner.helpers.data.captions import MISSING, CaptionReader, Captions, within_limit
-from simpletuner.helpers.data.sources.base import FoundFile, Scan, Texts
+from simpletuner.helpers.data.sources.base import CaptionsOf, FoundFile, Scan
 from simpletuner.helpers.data.sources.rows import RowTexts, caption_columns
 from simpletuner.helpers.data.sources.table_files import open_table
 from simpletuner.helpers.errors import DataError
@@ -30,12 +30,12 @@ class TableCaptions(CaptionReader):
         """
         if config.parquet is None:
             return scan
-        return replace(scan, texts=texts_beside(config.parquet, scan.images))
+        return replace(scan, listed=texts_beside(config.parquet, scan.images))
 
     def read(self, file: FoundFile) -> Captions:
         """The captions of an image; none if its row has none, or there is no such row."""
-        assert self.scan.texts is not None, "the configuration names a table"
-        texts = self.scan.texts(file.name)
+        assert self.scan.listed is not None, "the configuration names a table"
+        texts = self.scan.listed(file.name)
         if texts is None:
             return MISSING
         if not texts:
@@ -43,7 +43,7 @@ class TableCaptions(CaptionReader):
         return within_limit(texts)
 
 
-def texts_beside(spec: CaptionTable, images: Sequence[FoundFile]) -> Texts:
+def texts_beside(spec: CaptionTable, images: Sequence[FoundFile]) -> CaptionsOf:
     """The captions that a table holds of images which lie elsewhere, by the images' names.
 
     A row belongs to the images of the name in its filename_column: with its folder or without, with its

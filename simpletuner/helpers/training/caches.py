@@ -80,7 +80,9 @@ def fill_caches(
         accelerator.wait_for_everyone()
         fill(("mask", "masks"), masks, mask_entries, batch_size=1)
     if data.caches_text:
-        texts = data.text_requests(prompts_to_encode(validation_prompts, config.validation))
+        texts: Sequence[CacheRequest[str]] = data.text_requests(
+            prompts_to_encode(validation_prompts, config.validation)
+        )
         if config.data.text_cache_ondemand:
             on_demand[TEXT_ENCODER] = encoders.encode_prompts, text_size
             texts = [each for each in texts if each.is_read_at_once]

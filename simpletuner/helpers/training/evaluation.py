@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
     from simpletuner.helpers.data.cache_reader import CachedItem
     from simpletuner.helpers.data.dataset import TrainingData
-    from simpletuner.helpers.data.planning import PlannedImage
+    from simpletuner.helpers.data.planned import PlannedImage
     from simpletuner.helpers.reporting.trackers import Trackers
     from simpletuner.helpers.training.objective import Objective
     from simpletuner.helpers.training.text_encoding import TextEncoding

@@ -24,18 +24,13 @@ from simpletuner.helpers.data.caption_variants import limit_problem
 from simpletuner.helpers.data.conditioning import Entry, entries_of
 from simpletuner.helpers.data.phases import (
     Calendar,
-    Curriculum,
-    DatasetBuckets,
     batch_sizes,
-    buckets_of,
     even,
-    gap_problem,
     idle_datasets,
     stretch_lines,
 )
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.scan_report import listed, shown
-from simpletuner.helpers.data.sliders import slider_draws, slider_problems
 from simpletuner.helpers.errors import DataError, MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
@@ -62,6 +57,12 @@ from simpletuner.helpers.training.evaluation_plan import (
     evaluation_problems,
     evaluation_rows,
     without_training,
+)
+from simpletuner.helpers.training.expected_epochs import (
+    calendar_of,
+    directions_out_of_balance,
+    trained_datasets,
+    trained_of,
 )
 from simpletuner.helpers.training.packages import check_packages
 
@@ -124,8 +125,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     problems = [f"dataset {each.config.id}: {listed(each.problems)}" for each in previews if each.problems]
     unreached = [each for each in previews if each.unreachable is not None]
     problems += [f"dataset {each.config.id} was not looked at: {each.unreachable}" for each in unreached]
-    if not unreached:
-        problems += _slider_problems(config, previews, calendar)
+    if not (unseen or unreached):
+        problems += directions_out_of_balance(config, previews, calendar)
         problems += evaluation_problems(config, previews)
     problems += [f"dataset {each.config.id}: {line}." for each in previews for line in each.tags.lines()]
     if not (unseen or unreached) or config.training.max_train_steps is not None:  # else steps are unknown
@@ -172,63 +173,6 @@ def _refuse(previews: Sequence[DatasetPreview]) -> None:
 def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:
     """Rows of which the first has the name."""
     return [(name if index == 0 else "", line) for index, line in enumerate(lines)]
-
-
-def calendar_of(config: RunConfig, previews: Sequence[DatasetPreview]) -> Calendar:
-    """The epochs of the run, in proportion to the images that were read.
-
-    Raises:
-        DataError: No dataset takes part in a step.
-    """
-    buckets = _buckets(config, previews)
-    if not any(each.sizes for each in buckets):
-        return even(0, num_datasets=len(buckets))
-    calendar = Curriculum(
-        buckets,
-        seed=config.training.seed,
-        batches_per_step=config.training.gradient_accumulation_steps,
-        balances=config.regularisation.regularisation_target == "data",
-    ).calendar
-    if problem := gap_problem(calendar, config.training):
-        raise DataError(problem)
-    return calendar
-
-
-def trained_datasets(config: RunConfig) -> list[DatasetConfig]:
-    """The datasets that are trained, but for what they hold out."""
-    return [each for each in config.datasets if each.is_trained]
-
-
-def trained_of(previews: Sequence[DatasetPreview]) -> list[DatasetPreview]:
-    """The datasets that are trained, but for what they hold out."""
-    # Limit: images of which another dataset holds out the same bytes are counted as trained.
-    return [each for each in previews if each.config.is_trained]
-
-
-def _buckets(config: RunConfig, previews: Sequence[DatasetPreview]) -> list[DatasetBuckets]:
-    """The buckets of each dataset of which something is trained."""
-    # Those in buckets are usable; the images that were not read are counted in proportion.
-    return [
-        DatasetBuckets(
-            each.config,
-            {
-                f"{each.config.id} {name}": number * each.num_images / max(1, each.num_read)
-                for name, number in each.groups.items()
-            },
-            batch_size=each.config.train_batch_size or config.training.train_batch_size,
-        )
-        for each in trained_of(previews)
-    ]
-
-
-def _slider_problems(
-    config: RunConfig, previews: Sequence[DatasetPreview], calendar: Calendar
-) -> Iterator[str]:
-    """What keeps the directions of a slider from balancing, in any stretch of the run."""
-    datasets, balances = _buckets(config, previews), config.regularisation.regularisation_target == "data"
-    for stretch in calendar.stretches:
-        buckets = buckets_of([datasets[place] for place in stretch.datasets], balances=balances)
-        yield from slider_problems(slider_draws(buckets))
 
 
 def warnings_of(config: RunConfig, spec: ModelSpec, *, calendar: Calendar) -> list[str]:

@@ -238,6 +238,7 @@ def build_data(
         caches_text=not config.trains_text,
         masks=config.masks,
         depth=DepthModels(),
+        pins_batches=family.device.type == "cuda",
         watch=watch,
     )
 

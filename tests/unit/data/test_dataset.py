@@ -155,6 +155,19 @@ def test_batches_hold_the_latents_and_text_of_their_samples(make: Make, photos: 
     assert len(seen) == 8
 
 
+def test_every_tensor_of_a_batch_is_pinned_for_cuda_alone(
+    make: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[tuple[int, ...]] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: pinned.append(tuple(self.shape)) or self)
+    taken(cached(make(photos)), 1)
+    assert pinned == []
+    data = cached(make(photos))
+    data.pins_batches = True
+    taken(data, 1)
+    assert pinned[:3] == [(2, 3, 8, 8), (2, 4, 2), (2, 3)]
+
+
 def test_sample_indices_count_every_sample_of_the_run_once(make: Make, photos: Path) -> None:
     parts = [
         taken(cached(make(photos, batch_size=2, num_processes=2, process_index=index)), 6) for index in (0, 1)
@@ -403,7 +416,7 @@ def test_latents_of_other_images_stay_valid_where_colours_are_read_anew(make: Ma
         Image.new("RGB", (64, 64), (55, 55, 55)).save(photos / name, icc_profile=profile)
     data = make(photos)
     data.set_encoders(vae_identity="vae", text_identity="clip")
-    for image, request in zip(data._images, data.latents_requests(), strict=True):
+    for image, request in zip(data.divided.trained[0].images, data.latents_requests(), strict=True):
         key = latents_key(image.sample, image_digest=image.digest, vae_identity="vae")
         assert (request.key == key) == (image.sample.path != "1.png")
 
@@ -564,7 +577,7 @@ def test_an_image_edited_in_place_and_a_changed_caption_are_encoded_again(make: 
 @pytest.mark.reliability_row(18)
 def test_shards_that_are_cut_are_encoded_again(make: Make, photos: Path, tmp_path: Path) -> None:
     cached(make(photos))
-    shards = list((tmp_path / "cache").rglob("*.safetensors"))
+    shards = list((tmp_path / "cache").rglob("shard-*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
         shard.write_bytes(shard.read_bytes()[:-3])
@@ -660,7 +673,7 @@ def test_a_lost_entry_in_mid_run_is_an_error_that_names_the_image(
     make: Make, photos: Path, tmp_path: Path
 ) -> None:
     data = cached(make(photos))
-    for entry in (tmp_path / "cache" / "vae").rglob("*.safetensors"):
+    for entry in (tmp_path / "cache" / "vae").rglob("shard-*.safetensors"):
         entry.write_bytes(b"")
     with pytest.raises(DataError, match=r"\d\.png .dataset 'photos'. .*cache"):
         taken(data, 1)
@@ -825,7 +838,7 @@ def test_load_pixels_follows_the_plan(make: Make, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     image.save(tmp_path / "photos" / "half.png")
     data = make(tmp_path / "photos", crop=True, crop_style="corner")
-    pixels = load_pixels(data._images[0])
+    pixels = load_pixels(data.divided.trained[0].images[0])
     assert pixels.shape == (3, 64, 64)
     assert pixels.max() == -1.0
 
@@ -844,8 +857,8 @@ def test_pixels_of_an_image_above_the_maximum_are_cut_out_of_the_target(make: Ma
     image.paste("white", (64, 64, 192, 192))
     (tmp_path / "photos").mkdir()
     image.save(tmp_path / "photos" / "frame.png")
-    whole = load_pixels(make(tmp_path / "photos", crop=True)._images[0])
-    part = load_pixels(make(tmp_path / "photos", **DOWNSAMPLING)._images[0])
+    whole = load_pixels(make(tmp_path / "photos", crop=True).divided.trained[0].images[0])
+    part = load_pixels(make(tmp_path / "photos", **DOWNSAMPLING).divided.trained[0].images[0])
     assert whole.shape == part.shape == (3, 64, 64)
     assert whole[:, :10, :10].max() < -0.9
     assert part[:, 3:-3, 3:-3].min() > 0.99

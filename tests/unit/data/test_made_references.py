@@ -211,13 +211,13 @@ def keys(data: TrainingData) -> dict[str, list[str]]:
     """The cache keys of the references of each image."""
     return {
         image.sample.path: [data._cached.latents_key(each) for each in image.references]
-        for image in data._images
+        for image in data.divided.trained[0].images
     }
 
 
 def test_a_reference_is_made_of_the_cut_of_its_image(make: Make, tmp_path: Path) -> None:
     data = make({"type": "canny"}, {"type": "inpainting", "output_mode": "masked_image"})
-    for image in data._images:
+    for image in data.divided.trained[0].images:
         edges, masked = image.references
         file = Image.open(tmp_path / "photos" / image.sample.path)
         resized = image.sample.resized_px
@@ -234,7 +234,7 @@ def test_a_reference_is_made_of_the_cut_of_its_image(make: Make, tmp_path: Path)
 
 def test_images_of_the_same_bytes_are_drawn_apart(make: Make) -> None:
     data = make({"type": "random_masks"}, crop=False)
-    first, second, _ = (load_pixels(image.references[0]) for image in data._images)
+    first, second, _ = (load_pixels(image.references[0]) for image in data.divided.trained[0].images)
     assert (first != second).any()
 
 
@@ -309,6 +309,6 @@ def test_depth_is_estimated_from_the_cut_and_cached_by_the_model(make: Make, tmp
     assert not {*map(tuple, keys(data(folders[0])).values())} & {*map(tuple, before.values())}
     found = data(folders[0])
     assert facts != found.facts()
-    image = found._images[0]
+    image = found.divided.trained[0].images[0]
     request = next(each for each in found.latents_requests() if each.key == keys(found)["a.png"][0])
     assert torch.allclose(request.load(), -load_pixels(image), atol=1e-6)

@@ -277,7 +277,8 @@ def test_only_the_images_that_are_used_need_a_mask(make: Make, folders: tuple[Pa
 def test_the_headers_of_masks_are_remembered(make: Make) -> None:
     data = make()
     (store,) = {each.store for each in data.mask_requests()}
-    assert {each.name for each in store.folder.glob("*.json")} == {"images_photos.json", "images_masks.json"}
+    names = {each.name for each in store.folder.glob("images_*")}
+    assert names == {"images_photos.safetensors", "images_masks.safetensors"}
 
 
 def test_the_suffix_of_a_mask_is_free(make: Make, folders: tuple[Path, Path]) -> None:

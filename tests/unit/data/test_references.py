@@ -113,7 +113,7 @@ def red(latents: torch.Tensor) -> list[int]:
 
 
 def planned(data: TrainingData) -> list[tuple[PlannedReference, ...]]:
-    return [image.references for image in data._images]
+    return [image.references for image in data.divided.trained[0].images]
 
 
 def cut(sample: Sample) -> tuple[Size, tuple[int, int], Size]:
@@ -138,9 +138,9 @@ def test_a_strict_reference_gets_the_very_cut_of_its_image(make: Make, folder: P
         paint(folder / "photos", f"{name}.png", red=1, size=(96, 64))
         paint(folder / "before", f"{name}.png", red=2, size=(96 * enlarged, 64 * enlarged))
     data = make(crop=True, crop_style="random", resolution=48)
-    crops = {image.sample.crop_top_left for image in data._images}
+    crops = {image.sample.crop_top_left for image in data.divided.trained[0].images}
     assert len(crops) > 1
-    for image in data._images:
+    for image in data.divided.trained[0].images:
         (reference,) = image.references
         assert cut(reference.sample) == cut(image.sample)
         assert reference.sample.original_px == Size(64 * enlarged, 96 * enlarged)
@@ -159,7 +159,7 @@ def test_the_latents_of_a_strict_pair_of_the_same_picture_are_the_same_bytes(
     assert len({each.store.folder for each in requests}) == 1
     found = batch(data, 0)
     assert torch.equal(found.references[0], found.latents)
-    for image in data._images:
+    for image in data.divided.trained[0].images:
         keys = [data._cached.latents_key(each) for each in (image, *image.references)]
         first, second = (requests[0].store.get(key) for key in keys)
         assert first is not None
@@ -179,11 +179,15 @@ def test_a_loose_reference_is_cut_by_itself_at_the_resolution_of_its_image(make:
     paint(folder / "before", "1.png", red=101, size=(300, 100))
     paint(folder / "before", "2.png", red=102, size=(32, 32))
     data = make(kind="reference_loose", minimum_image_size=50)
-    sizes = {image.sample.path: image.references[0].sample.target_px for image in data._images}
+    sizes = {
+        image.sample.path: image.references[0].sample.target_px for image in data.divided.trained[0].images
+    }
     assert sizes["1.png"] == Size(32, 112)
     assert sizes["2.png"] == Size(64, 64)
     cropped = make(kind="reference_loose", entry={"crop": True, "crop_style": "center"})
-    (reference,) = next(each.references for each in cropped._images if each.sample.path == "1.png")
+    (reference,) = next(
+        each.references for each in cropped.divided.trained[0].images if each.sample.path == "1.png"
+    )
     assert cut(reference.sample) == (Size(64, 192), (0, 64), Size(64, 64))
 
 

@@ -97,7 +97,7 @@ def test_a_path_may_be_absolute_if_nothing_else_says_where_images_lie(folder: Pa
 def test_paths_begin_at_instance_data_dir_or_at_the_folder_of_the_table(folder: Path) -> None:
     (folder / "lists").mkdir()
     config = csv(folder / "lists", "path,caption\n0.png,a\nimages\\1.png,b\n")
-    assert scan_entry(config).images == ()
+    assert not scan_entry(config).images
     inside = config.model_copy(update={"instance_data_dir": folder / "images"})
     assert [image.name for image in scan_entry(inside).images] == ["0.png"]
     above = config.model_copy(update={"instance_data_dir": folder})

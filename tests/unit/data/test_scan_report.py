@@ -13,7 +13,7 @@ from PIL import Image
 from simpletuner.helpers.choices import image_files
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
-from simpletuner.helpers.data.captions import caption_reader
+from simpletuner.helpers.data.captions import CaptionColumn, caption_reader
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.scan_report import listed, report_captions, report_files, shown
 from simpletuner.helpers.data.sources.base import scan_source
@@ -206,7 +206,9 @@ def test_captions_of_a_table_are_reported_as_such(tmp_path: Path, caplog: pytest
     files = list(scan.images)
     with caplog.at_level("INFO"):
         report_files(config, scan, reader)
-        report_captions(config, files, [reader.read(file) for file in files], reader=reader)
+        report_captions(
+            config, scan.images.names, CaptionColumn.of([reader.read(file) for file in files]), reader=reader
+        )
     text = caplog.text
     assert "captions come from the table, for instance a.png: 'one'" in text
     assert "the image has several captions; each time" in text

@@ -246,15 +246,15 @@ def test_watch_has_the_limit_of_the_run_and_stops_one_process_of_several_late(
 def test_images_that_another_process_found_damaged_are_left_out(
     data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, other, kept = (image.digest for image in data._images)
-    file = Path(data._images[0].file.place)
+    own, other, kept = (image.digest for image in data.divided.trained[0].images)
+    file = Path(data.divided.trained[0].images[0].file.place)
     monkeypatch.setattr(
         caches, "gather_object", lambda found: [*found, (other, "it is damaged: another process says so")]
     )
     monkeypatch.setattr(pixels, "decode_image", damaged_if(file.read_bytes()))
     fill(data, Family())
     assert {own: data.damaged[own]} == data.damaged
-    assert [image.digest for image in data._images] == [kept]
+    assert [image.digest for image in data.divided.trained[0].images] == [kept]
     assert [each.reason for each in data.skipped] == [
         "it is cut off",
         "it is damaged: another process says so",

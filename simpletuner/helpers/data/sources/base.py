@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import os
 import posixpath
+import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import chain
+from operator import eq
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
 
 from simpletuner.helpers.choices.captions import caption_suffixes, caption_tables, shared_suffixes
 from simpletuner.helpers.choices.image_files import conditioned_stem, image_suffixes, unread_suffixes
+from simpletuner.helpers.data.columns import Rows, Texts, is_everything
 from simpletuner.helpers.io.names import printable
 
 MAX_FILE_BYTES = 256 << 20
+_FOUR_NUMBERS = struct.Struct("<4q")
+_HASHED = b"\xff" * 16
+"""Ends the packed signatures that are hashes: no file has both numbers below 0."""
+_CODING = ("utf-8", "surrogatepass")
 
 Entry = TypeVar("Entry")
-Texts = Callable[[str], tuple[str, ...] | None]
+CaptionsOf = Callable[[str], tuple[str, ...] | None]
 """Name of an image -> its captions, of which there may be none; None if nothing is known of the image.
 
 Raises:
@@ -81,7 +93,7 @@ class ImageSource(ABC, Generic[Entry]):
         """Keep what is learnt of the place in a folder of the caches; most sources have nothing to keep."""
         del folder
 
-    def texts(self) -> Texts | None:
+    def captions(self) -> CaptionsOf | None:
         """The captions that the place itself holds; None if it holds none."""
         return None
 
@@ -119,8 +131,7 @@ class RangedSource(ImageSource[Entry]):
         yield partial(self.read_range, file)
 
 
-@dataclass(frozen=True, slots=True)
-class FoundFile:
+class FoundFile(NamedTuple):
     """A file of a source, with a signature that changes when the file does."""
 
     source: ImageSource[Any]
@@ -135,13 +146,70 @@ class FoundFile:
         return self.source.place_of(self.name)
 
 
-@dataclass(frozen=True, slots=True)
+def packed_signature(signature: tuple[int | str, ...]) -> bytes:
+    """32 bytes to compare a signature by: its four numbers, or a hash of any other one."""
+    try:
+        return _FOUR_NUMBERS.pack(*signature)
+    except struct.error:
+        return xxhash.xxh3_128_digest(repr(signature).encode(*_CODING)) + _HASHED
+
+
+class Files(Sequence[FoundFile]):
+    """Files of a source as columns."""
+
+    def __init__(
+        self,
+        source: ImageSource[Any],
+        names: Texts,
+        packed: npt.NDArray[np.int64],
+        others: Mapping[int, tuple[int | str, ...]],
+    ) -> None:
+        self.source = source
+        self.names = names
+        self.packed = packed
+        """[n, 4], the signatures as `packed_signature` gives them."""
+        self._others = others
+        """Signatures that are not four numbers, by position."""
+
+    def take(self, rows: Rows) -> Files:
+        """The files at some positions."""
+        if is_everything(rows, len(self)):
+            return self
+        others = {new: self._others[row] for new, row in enumerate(rows.tolist()) if row in self._others}
+        return Files(self.source, self.names.take(rows), self.packed[rows], others if self._others else {})
+
+    def stems(self) -> Iterator[str]:
+        """The names without suffix."""
+        return (name[:dot] if (dot := name.rfind(".")) > name.rfind("/") else name for name in self.names)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, index: int) -> FoundFile: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FoundFile]: ...
+    def __getitem__(self, index: int | slice) -> FoundFile | list[FoundFile]:
+        if isinstance(index, slice):
+            return [self[row] for row in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        return self._file(row, self.names[row])
+
+    def __iter__(self) -> Iterator[FoundFile]:
+        return map(self._file, range(len(self)), self.names)
+
+    def _file(self, row: int, name: str) -> FoundFile:
+        numbers = tuple(self.packed[row].tolist())
+        return FoundFile(self.source, name, self._others.get(row, numbers))
+
+
+@dataclass(frozen=True)
 class Scan:
     """The contents of a source, in the order of the names."""
 
-    images: tuple[FoundFile, ...]
-    captions: dict[str, tuple[FoundFile, ...]]
-    """Name without suffix -> the caption files of that name (.txt, .TXT, .json)."""
+    images: Files
+    texts: Files
+    """The caption files."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason)."""
     unread: tuple[tuple[str, str], ...] = ()
@@ -150,28 +218,77 @@ class Scan:
     """Names of the masks and source images of other images, which are never trained on."""
     others: tuple[str, ...] = ()
     """Names of all other files."""
-    texts: Texts | None = None
+    listed: CaptionsOf | None = None
     """Captions that the source itself holds."""
     tables: tuple[FoundFile, ...] = ()
     """Files with the captions of a folder (metadata.jsonl)."""
 
+    @cached_property
+    def text_rows(self) -> dict[str, tuple[int, ...]]:
+        """Name without suffix -> the positions of the caption files of that name (.txt, .TXT)."""
+        rows: dict[str, tuple[int, ...]] = {}
+        for row, stem in enumerate(self.texts.stems()):
+            rows[stem] = (*rows.get(stem, ()), row)
+        return rows
+
+    @cached_property
+    def captions(self) -> dict[str, tuple[FoundFile, ...]]:
+        """Name without suffix -> the caption files of that name."""
+        return {stem: tuple(self.texts[row] for row in rows) for stem, rows in self.text_rows.items()}
+
+    @cached_property
+    def pairs_in_order(self) -> bool:
+        """Whether each image has the one caption file of its name without suffix, and there are no others."""
+        return len(self.images) == len(self.texts) and all(map(eq, self.images.stems(), self.texts.stems()))
+
     def orphans(self) -> list[FoundFile]:
         """Caption files without an image of their name, but for those that may be something else."""
         shared = shared_suffixes()
-        return [file for file in self._ownerless() if _suffix(file.name) not in shared]
+        return [file for file in self._ownerless if _suffix(file.name) not in shared]
 
     def strays(self) -> list[FoundFile]:
         """Files without an image of their name that may be captions or something else (.json)."""
         shared = shared_suffixes()
-        return [file for file in self._ownerless() if _suffix(file.name) in shared]
+        return [file for file in self._ownerless if _suffix(file.name) in shared]
 
+    @cached_property
     def _ownerless(self) -> list[FoundFile]:
-        names = (
-            *(image.name for image in self.images),
-            *(name for name, _ in (*self.skipped, *self.unread)),
+        if not len(self.texts) or self.pairs_in_order:
+            return []
+        lost = dict.fromkeys(self.text_rows)
+        for name in chain(self.images.names, (name for name, _ in (*self.skipped, *self.unread))):
+            lost.pop(name, None)
+            lost.pop(os.path.splitext(name)[0], None)
+        return [self.texts[row] for stem in lost for row in self.text_rows[stem]]
+
+
+@dataclass(slots=True)
+class _Listed:
+    """Files in the order in which a source lists them."""
+
+    names: list[str] = field(default_factory=list)
+    packed: bytearray = field(default_factory=bytearray)
+    others: dict[int, tuple[int | str, ...]] = field(default_factory=dict)
+
+    def add(self, file: FoundFile) -> None:
+        packed = packed_signature(file.signature)
+        if packed.endswith(_HASHED):
+            self.others[len(self.names)] = file.signature
+        self.names.append(file.name)
+        self.packed += packed
+
+    def files(self, source: ImageSource[Any]) -> Files:
+        """Them in the order of their names; they leave this list, which may be long."""
+        names, packed, others = self.names, self.packed, self.others
+        self.names, self.packed, self.others = [], bytearray(), {}
+        keys = [by_folder(name) for name in names] if any("/" in name for name in names) else names
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        texts = Texts.of(map(names.__getitem__, order.tolist()))
+        del names, keys
+        moved = (
+            {new: others[row] for new, row in enumerate(order.tolist()) if row in others} if others else {}
         )
-        owners = {owner for name in names for owner in (name, os.path.splitext(name)[0])}
-        return [file for stem, files in self.captions.items() if stem not in owners for file in files]
+        return Files(source, texts, np.frombuffer(packed, dtype="<i8").reshape(-1, 4)[order], moved)
 
 
 def scan_source(source: ImageSource[Any]) -> Scan:
@@ -180,36 +297,35 @@ def scan_source(source: ImageSource[Any]) -> Scan:
     Raises:
         DataError: The source cannot be read.
     """
-    images: list[FoundFile] = []
-    captions: dict[str, list[FoundFile]] = {}
+    found = {"image": _Listed(), "caption": _Listed()}
     tables: list[FoundFile] = []
     skipped: list[tuple[str, str]] = []
     names: dict[str, list[str]] = {"unread": [], "conditioning": [], "other": []}
     kinds = _Kinds(caption_suffixes(), caption_tables(), image_suffixes(), unread_suffixes())
-    for name, entry in sorted(source.list(), key=_by_folder):
+    for name, entry in source.list():
         kind = "image" if source.holds_rows else kinds.kind(name)
-        found = entry
-        if not isinstance(entry, str) and kind in ("image", "caption", "table"):
-            found = source.stat(name, entry)
-        if isinstance(found, str):
-            skipped.append((name, found))
-        elif kind == "image":
-            images.append(found)
+        file = entry
+        if not isinstance(entry, str) and (kind in found or kind == "table"):
+            file = source.stat(name, entry)
+        if isinstance(file, str) or "\0" in name:
+            skipped.append((name, file if isinstance(file, str) else "its name holds a NUL"))
+        elif kind in found:
+            found[kind].add(file)
         elif kind == "table":
-            tables.append(found)
-        elif kind == "caption":
-            captions.setdefault(os.path.splitext(name)[0], []).append(found)
+            tables.append(file)
         else:
             names[kind].append(name)
+    for each in names.values():
+        each.sort(key=by_folder)
     return Scan(
-        images=tuple(images),
-        captions={stem: tuple(files) for stem, files in captions.items()},
-        skipped=tuple(skipped),
+        images=found["image"].files(source),
+        texts=found["caption"].files(source),
+        skipped=tuple(sorted(skipped, key=lambda pair: by_folder(pair[0]))),
         unread=tuple((name, kinds.unread[_suffix(name)]) for name in names["unread"]),
         conditioning=tuple(names["conditioning"]),
         others=tuple(names["other"]),
-        texts=source.texts(),
-        tables=tuple(tables),
+        listed=source.captions(),
+        tables=tuple(sorted(tables, key=lambda table: by_folder(table.name))),
     )
 
 
@@ -232,6 +348,9 @@ def read_bounded(file: FoundFile, *, limit: int) -> bytes:
     return file.source.read(file, limit=limit)
 
 
+Kind = Literal["caption", "table", "image", "unread", "conditioning", "other"]
+
+
 @dataclass(frozen=True, slots=True)
 class _Kinds:
     """The suffixes of the files that a scan tells apart, in lower case."""
@@ -240,9 +359,25 @@ class _Kinds:
     tables: frozenset[str]
     images: frozenset[str]
     unread: dict[str, str]
+    plain: dict[str, Kind] = field(init=False, default_factory=dict)
+    """The kinds that a suffix alone tells, but for the names of masks and source images."""
 
-    def kind(self, name: str) -> Literal["caption", "table", "image", "unread", "conditioning", "other"]:
+    def __post_init__(self) -> None:
+        for suffix in self.images:
+            if not any(caption.endswith(suffix) for caption in self.captions):
+                self.plain.update({suffix: "image", suffix.upper(): "image"})
+        for suffix in self.captions:
+            if suffix.rfind(".") == 0:
+                self.plain.update({suffix: "caption", suffix.upper(): "caption"})
+
+    def kind(self, name: str) -> Kind:
         """What a file is by its name."""
+        kind = self.plain.get(name[name.rfind(".") :])
+        if kind is None or "-" in name or "_controls/" in name:
+            return self._looked_up(name)
+        return kind
+
+    def _looked_up(self, name: str) -> Kind:
         if name.lower().endswith(self.captions):
             return "caption"
         suffix = _suffix(name)
@@ -257,6 +392,6 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _by_folder(entry: tuple[str, object]) -> str:
+def by_folder(name: str) -> str:
     """Sorts like the list of path components: no name holds a NUL, which sorts before every character."""
-    return entry[0].replace("/", "\0")
+    return name.replace("/", "\0")

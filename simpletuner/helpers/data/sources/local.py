@@ -123,7 +123,7 @@ def _walk(root: Path, *, with_subfolders: bool) -> Iterator[tuple[str, os.DirEnt
         prefix = pending.pop()
         try:
             with os.scandir(root / prefix) as listing:
-                entries = list(listing)
+                entries = list(listing)[::-1]
         except OSError as error:
             if not prefix:
                 raise DataError(
@@ -132,7 +132,8 @@ def _walk(root: Path, *, with_subfolders: bool) -> Iterator[tuple[str, os.DirEnt
                 ) from error
             yield prefix.rstrip("/"), f"the folder cannot be read: {error.strerror}"
             continue
-        for entry in entries:
+        while entries:
+            entry = entries.pop()  # its status is large: nothing holds it after its turn
             name = prefix + entry.name
             if entry.name.startswith("."):
                 continue

@@ -15,7 +15,7 @@ import xxhash
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.row_keys import Range, RowFilter
-from simpletuner.helpers.data.sources.base import FoundFile, ImageSource, Texts
+from simpletuner.helpers.data.sources.base import CaptionsOf, FoundFile, ImageSource
 from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.data.sources.table_files import open_table
 from simpletuner.helpers.data.sources.tables import Images, Rows, Table
@@ -215,7 +215,7 @@ class PathRows(ImageSource[Address]):
         yield from self._addresses.items()
         yield from self._bad
 
-    def texts(self) -> Texts | None:
+    def captions(self) -> CaptionsOf | None:
         """The captions of each image."""
         return texts_of(self._table, self._rows, self._columns, numbers=self._numbers.get)
 
@@ -314,7 +314,7 @@ class ImageRows(ImageSource[int]):
         for row in self._kept:
             yield f"{self._prefix}{row:06d}", row
 
-    def texts(self) -> Texts | None:
+    def captions(self) -> CaptionsOf | None:
         """The captions of each row."""
         return texts_of(self._table, self._rows, self._columns, numbers=lambda name: [self._row(name)])
 
@@ -350,7 +350,7 @@ class ImageRows(ImageSource[int]):
 
 def texts_of(
     table: Table, rows: Rows, columns: Columns, *, numbers: Callable[[str], Sequence[int] | None]
-) -> Texts | None:
+) -> CaptionsOf | None:
     """The captions of images by name; None without a column of captions."""
     if not columns.captions:
         return None

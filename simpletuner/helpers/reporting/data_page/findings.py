@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from simpletuner.helpers.data.buckets import enlargement
-from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.planned import PlannedImage
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.reporting.data_page.duplicates import MOST_BITS, groups, nearest, same
 from simpletuner.helpers.reporting.data_page.measures import FLATTEST, HASH_BITS, Measures

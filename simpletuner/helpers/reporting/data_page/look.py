@@ -20,7 +20,8 @@ from simpletuner.helpers.data.caption_variants import caption_plan
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.held_out import is_held_out
 from simpletuner.helpers.data.index import ImageIndex, index_file
-from simpletuner.helpers.data.planning import DatasetPlan, PlannedImage, plan_dataset
+from simpletuner.helpers.data.planned import DatasetPlan, PlannedImage
+from simpletuner.helpers.data.planning import plan_dataset
 from simpletuner.helpers.data.sampler import Bucket, draws_per_image
 from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import DataError
@@ -157,7 +158,7 @@ def _looked(plan: DatasetPlan, measured: Sequence[Measures | str], triggers: Seq
     damaged = [
         SkippedImage(config.id, image.sample.path, found) for image, found in pairs if isinstance(found, str)
     ]
-    has_one_caption = len({image.captions for image in plan.images}) == 1
+    has_one_caption = len({image.captions for image, _ in pairs}) == 1
     images = tuple(
         LookedImage(
             planned=image,

@@ -20,7 +20,7 @@ from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.data.index import read_unchanged
 from simpletuner.helpers.data.masks import BLANK, is_blank, mask_cells
 from simpletuner.helpers.data.pixels import load_image, planned_cut
-from simpletuner.helpers.data.planning import PlannedImage, PlannedMask
+from simpletuner.helpers.data.planned import PlannedImage, PlannedMask
 from simpletuner.helpers.data.references import PlannedReference
 from simpletuner.helpers.errors import DamagedImageError, DataError, TrainingError
 from simpletuner.helpers.io.names import printable

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.data.caption_steps import tags_of
 from simpletuner.helpers.data.caption_variants import CaptionPlan
-from simpletuner.helpers.data.planning import PlannedImage
+from simpletuner.helpers.data.planned import PlannedImage
 
 _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 _FEWEST_TAGS = 3
