@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
+import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,10 +23,13 @@ from simpletuner.helpers.io import storage
 from simpletuner.helpers.io.faults import at_crash_points
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training.plan import plan_lines
-from tests.integration.test_resume import Killed
+from tests.integration.test_resume import Killed, digest_after
 from tests.integration.tiny_runs import TinyRun
 from tests.storage_servers import BUCKET, KEY, SECRET, Bucket, answering, serving_folder, serving_s3
 from tests.unit.data.image_samples import encoded
+
+ADDRESS = ("aws_bucket_name", "aws_data_prefix")
+"""Keys that a URL stands for."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +136,50 @@ def test_a_run_from_a_web_server_ends_as_a_local_one(tmp_path: Path, local: tupl
             trainer.run()
             assert trainer.state_digest() == digest
     assert run.log() == plain.log()
+
+
+def test_a_run_from_storage_archives_in_it_and_a_table_is_a_local_one_and_goes_on_exactly(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    folders = [TinyRun(tmp_path / name).folder / "images" for name in ("stored", "packed", "listed")]
+    stored, packed, listed = folders
+    for number, file in enumerate(sorted(packed.iterdir())):
+        file.rename(packed / f"in-{number}{file.suffix}")
+    kinds = [{"id": each.parent.name, "caption_strategy": "filename"} for each in folders]
+    local = TinyRun(
+        tmp_path / "local",
+        keys={
+            "data_backend_config": [
+                {**kind, "instance_data_dir": str(folder)}
+                for kind, folder in zip(kinds, folders, strict=True)
+            ]
+        },
+    )
+    expected = digest_after(local, 5)
+
+    bucket.put({f"stored/{file.name}": file.read_bytes() for file in stored.iterdir()})
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as opened:
+        for file in sorted(packed.iterdir()):
+            opened.add(file, arcname=file.name)
+    bucket.put({"shards/train-0.tar": archive.getvalue()})
+    table = listed.parent / "list.csv"
+    table.write_text("\n".join(["path", *(each.name for each in sorted(listed.glob("*.png")))]))
+    keys = {key: value for key, value in in_s3(bucket).items() if key not in ("type", *ADDRESS)}
+    places: list[dict[str, Any]] = [
+        in_s3(bucket, "stored"),
+        {"type": "webdataset", "instance_data_dir": f"s3://{BUCKET}/shards/train-{{0..0}}.tar", **keys},
+        {"type": "csv", "table_file": str(table), "instance_data_dir": str(listed)},
+    ]
+    run = TinyRun(
+        tmp_path / "run",
+        keys={"data_backend_config": [kind | place for kind, place in zip(kinds, places, strict=True)]},
+    )
+    digest_after(run, 2)
+    bucket.requests.clear()
+    assert digest_after(run, 5) == expected
+    assert run.log() == local.log()
+    assert bucket.reads() == 0, "a second start reads neither images nor archives"
 
 
 def lines_of(run: TinyRun) -> list[str]:
