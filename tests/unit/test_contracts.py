@@ -48,8 +48,8 @@ def test_stack_refuses_prompts_with_different_tensors(texts: list[TextEmbeds]) -
         TextEmbeds.stack(texts)
 
 
-def test_to_moves_every_tensor() -> None:
-    moved = WHOLE.to(torch.device("meta"))
+def test_each_changes_every_tensor() -> None:
+    moved = WHOLE.each(lambda tensor: tensor.to("meta"))
     assert moved.tensors().keys() == WHOLE.tensors().keys()
     assert all(tensor.is_meta for tensor in moved.tensors().values())
 

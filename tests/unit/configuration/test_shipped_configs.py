@@ -43,7 +43,8 @@ def test_every_example_is_valid_and_waits_for_an_output_and_images(
 ) -> None:
     config = load(f"examples/{name}/config.json")
     assert config.checkpoint.output_dir == repository / "output" / name
-    assert [each.instance_data_dir for each in config.datasets] == [repository / "simpletuner/demo/photo"]
+    trained = [each.instance_data_dir for each in config.datasets if each.is_trained]
+    assert trained == [repository / "simpletuner/demo/photo"]
     assert config.validation.prompts
     assert config.tracking.report_to == ()
 
@@ -53,7 +54,7 @@ def test_every_example_trains_captions_beside_the_users_images_and_crops_none(
     name: str, tmp_path: Path, load: Load
 ) -> None:
     config = load(f"examples/{name}/config.json")
-    (dataset,) = config.datasets
+    (dataset,) = (each for each in config.datasets if each.is_trained)
     assert not dataset.crop
     (tmp_path / "dog.png").touch()
     without_texts = strategy_of(dataset, scan_source(LocalFolder(tmp_path)))
@@ -118,7 +119,7 @@ def test_the_demo_is_compared_with_a_lora_that_is_trained_alike(load: Load) -> N
 
 def test_the_demo_asks_for_what_its_one_picture_does_not_show(load: Load, repository: Path) -> None:
     config = load("config.json")
-    (dataset,) = config.datasets
+    (dataset,) = (each for each in config.datasets if each.is_trained)
     (picture,) = dataset.instance_data_dir.glob("*.png")
     known, *new = (prompt.text for prompt in config.validation.prompts)
     assert picture.with_suffix(".txt").read_text(encoding="utf-8") == f"{known}\n"
@@ -134,7 +135,7 @@ def test_the_demo_asks_for_what_its_one_picture_does_not_show(load: Load, reposi
 
 def test_the_demo_on_a_photograph_asks_for_what_it_trains_and_is_short(load: Load) -> None:
     config = load("examples/demo-photo/config.json")
-    (dataset,) = config.datasets
+    (dataset,) = (each for each in config.datasets if each.is_trained)
     (caption,) = dataset.instance_data_dir.glob("*.txt")
     assert [prompt.text for prompt in config.validation.prompts] == [caption.read_text().strip()]
     assert config.training.max_train_steps * config.training.train_batch_size <= 120

@@ -678,7 +678,7 @@ def test_sdxl_sees_no_references(folder: Path) -> None:
 
 def test_a_run_takes_the_references_of_its_configuration(folder: Path) -> None:
     config, spec = with_references(folder, {"base"})
-    family: Any = SimpleNamespace(spec=spec)
+    family: Any = SimpleNamespace(spec=spec, device=torch.device("cpu"))
     data = preparing.build_data(config, family=family, watch=LoaderWatch())
     data.set_encoders(vae_identity="vae", text_identity="text")
     assert len(data.latents_requests()) == 6
@@ -756,7 +756,9 @@ def test_a_dataset_of_the_hub_is_not_downloaded_for_a_look(
     folder: Path, keys: dict[str, Any], steps: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr("simpletuner.helpers.data.preview.scan_entry", lambda entry: opened.append(entry.id))
+    monkeypatch.setattr(
+        "simpletuner.helpers.data.preview.scan_entry", lambda entry, **_: opened.append(entry.id)
+    )
     datasets = [{"id": "hub", "type": "huggingface", "dataset_name": "owner/name"}]
     text = lines(run_of(folder, data_backend_config=datasets, **keys))
     assert "hub: owner/name, downloaded by the run or by validate --data, and not checked before" in text

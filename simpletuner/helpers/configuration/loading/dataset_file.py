@@ -256,7 +256,10 @@ def _completed(
 ) -> tuple[dict[str, object], list[Decision]]:
     """An entry of images with what it inherits of config.json, and its keys without effect."""
     is_of_class = not is_off(known.get("is_regularisation_data"))
-    unshared = _OF_SUBJECT if is_of_class else ()
+    unshared = {*(_OF_SUBJECT if is_of_class else ())}
+    record = IMAGE_SOURCES.named(known.get("type", "local"))
+    if record is not None and record.holds_rows:
+        unshared.add("caption_strategy")  # that of config.json is for files
     complete = {key: inherited[key] for key in INHERITED if key in inherited and key not in unshared}
     complete |= known
     if known.get("dataset_type") != "eval":

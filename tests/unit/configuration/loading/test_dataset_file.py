@@ -162,7 +162,7 @@ def test_aspect_buckets_are_numbers_or_objects(workspace: Workspace) -> None:
         ({"maximum_image_size": -1}, "photos.maximum_image_size  -1: .* 0"),
         ({"crop_aspect": "squarr"}, 'photos.crop_aspect  "squarr": .*Did you mean square'),
         ({"type": "webshart"}, 'photos.type  "webshart": known from SimpleTuner.*local'),
-        ({"type": "huggingface"}, "photos.dataset_name  required"),
+        ({"type": "huggingface", "instance_data_dir": None}, "photos.dataset_name  required"),
         ({"type": "csv"}, "photos.table_file  required"),
         ({"dataset_type": "conditioning"}, "photos.conditioning_type  required.*Remove the entry"),
         ({"dataset_type": "video"}, 'photos.dataset_type  "video": known from SimpleTuner'),

@@ -11,6 +11,7 @@ import pytest
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.simpletuner_run import translate_run
+from simpletuner.helpers.data.phases import even
 from simpletuner.helpers.training.plan import warnings_of
 from tests.unit.configuration.conftest import SPEC
 
@@ -91,7 +92,7 @@ def test_one_warning_names_the_variables_unless_the_secret_is_one(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace.datasets = [THEIRS, THEIRS | {"id": "others"}]
-    (text,) = [each for each in warnings_of(workspace.load(), SPEC, batches=1) if "aws_" in each]
+    (text,) = [each for each in warnings_of(workspace.load(), SPEC, calendar=even(1)) if "aws_" in each]
     assert "photos, others" in text
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in text
     monkeypatch.setenv("TOY_STORAGE", "another-secret-of-storage")
@@ -100,7 +101,7 @@ def test_one_warning_names_the_variables_unless_the_secret_is_one(
     secret = config.datasets[0].aws_secret_access_key
     assert secret is not None
     assert secret.get_secret_value() == "another-secret-of-storage"
-    assert not [each for each in warnings_of(config, SPEC, batches=1) if "aws_" in each]
+    assert not [each for each in warnings_of(config, SPEC, calendar=even(1)) if "aws_" in each]
     assert "{env:TOY_STORAGE}" in json.dumps(config.resolved())
 
 
