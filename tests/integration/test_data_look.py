@@ -116,6 +116,26 @@ def test_buckets_draws_and_batches_are_those_of_the_run(folder: Path, html: str)
     assert "18" in Page(html).text
 
 
+def test_held_out_images_and_their_copies_are_marked_and_in_no_batch(tmp_path: Path) -> None:
+    for number in range(3):
+        save(scene(number), tmp_path / "cats" / f"{number}.png", "sks")
+    save(scene(7), tmp_path / "others" / "7.png", "sks")
+    shutil.copy(tmp_path / "cats" / "0.png", tmp_path / "others" / "copy.png")
+    entries = (
+        {"id": "cats", "instance_data_dir": "cats"},
+        {"id": "others", "instance_data_dir": "others", "dataset_type": "eval"},
+    )
+    config = write_run(tmp_path, *entries)
+    cats, others = looked_at(config)
+    assert [each.is_held_out for each in cats.images] == [True, False, False]
+    assert [each.is_held_out for each in others.images] == [True, True]
+    assert [each.num_images for each in cats.buckets] == [2]
+    assert others.buckets == ()
+    assert run(config).exit_code == 0
+    cards = Page((tmp_path / "data.html").read_text(encoding="utf-8")).text
+    assert cards.count("; held out") == 3
+
+
 def test_images_are_cut_as_training_cuts_them(tmp_path: Path) -> None:
     for seed in range(4):
         save(scene(seed, 300, 128), tmp_path / "images" / f"{seed}.png", "a caption")

@@ -210,6 +210,18 @@ def test_a_damaged_entry_is_left_out_and_named(
     assert f"left out, without a finite loss: {broken.sample.path}" in caplog.text
 
 
+def test_an_image_that_proves_damaged_on_demand_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tiny(tmp_path)
+    with run.trainer(**KEYS, max_train_steps=2, vae_cache_ondemand=True) as trainer:
+        image = trainer.evaluation._images[0]
+        trainer.data.damaged[image.digest] = "it is torn"
+        assert trainer.run() == 0
+    assert caplog.text.count(f"{image.sample.path} cannot be used: it is torn. Replace or remove it.") == 1
+    assert [row["images"] for row in evaluations(run)] == [3, 3]
+
+
 def test_a_stop_signal_leaves_an_evaluation_to_the_resumed_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import simpletuner
-from simpletuner.helpers.adapters.files import embeddings
+from simpletuner.helpers.adapters.files import adapter_file, embeddings
 from simpletuner.helpers.adapters.inference import load_embeddings_into_pipeline, load_into_pipeline
 from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.errors import AdapterError, CheckpointError, ConfigError, DataError
@@ -34,6 +34,7 @@ from simpletuner.helpers.models.registry import specs
 from simpletuner.helpers.publishing.card import card_text
 from simpletuner.helpers.publishing.run_files import read_run
 from simpletuner.helpers.reporting.run_summary import load_summary
+from simpletuner.helpers.sampling.embeddings import read_embeddings
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training.text_encoding import present_embeds
 from simpletuner.helpers.training.trainer import Trainer
@@ -326,6 +327,20 @@ def test_sample_finds_the_token_beside_the_adapter(tmp_path: Path, kind: str) ->
     assert np.abs(found - expected_image(adapter=adapter, token=None)).max() > 2
 
 
+@pytest.mark.parametrize("name", [EMA_EMBEDDING_FILE, "cat.safetensors"], ids=["ema", "renamed"])
+def test_sample_takes_the_very_file_of_a_token_that_was_trained_alone(tmp_path: Path, name: str) -> None:
+    for file in (EMBEDDING_FILE, EMA_EMBEDDING_FILE):
+        shutil.copy(trained("alone").output_dir / file, tmp_path / file)
+    shutil.copy(tmp_path / EMA_EMBEDDING_FILE, tmp_path / "copy.safetensors")
+    (tmp_path / "copy.safetensors").rename(tmp_path / name)
+    header = adapter_file.read(tmp_path / name, takes_embeddings=True).metadata
+    (found,) = read_embeddings(tmp_path / name, header, is_alone=True)
+    assert found.path == tmp_path / name
+    image = sampled(tmp_path / name, tmp_path / "images")
+    assert np.abs(image - expected_image(token=tmp_path / name)).max() < 1.5
+    assert np.abs(image - expected_image(token=None)).max() > 2
+
+
 def test_sample_takes_files_of_others_and_says_what_is_missing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -405,6 +420,19 @@ def test_the_card_and_the_upload_have_the_token(kind: str) -> None:
     assert ("pipeline.load_lora_weights('me/cat'" in text) is (kind == "standard")
     assert ("pipeline.load_textual_inversion(" in text) is (kind in ("standard", "alone"))
     assert f"token='{TOKEN}'" in text or kind not in ("standard", "alone")
+
+
+def test_files_of_an_earlier_run_in_the_folder_are_not_taken_for_the_runs_own(tmp_path: Path) -> None:
+    run = token_run(tmp_path)
+    kinds: list[dict[str, object]] = [KEYS, {}, KEYS | KINDS["alone"]]
+    for kind, own in zip(kinds, (ADAPTER_FILE, ADAPTER_FILE, EMBEDDING_FILE), strict=True):
+        assert run.run(**kind, max_train_steps=1) == 0
+        shutil.rmtree(checkpoint_folder(run.output_dir, 1))
+        found, summary = read_run(run.output_dir), load_summary(run.output_dir)
+        assert found.adapter_name == own
+        assert (EMBEDDING_FILE in found.adapters) is bool(kind)
+        assert summary is not None
+        assert (summary.embedding is not None) is (kind is KEYS)
 
 
 @pytest.mark.parametrize("kind", ["standard", "alone"])

@@ -27,10 +27,12 @@ logger = logging.getLogger(__name__)
 
 DATA_PART = "data"
 """Part of a checkpoint's compatibility file that may change; see `TrainingData.facts`, `hidden_facts`."""
+_EVALUATED = {"num_eval_images", "eval_timesteps", "eval_dataset_id"}
+"""Evaluations before and after a change of these measure something else."""
 # Without effect on training, or refused on resume when they differ.
 _IGNORED = {
     *CheckpointConfig.model_fields,
-    *EvaluationConfig.model_fields,
+    *(EvaluationConfig.model_fields.keys() - _EVALUATED),
     *TrackingConfig.model_fields,
     *ValidationConfig.model_fields,
     "cache_dir_text",

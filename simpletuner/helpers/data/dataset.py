@@ -280,14 +280,18 @@ class TrainingData:
             index: Decides over a mask that applies to a share of the samples.
 
         Raises:
-            CacheEntryError: An entry is missing or damaged.
+            CacheEntryError: An entry is missing or damaged; on demand, the image is.
         """
         references = self._references(image, epoch=0)
         caption = next((text for each in references for text in each.captions), image.sample.caption)
         sample = replace(image.sample, caption=caption)
         if self._on_demand is not None:
-            loaded = self._on_demand.load(self._requests_of(sample, (image, *references)))
-            self._on_demand.encode(loaded or ())
+            requests = self._requests_of(sample, (image, *references))
+            loaded = None if image.fault(self.damaged) else self._on_demand.load(requests)
+            if loaded is None:
+                fault = image.fault(self.damaged)
+                raise CacheEntryError(f"{image.sample.path} cannot be used: {fault}. Replace or remove it.")
+            self._on_demand.encode(loaded)
         return self._cached.item(image, sample, references=references, sample_index=index)
 
     def evaluated_strength(self, image: PlannedImage) -> float:

@@ -160,7 +160,7 @@ def read_unchanged(file: FoundFile, digest: str) -> bytes:
         if content_digest(data) != digest:
             raise DataError("it changed after the scan")
     except DataError as error:
-        raise DataError(f"{file.place}: {error}. Start the run again.") from error
+        raise DataError(f"{file.place}: {error}. {file.source.remedy(file)}") from error
     return data
 
 

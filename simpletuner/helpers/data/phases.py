@@ -43,8 +43,11 @@ class Calendar:
     """Global batch for which no dataset is active; None if there is none."""
 
     def number_at(self, batch: int) -> int:
-        """Number of the stretch that holds a global batch."""
-        return bisect_right(self.stretches, batch, key=lambda each: each.start) - 1
+        """Number of the stretch that holds a global batch; the first for those before it.
+
+        A resumed run counts back from its step, whose batches may have been fewer.
+        """
+        return max(0, bisect_right(self.stretches, batch, key=lambda each: each.start) - 1)
 
     def epochs_before(self, batch: int) -> float:
         """Epochs up to a global batch, with the share of the last one."""

@@ -168,7 +168,8 @@ class _Inspection:
         parts = [self._inspected(rows[:0])]
         # No image beyond the limit is inspected: each round takes as many as are wanting.
         while len(rows) and (wanting := limit - sum(len(part.rows) for part in parts)) > 0:
-            parts.append(self._inspected(rows[:wanting]))
+            # In the order of the names: a parquet file is read forward.
+            parts.append(self._inspected(np.sort(rows[:wanting])))
             rows = rows[wanting:]
         return _concatenated(parts)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
@@ -21,6 +23,7 @@ from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.references import bucket_name
 from simpletuner.helpers.data.sampler import inspection_order
+from simpletuner.helpers.data.scan_report import listed
 from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError, UnreachableError
@@ -123,7 +126,7 @@ def preview(
         conditioning: The entries that the dataset's conditioning_data names.
 
     Raises:
-        DataError: The folder cannot be read, or remote storage holds no image.
+        DataError: The place of the images cannot be read, or holds none.
         SourceError: Remote storage refuses.
         MissingDependencyError: The package of the storage is not installed.
     """
@@ -177,14 +180,16 @@ def _read(
     conditioning: Sequence[Entry],
 ) -> DatasetPreview:
     scan = scan_entry(config, cache=data.latents_folder(config))
-    if config.folder is None and not scan.images:
+    if not scan.images:
+        reasons = listed(f"{printable(name)}: {reason}" for name, reason in scan.skipped)
+        why = f" ({reasons})" if reasons else ""
         raise DataError(
-            f"Dataset {config.id!r}: {config.place} holds no image. Put images there or correct "
+            f"Dataset {config.id!r}: {config.place} holds no image{why}. Put images there or correct "
             "instance_data_dir."
         )
     reader = caption_reader(config, scan)
     index = ImageIndex(index_file(data.latents_folder(config), config))
-    order = inspection_order(config, len(scan.images), seed)[: config.max_num_samples]
+    order = np.sort(inspection_order(config, len(scan.images), seed)[: config.max_num_samples])
     found = scan.images.take(order)
     buckets: Counter[Size] = Counter()
     groups: Counter[str] = Counter()

@@ -69,9 +69,9 @@ class RunFiles:
     @property
     def adapters(self) -> dict[str, Path]:
         """Path in a repository -> file: adapter, export and new token, those of the EMA, and what waits."""
-        names = [COMFYUI_FILE, EMBEDDING_FILE]
+        names = [COMFYUI_FILE, *([EMBEDDING_FILE] if self._has_token else [])]
         if self.config.get("use_ema"):
-            names += [EMA_ADAPTER_FILE, EMA_COMFYUI_FILE, EMA_EMBEDDING_FILE]
+            names += [EMA_ADAPTER_FILE, EMA_COMFYUI_FILE, *([EMA_EMBEDDING_FILE] if self._has_token else [])]
         beside = {name: self.adapter.with_name(name) for name in names}
         where = PurePosixPath(self.adapter_name)
         found = {str(where.with_name(name)): file for name, file in beside.items() if file.exists()}
@@ -81,7 +81,12 @@ class RunFiles:
     def embedding(self) -> Path | None:
         """The file of the run's new token, if there is one; the adapter itself if it was trained alone."""
         file = embedding_file(self.adapter)
-        return file if self.model is None and file.exists() else None
+        return file if self._has_token and file.exists() else None
+
+    @property
+    def _has_token(self) -> bool:
+        """Whether the run trained a new token; else such a file is of an earlier run in the folder."""
+        return self.config.get("placeholder_token") is not None
 
     @property
     def embedding_name(self) -> str | None:
@@ -152,10 +157,9 @@ def read_run(folder: Path) -> RunFiles:
         for name in UPLOADED_FILES
         if adapter.with_name(name).exists()
     }
-    saved = filter(None, (adapter_in(path) for _, path in reversed(checkpoint_folders(folder))))
+    saved = [file for _, path in reversed(checkpoint_folders(folder)) if (file := path / main).is_file()]
     newest = {_in_repository(path): path for path in (*saved, *reversed(mains))}
-    final = adapter_in(folder)
-    candidates = newest if final is None else {final.name: final}
+    candidates = {main: folder / main} if (folder / main).is_file() else newest
     folders = [folder, *(path for _, path in reversed(checkpoint_folders(folder)))]
     models = [files[0] for each in folders if (files := model_files(each))]
     if models:

@@ -25,21 +25,23 @@ def text_parts(family: ModelFamily) -> dict[str, TextPart]:
 
 
 def read_embeddings(
-    adapter: Path, header: Mapping[str, str], *, given: Sequence[str] = ()
+    adapter: Path, header: Mapping[str, str], *, is_alone: bool = False, given: Sequence[str] = ()
 ) -> list[Embeddings]:
     """The new tokens to sample with: that of the adapter, from the file beside it, and those of other files.
 
     Args:
         adapter: The adapter file, or the file of a token that was trained alone.
         header: Of that file.
+        is_alone: Whether it is that of a token.
         given: Further files, each as FILE or FILE=TOKEN.
 
     Raises:
         AdapterError: A file cannot be read, is no file of embeddings or names no token.
     """
     files = dict(map(_split, given))
-    own = embedding_file(adapter)
-    if embeddings.TOKEN_KEY in header and own.resolve() not in {path.resolve() for path in files}:
+    own = adapter if is_alone else embedding_file(adapter)
+    is_given = own.resolve() in {path.resolve() for path in files}
+    if (is_alone or embeddings.TOKEN_KEY in header) and not is_given:
         if own.is_file():
             files = {own: None, **files}
         elif not files:

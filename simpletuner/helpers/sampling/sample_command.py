@@ -113,9 +113,9 @@ def sample(request: SampleRequest, *, output: Path, families: Mapping[str, Model
         request, header = _of_whole_model(request)
     else:
         header = stored.metadata
-    tokens = read_embeddings(request.adapter, header, given=request.embeddings)
-    if stored is not None and is_embeddings(stored):
-        stored = None  # a token that was trained alone
+    is_alone = stored is not None and is_embeddings(stored)  # a token that was trained alone
+    tokens = read_embeddings(request.adapter, header, is_alone=is_alone, given=request.embeddings)
+    stored = None if is_alone else stored
     sections = sections_of(request, header=header, families=families)
     family, validation = make_family(sections, dtype=request.dtype), sections.validation
     prompts = with_references(

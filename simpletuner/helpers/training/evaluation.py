@@ -75,6 +75,8 @@ class Evaluation:
     _num_held_out: int = field(init=False)
     _evaluated: set[int] = field(init=False, default_factory=set)
     """Optimiser steps that need no evaluation any more."""
+    _reported: set[str] = field(init=False, default_factory=set)
+    """Problems of images that were logged."""
 
     def __post_init__(self) -> None:
         held_out, trained = chosen_to_evaluate(
@@ -202,7 +204,9 @@ class Evaluation:
                 item = self.data.evaluated_item(image, index=self._sample_index(image, 0))
             except CacheEntryError as error:
                 problem = str(error)
-                logger.error("%s Until then it is not evaluated.", problem)
+                if problem not in self._reported:
+                    logger.error("%s Until then it is not evaluated.", problem)
+                self._reported.add(problem)
             else:
                 return item, offset == 0
         raise DataError(f"No image that is evaluated has whole cache entries. {problem}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.data.held_out import all_held_out, without_any
 from simpletuner.helpers.data.preview import DatasetPreview
+from simpletuner.helpers.data.scan_report import listed
 from simpletuner.helpers.io.names import counted
 
 
@@ -56,9 +57,18 @@ def evaluation_problems(config: RunConfig, previews: Sequence[DatasetPreview]) -
 
 
 def without_training(previews: Sequence[DatasetPreview]) -> list[str]:
-    """Errors of the datasets of which all images are held out."""
+    """Errors of the datasets of which no image can be used, or all are held out."""
+    whole = [each for each in previews if each.is_whole and each.unreachable is None and not each.num_trained]
     return [
-        all_held_out(each.config, each.num_held_out)
-        for each in previews
-        if each.is_whole and each.config.is_trained and each.num_held_out and not each.num_trained
+        *(
+            f"Dataset {each.config.id!r}: no image in {each.config.place} can be used "
+            f"({listed(each.problems)})."
+            for each in whole
+            if not each.num_held_out and each.problems
+        ),
+        *(
+            all_held_out(each.config, each.num_held_out)
+            for each in whole
+            if each.config.is_trained and each.num_held_out
+        ),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from simpletuner.helpers.adapters.files import comfyui
+from simpletuner.helpers.adapters.files import comfyui, embeddings
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.faults import storage_error
@@ -65,6 +65,7 @@ class FinalFiles:
         main, second = (str(self.output_dir / name) for name in self.state.trainable.file_names)
         is_model = self.state.trainable.is_model
         exported = self.output_dir / COMFYUI_FILE if self.exports_to_comfyui else None
+        has_token = embeddings.TOKEN_KEY in self.state.metadata  # else a file is of an earlier run
         embedding = embedding_file(Path(main))
         summary = RunSummary(
             step=step,
@@ -85,7 +86,7 @@ class FinalFiles:
             held_out=lowest_held_out(self.output_dir),
             ema=second if ema is not None and not ema.is_main else None,
             plain=second if ema is not None and ema.is_main else None,
-            embedding=str(embedding) if embedding.is_file() and embedding != Path(main) else None,
+            embedding=str(embedding) if has_token and embedding != Path(main) else None,
             trackers={
                 name: str(folder)
                 for name in (TENSORBOARD_FOLDER, WANDB_FOLDER)

@@ -56,6 +56,15 @@ def test_each_key_that_has_an_effect_on_training_is_a_line(checkpoint: Checkpoin
     ]
 
 
+def test_what_evaluations_measure_is_a_line_and_when_they_are_made_is_none(tmp_path: Path) -> None:
+    keys = ("num_eval_images", "eval_timesteps", "eval_steps_interval", "eval_loss_disable")
+    checkpoint = made(tmp_path, 4, config=dict.fromkeys(keys, 1))
+    assert changes_since(checkpoint, resolved=dict.fromkeys(keys, 2), data={}) == [
+        "eval_timesteps: 1 before, 2 now",
+        "num_eval_images: 1 before, 2 now",
+    ]
+
+
 def test_nothing_is_said_of_equal_settings_or_of_keys_that_one_version_does_not_know(
     checkpoint: Checkpoint,
 ) -> None:

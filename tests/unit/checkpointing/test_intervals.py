@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from simpletuner.helpers.checkpointing.intervals import Epochs, num_due
-from simpletuner.helpers.data.phases import even
+from simpletuner.helpers.data.phases import Calendar, Stretch, even
 
 # 3 batches in an epoch, 2 in a step: the epochs end after batches 3, 6, 9, ..., in steps 2, 3, 5, 6, 8, 9.
 ACCUMULATED = Epochs(calendar=even(3), batches_per_step=2)
@@ -80,3 +80,14 @@ def test_the_end_of_an_epoch_is_the_first_step_after_which_it_is_complete() -> N
 def test_many_steps_take_no_time() -> None:
     huge = 2**31 - 1
     assert num_due(Epochs(), after=0, before=huge, steps=100, epochs=0) == huge // 100
+
+
+def test_steps_with_fewer_batches_before_a_resume_are_in_the_first_epochs() -> None:
+    stretches = (
+        Stretch(start=0, epoch=0, length=10, datasets=(0,)),
+        Stretch(start=40, epoch=4, length=1000, datasets=(0, 1)),
+    )
+    # 10 batches were drawn in 20 steps of half as many, so step 0 lies before batch 0.
+    where = Epochs(calendar=Calendar(stretches), step=20, batches=10)
+    found = num_due(where, after=20, before=60, steps=0, epochs=1)
+    assert found == len([step for step in range(21, 60) if where.is_due(step, steps=0, epochs=1)]) == 3

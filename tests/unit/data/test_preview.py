@@ -17,6 +17,7 @@ from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.preview import DatasetPreview, preview
 from simpletuner.helpers.data.sources.base import scan_source
 from simpletuner.helpers.data.sources.local import LocalFolder
+from simpletuner.helpers.errors import DataError
 
 
 @pytest.fixture
@@ -132,3 +133,13 @@ def test_captions_of_unread_images_are_estimated(folder: Path, monkeypatch: pyte
     found = look(folder, enable_wildcard=True)
     assert (found.num_read, found.num_images, found.num_captions) == (2, 4, 8)
     assert found.expected_captions == 16
+
+
+def test_a_table_of_which_no_row_is_an_image_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,caption\na.png,a\n")
+    config = DatasetConfig(
+        id="a", type="table", table_file=tmp_path / "list.csv", instance_data_dir=tmp_path, resolution=64
+    )
+    data = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+    with pytest.raises(DataError, match=r"list.csv holds no image \(a.png: no such file"):
+        preview(config, data, alignment=64, seed=1, reads_all=True)

@@ -12,7 +12,9 @@ import pyarrow.parquet
 import pytest
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.data.captions import caption_reader, strategy_of
+from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.index import ImageIndex
 from simpletuner.helpers.data.sources import parquet
 from simpletuner.helpers.data.sources.base import Scan
@@ -67,10 +69,12 @@ def test_a_tsv_file_is_read_by_tabs_alone(folder: Path) -> None:
 def test_a_row_that_names_no_image_is_skipped_with_its_line_and_its_reason(folder: Path) -> None:
     os.symlink("/etc", folder / "away")
     os.mkfifo(folder / "pipe.png")
+    long = "a\\" + "b" * 300
     config = csv(
         folder,
         "path,caption\nimages/0.png,a\nimages/9.png,b\nimages/1.png\n,c\n../x.png,d\n/etc/x.png,e\n"
-        "s3://bucket/x.png,f\naway/passwd,g\npipe.png,h\nimages/./2.png,i\nimages,j\n",
+        "s3://bucket/x.png,f\naway/passwd,g\npipe.png,h\nimages/./2.png,i\nimages,j\n"
+        f"http://[1/x.png,k\n{long},l\n",
     )
     scan = scan_entry(config.model_copy(update={"instance_data_dir": folder}))
     assert [image.name for image in scan.images] == ["images/0.png", "images/2.png"]
@@ -84,6 +88,8 @@ def test_a_row_that_names_no_image_is_skipped_with_its_line_and_its_reason(folde
         "away/passwd": "it is a link that leaves the folder of the images",
         "pipe.png": "it is no regular file",
         "images": "it is no regular file",
+        "line 13": "it is no URL: Invalid IPv6 URL",
+        long.replace("\\", "/"): f"no such file from {folder}",
     }
 
 
@@ -367,3 +373,22 @@ def test_a_filter_compares_values_of_any_kind_as_texts(folder: Path) -> None:
     for wanted, names in ((True, "0"), (2, "12"), ([False, "2"], "12")):
         scan = scan_entry(dataset(folder / "rows.jsonl", row_filter={"x": wanted}))
         assert "".join(image.name[7] for image in scan.images) == names
+
+
+def test_some_of_the_images_in_a_parquet_file_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(embedded([png(seed) for seed in range(40)], text=["a"] * 40), tmp_path / "a.parquet")
+    config = DatasetConfig(id="a", type="table", table_file=file, resolution=64, max_num_samples=10)
+    rows: list[int] = []
+    cell = parquet.ParquetTable.cell
+
+    def noting(table: parquet.ParquetTable, column: str, row: int) -> object:
+        rows.append(row)
+        return cell(table, column, row)
+
+    monkeypatch.setattr(parquet.ParquetTable, "cell", noting)
+    data = DataConfig(cache_dir_vae=tmp_path / "vae", cache_dir_text=tmp_path / "text")
+    TrainingData([config], data, seed=1, batch_size=1, pixel_alignment=64)
+    assert len(rows) == 10
+    assert rows == sorted(rows)

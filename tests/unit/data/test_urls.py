@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.data.index import ImageIndex
+from simpletuner.helpers.data.index import ImageIndex, read_unchanged
 from simpletuner.helpers.data.sources import urls
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.data.sources.urls import UrlReader, shown_url
@@ -134,3 +134,17 @@ def test_a_file_above_the_limit_is_not_read_to_its_end(server: Server) -> None:
 
 def test_a_url_is_shown_without_its_secrets() -> None:
     assert shown_url("https://me:secret@host/a.png?token=x#y") == "https://host/a.png"
+
+
+def test_what_to_do_about_a_changed_url_is_more_than_another_start(tmp_path: Path, server: Server) -> None:
+    server.files["/a.png"] = png(0)
+    (tmp_path / "list.csv").write_text(f"url,caption\n{server.address}/a.png,a\n")
+    config = DatasetConfig(id="a", type="table", table_file=tmp_path / "list.csv")
+    for start in range(2):
+        index = ImageIndex(tmp_path / "index.safetensors")
+        (image,) = scan_entry(config).images
+        digest = index.info(image).digest
+        index.save()
+        server.files["/a.png"] = png(start + 1)
+    with pytest.raises(DataError, match=r"it changed after the scan. .* remove its row, or images_"):
+        read_unchanged(image, digest)

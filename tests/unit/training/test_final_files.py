@@ -33,6 +33,7 @@ class State:
     is_sharded: bool = False
     saved_to: list[Path] = field(default_factory=list)
     trainable: Trainable = field(default_factory=Trainable)
+    metadata: dict[str, str] = field(default_factory=dict)
 
     ema: Ema | None = None
 

@@ -325,6 +325,15 @@ def test_targets_and_rank_are_held_against_the_familys_own_layers(
     assert warning is None or warning in text
 
 
+def test_a_dataset_of_which_no_image_can_be_used_is_refused(folder: Path) -> None:
+    broken = folder / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no image")
+    entry = {"id": "broken", "instance_data_dir": str(broken), "instance_prompt": "x"}
+    with pytest.raises(DataError, match=r"'broken': no image in .* can be used \(a\.png: "):
+        lines(run_of(folder, data_backend_config=[entry]))
+
+
 def test_a_single_file_marked_v_pred_contradicts_epsilon(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file({"v_pred": np.zeros(0), "ztsnr": np.zeros(0), "model.diffusion_model.x": np.zeros(3)}, file)

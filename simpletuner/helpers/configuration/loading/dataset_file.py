@@ -117,7 +117,7 @@ class DatasetFile:
     decisions: tuple[Decision, ...] = ()
     """What became of every key that does not stay as it is."""
     names: frozenset[str] = frozenset()
-    """Every id of an entry that is not disabled, be it valid or not."""
+    """The id of every dataset that is not disabled, be it valid or not."""
 
     def folders(self) -> dict[str, Path]:
         """Id -> folder on this machine of the images, masks or references."""
@@ -184,7 +184,7 @@ def read_datasets(entries: JsonValue, source: Source, *, data: Validated[DataCon
         references=tuple(each for each in used if isinstance(each, ReferenceConfig)),
         mask_kinds=(conditions.kinds - REFERENCE_TYPES) | {"alpha" for each in filtered if each.alpha_mask},
         decisions=tuple(decisions),
-        names=conditions.names - conditions.disabled,
+        names=frozenset(name for identity, own in copies.items() for name in own or (identity,)),
     )
 
 

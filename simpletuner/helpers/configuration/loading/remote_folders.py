@@ -45,7 +45,11 @@ def with_url(values: Mapping[str, JsonValue]) -> tuple[dict[str, JsonValue], lis
     if kind is None:  # an unknown value is refused with the others
         return {**kept, **{key: given[key] for key in StorageKeys.model_fields if key in given}}, []
     if kind.holds_archives or kind.holds_rows:  # a URL there picks its storage, whatever the type is
-        return {**kept, **{key: given[key] for key in StorageKeys.model_fields if key in given}}, []
+        text = f"belongs to {TYPE} s3. Give the place in {FOLDER}, s3://bucket/folder."
+        problems = [
+            Decision(key, given[key], "not translated", "", text) for key in (BUCKET, PREFIX) if key in given
+        ]
+        return {**kept, **{key: given[key] for key in StorageKeys.model_fields if key in given}}, problems
     decisions: list[Decision] = []
     url = folder if isinstance(folder, str) and "://" in folder else None
     if url is None and kind.name == S3:

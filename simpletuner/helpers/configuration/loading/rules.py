@@ -389,8 +389,9 @@ def check_evaluation(evaluation: Validated[EvaluationConfig], file: DatasetFile,
     for name in () if section is None else section.eval_dataset_id:
         dataset = next((each for each in file.datasets if each.id == name), None)
         if name not in file.names:
-            hint = nearest(name, [each.id for each in file.datasets])
-            source.reject("eval_dataset_id", name, f"no enabled entry of images has this id.{hint}")
+            known = [each.id for each in file.datasets if each.holds_out]
+            hint = nearest(name, known) or f" Known: {', '.join(known)}." if known else ""
+            source.reject("eval_dataset_id", name, f"no dataset has this id.{hint}")
         elif dataset is not None and not dataset.holds_out:
             text = (
                 'holds no images out. Set "dataset_type": "eval" or eval_share in that entry, or remove the '

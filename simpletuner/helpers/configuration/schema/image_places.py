@@ -35,6 +35,8 @@ def _image_folder(value: object, info: ValidationInfo) -> Path | str | None:
             raise ValueError('is a tar archive. Set "type": "webdataset" to train from it.')
         return place
     url = folder_url(path_context(info).expand(value))
+    if record.holds_rows:
+        raise ValueError("must be a folder on this machine. Write whole http or https URLs into the table.")
     if record.holds_archives:
         check_names(url)
     return url

@@ -105,6 +105,11 @@ class ImageSource(ABC, Generic[Entry]):
         """Begin to read files that will be asked for, in this order."""
         del files
 
+    def remedy(self, file: FoundFile) -> str:
+        """What to do if a file is not the one that was scanned any more, as a sentence."""
+        del file
+        return "Start the run again."
+
     def changed_ns(self, file: FoundFile) -> int:
         """When a file last changed, nanoseconds since 1970; 0 if the signature differs with the content."""
         del file

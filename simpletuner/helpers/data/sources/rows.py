@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -250,6 +251,15 @@ class PathRows(ImageSource[Address]):
         """The table and the image."""
         return f"{self.place}: {printable(name)}"
 
+    def remedy(self, file: FoundFile) -> str:
+        """Another start is of use for a file; what a URL held is remembered."""
+        if not self._addresses[file.name].is_url:
+            return super().remedy(file)
+        return (
+            "Start the run again. If that does not help, remove its row, or images_*.safetensors in "
+            "cache_dir_vae, so that every URL is read anew."
+        )
+
     def changed_ns(self, file: FoundFile) -> int:
         """When the status of a file changed last; 0 for a URL."""
         return 0 if self._addresses[file.name].is_url else int(file.signature[2])
@@ -271,11 +281,15 @@ class PathRows(ImageSource[Address]):
         scheme, found, _ = text.partition("://")
         if found and scheme.lower() in ("http", "https"):
             query = text.partition("?")[1:]
-            name = printable(shown_url(text)).partition("://")[2]
+            try:
+                name = printable(shown_url(text)).partition("://")[2]
+            except ValueError as error:
+                raise DataError(f"it is no URL: {error}") from error
             return f"{name}#{_short(text)}" if any(query) else name, Address(text, is_url=True)
         if found:
             raise DataError(f"{printable(scheme)}:// is not read from a table; give a path, http or https")
-        path = PurePath(text if "\\" not in text or (self._base / text).exists() else with_slashes(text))
+        is_whole = "\\" not in text or os.path.exists(self._base / text)  # of any length
+        path = PurePath(text if is_whole else with_slashes(text))
         if path.is_absolute() and path.is_relative_to(self._base):
             path = path.relative_to(self._base)
         if path.is_absolute() and not self._takes_absolute:

@@ -58,6 +58,8 @@ class LookedImage:
     """Of which each caption should hold one; of a regularisation image, none. Empty without a check."""
     is_uncaptioned: bool
     is_regularisation: bool
+    is_held_out: bool
+    """Whether it, or the same bytes in another dataset, is only evaluated."""
     has_one_caption: bool
     """Whether all images of its dataset have the same caption, as instance_prompt."""
     findings: dict[str, str] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,9 +66,7 @@ class LookedDataset:
     def trained(self) -> list[PlannedImage]:
         """The images that are neither masked out nor held out."""
         return [
-            each.planned
-            for each in self.images
-            if "masked" not in each.findings and not is_held_out(self.config, each.planned.digest)
+            each.planned for each in self.images if "masked" not in each.findings and not each.is_held_out
         ]
 
 
@@ -80,16 +78,22 @@ def look(config: RunConfig, spec: ModelSpec, *, triggers: Sequence[str] = ()) ->
         spec: Its family.
         triggers: Texts of which each caption should hold one; instance_prompt without any.
     """
-    datasets = [each for each in config.datasets if each.dataset_type == "image" and not each.disabled]
+    datasets = [each for each in config.datasets if not each.disabled]
     plans = [_plan(dataset, config, spec) for dataset in datasets]
-    images = [image for plan in plans if isinstance(plan, DatasetPlan) for image in plan.images]
+    usable = [
+        (plan.config, image) for plan in plans if isinstance(plan, DatasetPlan) for image in plan.images
+    ]
+    images = [image for _, image in usable]
+    # The same bytes are trained in no other dataset.
+    held_out = {image.digest for own, image in usable if is_held_out(own, image.digest)}
     measured = iter([*_measured(images, config)])
     looked: list[LookedDataset] = []
     for dataset, plan in zip(datasets, plans, strict=True):
         if isinstance(plan, str):
             looked.append(_refused(dataset, plan))
         else:
-            looked.append(_looked(plan, [next(measured) for _ in plan.images], triggers))
+            found = [next(measured) for _ in plan.images]
+            looked.append(_looked(plan, found, triggers, held_out=held_out))
     find([image for each in looked for image in each.images])
     return _with_buckets(looked, config)
 
@@ -151,8 +155,14 @@ def _refused(dataset: DatasetConfig, problem: str) -> LookedDataset:
     )
 
 
-def _looked(plan: DatasetPlan, measured: Sequence[Measures | str], triggers: Sequence[str]) -> LookedDataset:
-    """A dataset before anything is compared."""
+def _looked(
+    plan: DatasetPlan,
+    measured: Sequence[Measures | str],
+    triggers: Sequence[str],
+    *,
+    held_out: Collection[str],
+) -> LookedDataset:
+    """A dataset before anything is compared; `held_out` are digests."""
     config = plan.config
     pairs = list(zip(plan.images, measured, strict=True))
     damaged = [
@@ -166,6 +176,7 @@ def _looked(plan: DatasetPlan, measured: Sequence[Measures | str], triggers: Seq
             triggers=triggers_of(triggers, config),
             is_uncaptioned=is_uncaptioned(image, plan.caption_plan),
             is_regularisation=config.is_regularisation_data,
+            is_held_out=image.digest in held_out,
             has_one_caption=has_one_caption,
         )
         for image, found in pairs

@@ -139,6 +139,7 @@ def _dataset(looked: LookedDataset) -> str:
     entries = [
         ("folder", display_path(config.folder) if config.folder is not None else config.place),
         ("images", format_number(len(looked.images))),
+        ("held out", sum(each.is_held_out for each in looked.images) or None),
         ("left out", len(looked.skipped) or None),
         ("trained at", f"{config.resolution:g} ({config.resolution_type})"),
         ("crop", crop),
@@ -225,6 +226,7 @@ def _card(image: LookedImage, *, rank: int, total: int) -> str:
     facts = (
         f"{sample.dataset_id}: {sample.original_px} px, bucket {image.planned.bucket}; sharpness "
         f"{format_number(round(measures.sharpness, 1))}, {rank:,} of {total:,} from the least"
+        f"{'; held out' if image.is_held_out else ''}"
     )
     findings = "".join(
         f'<li class="{key}"><b>{escape(KINDS[key][0])}.</b> {escape(text)}</li>'

@@ -78,10 +78,10 @@ def python_snippet(run: RunSnapshot) -> str:
     """Python code that generates the same image through diffusers."""
     model = relative_path(str(run.config.get("pretrained_model_name_or_path")))
     adapter, spec = run.adapter or run.path, registry.specs().get(str(run.config.get(FAMILY)))
-    embedding = embedding_file(adapter)
+    embedding, has_token = embedding_file(adapter), run.config.get("placeholder_token") is not None
     files = WeightFiles(
         adapter=None if adapter == embedding else repr(relative_path(adapter)),
-        embedding=repr(relative_path(embedding)) if embedding.is_file() else None,
+        embedding=repr(relative_path(embedding)) if has_token and embedding.is_file() else None,
     )
     return pipeline_code(run.config, run.manifest, model=model, files=files, spec=spec)
 

@@ -107,12 +107,18 @@ def test_one_dataset_is_chosen_by_its_id(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("other", "no enabled entry of images has this id. Did you mean others?"),
+        ("other", "no dataset has this id. Did you mean others?"),
         ("photos", 'holds no images out. Set "dataset_type": "eval" or eval_share'),
+        ("sizes", "no dataset has this id. Known: others, sizes-256, sizes-512."),
+        ("text", "no dataset has this id. Known: others, sizes-256, sizes-512."),
     ],
 )
 def test_a_dataset_without_held_out_images_is_not_chosen(workspace: Workspace, name: str, says: str) -> None:
-    workspace.datasets.append(HELD_OUT)
+    workspace.datasets += [
+        HELD_OUT,
+        HELD_OUT | {"id": "sizes", "resolution": [256, 512]},
+        {"id": "text", "dataset_type": "text_embeds"},
+    ]
     message = workspace.problems(eval_dataset_id=name)
     assert f'eval_dataset_id  "{name}": {says}' in message
 

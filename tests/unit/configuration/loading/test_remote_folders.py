@@ -198,3 +198,11 @@ def test_the_examples_of_the_documentation_are_valid(
     for text in examples:
         workspace.datasets = json.loads(text)
         assert all(each.folder is None for each in workspace.load().datasets)
+
+
+def test_a_bucket_of_tar_archives_is_given_as_a_url(workspace: Workspace) -> None:
+    entry = {"id": "a", "type": "webdataset", "instance_data_dir": "images", "aws_bucket_name": "b"}
+    workspace.datasets = [entry]
+    assert (
+        "a.aws_bucket_name  belongs to type s3. Give the place in instance_data_dir" in workspace.problems()
+    )

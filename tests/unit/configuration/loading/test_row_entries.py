@@ -36,6 +36,12 @@ def test_an_entry_of_the_hub_needs_its_name_alone(workspace: Workspace) -> None:
     assert decisions == {}
 
 
+def test_rows_do_not_inherit_a_source_of_captions_in_files(workspace: Workspace) -> None:
+    workspace.config["caption_strategy"] = "textfile"
+    dataset, _ = loaded(workspace, HUB)
+    assert dataset.caption_strategy is None
+
+
 def test_simpletuners_entry_of_the_hub_is_understood_key_by_key(workspace: Workspace) -> None:
     entry = HUB | {
         "metadata_backend": "huggingface",
@@ -215,3 +221,11 @@ def test_the_entries_of_the_documentation_load(workspace: Workspace, repository:
         dataset, decisions = loaded(workspace, entry)
         assert dataset.id == entry["id"]
         assert decisions == {}
+
+
+def test_paths_in_a_table_do_not_begin_at_a_url(workspace: Workspace) -> None:
+    (workspace.folder / "list.csv").write_text("path,caption\na.png,a\n")
+    entry: Json = {"id": "a", "type": "csv", "table_file": "list.csv", "instance_data_dir": "s3://bucket/a"}
+    message = workspace.dataset_problems(entry)
+    assert "a.instance_data_dir" in message
+    assert "must be a folder on this machine" in message
