@@ -86,13 +86,16 @@ def test_a_maximum_of_image_sizes_is_part_of_the_fingerprint_when_it_has_an_effe
 def test_strengths_and_rslora_are_part_of_the_fingerprint_where_they_are_set(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
 
-    def settings(strength: float | None = None, **keys: object) -> dict[str, object]:
+    def settings(
+        strength: float | None = None, held_out: float | None = None, **keys: object
+    ) -> dict[str, object]:
         dataset = {"id": "x", "instance_data_dir": str(tmp_path), "slider_strength": strength}
+        others = {"id": "y", "instance_data_dir": str(tmp_path), "dataset_type": "eval"}
         values = {
             "model_family": "sdxl",
             "pretrained_model_name_or_path": "simpletuner/demo/sdxl",
             "lora_type": "standard",
-            "data_backend_config": [dataset],
+            "data_backend_config": [dataset, others | {"slider_strength": held_out}],
             **keys,
         }
         (tmp_path / "config.json").write_text(json.dumps(values))
@@ -101,6 +104,7 @@ def test_strengths_and_rslora_are_part_of_the_fingerprint_where_they_are_set(tmp
     plain = settings()
     assert not {"use_rslora", "slider_lora_target"} & plain.keys()  # checkpoints of older versions lack them
     assert settings(0) == plain
+    assert settings(held_out=0.5) == plain, "held-out images are not trained"
     assert settings(0.5) == plain | {"dataset x, slider_strength": 0.5}
     assert settings(use_rslora=True) == plain | {"use_rslora": True}
     assert settings(slider_lora_target=True).keys() == plain.keys()

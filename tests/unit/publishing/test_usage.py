@@ -11,6 +11,7 @@ from simpletuner.helpers.publishing.usage import (
     diffusers_code,
     pipeline_code,
     sample_command,
+    teaches,
 )
 
 SHOT = {"name": "edit", "prompt": "make it red", "size": "64x80", "seed": 3, "strength": 1.0}
@@ -37,3 +38,19 @@ def test_reference_images_of_the_prompt_are_given(names: tuple[str, ...], shown:
         ast.parse(text)
         assert ("import load_image" in text) is bool(names)
         assert "image=" not in text if shown is None else shown in text
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        ({}, True),
+        ({"dataset_type": "image"}, True),
+        ({"dataset_type": "eval"}, False),
+        ({"is_regularisation_data": True}, False),
+    ],
+    ids=["plain", "image", "held out", "regularisation"],
+)
+def test_prompts_of_trained_subjects_alone_are_trigger_words(
+    entry: dict[str, object], expected: bool
+) -> None:
+    assert teaches(entry) is expected

@@ -119,3 +119,11 @@ def test_a_share_that_leaves_nothing_to_train_is_refused(tmp_path: Path) -> None
     config = run_of(tmp_path, [{"id": "mine", "eval_share": 0.9999}])
     with pytest.raises(DataError, match="'mine': its 20 images are held out"):
         lines(config)
+
+
+def test_regularisation_is_balanced_with_the_images_that_are_trained(tmp_path: Path) -> None:
+    others = {"id": "class", "instance_data_dir": str(tmp_path / "others"), "is_regularisation_data": True}
+    entries = [{"id": "mine", "eval_share": 0.5}, others]
+    text = lines(run_of(tmp_path, entries, regularisation_target="data"))
+    (held_out,) = [int(word) for word in text.partition("mine: 20 images, ")[2].split()[:1]]
+    assert f"of {2 * (20 - held_out)} batches" in text
