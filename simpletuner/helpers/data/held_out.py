@@ -43,7 +43,7 @@ class Divided:
 
     def references(self) -> list[PlannedReference]:
         """The references of all images, in their order."""
-        return [each for images in self.parts for own in images.references or () for each in own]
+        return [each for images in self.parts for each in images.all_references()]
 
 
 def is_held_out(config: DatasetConfig, digest: str) -> bool:

@@ -133,6 +133,10 @@ class PlannedImages(Sequence[PlannedImage]):
             target_px=Size(target_height, target_width),
         )
 
+    def all_references(self) -> list[PlannedReference]:
+        """The references of all images, in their order."""
+        return [each for own in self.references or () for each in own]
+
     def take(self, rows: Rows) -> PlannedImages:
         """The images at some positions."""
         return PlannedImages(

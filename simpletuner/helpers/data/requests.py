@@ -57,12 +57,14 @@ class DataRequests:
         ]
         held_out = sorted(divided.held_out, key=bucket_of)
         singles += [(image, image.sample.path, bucket_of(image)) for image in held_out]
+        turned = [
+            mirrored(each)
+            for plan in divided.trained
+            if plan.config.id in flipped
+            for each in plan.images.all_references()
+        ]
         references = sorted(
-            (
-                each
-                for own in divided.references()
-                for each in ((own, mirrored(own)) if own.sample.dataset_id in flipped else (own,))
-            ),
+            (*divided.references(), *turned),
             key=lambda each: (each.sample.dataset_id, each.sample.target_px),
         )
         for each in references:

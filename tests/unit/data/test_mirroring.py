@@ -39,7 +39,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def data_of(folder: Path, *, flip: bool = True, conditioning: str | None = None) -> TrainingData:
+def data_of(
+    folder: Path, *, flip: bool = True, conditioning: str | None = None, eval_share: float = 0
+) -> TrainingData:
     """A square of each image, cut at random; entries are the pixels themselves."""
     for name in ("masks", "before"):
         (folder / name).mkdir(exist_ok=True)
@@ -56,6 +58,7 @@ def data_of(folder: Path, *, flip: bool = True, conditioning: str | None = None)
         resolution=64,
         crop=True,
         random_flip=flip,
+        eval_share=eval_share,
         conditioning_data=[each.id for each in own],
     )
     cache = folder / f"cache {flip}"
@@ -117,6 +120,17 @@ def test_references_are_mirrored_with_their_image(folder: Path) -> None:
         write(folder / "before", number)  # the images themselves
     for batch in taken(data_of(folder, conditioning="reference"), 6):
         assert torch.equal(batch.references[0], batch.latents)
+
+
+def test_references_of_held_out_images_are_not_mirrored(folder: Path) -> None:
+    for number in range(3):
+        write(folder / "before", number)
+    data = data_of(folder, conditioning="reference", eval_share=0.5)
+    num_trained, num_held_out = len(data.samples), len(data.divided.held_out)
+    assert num_trained + num_held_out == 3
+    assert num_trained
+    assert num_held_out
+    assert len(data.latents_requests()) == 2 * (2 * num_trained + num_held_out)
 
 
 def test_the_mask_is_mirrored_with_its_image(folder: Path) -> None:
