@@ -93,17 +93,11 @@ class TensorStore:
         """Whether there is an undamaged entry; reads it."""
         return isinstance(key, str) and self.get(key) is not None
 
-    def held(self, keys: Iterable[str]) -> set[str]:
-        """Those of these keys that have an entry, which is not read, so it may be damaged.
+    def holds(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Whether each of these [n, 2] halves of keys has an entry, which is not read, so it may be damaged.
 
         Removes the temporary files of writers on this machine that no longer run.
         """
-        wanted = list(keys)
-        is_held = self.holds(halves(wanted)).tolist()
-        return {key for key, held in zip(wanted, is_held, strict=True) if held}
-
-    def holds(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Whether each of these [n, 2] halves of keys has an entry, as `held`."""
         with self._lock:
             remove_leftovers(self.folder)
             found = self._shards.holds(keys)

@@ -274,7 +274,7 @@ class TextFileCaptions(CaptionReader):
         Raises:
             DataError: They cannot be used; the message gives the reason only.
         """
-        return _parted(text, self.caption_lines)
+        return captions_in_text(text, self.caption_lines)
 
 
 class FileNameCaptions(CaptionReader):
@@ -378,18 +378,6 @@ def files_beside(image: FoundFile, scan: Scan, *, suffixes: tuple[str, ...]) -> 
     return [file for suffix in suffixes for file in files if file.name.lower().endswith(suffix)]
 
 
-def captions_from_file(file: FoundFile, *, lines: CaptionLines = "choose") -> Captions:
-    """The captions in a text file: one per line without blank lines, the first of them, or the whole text.
-
-    A text that parses as a JSON object or array is one caption. Lines end at a line feed, with or without a
-    carriage return; other characters that Unicode counts as line ends stay in the caption.
-
-    Raises:
-        DataError: The file cannot be read, is too large or not UTF-8; the message gives the reason only.
-    """
-    return _parted(text_in(file), lines)
-
-
 def text_in(file: FoundFile) -> str:
     """The text in a caption file, stripped, with line feeds as the ends of lines.
 
@@ -399,8 +387,12 @@ def text_in(file: FoundFile) -> str:
     return decoded(read_bounded(file, limit=MAX_CAPTION_FILE_BYTES)).replace("\r\n", "\n").strip()
 
 
-def _parted(text: str, lines: CaptionLines) -> Captions:
-    """The captions in the text of a file."""
+def captions_in_text(text: str, lines: CaptionLines) -> Captions:
+    """The captions in the text of a file: one per line without blank lines, the first, or the whole text.
+
+    A text that parses as a JSON object or array is one caption. Lines end at a line feed; other characters
+    that Unicode counts as line ends stay in the caption.
+    """
     parts = [text] if lines == "whole" or _is_json(text) else text.split("\n")
     texts = tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if not texts:

@@ -19,6 +19,7 @@ from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io import safetensors_file
+from tests.unit.caching.stored import held
 
 KEYS = [content_key(str(number)) for number in range(6)]
 
@@ -72,7 +73,7 @@ def test_stats_counts_entries_by_the_headers(folder: Path) -> None:
 
 def test_verify_names_damaged_entries_which_are_missing_from_then_on(folder: Path) -> None:
     assert verify(folder) == [KEYS[3]]
-    assert TensorStore(folder).held(KEYS) == {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+    assert held(TensorStore(folder), KEYS) == {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
 
 
 def test_shards_that_are_cut_or_have_no_header_are_unreadable(folder: Path) -> None:
@@ -102,7 +103,7 @@ def test_prune_packs_what_is_whole_into_one_shard_and_keeps_its_texts(folder: Pa
 
 def test_prune_removes_entries_that_are_not_used(folder: Path) -> None:
     prune(folder, used={KEYS[1], KEYS[4]})
-    assert TensorStore(folder).held(KEYS) == {KEYS[1], KEYS[4]}
+    assert held(TensorStore(folder), KEYS) == {KEYS[1], KEYS[4]}
     prune(folder, used=set())
     assert shard_names(folder) == []
 
@@ -111,12 +112,12 @@ def test_prune_removes_a_shard_that_cannot_be_read(folder: Path) -> None:
     (folder / "shard-0123456789abcdef.safetensors").write_bytes(b"cut")
     prune(folder)
     assert "shard-0123456789abcdef.safetensors" not in shard_names(folder)
-    assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+    assert held(TensorStore(folder), KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
 
 
 def test_a_store_that_is_open_finds_its_entries_after_a_prune(folder: Path) -> None:
     store = TensorStore(folder)
-    assert store.held(KEYS[:2]) == set(KEYS[:2])
+    assert held(store, KEYS[:2]) == set(KEYS[:2])
     prune(folder)
     assert store.get(KEYS[1]) is not None
     assert store.get(KEYS[4]) is not None
@@ -142,7 +143,7 @@ def test_prune_keeps_the_whole_copy_of_an_entry_that_is_damaged_in_a_large_shard
     spoil(large, 2)
     prune(tmp_path)
     assert verify(tmp_path) == []
-    assert TensorStore(tmp_path).held(KEYS) == set(KEYS[:3])
+    assert held(TensorStore(tmp_path), KEYS) == set(KEYS[:3])
 
 
 @pytest.mark.parametrize("look", [stats, prune], ids=["stats", "prune"])
@@ -154,7 +155,7 @@ def test_a_shard_that_another_process_removes_meanwhile_is_passed_over(
 
     monkeypatch.setattr(maintenance, "shard_names", with_removed)
     look(folder)
-    assert TensorStore(folder).held(KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
+    assert held(TensorStore(folder), KEYS) >= {KEYS[0], KEYS[1], KEYS[2], KEYS[4]}
 
 
 def test_prune_has_closed_the_shards_that_it_removes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,4 +191,4 @@ def test_prune_removes_no_shard_that_cannot_be_read_for_the_moment(
         with pytest.raises(DataError):
             prune(folder)
     assert shard_names(folder) == before
-    assert TensorStore(folder).held(KEYS) == set(KEYS[:5])
+    assert held(TensorStore(folder), KEYS) == set(KEYS[:5])

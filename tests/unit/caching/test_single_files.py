@@ -15,6 +15,7 @@ from simpletuner.helpers.caching.shards import digest_of
 from simpletuner.helpers.caching.single_files import SingleFiles
 from simpletuner.helpers.caching.store import TensorStore, content_key
 from simpletuner.helpers.errors import DataError
+from tests.unit.caching.stored import held
 
 KEY, OTHER_KEY = content_key("one"), content_key("other")
 TENSORS = {"latents": torch.arange(24, dtype=torch.float32).reshape(2, 3, 4)}
@@ -36,7 +37,7 @@ def write_example(files: SingleFiles) -> dict[str, Tensor]:
 def test_a_store_reads_the_files_of_earlier_versions(files: SingleFiles, tmp_path: Path) -> None:
     tensors = write_example(files)
     store = TensorStore(tmp_path / "cache")
-    assert store.held([KEY, OTHER_KEY]) == {KEY}
+    assert held(store, [KEY, OTHER_KEY]) == {KEY}
     entry = store.get(KEY)
     assert entry is not None
     assert torch.equal(entry["latents"], tensors["latents"])

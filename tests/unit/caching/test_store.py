@@ -22,6 +22,7 @@ from simpletuner.helpers.io import atomic
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.redaction import hide
 from simpletuner.helpers.io.safetensors_file import header_bytes
+from tests.unit.caching.stored import held
 
 KEY, OTHER_KEY = content_key("one"), content_key("other")
 
@@ -84,13 +85,13 @@ def test_get_of_a_missing_key_is_none(store: TensorStore) -> None:
     assert store.get(KEY) is None
     put_example(store)
     assert OTHER_KEY not in store
-    assert store.held([KEY, OTHER_KEY]) == {KEY}
+    assert held(store, [KEY, OTHER_KEY]) == {KEY}
 
 
 def test_keys_that_begin_alike_are_not_taken_for_each_other(store: TensorStore) -> None:
     put_example(store)
     alike = KEY[:16] + OTHER_KEY[16:]
-    assert store.held([alike]) == set()
+    assert held(store, [alike]) == set()
     assert store.get(alike) is None
 
 
@@ -138,7 +139,7 @@ def test_the_entries_of_a_truncated_shard_count_as_missing(store: TensorStore, l
     put_example(store)
     shard = shards(store)[0]
     shard.write_bytes(shard.read_bytes()[:length])
-    assert anew(store).held([KEY]) == set()
+    assert held(anew(store), [KEY]) == set()
     assert store.get(KEY) is None
 
 
@@ -154,12 +155,12 @@ def test_a_damaged_entry_counts_as_missing_from_then_on_and_its_neighbours_do_no
     data[data.index(torch.full((64,), 3.0).numpy().tobytes())] ^= 1
     shard.write_bytes(data)
     reader = anew(store)
-    assert reader.held([KEY, OTHER_KEY]) == {KEY, OTHER_KEY}
+    assert held(reader, [KEY, OTHER_KEY]) == {KEY, OTHER_KEY}
     with caplog.at_level(logging.WARNING):
         assert reader.get(KEY) is None
     assert KEY in caplog.text
     assert reader.get(OTHER_KEY) is not None
-    assert anew(store).held([KEY, OTHER_KEY]) == {OTHER_KEY}
+    assert held(anew(store), [KEY, OTHER_KEY]) == {OTHER_KEY}
     reader.put(KEY, {"a": torch.full((64,), 3.0)}, metadata={})
     reader.flush()
     assert KEY in anew(store)
@@ -204,7 +205,7 @@ def test_damage_in_a_folder_that_cannot_be_written_is_known_in_this_run(
 
     monkeypatch.setattr("simpletuner.helpers.caching.shard_folder.write_bytes", refuse)
     assert store.get(KEY) is None
-    assert store.held([KEY]) == set()
+    assert held(store, [KEY]) == set()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_held_removes_the_partial_files_of_dead_writers(store: TensorStore) -> N
     put_example(store)
     dead = store.folder / f".partial_{atomic._HOST}_{2**22 + 1}_00000000"
     dead.write_bytes(b"half")
-    assert store.held([KEY]) == {KEY}
+    assert held(store, [KEY]) == {KEY}
     assert not dead.exists()
 
 

@@ -17,8 +17,9 @@ from simpletuner.helpers.data.captions import (
     TextFileCaptions,
     caption_from_name,
     caption_reader,
-    captions_from_file,
+    captions_in_text,
     strategy_of,
+    text_in,
     with_instance_prompt,
 )
 from simpletuner.helpers.data.sources.base import FoundFile, scan_source
@@ -29,6 +30,10 @@ from simpletuner.helpers.errors import DataError
 def text_file(folder: Path, data: bytes) -> FoundFile:
     (folder / "a.txt").write_bytes(data)
     return scan_source(LocalFolder(folder)).captions["a"][0]
+
+
+def captions_from_file(file: FoundFile, *, lines: CaptionLines = "choose") -> Captions:
+    return captions_in_text(text_in(file), lines)
 
 
 @pytest.mark.parametrize(
