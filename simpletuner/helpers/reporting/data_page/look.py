@@ -20,9 +20,9 @@ from simpletuner.helpers.data.caption_variants import caption_plan
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
 from simpletuner.helpers.data.held_out import is_held_out
 from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.phases import DatasetBuckets, buckets_of
 from simpletuner.helpers.data.planned import DatasetPlan, PlannedImage
 from simpletuner.helpers.data.planning import plan_dataset
-from simpletuner.helpers.data.sampler import Bucket, draws_per_image
 from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.logs import terminal
@@ -193,24 +193,24 @@ def _looked(
 
 
 def _with_buckets(looked: Sequence[LookedDataset], config: RunConfig) -> list[LookedDataset]:
-    draws = draws_per_image(
-        [each.config for each in looked],
-        [len(each.trained) for each in looked],
-        balances=config.regularisation.regularisation_target == "data",
-    )
-    size = config.training.train_batch_size
-    return [
-        replace(each, buckets=tuple(_buckets(each, factor, size=each.config.train_batch_size or size)))
-        for each, factor in zip(looked, draws, strict=True)
-    ]
-
-
-def _buckets(looked: LookedDataset, draws: float, *, size: int) -> Iterator[LookedBucket]:
-    for name, number in sorted(Counter(each.bucket for each in looked.trained).items()):
-        bucket = Bucket(name, number, max(1, round(number * draws)), batch_size=size)
-        yield LookedBucket(
-            size=name,
-            num_images=number,
-            draws_per_epoch=bucket.samples_per_epoch,
-            batches_per_epoch=bucket.num_batches,
+    """The datasets with their buckets, in the order of the names."""
+    datasets = [
+        DatasetBuckets(
+            each.config,
+            dict(sorted(Counter(image.bucket for image in each.trained).items())),
+            batch_size=each.config.train_batch_size or config.training.train_batch_size,
         )
+        for each in looked
+    ]
+    found: dict[str, list[LookedBucket]] = {each.config.id: [] for each in looked}
+    balances = config.regularisation.regularisation_target == "data"
+    for dataset, bucket in buckets_of(datasets, balances=balances):
+        found[dataset.id].append(
+            LookedBucket(
+                size=bucket.name,
+                num_images=bucket.num_samples,
+                draws_per_epoch=bucket.samples_per_epoch,
+                batches_per_epoch=bucket.num_batches,
+            )
+        )
+    return [replace(each, buckets=tuple(found[each.config.id])) for each in looked]
