@@ -225,7 +225,7 @@ class ObjectStore(Storage):
         ]
 
     async def _bytes(self, name: str, most: int) -> bytes:
-        data: bytes = await self._fs._cat_file(f"{self._root}/{name}", start=0, end=most + 1)
+        data: bytes = await self._fs._cat_file(self._address(name), start=0, end=most + 1)
         return data
 
 
@@ -310,7 +310,7 @@ class Sftp(Storage):
         return found
 
     async def _bytes(self, name: str, most: int) -> bytes:
-        return await asyncio.to_thread(self._read_now, f"{self._root}/{name}", most)
+        return await asyncio.to_thread(self._read_now, self._address(name), most)
 
     def _read_now(self, path: str, most: int) -> bytes:
         with self._fs.open(path, "rb") as opened:
@@ -390,7 +390,7 @@ class WebFolder(Storage):
         return self._urls[name]
 
     async def _bytes(self, name: str, most: int) -> bytes:
-        opened = await self._fs.open_async(self._urls[name], size=most)
+        opened = await self._fs.open_async(self._address(name), size=most)
         parts: list[bytes] = []
         left = most + 1
         try:
