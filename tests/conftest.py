@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +69,12 @@ def _logging_as_it_was() -> Iterator[None]:
     root.setLevel(level)
     for handler in [each for each in root.handlers if each.name == HANDLER_NAME]:
         root.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _accelerate_as_it_was() -> Iterator[None]:
+    """Forget the precision and the accumulation that a file's tests left with accelerate for the process."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        for kept in (state.AcceleratorState, state.PartialState, state.GradientState):
+            kept._reset_state()
