@@ -30,7 +30,14 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.sharding import full_tensor
 from simpletuner.helpers.adapters.tlora import initialisation, mask
-from simpletuner.helpers.adapters.tlora.delta import difference_factors, product_norm, shrink, ungrouped
+from simpletuner.helpers.adapters.tlora.branch import Branch, add_branch
+from simpletuner.helpers.adapters.tlora.delta import (
+    Triplet,
+    difference_factors,
+    product_norm,
+    shrink,
+    ungrouped,
+)
 from simpletuner.helpers.adapters.tlora.lokr_layer import TLokrLayer
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -124,8 +131,15 @@ class TLoraLayer(MaskedLayer):
         """
         if self.is_vanilla:
             return self.down[:rank], self.up[:, :rank]
-        base = self.base_q, self.base_p, self.base_lambda
-        return difference_factors(base, (self.delta_q, self.delta_p, self.delta_lambda), rank=rank)
+        return difference_factors(self._base, self._differences, rank=rank)
+
+    @property
+    def _base(self) -> Triplet:
+        return self.base_q, self.base_p, self.base_lambda
+
+    @property
+    def _differences(self) -> Triplet:
+        return self.delta_q, self.delta_p, self.delta_lambda
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
         """Add the active ranks' contribution to the base layer's output.
@@ -141,6 +155,10 @@ class TLoraLayer(MaskedLayer):
         if self.multiplier == 0:
             return output
         rank_mask, rank, gain = self._active_ranks(x)
+        if self.module_type == "linear" and not self.is_vanilla and not torch.compiler.is_compiling():
+            scale = self.scale * self.multiplier * gain
+            branch = Branch(self._base, self.lora_dim if rank is None else rank, rank_mask, scale)
+            return add_branch(branch, x, output=output, differences=self._differences)
         a, b = self.lora_factors(rank)
         b = b * (self.scale * self.multiplier * gain)
         if rank_mask is not None:
