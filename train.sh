@@ -9,7 +9,7 @@
 #   TRAINING_NUM_MACHINES       machines (1); several need --main_process_ip, --main_process_port and
 #                               --machine_rank in ACCELERATE_EXTRA_ARGS
 #   MIXED_PRECISION             overrides mixed_precision of the configuration
-#   TRAINING_DYNAMO_BACKEND     torch.compile backend
+#   TRAINING_DYNAMO_BACKEND     overrides dynamo_backend of the configuration
 #   ACCELERATE_CONFIG_PATH      accelerate's yaml file; it sets processes and machines
 #   ACCELERATE_EXTRA_ARGS       further arguments of `accelerate launch`
 #
@@ -110,7 +110,7 @@ choose_launcher_args() {
         [ "$processes" -eq 1 ] || launcher_args+=(--multi_gpu)
         launcher_args+=(--num_processes "$processes" --num_machines "$machines")
         [ "$machines" -gt 1 ] || launcher_args+=(--main_process_port 0)
-        launcher_args+=(--dynamo_backend "$(printf %s "${TRAINING_DYNAMO_BACKEND:-no}" | tr '[:upper:]' '[:lower:]')")
+        launcher_args+=(--dynamo_backend no)
         launcher_args+=(--mixed_precision "${MIXED_PRECISION:-no}")
         if [ -z "${OMP_NUM_THREADS:-}" ]; then
             local cores
@@ -186,6 +186,7 @@ trap 'echo "train.sh: Stopped by a signal before training began. The same comman
     TERM INT USR1 HUP
 
 # The environment variable overrides the file, and an argument overrides the variable.
+[ -z "${TRAINING_DYNAMO_BACKEND:-}" ] || set -- "dynamo_backend=$TRAINING_DYNAMO_BACKEND" "$@"
 [ -z "${MIXED_PRECISION:-}" ] || set -- "mixed_precision=$MIXED_PRECISION" "$@"
 "$python" -m simpletuner validate --config "$config" "$@" || exit $?
 
@@ -194,10 +195,6 @@ trap 'echo "train.sh: Stopped by a signal before training began. The same comman
 
 if [ "$processes" -eq 1 ] && [ -z "${ACCELERATE_CONFIG_PATH:-}${ACCELERATE_EXTRA_ARGS:-}" ]; then
     [ -z "${MIXED_PRECISION:-}" ] || export ACCELERATE_MIXED_PRECISION="$MIXED_PRECISION"
-    if [ -n "${TRAINING_DYNAMO_BACKEND:-}" ]; then
-        ACCELERATE_DYNAMO_BACKEND=$(printf %s "$TRAINING_DYNAMO_BACKEND" | tr '[:lower:]' '[:upper:]')
-        export ACCELERATE_DYNAMO_BACKEND
-    fi
     exec "$python" -m simpletuner.train --config "$config" "$@"
 fi
 choose_launcher_args

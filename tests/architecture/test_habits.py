@@ -27,6 +27,8 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora/branch.py branch": "autograd's context holds what is no tensor",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
+    "simpletuner/helpers/models/compiling.py _compiled_call_impl": "torch has no way back",
+    "simpletuner/helpers/models/compiling.py skip_nnmodule_hook_guards": "torch documents it as a setting",
     "simpletuner/helpers/adapters/inference.py __class__": "a user's own pipeline gets the mixin in place",
     "simpletuner/helpers/training/muon.py param_groups": "the parts of one optimiser share its groups",
     "simpletuner/helpers/training/weight_optimizer.py param_groups": "one group is stepped at a time",

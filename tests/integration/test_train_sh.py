@@ -53,6 +53,7 @@ class Trainer:
         facts.append(f"pid={os.getpid()}")
         facts.append(f"seed={self.config.training.seed}")
         facts.append(f"mixed_precision={self.config.precision.mixed_precision}")
+        facts.append(f"dynamo_backend={self.config.compiling.dynamo_backend}")
         action, _, rank = os.environ["TEST_TRAINER"].partition(":")
         with Preemption() as preemption:
             (notes / f"started-{RANK}").write_text("\\n".join(facts))
@@ -176,11 +177,12 @@ def test_train_sh_installs_once_and_again_when_the_packages_change(checkout: Che
 
 
 def test_train_sh_hands_arguments_and_variables_to_the_run(checkout: Checkout) -> None:
-    result = checkout.run("seed=7", MIXED_PRECISION="no", TRAINING_DYNAMO_BACKEND="no")
+    result = checkout.run("seed=7", MIXED_PRECISION="no", TRAINING_DYNAMO_BACKEND="AOT_EAGER")
     assert result.returncode == 0, result.stderr
     facts = checkout.facts()
     assert (facts["seed"], facts["mixed_precision"]) == ("7", "no")
-    assert (facts["ACCELERATE_MIXED_PRECISION"], facts["ACCELERATE_DYNAMO_BACKEND"]) == ("no", "NO")
+    assert facts["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert facts["dynamo_backend"] == "aot_eager"
     assert facts["GOMP_SPINCOUNT"] == "0"
     assert "OMP_NUM_THREADS" not in facts, "one process may use every core"
     assert checkout.recorded_code() == 0

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner.helpers.configuration.schema.compiling import CompileConfig
 from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
 from simpletuner.helpers.configuration.schema.sections import (
     CheckpointConfig,
@@ -33,6 +34,7 @@ _EVALUATED = {"num_eval_images", "eval_timesteps", "eval_dataset_id"}
 _IGNORED = {
     *CheckpointConfig.model_fields,
     *(EvaluationConfig.model_fields.keys() - _EVALUATED),
+    *CompileConfig.model_fields,
     *TrackingConfig.model_fields,
     *ValidationConfig.model_fields,
     "cache_dir_text",

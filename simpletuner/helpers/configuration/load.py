@@ -18,6 +18,7 @@ from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.finding import FILE, OTHER_FORMS
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import Source, Validated, build
+from simpletuner.helpers.configuration.loading.compile_rules import check_compiling
 from simpletuner.helpers.configuration.loading.config_forms import read_config
 from simpletuner.helpers.configuration.loading.dataset_file import (
     SWITCHES,
@@ -49,6 +50,7 @@ from simpletuner.helpers.configuration.loading.webhook_file import hide_address,
 from simpletuner.helpers.configuration.loading.whole_model import check_whole_model
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import PathContext, Section, holds_text
+from simpletuner.helpers.configuration.schema.compiling import CompileConfig
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig, slider_strengths
 from simpletuner.helpers.configuration.schema.ema import EmaConfig
 from simpletuner.helpers.configuration.schema.evaluation import EvaluationConfig
@@ -102,6 +104,7 @@ SECTIONS: tuple[type[Section], ...] = (
     MaskConfig,
     WholeModelConfig,
     PrecisionConfig,
+    CompileConfig,
     DataConfig,
     CheckpointConfig,
     TrackingConfig,
@@ -194,6 +197,7 @@ class Loader:
         training, optimizer = self._section(TrainingConfig), self._section(OptimizerConfig)
         regularisation = self._section(RegularisationConfig)
         noise, precision = self._section(NoiseConfig), self._section(PrecisionConfig)
+        compiling = self._section(CompileConfig)
         masks, tokens = self._section(MaskConfig), self._section(NewTokenConfig)
         text_encoders, _ = self._section(TextEncoderConfig), self._section(WholeModelConfig)
         if "webhook_config" in self.raw:
@@ -215,6 +219,7 @@ class Loader:
             )
             check_new_tokens(tokens, precision, optimizer, spec=spec, source=self.source)
             rules.check_offload(precision, training, validation, spec=spec, source=self.source)
+            check_compiling(compiling, precision, training, source=self.source)
             rules.check_alignment(data, spec, self.source)
             rules.check_validation(validation, spec, self.source)
             images = () if validation.section is None else validation.section.validation_reference_images

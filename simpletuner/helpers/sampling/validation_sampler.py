@@ -15,6 +15,7 @@ import xxhash
 
 from simpletuner.helpers.checkpointing.preemption import Preempted
 from simpletuner.helpers.io.run_folder import cached_image_file
+from simpletuner.helpers.models.compiling import compiled_for_validation
 from simpletuner.helpers.sampling.images import save_png
 from simpletuner.helpers.sampling.prompts import pipeline_inputs, pipeline_type
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from simpletuner.helpers.checkpointing.preemption import Preemption
+    from simpletuner.helpers.configuration.schema.compiling import CompileConfig
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
     from simpletuner.helpers.contracts import TextEmbeds
     from simpletuner.helpers.models.family import ModelFamily
@@ -40,6 +42,7 @@ class ValidationSampler:
     """Generates the run's validation images; a failure costs the image, never the run."""
 
     config: ValidationConfig
+    compiling: CompileConfig
     accelerator: Accelerator
     family: ModelFamily
     prompts: tuple[PromptSpec, ...]
@@ -89,7 +92,11 @@ class ValidationSampler:
         was_training = denoiser.training
         denoiser.eval()
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            with (
+                torch.no_grad(),
+                self.accelerator.autocast(),
+                compiled_for_validation(denoiser, self.compiling),
+            ):
                 yield
         finally:
             self.family.unload_vae()

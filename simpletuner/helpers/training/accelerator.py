@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import (
     DistributedDataParallelKwargs,
+    DynamoBackend,
     InitProcessGroupKwargs,
     broadcast_object_list,
 )
@@ -79,6 +80,11 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         raise ConfigError(
             f"accelerate's {distribution.value} is not supported. Use plain data parallelism or FSDP 2."
         )
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise ConfigError(
+            f"accelerate's own configuration compiles with {accelerator.state.dynamo_plugin.backend.value}. "
+            "Remove dynamo_config from its file, and set dynamo_backend in the config.json."
+        )
     if distribution != DistributedType.FSDP:
         return
     plugin = accelerator.state.fsdp_plugin
@@ -102,6 +108,9 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
         ),
         "FSDP generates no validation images. Set validation_disable to true": bool(
             config.validation.prompts and not config.validation.validation_disable
+        ),
+        "FSDP was not tried with torch.compile. Set dynamo_backend to no": (
+            config.compiling.dynamo_backend != "no"
         ),
         "FSDP trains no text encoders. Set train_text_encoder to false": (
             config.text_encoders.train_text_encoder

@@ -36,6 +36,7 @@ from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.io.run_folder import VALIDATION_FOLDER
+from simpletuner.helpers.models.compiling import compile_for_training
 from simpletuner.helpers.models.group_offload import offload_groups
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.recomputing import recompute_blocks
@@ -169,6 +170,7 @@ def build_components(
         offload_groups(denoiser, config.precision, device=device)
     if accelerator.distributed_type == DistributedType.FSDP:
         (shard_model if config.model.is_full else shard_adapters)(denoiser)
+    compile_for_training(denoiser, config.compiling)
     optimizer = build_optimizer(trainable.groups(), config.optimizer)
     state = RunState(
         trainable=trainable,
@@ -314,6 +316,7 @@ def build_sampler(
     base_model += f" {token}" if token else ""
     return ValidationSampler(
         config=context.config.validation,
+        compiling=context.config.compiling,
         accelerator=context.accelerator,
         family=context.family,
         prompts=prompts,

@@ -173,6 +173,12 @@ CONFIG = {
     "group_offload_type": st.sampled_from(["block_level", "leaf_level"]),
     "group_offload_blocks_per_group": COUNTS,
     "allow_cpu": SWITCHES,
+    # Others are refused with routes: test_compile_rules.py has them.
+    "dynamo_backend": st.just("no"),
+    "dynamo_mode": st.sampled_from(["default", "max-autotune-no-cudagraphs"]),
+    "dynamo_use_regional_compilation": SWITCHES,
+    "validation_torch_compile": st.just(False),
+    "validation_torch_compile_mode": st.sampled_from(["default", "max-autotune-no-cudagraphs"]),
     "vae_batch_size": COUNTS,
     "vae_enable_tiling": SWITCHES,
     "vae_enable_slicing": SWITCHES,

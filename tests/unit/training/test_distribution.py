@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import pytest
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend
 
 from simpletuner.helpers.configuration.load import load_config
+from simpletuner.helpers.configuration.schema.compiling import CompileConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.schema.whole_model import WholeModelConfig
 from simpletuner.helpers.errors import ConfigError
@@ -18,10 +20,15 @@ from simpletuner.helpers.training.accelerator import check_distribution
 
 
 def accelerator(
-    kind: DistributedType, *, version: int = 2, through_one: bool = False, num_processes: int = 1
+    kind: DistributedType,
+    *,
+    version: int = 2,
+    through_one: bool = False,
+    num_processes: int = 1,
+    compiles_with: DynamoBackend = DynamoBackend.NO,
 ) -> Accelerator:
     plugin = SimpleNamespace(fsdp_version=version, cpu_ram_efficient_loading=through_one)
-    state = SimpleNamespace(fsdp_plugin=plugin)
+    state = SimpleNamespace(fsdp_plugin=plugin, dynamo_plugin=SimpleNamespace(backend=compiles_with))
     found = SimpleNamespace(distributed_type=kind, state=state, num_processes=num_processes)
     return cast(Accelerator, found)
 
@@ -44,10 +51,17 @@ def test_other_ways_are_refused_by_name(kind: DistributedType, config: RunConfig
         check_distribution(config, accelerator(kind))
 
 
+def test_compiling_by_accelerates_own_file_is_refused(config: RunConfig) -> None:
+    with pytest.raises(ConfigError, match=r"INDUCTOR.*dynamo_config.*dynamo_backend"):
+        check_distribution(config, accelerator(DistributedType.NO, compiles_with=DynamoBackend.INDUCTOR))
+
+
 def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
     with_pictures = config.validation.model_copy(update={"validation_disable": False})
     optimizer = config.optimizer.model_copy(update={"optimizer": "came"})
+    compiling = CompileConfig(dynamo_backend="inductor")
     wrong: dict[str, Any] = {"lycoris": None, "validation": with_pictures, "optimizer": optimizer}
+    wrong["compiling"] = compiling
     found = accelerator(DistributedType.FSDP, version=1, through_one=True)
     with pytest.raises(ConfigError) as caught:
         check_distribution(config.model_copy(update=wrong), found)
@@ -57,6 +71,7 @@ def test_every_problem_with_fsdp_is_told_at_once(config: RunConfig) -> None:
         "optimizer to adamw or prodigy",
         "validation_disable to true",
         "fsdp_cpu_ram_efficient_loading to false",
+        "dynamo_backend to no",
     ):
         assert remedy in str(caught.value)
 

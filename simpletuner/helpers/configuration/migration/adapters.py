@@ -74,6 +74,8 @@ def fit_to_quantised(draft: Draft) -> None:
     precision = str(draft.config.get("base_model_precision", UNCHANGED))
     if draft.config.get("enable_group_offload"):
         draft.change("gradient_checkpointing", True, "enable_group_offload needs it; the result is the same.")
+        if "dynamo_backend" in draft.config:
+            draft.change("dynamo_backend", "no", "enable_group_offload exchanges weights of blocks.")
         if not PRECISIONS[precision].works_with_group_offload:
             precision = "int8-torchao"
             draft.change("base_model_precision", precision, "enable_group_offload cannot move 4-bit weights.")

@@ -40,6 +40,7 @@ from simpletuner.helpers.configuration.schema.base import (
     contradiction,
     none_word,
 )
+from simpletuner.helpers.configuration.schema.compiling import CompileConfig
 from simpletuner.helpers.configuration.schema.datasets import (
     CaptionLines,
     CaptionStrategy,
@@ -402,6 +403,7 @@ class RunConfig(Section):
     masks: MaskConfig = MaskConfig()
     whole_model: WholeModelConfig = WholeModelConfig()
     precision: PrecisionConfig
+    compiling: CompileConfig = CompileConfig()
     data: DataConfig
     datasets: tuple[DatasetConfig, ...]
     """Image datasets, without disabled ones."""
@@ -477,6 +479,7 @@ class RunConfig(Section):
             self.masks,
             self.whole_model,
             self.precision,
+            self.compiling,
             self.data,
             self.checkpoint,
             self.tracking,

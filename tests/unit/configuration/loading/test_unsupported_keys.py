@@ -141,7 +141,7 @@ def test_every_unsupported_key_is_named_with_its_advice(workspace: Workspace) ->
     unsupported = {
         key: entry
         for key, entry in unsupported.items()
-        if not key.startswith(("group_offload", "soft_min_snr", "freeze_encoder"))
+        if not key.startswith(("group_offload", "soft_min_snr", "freeze_encoder", "dynamo"))
         and key not in ("modelspec_comment", "publishing_config", "text_encoder_limit", "save_text_encoder")
     }
     found = rows(workspace.problems(**dict.fromkeys(unsupported, "something")))

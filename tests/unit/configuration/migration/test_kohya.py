@@ -510,6 +510,8 @@ def test_regularisation_images_are_drawn_as_often_as_the_others(
         ({"guidance_scale": 1}, {"flux_guidance_value": 1}),
         ({"apply_t5_attn_mask": True}, {"flux_attention_masked_training": True}),
         ({"blocks_to_swap": 18}, {"enable_group_offload": True, "gradient_checkpointing": True}),
+        ({"torch_compile": True}, {"dynamo_backend": "inductor"}),
+        ({"torch_compile": True, "blocks_to_swap": 18}, {"dynamo_backend": "no"}),
         ({"min_snr_gamma": 5}, {"snr_gamma": None}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else None,

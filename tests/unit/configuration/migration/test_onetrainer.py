@@ -36,6 +36,8 @@ def _concept(folder: Path, **keys: object) -> dict[str, object]:
             {"text_encoder_2_precision": "nf4-bnb"},
         ),
         ({"layer_offload_fraction": 0.5}, {"enable_group_offload": True, "group_offload_type": "leaf_level"}),
+        ({"compile": True}, {"dynamo_backend": "inductor"}),
+        ({"compile": False}, {"dynamo_backend": None}),
         ({"gradient_checkpointing": "OFF"}, {"gradient_checkpointing": False}),
         ({"loss_weight_fn": "MIN_SNR_GAMMA", "loss_weight_strength": 5.0}, {"snr_gamma": 5.0}),
         ({"loss_weight_fn": "DEBIASED_ESTIMATION"}, {"debiased_estimation_loss": True}),
