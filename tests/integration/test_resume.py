@@ -93,6 +93,16 @@ def test_what_is_encoded_on_demand_trains_as_what_was_encoded_before(
     assert digest_after(run, 7, **keys) != expected  # every entry is there
 
 
+@pytest.mark.slow
+def test_a_run_with_caches_off_trains_as_one_with_caches_and_writes_none(run: TinyRun) -> None:
+    whole, expected = whole_run()
+    keys = {"vae_cache_disable": True, "text_cache_disable": True}
+    digest_after(run, 2, **keys)
+    assert digest_after(run, 6, **keys) == expected
+    assert run.log() == whole.log()
+    assert not [*run.folder.rglob("shard-*")]
+
+
 def follow_each_other(run: TinyRun) -> None:
     """Two datasets of the images: small ones for two steps, large ones from the second."""
     entry = {"instance_data_dir": str(run.folder / "images"), "resolution_type": "pixel"}

@@ -14,14 +14,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from simpletuner.helpers.caching.memory import EntryStore
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.shards import halves
-from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.errors import DataError
 
 Input = TypeVar("Input")
 
-VAE, TEXT_ENCODER = "VAE", "text encoder"
+VAE, TEXT_ENCODER, MASK = "VAE", "text encoder", "mask"
 """Encoders, in requests and messages."""
 
 
@@ -29,12 +29,12 @@ VAE, TEXT_ENCODER = "VAE", "text encoder"
 class CacheRequest(Generic[Input]):
     """An entry that a store must hold, and how to load its encoder's input."""
 
-    store: TensorStore
+    store: EntryStore
     key: str
     name: str
     """In messages."""
     encoder: str
-    """In messages: VAE or text encoder."""
+    """In messages: VAE, text encoder or mask."""
     metadata: Mapping[str, str]
     """For people who look into the file."""
     load: Callable[[], Input | None]
@@ -65,7 +65,7 @@ class CacheRequests(Sequence[CacheRequest[Input]]):
 
     def __init__(
         self,
-        stores: Sequence[TensorStore],
+        stores: Sequence[EntryStore],
         store_rows: npt.NDArray[np.int64],
         keys: npt.NDArray[np.uint64],
         *,

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from simpletuner.helpers.caching.store import TensorStore, content_key, key_part
+from simpletuner.helpers.caching.memory import EntryStore
+from simpletuner.helpers.caching.store import content_key, key_part
 from simpletuner.helpers.contracts import Sample, Size
 
 _TENSOR = "latents"
@@ -53,7 +54,7 @@ def latents_entries(latents: Tensor) -> list[dict[str, Tensor]]:
     return [{_TENSOR: each} for each in latents.detach().float().cpu()]
 
 
-def read_latents(store: TensorStore, key: str) -> Tensor | None:
+def read_latents(store: EntryStore, key: str) -> Tensor | None:
     """The cached [C, h, w] float32 latents, on the CPU; None if there are none."""
     entry = store.get(key)
     return None if entry is None else entry.get(_TENSOR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from simpletuner.helpers.caching.store import TensorStore
+from simpletuner.helpers.caching.memory import EntryStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ def mask_entries(masks: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     return [{_TENSOR: mask} for mask in masks]
 
 
-def read_cached_mask(store: TensorStore, key: str) -> Tensor | None:
+def read_cached_mask(store: EntryStore, key: str) -> Tensor | None:
     """The cached mask, on the CPU; None if there is none."""
     entry = store.get(key)
     return None if entry is None else entry.get(_TENSOR)

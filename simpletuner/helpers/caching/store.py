@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING
@@ -99,11 +100,12 @@ class TensorStore:
         Removes the temporary files of writers on this machine that no longer run.
         """
         with self._lock:
-            remove_leftovers(self.folder)
+            with suppress(OSError):  # a folder that cannot be written keeps them
+                remove_leftovers(self.folder)
             found = self._shards.holds(keys)
             others = [*self._pending, *self._files.found()]
             if others:
-                found |= np.isin(_whole(keys), _whole(halves(others)))
+                found |= np.isin(whole_keys(keys), whole_keys(halves(others)))
             return found
 
     def put(self, key: str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
@@ -157,6 +159,6 @@ class TensorStore:
         return printable(str(self.folder))
 
 
-def _whole(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bytes_]:
+def whole_keys(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bytes_]:
     """One value for each [n, 2] key."""
     return np.ascontiguousarray(keys).view("S16").reshape(-1)

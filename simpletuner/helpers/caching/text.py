@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor
 
-from simpletuner.helpers.caching.store import TensorStore, content_key, key_part
+from simpletuner.helpers.caching.memory import EntryStore
+from simpletuner.helpers.caching.store import content_key, key_part
 from simpletuner.helpers.contracts import TextEmbeds
 
 
@@ -27,7 +28,7 @@ def text_entry(embeds: TextEmbeds) -> dict[str, Tensor]:
     return embeds.tensors()
 
 
-def read_text(store: TensorStore, key: str) -> TextEmbeds | None:
+def read_text(store: EntryStore, key: str) -> TextEmbeds | None:
     """The cached embeddings, with a batch axis of 1, on the CPU; None if there are none."""
     entry = store.get(key)
     return TextEmbeds.from_tensors(entry) if entry is not None and "tokens" in entry else None

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from simpletuner.helpers.caching.latents import latents_key, latents_key_texts, read_latents
 from simpletuner.helpers.caching.masks import read_cached_mask
+from simpletuner.helpers.caching.memory import EntryStore
 from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.caching.recent import RecentlyRead
-from simpletuner.helpers.caching.store import TensorStore, key_halves
+from simpletuner.helpers.caching.store import key_halves
 from simpletuner.helpers.caching.text import read_text, text_key, text_key_texts
 from simpletuner.helpers.configuration.schema.made_references import Depth
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
@@ -54,8 +55,8 @@ class CachedItem:
 class CacheReader:
     """The cache entries of the images of a run."""
 
-    text_store: TensorStore
-    latents_stores: Mapping[str, TensorStore]
+    text_store: EntryStore
+    latents_stores: Mapping[str, EntryStore]
     """By the id of the dataset."""
     _: KW_ONLY
     seed: int

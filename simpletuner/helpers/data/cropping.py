@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from random import Random
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from simpletuner.helpers.configuration.schema.aspect_buckets import AspectBucket
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.resolution import square_size
-from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.contracts import Sample, Size
 from simpletuner.helpers.data.buckets import (
     Placement,
     aspect_size,
@@ -42,7 +42,7 @@ class Cropping:
     """How the images of one dataset are sorted into buckets, resized and cropped.
 
     The shape and the position of a random crop depend on the seed, the dataset and the image's name alone,
-    because latents are cached.
+    because latents are cached; `with_new_crop` gives the position of an epoch.
     """
 
     config: DatasetConfig
@@ -165,6 +165,21 @@ class Cropping:
             resolution_type=self.config.resolution_type,
             alignment=self.alignment,
         )
+
+
+def with_new_crop(sample: Sample, *, name: str, seed: int, epoch: int) -> Sample:
+    """The sample with the random position of its crop in an epoch.
+
+    Args:
+        sample: Of the image as it was planned.
+        name: Of the file.
+        seed: Of the run.
+        epoch: Counted from 0.
+    """
+    rng = Random(f"{seed} crop {sample.dataset_id} {name!r} {epoch}")
+    top = rng.randint(0, sample.resized_px.height - sample.target_px.height)
+    left = rng.randint(0, sample.resized_px.width - sample.target_px.width)
+    return replace(sample, crop_top_left=(top, left))
 
 
 def _joined(sizes: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest, CacheRequests
 from simpletuner.helpers.caching.masks import read_cached_mask
+from simpletuner.helpers.caching.memory import EntryStore, MemoryStore
 from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch
 from simpletuner.helpers.caching.recent import GIB
 from simpletuner.helpers.caching.store import TensorStore
@@ -31,6 +32,7 @@ from simpletuner.helpers.data.cache_reader import CachedItem, CacheReader
 from simpletuner.helpers.data.caption_variants import caption_plan, limit_problem
 from simpletuner.helpers.data.columns import joined
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
+from simpletuner.helpers.data.cropping import with_new_crop
 from simpletuner.helpers.data.epoch_report import report_epochs
 from simpletuner.helpers.data.facts import facts_of
 from simpletuner.helpers.data.held_out import Divided, divided
@@ -54,7 +56,7 @@ from simpletuner.helpers.data.sampler import Draw, shuffled
 from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import CacheEntryError, DataError
 from simpletuner.helpers.io.atomic import JsonValue
-from simpletuner.helpers.io.names import counted, printable
+from simpletuner.helpers.io.names import counted, file_name, printable
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.randomness import mix
 
@@ -101,6 +103,9 @@ class TrainingData:
     """Estimates the depth of images; None if no reference is made of it."""
     pins_batches: bool = False
     """Batches lie in page-locked memory, for CUDA."""
+    index_folder: Path | None = None
+    """Holds the indexes that cannot lie in the caches, because these are off or cannot be written; None for
+    the caches only."""
     watch: LoaderWatch = field(default_factory=LoaderWatch)
     """Of the wait for batches and for the inputs of the caches."""
 
@@ -117,16 +122,17 @@ class TrainingData:
 
     def __post_init__(self) -> None:
         active = [each for each in self.datasets if not each.disabled]
-        self._text_store = self._store(self.data.cache_dir_text)
-        self._latents_stores = {each.id: self._store(self.data.latents_folder(each)) for each in active}
-        self._indexes = {
-            each.id: ImageIndex(index_file(self._latents_stores[each.id].folder, each)) for each in active
+        self._text_store = self._store(self.data.cache_dir_text, is_kept=not self.data.text_cache_disable)
+        self._latents_stores = {
+            each.id: self._store(self.data.latents_folder(each), is_kept=self.data.keeps_latents(each))
+            for each in active
         }
+        self._indexes = {each.id: self._index(each, each) for each in active}
         self._entries = {each.id: entries_of(each, self.conditioning) for each in active}
         self._entry_indexes = {
-            (dataset, entry.id): ImageIndex(index_file(self._latents_stores[dataset].folder, entry))
-            for dataset, entries in self._entries.items()
-            for entry in entries
+            (each.id, entry.id): self._index(each, entry)
+            for each in active
+            for entry in self._entries[each.id]
         }
         self._cached = CacheReader(
             self._text_store,
@@ -136,7 +142,7 @@ class TrainingData:
             depth=self.depth,
             watch=self.watch,
             caches_text=self.caches_text,
-            text_memory_bytes=int(self.data.text_cache_memory * GIB),
+            text_memory_bytes=0 if self.data.text_cache_disable else int(self.data.text_cache_memory * GIB),
         )
         self._bad: set[str] = set()
         self._on_demand: OnDemand | None = None
@@ -259,8 +265,9 @@ class TrainingData:
             return
         load = partial(self._loaded, self._on_demand)
         for index, loaded in prefetch(count(start), load, watch=self.watch):
-            self._on_demand.encode(loaded)
-            yield self._batch(index)
+            with self._on_demand.encoded(loaded):
+                batch = self._batch(index)
+            yield batch
 
     def batches_before(self, num_samples: int) -> int:
         """Micro-batches of each process that the run has drawn after this number of samples of all.
@@ -285,14 +292,16 @@ class TrainingData:
         references = self._references(image, epoch=0)
         caption = next((text for each in references for text in each.captions), image.sample.caption)
         sample = replace(image.sample, caption=caption)
-        if self._on_demand is not None:
-            requests = self._requests_of(sample, (image, *references))
-            loaded = None if image.fault(self.damaged) else self._on_demand.load(requests)
-            if loaded is None:
-                fault = image.fault(self.damaged)
-                raise CacheEntryError(f"{image.sample.path} cannot be used: {fault}. Replace or remove it.")
-            self._on_demand.encode(loaded)
-        return self._cached.item(image, sample, references=references, sample_index=index)
+        read = partial(self._cached.item, image, sample, references=references, sample_index=index)
+        if self._on_demand is None:
+            return read()
+        requests = self._requests_of(sample, (image, *references))
+        loaded = None if image.fault(self.damaged) else self._on_demand.load(requests)
+        if loaded is None:
+            fault = image.fault(self.damaged)
+            raise CacheEntryError(f"{image.sample.path} cannot be used: {fault}. Replace or remove it.")
+        with self._on_demand.encoded(loaded):
+            return read()
 
     def evaluated_strength(self, image: PlannedImage) -> float:
         """The adapter's strength for an evaluated image: its dataset's, 1 for a neutral one."""
@@ -341,6 +350,9 @@ class TrainingData:
         for offset in range(len(members)):
             image = members[(draw.samples[slot] + offset) % len(members)]
             references = self._references(image, epoch=draw.epoch)
+            if image.sample.dataset_id in self._cropped_anew:
+                cropped = with_new_crop(image.sample, name=image.file.name, seed=self.seed, epoch=draw.epoch)
+                image = replace(image, sample=cropped)
             if image.sample.dataset_id in self._flipped and is_mirrored(
                 image.sample, seed=self.seed, pass_index=draw.passes[slot]
             ):
@@ -392,6 +404,8 @@ class TrainingData:
             yield self._requests.of_image(
                 each, name=cut.path, batch_group=f"{cut.dataset_id} {cut.target_px}"
             )
+            if isinstance(each, PlannedImage) and each.mask is not None:
+                yield self._requests.of_mask(each, each.mask)
         if self.caches_text:
             yield self._requests.of_text(sample.caption)
 
@@ -441,7 +455,12 @@ class TrainingData:
         caption = plan.of_sample(variants[pass_index % len(variants)], sample_index)
         return replace(image.sample, caption=caption)
 
-    def _store(self, folder: Path) -> TensorStore:
+    @property
+    def keeps_all_latents(self) -> bool:
+        """Whether the latents of every dataset are cached."""
+        return all(map(self._requests.is_kept, self._latents_stores))
+
+    def _store(self, folder: Path, *, is_kept: bool) -> EntryStore:
         """The store in a folder, which must lie outside every dataset's: nothing is written beside images."""
         for dataset_id, images in self._folders():
             if folder.resolve().is_relative_to(images.resolve()):
@@ -449,7 +468,17 @@ class TrainingData:
                     f"The cache folder {printable(str(folder))} lies inside instance_data_dir of dataset "
                     f"{dataset_id!r}. Choose a cache folder outside it."
                 )
-        return TensorStore(folder)
+        return TensorStore(folder) if is_kept else MemoryStore(folder)
+
+    def _index(
+        self, dataset: DatasetConfig, entry: DatasetConfig | ConditioningConfig | ReferenceConfig
+    ) -> ImageIndex:
+        """The index of a dataset, or of an entry that conditions it."""
+        cached = index_file(self._latents_stores[dataset.id].folder, entry)
+        if self.index_folder is None:
+            return ImageIndex(cached)
+        own = index_file(self.index_folder / file_name(dataset.id), entry)
+        return ImageIndex(own) if self.data.vae_cache_disable else ImageIndex(cached, copy=own)
 
     def _folders(self) -> list[tuple[str, Path]]:
         """Id and folder of each entry with images, masks or references on this machine."""
@@ -485,6 +514,7 @@ class TrainingData:
         members = [_members(plan) for plan in plans]
         self._buckets = [bucket for each in members for bucket in each.items()]
         self._regularisation = {plan.config.id for plan in plans if plan.config.is_regularisation_data}
+        self._cropped_anew = {plan.config.id for plan in plans if plan.config.vae_cache_clear_each_epoch}
         self._flipped = {plan.config.id for plan in plans if plan.config.random_flip}
         self._curriculum = Curriculum(
             [

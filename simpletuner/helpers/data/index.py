@@ -41,6 +41,7 @@ from simpletuner.helpers.data.sources.base import (
     read_bounded,
 )
 from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.names import file_name, printable
 from simpletuner.helpers.io.redaction import redacted
 
@@ -169,10 +170,14 @@ class ImageIndex:
 
     A file is read again if its signature changed. Known bytes are not decoded again. After `save` the index
     holds nothing in memory until it is used again.
+
+    Args:
+        file: In the folder of the latents.
+        copy: Written where that folder cannot be, and read in place of the file from then on.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, *, copy: Path | None = None) -> None:
+        self._file, self._copy = file, copy
         self._forget()
 
     @property
@@ -267,14 +272,26 @@ class ImageIndex:
         """Write the entries of the files looked up since the index was opened; the others are dropped.
 
         Raises:
-            StorageError: The file cannot be written.
+            StorageError: The file cannot be written, nor its copy.
         """
         is_changed = not (self._kept.all() and self._kept_texts.all())
         if is_changed or self._verdicts or self._read_texts or self._damaged:
             content = self._current()
             if not is_same(content, self._known):
-                write_content(self._file, content, version=_VERSION)
+                self._write(content)
         self._forget()
+
+    def _write(self, content: IndexContent) -> None:
+        try:
+            write_content(self._file, content, version=_VERSION)
+        except StorageError as error:
+            if self._copy is None:
+                raise
+            write_content(self._copy, content, version=_VERSION)
+            logger.info("The image index is kept as %s. %s", printable(str(self._copy)), error)
+        else:
+            if self._copy is not None:
+                self._copy.unlink(missing_ok=True)
 
     def _forget(self) -> None:
         for name in ("_known", "_contents", "_kept", "_kept_texts"):
@@ -291,16 +308,11 @@ class ImageIndex:
     @cached_property
     def _known(self) -> IndexContent:
         """The stored content; that of no file if the index is missing, damaged or of another version."""
-        try:
-            found = read_content(self._file, version=_VERSION)
-        except FileNotFoundError:
-            found = None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning(
-                "The image index %s is damaged and will be rebuilt: %s.", printable(str(self._file)), error
-            )
-            found = None
-        return found or empty_content()
+        if self._copy is not None and self._copy.exists():
+            logger.info("The image index is read from its copy %s.", printable(str(self._copy)))
+            if (found := _read(self._copy)) is not None:
+                return found
+        return _read(self._file) or empty_content()
 
     @cached_property
     def _kept(self) -> npt.NDArray[np.bool_]:
@@ -372,6 +384,17 @@ class ImageIndex:
             problems=_held(held, {**known.problems, **problems}),
             damaged=_held(held, {**known.damaged, **self._damaged}),
         )
+
+
+def _read(file: Path) -> IndexContent | None:
+    """The content of an index file; None if it is missing, damaged or of another version."""
+    try:
+        return read_content(file, version=_VERSION)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("The image index %s is damaged and will be rebuilt: %s.", printable(str(file)), error)
+        return None
 
 
 def rows_of(digests: npt.NDArray[np.uint8], wanted: Collection[str]) -> npt.NDArray[np.bool_]:

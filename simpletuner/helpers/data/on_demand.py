@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from simpletuner.helpers.caching.filling import CacheRequest, put_encoded
+from simpletuner.helpers.caching.memory import MemoryStore
 from simpletuner.helpers.caching.prefetch import LoaderWatch
 
 Encode: TypeAlias = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
@@ -30,7 +32,7 @@ class OnDemand:
     _: KW_ONLY
     watch: LoaderWatch
     _present: set[tuple[Path, str]] = field(init=False, default_factory=set)
-    """Entries that were read or made; several folders may hold one key."""
+    """Entries that were read or made and stay; several folders may hold one key."""
 
     def load(self, requests: Iterable[CacheRequest[Any]]) -> list[Loaded] | None:
         """The inputs of the entries that are missing or damaged; None if an input is unusable.
@@ -52,13 +54,23 @@ class OnDemand:
             loaded.append((request, value))
         return loaded
 
-    def encode(self, loaded: Sequence[Loaded]) -> None:
-        """Encode and cache these entries, unless they are there by now.
+    @contextmanager
+    def encoded(self, loaded: Sequence[Loaded]) -> Iterator[None]:
+        """Encode and cache these entries, unless they are there by now; a cache that is off drops its own.
 
         Raises:
             DataError: An encoded value is not finite.
             StorageError: An entry cannot be written.
         """
+        try:
+            self._encode(loaded)
+            yield
+        finally:
+            for request, _ in loaded:
+                if isinstance(request.store, MemoryStore):
+                    request.store.drop()
+
+    def _encode(self, loaded: Sequence[Loaded]) -> None:
         groups: dict[tuple[str, str], dict[tuple[Path, str], Loaded]] = {}
         for request, value in loaded:
             if request.entry not in self._present:
@@ -68,7 +80,9 @@ class OnDemand:
             encode, size = self.encoders[name]
             for batch in _batched(list(group.values()), size):
                 put_encoded([request for request, _ in batch], encode([value for _, value in batch]))
-                self._present.update(request.entry for request, _ in batch)
+                self._present.update(
+                    request.entry for request, _ in batch if not isinstance(request.store, MemoryStore)
+                )
 
 
 def _batched(items: Sequence[Loaded], size: int) -> Iterable[Sequence[Loaded]]:

@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, CacheRequest, CacheRequests
+from simpletuner.helpers.caching.filling import MASK, TEXT_ENCODER, VAE, CacheRequest, CacheRequests
+from simpletuner.helpers.caching.memory import MemoryStore
 from simpletuner.helpers.caching.shards import halves
 from simpletuner.helpers.configuration.schema.masks import MaskConfig
 from simpletuner.helpers.data.cache_reader import CacheReader
@@ -42,13 +43,14 @@ class DataRequests:
     ) -> CacheRequests[Tensor]:
         """A request for the latents of each image, by bucket, the held-out ones last; then of each reference.
 
-        Inputs are [3, H, W] in [-1, 1].
+        Inputs are [3, H, W] in [-1, 1]. Images whose latents are not cached have none.
 
         Args:
             buckets: Name and images of each bucket.
             divided: The images of the run.
             flipped: ids of the datasets whose images are also trained mirrored.
         """
+        buckets = [each for each in buckets if self.is_kept(each[1].images.dataset_id)]
         singles: list[tuple[PlannedImage | PlannedReference, str, str]] = [
             (mirrored(image), image.sample.path, name)
             for name, own in buckets
@@ -70,6 +72,7 @@ class DataRequests:
         for each in references:
             group = f"references {each.sample.dataset_id} {each.sample.target_px}"
             singles.append((each, f"Reference {each.sample.path} of {each.entry}", group))
+        singles = [each for each in singles if self.is_kept(each[0].sample.dataset_id)]
         members = [each for _, each in buckets]
         ends = np.cumsum([0, *map(len, members)])
 
@@ -105,22 +108,30 @@ class DataRequests:
         )
 
     def of_masks(self, divided: Divided) -> list[CacheRequest[Tensor]]:
-        """A request for each mask in its image's crop; inputs are those of `read_mask`."""
+        """A request for each mask in its image's crop, of what is cached; inputs are those of `read_mask`."""
         return [
-            CacheRequest(
-                store=self.cached.latents_stores[image.sample.dataset_id],
-                key=image.mask.key,
-                name=f"Mask of {image.sample.path}",
-                encoder="mask",
-                metadata={"image": image.sample.path, "mask": printable(image.mask.file.name)},
-                load=partial(self._mask_unless_damaged, image, image.mask),
-                file=image.mask.file,
-            )
+            self.of_mask(image, image.mask)
             for images in divided.parts
-            if images.masks is not None
+            if images.masks is not None and self.is_kept(images.dataset_id)
             for image in images
             if image.mask is not None
         ]
+
+    def of_mask(self, image: PlannedImage, mask: PlannedMask) -> CacheRequest[Tensor]:
+        """A request for the mask of an image."""
+        return CacheRequest(
+            store=self.cached.latents_stores[image.sample.dataset_id],
+            key=mask.key,
+            name=f"Mask of {image.sample.path}",
+            encoder=MASK,
+            metadata={"image": image.sample.path, "mask": printable(mask.file.name)},
+            load=partial(self._mask_unless_damaged, image, mask),
+            file=mask.file,
+        )
+
+    def is_kept(self, dataset_id: str) -> bool:
+        """Whether latents and masks of a dataset are cached for later batches and runs."""
+        return not isinstance(self.cached.latents_stores[dataset_id], MemoryStore)
 
     def texts(self, texts: Sequence[str], *, vital: Collection[str]) -> CacheRequests[str]:
         """A request for the embeddings of each text; those of vital ones are read at once."""
@@ -164,6 +175,8 @@ class DataRequests:
             return None
         if is_blank(values, mask.kind, self.masks):
             self.damaged[mask.key] = BLANK
+            if not self.is_kept(image.sample.dataset_id):
+                return None  # a mask that is cached leaves its image out before the first batch
         return values
 
 

@@ -66,6 +66,8 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 EMA_STATE_FILE = "ema_state.safetensors"
 COUNTERS_FILE = "state.json"
 
+INDEX_FOLDER = "image-index"
+"""Indexes of the images of a run whose cache folder cannot be written, or whose cache of latents is off."""
 VALIDATION_FOLDER = "validation"
 GRID_FILE = "grid.png"
 SCORES_FILE = "scores.json"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from accelerate.utils import gather_object
 
-from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, CacheRequest, encode_missing
+from simpletuner.helpers.caching.filling import MASK, TEXT_ENCODER, VAE, CacheRequest, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
 from simpletuner.helpers.caching.masks import mask_entries
 from simpletuner.helpers.caching.text import text_entry
@@ -50,8 +50,8 @@ def fill_caches(
 ) -> None:
     """Encode the images, captions and validation prompts that are not cached, divided among the processes.
 
-    A run that trains text encoders caches no captions and prompts; what is encoded on demand is left to the
-    batches.
+    A run that trains text encoders caches no captions and prompts; what is encoded on demand, or not cached
+    at all, is left to the batches.
 
     Images whose pixels turn out to be damaged are left out of the data.
 
@@ -68,10 +68,11 @@ def fill_caches(
     fill = partial(_fill, shard=shard, preemption=preemption, watch=data.watch)
     image_size, text_size = config.precision.vae_batch_size, config.data.text_encoder_batch_size
     on_demand: dict[str, tuple[Encode, int]] = {}
-    if config.data.vae_cache_ondemand:
-        on_demand[VAE] = encoders.encode_images, image_size
-    else:
+    if not (config.data.vae_cache_ondemand or config.data.vae_cache_disable):
         fill(("image", "images"), data.latents_requests(), encoders.encode_images, batch_size=image_size)
+    if config.data.vae_cache_ondemand or not data.keeps_all_latents:
+        on_demand |= {VAE: (encoders.encode_images, image_size), MASK: (mask_entries, 1)}
+    else:
         family.unload_vae()
         if data.depth is not None:
             data.depth.unload()
@@ -83,9 +84,11 @@ def fill_caches(
         texts: Sequence[CacheRequest[str]] = data.text_requests(
             prompts_to_encode(validation_prompts, config.validation)
         )
-        if config.data.text_cache_ondemand:
+        if config.data.text_cache_ondemand or config.data.text_cache_disable:
             on_demand[TEXT_ENCODER] = encoders.encode_prompts, text_size
             texts = [each for each in texts if each.is_read_at_once]
+        if config.data.text_cache_disable:
+            fill = partial(fill, shard=(0, 1))  # nobody reads what another process keeps in memory
         fill(
             ("caption or prompt", "captions and prompts"),
             texts,

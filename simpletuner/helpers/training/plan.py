@@ -284,8 +284,9 @@ def _untrained_text_encoders(config: RunConfig) -> Iterator[str]:
     section = config.text_encoders
     names = sorted(section.model_fields_set - {"train_text_encoder"})
     unread = [name for name in names if getattr(section, name)]
-    if config.data.text_cache_ondemand and section.train_text_encoder:
-        yield "text_cache_ondemand: no effect with train_text_encoder, which caches no captions."
+    for key in ("text_cache_ondemand", "text_cache_disable"):
+        if getattr(config.data, key) and section.train_text_encoder:
+            yield f"{key}: no effect with train_text_encoder, which caches no captions."
     if unread and not section.train_text_encoder:
         yield f"{', '.join(unread)}: no effect without train_text_encoder. Set it to true, or remove them."
 
@@ -484,6 +485,7 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     sizes = [f"{size}: {number:,}" for size, number in sorted(each.buckets.items())]
     more = f" and {len(sizes) - _SHOWN_BUCKETS} more" if len(sizes) > _SHOWN_BUCKETS else ""
     crop = f"crop {config.crop_aspect}, {config.crop_style}" if config.crop else "no crop"
+    crop += ", drawn anew in each epoch" if config.vae_cache_clear_each_epoch else ""
     crop += ", every second pass mirrored" if config.random_flip else ""
     grown = (
         f"{counted(len(each.enlarged), 'is', 'are')} enlarged: {listed(each.enlarged)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ from simpletuner.helpers.configuration.translation_lines import translation_line
 from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.lock import run_lock
-from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, SUMMARY_FILE
+from simpletuner.helpers.io.run_folder import CONFIG_FILE, EXIT_FILE, INDEX_FOLDER, SUMMARY_FILE
 from simpletuner.helpers.models.clip_score import ClipScorer
 from simpletuner.helpers.models.depth import DepthModels
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
@@ -50,6 +50,8 @@ from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.io.atomic import JsonValue
 
@@ -113,13 +115,14 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     family = build_family(config, device=accelerator.device)
     refuse_cpu(config, device, num_weights=family.components.denoiser.num_weights())
     watch = build_watch(config, accelerator, preemption)
-    data = build_data(
-        config,
-        family=family,
-        watch=watch,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-    )
+    with first_process_first(accelerator):
+        data = build_data(
+            config,
+            family=family,
+            watch=watch,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
     return RunContext(
         config=config,
         accelerator=accelerator,
@@ -214,6 +217,21 @@ def build_watch(config: RunConfig, accelerator: Accelerator, preemption: Preempt
     return watch if accelerator.num_processes == 1 else replace(watch, stop_after_s=FIRST_NOTICE_S)
 
 
+@contextmanager
+def first_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """Let the first process of each machine scan; the others then find what it read in its index.
+
+    They follow also if it fails, so that no process waits for one that is gone.
+    """
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if accelerator.is_local_main_process:
+            accelerator.wait_for_everyone()
+
+
 def build_data(
     config: RunConfig,
     *,
@@ -239,6 +257,7 @@ def build_data(
         masks=config.masks,
         depth=DepthModels(),
         pins_batches=family.device.type == "cuda",
+        index_folder=config.checkpoint.output_dir / INDEX_FOLDER,
         watch=watch,
     )
 

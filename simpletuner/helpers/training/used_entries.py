@@ -28,7 +28,8 @@ def used_entries(config: RunConfig) -> dict[Path, set[str]]:
     data.set_encoders(vae_identity=family.vae_identity, text_identity=family.text_identity)
     prompts = expand_prompts(config.validation, seed=config.training.seed)
     pairs = [(each.store, each.key) for each in (*data.latents_requests(), *data.mask_requests())]
-    texts = data.text_requests(prompts_to_encode(prompts, config.validation)) if data.caches_text else []
+    reads_texts = data.caches_text and not config.data.text_cache_disable
+    texts = data.text_requests(prompts_to_encode(prompts, config.validation)) if reads_texts else []
     used: dict[Path, set[str]] = {}
     for store, key in (*pairs, *((each.store, each.key) for each in texts)):
         used.setdefault(store.folder.resolve(), set()).add(key)

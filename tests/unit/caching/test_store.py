@@ -249,6 +249,17 @@ def test_content_key_is_the_same_on_every_machine() -> None:
     assert content_key("cat") == xxhash.xxh3_128_hexdigest(b"3:cat")
 
 
+def test_what_a_dead_writer_left_in_a_folder_that_cannot_be_written_stays(
+    store: TensorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(folder)
+
+    put_example(store)
+    monkeypatch.setattr(store_module, "remove_leftovers", refuse)
+    assert held(anew(store), [KEY]) == {KEY}
+
+
 def test_text_in_an_entry_shows_no_value_of_an_environment_variable(store: TensorStore) -> None:
     hide("a secret", "{env:KEY}")
     store.put(KEY, {"latents": torch.zeros(1)}, metadata={"prompt": "a secret cat"})

@@ -206,6 +206,8 @@ CONFIG = {
     "text_encoder_batch_size": COUNTS,
     "vae_cache_ondemand": SWITCHES,
     "text_cache_ondemand": SWITCHES,
+    "vae_cache_disable": SWITCHES,
+    "text_cache_disable": SWITCHES,
     "output_dir": st.sampled_from(["out", "out/{model_family}"]),
     "checkpoint_step_interval": COUNTS_OR_ZERO,
     "checkpoint_epoch_interval": COUNTS_OR_ZERO,
@@ -273,6 +275,7 @@ DATASET = {
     "is_regularisation_data": st.just(False),  # alone it is refused
     "crop": SWITCHES,
     "random_flip": SWITCHES,
+    "vae_cache_clear_each_epoch": st.just(False),  # true is for random crops alone
     "crop_style": st.sampled_from(["random", "center", "centre", "corner"]),
     "crop_aspect": st.sampled_from(["square", "preserve"]),
     "crop_aspect_buckets": st.lists(st.floats(0.1, 10), max_size=3)

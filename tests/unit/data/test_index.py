@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from simpletuner.helpers.data import index as index_module
 from simpletuner.helpers.data.index import ImageIndex, ImageInfo
 from simpletuner.helpers.data.sources.base import FoundFile, scan_source
 from simpletuner.helpers.data.sources.local import LocalFolder
+from simpletuner.helpers.io.faults import StorageError
 
 
 def bmp(color: str, size: tuple[int, int] = (20, 10)) -> bytes:
@@ -162,3 +164,82 @@ def test_a_vanished_file_has_a_problem_and_no_digest(folder: Path) -> None:
     result = ImageIndex(folder.parent / "index.json").info(file)
     assert result.digest == ""
     assert "No such file" in str(result.problem)
+
+
+@pytest.fixture
+def locked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a cache that is not written to while a file `locked` lies in it."""
+    original = index_module.write_content
+
+    def write(file: Path, *content: object, **options: object) -> None:
+        if (file.parent / "locked").exists():
+            raise StorageError(f"{file}: no permission to write.")
+        original(file, *content, **options)
+
+    monkeypatch.setattr(index_module, "write_content", write)
+    cache = folder.parent / "cache"
+    cache.mkdir()
+    (cache / "locked").touch()
+    return cache
+
+
+def info_in(cache: Path, folder: Path) -> ImageInfo:
+    index = ImageIndex(cache / "index.json", copy=folder.parent / "run" / "index.json")
+    result = index.info(found(folder))
+    index.save()
+    return result
+
+
+def test_where_the_cache_cannot_be_written_a_copy_is_kept(
+    folder: Path, locked: Path, read: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = folder.parent / "run" / "index.json"
+    with caplog.at_level(logging.INFO):
+        first = info_in(locked, folder)
+        assert str(copy) in caplog.text
+        caplog.clear()
+        assert info_in(locked, folder) == first
+        assert str(copy) in caplog.text
+    assert read == ["a.bmp"]
+    assert copy.exists()
+    assert not (locked / "index.json").exists()
+
+
+def test_the_copy_goes_once_the_cache_is_written_again(folder: Path, locked: Path, read: list[str]) -> None:
+    info_in(locked, folder)
+    (locked / "locked").unlink()
+    (folder / "a.bmp").write_bytes(bmp("blue"))
+    changed = info_in(locked, folder)
+    assert not (folder.parent / "run" / "index.json").exists()
+    read.clear()
+    assert ImageIndex(locked / "index.json").info(found(folder)) == changed
+    assert read == []
+
+
+def test_a_whole_index_in_a_cache_that_cannot_be_written_needs_no_copy(
+    folder: Path, locked: Path, read: list[str]
+) -> None:
+    (locked / "locked").unlink()
+    info_in(locked, folder)
+    (locked / "locked").touch()
+    read.clear()
+    info_in(locked, folder)
+    assert read == []
+    assert not (folder.parent / "run").exists()
+
+
+def test_a_damaged_copy_leaves_the_index_of_the_cache(folder: Path, locked: Path, read: list[str]) -> None:
+    (locked / "locked").unlink()
+    info_in(locked, folder)
+    (folder.parent / "run").mkdir()
+    (folder.parent / "run" / "index.json").write_bytes(b"{}")
+    read.clear()
+    info_in(locked, folder)
+    assert read == []
+
+
+def test_without_a_place_for_a_copy_the_run_ends(folder: Path, locked: Path, inspected: list[bytes]) -> None:
+    index = ImageIndex(locked / "index.json")
+    index.info(found(folder))
+    with pytest.raises(StorageError, match="no permission"):
+        index.save()

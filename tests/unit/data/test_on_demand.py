@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE, encode_missing
+from simpletuner.helpers.caching.filling import MASK, TEXT_ENCODER, VAE, encode_missing
 from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.masks import mask_entries
 from simpletuner.helpers.caching.prefetch import LoaderWatch
 from simpletuner.helpers.caching.store import TensorStore
 from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Batch, TextEmbeds
@@ -45,10 +47,17 @@ class Encoders:
         return [text_entry(TextEmbeds(torch.full((1, 4, 2), float(len(text))))) for text in texts]
 
 
-def data_of(folder: Path, *, cache: str = "cache", batch_size: int = 2, **keys: object) -> TrainingData:
+def data_of(
+    folder: Path, *, cache: str = "cache", batch_size: int = 2, is_off: bool = False, **keys: object
+) -> TrainingData:
     references = keys.pop("conditioning", ())
     dataset = DatasetConfig(id="cats", instance_data_dir=folder / "images", resolution=64, **keys)
-    folders = DataConfig(cache_dir_vae=folder / cache / "vae", cache_dir_text=folder / cache / "text")
+    folders = DataConfig(
+        cache_dir_vae=folder / cache / "vae",
+        cache_dir_text=folder / cache / "text",
+        vae_cache_disable=is_off,
+        text_cache_disable=is_off,
+    )
     return TrainingData(
         [dataset], folders, seed=1, batch_size=batch_size, pixel_alignment=64, conditioning=references
     )
@@ -57,7 +66,11 @@ def data_of(folder: Path, *, cache: str = "cache", batch_size: int = 2, **keys: 
 def on_demand(
     data: TrainingData, encoders: Encoders, *, size: int = 2, only: str | None = None
 ) -> TrainingData:
-    known = {VAE: (encoders.encode_images, size), TEXT_ENCODER: (encoders.encode_texts, 1)}
+    known = {
+        VAE: (encoders.encode_images, size),
+        MASK: (mask_entries, 1),
+        TEXT_ENCODER: (encoders.encode_texts, 1),
+    }
     data.set_encoders(vae_identity="vae", text_identity="clip")
     chosen = {name: each for name, each in known.items() if only in (None, name)}
     data.encode_on_demand(OnDemand(chosen, watch=LoaderWatch()))
@@ -68,6 +81,7 @@ def encoded_before(data: TrainingData) -> TrainingData:
     encoders = Encoders()
     data.set_encoders(vae_identity="vae", text_identity="clip")
     list(encode_missing(data.latents_requests(), encoders.encode_images, batch_size=1))
+    list(encode_missing(data.mask_requests(), mask_entries, batch_size=1))
     list(encode_missing(data.text_requests(), encoders.encode_texts, batch_size=1))
     return data
 
@@ -82,6 +96,8 @@ def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
         assert torch.equal(ours.latents, theirs.latents)
         assert torch.equal(ours.text.prompt_embeds, theirs.text.prompt_embeds)
         assert all(map(torch.equal, ours.references, theirs.references))
+        assert (ours.loss_mask is None) == (theirs.loss_mask is None)
+        assert ours.loss_mask is None or torch.equal(ours.loss_mask, theirs.loss_mask)
 
 
 @pytest.fixture
@@ -159,6 +175,65 @@ def test_references_are_encoded_with_their_images(folder: Path) -> None:
     keys = {"conditioning": [entry], "conditioning_data": ["before"]}
     batches = taken(on_demand(data_of(folder, **keys), Encoders()), 4)
     assert_same(batches, taken(encoded_before(data_of(folder, cache="other", **keys)), 4))
+
+
+def test_with_caches_off_batches_are_the_same_and_no_entry_is_written(folder: Path) -> None:
+    encoders = Encoders()
+    batches = taken(on_demand(data_of(folder, is_off=True), encoders), 9)
+    assert_same(batches, taken(encoded_before(data_of(folder, cache="other")), 9))
+    assert not [*(folder / "cache").rglob("shard*")]
+    assert sum(encoders.images) >= sum(map(len, batches))
+
+
+def test_with_caches_off_the_next_batch_does_not_count_on_an_entry_of_this_one(folder: Path) -> None:
+    data, encoders = data_of(folder, is_off=True), Encoders()
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    encoder = OnDemand({TEXT_ENCODER: (encoders.encode_texts, 1)}, watch=LoaderWatch())
+    requests = list(data.text_requests())
+    with encoder.encoded(encoder.load(requests)):
+        data.text_embeds("cat")
+        assert len(encoder.load(requests)) == len(requests)
+    with pytest.raises(DataError, match="lacks the prompt 'cat'"):
+        data.text_embeds("cat")
+
+
+def masked(folder: Path) -> dict[str, object]:
+    (folder / "masks").mkdir()
+    for number in range(5):
+        mask = Image.new("L", (64, 64), 0)
+        mask.paste(255, (0, 0, 8 * number, 64))
+        mask.save(folder / "masks" / f"{number}.png")
+    entry = ConditioningConfig(id="masks", instance_data_dir=folder / "masks", conditioning_type="mask")
+    return {"conditioning": [entry], "conditioning_data": ["masks"]}
+
+
+def test_with_caches_off_masks_are_read_with_their_images(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = masked(folder)
+    data = on_demand(data_of(folder, is_off=True, **keys), Encoders())
+    assert len(data.mask_requests()) == len(data.latents_requests()) == 0
+    with caplog.at_level(logging.ERROR):
+        batches = taken(data, 10)
+    masks = {
+        sample.path: mask
+        for batch in batches
+        for sample, mask in zip(batch.samples, batch.loss_mask, strict=True)
+    }
+    assert masks.keys() == {f"{number}.png" for number in range(1, 5)}
+    assert all(mask[0, 0].sum() == int(path[0]) for path, mask in masks.items())
+    assert caplog.messages[-1].startswith("0.png cannot be used: its mask is black everywhere")
+    assert not [*(folder / "cache").rglob("shard*")]
+
+
+def test_with_caches_off_what_was_encoded_before_the_first_batch_stays(folder: Path) -> None:
+    data = data_of(folder, is_off=True)
+    data.set_encoders(vae_identity="vae", text_identity="clip")
+    list(encode_missing(data.text_requests(["a dog"]), Encoders().encode_texts, batch_size=1))
+    encoders = Encoders()
+    taken(on_demand(data, encoders), 9)
+    assert encoders.texts == []
+    assert data.text_embeds("a dog").prompt_embeds[0, 0, 0] == len("a dog")
 
 
 @pytest.mark.parametrize("only", [VAE, TEXT_ENCODER])

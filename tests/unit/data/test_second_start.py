@@ -72,6 +72,19 @@ def test_a_second_start_opens_no_image_and_no_caption(photos: Path, opened: list
     )
 
 
+def test_the_index_of_a_run_with_the_cache_of_latents_off_lies_with_the_run(
+    photos: Path, opened: list[str]
+) -> None:
+    config = DatasetConfig(id="photos", instance_data_dir=photos, resolution=64)
+    cache, own = photos.parent / "cache", photos.parent / "out" / "indexes"
+    data = DataConfig(cache_dir_vae=cache / "vae", cache_dir_text=cache / "text", vae_cache_disable=True)
+    for num_opened in (8, 0):
+        opened.clear()
+        TrainingData([config], data, seed=1, batch_size=2, pixel_alignment=64, index_folder=own)
+        assert len(opened) == num_opened
+    assert not cache.exists()
+
+
 @pytest.mark.reliability_row(17)
 @pytest.mark.parametrize("sets_back", [False, True])
 def test_a_caption_that_changed_is_read_again_and_no_other_file(

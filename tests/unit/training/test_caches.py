@@ -79,6 +79,8 @@ def fill(
     preemption: Preemption | None = None,
     wait: Callable[[], None] = lambda: None,
     on_demand: tuple[str, ...] = (),
+    off: tuple[str, ...] = (),
+    process: tuple[int, int] = (0, 1),
 ) -> None:
     config = SimpleNamespace(
         validation=SimpleNamespace(validation_negative_prompt="blurry"),
@@ -87,9 +89,11 @@ def fill(
             text_encoder_batch_size=2,
             vae_cache_ondemand="vae" in on_demand,
             text_cache_ondemand="text" in on_demand,
+            vae_cache_disable="vae" in off,
+            text_cache_disable="text" in off,
         ),
     )
-    accelerator = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=wait)
+    accelerator = SimpleNamespace(process_index=process[0], num_processes=process[1], wait_for_everyone=wait)
     caches.fill_caches(
         data,
         [SimpleNamespace(text=VALIDATION)],
@@ -137,6 +141,20 @@ def test_encoders_on_demand_stay_and_only_prompts_of_validation_are_encoded_befo
         3 * ("text" in on_demand)
     )
     assert not [event for event in family.events if event.startswith("unload")]
+
+
+def test_with_caches_off_every_process_encodes_what_validation_reads(
+    data: TrainingData, tmp_path: Path
+) -> None:
+    settings = data.data.model_copy(update={"vae_cache_disable": True, "text_cache_disable": True})
+    data = TrainingData(data.datasets, settings, seed=1, batch_size=1, pixel_alignment=64)
+    family = Family()
+    fill(data, family, off=("vae", "text"), process=(1, 2))
+    assert family.events == ["load text encoders", "prompts 2"]
+    assert data.text_embeds(VALIDATION).prompt_embeds[0, 0, 0] == len(VALIDATION)
+    assert len({next(data.batches()).samples[0].path for _ in range(3)}) == 1
+    assert [event for event in family.events if event.startswith("images")] == 3 * ["images 1"]
+    assert not [*tmp_path.rglob("shard*")]
 
 
 @pytest.mark.parametrize("number", [0, 3])

@@ -44,9 +44,9 @@ class Context:
         return not is_off(self.values.get(key))
 
 
-def _has_no_random_crop(_key: str, context: Context) -> bool:
+def _has_no_random_crop(key: str, context: Context) -> bool:
     is_fixed = context.text("crop_style") in _FIXED_CROPS and context.text("crop_aspect") != "random"
-    return not context.is_on("crop") or is_fixed
+    return context.is_on(key) and (not context.is_on("crop") or is_fixed)
 
 
 def _is_unquantised(_key: str, context: Context) -> bool:

@@ -151,6 +151,9 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
     crop_aspect_buckets: AspectBuckets = ()
     """Width / height of the crops with closest and random: numbers, which random draws evenly, or objects
     {"aspect", "weight"}, whose weights sum to 1."""
+    vae_cache_clear_each_epoch: bool = False
+    """Draw a new random crop of each image in each epoch. Its latents are not cached: the VAE stays in memory
+    beside the model and encodes each image whenever a batch needs it."""
     random_flip: bool = False
     """Train each image mirrored left to right in every second pass, with its mask and references. Not for
     subjects with a left and a right, such as writing or a face."""
@@ -273,6 +276,25 @@ class DatasetConfig(RowCaptionKeys, ImagePlace):
                 "remove it and maximum_image_size.",
                 "resolution",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_draw_crops_anew(self) -> Self:
+        key = "vae_cache_clear_each_epoch"
+        if not self.vae_cache_clear_each_epoch:
+            return self
+        if not self.crop or self.crop_style != "random":
+            text = (
+                'only random crops are drawn anew. Set crop to true and crop_style to "random", or remove it.'
+            )
+            raise contradiction(key, text, "crop_style")
+        if not self.is_trained:
+            text = "held-out images keep their crop, so that their losses compare. Remove it."
+            raise contradiction(key, text, "dataset_type")
+        for other in ("conditioning_data", "conditioning", "alpha_mask"):
+            if getattr(self, other):
+                text = "masks and references keep the crop that they were cut with. Remove one of the keys."
+                raise contradiction(key, text, other)
         return self
 
     @model_validator(mode="after")

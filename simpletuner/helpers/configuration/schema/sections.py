@@ -245,6 +245,12 @@ class DataConfig(Section):
     text_cache_ondemand: bool = False
     """Encode a caption when a batch first needs it, not before the first step; the text encoders stay in
     memory beside the model. Prompts of validation images are encoded before."""
+    vae_cache_disable: bool = False
+    """Encode each image whenever a batch needs it and keep no latents and masks; the VAE stays in memory
+    beside the model."""
+    text_cache_disable: bool = False
+    """Encode each caption whenever a batch needs it and keep no prompt embeds; the text encoders stay in
+    memory beside the model. Prompts of validation images are encoded at each start."""
     text_encoder_batch_size: Count = 1
     """Captions encoded at a time; above 1, the last bits of prompt embeds depend on the batch, so a run whose
     caching was interrupted may end a rounding error apart."""
@@ -254,6 +260,10 @@ class DataConfig(Section):
     loader_timeout_seconds: NonNegativeNumber = 300.0
     """Seconds after which a run ends that waits for one batch of its loader, as on a network folder that does
     not answer; 0 waits for ever."""
+
+    def keeps_latents(self, dataset: DatasetConfig) -> bool:
+        """Whether a dataset's latents are cached."""
+        return not (self.vae_cache_disable or dataset.vae_cache_clear_each_epoch)
 
     def latents_folder(self, dataset: DatasetConfig) -> Path:
         """Folder of a dataset's cached latents."""

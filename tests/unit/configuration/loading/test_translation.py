@@ -381,6 +381,10 @@ def test_keys_of_a_dataset_that_ask_for_nothing(workspace: Workspace, changes: d
 def test_a_random_crop_makes_a_cleared_cache_a_feature(workspace: Workspace) -> None:
     random_crop = {"vae_cache_clear_each_epoch": True, "crop": True}
     workspace.datasets = [IMAGES | random_crop]
+    run = workspace.load()
+    assert idle(run) == set()
+    assert [dataset.vae_cache_clear_each_epoch for dataset in run.datasets] == [True]
+    workspace.datasets = [IMAGES | random_crop | {"dataset_type": "eval"}, IMAGES | {"id": "trained"}]
     assert "photos.vae_cache_clear_each_epoch" in workspace.problems()
     workspace.datasets = [IMAGES | random_crop | {"crop_style": "center"}]
     assert idle(workspace.load()) == {"photos.vae_cache_clear_each_epoch"}
