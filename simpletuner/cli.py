@@ -1,6 +1,7 @@
-"""The `simpletuner` command: parses arguments and dispatches, without importing torch."""
+"""The `simpletuner` command: parses arguments and dispatches, without importing torch.
 
-from __future__ import annotations
+A command imports what it calls: --help shows all commands and needs none of that.
+"""
 
 import json
 import sys
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_cache, cli_data, cli_files, train
+from simpletuner import __version__, cli_cache, cli_data, cli_files
 from simpletuner.cli_options import (
     TAKES_OVERRIDES,
     AdapterArgument,
@@ -25,17 +26,9 @@ from simpletuner.cli_options import (
     PerLayer,
     one_adapter,
 )
-from simpletuner.helpers.configuration.examples import copy_example, examples
-from simpletuner.helpers.configuration.finding import choose_config
-from simpletuner.helpers.configuration.load import load_config
-from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
 from simpletuner.helpers.errors import SimpleTunerError
-from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.logs import configure_logging
-from simpletuner.helpers.io.new_files import refuse_existing
-from simpletuner.helpers.io.paths import portable
 from simpletuner.helpers.io.redaction import redact_terminal
-from simpletuner.helpers.models import registry
 
 REFERENCE = Path("documentation/config-reference.md")
 
@@ -102,6 +95,8 @@ def simpletuner(
 @app.command("train", context_settings=TAKES_OVERRIDES)
 def train_command(config: ConfigOption = None, arguments: Overrides = None) -> None:
     """Train in this process; resumes an interrupted run from its last checkpoint."""
+    from simpletuner import train
+
     option = [] if config is None else ["--config", str(config)]
     raise typer.Exit(train.main([*option, *(arguments or ())]))
 
@@ -117,12 +112,16 @@ def validate(
     ] = False,
 ) -> None:
     """Check config.json, the lycoris json and the dataset json: every mistake, or what the run will do."""
+    from simpletuner.helpers.configuration.finding import choose_config
+    from simpletuner.helpers.configuration.load import load_config
+    from simpletuner.helpers.models import registry
+
     file, overrides = choose_config(config, arguments or ())
     run = load_config(file, overrides=overrides, families=registry.specs())
     if resolved:
         print(json.dumps(run.resolved(), indent=2, ensure_ascii=False))
         return
-    # Its image library is not for the other commands.
+    # Its image library is not needed above.
     from simpletuner.helpers.training.plan import plan_lines
 
     # All of it first: what the data makes impossible is an error, and nothing is valid then.
@@ -200,6 +199,9 @@ def sample_command(
     """Generate images with an adapter, or with the whole model of a run; its file names the base model."""
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.finding import find_model
+    from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
+    from simpletuner.helpers.io.paths import portable
+    from simpletuner.helpers.models import registry
     from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 
     whole_model = find_model(adapter) if adapter is not None and option is None else None
@@ -281,6 +283,8 @@ def export_command(
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
     from simpletuner.helpers.adapters.files.finding import find_model
+    from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
+    from simpletuner.helpers.models import registry
 
     if (folder := find_model(adapter)) is not None:
         from simpletuner.helpers.sampling.export_command import export_whole_model
@@ -337,6 +341,7 @@ def publish_command(
 ) -> None:
     """Upload a run's adapter and model card to the Hugging Face hub, or what is missing there."""
     configure_logging(main_process=True)
+    from simpletuner.helpers.models import registry
     from simpletuner.helpers.publishing.hub import bound_waits
     from simpletuner.helpers.publishing.publish import publish
 
@@ -349,6 +354,7 @@ def report_command(
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
 ) -> None:
     """Write report.html from the files of a run, finished or not."""
+    from simpletuner.helpers.io.paths import portable
     from simpletuner.helpers.reporting.html_report.page import write_page
 
     print(write_page(portable(output_dir)))
@@ -382,6 +388,8 @@ def benchmark_tlora(
 @examples_app.command("list")
 def examples_list() -> None:
     """List every example with a description."""
+    from simpletuner.helpers.configuration.examples import examples
+
     for name, description in examples().items():
         print(f"{name:24}{description}")
 
@@ -395,6 +403,8 @@ def examples_copy(
     ] = None,
 ) -> None:
     """Copy an example to your own folder, without overwriting files."""
+    from simpletuner.helpers.configuration.examples import copy_example
+
     config = copy_example(name, folder)
     print(f"{config}: set output_dir there, and instance_data_dir in the dataset json beside it.")
     print(f"Then check it: simpletuner validate --config {config}")
@@ -419,6 +429,7 @@ def migrate_command(
     from simpletuner.helpers.configuration.migration.report import summary
     from simpletuner.helpers.configuration.migration.writing import write_migration
     from simpletuner.helpers.data.preview import header_size
+    from simpletuner.helpers.models import registry
 
     specs = registry.specs()
     draft = translate(source, specs=specs, header_size=header_size)
@@ -447,6 +458,9 @@ def config_reference(
     """Print the reference page of the configuration keys."""
     from simpletuner.helpers.configuration.reference import reference
     from simpletuner.helpers.configuration.simpletuner_page import simpletuner_page
+    from simpletuner.helpers.io.atomic import write_text
+    from simpletuner.helpers.io.new_files import refuse_existing
+    from simpletuner.helpers.models import registry
 
     page = simpletuner_page() if simpletuner else reference(registry.specs())
     if output is None:

@@ -1,17 +1,12 @@
 """The commands `simpletuner cache`: what a cache holds, whether it is whole, what can go."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from simpletuner.helpers.configuration.finding import find_config
-from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.names import counted
-from simpletuner.helpers.models import registry
 
 MIB = 1 << 20
 
@@ -72,6 +67,9 @@ def prune_command(
     stores = stores_under(folder)
     used: dict[Path, set[str]] | None = None
     if used_by:
+        from simpletuner.helpers.configuration.finding import find_config
+        from simpletuner.helpers.configuration.load import load_config
+        from simpletuner.helpers.models import registry
         from simpletuner.helpers.training.used_entries import used_entries
 
         used = {}

@@ -1,7 +1,5 @@
 """The commands `simpletuner data`: a look at images and captions before they are trained."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -9,13 +7,9 @@ from typing import Annotated
 import typer
 
 from simpletuner.cli_options import TAKES_OVERRIDES, ConfigOption, Overrides, Overwrite
-from simpletuner.helpers.configuration.finding import choose_config
-from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.io.logs import configure_logging
 from simpletuner.helpers.io.names import counted
-from simpletuner.helpers.io.new_files import refuse_existing
-from simpletuner.helpers.models import registry
 
 app = typer.Typer(no_args_is_help=True, help="Look at images and captions before they are trained.")
 
@@ -50,6 +44,11 @@ def look_command(
 
     Exit code 1 if a run would refuse a dataset; the page says why.
     """
+    from simpletuner.helpers.configuration.finding import choose_config
+    from simpletuner.helpers.configuration.load import load_config
+    from simpletuner.helpers.io.new_files import refuse_existing
+    from simpletuner.helpers.models import registry
+
     triggers = [each.strip() for each in trigger or ()]
     if "" in triggers:
         raise ConfigError("--trigger: the text is empty. Give a word or words that each caption should have.")
@@ -57,7 +56,7 @@ def look_command(
     run = load_config(file, overrides=overrides, families=registry.specs())
     refuse_existing([output], overwrite=overwrite)
     configure_logging(main_process=True)
-    # Their image library is not for the other commands.
+    # Their image library is not needed above.
     from simpletuner.helpers.reporting.data_page.findings import KINDS
     from simpletuner.helpers.reporting.data_page.look import look
     from simpletuner.helpers.reporting.data_page.page import write_page

@@ -1,7 +1,5 @@
 """The commands of `simpletuner` that make an adapter file of other files. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +18,6 @@ from simpletuner.cli_options import (
     one_adapter,
 )
 from simpletuner.helpers.io.logs import configure_logging
-from simpletuner.helpers.models import registry
 
 
 def merge(
@@ -60,6 +57,7 @@ def merge(
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.merge_terms import MergeOptions
     from simpletuner.helpers.adapters.files.merging import merge_adapters, parsed_weights
+    from simpletuner.helpers.models import registry
     from simpletuner.helpers.sampling.merge_command import base_model
 
     options = MergeOptions(
@@ -101,6 +99,7 @@ def resize(
     configure_logging(main_process=True)
     from simpletuner.helpers.adapters.files.low_rank import Keep
     from simpletuner.helpers.adapters.files.resizing import ResizeOptions, resize_adapter
+    from simpletuner.helpers.models import registry
     from simpletuner.helpers.sampling.merge_command import base_model
 
     options = ResizeOptions(keep=Keep(rank=rank, energy=energy), layout=layout, dtype=dtype)

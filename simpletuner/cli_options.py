@@ -1,7 +1,5 @@
 """Arguments and options that commands of `simpletuner` share. Imports no torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -9,12 +9,12 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Timer
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, stop_signals
 from simpletuner.helpers.configuration.finding import choose_config
@@ -23,6 +23,10 @@ from simpletuner.helpers.io.atomic import JsonValue, write_json
 from simpletuner.helpers.io.lock import run_lock
 from simpletuner.helpers.io.logs import configure_logging, leave_closed_terminal
 from simpletuner.helpers.io.run_folder import EXIT_FILE
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.configuration.schema.sections import RunConfig
+    from simpletuner.helpers.contracts import ModelSpec
 
 EXIT_FAILED = 1
 EXIT_WAIT_S = 10.0
@@ -61,10 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config_path, overrides = choose_config(given, arguments)
             config = load_config(config_path, overrides=overrides, families=registry.specs())
             output_dir = config.checkpoint.output_dir
-            # Torch and the model libraries take seconds to import; a configuration error must not wait.
-            from simpletuner.helpers.training.runs import train
-
-            code = train(config)
+            code = _train(config, registry.specs())
     except SimpleTunerError as error:
         code = error.exit_code
         if is_main_process() or not isinstance(error, ConfigError):
@@ -78,6 +79,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say_last(message, code=code)
         atexit.register(_end_soon, _process_status(code))
     return code
+
+
+def _train(config: RunConfig, families: Mapping[str, ModelSpec]) -> int:
+    """Train, unless the run is finished."""
+    # Torch and the model libraries take seconds to import; an error or a finished run must not wait.
+    from simpletuner.helpers.training.finished import find_finished
+
+    finished = find_finished(config, families)
+    if finished is not None:
+        return finished.run()
+    from simpletuner.helpers.training.runs import train
+
+    return train(config)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, tuple[str, ...]]:

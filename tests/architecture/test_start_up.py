@@ -22,16 +22,18 @@ HEAVY = {
     "wandb",
     "trackio",
 }
-LIBRARIES = "import pydantic, typer, rich.console, rich.logging, rich.progress"
-COMMANDS = (
-    *("--help", "train --help", "extract --help", "data look --help"),
-    *("validate", "examples list", "version", "--version"),
-)
+LIBRARIES = "import pydantic, typer.rich_utils, rich.console, rich.logging, rich.progress"
+"""What a command imports of libraries to read its arguments and to draw its help."""
+MAX_RATIOS = {
+    "--help": 1.3,
+    **dict.fromkeys(("train --help", "extract --help", "data look --help"), 1.9),
+    **dict.fromkeys(("examples list", "version", "--version"), 1.2),
+    "validate": 4.2,
+}
+"""Command -> limit of its Python calls over those of importing the libraries; 1.18, 1.50 to 1.74, 0.64 to
+1.08 and 3.85 here. Unlike times, both numbers are the same on a busy machine."""
 MAX_MODULES = 400
-"""Beyond those of the libraries and what these import; 132 to 360 here (validate reads images)."""
-MAX_RATIO = 6.1
-"""Of the Python calls of a command to those of importing the libraries; 2.9 to 5.9 here. Unlike times, both
-numbers are the same on a busy machine."""
+"""Beyond those of the libraries and what these import; 17 to 373 here (validate reads images)."""
 
 # Prints how many Python functions were called and which modules are there at the end.
 SCRIPT = """
@@ -83,13 +85,13 @@ def libraries() -> Start:
     return start(LIBRARIES)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", MAX_RATIOS)
 def test_a_quick_command_imports_no_heavy_library_and_does_little(command: str, libraries: Start) -> None:
     own = start(RUN, *command.split())
     assert own.exit_code == 0
     assert not {name.partition(".")[0] for name in own.modules} & HEAVY
     assert len(own.modules - libraries.modules) < MAX_MODULES
-    assert own.num_calls < MAX_RATIO * libraries.num_calls
+    assert own.num_calls < MAX_RATIOS[command] * libraries.num_calls
 
 
 def test_an_upload_imports_no_heavy_library() -> None:

@@ -23,23 +23,11 @@ from torch import Tensor
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_chunks
 from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, read_leading_metadata
+from simpletuner.helpers.io.tensor_bytes import DTYPES, NAMES, bytes_of
 
 _ABOUT, _INDEX = "about", "index"
 _DIGEST = "digest"
 _DIGEST_BYTES = 16
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +105,7 @@ def digest_of(key: str, tensors: Mapping[str, Tensor]) -> bytes:
     digest = xxhash.xxh3_128(key.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\x1f{name}\x1f{tensor.dtype}\x1f{tuple(tensor.shape)}\x1f".encode())
-        digest.update(_bytes_of(tensor))
+        digest.update(bytes_of(tensor))
     return digest.digest()
 
 
@@ -141,7 +129,7 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, Tensor]], about
         # Large elements first, so that each tensor starts at a multiple of its element's size in the entry.
         named = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
         parts: list[tuple[str, str, tuple[int, ...], bytes | memoryview]] = [
-            (name, _NAMES[each.dtype], tuple(each.shape), _bytes_of(each)) for name, each in named
+            (name, NAMES[each.dtype], tuple(each.shape), bytes_of(each)) for name, each in named
         ]
         parts.append((_DIGEST, "U8", (_DIGEST_BYTES,), digest_of(key, tensors)))
         first, places = end, []
@@ -225,14 +213,7 @@ def parse_entry(key: str, data: bytearray, layout: Layout) -> dict[str, Tensor]:
 
 
 def _tensor_at(data: bytearray, place: Place) -> Tensor:
-    dtype, count = _DTYPES[place.dtype], math.prod(place.shape)
+    dtype, count = DTYPES[place.dtype], math.prod(place.shape)
     if not count:
         return torch.empty(place.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype, count=count, offset=place.start).reshape(place.shape)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    if not tensor.numel():
-        return memoryview(b"")
-    data: memoryview = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return data

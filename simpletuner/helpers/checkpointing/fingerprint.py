@@ -1,4 +1,4 @@
-"""Settings and weights that a resumed run must share with its checkpoint; metadata of an adapter file."""
+"""Settings that a resumed run must share with its checkpoint; metadata of an adapter file. No torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from simpletuner import __version__
-from simpletuner.helpers.adapters.files.adapter_file import weight_hash
 from simpletuner.helpers.adapters.files.labels import labels_of_run
-from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.base import holds_text
@@ -20,8 +16,6 @@ from simpletuner.helpers.io.redaction import redacted, redacted_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from torch import nn
 
     from simpletuner.helpers.configuration.schema.model import ModelConfig
     from simpletuner.helpers.configuration.schema.new_tokens import NewTokenConfig
@@ -81,20 +75,6 @@ def resume_fingerprint(config: RunConfig) -> dict[str, JsonValue]:
         settings |= config.adapter.model_dump(mode="json", exclude=SAFE_ADAPTER_KEYS | unset)
     texts = {key: redacted_json(settings[key], with_digest=True) for key in _TEXTS & settings.keys()}
     return settings | texts
-
-
-def weight_hashes(denoiser: nn.Module) -> dict[str, str]:
-    """Weight name -> hash, independent of its dtype. Quantised weights are left out."""
-    weights = sorted(denoiser.named_parameters())
-    return {name: weight_hash(weight) for name, weight in weights if not is_quantized(weight)}
-
-
-def base_weights_hash(hashes: Mapping[str, str]) -> str:
-    """Hash of a model from the hashes of its weights."""
-    digest = xxhash.xxh3_64()
-    for name, each in sorted(hashes.items()):
-        digest.update(f"{name}={each}\n".encode())
-    return digest.hexdigest()
 
 
 def non_default(noise: NoiseConfig) -> dict[str, JsonValue]:

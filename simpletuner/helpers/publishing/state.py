@@ -6,10 +6,13 @@ import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.run_folder import UPLOAD_FOLDER, UPLOAD_STATE_FILE
-from simpletuner.helpers.publishing.hub import Repository
+
+if TYPE_CHECKING:
+    from simpletuner.helpers.publishing.hub import Repository
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from typing import Self, TypeVar
 from simpletuner.helpers.errors import PublishError, SimpleTunerError
 from simpletuner.helpers.io.atomic import link_or_copy
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, checkpoint_folder
-from simpletuner.helpers.publishing import hub
 from simpletuner.helpers.publishing.run_files import UPLOADED_FILES, waiting_adapters, waiting_folder
 from simpletuner.helpers.publishing.state import load_uploaded, note_repository
 
@@ -58,6 +57,8 @@ def check_login(name: str, *, private: bool, output_dir: Path, wait_s: float = L
     Raises:
         ConfigError: There is no valid login, it may not write there, or the repository is public.
     """
+    from simpletuner.helpers.publishing import hub  # here: its client takes longer to import than all else
+
     if hub.is_offline():
         reason = OFFLINE
     else:
@@ -193,6 +194,8 @@ class Uploads:
                 self._is_uploading = False
 
     def _upload(self) -> None:
+        from simpletuner.helpers.publishing import hub
+
         if hub.is_offline():
             self._problem = OFFLINE
             return

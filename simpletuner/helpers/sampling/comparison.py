@@ -21,7 +21,7 @@ from simpletuner.helpers.adapters.inference import (
     remove_from_pipeline,
 )
 from simpletuner.helpers.adapters.new_tokens import TokenEmbedding, attach_embeddings
-from simpletuner.helpers.checkpointing.fingerprint import weight_hashes
+from simpletuner.helpers.checkpointing.weight_identity import weight_hashes
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMBEDDING_FILE, embedding_file

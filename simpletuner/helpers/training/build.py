@@ -24,14 +24,13 @@ from simpletuner.helpers.checkpointing.checkpoints import (
 )
 from simpletuner.helpers.checkpointing.fingerprint import (
     adapter_metadata,
-    base_weights_hash,
     resume_fingerprint,
     token_facts,
-    weight_hashes,
 )
 from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.progress import Progress
 from simpletuner.helpers.checkpointing.state import RunState
+from simpletuner.helpers.checkpointing.weight_identity import base_weights_hash, weight_hashes
 from simpletuner.helpers.choices.precisions import UNCHANGED
 from simpletuner.helpers.errors import CheckpointError
 from simpletuner.helpers.io.names import counted

@@ -13,25 +13,21 @@ from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.migration.paths import repeated_folder
 from simpletuner.helpers.configuration.schema.base import HIDDEN_SECRET, as_json
-from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.masks import ConditioningConfig
 from simpletuner.helpers.configuration.schema.references import ReferenceConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.configuration.text.problems import nearest
 from simpletuner.helpers.configuration.translation_lines import default_lines, translation_lines
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.data.caption_variants import limit_problem
-from simpletuner.helpers.data.conditioning import Entry, entries_of
 from simpletuner.helpers.data.phases import (
     Calendar,
     batch_sizes,
-    even,
     idle_datasets,
     stretch_lines,
 )
-from simpletuner.helpers.data.preview import DatasetPreview, preview
+from simpletuner.helpers.data.preview import DatasetPreview
 from simpletuner.helpers.data.scan_report import listed, shown
-from simpletuner.helpers.errors import DataError, MissingDependencyError
+from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -56,15 +52,14 @@ from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, has_gp
 from simpletuner.helpers.training.evaluation_plan import (
     evaluation_problems,
     evaluation_rows,
-    without_training,
 )
 from simpletuner.helpers.training.expected_epochs import (
-    calendar_of,
     directions_out_of_balance,
     trained_datasets,
     trained_of,
 )
 from simpletuner.helpers.training.packages import check_packages
+from simpletuner.helpers.training.previews import preview_datasets
 
 DEMO = Path(simpletuner.__file__).parent / "demo"
 EXAMPLE_SUBJECT = "sks cat"
@@ -88,23 +83,8 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
             variants of captions.
         ModelError: A local model's file is no safetensors file.
     """
-    entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
-    trained = trained_datasets(config)
-    unseen = [] if reads_all else [each for each in config.datasets if _needs_download(each, entries)]
-    previews = [
-        preview(
-            dataset,
-            config.data,
-            alignment=config.data.alignment(spec.pixel_alignment),
-            seed=config.training.seed,
-            reads_all=reads_all,
-            conditioning=entries_of(dataset, entries),
-        )
-        for dataset in config.datasets
-        if dataset not in unseen
-    ]
-    _refuse(previews)
-    calendar = even(0, num_datasets=len(trained)) if unseen else calendar_of(config, previews)
+    known = preview_datasets(config, spec, reads_all=reads_all)
+    trained, previews, unseen, calendar = trained_datasets(config), known.read, known.unseen, known.calendar
     rows = [("model", _model(config, spec)), *_weights(config, spec)]
     for each in previews:
         rows += _dataset(each)
@@ -144,30 +124,6 @@ def _weights(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
         yield "encoders", _text_encoders(config)
     if config.new_tokens.placeholder_token is not None:
         yield "new token", _new_token(config)
-
-
-def _needs_download(dataset: DatasetConfig, entries: Sequence[Entry]) -> bool:
-    return any(each.needs_download for each in (dataset, *entries_of(dataset, entries)))
-
-
-def _refuse(previews: Sequence[DatasetPreview]) -> None:
-    """Refuse what the run would refuse, all at once; tags and shares only of datasets that were read whole.
-
-    Raises:
-        DataError: Of one dataset or of several.
-    """
-    problems = [
-        f"Dataset {each.config.id!r}: {'; '.join(each.tags.lines())}."
-        for each in previews
-        if each.tags.is_error and each.is_whole
-    ]
-    several = {
-        each.config.id: each.expected_captions for each in trained_of(previews) if each.num_variants > 1
-    }
-    problems += without_training(previews)
-    problems += filter(None, [limit_problem(several), *(each.conditioning_problem for each in previews)])
-    if problems:
-        raise DataError("\n".join(problems))
 
 
 def _block(name: str, lines: Iterable[str]) -> list[tuple[str, str]]:

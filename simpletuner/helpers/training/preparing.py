@@ -45,6 +45,7 @@ from simpletuner.helpers.training.accelerator import (
 )
 from simpletuner.helpers.training.device import device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import restore_damaged
+from simpletuner.helpers.training.finished import repository_name, uploads_of
 from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
@@ -181,20 +182,11 @@ def check_uploads(context: RunContext) -> None:
 
 def build_uploads(context: RunContext) -> Uploads:
     """The uploads of the run, on the main process; not yet started."""
-    config, publishing = context.config, context.config.publishing
-    return Uploads(
-        output_dir=config.checkpoint.output_dir,
-        is_enabled=publishing.push_to_hub and context.accelerator.is_main_process,
-        with_checkpoints=publishing.push_checkpoints_to_hub,
-        repository=repository_name(config),
-        public=not publishing.model_card_private,
+    return uploads_of(
+        context.config,
+        is_main_process=context.accelerator.is_main_process,
         should_stop=lambda: context.preemption.requested,
     )
-
-
-def repository_name(config: RunConfig) -> str:
-    """owner/name, or name for the owner of the login."""
-    return config.publishing.hub_model_id or config.tracking.tracker_project_name
 
 
 def build_family(config: RunConfig, *, device: torch.device) -> ModelFamily:

@@ -28,6 +28,7 @@ from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.training import accelerator, device, plan, preparing
 from simpletuner.helpers.training.device import LARGEST_ON_CPU, billions, device_name, refuse_cpu
+from simpletuner.helpers.training.expected_epochs import calendar_of
 from simpletuner.helpers.training.plan import plan_lines
 
 TLORA = {"algo": "tlora", "multiplier": 1.0, "linear_dim": 8, "linear_alpha": 8}
@@ -664,9 +665,9 @@ def test_references_stand_in_the_plan_and_part_batches(folder: Path) -> None:
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"train_batch_size": 3})}
     )
-    several = plan.calendar_of(config, [preview_of(config)]).stretches[0].length
+    several = calendar_of(config, [preview_of(config)]).stretches[0].length
     without = config.model_copy(update={"references": (), "datasets": run_of(folder).datasets})
-    assert (several, plan.calendar_of(without, [preview_of(without)]).stretches[0].length) == (2, 1)
+    assert (several, calendar_of(without, [preview_of(without)]).stretches[0].length) == (2, 1)
     (folder / "before" / "b.png").unlink()
     with pytest.raises(DataError, match=r"no reference.*b\.png"):
         list(plan_lines(config, spec))

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import torch
 import xxhash
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.files import labels
@@ -21,8 +20,9 @@ from simpletuner.helpers.adapters.files.comfyui import EMBEDDING_KEYS
 from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora import rank_schedule
 from simpletuner.helpers.errors import AdapterError
-from simpletuner.helpers.io.atomic import write_bytes
-from simpletuner.helpers.io.safetensors_file import header_bytes, open_safetensors
+from simpletuner.helpers.io.atomic import write_chunks
+from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, open_safetensors
+from simpletuner.helpers.io.tensor_bytes import NAMES, bytes_of, on_host
 
 logger = logging.getLogger(__name__)
 
@@ -171,8 +171,22 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, s
         StorageError: The file cannot be written.
     """
     _refuse_non_finite(path, tensors)
-    own = {key: tensors[key].detach().cpu().clone().contiguous() for key in sorted(tensors)}
-    write_bytes(path, _with_own_header(save(own, metadata={"format": "pt"} | dict(metadata))))
+    own = {key: on_host(tensor) for key, tensor in tensors.items()}
+    # Large elements first, so that each tensor starts at a multiple of its element's size.
+    order = sorted(own, key=lambda key: (-own[key].element_size(), key))
+    chunks = [bytes_of(own[key]) for key in order]
+    header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"} | dict(metadata)}
+    if labels.SPECIFICATION in metadata:
+        digest = hashlib.sha256()
+        for chunk in chunks:
+            digest.update(chunk)
+        header[METADATA][labels.HASH] = f"0x{digest.hexdigest()}"
+    end = 0
+    for key, chunk in zip(order, chunks, strict=True):
+        offsets = [end, end := end + len(chunk)]
+        dtype, shape = NAMES[own[key].dtype], list(own[key].shape)
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+    write_chunks(path, [header_bytes(header), *chunks])
 
 
 def weight_hash(weight: Tensor) -> str:
@@ -208,16 +222,15 @@ def warn_about_other_base(file: AdapterFile, here: Mapping[str, str]) -> None:
         )
 
 
-def _with_own_header(data: bytes) -> bytes:
-    """Sort the keys of the header, which the library writes in any order, and add the hash of the tensors."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    if labels.SPECIFICATION in header["__metadata__"]:
-        header["__metadata__"][labels.HASH] = f"0x{hashlib.sha256(memoryview(data)[start:]).hexdigest()}"
-    return header_bytes(header) + memoryview(data)[start:]
-
-
 def _refuse_non_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise AdapterError(f"{path}: {key} has a value that is not finite. The adapter is unusable.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite in float32."""
+    # A sum with a value that is not finite is not finite, and one pass; finite values may overflow in it.
+    if bool(tensor.sum(dtype=torch.float32).isfinite()):
+        return True
+    return bool(tensor.float().isfinite().all())

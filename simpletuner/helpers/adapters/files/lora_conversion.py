@@ -6,7 +6,7 @@ Shapes: R rank of a layer, r active rank, I in (times the kernel of a convolutio
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class LoraLayer:
     folded: float = 1.0
     """Factor in `up` that makes alpha / rank the requested scale."""
     norm: float = 0.0
-    """Frobenius norm of the live layer's delta."""
+    """Frobenius norm of the live layer's delta; 0 in an export, which needs none."""
 
     @property
     def rank(self) -> int:
@@ -57,7 +57,7 @@ def exact_lora(
         scale: Requested alpha / rank; the rest of the layer's own scale goes into `up`.
     """
     a, b = layer.factors_at(rank)
-    return lora_layer(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return _converted(path, (a, b), live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def truncated_lora(
@@ -69,7 +69,7 @@ def truncated_lora(
     """
     a, b = layer.factors_at(rank)
     written = (a, b) if a.shape[0] <= rank else truncated_product(a, b, lambda _: rank)
-    return lora_layer(path, written, live=(a, b), dtype=dtype, scales=(layer.scale, scale))
+    return _converted(path, written, live=(a, b), dtype=dtype, scales=(layer.scale, scale))
 
 
 def truncated_product(a: Tensor, b: Tensor, choose: ChooseRank) -> tuple[Tensor, Tensor]:
@@ -99,9 +99,9 @@ def relative_error(live: tuple[Tensor, Tensor], written: tuple[Tensor, Tensor]) 
         live: A [n, I, ...] and B [O, n].
         written: A' [m, I, ...] and B' [O, m].
     """
-    (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
-    if torch.equal(a, a2) and torch.equal(b, b2):
+    if all(_are_equal(*pair) for pair in zip(live, written, strict=True)):
         return 0.0
+    (a, b), (a2, b2) = ((first.double().flatten(1), second.double()) for first, second in (live, written))
     if a.shape == a2.shape:  # one term for each factor's rounding, so no large terms cancel
         missing = product_norm(torch.cat([a - a2, a2]), torch.cat([b, b - b2], dim=1))
     else:
@@ -139,7 +139,7 @@ def lora_layer(
     dtype: torch.dtype,
     scales: tuple[float, float],
 ) -> LoraLayer:
-    """A layer of a LoRA with its error.
+    """A layer of a LoRA with its error and the norm of its delta.
 
     Args:
         path: Path of the layer.
@@ -148,15 +148,34 @@ def lora_layer(
         dtype: Dtype of the written factors.
         scales: Scale of both products, and the requested alpha / rank.
     """
+    layer = _converted(path, factors, live=live, dtype=dtype, scales=scales)
+    return replace(layer, norm=abs(scales[0]) * float(product_norm(live[0].double(), live[1].double())))
+
+
+def _converted(
+    path: str,
+    factors: tuple[Tensor, Tensor],
+    *,
+    live: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    scales: tuple[float, float],
+) -> LoraLayer:
+    """`lora_layer` without the norm, which costs more than all the rest."""
     own, scale = scales
     folded = own / scale
-    down, up = factors[0].to(dtype), (factors[1].double() * folded).to(dtype)
+    down, up, exact_up = factors[0].to(dtype), factors[1].to(dtype), live[1]
+    if folded != 1:
+        up, exact_up = (factors[1].double() * folded).to(dtype), live[1].double() * folded
     return LoraLayer(
         path=path,
         down=down.contiguous(),
         up=up.reshape(*up.shape, *(1,) * (down.ndim - 2)).contiguous(),
         alpha=down.shape[0] * scale,
-        error=relative_error((live[0], live[1].double() * folded), (down, up)),
+        error=relative_error((live[0], exact_up), (down, up)),
         folded=folded,
-        norm=abs(own) * float(product_norm(live[0].double(), live[1].double())),
     )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of any dtypes hold the same values."""
+    return torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.double(), other.double())
