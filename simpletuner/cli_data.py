@@ -77,6 +77,6 @@ def look_command(
             print(f"{numbers[key]:>7,}  {title}")
     refused = [each for each in looked if each.problem]
     for each in refused:
-        print(f"  dataset {each.config.id}: {each.problem}")
+        print(f"  {each.problem}")
     if refused:
         raise typer.Exit(1)

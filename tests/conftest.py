@@ -58,6 +58,7 @@ def repository() -> Path:
 def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget the values of environment variables that the configurations of other tests named."""
     monkeypatch.setattr(redaction, "_hidden", {})
+    monkeypatch.setattr(redaction, "_placeholders", {})
 
 
 @pytest.fixture(autouse=True)

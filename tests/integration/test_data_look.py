@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from typer.testing import CliRunner, Result
 from simpletuner.cli import app
 from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.data.dataset import TrainingData
-from simpletuner.helpers.errors import ConfigError
+from simpletuner.helpers.errors import ConfigError, DataError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.redaction import redact_terminal
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.data_page.findings import KINDS
 from simpletuner.helpers.reporting.data_page.look import LookedDataset, look
+from simpletuner.helpers.training.plan import plan_lines
 from tests.integration.data_folders import JAPANESE, NAME, save, scene, write_problems, write_run
 from tests.integration.synthetic_run import Page
 
@@ -197,6 +199,65 @@ def test_a_dataset_that_a_run_refuses_is_named_and_the_others_are_shown(tmp_path
     assert set(findings(page)) == {"a.png"}
     assert "b.txt" in page.text
     assert "c.png" in page.text
+
+
+@pytest.mark.parametrize("cause", ["eval_share", "copies"])
+def test_a_dataset_that_is_held_out_whole_is_refused_as_by_the_run(tmp_path: Path, cause: str) -> None:
+    for number in range(3):
+        save(scene(number), tmp_path / "cats" / f"{number}.png", "sks")
+    save(scene(7), tmp_path / "others" / "7.png", "sks")
+    cats: dict[str, object] = {"id": "cats", "instance_data_dir": "cats"}
+    entries: list[dict[str, object]] = [cats | {"eval_share": 0.9999}]
+    if cause == "copies":
+        entries = [cats, cats | {"id": "held", "dataset_type": "eval"}]
+    config = write_run(tmp_path, *entries, {"id": "others", "instance_data_dir": "others"})
+    loaded = load_config(config, families=registry.specs())
+    with pytest.raises(DataError) as refused:
+        list(plan_lines(loaded, registry.specs()["sdxl"]))
+    first, *rest = looked_at(config)
+    assert first.problem == str(refused.value)
+    assert not any(each.problem for each in rest)
+    result = run(config)
+    assert result.exit_code == 1
+    assert f"  {refused.value}" in result.stdout.splitlines()
+
+
+def test_batches_of_datasets_that_follow_each_other_are_not_summed(tmp_path: Path) -> None:
+    for number in range(5):
+        save(scene(number), tmp_path / ("cats" if number < 2 else "dogs") / f"{number}.png", "sks")
+    config = write_run(
+        tmp_path,
+        {"id": "cats", "instance_data_dir": "cats", "end_step": 2},
+        {"id": "dogs", "instance_data_dir": "dogs", "start_step": 3},
+        train_batch_size=1,
+    )
+    assert [sum(each.batches_per_epoch for each in own.buckets) for own in looked_at(config)] == [2, 3]
+    assert run(config).exit_code == 0
+    page = (tmp_path / "data.html").read_text(encoding="utf-8")
+    assert "<dt>batches per epoch</dt><dd>2, then 3</dd>" in page
+
+
+def test_a_look_at_archives_writes_its_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.sources.tar_index._RACY_NS", -1)
+    for kind in ("images", "references"):
+        save(scene(1), tmp_path / kind / "a.png", "sks")
+        (tmp_path / f"{kind} packed").mkdir()
+        with tarfile.open(tmp_path / f"{kind} packed" / "0.tar", "w") as archive:
+            archive.add(tmp_path / kind / "a.png", "a.png")
+    mask = {"dataset_type": "conditioning", "conditioning_type": "mask"}
+    config = write_run(
+        tmp_path,
+        {
+            "id": "cats",
+            "type": "webdataset",
+            "instance_data_dir": "images packed",
+            "conditioning_data": "masks",
+        },
+        {"id": "masks", "type": "webdataset", "instance_data_dir": "references packed", **mask},
+    )
+    before = set(tmp_path.rglob("*"))
+    assert run(config).exit_code == 0
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "data.html"}
 
 
 def test_a_dataset_whose_every_image_is_damaged_is_named(tmp_path: Path) -> None:

@@ -470,6 +470,18 @@ def test_a_run_without_the_token_in_its_captions_is_refused(tmp_path: Path) -> N
         TinyRun(tmp_path).run(**KEYS)
 
 
+def test_a_run_with_the_token_in_held_out_captions_alone_is_refused(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path)
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    Image.new("RGB", (64, 64), "red").save(held_out / "a.png")
+    (held_out / "a.txt").write_text(f"a photo of {TOKEN}")
+    pictures = {"id": "pictures", "instance_data_dir": str(tmp_path / "images")}
+    others = {"id": "others", "instance_data_dir": str(held_out), "dataset_type": "eval"}
+    with pytest.raises(DataError, match=r"<cat> is in none of 3 captions"):
+        run.run(**KEYS, data_backend_config=[pictures, others])
+
+
 def test_a_caption_with_the_token_in_other_letters_is_refused(tmp_path: Path) -> None:
     run = token_run(tmp_path)
     (tmp_path / "images" / "image1.txt").write_text("a <Cat> there")

@@ -25,18 +25,20 @@ def report_epochs(curriculum: Curriculum, training: TrainingConfig) -> None:
             max(bucket.batch_size for bucket in small),
             ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else ""),
         )
-    for line in stretch_lines(curriculum.configs, curriculum.calendar, training):
-        logger.info("Datasets %s.", line)
-    for stretch in curriculum.calendar.stretches:
+    reached = curriculum.calendar.reached(training)
+    lines = stretch_lines(curriculum.configs, curriculum.calendar, training)
+    unbalanced: dict[str, None] = {}
+    for number, stretch in enumerate(reached):
         buckets = curriculum.buckets(stretch.datasets)
         drawn = sum(bucket.num_batches * bucket.batch_size for _, bucket in buckets)
         repeated = drawn - sum(bucket.samples_per_epoch for _, bucket in buckets)
         filling = counted(repeated, "image is a repetition", "images are repetitions")
         logger.info(
-            "Epoch: %s of %s%s.",
-            counted(stretch.length, "batch", "batches"),
+            "%s of %s%s.",
+            f"Datasets {lines[number]}" if lines else f"Epoch: {counted(stretch.length, 'batch', 'batches')}",
             batch_sizes(bucket.batch_size for _, bucket in buckets),
             f"; {filling} to fill the batches" if repeated else "",
         )
-        for text in slider_problems(slider_draws(buckets)):
-            logger.warning("%s", text)
+        unbalanced |= dict.fromkeys(slider_problems(slider_draws(buckets)))
+    for text in unbalanced:
+        logger.warning("%s", text)

@@ -41,6 +41,13 @@ class Divided:
         """The trained images of each dataset, then the held-out ones."""
         return (*(plan.images for plan in self.trained), *self.held_parts)
 
+    def trained_captions(self) -> list[str]:
+        """Every variant of the captions that are trained once, with those of references."""
+        images = [plan.images for plan in self.trained]
+        own = [text for each in images for text in each.captions.all()]
+        references = [reference for each in images for reference in each.all_references()]
+        return list(dict.fromkeys([*own, *(text for each in references for text in each.captions)]))
+
     def references(self) -> list[PlannedReference]:
         """The references of all images, in their order."""
         return [each for images in self.parts for each in images.all_references()]

@@ -174,10 +174,11 @@ class ImageIndex:
     Args:
         file: In the folder of the latents.
         copy: Written where that folder cannot be, and read in place of the file from then on.
+        is_read_only: Nothing is written, in this folder or in another.
     """
 
-    def __init__(self, file: Path, *, copy: Path | None = None) -> None:
-        self._file, self._copy = file, copy
+    def __init__(self, file: Path, *, copy: Path | None = None, is_read_only: bool = False) -> None:
+        self._file, self._copy, self.is_read_only = file, copy, is_read_only
         self._forget()
 
     @property
@@ -274,6 +275,7 @@ class ImageIndex:
         Raises:
             StorageError: The file cannot be written, nor its copy.
         """
+        assert not self.is_read_only, f"{self._file} is only read"
         is_changed = not (self._kept.all() and self._kept_texts.all())
         if is_changed or self._verdicts or self._read_texts or self._damaged:
             content = self._current()

@@ -50,8 +50,9 @@ class PairFinder:
     _misshapen: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
-        files = scan_entry(self.entry, cache=self.index.folder).images
-        self.index.expect(files)
+        index = self.index
+        files = scan_entry(self.entry, cache=index.folder, is_read_only=index.is_read_only).images
+        index.expect(files)
         for file in files:
             self._files.setdefault(os.path.splitext(file.name)[0], []).append(file)
 

@@ -75,6 +75,11 @@ class Calendar:
             return training.max_train_steps
         return math.ceil(self.end_of(training.num_train_epochs) / training.gradient_accumulation_steps)
 
+    def reached(self, training: TrainingConfig) -> list[Stretch]:
+        """The stretches that a whole run has steps of."""
+        batches = self.num_steps(training) * training.gradient_accumulation_steps
+        return [each for each in self.stretches if each.start < batches]
+
 
 def even(length: int, *, num_datasets: int = 1) -> Calendar:
     """The calendar of a run whose epochs have the same number of global batches."""
@@ -169,9 +174,7 @@ def stretch_lines(
     datasets: Sequence[DatasetConfig], calendar: Calendar, training: TrainingConfig
 ) -> list[str]:
     """A line on each stretch of a run with several."""
-    accumulated = training.gradient_accumulation_steps
-    batches = calendar.num_steps(training) * accumulated
-    reached = [each for each in calendar.stretches if each.start < batches]
+    accumulated, reached = training.gradient_accumulation_steps, calendar.reached(training)
     if len(reached) == 1 and len(reached[0].datasets) == len(datasets):
         return []
     return [

@@ -84,7 +84,7 @@ def plan_dataset(
             claim one text file, no caption has tags to shuffle, there are too many variants, or an image has
             no mask or reference, several, or one of another aspect ratio.
     """
-    scan = scan_entry(config, cache=index.folder)
+    scan = scan_entry(config, cache=index.folder, is_read_only=index.is_read_only)
     reader = caption_reader(config, scan, recall=index.texts)
     _refuse_ambiguous(config, reader)
     report_files(config, scan, reader)

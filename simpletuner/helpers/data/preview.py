@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
-from simpletuner.helpers.data.caption_variants import TagProblems, caption_plan
+from simpletuner.helpers.data.caption_variants import CaptionPlan, TagProblems, caption_plan
 from simpletuner.helpers.data.captions import CaptionReader, caption_reader, read_captions, strategy_of
 from simpletuner.helpers.data.conditioning import ConditioningFinder, Entry
 from simpletuner.helpers.data.cropping import Cropping
@@ -23,7 +24,7 @@ from simpletuner.helpers.data.images import inspect_image
 from simpletuner.helpers.data.index import ImageIndex, index_file
 from simpletuner.helpers.data.references import bucket_name
 from simpletuner.helpers.data.sampler import inspection_order
-from simpletuner.helpers.data.scan_report import listed
+from simpletuner.helpers.data.scan_report import listed, unread_tables
 from simpletuner.helpers.data.sources.base import FoundFile, Scan
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError, LoaderTimeoutError, UnreachableError
@@ -35,7 +36,20 @@ LONGEST_REMOTE_S = 30.0
 """For images in remote storage: the listing, the headers and the captions."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class PreviewedImage:
+    """An image that can be used."""
+
+    name: str
+    digest: str
+    """Of its bytes, in hexadecimal digits."""
+    group: str
+    """Its bucket, with the sizes of its references if they differ from its own."""
+    reference_captions: tuple[str, ...]
+    """Stand for its own where it is trained with a reference that has some."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetPreview:
     """The images of one dataset, as far as they were read."""
 
@@ -59,19 +73,22 @@ class DatasetPreview:
     num_uncaptioned: int
     example: tuple[str, str] | None
     """Name and caption of an image, changed as the run changes it."""
-    num_variants: int
-    """Variants of each caption."""
+    caption_plan: CaptionPlan
+    """What becomes of the captions."""
+    texts: Mapping[str, tuple[str, ...]]
+    """Name of an image that was read -> its captions as they were read."""
     num_captions: int
     """Captions of the images read, each variant counted."""
     tags: TagProblems
     """Captions of the images read whose tags stay as they are."""
     conditioning_problem: str | None = None
     """Masks and references that the images read lack, or that do not fit them."""
-    groups: Counter[str]
-    """Bucket, with the sizes of references if they differ from the images' -> number of the images read that
-    are trained."""
-    num_held_out: int
-    """Images read that are held out."""
+    trained: tuple[PreviewedImage, ...]
+    """Images read that are trained."""
+    held_out: tuple[PreviewedImage, ...]
+    """Images read that this dataset holds out."""
+    num_copies: int = 0
+    """Images read that are not trained because another dataset holds out the same bytes."""
     unreachable: str | None = None
     """The reason if the images are in storage that does not answer; then nothing was read."""
 
@@ -80,10 +97,31 @@ class DatasetPreview:
         """Whether every image was read."""
         return self.num_read == self.num_images
 
+    @cached_property
+    def groups(self) -> Counter[str]:
+        """The number of trained images in each group."""
+        return Counter(each.group for each in self.trained)
+
+    @property
+    def num_variants(self) -> int:
+        """Variants of each caption."""
+        return self.caption_plan.num_variants
+
+    def trained_captions(self) -> Iterator[str]:
+        """Every variant of the captions of the images read that are trained; those of references too."""
+        for image in self.trained:
+            texts = self.texts.get(image.name, ())
+            yield from chain(*self.caption_plan.variants(texts, image=image.name), image.reference_captions)
+
     @property
     def num_trained(self) -> int:
         """Images read that are trained."""
-        return sum(self.groups.values())
+        return len(self.trained)
+
+    @property
+    def num_held_out(self) -> int:
+        """Images read that this dataset holds out."""
+        return len(self.held_out)
 
     @property
     def expected_trained(self) -> int:
@@ -102,6 +140,19 @@ class DatasetPreview:
 
     def _in_proportion(self, number: int) -> int:
         return round(number * self.num_images / max(1, self.num_read))
+
+
+def without_copies(previews: Sequence[DatasetPreview]) -> list[DatasetPreview]:
+    """The datasets without the trained images whose bytes another one holds out, as the run leaves them out.
+
+    Of a dataset that was not read whole, the copies of the images that were not read stay.
+    """
+    held_out = {image.digest for each in previews for image in each.held_out}
+    kept = [tuple(image for image in each.trained if image.digest not in held_out) for each in previews]
+    return [
+        replace(each, trained=images, num_copies=len(each.trained) - len(images))
+        for each, images in zip(previews, kept, strict=True)
+    ]
 
 
 def preview(
@@ -149,6 +200,7 @@ def preview(
 
 def _unread(config: DatasetConfig, data: DataConfig, *, seed: int, reason: str) -> DatasetPreview:
     """A dataset of which nothing is known."""
+    changes = caption_plan(config, data, seed=seed, caption_dropout=0)
     return DatasetPreview(
         config=config,
         conditioning=(),
@@ -161,11 +213,12 @@ def _unread(config: DatasetConfig, data: DataConfig, *, seed: int, reason: str) 
         captions="",
         num_uncaptioned=0,
         example=None,
-        num_variants=1,
+        caption_plan=changes,
+        texts={},
         num_captions=0,
-        tags=caption_plan(config, data, seed=seed, caption_dropout=0).tag_problems([]),
-        groups=Counter(),
-        num_held_out=0,
+        tags=changes.tag_problems([]),
+        trained=(),
+        held_out=(),
         unreachable=reason,
     )
 
@@ -192,11 +245,17 @@ def _read(
     order = np.sort(inspection_order(config, len(scan.images), seed)[: config.max_num_samples])
     found = scan.images.take(order)
     buckets: Counter[Size] = Counter()
-    groups: Counter[str] = Counter()
+    trained: list[PreviewedImage] = []
+    held_out: list[PreviewedImage] = []
     enlarged: list[str] = []
     problems = [f"{name}: {reason}" for name, reason in scan.skipped] + reader.conflicts()
+    if tables := unread_tables(config, scan, reader):
+        problems.append(
+            f"{listed(map(printable, tables))}: not read, as captions come from {strategy_of(config, scan)}. "
+            'Set caption_strategy to "metadata" to train what it holds'
+        )
     usable: list[FoundFile] = []
-    num_read = num_downsampled = num_held_out = 0
+    num_read = num_downsampled = 0
     cropping = Cropping(
         config=config, seed=seed, alignment=alignment, aspect_decimals=data.aspect_bucket_rounding
     )
@@ -222,10 +281,10 @@ def _read(
             continue
         usable.append(file)
         buckets[placement.target_px] += 1
-        if is_held_out(config, info.digest):
-            num_held_out += 1
-        else:
-            groups[bucket_name(placement.target_px, [each.sample.target_px for each in own.references])] += 1
+        group = bucket_name(placement.target_px, [each.sample.target_px for each in own.references])
+        part = held_out if is_held_out(config, info.digest) else trained
+        others = tuple(text for each in own.references for text in each.captions)
+        part.append(PreviewedImage(file.name, info.digest, group, others))
         num_downsampled += cropping.is_downsampled(info.size)
         resized = placement.resized_px
         if resized.width > info.size.width or resized.height > info.size.height:
@@ -253,12 +312,13 @@ def _read(
         captions=_source(config, scan),
         num_uncaptioned=sum(not text for _, text in firsts),
         example=example,
-        num_variants=changes.num_variants,
+        caption_plan=changes,
+        texts=dict(texts),
         num_captions=changes.num_variants * sum(len(captions) for _, captions in texts),
         tags=changes.tag_problems(firsts),
         conditioning_problem=finder.problem(),
-        groups=groups,
-        num_held_out=num_held_out,
+        trained=tuple(trained),
+        held_out=tuple(held_out),
     )
 
 

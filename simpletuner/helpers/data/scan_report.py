@@ -153,15 +153,21 @@ def _is_read_table(config: DatasetConfig, name: str) -> bool:
     )
 
 
+def unread_tables(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> list[str]:
+    """Names of the tables of captions (metadata.jsonl) that the source of captions does not read."""
+    tables = () if reader.reads_metadata else scan.tables
+    return [each.name for each in tables if not _is_read_table(config, each.name)]
+
+
 def _other_captions(config: DatasetConfig, scan: Scan, reader: CaptionReader) -> list[str]:
     """JSON files and tables that the source of captions does not read, and JSON files without an image."""
     unread = tuple(suffix for suffix in shared_suffixes() if suffix != reader.suffix)
     beside = [
         file for files in scan.captions.values() for file in files if file.name.lower().endswith(unread)
     ]
-    tables = () if reader.reads_metadata else scan.tables
-    names = dict.fromkeys(file.name for file in (*beside, *scan.strays(), *tables))
-    return [name for name in names if not _is_read_table(config, name)]
+    names = dict.fromkeys(file.name for file in (*beside, *scan.strays()))
+    unread_names = [name for name in names if not _is_read_table(config, name)]
+    return [*unread_names, *unread_tables(config, scan, reader)]
 
 
 def _report_unused_rows(config: DatasetConfig, reader: CaptionReader) -> None:

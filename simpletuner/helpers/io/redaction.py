@@ -33,14 +33,23 @@ class _Hidden:
 
 _hidden: dict[str, _Hidden] = {}
 """Each spelling of each value."""
+_placeholders: dict[str, str] = {}
+"""Each value of the environment, short ones too -> its placeholder."""
 
 
 def hide(value: str, placeholder: str) -> None:
     """Show this placeholder in place of a value from now on, in each spelling in which it may appear."""
+    if PLACEHOLDER.fullmatch(placeholder):
+        _placeholders[value.strip()] = placeholder
     hidden = _Hidden(placeholder, hashlib.sha256(value.encode("utf-8", "surrogateescape")).hexdigest()[:16])
     for text in _in_text(value):
         if len(text.strip()) >= SHORTEST_SECRET:
             _hidden.update(dict.fromkeys(_escaped(text), hidden))
+
+
+def placeholder_of(secret: str) -> str | None:
+    """The placeholder of a whole secret, however short; None if it was written as it is."""
+    return _placeholders.get(secret.strip())
 
 
 def hide_named(text: str) -> None:

@@ -63,6 +63,13 @@ class RunSummary:
     """The file of the new token beside the adapter; a token that was trained alone is the adapter itself."""
 
     @property
+    def kind(self) -> str:
+        """What `adapter` is, in words."""
+        if self.model is not None:
+            return "Model"
+        return "New token" if Path(self.adapter).name == EMBEDDING_FILE else "Adapter"
+
+    @property
     def adapter_files(self) -> list[str]:
         """Names of the files of the weights without exports, or of the folders of a whole model."""
         has_two = self.ema is not None or self.plain is not None
@@ -100,13 +107,13 @@ class RunSummary:
 
     def show(self) -> None:
         """Log one line for each file."""
-        logger.info("%-12s %s", "Adapter:" if self.model is None else "Model:", self.adapter)
+        logger.info("%-12s %s", f"{self.kind}:", self.adapter)
         if self.embedding is not None:
             logger.info("New token:   %s", self.embedding)
         if self.ema is not None:
             logger.info("EMA:         %s", self.ema)
         if self.plain is not None:
-            logger.info("Plain:       %s (the adapter is the EMA)", self.plain)
+            logger.info("Plain:       %s (the %s is the EMA)", self.plain, self.kind.lower())
         if self.comfyui_advice is not None:
             logger.info("ComfyUI:     %s", self.comfyui_advice)
         if self.grid is not None:

@@ -70,11 +70,11 @@ from simpletuner.helpers.training.regularisation import build_regularisation
 from simpletuner.helpers.training.text_encoding import (
     TextEncoding,
     build_text_encoding,
-    check_captions,
     new_token,
     present_embeds,
     with_text_encoders,
 )
+from simpletuner.helpers.training.token_captions import check_captions
 from simpletuner.helpers.training.trainer import Trainer
 from simpletuner.helpers.training.validation import Validation
 from simpletuner.helpers.training.weight_optimizer import build_weight_optimizer, steps_one_by_one
@@ -108,7 +108,7 @@ def build_trainer(config: RunConfig) -> Trainer | FinishedRun:
         finished = finished_run(context)
         if finished is not None:
             return finished
-        check_captions(config, context.data)
+        check_captions(config, context.data.divided.trained_captions())
         context = replace(context, scorer=build_scorer(config, context.accelerator))
         report_plan(context)
         check_uploads(context)

@@ -23,6 +23,12 @@ def evaluation_rows(config: RunConfig, previews: Sequence[DatasetPreview]) -> It
     counting = [each for each in previews if not ids or each.config.id in ids]
     about = "" if all(each.is_whole for each in previews) else "about "
     found = sum(each.expected_held_out for each in counting)
+    if not found:
+        is_known = len(previews) == len(config.datasets) and all(
+            each.is_whole and each.unreachable is None for each in previews
+        )
+        yield "evaluation", "none: no image is held out" if is_known else "of the images that the run finds"
+        return
     held_out = min(section.num_eval_images, found)
     trained = min(held_out, sum(each.expected_trained for each in previews))
     intervals = {"step": section.eval_steps_interval, "epoch": section.eval_epoch_interval}
@@ -64,11 +70,11 @@ def without_training(previews: Sequence[DatasetPreview]) -> list[str]:
             f"Dataset {each.config.id!r}: no image in {each.config.place} can be used "
             f"({listed(each.problems)})."
             for each in whole
-            if not each.num_held_out and each.problems
+            if not (each.num_held_out or each.num_copies) and each.problems
         ),
         *(
-            all_held_out(each.config, each.num_held_out)
+            all_held_out(each.config, each.num_held_out + each.num_copies)
             for each in whole
-            if each.config.is_trained and each.num_held_out
+            if each.config.is_trained and (each.num_held_out or each.num_copies)
         ),
     ]

@@ -46,7 +46,6 @@ def trained_datasets(config: RunConfig) -> list[DatasetConfig]:
 
 def trained_of(previews: Sequence[DatasetPreview]) -> list[DatasetPreview]:
     """The datasets that are trained, but for what they hold out."""
-    # Limit: images of which another dataset holds out the same bytes are counted as trained.
     return [each for each in previews if each.config.is_trained]
 
 

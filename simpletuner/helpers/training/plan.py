@@ -455,6 +455,8 @@ def _dataset(each: DatasetPreview) -> Iterator[tuple[str, str]]:
     kind = f"{number} of regularisation" if config.is_regularisation_data else number
     if config.holds_out:
         kind = f"{number}, {each.num_held_out}{part} held out"
+    if each.num_copies:
+        kind += f", {each.num_copies}{part} not trained, as another dataset holds out the same bytes,"
     yield "images", f"{config.id}: {kind} in {config.place}"
     yield "", f"{crop}; {counted(len(sizes), 'bucket')}{part}: {buckets}{more}; {grown}"
     if config.slider_strength is not None:

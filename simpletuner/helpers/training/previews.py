@@ -11,10 +11,11 @@ from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import limit_problem
 from simpletuner.helpers.data.conditioning import Entry, entries_of
 from simpletuner.helpers.data.phases import Calendar, even
-from simpletuner.helpers.data.preview import DatasetPreview, preview
+from simpletuner.helpers.data.preview import DatasetPreview, preview, without_copies
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.training.evaluation_plan import without_training
 from simpletuner.helpers.training.expected_epochs import calendar_of, trained_datasets, trained_of
+from simpletuner.helpers.training.token_captions import check_previews
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +45,27 @@ def preview_datasets(config: RunConfig, spec: ModelSpec, *, reads_all: bool = Fa
         reads_all: Read the headers of all images, not of the first 2,000, and download datasets of the hub.
 
     Raises:
-        DataError: A dataset's folder cannot be read, no caption has tags to shuffle, or there are too many
-            variants of captions.
+        DataError: A dataset's folder cannot be read, no caption has tags to shuffle or has the new token, or there
+            are too many variants of captions.
     """
     entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
     unseen = [] if reads_all else [each for each in config.datasets if _needs_download(each, entries)]
-    previews = [
-        preview(
-            dataset,
-            config.data,
-            alignment=config.data.alignment(spec.pixel_alignment),
-            seed=config.training.seed,
-            reads_all=reads_all,
-            conditioning=entries_of(dataset, entries),
-        )
-        for dataset in config.datasets
-        if dataset not in unseen
-    ]
+    previews = without_copies(
+        [
+            preview(
+                dataset,
+                config.data,
+                alignment=config.data.alignment(spec.pixel_alignment),
+                seed=config.training.seed,
+                reads_all=reads_all,
+                conditioning=entries_of(dataset, entries),
+            )
+            for dataset in config.datasets
+            if dataset not in unseen
+        ]
+    )
     _refuse(previews)
+    check_previews(config, previews, are_all=not unseen)
     trained = trained_datasets(config)
     calendar = even(0, num_datasets=len(trained)) if unseen else calendar_of(config, previews)
     return Previews(tuple(previews), tuple(unseen), calendar)

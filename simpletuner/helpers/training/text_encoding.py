@@ -12,9 +12,6 @@ import torch
 from simpletuner.helpers.adapters.joint import JointAdapter, TextEncoderLora, TextEncoderSettings
 from simpletuner.helpers.adapters.new_tokens import NewToken
 from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
-from simpletuner.helpers.configuration.text.problems import shown
-from simpletuner.helpers.errors import DataError
-from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.sampling.embeddings import text_parts
 
 if TYPE_CHECKING:
@@ -26,7 +23,6 @@ if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.progress import Progress
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.contracts import Batch, TextEmbeds
-    from simpletuner.helpers.data.dataset import TrainingData
     from simpletuner.helpers.models.family import ModelFamily
 
 
@@ -95,32 +91,6 @@ def build_text_encoding(
         end_step=config.text_encoders.stop_text_encoder_training,
         progress=progress,
     )
-
-
-def check_captions(config: RunConfig, data: TrainingData) -> None:
-    """Check that captions have the new token, if the run trains one.
-
-    Raises:
-        DataError: None has it, or one has it in other letters, which prompts do not take for the token.
-    """
-    token = config.new_tokens.placeholder_token
-    if token is None:
-        return
-    captions = data.captions()
-    # The tokenizer finds the word in any case of its letters, the embeddings after the first only as it is.
-    others = [text for text in captions if token.lower() in text.replace(token, " ").lower()]
-    if others:
-        raise DataError(
-            f"placeholder_token {printable(token)}: a caption writes it otherwise: {shown(others[0])}. Write "
-            "it as placeholder_token does."
-        )
-    if not any(token in text for text in captions):
-        example = next(filter(None, captions), None)
-        instead = "all are empty" if example is None else f"for instance {shown(example)}"
-        raise DataError(
-            f"placeholder_token {printable(token)} is in none of {counted(len(captions), 'caption')}: "
-            f"{instead}. Write it in the captions, or in instance_prompt of the dataset."
-        )
 
 
 def with_text_encoders(adapter: Adapter, config: RunConfig, family: ModelFamily) -> Adapter:

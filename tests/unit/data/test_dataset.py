@@ -1151,7 +1151,7 @@ def test_datasets_follow_each_other_and_a_step_without_one_is_refused(
 
     with caplog.at_level(logging.INFO):
         data = made(small, large)
-    assert "Datasets from step 3: photos, later; epochs of 9 batches." in caplog.text
+    assert "Datasets from step 3: photos, later; epochs of 9 batches of 1 image." in caplog.text
     whole = taken(cached(data), 8)
     assert [batch.samples[0].dataset_id for batch in whole[:4]] == ["photos"] * 4
     assert {batch.samples[0].dataset_id for batch in whole[6:]} == {"later"}
@@ -1182,6 +1182,16 @@ def test_a_dataset_has_its_own_batch_size_on_any_number_of_processes(
     with caplog.at_level(logging.INFO):
         whole = taken(made(1), 8)
     assert "Epoch: 4 batches of 2 to 4 images." in caplog.text
+    caplog.clear()
+    training = TrainingConfig(max_train_steps=8)
+    late = [few, many.model_copy(update={"start_step": 4})]
+    with caplog.at_level(logging.INFO):
+        TrainingData(late, folders, seed=1, pixel_alignment=64, batch_size=2, training=training)
+    lines = [each for each in caplog.messages if "batches" in each]
+    assert lines == [
+        "Datasets from step 1: large; epochs of 2 batches of 2 images.",
+        "Datasets from step 4: large, photos; epochs of 4 batches of 2 to 4 images.",
+    ]
     sizes = {batch.samples[0].dataset_id: len(batch) for batch in whole}
     assert sizes == {"photos": 4, "large": 2}
     assert [index for batch in whole for index in batch.sample_indices] == list(range(24))

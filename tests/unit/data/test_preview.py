@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,25 @@ def test_a_given_source_of_captions_is_named_alone(folder: Path) -> None:
     found = look(folder, caption_strategy="filename")
     assert found.captions == "filename"
     assert found.num_uncaptioned == 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "source"),
+    [
+        ({}, "textfile"),
+        ({"caption_strategy": "filename"}, "filename"),
+        ({"caption_strategy": "metadata"}, ""),
+    ],
+    ids=["not set", "file names", "metadata"],
+)
+def test_a_table_of_captions_that_is_not_read_is_a_problem(
+    folder: Path, keys: dict[str, str], source: str
+) -> None:
+    rows = [json.dumps({"file_name": f"{name}.png", "text": name}) for name in "abcd"]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    found = [each for each in look(folder, **keys).problems if each.startswith("metadata.jsonl")]
+    assert bool(found) is bool(source)
+    assert all(f"not read, as captions come from {source}." in each for each in found)
 
 
 def test_an_image_whose_caption_cannot_be_used_is_a_problem_and_in_no_bucket(folder: Path) -> None:

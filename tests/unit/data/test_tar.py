@@ -190,6 +190,24 @@ def test_an_archive_that_changed_just_now_is_not_kept(tmp_path: Path) -> None:
     assert image.source.changed_ns(image) == (tmp_path / "0.tar").stat().st_ctime_ns
 
 
+def test_a_look_uses_what_is_kept_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tar_index, "_RACY_NS", -1)
+    (tmp_path / "0.tar").write_bytes(packed({"a.png": b"x"}))
+    scan_entry(entry(tmp_path), cache=tmp_path / "cache", is_read_only=True)
+    assert not (tmp_path / "cache").exists()
+    scan_entry(entry(tmp_path), cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    kept = file.read_bytes()
+    monkeypatch.setattr(TarArchives, "_refuse", lambda *_: None)
+    monkeypatch.setattr(
+        "simpletuner.helpers.data.sources.tar.read_members", lambda *_: pytest.fail("read again")
+    )
+    assert [
+        each.name for each in scan_entry(entry(tmp_path), cache=tmp_path / "cache", is_read_only=True).images
+    ]
+    assert file.read_bytes() == kept
+
+
 def test_many_archives_are_kept_before_the_last_one_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

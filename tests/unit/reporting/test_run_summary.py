@@ -31,6 +31,24 @@ def test_summary_survives_a_round_trip(tmp_path: Path) -> None:
     assert load_summary(tmp_path) == SUMMARY
 
 
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({}, "Adapter:     a.safetensors"),
+        ({"adapter": "out/learned_embeds.safetensors"}, "New token:   out/learned_embeds.safetensors"),
+        ({"adapter": "out/unet", "model": "unet"}, "Model:       out/unet"),
+    ],
+    ids=["adapter", "token", "model"],
+)
+def test_what_was_trained_is_named_by_its_kind(
+    keys: dict[str, str], line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        replace(SUMMARY, plain="plain.safetensors", **keys).show()
+    assert line in caplog.messages
+    assert f"(the {line.partition(':')[0].lower()} is the EMA)" in caplog.text
+
+
 def test_summary_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     SUMMARY.save(tmp_path)
     file = tmp_path / SUMMARY_FILE

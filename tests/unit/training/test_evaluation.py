@@ -113,12 +113,39 @@ def test_keys_of_evaluations_without_held_out_images_are_named(tmp_path: Path) -
 def test_a_share_that_holds_out_nothing_is_warned_of(tmp_path: Path) -> None:
     text = lines(run_of(tmp_path, [{"id": "mine", "eval_share": 1e-6}]))
     assert "warning     Dataset mine: eval_share 1e-06 holds out none of its 20 images" in text
+    assert "evaluation  none: no image is held out" in text
+
+
+def test_held_out_images_that_were_not_read_may_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 1)
+    text = lines(run_of(tmp_path, [{"id": "mine", "eval_share": 1e-6}]))
+    assert "evaluation  of the images that the run finds" in text
 
 
 def test_a_share_that_leaves_nothing_to_train_is_refused(tmp_path: Path) -> None:
     config = run_of(tmp_path, [{"id": "mine", "eval_share": 0.9999}])
     with pytest.raises(DataError, match="'mine': its 20 images are held out"):
         lines(config)
+
+
+@pytest.mark.parametrize("held_first", [False, True])
+def test_copies_of_held_out_images_are_not_counted_as_trained(tmp_path: Path, held_first: bool) -> None:
+    others = {"id": "others", "instance_data_dir": str(tmp_path / "others"), "dataset_type": "eval"}
+    config = run_of(tmp_path, [{"id": "mine"}, others][:: -1 if held_first else 1])
+    for index in (0, 2):
+        (tmp_path / "images" / f"{index}.png").write_bytes((tmp_path / f"others/{index}.png").read_bytes())
+    text = lines(config)
+    assert "mine: 20 images, 2 not trained, as another dataset holds out the same bytes" in text
+    assert "of 18 batches" in text
+
+
+def test_a_dataset_of_copies_of_held_out_images_is_refused(tmp_path: Path) -> None:
+    others = {"id": "others", "instance_data_dir": str(tmp_path / "others"), "dataset_type": "eval"}
+    copies = {"id": "copies", "instance_data_dir": str(tmp_path / "others")}
+    with pytest.raises(DataError, match=r"'copies': its 3 images are held out \(another dataset holds out"):
+        lines(run_of(tmp_path, [{"id": "mine"}, copies, others]))
 
 
 def test_regularisation_is_balanced_with_the_images_that_are_trained(tmp_path: Path) -> None:

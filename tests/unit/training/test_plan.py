@@ -473,6 +473,36 @@ def test_keys_of_text_encoders_that_are_not_trained_are_named(folder: Path) -> N
     assert "encoders  " not in found
 
 
+TOKEN = {"placeholder_token": "<my-cat>", "initializer_token": "cat"}
+
+
+def test_captions_without_the_new_token_are_refused_as_the_run_refuses_them(folder: Path) -> None:
+    with pytest.raises(DataError, match=r"<my-cat> is in none of 3 captions: for instance .caption a"):
+        lines(run_of(folder, **TOKEN))
+    (folder / "images" / "b.txt").write_text("a <My-Cat>")
+    with pytest.raises(DataError, match=r"a caption writes it otherwise: .a <My-Cat>"):
+        lines(run_of(folder, **TOKEN))
+
+
+def test_the_new_token_in_captions_of_held_out_images_alone_is_refused(folder: Path) -> None:
+    (folder / "others").mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "others" / "a.png")
+    (folder / "others" / "a.txt").write_text("a <my-cat>")
+    entries = [
+        {"id": "mine", "instance_data_dir": str(folder / "images")},
+        {"id": "others", "instance_data_dir": str(folder / "others"), "dataset_type": "eval"},
+    ]
+    with pytest.raises(DataError, match=r"is in none of 3 captions"):
+        lines(run_of(folder, **TOKEN, data_backend_config=entries))
+
+
+def test_captions_that_were_not_read_may_have_the_new_token(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simpletuner.helpers.data.preview.MOST_HEADERS", 1)
+    assert "new token   <my-cat>" in lines(run_of(folder, **TOKEN))
+
+
 @pytest.mark.parametrize(
     ("keys", "written"),
     [
@@ -498,6 +528,7 @@ def test_keys_of_text_encoders_that_are_not_trained_are_named(folder: Path) -> N
 )
 def test_the_plan_names_the_new_token_and_its_files(folder: Path, keys: dict[str, Any], written: str) -> None:
     token = {"placeholder_token": "<my-cat>", "initializer_token": "cat", "num_vectors": 2}
+    (folder / "images" / "a.txt").write_text("a <my-cat>")
     run = run_of(folder, **token, **keys, learning_rate=3e-4, validation_prompt="a <my-cat>")
     found, rate = lines(run), keys.get("embedding_lr", 0.0003)
     expected = f"<my-cat>, 2 embeddings in each text encoder, from cat; learning rate {rate}"

@@ -27,7 +27,7 @@ import simpletuner
 from simpletuner.helpers.choices.registry import Choice, Registry
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.paths import has_drive, portable, with_slashes
-from simpletuner.helpers.io.redaction import PLACEHOLDER, redacted
+from simpletuner.helpers.io.redaction import placeholder_of
 
 NUM_TIMESTEPS = 1000
 """Timesteps of every model: keys that are timesteps lie in [0, 1000]."""
@@ -186,8 +186,7 @@ def _plain(value: object) -> JsonValue:
     if isinstance(value, Section):
         return as_json(value)
     if isinstance(value, SecretStr):
-        text = redacted(value.get_secret_value())
-        return text if PLACEHOLDER.fullmatch(text) else HIDDEN_SECRET
+        return placeholder_of(value.get_secret_value()) or HIDDEN_SECRET
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):

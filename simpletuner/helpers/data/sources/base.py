@@ -89,9 +89,14 @@ class ImageSource(ABC, Generic[Entry]):
             SourceError: The place cannot be read any more, which ends the start; the message names the file.
         """
 
-    def remember_in(self, folder: Path) -> None:
-        """Keep what is learnt of the place in a folder of the caches; most sources have nothing to keep."""
-        del folder
+    def remember_in(self, folder: Path, *, is_read_only: bool = False) -> None:
+        """Keep what is learnt of the place in a folder of the caches; most sources have nothing to keep.
+
+        Args:
+            folder: The folder.
+            is_read_only: Use what is kept there, and write nothing.
+        """
+        del folder, is_read_only
 
     def captions(self) -> CaptionsOf | None:
         """The captions that the place itself holds; None if it holds none."""

@@ -21,12 +21,13 @@ def open_source(entry: ImagePlace) -> ImageSource[Any]:
     return source
 
 
-def scan_entry(entry: ImagePlace, *, cache: Path | None = None) -> Scan:
+def scan_entry(entry: ImagePlace, *, cache: Path | None = None, is_read_only: bool = False) -> Scan:
     """Find the images and text files of an entry of the dataset json.
 
     Args:
         entry: The entry.
         cache: Folder of its latents, where a source may keep what it learnt; None keeps nothing.
+        is_read_only: Use what is kept there, and write nothing.
 
     Raises:
         MissingDependencyError: An optional package is not installed.
@@ -34,5 +35,5 @@ def scan_entry(entry: ImagePlace, *, cache: Path | None = None) -> Scan:
     """
     source = open_source(entry)
     if cache is not None:
-        source.remember_in(cache)
+        source.remember_in(cache, is_read_only=is_read_only)
     return scan_source(source)

@@ -51,15 +51,17 @@ class TarArchives(ImageSource[TarEntry]):
         """Of names in the folder; without names and patterns all in it and its subfolders are taken."""
         self._identity = identity
         self._index: Path | None = None
+        self._is_read_only = False
 
     @property
     def place(self) -> str:
         """The place of the archives."""
         return self._storage.place
 
-    def remember_in(self, folder: Path) -> None:
+    def remember_in(self, folder: Path, *, is_read_only: bool = False) -> None:
         """Keep the members of each archive in a folder of the caches."""
         self._index = folder / f"archives_{file_name(self._identity)}.json"
+        self._is_read_only = is_read_only
 
     def stat(self, name: str, entry: TarEntry) -> FoundFile:
         """The member with its signature."""
@@ -136,7 +138,7 @@ class TarArchives(ImageSource[TarEntry]):
 
     def _members(self, archives: Sequence[FoundFile]) -> list[Members]:
         """The members of each archive; an archive that the index knows is not read."""
-        index = ArchiveIndex(self._index)
+        index = ArchiveIndex(self._index, is_read_only=self._is_read_only)
         members: list[Members] = []
         problems: dict[str, str] = {}
         if number := sum(not index.knows(each) for each in archives):

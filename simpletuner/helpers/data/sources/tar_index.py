@@ -27,9 +27,9 @@ _SAVED_EVERY_S = 30.0
 class ArchiveIndex:
     """Members by the archive's name and signature; archives that are not looked up again are dropped."""
 
-    def __init__(self, file: Path | None) -> None:
-        """With no file nothing is kept."""
-        self._file = file
+    def __init__(self, file: Path | None, *, is_read_only: bool = False) -> None:
+        """With no file, or one that is only read, nothing is kept."""
+        self._file, self._is_read_only = file, is_read_only
         self._known = {} if file is None else _read(file)
         self._current: dict[str, list[Any]] = {}
         self._saved_s = time.monotonic()
@@ -54,7 +54,7 @@ class ArchiveIndex:
     def save(self) -> None:
         """Write the file if something changed; a folder that cannot be written costs the next start time."""
         self._saved_s = time.monotonic()
-        if self._file is None or self._current == self._known:
+        if self._file is None or self._is_read_only or self._current == self._known:
             return
         body = json.dumps({"version": _VERSION, "archives": self._current}, separators=(",", ":"))
         try:

@@ -18,11 +18,12 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.data.caption_variants import caption_plan
 from simpletuner.helpers.data.conditioning import ConditioningFinder, entries_of
-from simpletuner.helpers.data.held_out import is_held_out
+from simpletuner.helpers.data.held_out import all_held_out, is_held_out
 from simpletuner.helpers.data.index import ImageIndex, index_file
-from simpletuner.helpers.data.phases import DatasetBuckets, buckets_of
+from simpletuner.helpers.data.phases import Calendar, DatasetBuckets, buckets_of, calendar_of
 from simpletuner.helpers.data.planned import DatasetPlan, PlannedImage
 from simpletuner.helpers.data.planning import plan_dataset
+from simpletuner.helpers.data.sampler import Bucket
 from simpletuner.helpers.data.sources.base import SkippedImage
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.logs import terminal
@@ -55,7 +56,7 @@ class LookedDataset:
 
     config: DatasetConfig
     problem: str | None
-    """The reason if a run would refuse it; it has no images then."""
+    """The reason if a run would refuse it, with its id."""
     images: tuple[LookedImage, ...]
     skipped: tuple[SkippedImage, ...]
     """Files that are left out, with the reason."""
@@ -95,6 +96,7 @@ def look(config: RunConfig, spec: ModelSpec, *, triggers: Sequence[str] = ()) ->
             found = [next(measured) for _ in plan.images]
             looked.append(_looked(plan, found, triggers, held_out=held_out))
     find([image for each in looked for image in each.images])
+    looked = [replace(each, problem=each.problem or _without_training(each)) for each in looked]
     return _with_buckets(looked, config)
 
 
@@ -105,9 +107,11 @@ def _plan(dataset: DatasetConfig, config: RunConfig, spec: ModelSpec) -> Dataset
     try:
         return plan_dataset(
             dataset,
-            index=ImageIndex(index_file(folder, dataset)),
+            index=ImageIndex(index_file(folder, dataset), is_read_only=True),
             conditioning=ConditioningFinder(
-                dataset, entries, index_of=lambda entry: ImageIndex(index_file(folder, entry))
+                dataset,
+                entries,
+                index_of=lambda entry: ImageIndex(index_file(folder, entry), is_read_only=True),
             ),
             seed=config.training.seed,
             alignment=config.data.alignment(spec.pixel_alignment),
@@ -115,7 +119,13 @@ def _plan(dataset: DatasetConfig, config: RunConfig, spec: ModelSpec) -> Dataset
             caption_plan=caption_plan(dataset, config.data, seed=config.training.seed, caption_dropout=0),
         )
     except DataError as error:
-        return str(error)
+        return _named(dataset, str(error))
+
+
+def _named(dataset: DatasetConfig, problem: str) -> str:
+    """A problem with the dataset's id, which most have already."""
+    name = f"Dataset {dataset.id!r}"
+    return problem if problem.startswith(name) else f"{name}: {problem}"
 
 
 def _measured(images: Sequence[PlannedImage], config: RunConfig) -> Iterator[Measures | str]:
@@ -184,7 +194,7 @@ def _looked(
     )
     return LookedDataset(
         config=config,
-        problem=None if images else "No image of it can be used.",
+        problem=None,
         images=images,
         skipped=(*damaged, *plan.skipped),
         buckets=(),
@@ -192,25 +202,59 @@ def _looked(
     )
 
 
-def _with_buckets(looked: Sequence[LookedDataset], config: RunConfig) -> list[LookedDataset]:
-    """The datasets with their buckets, in the order of the names."""
-    datasets = [
+def _without_training(looked: LookedDataset) -> str | None:
+    """The reason why a run would refuse a dataset of which no image is left to train."""
+    config, images = looked.config, looked.images
+    if images and (looked.trained or not config.is_trained):
+        return None
+    if images and all(each.is_held_out for each in images):
+        return all_held_out(config, len(images))
+    return _named(config, "no image of it can be used.")
+
+
+def epochs_of(looked: Sequence[LookedDataset], config: RunConfig) -> Calendar:
+    """The epochs of a run over the datasets that can be trained, on one process."""
+    datasets = _drawn(looked, config)
+    return calendar_of(
+        [each.config for each in datasets],
+        lambda places: sum(bucket.num_batches for _, bucket in _together(datasets, places, config)),
+        batches_per_step=config.training.gradient_accumulation_steps,
+    )
+
+
+def _drawn(looked: Sequence[LookedDataset], config: RunConfig) -> list[DatasetBuckets]:
+    """The buckets of each dataset that can be trained, in the order of the names."""
+    return [
         DatasetBuckets(
             each.config,
             dict(sorted(Counter(image.bucket for image in each.trained).items())),
             batch_size=each.config.train_batch_size or config.training.train_batch_size,
         )
         for each in looked
+        if each.config.is_trained and each.trained
     ]
-    found: dict[str, list[LookedBucket]] = {each.config.id: [] for each in looked}
+
+
+def _together(
+    datasets: Sequence[DatasetBuckets], places: Sequence[int], config: RunConfig
+) -> list[tuple[DatasetConfig, Bucket]]:
     balances = config.regularisation.regularisation_target == "data"
-    for dataset, bucket in buckets_of(datasets, balances=balances):
-        found[dataset.id].append(
-            LookedBucket(
+    return buckets_of([datasets[place] for place in places], balances=balances)
+
+
+def _with_buckets(looked: Sequence[LookedDataset], config: RunConfig) -> list[LookedDataset]:
+    """The datasets with their buckets, as they are first drawn."""
+    datasets = _drawn(looked, config)
+    found: dict[str, list[LookedBucket]] = {}
+    for stretch in epochs_of(looked, config).stretches:
+        buckets: dict[str, list[LookedBucket]] = {}
+        for dataset, bucket in _together(datasets, stretch.datasets, config):
+            own = LookedBucket(
                 size=bucket.name,
                 num_images=bucket.num_samples,
                 draws_per_epoch=bucket.samples_per_epoch,
                 batches_per_epoch=bucket.num_batches,
             )
-        )
-    return [replace(each, buckets=tuple(found[each.config.id])) for each in looked]
+            buckets.setdefault(dataset.id, []).append(own)
+        found = buckets | found
+    return [replace(each, buckets=tuple(found.get(each.config.id, ()))) for each in looked]

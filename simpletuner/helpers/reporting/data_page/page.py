@@ -11,7 +11,7 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.io.atomic import write_text
 from simpletuner.helpers.io.names import counted
 from simpletuner.helpers.reporting.data_page.findings import KINDS, LookedImage
-from simpletuner.helpers.reporting.data_page.look import LookedDataset
+from simpletuner.helpers.reporting.data_page.look import LookedDataset, epochs_of
 from simpletuner.helpers.reporting.data_page.measures import Thumbnail
 from simpletuner.helpers.reporting.data_page.texts import TextCounts, texts_of
 from simpletuner.helpers.reporting.html_report.folder import display_path
@@ -82,13 +82,15 @@ def _order(image: LookedImage) -> tuple[int, int, str, str]:
 
 def _heading(title: str, looked: Sequence[LookedDataset], config: RunConfig) -> str:
     images = [image for each in looked for image in each.images]
+    epochs = epochs_of(looked, config)
+    reached = epochs.reached(config.training) if epochs.stretches else []
     entries = [
         ("images", format_number(len(images))),
         ("with findings", format_number(sum(bool(each.findings) for each in images))),
         ("left out", format_number(sum(len(each.skipped) for each in looked))),
         (
             "batches per epoch",
-            format_number(sum(b.batches_per_epoch for each in looked for b in each.buckets)),
+            ", then ".join(format_number(each.length) for each in reached) or None,
         ),
     ]
     size = config.training.train_batch_size
@@ -101,11 +103,7 @@ def _heading(title: str, looked: Sequence[LookedDataset], config: RunConfig) -> 
 
 
 def _findings(looked: Sequence[LookedDataset], images: Sequence[LookedImage]) -> str:
-    problems = "".join(
-        f'<p class="problem"><b>{escape(each.config.id)}</b>: {escape(each.problem)}</p>'
-        for each in looked
-        if each.problem
-    )
+    problems = "".join(f'<p class="problem">{escape(each.problem)}</p>' for each in looked if each.problem)
     numbers = Counter(key for image in images for key in image.findings)
     rows = [
         f'<tr><td class="number">{numbers[key]:,}</td><th scope="row"><a href="#images" data-kind="{key}">'

@@ -88,19 +88,20 @@ def test_a_resolved_configuration_is_read_again_without_its_secrets(workspace: W
     assert again.datasets[0].instance_data_dir == config.datasets[0].instance_data_dir
 
 
+@pytest.mark.parametrize("value", ["another-secret-of-storage", "x"], ids=["long", "short"])
 def test_one_warning_names_the_variables_unless_the_secret_is_one(
-    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     workspace.datasets = [THEIRS, THEIRS | {"id": "others"}]
     (text,) = [each for each in warnings_of(workspace.load(), SPEC, calendar=even(1)) if "aws_" in each]
     assert "photos, others" in text
     assert "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in text
-    monkeypatch.setenv("TOY_STORAGE", "another-secret-of-storage")
+    monkeypatch.setenv("TOY_STORAGE", value)
     workspace.datasets = [THEIRS | {"aws_secret_access_key": "{env:TOY_STORAGE}"}]
     config = workspace.load()
     secret = config.datasets[0].aws_secret_access_key
     assert secret is not None
-    assert secret.get_secret_value() == "another-secret-of-storage"
+    assert secret.get_secret_value() == value
     assert not [each for each in warnings_of(config, SPEC, calendar=even(1)) if "aws_" in each]
     assert "{env:TOY_STORAGE}" in json.dumps(config.resolved())
 
