@@ -38,6 +38,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
 # "module function", below simpletuner/helpers -> the boundary that must outlive whatever fails behind it.
 BROAD_EXCEPTS: dict[str, str] = {
     "caching/prefetch.py _serve": "what a thread raises is raised again where its result is used",
+    "data/sources/read_ahead.py _serve": "what a thread raises is raised again where its result is used",
     "reporting/html_report/writer.py RunPage._best_effort": "a page must never end a run",
     "reporting/tracker_thread.py TrackerThread._work": "a tracker must never end a run",
     "training/final_files.py FinalFiles._save_card": "a card must never end a run",

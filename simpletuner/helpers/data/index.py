@@ -40,7 +40,7 @@ from simpletuner.helpers.data.sources.base import (
     packed_signature,
     read_bounded,
 )
-from simpletuner.helpers.errors import DataError
+from simpletuner.helpers.errors import DamagedImageError, DataError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.names import file_name, printable
 from simpletuner.helpers.io.redaction import redacted
@@ -53,6 +53,8 @@ _VERSION = " ".join(["3", PIL.__version__, simplejpeg.__version__, *optional_for
 _READ_ANEW = "colours 2"
 # A file that changed this shortly before it was read may change again within one tick of its times.
 _RACY_NS = 2_000_000_000
+FORGOTTEN = "it is not the image that an earlier start read any more, so the next start reads it anew"
+"""Begins the reason of such an image."""
 _UNREAD = "0" * 32
 _WHOLE = np.dtype("S16")
 
@@ -154,6 +156,7 @@ def read_unchanged(file: FoundFile, digest: str) -> bytes:
     """The bytes of a file that had this digest in the scan.
 
     Raises:
+        DamagedImageError: The same of a file whose signature does not tell it; `mark_damaged` forgets it.
         DataError: The file changed or vanished since then.
     """
     try:
@@ -161,7 +164,9 @@ def read_unchanged(file: FoundFile, digest: str) -> bytes:
         if content_digest(data) != digest:
             raise DataError("it changed after the scan")
     except DataError as error:
-        raise DataError(f"{file.place}: {error}. {file.source.remedy(file)}") from error
+        if not file.source.shows_changes(file):
+            raise DamagedImageError(f"{FORGOTTEN}: {error}") from error
+        raise DataError(f"{file.place}: {error}. Start the run again.") from error
     return data
 
 
@@ -263,11 +268,16 @@ class ImageIndex:
         expect(image for image in images if not self.knows(image))
 
     def mark_damaged(self, damaged: Mapping[str, str]) -> None:
-        """Remember which of the images that the file holds have damaged pixels; digest -> reason."""
-        known = rows_of(self._known.digests, damaged)
+        """Remember which of the images that the file holds have damaged pixels; digest -> reason.
+
+        Those that only proved to be other images than those of the scan are dropped, so that the next start
+        reads them anew.
+        """
+        forgotten = [digest for digest, why in damaged.items() if FORGOTTEN in why]
+        known = rows_of(self._known.digests, damaged.keys() - set(forgotten))
         held = {digest.tobytes().hex() for digest in self._known.digests[known]}
         self._damaged.update({digest: why for digest, why in damaged.items() if digest in held})
-        self._kept[:], self._kept_texts[:] = True, True
+        self._kept[:], self._kept_texts[:] = ~rows_of(self._known.digests, forgotten), True
 
     def save(self) -> None:
         """Write the entries of the files looked up since the index was opened; the others are dropped.

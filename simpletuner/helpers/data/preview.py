@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simpletuner.helpers.choices.image_sources import IMAGE_SOURCES
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
 from simpletuner.helpers.contracts import Size
@@ -184,7 +185,8 @@ def preview(
     read = partial(
         _read, config, data, alignment=alignment, seed=seed, reads_all=reads_all, conditioning=conditioning
     )
-    if all(each.folder is not None for each in (config, *conditioning)):
+    # The rows of a table may name URLs.
+    if all(IMAGE_SOURCES[each.source].needs_folder for each in (config, *conditioning)):
         return read()
     # Imported late: most datasets are local, and validate imports little.
     from simpletuner.helpers.caching.prefetch import LoaderWatch, prefetch

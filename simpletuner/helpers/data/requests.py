@@ -167,7 +167,11 @@ class DataRequests:
 
     def _mask_unless_damaged(self, image: PlannedImage, mask: PlannedMask) -> Tensor | None:
         """The mask of an image; None if it is damaged. A note in `damaged` if so, or if it is blank."""
-        data = read_unchanged(mask.file, mask.digest)
+        try:
+            data = read_unchanged(mask.file, mask.digest)
+        except DamagedImageError as error:
+            self.damaged[mask.digest] = f"its mask {printable(mask.file.name)} cannot be used: {error}"
+            return None
         try:
             values = read_mask(data, image.sample, kind=mask.kind)
         except DataError as error:

@@ -110,10 +110,12 @@ class Storage(ABC):
         )
 
     async def _part(self, name: str, start: int, length: int) -> bytes:
+        if length == 0:
+            return b""
         try:
             data: bytes = await self._fs._cat_file(self._address(name), start=start, end=start + length)
         except FileNotFoundError as error:
-            raise DataError("it is gone since it was listed") from error
+            raise DataError("there is no such file any more") from error
         if len(data) > length:
             raise ConnectionError("its server gives no parts of files")
         return data
@@ -137,7 +139,7 @@ class Storage(ABC):
         try:
             data = await self._bytes(name, limit if size < 0 else size)
         except FileNotFoundError as error:
-            raise DataError("it is gone since it was listed") from error
+            raise DataError("there is no such file any more") from error
         if size < 0 and len(data) > limit:
             raise DataError(f"it is over {limit} bytes")
         if size >= 0 and len(data) != size:

@@ -45,8 +45,8 @@ def preview_datasets(config: RunConfig, spec: ModelSpec, *, reads_all: bool = Fa
         reads_all: Read the headers of all images, not of the first 2,000, and download datasets of the hub.
 
     Raises:
-        DataError: A dataset's folder cannot be read, no caption has tags to shuffle or has the new token, or there
-            are too many variants of captions.
+        DataError: A dataset's folder cannot be read, no caption has tags to shuffle or has the new token, or
+            there are too many variants of captions.
     """
     entries: tuple[Entry, ...] = (*config.conditioning, *config.references)
     unseen = [] if reads_all else [each for each in config.datasets if _needs_download(each, entries)]

@@ -253,3 +253,16 @@ def test_a_dataset_of_the_hub_and_the_rows_of_a_stream_are_downloaded_once(hub: 
     assert missing.startswith("UnreachableError: dataset_name owner/none: it is not in the hub's cache")
     assert "HF_HUB_OFFLINE is set" in missing
     assert len(hub.requests) == number
+
+
+@pytest.mark.reliability_row(17)
+def test_a_changed_dataset_is_noticed_if_it_is_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "IN_MEMORY_MAX_SIZE", 10**9)
+    signatures = []
+    for number, seed in enumerate((0, 0, 1)):
+        folder = tmp_path / f"{number}"
+        datasets.Dataset(embedded([png(seed)], text=["a"])).save_to_disk(str(folder))
+        signatures.append(scan_entry(dataset(folder)).images[0].signature)
+    assert signatures[0] == signatures[1] != signatures[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.data.index import ImageIndex, content_digest, read_unchanged
-from simpletuner.helpers.data.sources import remote
+from simpletuner.helpers.data.sources import read_ahead, remote
 from simpletuner.helpers.data.sources.base import FoundFile, Scan, expect, read_bounded
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.errors import DataError, MissingDependencyError, SourceError, UnreachableError
@@ -30,6 +30,7 @@ from tests.storage_servers import (
     serving_sftp,
 )
 from tests.unit.data.image_samples import encoded
+from tests.unit.data.test_tar import packed
 
 
 def png(width: int, height: int) -> bytes:
@@ -78,7 +79,7 @@ def names(scan: Scan) -> list[str]:
 
 
 def contents(scan: Scan) -> dict[str, bytes]:
-    return {file.name: read_bounded(file, limit=LIMIT) for file in scan.images}
+    return contents_of(scan.images)
 
 
 def assert_reads_files(scan: Scan) -> None:
@@ -277,7 +278,7 @@ def test_expected_files_are_read_many_at_a_time_and_each_once(bucket: Bucket) ->
 
 
 def test_files_ahead_fit_into_memory(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "MOST_BYTES_AHEAD", 2500)
+    monkeypatch.setattr(read_ahead, "MOST_BYTES_AHEAD", 2500)
     bucket.put({f"cats/{number}.png": bytes(1000) for number in range(6)})
     images = scan_entry(in_s3(bucket)).images
     bucket.requests.clear()
@@ -329,7 +330,7 @@ def test_an_object_that_is_gone_is_skipped_and_one_that_changed_ends_the_start(b
     gone, longer, same = scan_entry(in_s3(bucket)).images
     bucket.client.delete_object(Bucket=BUCKET, Key="cats/a.png")
     bucket.put({"cats/b.png": b"three", "cats/c.png": b"ten"})
-    with pytest.raises(DataError, match=r"^it is gone since it was listed$"):
+    with pytest.raises(DataError, match=r"^there is no such file any more$"):
         read_bounded(gone, limit=LIMIT)
     with pytest.raises(SourceError, match=r"s3://photos/cats/b.png: .*more bytes arrived of 3"):
         read_bounded(longer, limit=LIMIT)
@@ -439,3 +440,32 @@ def test_what_a_source_reads_ahead_is_asked_of_remote_ones_alone(tmp_path: Path)
     assert isinstance(images[0], FoundFile)
     expect(images)
     assert not images[0].source.reads_ahead
+
+
+def test_members_of_archives_in_storage_are_read_ahead_by_range(bucket: Bucket) -> None:
+    files = {f"{number:03}.png": bytes([number]) * 100 for number in range(40)}
+    bucket.put({"cats/0.tar": packed(files)})
+    images = scan_entry(in_s3(bucket, type="webdataset")).images
+    bucket.requests.clear()
+    expect(images)
+    until(lambda: bucket.reads() >= storage.MOST_REQUESTS)
+    assert contents_of(images) == files
+    assert bucket.reads() == 40
+
+
+def test_the_cells_of_a_table_may_name_objects(bucket: Bucket, tmp_path: Path) -> None:
+    bucket.put({"cats/a.png": png(8, 8), "b c.png": png(8, 16)})
+    cells = [f"s3://{BUCKET}/{name}" for name in ("cats/a.png", "b c.png", "gone.png", "")]
+    table = tmp_path / "list.csv"
+    table.write_text("\n".join(["image,caption", *(f"{cell},x" for cell in cells)]))
+    config = in_s3(bucket, instance_data_dir=None, type="table", table_file=table)
+    scan = scan_entry(config)
+    assert scan.skipped == (("line 5", f"its URL s3://{BUCKET}/ names a bucket or server, not a file"),)
+    *found, gone = scan.images
+    assert contents_of(found) == {f"{BUCKET}/cats/a.png": png(8, 8), f"{BUCKET}/b c.png": png(8, 16)}
+    with pytest.raises(DataError, match="there is no such file any more"):
+        read_bounded(gone, limit=LIMIT)
+
+
+def contents_of(images: Iterable[FoundFile]) -> dict[str, bytes]:
+    return {file.name: read_bounded(file, limit=LIMIT) for file in images}

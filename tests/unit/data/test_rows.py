@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
+import pyarrow
 import pyarrow.parquet
 import pytest
 
@@ -73,7 +75,7 @@ def test_a_row_that_names_no_image_is_skipped_with_its_line_and_its_reason(folde
     config = csv(
         folder,
         "path,caption\nimages/0.png,a\nimages/9.png,b\nimages/1.png\n,c\n../x.png,d\n/etc/x.png,e\n"
-        "s3://bucket/x.png,f\naway/passwd,g\npipe.png,h\nimages/./2.png,i\nimages,j\n"
+        "ftp://bucket/x.png,f\naway/passwd,g\npipe.png,h\nimages/./2.png,i\nimages,j\n"
         f"http://[1/x.png,k\n{long},l\n",
     )
     scan = scan_entry(config.model_copy(update={"instance_data_dir": folder}))
@@ -84,7 +86,7 @@ def test_a_row_that_names_no_image_is_skipped_with_its_line_and_its_reason(folde
         "line 5": "it names no image",
         "line 6": "its path ../x.png leaves the folder of the images",
         "line 7": "its path /etc/x.png leaves instance_data_dir",
-        "line 8": "s3:// is not read from a table; give a path, http or https",
+        "line 8": "ftp:// is not supported; give a path or the URL of a file",
         "away/passwd": "it is a link that leaves the folder of the images",
         "pipe.png": "it is no regular file",
         "images": "it is no regular file",
@@ -392,3 +394,21 @@ def test_some_of_the_images_in_a_parquet_file_are_read_in_their_order(
     TrainingData([config], data, seed=1, batch_size=1, pixel_alignment=64)
     assert len(rows) == 10
     assert rows == sorted(rows)
+
+
+def test_a_column_that_first_occurs_late_in_a_jsonl_file_is_found(folder: Path) -> None:
+    lines = [{"file_name": "images/0.png"} for _ in range(150)]
+    late = {"file_name": "images/1.png", "caption": "late", "place": {"name": "here"}}
+    text = "\n".join(json.dumps(each) for each in (*lines, late))
+    (folder / "list.jsonl").write_text(text)
+    config = dataset(folder / "list.jsonl", row_filter={"place.name": ["here"]})
+    assert captions(config) == {"images/1.png": ("late",)}
+
+
+def test_a_cell_of_the_filter_that_is_not_utf_8_names_its_table_and_column(tmp_path: Path) -> None:
+    words = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(np.array([0, 1], np.int32)), pyarrow.py_buffer(b"\xff")]
+    )
+    file = write(pyarrow.table({"path": ["a.png"], "text": ["x"], "kind": words}), tmp_path / "list.parquet")
+    with pytest.raises(DataError, match=r"list\.parquet: kind: row 0 is not UTF-8"):
+        scan_entry(dataset(file, row_filter={"kind": ["x"]}))

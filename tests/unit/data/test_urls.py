@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,11 +12,15 @@ from pathlib import Path
 import pytest
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
+from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.data import preview as preview_module
 from simpletuner.helpers.data.index import ImageIndex, read_unchanged
 from simpletuner.helpers.data.sources import urls
+from simpletuner.helpers.data.sources.base import expect, read_bounded
 from simpletuner.helpers.data.sources.opening import scan_entry
 from simpletuner.helpers.data.sources.urls import UrlReader, shown_url
-from simpletuner.helpers.errors import DataError, UnreachableError
+from simpletuner.helpers.errors import DamagedImageError, DataError, UnreachableError
+from simpletuner.helpers.io import storage
 from tests.tables import png
 
 
@@ -136,15 +141,62 @@ def test_a_url_is_shown_without_its_secrets() -> None:
     assert shown_url("https://me:secret@host/a.png?token=x#y") == "https://host/a.png"
 
 
-def test_what_to_do_about_a_changed_url_is_more_than_another_start(tmp_path: Path, server: Server) -> None:
-    server.files["/a.png"] = png(0)
-    (tmp_path / "list.csv").write_text(f"url,caption\n{server.address}/a.png,a\n")
-    config = DatasetConfig(id="a", type="table", table_file=tmp_path / "list.csv")
-    for start in range(2):
-        index = ImageIndex(tmp_path / "index.safetensors")
-        (image,) = scan_entry(config).images
-        digest = index.info(image).digest
-        index.save()
-        server.files["/a.png"] = png(start + 1)
-    with pytest.raises(DataError, match=r"it changed after the scan. .* remove its row, or images_"):
+@pytest.mark.parametrize("replaced", [png(1), b""])
+def test_a_url_that_changed_is_left_out_and_read_anew_at_the_next_start(
+    replaced: bytes, tmp_path: Path, server: Server
+) -> None:
+    server.files |= {"/a.png": png(0), "/b.png": png(5)}
+    table = tmp_path / "list.csv"
+    table.write_text(f"url,caption\n{server.address}/a.png,a\n{server.address}/b.png,b\n")
+    config = DatasetConfig(id="a", type="table", table_file=table)
+    index = ImageIndex(tmp_path / "index.safetensors")
+    image, other = scan_entry(config).images
+    digest = index.infos(scan_entry(config).images).digests[0].tobytes().hex()
+    index.save()
+    server.files["/a.png"] = replaced
+    with pytest.raises(DamagedImageError, match="not the image that an earlier start read any more") as found:
         read_unchanged(image, digest)
+    index.mark_damaged({digest: str(found.value)})
+    index.save()
+    later = ImageIndex(tmp_path / "index.safetensors")
+    assert later.knows(other)
+    assert not later.knows(image)
+    assert (later.info(image).size is not None) == bool(replaced)
+
+
+def test_expected_urls_are_read_ahead_and_each_once(server: Server, tmp_path: Path) -> None:
+    server.files |= {f"/{number}.png": png(number) for number in range(40)}
+    rows = "".join(f"{server.address}/{number:02}.png,x\n".replace("/0", "/") for number in range(40))
+    (tmp_path / "list.csv").write_text(f"url,text\n{rows}a.png,x\n")
+    (tmp_path / "a.png").write_bytes(png(99))
+    config = DatasetConfig(
+        id="a", type="table", table_file=tmp_path / "list.csv", caption_strategy="filename"
+    )
+    images = list(scan_entry(config).images)
+    expect(images)
+    ends_s = time.monotonic() + 10
+    while len(server.requests) < storage.MOST_REQUESTS:
+        assert time.monotonic() < ends_s, "nothing is read ahead"
+        time.sleep(0.01)
+    server_images = {image.name: read_bounded(image, limit=10**6) for image in images}
+    assert server_images.pop("a.png") == png(99)
+    assert server_images == {
+        f"{server.address.partition('://')[2]}/{number}.png": png(number) for number in range(40)
+    }
+    assert len(server.requests) == 40
+
+
+def test_a_preview_waits_for_urls_as_long_as_for_storage(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list.csv").write_text(f"url,caption\n{server.address}/a.png,a\n")
+    config = DatasetConfig(
+        id="a", type="table", table_file=tmp_path / "list.csv", instance_data_dir=tmp_path, resolution=64
+    )
+    goes_on = threading.Event()
+    monkeypatch.setattr(UrlReader, "read", lambda *_, **__: goes_on.wait(10) and b"")
+    monkeypatch.setattr(preview_module, "LONGEST_REMOTE_S", 0.3)
+    data = DataConfig(cache_dir_vae=tmp_path / "cache")
+    found = preview_module.preview(config, data, alignment=8, seed=0, reads_all=False)
+    goes_on.set()
+    assert found.unreachable == "it takes longer than 0.3 s."

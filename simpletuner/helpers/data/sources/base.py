@@ -7,6 +7,7 @@ import posixpath
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -57,7 +58,7 @@ class ImageSource(ABC, Generic[Entry]):
 
     holds_rows: ClassVar[bool] = False
     """Every entry of the listing is an image, whatever the suffix of its name."""
-    reads_ahead: ClassVar[bool] = False
+    reads_ahead: bool = False
     """Whether it gains from `expect`: the first byte of a file is slow to come."""
 
     @property
@@ -110,10 +111,10 @@ class ImageSource(ABC, Generic[Entry]):
         """Begin to read files that will be asked for, in this order."""
         del files
 
-    def remedy(self, file: FoundFile) -> str:
-        """What to do if a file is not the one that was scanned any more, as a sentence."""
+    def shows_changes(self, file: FoundFile) -> bool:
+        """Whether a later scan notices that a file is not the one of this scan any more."""
         del file
-        return "Start the run again."
+        return True
 
     def changed_ns(self, file: FoundFile) -> int:
         """When a file last changed, nanoseconds since 1970; 0 if the signature differs with the content."""
@@ -134,6 +135,12 @@ class RangedSource(ImageSource[Entry]):
         Raises:
             DataError: They cannot be read, or the file changed after the scan; the message does not name it.
         """
+
+    def begin_range(self, file: FoundFile, start: int, length: int) -> Future[bytes]:
+        """`read_range` begun, where it is slow; here it is read at once."""
+        result: Future[bytes] = Future()
+        result.set_result(self.read_range(file, start, length))
+        return result
 
     @contextmanager
     def ranges(self, file: FoundFile) -> Iterator[Callable[[int, int], bytes]]:

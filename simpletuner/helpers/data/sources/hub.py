@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,7 @@ class HubTable(ArrowTable):
     def __init__(self, dataset: Any, *, place: str) -> None:
         self._table: Any = dataset.with_format("arrow")[:]
         super().__init__(self._table.schema, place=place)
-        files = [Path(each["filename"]) for each in dataset.cache_files]
-        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        self._digest = xxhash.xxh3_64_hexdigest(repr(states).encode())
+        self._digest = _digest([Path(each["filename"]) for each in dataset.cache_files], self._table)
         self._files = LocalFolder(Path.cwd())
         self._image = ""
 
@@ -52,7 +50,7 @@ class HubTable(ArrowTable):
         return self if self.holds_bytes(column) else None
 
     def signature(self, row: int) -> tuple[int | str, ...]:
-        """The digest of the Arrow files and the row; of an image outside them also the state of its file."""
+        """The digest of the dataset and the row; of an image outside them also the state of its file."""
         path = self._path(self._cell(self._image, row))
         if path is None:
             return (self._digest, row)
@@ -86,6 +84,23 @@ class HubTable(ArrowTable):
         return Path(cell["path"].as_py()) if has_path else None
 
 
+def _digest(files: Sequence[Path], table: Any) -> str:
+    """What changes when a dataset does: the states of its files, or the content of one that has none.
+
+    `datasets` reads a dataset up to HF_DATASETS_IN_MEMORY_MAX_SIZE into memory and then names no files.
+    """
+    hashed = xxhash.xxh3_64()
+    if files:
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        hashed.update(repr(states).encode())
+        return hashed.hexdigest()
+    for chunk in (chunk for column in table.columns for chunk in column.chunks):
+        hashed.update(repr((chunk.offset, len(chunk))).encode())
+        for buffer in filter(None, chunk.buffers()):
+            hashed.update(memoryview(buffer))
+    return hashed.hexdigest()
+
+
 def hub_rows(entry: ImagePlace) -> ImageSource[Any]:
     """The images of an entry with type huggingface; the dataset is downloaded on first use.
 
@@ -100,7 +115,7 @@ def hub_rows(entry: ImagePlace) -> ImageSource[Any]:
     if images := table.images(columns.image):
         return ImageRows(table, images, columns, prefix=f"{split}/")
     base = Path(str(entry.dataset_name)) if not entry.needs_download else Path.cwd()
-    return PathRows(table, columns, base=base, takes_absolute=False)
+    return PathRows(table, columns, base=base, takes_absolute=False, entry=entry)
 
 
 def _loaded(entry: ImagePlace, split: str) -> Any:

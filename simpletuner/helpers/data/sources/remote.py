@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from simpletuner.helpers.choices.captions import caption_suffixes, caption_tables
 from simpletuner.helpers.choices.image_files import image_suffixes
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
+from simpletuner.helpers.configuration.schema.storage_keys import S3, source_of
 from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, FoundFile, RangedSource
+from simpletuner.helpers.data.sources.read_ahead import UNKNOWN_BYTES, ReadAhead
 from simpletuner.helpers.io.storage import CONNECT_S, IDLE_S, MOST_REQUESTS, Storage, StoredFile, open_storage
-
-MOST_BYTES_AHEAD = 128 << 20
-_UNKNOWN_BYTES = 4 << 20
-"""Of a file whose server does not state its size, when memory is reckoned."""
 
 
 class RemoteFolder(RangedSource[StoredFile]):
     """The files below a URL, listed once and read whole.
 
     Hidden files are ignored, objects whose keys are no plain paths are skipped with a reason. Files that are
-    expected are read ahead, MOST_REQUESTS at a time and MOST_BYTES_AHEAD at most.
+    expected are read ahead.
     """
 
     reads_ahead = True
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._lock = threading.Lock()
-        self._expected: OrderedDict[str, FoundFile] = OrderedDict()
-        self._ahead: dict[str, tuple[FoundFile, Future[bytes]]] = {}
+        self._ahead = ReadAhead(partial(self._begun, limit=MAX_FILE_BYTES), num_bytes=_num_bytes)
 
     @property
     def place(self) -> str:
@@ -64,12 +59,9 @@ class RemoteFolder(RangedSource[StoredFile]):
             DataError: The file is larger or gone; the message does not name it.
             SourceError: It cannot be read, or has another size than in the listing.
         """
-        with self._lock:
-            _, ahead = self._ahead.pop(file.name, (None, None))
-            self._expected.pop(file.name, None)
-            self._read_ahead()
-        data = self._begun(file, limit).result() if ahead is None else ahead.result()
-        return data if len(data) <= limit else self._begun(file, limit).result()
+        ahead = self._ahead.take(file)
+        data = (ahead or self._begun(file, limit=limit)).result()
+        return data if len(data) <= limit else self._begun(file, limit=limit).result()
 
     def read_range(self, file: FoundFile, start: int, length: int) -> bytes:
         """A part of a file.
@@ -78,36 +70,24 @@ class RemoteFolder(RangedSource[StoredFile]):
             DataError: The file is gone; the message does not name it.
             SourceError: It cannot be read.
         """
+        return self.begin_range(file, start, length).result()
+
+    def begin_range(self, file: FoundFile, start: int, length: int) -> Future[bytes]:
+        """Begin to read a part of a file; the result raises as `read_range` does."""
         size = int(file.signature[0])
-        length = length if size < 0 else min(length, size - start)
-        return self._storage.reading_range(file.name, start, length).result() if length > 0 else b""
+        length = length if size < 0 else max(0, min(length, size - start))
+        return self._storage.reading_range(file.name, start, length)
 
     def expect(self, files: Iterable[FoundFile]) -> None:
         """Begin to read files that will be asked for, in this order."""
-        with self._lock:
-            for _, future in self._ahead.values():
-                future.cancel()
-            self._ahead = {}
-            self._expected = OrderedDict((file.name, file) for file in files)
-            self._read_ahead()
+        self._ahead.expect(files)
 
     def changed_ns(self, file: FoundFile) -> int:
         """When a file without a version last changed."""
         _, kind, value = file.signature
         return int(value) if kind == "time" else 0
 
-    def _read_ahead(self) -> None:
-        waiting = sum(map(_num_bytes, (file for file, _ in self._ahead.values())))
-        while self._expected and len(self._ahead) < MOST_REQUESTS:
-            name, file = self._expected.popitem(last=False)
-            waiting += _num_bytes(file)
-            if self._ahead and waiting > MOST_BYTES_AHEAD:
-                self._expected[name] = file
-                self._expected.move_to_end(name, last=False)
-                return
-            self._ahead[name] = file, self._begun(file, MAX_FILE_BYTES)
-
-    def _begun(self, file: FoundFile, limit: int) -> Future[bytes]:
+    def _begun(self, file: FoundFile, *, limit: int) -> Future[bytes]:
         return self._storage.reading(file.name, file.signature, limit=limit)
 
 
@@ -118,17 +98,22 @@ def remote_folder(entry: ImagePlace) -> RemoteFolder:
         MissingDependencyError: The package of its file system is not installed.
         SourceError: The server refuses the connection, or does not answer.
     """
-    return RemoteFolder(open_storage(str(entry.instance_data_dir)))
+    return RemoteFolder(storage_of(entry, str(entry.instance_data_dir)))
 
 
-def s3_folder(entry: ImagePlace) -> RemoteFolder:
-    """The folder of an entry in S3, with the entry's own keys; others come from the environment.
+def storage_of(entry: ImagePlace, url: str) -> Storage:
+    """The storage below a URL; in S3 with the entry's own keys. Others come from the environment.
 
     Raises:
-        MissingDependencyError: s3fs is not installed.
+        MissingDependencyError: The package of its file system is not installed.
+        SourceError: The server refuses the connection, or does not answer.
     """
+    return open_storage(url, **(_s3_options(entry) if source_of(url) == S3 else {}))
+
+
+def _s3_options(entry: ImagePlace) -> dict[str, Any]:
     key, secret = entry.aws_access_key_id, entry.aws_secret_access_key
-    options: dict[str, Any] = {
+    return {
         "key": key and key.get_secret_value(),
         "secret": secret and secret.get_secret_value(),
         "endpoint_url": entry.aws_endpoint_url,
@@ -140,9 +125,8 @@ def s3_folder(entry: ImagePlace) -> RemoteFolder:
             "retries": {"total_max_attempts": 1},  # tries are counted in io/storage
         },
     }
-    return RemoteFolder(open_storage(str(entry.instance_data_dir), **options))
 
 
 def _num_bytes(file: FoundFile) -> int:
     size = int(file.signature[0])
-    return _UNKNOWN_BYTES if size < 0 else size
+    return UNKNOWN_BYTES if size < 0 else size

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,8 +18,12 @@ import xxhash
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.row_keys import Range, RowFilter
-from simpletuner.helpers.data.sources.base import CaptionsOf, FoundFile, ImageSource
+from simpletuner.helpers.configuration.schema.storage_keys import source_of
+from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, CaptionsOf, FoundFile, ImageSource
 from simpletuner.helpers.data.sources.local import LocalFolder
+from simpletuner.helpers.data.sources.read_ahead import UNKNOWN_BYTES, ReadAhead, in_thread
+from simpletuner.helpers.data.sources.remote import storage_of
+from simpletuner.helpers.data.sources.stored_urls import StoredUrls
 from simpletuner.helpers.data.sources.table_files import open_table
 from simpletuner.helpers.data.sources.tables import Images, Rows, Table
 from simpletuner.helpers.data.sources.urls import UrlReader, shown_url
@@ -41,6 +47,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "text", "prompt")
 """The columns that are taken where the configuration names none; in any case."""
+WEB = ("http://", "https://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +155,25 @@ def _decoded(data: bytes) -> str:
         raise DataError(f"it is not UTF-8 (byte {data[error.start]:#04x})") from error
 
 
-def kept_rows(rows: Rows, conditions: RowFilter) -> list[int]:
-    """The numbers of the rows that meet every condition."""
+def kept_rows(table: Table, rows: Rows, conditions: RowFilter) -> list[int]:
+    """The numbers of the rows that meet every condition.
+
+    Raises:
+        DataError: A cell cannot be read.
+    """
+
+    def cell(name: str, number: int) -> object:
+        try:
+            return rows.cells[name][number]
+        except DataError as error:
+            raise DataError(
+                f"{table.place}: {printable(name)}: {error}. Correct row_filter or the table."
+            ) from error
+
     return [
         number
         for number in range(len(rows.places))
-        if all(_meets(rows.cells[name][number], each) for name, each in conditions.items())
+        if all(_meets(cell(name, number), each) for name, each in conditions.items())
     ]
 
 
@@ -186,22 +206,27 @@ class PathRows(ImageSource[Address]):
 
     A relative path begins at the base and stays below it; an absolute one is taken only if nothing but the
     table says where images lie. The signature of a file is that of a local file. That of a URL is its digest:
-    what it holds is read once, and again only if the index of the dataset is lost.
+    what it holds is read once, and again only if the index of the dataset is lost, or if training found
+    something else there. URLs that are expected are read ahead.
     """
 
     holds_rows = True
+    reads_ahead = True
 
-    def __init__(self, table: Table, columns: Columns, *, base: Path, takes_absolute: bool) -> None:
+    def __init__(
+        self, table: Table, columns: Columns, *, base: Path, takes_absolute: bool, entry: ImagePlace
+    ) -> None:
         self._table, self._columns = table, columns
         self._base, self._takes_absolute = base.resolve(), takes_absolute
         self._folder = LocalFolder(base)
         self._rows = table.read((columns.image, *columns.others))
-        self._reader = UrlReader()
+        self._web, self._stored = UrlReader(), StoredUrls(partial(storage_of, entry))
+        self._ahead = ReadAhead(self._begun, num_bytes=lambda _: UNKNOWN_BYTES)
         self._addresses: dict[str, Address] = {}
         self._numbers: dict[str, list[int]] = {}
         self._bad = list(self._rows.problems)
         self._within: dict[Path, bool] = {}
-        kept = kept_rows(self._rows, columns.filter)
+        kept = kept_rows(table, self._rows, columns.filter)
         for number in kept:
             self._add(number)
         _report(table, self._rows, num_kept=len(kept), num_repeated=len(kept) - len(self._addresses))
@@ -241,24 +266,33 @@ class PathRows(ImageSource[Address]):
         Raises:
             DataError: It is larger or cannot be read; the message does not name it.
             UnreachableError: Its host answered before, and now it does not.
+            SourceError: Its storage refuses or does not answer.
         """
         address = self._addresses[file.name]
-        if address.is_url:
-            return self._reader.read(address.text, limit=limit)
-        return self._folder.read(FoundFile(self, address.text, ()), limit=limit)
+        if not address.is_url:
+            return self._folder.read(FoundFile(self, address.text, ()), limit=limit)
+        data = (self._ahead.take(file) or self._begun(file)).result()
+        if len(data) > limit:
+            raise DataError(f"it is over {limit} bytes")
+        return data
+
+    def expect(self, files: Iterable[FoundFile]) -> None:
+        """Begin to read URLs that will be asked for, in this order."""
+        self._ahead.expect(file for file in files if self._addresses[file.name].is_url)
+
+    def _begun(self, file: FoundFile) -> Future[bytes]:
+        url = self._addresses[file.name].text
+        if url.lower().startswith(WEB):
+            return in_thread(partial(self._web.read, url, limit=MAX_FILE_BYTES))
+        return self._stored.begin(url, limit=MAX_FILE_BYTES)
 
     def place_of(self, name: str) -> str:
         """The table and the image."""
         return f"{self.place}: {printable(name)}"
 
-    def remedy(self, file: FoundFile) -> str:
-        """Another start is of use for a file; what a URL held is remembered."""
-        if not self._addresses[file.name].is_url:
-            return super().remedy(file)
-        return (
-            "Start the run again. If that does not help, remove its row, or images_*.safetensors in "
-            "cache_dir_vae, so that every URL is read anew."
-        )
+    def shows_changes(self, file: FoundFile) -> bool:
+        """Whether the signature tells a change, as that of a file does and a URL's does not."""
+        return not self._addresses[file.name].is_url
 
     def changed_ns(self, file: FoundFile) -> int:
         """When the status of a file changed last; 0 for a URL."""
@@ -279,15 +313,17 @@ class PathRows(ImageSource[Address]):
             raise DataError("it names no image")
         text = cell.strip()
         scheme, found, _ = text.partition("://")
-        if found and scheme.lower() in ("http", "https"):
+        if found and source_of(text) is not None:
             query = text.partition("?")[1:]
             try:
                 name = printable(shown_url(text)).partition("://")[2]
             except ValueError as error:
                 raise DataError(f"it is no URL: {error}") from error
+            if not name.partition("/")[2] and not any(query):
+                raise DataError(f"its URL {printable(shown_url(text))} names a bucket or server, not a file")
             return f"{name}#{_short(text)}" if any(query) else name, Address(text, is_url=True)
         if found:
-            raise DataError(f"{printable(scheme)}:// is not read from a table; give a path, http or https")
+            raise DataError(f"{printable(scheme)}:// is not supported; give a path or the URL of a file")
         is_whole = "\\" not in text or os.path.exists(self._base / text)  # of any length
         path = PurePath(text if is_whole else with_slashes(text))
         if path.is_absolute() and path.is_relative_to(self._base):
@@ -315,7 +351,7 @@ class ImageRows(ImageSource[int]):
     def __init__(self, table: Table, images: Images, columns: Columns, *, prefix: str = "") -> None:
         self._table, self._images, self._columns, self._prefix = table, images, columns, prefix
         self._rows = table.read(columns.others)
-        self._kept = kept_rows(self._rows, columns.filter)
+        self._kept = kept_rows(table, self._rows, columns.filter)
         _report(table, self._rows, num_kept=len(self._kept), num_repeated=0)
 
     @property
@@ -392,7 +428,7 @@ def table_rows(entry: ImagePlace) -> ImageSource[Any]:
         return ImageRows(table, images, columns)
     columns = replace(columns, image=table.path_column(columns.image))
     base = entry.folder
-    return PathRows(table, columns, base=base or file.parent, takes_absolute=base is None)
+    return PathRows(table, columns, base=base or file.parent, takes_absolute=base is None, entry=entry)
 
 
 def _report(table: Table, rows: Rows, *, num_kept: int, num_repeated: int) -> None:

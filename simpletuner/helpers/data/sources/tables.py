@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from simpletuner.helpers.io.names import printable
 
 SEPARATORS = (",", ";", "\t", "|")
 _FIRST_LINES = 100
-"""Lines of a jsonl file that are read for the names of its columns."""
+"""Lines of a jsonl file that are read first for the names of its columns."""
 _SHOWN_COLUMNS = 20
 
 
@@ -198,6 +198,27 @@ class JsonTable(Table):
         self.columns = tuple(dict.fromkeys(str(name) for row in first for name in row))
         if not self.columns:
             raise DataError(f"{self.place} must hold a JSON object on each line.")
+        self._knows_all = False
+
+    def find(self, column: str) -> bool:
+        """Whether a column exists; every line is read if the first ones do not have it."""
+        return super().find(column) or (self._learns_more() and super().find(column))
+
+    def column(self, key: str, *, named: str | None, known: Sequence[str]) -> str | None:
+        """The column that a key names, or else the first of the known ones; see `find`."""
+        found = super().column(key, named=named, known=known)
+        if found is None and self._learns_more():
+            return super().column(key, named=named, known=known)
+        return found
+
+    def _learns_more(self) -> bool:
+        """Read the names of the columns on every line; False if that was done before."""
+        if self._knows_all:
+            return False
+        rows = (row for _, row in self._parsed() if isinstance(row, dict))
+        self.columns = tuple(dict.fromkeys(chain(self.columns, (str(name) for row in rows for name in row))))
+        self._knows_all = True
+        return True
 
     def read(self, columns: Iterable[str]) -> Rows:
         """The values of some columns; None where an object lacks one."""

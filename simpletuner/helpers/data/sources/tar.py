@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 from simpletuner.helpers.choices.image_files import image_suffixes
 from simpletuner.helpers.configuration.schema.image_places import ImagePlace
 from simpletuner.helpers.configuration.schema.tar_places import COMPRESSED_TAR, expanded, is_tar, split_place
-from simpletuner.helpers.data.sources.base import FoundFile, ImageSource, RangedSource
+from simpletuner.helpers.data.sources.base import MAX_FILE_BYTES, FoundFile, ImageSource, RangedSource
 from simpletuner.helpers.data.sources.local import LocalFolder
 from simpletuner.helpers.data.sources.opening import open_source
+from simpletuner.helpers.data.sources.read_ahead import ReadAhead
 from simpletuner.helpers.data.sources.tar_index import ArchiveIndex
 from simpletuner.helpers.data.sources.tar_members import Members, read_members
 from simpletuner.helpers.errors import DataError
@@ -52,6 +54,8 @@ class TarArchives(ImageSource[TarEntry]):
         self._identity = identity
         self._index: Path | None = None
         self._is_read_only = False
+        self.reads_ahead = storage.reads_ahead
+        self._ahead = ReadAhead(self._begun, num_bytes=lambda file: int(file.signature[2]))
 
     @property
     def place(self) -> str:
@@ -74,20 +78,28 @@ class TarArchives(ImageSource[TarEntry]):
         Raises:
             DataError: The member is larger, or its archive changed or cannot be read.
         """
-        archive, offset, size = self._archive_of(file), *map(int, file.signature[1:3])
+        archive, size = printable(str(file.signature[0])), int(file.signature[2])
         if size > limit:
             raise DataError(f"it is over {limit} bytes")
         try:
-            data = self._storage.read_range(archive, offset, size)
+            data = (self._ahead.take(file) or self._begun(file)).result()
         except DataError as error:
-            raise DataError(f"in {printable(archive.name)}: {error}") from error
+            raise DataError(f"in {archive}: {error}") from error
         if len(data) != size:
-            raise DataError(f"{printable(archive.name)} gives {len(data)} bytes of it instead of {size}")
+            raise DataError(f"{archive} gives {len(data)} bytes of it instead of {size}")
         return data
+
+    def expect(self, files: Iterable[FoundFile]) -> None:
+        """Begin to read members that will be asked for, in this order; each is a range of its archive."""
+        self._ahead.expect(file for file in files if int(file.signature[2]) <= MAX_FILE_BYTES)
 
     def changed_ns(self, file: FoundFile) -> int:
         """When its archive last changed."""
         return self._storage.changed_ns(self._archive_of(file))
+
+    def _begun(self, file: FoundFile) -> Future[bytes]:
+        offset, size = map(int, file.signature[1:3])
+        return self._storage.begin_range(self._archive_of(file), offset, size)
 
     def _archive_of(self, file: FoundFile) -> FoundFile:
         return FoundFile(self._storage, str(file.signature[0]), file.signature[3:])
