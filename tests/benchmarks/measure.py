@@ -62,6 +62,40 @@ def side_by_side(
     return results
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The ratio of two contenders' times."""
+
+    ratio: float
+    """Median over the pairs of blocks."""
+    low: float
+    high: float
+    """Its 95 % bootstrap interval."""
+    first_ms: float
+    second_ms: float
+    """Median times of a step."""
+
+
+def paired(
+    first: Callable[[], object], second: Callable[[], object], *, pairs: int, steps: int, warm_up: int = 2
+) -> Pair:
+    """Time blocks of steps of two contenders in turn, on the CPU, and the one that begins in turn too."""
+    for _ in range(warm_up):
+        first(), second()
+    times: tuple[list[float], list[float]] = [], []
+    for pair in range(pairs):
+        for index in (0, 1) if pair % 2 else (1, 0):
+            began_s = time.process_time()
+            for _ in range(steps):
+                (first, second)[index]()
+            times[index].append((time.process_time() - began_s) / steps)
+    quotients = torch.tensor([one / other for one, other in zip(*times, strict=True)])
+    drawn = torch.randint(pairs, (2000, pairs), generator=torch.Generator().manual_seed(0))
+    medians = quotients[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return Pair(median(quotients.tolist()), low, high, median(times[0]) * 1e3, median(times[1]) * 1e3)
+
+
 def arguments(description: str | None) -> argparse.Namespace:
     """The options that every bench has."""
     parser = argparse.ArgumentParser(description=description)

@@ -16,6 +16,7 @@ SCRIPTS = [
     "bench_files",
     "bench_denoise",
     "bench_step",
+    "bench_tlora_step",
     "bench_own_python",
     "bench_images",
     "bench_optimizers",

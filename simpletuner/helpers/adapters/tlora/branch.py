@@ -76,7 +76,8 @@ class _AddBranch(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         hidden = branch.masked(rows.mm(_transposed(a)))
         ctx.branch = branch
-        ctx.save_for_backward(rows, hidden, a, b, q, values)
+        # A is for the gradient of x alone, which text does not need.
+        ctx.save_for_backward(rows, hidden, a if ctx.needs_input_grad[1] else None, b, q, values)
         if output.dtype != dtype:
             return output + hidden.mm(_transposed(b)).view(output.shape).to(output.dtype)
         total = torch.addmm(output.reshape(-1, output.shape[-1]), hidden, _transposed(b))
@@ -88,9 +89,9 @@ class _AddBranch(torch.autograd.Function):
         rows, hidden, a, b, q, values = ctx.saved_tensors
         branch: Branch = ctx.branch
         _, needs_x, _, needs_q, needs_p, needs_lambda = ctx.needs_input_grad
-        incoming = _cast(gradients[0], a.dtype).reshape(-1, b.shape[0])  # [M, O]
+        incoming = _cast(gradients[0], b.dtype).reshape(-1, b.shape[0])  # [M, O]
         of_hidden = branch.masked(incoming.mm(b))  # [M, 2r]
-        of_x = of_hidden.mm(a).view(*gradients[0].shape[:-1], a.shape[1]) if needs_x else None
+        of_x = of_hidden.mm(a).view(*gradients[0].shape[:-1], rows.shape[1]) if needs_x else None
         wholes = _gradients(branch, q)
         part_q, part_p, part_lambda = _parts(wholes, branch.rank)
         if needs_q or needs_lambda:
