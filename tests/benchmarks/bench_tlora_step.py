@@ -1,4 +1,4 @@
-"""B25: a training step of a T-LoRA against one of a PEFT LoRA on the same layers of the embedded SDXL.
+"""B24: a training step of a T-LoRA against one of a PEFT LoRA on the same layers of the embedded SDXL.
 
     python tests/benchmarks/bench_tlora_step.py [--quick] [--rank 16] [--pairs 40]
 
