@@ -12,10 +12,13 @@ import torch
 import xxhash
 from PIL import Image
 
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED
 from simpletuner.helpers.contracts import Batch, TextEmbeds
 from simpletuner.helpers.errors import CacheEntryError
 from simpletuner.helpers.io.run_folder import SUMMARY_FILE, checkpoint_folders
 from simpletuner.helpers.randomness import mix
+from simpletuner.helpers.training import evaluation
+from simpletuner.helpers.training import trainer as training_loop
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.family_runs import FLUX, KLEIN
 from tests.integration.processes import start_ranks, wait_for_all
@@ -107,6 +110,7 @@ def test_it_is_evaluated_before_the_first_step_at_intervals_and_at_the_end(
     assert [row["step"] for row in rows] == [0, 2, 4, 5]
     assert len({row["eval_loss"] for row in rows}) == 4, "the adapter changes from row to row"
     assert {(row["images"], row["train_images"]) for row in rows} == {(4, 3)}
+    assert len({row["image_set"] for row in rows}) == 1
     summary = json.loads((run.output_dir / SUMMARY_FILE).read_bytes())
     lowest = min(rows, key=lambda row: row["eval_loss"])
     assert summary["held_out"].startswith(f"lowest loss {lowest['eval_loss']:.5f} at step {lowest['step']} ")
@@ -189,7 +193,10 @@ def test_the_average_is_evaluated_where_validation_shows_that_alone(tmp_path: Pa
 
 
 def test_a_damaged_entry_is_left_out_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    plain: tuple[TinyRun, str, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = tiny(tmp_path)
     with run.trainer(**KEYS, max_train_steps=1) as trainer:
@@ -206,6 +213,7 @@ def test_a_damaged_entry_is_left_out_and_named(
             trainer.evaluation.run(0)
     (row,) = evaluations(run)
     assert (row["images"], row["train_images"]) == (3, 3)
+    assert row["image_set"] != evaluations(plain[0])[0]["image_set"], "the losses are not compared"
     assert "This entry is damaged. Until then it is not evaluated." in caplog.text
     assert f"left out, without a finite loss: {broken.sample.path}" in caplog.text
 
@@ -237,6 +245,24 @@ def test_a_stop_signal_leaves_an_evaluation_to_the_resumed_run(
     assert [row["step"] for row in evaluations(run)] == [0]
 
 
+@pytest.mark.parametrize("arrives", ["during the evaluation", "after it"])
+def test_a_signal_to_another_process_ends_this_one_after_the_last_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arrives: str
+) -> None:
+    run = tiny(tmp_path)
+    with run.trainer(**KEYS, max_train_steps=1) as trainer:
+
+        def signalled(*_: object, **__: object) -> bool:
+            return trainer.progress.step == 1
+
+        if arrives == "during the evaluation":
+            monkeypatch.setattr(evaluation, "in_any_process", signalled)
+        monkeypatch.setattr(training_loop, "in_any_process", signalled)
+        assert trainer.run() == EXIT_PREEMPTED
+    assert not (run.output_dir / SUMMARY_FILE).exists()
+    assert len(evaluations(run)) == (1 if arrives == "during the evaluation" else 2)
+
+
 def test_keys_of_the_configuration_decide_what_is_evaluated_and_when(tmp_path: Path) -> None:
     run, others = tiny(tmp_path), tmp_path / "others"
     others.mkdir()
@@ -259,6 +285,10 @@ def test_keys_of_the_configuration_decide_what_is_evaluated_and_when(tmp_path: P
         assert [step for step in range(1, 7) if trainer.evaluation.is_due(step)] == [2, 4, 6]
         passes = [job for _, job in trainer.evaluation._rounds()]
         assert passes == [(index, part) for index in range(4) for part in ((0, 1), (2,))]
+    keys["data_backend_config"] = [pictures, held_out | {"train_batch_size": 1}]
+    with run.trainer(**KEYS | keys, max_train_steps=6) as trainer:
+        sizes = [(index, len(part)) for _, (index, part) in trainer.evaluation._rounds()]
+        assert sizes == [(0, 1)] * 3 + [(1, 1)] * 3 + [(2, 2), (2, 1), (3, 2), (3, 1)]
 
 
 def test_captions_are_encoded_by_the_text_encoders_that_are_trained(tmp_path: Path) -> None:

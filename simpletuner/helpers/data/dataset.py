@@ -303,6 +303,11 @@ class TrainingData:
         with self._on_demand.encoded(loaded):
             return read()
 
+    def evaluated_batch_size(self, image: PlannedImage) -> int:
+        """Samples of an evaluated image in a forward pass: as many as its dataset has in a batch."""
+        own = next(each.train_batch_size for each in self.datasets if each.id == image.sample.dataset_id)
+        return own or self.batch_size
+
     def evaluated_strength(self, image: PlannedImage) -> float:
         """The adapter's strength for an evaluated image: its dataset's, 1 for a neutral one."""
         own = next(each.slider_strength for each in self.datasets if each.id == image.sample.dataset_id)

@@ -31,6 +31,8 @@ class EvaluationMetrics:
     eval_train_loss_by_band: Mapping[str, float | None]
     images: int
     """Held-out images."""
+    image_set: int
+    """The same number for the same held-out images and captions; below 2**53, which JSON keeps."""
     train_images: int
     seconds: float
 
@@ -60,12 +62,20 @@ def evaluated_steps(output_dir: Path) -> set[int]:
 
 
 def lowest_held_out(output_dir: Path) -> str | None:
-    """When the loss of held-out images was lowest, in words; None for a run that evaluated none."""
+    """When the loss of held-out images was lowest, in words; None for a run that evaluated none.
+
+    The losses of other images than the last ones are not compared: a dataset may have changed.
+    """
     log = read_log(output_dir / EVALUATIONS_FILE)
-    is_known = np.isfinite(log.column("eval_loss"))
-    losses, steps = log.column("eval_loss")[is_known], log.steps[is_known]
-    if not len(losses):
+    losses, sets = log.column("eval_loss"), log.column("image_set")
+    is_known = np.isfinite(losses)
+    if not is_known.any():
         return None
+    last = sets[is_known][-1]
+    is_compared = is_known & ((sets == last) | (np.isnan(sets) & np.isnan(last)))  # nan: an earlier version's
+    losses, steps = losses[is_compared], log.steps[is_compared]
     best = int(np.argmin(losses))
-    number = counted(log.num_rows, "evaluation")
+    number = counted(len(losses), "evaluation")
+    if len(losses) < is_known.sum():
+        number += " of the present held-out images"
     return f"lowest loss {losses[best]:.5f} at step {steps[best]:.0f} of {number}; last {losses[-1]:.5f}"

@@ -125,3 +125,11 @@ def check_distribution(config: RunConfig, accelerator: Accelerator) -> None:
     found = [message for message, is_wrong in problems.items() if is_wrong]
     if found:
         raise ConfigError(". ".join(found) + ".")
+
+
+def in_any_process(accelerator: Accelerator, *, flag: bool) -> bool:
+    """Whether a flag is set in any process; every process takes part."""
+    if accelerator.num_processes == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=accelerator.device)
+    return bool(accelerator.reduce(flags, reduction="sum") > 0)

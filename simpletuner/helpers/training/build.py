@@ -404,7 +404,6 @@ def build_evaluation(
         trackers=trackers,
         preemption=context.preemption,
         output_dir=context.config.checkpoint.output_dir,
-        batch_size=context.config.training.train_batch_size,
         weights=weights,
         epochs=epochs,
     )

@@ -24,6 +24,7 @@ from simpletuner.helpers.errors import CacheEntryError, DataError
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.evaluations import EvaluationMetrics, evaluated_steps
 from simpletuner.helpers.reporting.noise_bands import BANDS, band_of
+from simpletuner.helpers.training.accelerator import in_any_process
 from simpletuner.helpers.training.text_encoding import evaluating
 
 if TYPE_CHECKING:
@@ -65,8 +66,6 @@ class Evaluation:
     trackers: Trackers
     preemption: Preemption
     output_dir: Path
-    batch_size: int
-    """Samples of a forward pass."""
     weights: Callable[[], AbstractContextManager[None]]
     """The context in which the trained weights are those that are evaluated."""
     epochs: Epochs = field(default_factory=Epochs)
@@ -126,6 +125,7 @@ class Evaluation:
             losses,
             timesteps,
             num_held_out=self._num_held_out,
+            image_set=self._image_set(losses),
             step=step,
             seconds=time.perf_counter() - started_s,
         )
@@ -143,7 +143,7 @@ class Evaluation:
         num_levels, device = self.config.eval_timesteps, self.accelerator.device
         measured = torch.zeros(2, len(self._images), num_levels, device=device)  # losses, timesteps
         for is_own, (index, numbers) in self._rounds():
-            if self._stops():
+            if in_any_process(self.accelerator, flag=self.preemption.requested):
                 return None
             item, is_whole = self._item_or_next(index)
             losses, timesteps = self._sample_losses(self._images[index], item, numbers)
@@ -158,9 +158,13 @@ class Evaluation:
 
     def _rounds(self) -> Iterator[tuple[bool, Job]]:
         """This process's forward passes, and whether they count: all processes have equally many."""
-        levels, size = range(self.config.eval_timesteps), self.batch_size
-        parts = [tuple(levels[first : first + size]) for first in range(0, len(levels), size)]
-        jobs = [(index, part) for index in range(len(self._images)) for part in parts]
+        levels = range(self.config.eval_timesteps)
+        sizes = [self.data.evaluated_batch_size(image) for image in self._images]
+        jobs = [
+            (index, tuple(levels[first : first + size]))
+            for index, size in enumerate(sizes)
+            for first in range(0, len(levels), size)
+        ]
         rank, num_processes = self.accelerator.process_index, self.accelerator.num_processes
         for first in range(0, len(jobs), num_processes):
             is_own = first + rank < len(jobs)
@@ -191,6 +195,13 @@ class Evaluation:
         """What stands for the index of a sample: an image at one of its noise levels has the same noise."""
         return mix(self.objective.seed, "evaluation", image.digest, number)
 
+    def _image_set(self, losses: Tensor) -> int:
+        """The number of the held-out images and captions that have losses; [N, K] losses."""
+        held_out = zip(self._images[: self._num_held_out], losses, strict=False)
+        kept = [image for image, row in held_out if not _is_bad(row)]
+        facts = [fact for image in kept for fact in (image.digest, image.sample.caption)]
+        return mix(self.config.eval_timesteps, "image set", *facts) % 2**53
+
     def _item_or_next(self, index: int) -> tuple[CachedItem, bool]:
         """The cached item of an image, or of the next one whose entries are whole; whether it is its own.
 
@@ -211,16 +222,9 @@ class Evaluation:
                 return item, offset == 0
         raise DataError(f"No image that is evaluated has whole cache entries. {problem}")
 
-    def _stops(self) -> bool:
-        """Whether a stop signal reached any process."""
-        if self.accelerator.num_processes == 1:
-            return self.preemption.requested
-        requested = torch.tensor(float(self.preemption.requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(requested, reduction="sum") > 0)
-
 
 def summarised(
-    losses: Tensor, timesteps: Tensor, *, num_held_out: int, step: int, seconds: float
+    losses: Tensor, timesteps: Tensor, *, num_held_out: int, image_set: int, step: int, seconds: float
 ) -> EvaluationMetrics:
     """The mean losses of held-out and of training images, whole and by band; [N, K] losses and timesteps.
 
@@ -238,6 +242,7 @@ def summarised(
         eval_loss_by_band=_by_band(held_out, levels),
         eval_train_loss_by_band=_by_band(trained, train_levels),
         images=len(held_out),
+        image_set=image_set,
         train_images=len(trained),
         seconds=seconds,
     )

@@ -40,11 +40,13 @@ def evaluation_rows(config: RunConfig, previews: Sequence[DatasetPreview]) -> It
     )
     levels = section.eval_timesteps
     predictions = (held_out + trained) * levels
-    batch = config.training.train_batch_size
+    sizes = [each.config.train_batch_size or config.training.train_batch_size for each in previews]
+    smallest, largest = min(sizes), max(sizes)
     yield (
         "",
         f"{counted(levels, 'noise level')} of each: {about}{counted(predictions, 'prediction')} without "
-        f"gradients each time, {batch} at once",
+        f"gradients each time, "
+        f"{largest if smallest == largest else f'{smallest} to {largest}'} at once",
     )
 
 

@@ -19,6 +19,7 @@ from simpletuner.helpers.io.process import peak_memory_mib
 from simpletuner.helpers.randomness import mix
 from simpletuner.helpers.reporting.metrics import StepAccumulator, StepMetrics, peak_device_memory_mib
 from simpletuner.helpers.reporting.webhooks import Kind, Message
+from simpletuner.helpers.training.accelerator import in_any_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,8 +125,10 @@ class Trainer:
             if not self.should_stop:
                 self.final_files.save_weights()
                 self.evaluation.run(self.progress.step)
-                self.validation.run(self.progress.step, "final")
-            if self.should_stop or self.preemption.requested:
+                if not in_any_process(self.accelerator, flag=self.preemption.requested):
+                    self.validation.run(self.progress.step, "final")
+            # A signal that came after the last step reached one process, and all must end alike.
+            if in_any_process(self.accelerator, flag=self.should_stop or self.preemption.requested):
                 self.trackers.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
                 self._notify(

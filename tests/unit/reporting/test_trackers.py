@@ -25,6 +25,7 @@ from simpletuner.helpers.configuration.schema.sections import TrackingConfig
 from simpletuner.helpers.errors import MissingDependencyError
 from simpletuner.helpers.io.faults import StorageError
 from simpletuner.helpers.io.redaction import hide
+from simpletuner.helpers.io.run_folder import EVALUATIONS_FILE
 from simpletuner.helpers.reporting import trackers as trackers_module
 from simpletuner.helpers.reporting.evaluations import EvaluationMetrics, evaluated_steps, lowest_held_out
 from simpletuner.helpers.reporting.metrics import StepMetrics
@@ -416,6 +417,7 @@ def evaluation(step: int) -> EvaluationMetrics:
         eval_loss_by_band={"0-500": 0.5},
         eval_train_loss_by_band={"0-500": None},
         images=2,
+        image_set=7,
         train_images=2,
         seconds=1.0,
     )
@@ -464,5 +466,13 @@ def test_lowest_loss_of_held_out_images_is_named(tmp_path: Path) -> None:
     ) as trackers:
         for row in (*rows, replace(rows[0], step=5, eval_loss=None)):
             trackers.log_evaluation(row)
-    assert lowest_held_out(tmp_path) == "lowest loss 0.25000 at step 2 of 4 evaluations; last 0.75000"
-    assert evaluated_steps(tmp_path) == {0, 2, 4, 5}
+        assert lowest_held_out(tmp_path) == "lowest loss 0.25000 at step 2 of 3 evaluations; last 0.75000"
+        trackers.log_evaluation(replace(rows[0], step=6, eval_loss=0.875, image_set=8))
+        trackers.log_evaluation(replace(rows[0], step=8, eval_loss=0.625, image_set=8))
+    found = "lowest loss 0.62500 at step 8 of 2 evaluations of the present held-out images; last 0.62500"
+    assert lowest_held_out(tmp_path) == found
+    assert evaluated_steps(tmp_path) == {0, 2, 4, 5, 6, 8}
+    file = tmp_path / EVALUATIONS_FILE
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | {"image_set": None}) + "\n" for line in lines[:3]))
+    assert lowest_held_out(tmp_path) == "lowest loss 0.25000 at step 2 of 3 evaluations; last 0.75000"

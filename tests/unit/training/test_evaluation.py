@@ -23,7 +23,7 @@ TIMESTEPS = torch.tensor([[100.0, 600.0], [100.0, 900.0], [499.0, 500.0]], dtype
 
 
 def test_losses_are_averaged_over_images_and_noise_levels() -> None:
-    found = summarised(LOSSES, TIMESTEPS, num_held_out=2, step=3, seconds=0.5)
+    found = summarised(LOSSES, TIMESTEPS, num_held_out=2, image_set=9, step=3, seconds=0.5)
     assert (found.step, found.images, found.train_images, found.seconds) == (3, 2, 1, 0.5)
     assert (found.eval_loss, found.eval_train_loss, found.eval_gap) == (4.0, 3.0, 1.0)
     assert found.eval_loss_by_band == {"0-500": 3.0, "500-800": 3.0, "800-1000": 7.0}
@@ -44,10 +44,10 @@ def test_losses_are_averaged_over_images_and_noise_levels() -> None:
 def test_image_without_a_finite_loss_counts_nowhere(bad: float) -> None:
     losses = LOSSES.clone()
     losses[1, 0] = bad
-    found = summarised(losses, TIMESTEPS, num_held_out=2, step=3, seconds=0.5)
+    found = summarised(losses, TIMESTEPS, num_held_out=2, image_set=9, step=3, seconds=0.5)
     assert (found.images, found.eval_loss, found.eval_train_loss) == (1, 2.0, 3.0)
     losses[0, 1] = bad
-    nothing = summarised(losses, TIMESTEPS, num_held_out=2, step=3, seconds=0.5)
+    nothing = summarised(losses, TIMESTEPS, num_held_out=2, image_set=9, step=3, seconds=0.5)
     assert (nothing.images, nothing.eval_loss, nothing.eval_gap) == (0, None, None)
     assert "eval_loss" not in nothing.curves
     json.dumps(nothing.curves, allow_nan=False)
@@ -88,6 +88,8 @@ def test_the_plan_names_held_out_images_and_what_evaluations_cost(tmp_path: Path
     assert f"{row}every 2 epochs and at the end" in text
     assert "5 noise levels of each: 30 predictions without gradients each time, 4 at once" in text
     assert "metrics.jsonl, evaluations.jsonl, report.html" in text
+    own = lines(run_of(tmp_path, [{"id": "mine"}, others | {"train_batch_size": 1}], **keys))
+    assert "without gradients each time, 1 to 4 at once" in own
     assert "of 5 batches" in text, "the 20 images that are trained, in batches of 4"
 
 
