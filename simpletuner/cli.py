@@ -242,11 +242,14 @@ def inspect_command(
     adapter: AdapterFile,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Describe an adapter file: algorithm, ranks, rank schedule, base model, training."""
-    configure_logging(main_process=True)
-    from simpletuner.helpers.adapters.files.inspection import inspect
+    """Describe an adapter file: algorithm, ranks, rank schedule, base model, training.
 
-    found = inspect(one_adapter(adapter))
+    The file of a new token has its word and its embeddings instead.
+    """
+    configure_logging(main_process=True)
+    from simpletuner.helpers.adapters.files.inspection import inspect_any
+
+    found = inspect_any(one_adapter(adapter))
     print(found.as_json() if as_json else found.text())
 
 

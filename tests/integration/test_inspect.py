@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from simpletuner import cli
+from simpletuner.cli import app
+from simpletuner.helpers.adapters.files import embeddings
 from simpletuner.helpers.adapters.files.export import ExportOptions, export_adapter
 from simpletuner.helpers.adapters.files.inspection import inspect
 from simpletuner.helpers.errors import AdapterError
@@ -124,3 +128,17 @@ def test_inspecting_imports_neither_diffusers_nor_lycoris() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_the_file_of_a_new_token_is_described_by_its_embeddings(tmp_path: Path) -> None:
+    file = tmp_path / "learned_embeds.safetensors"
+    rows = {"text_encoder": torch.full((2, 4), 0.5), "text_encoder_2": torch.zeros(2, 6)}
+    metadata = {"placeholder_token": "<cat>", "initializer_token": "cat", "steps": "12"}
+    embeddings.write(file, rows, metadata=metadata)
+    result = CliRunner().invoke(app, ["inspect", str(file)], catch_exceptions=False)
+    lines = {tuple(re.split("  +", line)) for line in result.output.splitlines()}
+    assert {("New token", "<cat>"), ("Started from", "cat"), ("steps", "12")} < lines
+    assert ("text_encoder", "2 of width 4, mean length 1") in lines
+    assert ("text_encoder_2", "2 of width 6, mean length 0") in lines
+    stored = json.loads(CliRunner().invoke(app, ["inspect", str(file), "--json"]).output)
+    assert stored["embeddings"] == {"text_encoder": [2, 4], "text_encoder_2": [2, 6]}

@@ -88,9 +88,13 @@ def ema_folder(model: str) -> str:
     return f"{model}_ema"
 
 
-def adapter_in(folder: Path) -> Path | None:
-    """The adapter in an output folder or a checkpoint, else the file of a token that was trained alone."""
-    found = (folder / name for name in (ADAPTER_FILE, EMBEDDING_FILE))
+def adapter_in(folder: Path, *, is_token: bool = False) -> Path | None:
+    """The adapter in an output folder or a checkpoint, else the file of a token that was trained alone.
+
+    The file of the token comes first for a run of a token alone, whose folder may hold another run's adapter.
+    """
+    names = (EMBEDDING_FILE, ADAPTER_FILE) if is_token else (ADAPTER_FILE, EMBEDDING_FILE)
+    found = (folder / name for name in names)
     return next((file for file in found if file.is_file()), None)
 
 

@@ -376,6 +376,15 @@ def test_adapter_of_the_newest_checkpoint_is_named_before_the_final_one_exists(t
     assert "of checkpoint-10, the newest so far" in Page(html).text
 
 
+def test_the_file_of_a_token_stands_before_the_adapter_of_an_earlier_run(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path).write()
+    (tmp_path / "learned_embeds.safetensors").write_bytes(b"x")
+    assert read_run(tmp_path).adapter == tmp_path / "pytorch_lora_weights.safetensors"
+    config = json.loads((tmp_path / CONFIG_FILE).read_bytes())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(config | {"model_type": "embedding"}))
+    assert read_run(tmp_path).adapter == tmp_path / "learned_embeds.safetensors"
+
+
 def test_paths_are_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SyntheticRun(tmp_path / "output" / "mine").write()
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from simpletuner.helpers.adapters.files import adapter_file, comfyui, labels
+from simpletuner.helpers.adapters.files.embeddings import is_embeddings
 from simpletuner.helpers.adapters.files.foreign.translation import Reading, read_parts, stated_schedule
 from simpletuner.helpers.adapters.files.text_layers import layer_counts, without_encoders
+from simpletuner.helpers.adapters.files.token_inspection import TokenInspection, inspect_token
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
 from simpletuner.helpers.adapters.tlora.spec import TLoraSpec
 from simpletuner.helpers.adapters.tlora.stored_layer import BASE_KEYS, VANILLA_KEYS
@@ -133,13 +135,32 @@ class Inspection:
         return f'\nImages: simpletuner sample --adapter {shlex.quote(self.file)}{model} --prompt "..."'
 
 
+def inspect_any(file: Path) -> Inspection | TokenInspection:
+    """Read and summarise an adapter file, or the file of a new token.
+
+    Raises:
+        AdapterError: The file cannot be read, or its algorithm is unknown.
+    """
+    stored = adapter_file.read(file, takes_embeddings=True)
+    return inspect_token(stored) if is_embeddings(stored) else inspect_read(stored)
+
+
 def inspect(file: Path) -> Inspection:
     """Read and summarise an adapter file.
 
     Raises:
         AdapterError: The file cannot be read, or its algorithm is unknown.
     """
-    stored = adapter_file.read(file)
+    return inspect_read(adapter_file.read(file))
+
+
+def inspect_read(stored: adapter_file.AdapterFile) -> Inspection:
+    """Summarise an adapter file that was read.
+
+    Raises:
+        AdapterError: Its algorithm is unknown.
+    """
+    file = stored.path
     encoders = layer_counts(stored)
     reading = read_parts(without_encoders(stored, encoders))
     layers = reading.foreign.layers

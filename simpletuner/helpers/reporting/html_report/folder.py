@@ -98,7 +98,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
     )
     if step is None:
         step = _step(path, log)
-    adapter = _adapter(path)
+    adapter = _adapter(path, is_token=config.get("model_type") == "embedding")
     return RunSnapshot(
         path=path,
         state=state or _state(path, step),
@@ -162,10 +162,10 @@ def _finished_step(path: Path) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _adapter(path: Path) -> Path | None:
+def _adapter(path: Path, *, is_token: bool) -> Path | None:
     folders = [path, *(checkpoint.path for checkpoint in current_checkpoints(path))]
     for folder in folders:
-        if (file := adapter_in(folder)) is not None:
+        if (file := adapter_in(folder, is_token=is_token)) is not None:
             return file
         if weights := model_files(folder):
             return weights[0].parent
