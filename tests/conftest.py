@@ -28,6 +28,7 @@ os.environ["MPLBACKEND"] = "Agg"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+LOG_LEVEL = logging.getLogger().level
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -63,11 +64,10 @@ def _nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
-    """Take off the handler that a command put on the root logger: its stream is closed after the test."""
+    """Undo what a command, in the test or in a fixture of its file, did to the root logger."""
     root = logging.getLogger()
-    level = root.level
+    root.setLevel(LOG_LEVEL)
     yield
-    root.setLevel(level)
     for handler in [each for each in root.handlers if each.name == HANDLER_NAME]:
         root.removeHandler(handler)
 

@@ -10,6 +10,8 @@ install_project dev
 
 # One thread each: results are compared to the last digit, and a busy machine makes OpenMP threads wait in a spin.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Every test process and every command that a test starts would compile the package and the tests anew.
+unset PYTHONDONTWRITEBYTECODE
 bin=$environment/bin
 failed=
 check() { # check NAME COMMAND...

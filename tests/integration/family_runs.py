@@ -53,7 +53,7 @@ class FamilyModel:
         return {**TLORA, "apply_preset": {"target_module": list(self.targets)}}
 
 
-SDXL = FamilyModel("sdxl", tiny_model, ("Attention",), 64)
+SDXL = FamilyModel("sdxl", tiny_model, ("Attention",), 32)
 # A double block has 8 projections of attention and 4 feed-forward layers, a single one 3 and 2.
 FLUX = FamilyModel("flux", tiny_flux, ("Attention", "FeedForward"), 2 * (8 + 4) + 2 * (3 + 2))
 # As users of other trainers name them. A double block has 8 and 2 on each side, a single one 2.

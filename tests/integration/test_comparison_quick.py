@@ -20,7 +20,7 @@ S_PER_PASS = 0.04
 """CPU seconds of the embedded model for one sample, here; a backward counts as two."""
 STARTS_S = 20
 """CPU seconds until the command and its two workers have imported everything."""
-SHORTER = {"steps": (4, 8), "unequal": (4, 8)}
+SHORTER = {"steps": (2, 4), "unequal": (2, 4), "sampling_steps": 4}
 TWO_STARTS = f"""
 import multiprocessing.forkserver, shutil, sys
 from contextlib import suppress

@@ -19,8 +19,9 @@ from simpletuner.helpers.models.compiling import compiled_for_validation
 from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.family_runs import IMAGES, MODELS, SDXL, FamilyModel
 from tests.integration.processes import wait_for_all
-from tests.integration.tiny_runs import TLORA, TinyRun, gradients, start_pair
+from tests.integration.tiny_runs import TLORA, TinyRun, deep_model, gradients, start_pair
 
+DEEP = FamilyModel(SDXL.family, deep_model, SDXL.targets, 2 * SDXL.num_layers)
 TWO_LAYERS = {**TLORA, "apply_preset": {"target_name": [r".*mid_block.*attn1\.to_q"]}}
 """In two blocks; the others, which run before them, have no adapter."""
 FAST = {"dynamo_backend": "eager", "gradient_checkpointing": True}
@@ -75,7 +76,7 @@ def check_gradients(run: TinyRun, **compiled: object) -> int:
 
 
 def test_blocks_with_and_without_an_adapter_have_graphs_of_their_own(tmp_path: Path) -> None:
-    assert check_gradients(SDXL.run(tmp_path, TWO_LAYERS), **FAST) == 4  # of two widths
+    assert check_gradients(DEEP.run(tmp_path, TWO_LAYERS), **FAST) == 4  # of two widths
 
 
 @pytest.mark.slow
@@ -94,7 +95,7 @@ def test_gradients_are_the_same_and_no_timestep_compiles_again(
 
 @pytest.mark.slow
 def test_every_bucket_has_fixed_shapes_and_none_compiles_twice(tmp_path: Path) -> None:
-    run = SDXL.run(tmp_path, TWO_LAYERS)
+    run = DEEP.run(tmp_path, TWO_LAYERS)
     for height in (96, 128):
         Image.new("RGB", (64, height), "red").save(tmp_path / "images" / f"{height}.png")
         (tmp_path / "images" / f"{height}.txt").write_text("a tall one")
@@ -112,11 +113,11 @@ def test_every_bucket_has_fixed_shapes_and_none_compiles_twice(tmp_path: Path) -
 
 def test_validation_runs_uncompiled_unless_it_is_asked_for(tmp_path: Path) -> None:
     keys = {**FAST, **IMAGES, "disable_benchmark": True}
-    with SDXL.run(tmp_path, TWO_LAYERS).trainer(**keys) as trainer:
+    with DEEP.run(tmp_path, TWO_LAYERS).trainer(**keys) as trainer:
         trainer.validation.run(2)
         assert trainer.validation.grid_file(2).exists()
         assert not num_graphs()
-    with SDXL.run(tmp_path / "compiled", TWO_LAYERS).trainer(
+    with DEEP.run(tmp_path / "compiled", TWO_LAYERS).trainer(
         **keys, validation_torch_compile=True
     ) as trainer:
         step_gradients(trainer, steps=1)
@@ -136,7 +137,7 @@ def test_validation_runs_uncompiled_unless_it_is_asked_for(tmp_path: Path) -> No
 
 def test_without_a_training_backend_only_validation_is_compiled(tmp_path: Path) -> None:
     keys = {**IMAGES, "disable_benchmark": True, "gradient_checkpointing": True}
-    with SDXL.run(tmp_path, TWO_LAYERS).trainer(**keys) as trainer:
+    with DEEP.run(tmp_path, TWO_LAYERS).trainer(**keys) as trainer:
         config = trainer.config.compiling.model_copy(update={"validation_torch_compile": True})
         with compiled_for_validation(trainer.denoiser, config):
             assert [module for module in trainer.denoiser.modules() if module._compiled_call_impl]
@@ -146,7 +147,7 @@ def test_without_a_training_backend_only_validation_is_compiled(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_compiled_run_resumes_and_writes_the_files_of_an_uncompiled_one(tmp_path: Path) -> None:
     keys = {"use_ema": True, "gradient_accumulation_steps": 2}
-    plain, compiled = SDXL.run(tmp_path / "plain", TWO_LAYERS), SDXL.run(tmp_path / "compiled", TWO_LAYERS)
+    plain, compiled = DEEP.run(tmp_path / "plain", TWO_LAYERS), DEEP.run(tmp_path / "compiled", TWO_LAYERS)
     assert plain.run(**keys, gradient_checkpointing=True) == 0
     assert compiled.run(**keys, **FAST, max_train_steps=2) == 0
     assert compiled.run(**keys, **FAST) == 0
@@ -165,7 +166,7 @@ def test_a_compiled_run_resumes_and_writes_the_files_of_an_uncompiled_one(tmp_pa
 def test_two_processes_train_compiled_what_one_trains(tmp_path: Path) -> None:
     adapters = []
     for name, keys in {"uncompiled": {"dynamo_backend": "no"}, "compiled": {}}.items():
-        run = SDXL.run(tmp_path / name, TWO_LAYERS)
+        run = DEEP.run(tmp_path / name, TWO_LAYERS)
         wait_for_all(start_pair(run, **FAST | keys))
         adapters.append(load_file(run.output_dir / ADAPTER_FILE))
     for key, tensor in adapters[0].items():
@@ -175,4 +176,4 @@ def test_two_processes_train_compiled_what_one_trains(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with a C++ compiler on a CPU")
 def test_inductor_gives_the_same_gradients(tmp_path: Path) -> None:
-    assert check_gradients(SDXL.run(tmp_path, TWO_LAYERS), **FAST | {"dynamo_backend": "inductor"}) == 4
+    assert check_gradients(DEEP.run(tmp_path, TWO_LAYERS), **FAST | {"dynamo_backend": "inductor"}) == 4

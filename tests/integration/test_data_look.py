@@ -254,6 +254,7 @@ def test_a_look_at_archives_writes_its_page_alone(tmp_path: Path, monkeypatch: p
             "conditioning_data": "masks",
         },
         {"id": "masks", "type": "webdataset", "instance_data_dir": "references packed", **mask},
+        cache_dir_vae=str(tmp_path / "cache"),
     )
     before = set(tmp_path.rglob("*"))
     assert run(config).exit_code == 0

@@ -15,7 +15,7 @@ from simpletuner.helpers.adapters.network import load_adapter
 from simpletuner.helpers.models.sdxl.tiny import make_unet
 from tests.integration.attached import command
 from tests.integration.tiny_pipelines import load, trained_adapter_file
-from tests.integration.tiny_runs import tiny_model
+from tests.integration.tiny_runs import deep_model
 from tests.unit.adapters.files.foreign.makers import effect_error, lora, original_file
 from tests.unit.adapters.files.foreign.test_standard_lora import underscored
 
@@ -40,17 +40,17 @@ def test_merge_adds_files_with_the_model_that_names_their_layers(
     arguments = ("merge", file, file, "--output", output, "--weights=0.5,-2")
     assert command(monkeypatch, *arguments) == 1
     assert "--model" in capsys.readouterr().err
-    assert command(monkeypatch, *arguments, "--model", tiny_model(), "--per-layer") == 0
+    assert command(monkeypatch, *arguments, "--model", deep_model(), "--per-layer") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith(f"{output}: ")
     assert len(printed) == 1 + len(deltas)
     assert all(re.match(r"\d\.\de[-+]\d\d  rank 8 ", line) for line in printed[1:])
-    unet = load(tiny_model()).unet
+    unet = load(deep_model()).unet
     load_adapter(unet, output)
     assert max(effect_error(unet, path, -1.5 * delta) for path, delta in deltas.items()) < 1e-4
-    assert command(monkeypatch, *arguments, "--model", tiny_model()) == 1
+    assert command(monkeypatch, *arguments, "--model", deep_model()) == 1
     assert "--overwrite" in capsys.readouterr().err
-    options = ("--overwrite", "--rank", 3, "--dtype", "bf16", "--format", "kohya", "--model", tiny_model())
+    options = ("--overwrite", "--rank", 3, "--dtype", "bf16", "--format", "kohya", "--model", deep_model())
     assert command(monkeypatch, *arguments, *options) == 0
     tensors = load_file(output)
     downs = [tensor for key, tensor in tensors.items() if key.endswith(".lora_down.weight")]
@@ -83,7 +83,7 @@ def test_resize_lowers_the_rank_of_a_file(
 ) -> None:
     file, deltas = kohya
     output = tmp_path / "out.safetensors"
-    arguments = ("resize", file, "--output", output, "--model", tiny_model())
+    arguments = ("resize", file, "--output", output, "--model", deep_model())
     assert command(monkeypatch, *arguments) == 1
     assert "--energy" in capsys.readouterr().err
     assert command(monkeypatch, *arguments, "--rank", 2, "--per-layer") == 0
@@ -103,7 +103,7 @@ def test_resize_lowers_the_rank_of_a_file(
 def test_extract_writes_the_difference_of_two_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base: Any = load(tiny_model()).unet
+    base: Any = load(deep_model()).unet
     tuned = make_unet()
     tuned.load_state_dict(base.state_dict())
     delta = torch.outer(torch.arange(32.0), torch.ones(32)) * 0.01
@@ -112,7 +112,7 @@ def test_extract_writes_the_difference_of_two_models(
         tuned.get_parameter("conv_in.weight").mul_(1.5)
     tuned.save_pretrained(tmp_path / "tuned" / "unet")
     output = tmp_path / "out.safetensors"
-    arguments = ("extract", "--base", tiny_model(), "--tuned", tmp_path / "tuned", "--output", output)
+    arguments = ("extract", "--base", deep_model(), "--tuned", tmp_path / "tuned", "--output", output)
     assert command(monkeypatch, *arguments, "--rank", 1, "--per-layer") == 0
     printed = capsys.readouterr().out
     assert re.search(rf"^\d\.\de-\d\d  rank 1 +{LAYER}$", printed, re.M)
@@ -127,10 +127,10 @@ def test_extract_writes_the_difference_of_two_models(
     assert key.startswith("lora_unet_middle_block")
     assert load_file(output)[key].dtype == torch.bfloat16
     files = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
-    unet = tiny_model() / "unet" / "diffusion_pytorch_model.safetensors"
+    unet = deep_model() / "unet" / "diffusion_pytorch_model.safetensors"
     for file, source in zip(files, (unet, tmp_path / "tuned" / "unet" / unet.name), strict=True):
         file.write_bytes(source.read_bytes())
     arguments = ("extract", "--base", files[0], "--tuned", files[1], "--output", output, "--overwrite")
     assert command(monkeypatch, *arguments, "--rank", 1) == 1
     assert "--model" in capsys.readouterr().err
-    assert command(monkeypatch, *arguments, "--rank", 1, "--model", tiny_model()) == 0
+    assert command(monkeypatch, *arguments, "--rank", 1, "--model", deep_model()) == 0

@@ -21,7 +21,7 @@ from simpletuner.helpers.errors import AdapterError
 from tests.integration.attached import command
 from tests.integration.flux_pipelines import stock, tiny_flux
 from tests.integration.tiny_pipelines import load, sample, trained_adapter_file
-from tests.integration.tiny_runs import tiny_model
+from tests.integration.tiny_runs import deep_model
 from tests.unit.adapters.files.foreign.makers import lora, original_file, own_file
 from tests.unit.adapters.files.foreign.test_standard_lora import OWN_NAMES, underscored
 from tests.unit.adapters.files.foreign.test_tlora_of_others import LAYOUTS, build
@@ -39,7 +39,7 @@ def diffusers(tmp_path: Path, name: str = "diffusers", **options: Any) -> Path:
 
 def test_diffusers_names_give_the_image_of_diffusers_own_loader(tmp_path: Path) -> None:
     file = diffusers(tmp_path)
-    ours, theirs = load(tiny_model()), load(tiny_model())
+    ours, theirs = load(deep_model()), load(deep_model())
     base = sample(ours)
     adapter = load_into_pipeline(ours, file)
     assert load_peft_into_pipeline(theirs, file) == "default"
@@ -52,7 +52,7 @@ def test_diffusers_names_give_the_image_of_diffusers_own_loader(tmp_path: Path) 
 
 def test_loaded_adapters_of_others_stay_active_at_their_strength(tmp_path: Path) -> None:
     first, second = diffusers(tmp_path, "first"), diffusers(tmp_path, "second")
-    pipeline, expected = load(tiny_model()), load(tiny_model())
+    pipeline, expected = load(deep_model()), load(deep_model())
     pipeline.load_lora_weights(str(tmp_path), weight_name=first.name, adapter_name="default")
     pipeline.set_adapters("default", 0.25)
     assert load_peft_into_pipeline(pipeline, second, strength=0.5) == "default_2"
@@ -63,7 +63,7 @@ def test_loaded_adapters_of_others_stay_active_at_their_strength(tmp_path: Path)
 
 def test_file_that_diffusers_reads_in_part_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
     first = diffusers(tmp_path)
-    pipeline = load(tiny_model())
+    pipeline = load(deep_model())
     pipeline.load_lora_weights(str(tmp_path), weight_name=first.name, adapter_name="theirs")
     before = sample(pipeline)
     # diffusers counts blocks by the tiny model's layers per block, so some keys match nothing there.
@@ -95,9 +95,9 @@ def test_sample_needs_the_model_of_a_file_that_names_none_and_applies_it(
     file = make(tmp_path)
     arguments = ("--adapter", file, "--prompt", "a cat", "--size", 64, "--steps", 2, "--guidance", 1)
     assert command(monkeypatch, "sample", *arguments, "--output", tmp_path / "none") == 2
-    model = ("--family", "sdxl", "--model", tiny_model())
+    model = ("--family", "sdxl", "--model", deep_model())
     assert command(monkeypatch, "sample", *arguments, *model, "--output", tmp_path / "out") == 0
-    pipeline = load(tiny_model())
+    pipeline = load(deep_model())
     load_into_pipeline(pipeline, file)
     options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 64, "width": 64}
     expected = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images[0]
@@ -145,9 +145,9 @@ def test_file_of_another_trainer_is_exported_with_its_base_model(
     source, file = made.save(tmp_path / "source.safetensors"), tmp_path / "out.safetensors"
     assert command(monkeypatch, "export", source, "--output", file) == 1
     assert "--model" in capsys.readouterr().err
-    options = ("--model", tiny_model(), "--family", "sdxl", "--timestep", 500)
+    options = ("--model", deep_model(), "--family", "sdxl", "--timestep", 500)
     assert command(monkeypatch, "export", source, "--output", file, *options) == 0
-    live, exported = (load(tiny_model()).unet.eval() for _ in range(2))
+    live, exported = (load(deep_model()).unet.eval() for _ in range(2))
     adapter = load_adapter(live, source)
     load_adapter(exported, file)
     with torch.no_grad(), adapter.rank_mask_for([500]):

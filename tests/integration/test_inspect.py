@@ -22,13 +22,13 @@ from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from tests.integration.tiny_pipelines import attach, load, trained_adapter_file
-from tests.integration.tiny_runs import TinyRun, tiny_model
+from tests.integration.tiny_runs import TinyRun, deep_model
 
 
 def test_tlora_file_of_a_run_tells_everything_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training = TinyRun(tmp_path)
+    training = TinyRun(tmp_path, keys={"pretrained_model_name_or_path": str(deep_model())})
     assert training.run(max_train_steps=1) == 0
     file = training.output_dir / ADAPTER_FILE
     monkeypatch.setattr("sys.argv", ["simpletuner", "inspect", str(file)])
@@ -39,7 +39,7 @@ def test_tlora_file_of_a_run_tells_everything_about_it(
     facts = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines if "  " in line}
     assert facts["Algorithm"] == "T-LoRA, init random/last"
     assert facts["Layers"] == "64: rank 8 (64)"
-    assert facts["Base model"] == str(tiny_model())
+    assert facts["Base model"] == str(deep_model())
     assert facts["Family"] == "sdxl"
     assert facts["steps"] == "1"
     assert facts["learning_rate"] == "0.001"
@@ -59,15 +59,15 @@ def test_json_holds_the_same_facts(
         cli.main()
     facts = json.loads(capsys.readouterr().out)
     assert facts["init"] == "vanilla"
-    assert facts["scales"] == {"0.5": 80}
+    assert facts["scales"] == {"0.5": 40}
     assert facts["schedule"]["min_rank"] == 2
     assert facts["num_frozen"] == 0
-    assert facts["num_base_hashes"] == facts["num_layers"] == 80
+    assert facts["num_base_hashes"] == facts["num_layers"] == 40
 
 
 def test_layers_of_another_rank_are_counted(tmp_path: Path) -> None:
     preset = {"target_module": ["Attention"], "module_algo_map": {"FeedForward": {"linear_dim": 4}}}
-    adapter = attach(load(tiny_model()), apply_preset=preset)
+    adapter = attach(load(deep_model()), apply_preset=preset)
     adapter.save(tmp_path / "a.safetensors", metadata={})
     assert inspect(tmp_path / "a.safetensors").ranks == {4: 16, 8: 64}
 
@@ -76,7 +76,7 @@ def test_layers_of_another_rank_are_counted(tmp_path: Path) -> None:
 def test_other_lycoris_algorithms_are_named_and_have_no_schedule(
     algo: str, name: str, tmp_path: Path
 ) -> None:
-    adapter = attach(load(tiny_model()), algo=algo)
+    adapter = attach(load(deep_model()), algo=algo)
     adapter.save(tmp_path / "a.safetensors", metadata={})
     found = inspect(tmp_path / "a.safetensors")
     assert (found.algorithm, found.num_layers, found.schedule, found.missing) == (name, 80, None, ())
@@ -88,7 +88,7 @@ def test_export_is_a_plain_lora_of_twice_the_rank(layout: str, name: str, tmp_pa
     options = ExportOptions(layout=layout)  # type: ignore[arg-type]
     export_adapter(trained_adapter_file(), output, options, families=registry.specs())
     found = inspect(output)
-    assert (found.algorithm, found.ranks, found.schedule) == (name, {16: 80}, None)
+    assert (found.algorithm, found.ranks, found.schedule) == (name, {16: 40}, None)
 
 
 def test_stock_file_says_what_it_lacks(tmp_path: Path) -> None:

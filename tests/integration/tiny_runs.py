@@ -40,8 +40,16 @@ TLORA = {
 
 @functools.cache
 def tiny_model() -> Path:
-    """A tiny SDXL in the diffusers layout, made once per process."""
+    """A tiny SDXL of 32 adapted layers in the diffusers layout, made once per process."""
     folder = Path(tempfile.mkdtemp(prefix="tiny_sdxl_"))
+    save_tiny_sdxl(folder, depth=1)
+    return folder
+
+
+@functools.cache
+def deep_model() -> Path:
+    """The same with two transformer layers a block, for tests that name or count them."""
+    folder = Path(tempfile.mkdtemp(prefix="deep_sdxl_"))
     save_tiny_sdxl(folder)
     return folder
 

@@ -278,12 +278,11 @@ def _input_numbers(layers: Sequence[Layer], step: Step) -> int:
 def _factor_bytes(layer: Layer, adapter: LowRank, arithmetic: Arithmetic) -> int:
     """Bytes of the factors that are made in a forward pass and kept."""
     inputs, outputs = layer.inputs * layer.kernel, layer.outputs
-    # The first factor is kept for the gradient of the input.
-    factors = outputs if layer.reads_text else inputs + outputs
-    if adapter.is_tlora:
-        # The sum q0 + dq in float32, and the two factors of the doubled rank in the format of the layer.
-        return adapter.rank * (FLOAT32 * inputs + 2 * arithmetic.compute_bytes * factors)
-    return adapter.rank * MIXED * factors if arithmetic.is_mixed else 0
+    if layer.reads_text:  # the first factor is kept for the gradient of the input
+        inputs = 0
+    if adapter.is_tlora:  # A of twice the rank, and B with a third part for the gradients
+        return adapter.rank * arithmetic.compute_bytes * (2 * inputs + 3 * outputs)
+    return adapter.rank * MIXED * (inputs + outputs) if arithmetic.is_mixed else 0
 
 
 def kept_bytes(layout: Layout, step: Step) -> int:

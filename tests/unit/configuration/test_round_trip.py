@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 # The workspace is written anew for every example.
 SETTINGS = settings(
-    max_examples=1000,
+    max_examples=300,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

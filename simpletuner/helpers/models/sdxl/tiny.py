@@ -24,14 +24,15 @@ TEXT_WIDTH = 32
 TIME_WIDTH = 8
 
 
-def save_tiny_sdxl(folder: Path, *, seed: int = 0) -> None:
+def save_tiny_sdxl(folder: Path, *, seed: int = 0, depth: int = 2) -> None:
     """Write a complete SDXL model of about 2 MB; a seed gives the same bytes on every machine.
 
-    The UNet has 16 attention and 8 feed-forward layers, whose linear layers have edges of at least 32.
+    At depth 2 the UNet has 16 attention and 8 feed-forward layers, at depth 1 half as many. Their linear
+    layers have edges of at least 32.
     Widths: latents 4 channels at 1/8 of the pixels, text 2 x 32, pooled text 32.
     """
     tokenizer, tokenizer_2 = make_clip_tokenizer(pad=CLIP_END), make_clip_tokenizer(pad="!")
-    unet, vae = make_unet(), make_vae()
+    unet, vae = make_unet(depth=depth), make_vae()
     text_encoder = CLIPTextModel(clip_text_config(tokenizer, width=TEXT_WIDTH))
     text_encoder_2 = CLIPTextModelWithProjection(clip_text_config(tokenizer_2, width=TEXT_WIDTH))
     for index, module in enumerate((unet, vae, text_encoder, text_encoder_2)):
@@ -57,8 +58,12 @@ def save_tiny_sdxl(folder: Path, *, seed: int = 0) -> None:
         pipeline.save_pretrained(folder)
 
 
-def make_unet() -> UNet2DConditionModel:
-    """A UNet of two resolutions with SDXL's size and crop conditioning; width 32 at attention layers."""
+def make_unet(*, depth: int = 2) -> UNet2DConditionModel:
+    """A UNet of two resolutions with SDXL's size and crop conditioning; width 32 at attention layers.
+
+    Args:
+        depth: Transformer layers of each block that has any.
+    """
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=4,
@@ -67,7 +72,7 @@ def make_unet() -> UNet2DConditionModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
+        transformer_layers_per_block=(1, depth),
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         cross_attention_dim=2 * TEXT_WIDTH,
