@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
@@ -45,11 +44,6 @@ class CacheRequest(Generic[Input]):
     """A batch holds neighbouring requests of one group."""
     file: Any = None
     """What `load` reads, for `expect`."""
-
-    @property
-    def entry(self) -> tuple[Path, str]:
-        """Identity of the entry: the folder of its store, and its key."""
-        return self.store.folder, self.key
 
 
 class CacheRequests(Sequence[CacheRequest[Input]]):

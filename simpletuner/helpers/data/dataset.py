@@ -36,7 +36,7 @@ from simpletuner.helpers.data.cropping import with_new_crop
 from simpletuner.helpers.data.epoch_report import report_epochs
 from simpletuner.helpers.data.facts import facts_of
 from simpletuner.helpers.data.held_out import Divided, divided
-from simpletuner.helpers.data.index import ImageIndex, index_file
+from simpletuner.helpers.data.index import FORGOTTEN, ImageIndex, index_file
 from simpletuner.helpers.data.made_references import DepthEstimator
 from simpletuner.helpers.data.masks import is_blank
 from simpletuner.helpers.data.mirroring import is_mirrored, mirrored
@@ -212,13 +212,17 @@ class TrainingData:
         self._on_demand = on_demand
 
     def flush(self) -> None:
-        """Write what was encoded on demand since the last shards.
+        """Write what was encoded on demand since the last shards, and forget images that changed meanwhile.
 
         Raises:
-            StorageError: A shard cannot be written.
+            StorageError: A shard or an index cannot be written.
         """
         for store in (self._text_store, *self._latents_stores.values()):
             store.flush()
+        changed = {digest: why for digest, why in self.damaged.items() if FORGOTTEN in why}
+        for index in (*self._indexes.values(), *self._entry_indexes.values()) if changed else ():
+            index.mark_damaged(changed)
+            index.save()
 
     def leave_out(self, damaged: Mapping[str, str]) -> None:
         """Leave damaged images out of this run's samples and of later runs' too; list them as skipped.

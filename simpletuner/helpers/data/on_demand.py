@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -31,8 +30,8 @@ class OnDemand:
     """Name of an encoder, as in requests -> its function, and the inputs that it takes at a time."""
     _: KW_ONLY
     watch: LoaderWatch
-    _present: set[tuple[Path, str]] = field(init=False, default_factory=set)
-    """Entries that were read or made and stay; several folders may hold one key."""
+    _present: set[tuple[int, str]] = field(init=False, default_factory=set)
+    """Entries that were read or made and stay; several stores, even of one folder, may hold one key."""
 
     def load(self, requests: Iterable[CacheRequest[Any]]) -> list[Loaded] | None:
         """The inputs of the entries that are missing or damaged; None if an input is unusable.
@@ -42,11 +41,11 @@ class OnDemand:
         """
         loaded: list[Loaded] = []
         for request in requests:
-            if request.encoder not in self.encoders or request.entry in self._present:
+            if request.encoder not in self.encoders or _entry(request) in self._present:
                 continue
             self.watch.note(request.name)
             if request.key in request.store:
-                self._present.add(request.entry)
+                self._present.add(_entry(request))
                 continue
             value = request.load()
             if value is None:
@@ -71,18 +70,22 @@ class OnDemand:
                     request.store.drop()
 
     def _encode(self, loaded: Sequence[Loaded]) -> None:
-        groups: dict[tuple[str, str], dict[tuple[Path, str], Loaded]] = {}
+        groups: dict[tuple[str, str], dict[tuple[int, str], Loaded]] = {}
         for request, value in loaded:
-            if request.entry not in self._present:
+            if _entry(request) not in self._present:
                 group = groups.setdefault((request.encoder, request.batch_group), {})
-                group[request.entry] = (request, value)
+                group[_entry(request)] = (request, value)
         for (name, _), group in groups.items():
             encode, size = self.encoders[name]
             for batch in _batched(list(group.values()), size):
                 put_encoded([request for request, _ in batch], encode([value for _, value in batch]))
                 self._present.update(
-                    request.entry for request, _ in batch if not isinstance(request.store, MemoryStore)
+                    _entry(request) for request, _ in batch if not isinstance(request.store, MemoryStore)
                 )
+
+
+def _entry(request: CacheRequest[Any]) -> tuple[int, str]:
+    return id(request.store), request.key
 
 
 def _batched(items: Sequence[Loaded], size: int) -> Iterable[Sequence[Loaded]]:

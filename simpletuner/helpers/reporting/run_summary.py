@@ -134,9 +134,10 @@ class RunSummary:
 def load_summary(output_dir: Path) -> RunSummary | None:
     """The summary in a folder; None when it is missing or unreadable."""
     try:
-        return RunSummary(**json.loads((output_dir / SUMMARY_FILE).read_bytes()))
+        summary = RunSummary(**json.loads((output_dir / SUMMARY_FILE).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    return summary if isinstance(summary.step, int) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,15 @@ def test_only_the_other_dataset_is_cached(folder: Path) -> None:
     assert [each.parent.name for each in (folder / "vae").rglob("shard*")] == ["kept"]
 
 
+def test_datasets_that_share_a_folder_of_latents_have_an_entry_each(folder: Path) -> None:
+    for file in (folder / "images").iterdir():
+        Image.new("RGB", (64, 64), (40 * int(file.stem), 0, 0)).save(file)
+    data = data_of(folder, cache_dir_vae=folder / "one")
+    drawn = [sample.dataset_id for batch in taken(data, 12) for sample in batch.samples]
+    assert drawn.count("anew") == drawn.count("kept") == 12
+    assert not data.damaged
+
+
 def test_a_resumed_run_and_several_processes_draw_the_same_crops(folder: Path) -> None:
     whole = taken(data_of(folder), 12)
     resumed = taken(data_of(folder), 5, start=7)

@@ -113,6 +113,22 @@ def test_paths_begin_at_instance_data_dir_or_at_the_folder_of_the_table(folder: 
 
 
 @pytest.mark.reliability_row(16)
+@pytest.mark.parametrize(
+    "urls",
+    [
+        ("s3://pets/a.png", "gs://pets/a.png"),
+        ("abfss://cats@pets.dfs.core.windows.net/a.png", "abfss://dogs@pets.dfs.core.windows.net/a.png"),
+        ("s3://pets/a#1.png", "s3://pets/a#2.png"),
+    ],
+    ids=["stores", "containers", "keys"],
+)
+def test_objects_whose_names_differ_in_what_is_not_shown_are_images_each(
+    urls: tuple[str, str], folder: Path
+) -> None:
+    config = csv(folder, "image,caption\n" + "".join(f"{url},caption {url[:2]}\n" for url in urls))
+    assert len({each.name for each in scan_entry(config).images}) == 2
+
+
 def test_rows_of_one_image_are_its_captions(folder: Path) -> None:
     config = csv(folder, "path,caption\nimages/0.png,a\nimages/1.png,b\n./images/0.png,c\nimages/0.png,a\n")
     assert captions(config) == {"images/0.png": ("a", "c"), "images/1.png": ("b",)}

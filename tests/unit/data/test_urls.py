@@ -7,14 +7,23 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
+from simpletuner.helpers.caching.filling import TEXT_ENCODER, VAE
+from simpletuner.helpers.caching.latents import latents_entries
+from simpletuner.helpers.caching.prefetch import LoaderWatch
+from simpletuner.helpers.caching.text import text_entry
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.configuration.schema.sections import DataConfig
+from simpletuner.helpers.contracts import TextEmbeds
 from simpletuner.helpers.data import preview as preview_module
+from simpletuner.helpers.data.dataset import TrainingData
 from simpletuner.helpers.data.index import ImageIndex, read_unchanged
+from simpletuner.helpers.data.on_demand import OnDemand
 from simpletuner.helpers.data.sources import urls
 from simpletuner.helpers.data.sources.base import expect, read_bounded
 from simpletuner.helpers.data.sources.opening import scan_entry
@@ -162,6 +171,32 @@ def test_a_url_that_changed_is_left_out_and_read_anew_at_the_next_start(
     assert later.knows(other)
     assert not later.knows(image)
     assert (later.info(image).size is not None) == bool(replaced)
+
+
+def test_a_url_that_changed_is_read_anew_where_no_cache_is_kept(tmp_path: Path, server: Server) -> None:
+    server.files |= {"/a.png": png(0), "/b.png": png(5)}
+    table = tmp_path / "list.csv"
+    table.write_text(f"url,caption\n{server.address}/a.png,a\n{server.address}/b.png,b\n")
+    config = DatasetConfig(id="a", type="table", table_file=table, resolution=64)
+    folders = DataConfig(cache_dir_vae=tmp_path, cache_dir_text=tmp_path, vae_cache_disable=True)
+
+    def trained() -> set[str]:
+        data = TrainingData(
+            [config], folders, seed=3, batch_size=1, pixel_alignment=64, index_folder=tmp_path / "index"
+        )
+        data.set_encoders(vae_identity="vae", text_identity="clip")
+        pixels = (lambda images: latents_entries(torch.stack(images)), 1)
+        texts = (lambda captions: [text_entry(TextEmbeds(torch.zeros(1, 4, 2))) for _ in captions], 1)
+        data.encode_on_demand(OnDemand({VAE: pixels, TEXT_ENCODER: texts}, watch=LoaderWatch()))
+        data.leave_out({})
+        paths = {sample.path[-5:] for batch in islice(data.batches(), 4) for sample in batch.samples}
+        data.flush()
+        return paths
+
+    assert trained() == {"a.png", "b.png"}
+    server.files["/a.png"] = png(1)
+    assert trained() == {"b.png"}
+    assert trained() == {"a.png", "b.png"}
 
 
 def test_expected_urls_are_read_ahead_and_each_once(server: Server, tmp_path: Path) -> None:

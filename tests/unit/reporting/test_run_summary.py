@@ -59,6 +59,16 @@ def test_summary_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert load_summary(tmp_path) == replace(SUMMARY, page=None)
 
 
+@pytest.mark.parametrize("step", [None, "2", 2.5])
+def test_a_summary_whose_step_is_no_number_of_steps_marks_nothing_as_finished(
+    step: object, tmp_path: Path
+) -> None:
+    SUMMARY.save(tmp_path)
+    file = tmp_path / SUMMARY_FILE
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"step": step}))
+    assert load_summary(tmp_path) is None
+
+
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"step": 1}', b"\xff"])
 def test_summary_that_cannot_be_read_marks_nothing_as_finished(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:

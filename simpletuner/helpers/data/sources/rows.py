@@ -304,6 +304,9 @@ class PathRows(ImageSource[Address]):
         except DataError as error:
             self._bad.append((self._rows.places[number], str(error)))
             return
+        known = self._addresses.get(name, address)
+        if known != address and not all(each.text.lower().startswith(WEB) for each in (known, address)):
+            name = f"{name}#{_short(address.text)}"  # of another store or container, which names leave out
         self._addresses.setdefault(name, address)
         self._numbers.setdefault(name, []).append(number)
 
