@@ -22,8 +22,14 @@ from torch import Tensor
 
 from simpletuner.helpers.errors import DataError
 from simpletuner.helpers.io.atomic import write_chunks
-from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, read_leading_metadata
-from simpletuner.helpers.io.tensor_bytes import DTYPES, NAMES, bytes_of
+from simpletuner.helpers.io.safetensors_file import (
+    METADATA,
+    Part,
+    header_bytes,
+    places_of,
+    read_leading_metadata,
+)
+from simpletuner.helpers.io.tensor_bytes import DTYPES, bytes_of, parts_of
 
 _ABOUT, _INDEX = "about", "index"
 _DIGEST = "digest"
@@ -120,24 +126,16 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, Tensor]], about
     Raises:
         StorageError: It cannot be written.
     """
-    header: dict[str, dict[str, object]] = {}
-    chunks: list[bytes | memoryview] = []
+    parts: list[Part] = []
     layouts: dict[Layout, int] = {}
     starts, lengths, layout_ids = [], [], []
     end = 0
     for key, tensors in entries.items():
-        # Large elements first, so that each tensor starts at a multiple of its element's size in the entry.
-        named = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
-        parts: list[tuple[str, str, tuple[int, ...], bytes | memoryview]] = [
-            (name, NAMES[each.dtype], tuple(each.shape), bytes_of(each)) for name, each in named
-        ]
-        parts.append((_DIGEST, "U8", (_DIGEST_BYTES,), digest_of(key, tensors)))
+        own = [*parts_of(tensors), (_DIGEST, "U8", (_DIGEST_BYTES,), digest_of(key, tensors))]
+        parts += [(f"{key}.{name}", dtype, shape, data) for name, dtype, shape, data in own]
         first, places = end, []
-        for name, dtype, shape, data in parts:
-            offsets = [end, end + len(data)]
-            header[f"{key}.{name}"] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        for name, dtype, shape, data in own:
             places.append(Place(name, dtype, shape, end - first))
-            chunks.append(data)
             end += len(data)
         starts.append(first)
         lengths.append(end - first)
@@ -154,7 +152,7 @@ def write_shard(folder: Path, entries: Mapping[str, Mapping[str, Tensor]], about
         _INDEX: json.dumps(index, separators=(",", ":")),
     }
     path = folder / f"shard-{uuid.uuid4().hex[:16]}.safetensors"
-    write_chunks(path, [header_bytes({METADATA: texts, **header}), *chunks])
+    write_chunks(path, [header_bytes({METADATA: texts} | places_of(parts)), *(data for *_, data in parts)])
     return path
 
 

@@ -219,10 +219,7 @@ class TrainingData:
         """
         for store in (self._text_store, *self._latents_stores.values()):
             store.flush()
-        changed = {digest: why for digest, why in self.damaged.items() if FORGOTTEN in why}
-        for index in (*self._indexes.values(), *self._entry_indexes.values()) if changed else ():
-            index.mark_damaged(changed)
-            index.save()
+        self._mark_damaged({digest: why for digest, why in self.damaged.items() if FORGOTTEN in why})
 
     def leave_out(self, damaged: Mapping[str, str]) -> None:
         """Leave damaged images out of this run's samples and of later runs' too; list them as skipped.
@@ -237,14 +234,17 @@ class TrainingData:
         """
         if not damaged:
             return
-        for index in (*self._indexes.values(), *self._entry_indexes.values()):
-            index.mark_damaged(damaged)
-            index.save()
+        self._mark_damaged(damaged)
         plans = [without_damaged(plan, damaged) for plan in self._plans]
         for before, plan in zip(self._plans, plans, strict=True):
             if plan is not before:
                 _log_plan(plan)
         self._follow(plans)
+
+    def _mark_damaged(self, damaged: Mapping[str, str]) -> None:
+        for index in (*self._indexes.values(), *self._entry_indexes.values()) if damaged else ():
+            index.mark_damaged(damaged)
+            index.save()
 
     def text_embeds(self, prompt: str) -> TextEmbeds:
         """The cached embeddings of a prompt, with a batch axis of 1, on the CPU.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import xxhash
 
 from simpletuner.helpers.data.columns import Rows, Texts
 from simpletuner.helpers.io.atomic import write_chunks
-from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes
+from simpletuner.helpers.io.safetensors_file import METADATA, Part, header_bytes, places_of
 
 _DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}
 _SHAPES = {
@@ -119,19 +119,15 @@ def write_content(file: Path, content: IndexContent, *, version: str) -> None:
         StorageError: It cannot be written.
     """
     columns = _columns(content)
-    header: dict[str, dict[str, object]] = {}
-    chunks: list[memoryview] = []
-    end = 0
+    parts: list[Part] = []
     # The widest elements first, so that each column starts at a multiple of its element's size.
     for name in sorted(columns, key=lambda name: (-columns[name].itemsize, name)):
         column = np.ascontiguousarray(columns[name])
-        offsets = [end, end + column.nbytes]
-        header[name] = {"dtype": _SHAPES[name][0], "shape": list(column.shape), "data_offsets": offsets}
-        chunks.append(column.reshape(-1).view(np.uint8).data)
-        end += column.nbytes
+        parts.append((name, _SHAPES[name][0], column.shape, column.reshape(-1).view(np.uint8).data))
+    chunks = [data for *_, data in parts]
     reasons = json.dumps({"problems": dict(content.problems), "damaged": dict(content.damaged)})
     texts: dict[str, object] = {"version": version, "reasons": reasons, "digest": _digest(reasons, chunks)}
-    write_chunks(file, [header_bytes({METADATA: texts, **header}), *chunks], durable=False)
+    write_chunks(file, [header_bytes({METADATA: texts} | places_of(parts)), *chunks], durable=False)
 
 
 def is_same(one: IndexContent, other: IndexContent) -> bool:
@@ -171,7 +167,7 @@ def _content(columns: Mapping[str, Column], reasons: Mapping[str, Mapping[str, s
     return content
 
 
-def _digest(reasons: str, chunks: list[memoryview]) -> str:
+def _digest(reasons: str, chunks: Sequence[bytes | memoryview]) -> str:
     digest = xxhash.xxh3_128(reasons.encode())
     for chunk in chunks:
         digest.update(chunk)

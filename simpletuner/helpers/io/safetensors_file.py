@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 1 << 24
 """Thirty times the header of a large single-file checkpoint."""
+Part = tuple[str, str, tuple[int, ...], bytes | memoryview]
+"""Name of a tensor, name of its dtype, its shape and its bytes."""
 
 
 def read_header(path: Path, *, error: type[SimpleTunerError]) -> dict[str, tuple[int, ...]]:
@@ -85,6 +87,15 @@ def with_metadata(path: Path, metadata: Mapping[str, str], *, error: type[Simple
     except (OSError, ValueError, RecursionError, TypeError) as failure:
         raise error(f"{path}: not a readable safetensors file: {failure}.") from failure
     return header_bytes(header) + data[start:]
+
+
+def places_of(parts: Iterable[Part]) -> dict[str, dict[str, Any]]:
+    """The header's entry of each part, where they stand one behind the other."""
+    places, end = {}, 0
+    for name, dtype, shape, data in parts:
+        offsets = [end, end := end + len(data)]
+        places[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+    return places
 
 
 def header_bytes(header: Mapping[str, Mapping[str, Any]]) -> bytes:

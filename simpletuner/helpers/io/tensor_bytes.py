@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from simpletuner.helpers.io.safetensors_file import Part
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,3 +38,9 @@ def on_host(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     # A view of one element is contiguous whatever its stride, which bytes cannot have.
     return tensor.clone(memory_format=torch.contiguous_format) if tensor.numel() == 1 else tensor.contiguous()
+
+
+def parts_of(tensors: Mapping[str, Tensor]) -> list[Part]:
+    """Contiguous tensors on the host, large elements first: each starts at a multiple of its element size."""
+    named = sorted(tensors.items(), key=lambda pair: (-pair[1].element_size(), pair[0]))
+    return [(name, NAMES[each.dtype], tuple(each.shape), bytes_of(each)) for name, each in named]

@@ -21,8 +21,8 @@ from simpletuner.helpers.adapters.quantised import is_quantized
 from simpletuner.helpers.adapters.tlora import rank_schedule
 from simpletuner.helpers.errors import AdapterError
 from simpletuner.helpers.io.atomic import write_chunks
-from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, open_safetensors
-from simpletuner.helpers.io.tensor_bytes import NAMES, bytes_of, on_host
+from simpletuner.helpers.io.safetensors_file import METADATA, header_bytes, open_safetensors, places_of
+from simpletuner.helpers.io.tensor_bytes import on_host, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -171,22 +171,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, s
         StorageError: The file cannot be written.
     """
     _refuse_non_finite(path, tensors)
-    own = {key: on_host(tensor) for key, tensor in tensors.items()}
-    # Large elements first, so that each tensor starts at a multiple of its element's size.
-    order = sorted(own, key=lambda key: (-own[key].element_size(), key))
-    chunks = [bytes_of(own[key]) for key in order]
-    header: dict[str, dict[str, Any]] = {METADATA: {"format": "pt"} | dict(metadata)}
+    parts = parts_of({key: on_host(tensor) for key, tensor in tensors.items()})
+    chunks = [data for *_, data in parts]
+    texts = {"format": "pt"} | dict(metadata)
     if labels.SPECIFICATION in metadata:
         digest = hashlib.sha256()
         for chunk in chunks:
             digest.update(chunk)
-        header[METADATA][labels.HASH] = f"0x{digest.hexdigest()}"
-    end = 0
-    for key, chunk in zip(order, chunks, strict=True):
-        offsets = [end, end := end + len(chunk)]
-        dtype, shape = NAMES[own[key].dtype], list(own[key].shape)
-        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-    write_chunks(path, [header_bytes(header), *chunks])
+        texts[labels.HASH] = f"0x{digest.hexdigest()}"
+    write_chunks(path, [header_bytes({METADATA: texts} | places_of(parts)), *chunks])
 
 
 def weight_hash(weight: Tensor) -> str:
