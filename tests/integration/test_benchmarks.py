@@ -17,6 +17,7 @@ SCRIPTS = [
     "bench_denoise",
     "bench_step",
     "bench_tlora_step",
+    "bench_loop",
     "bench_own_python",
     "bench_images",
     "bench_optimizers",

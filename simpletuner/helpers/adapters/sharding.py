@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import get_rank
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from simpletuner.helpers.adapters.attachment import adapters_of
@@ -51,6 +51,11 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if get_rank() == 0:
             whole[name] = complete.cpu()
     return whole
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether the module is an FSDP unit, whose weights are whole in its own forward and backward alone."""
+    return isinstance(module, FSDPModule)
 
 
 def is_dtensor(tensor: Tensor) -> bool:

@@ -278,11 +278,10 @@ def _input_numbers(layers: Sequence[Layer], step: Step) -> int:
 def _factor_bytes(layer: Layer, adapter: LowRank, arithmetic: Arithmetic) -> int:
     """Bytes of the factors that are made in a forward pass and kept."""
     inputs, outputs = layer.inputs * layer.kernel, layer.outputs
-    if layer.reads_text:  # the first factor is kept for the gradient of the input
-        inputs = 0
-    if adapter.is_tlora:  # A of twice the rank, and B with a third part for the gradients
-        return adapter.rank * arithmetic.compute_bytes * (2 * inputs + 3 * outputs)
-    return adapter.rank * MIXED * (inputs + outputs) if arithmetic.is_mixed else 0
+    first = 0 if layer.reads_text else inputs  # the first factor is for the gradient of the input
+    if adapter.is_tlora:  # A and B of twice the rank, and Q for the gradient of lambda
+        return adapter.rank * arithmetic.compute_bytes * (2 * first + inputs + 2 * outputs)
+    return adapter.rank * MIXED * (first + outputs) if arithmetic.is_mixed else 0
 
 
 def kept_bytes(layout: Layout, step: Step) -> int:

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim.lr_scheduler import LambdaLR
 
-    from simpletuner.helpers.adapters.trainable import Trainable
+    from simpletuner.helpers.adapters.trainable import ParameterGroup, Trainable
     from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.checkpointing.progress import Progress
@@ -149,6 +150,16 @@ class Trainer:
     def progress(self) -> Progress:
         """Steps and samples so far."""
         return self.state.progress
+
+    @cached_property
+    def groups(self) -> list[ParameterGroup]:
+        """What is trained; walking the layers of an adapter takes milliseconds."""
+        return self.trainable.groups()
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [parameter for group in self.groups for parameter in group.parameters]
 
     @property
     def should_stop(self) -> bool:
@@ -306,7 +317,7 @@ class Trainer:
 
     def _drop_ended_gradients(self) -> None:
         """Leave parameters as they are from the end step of their group on."""
-        for group in self.trainable.groups():
+        for group in self.groups:
             if group.end_step is not None and self.progress.step >= group.end_step:
                 for parameter in group.parameters:
                     parameter.grad = None
@@ -314,7 +325,7 @@ class Trainer:
     def _record_rates(self) -> None:
         """Record the learning rate, and those of the groups that have another."""
         first, *others = map(float, self.lr_schedule.get_last_lr())
-        names = [group.name for group in self.trainable.groups()[1:]]
+        names = [group.name for group in self.groups[1:]]
         different = {name: rate for name, rate in zip(names, others, strict=False) if rate != first}
         self.metrics.record("lr", first)
         self.metrics.record("lr_by_group", different or None)
@@ -323,7 +334,7 @@ class Trainer:
         """Clip the gradients; returns their norm before that, a scalar."""
         if self.weight_optimizer is not None and self.weight_optimizer.in_backward:
             return self.weight_optimizer.gradient_norm()
-        parameters, bound = self.trainable.parameters(), self.config.training.max_grad_norm
+        parameters, bound = self.parameters, self.config.training.max_grad_norm
         if self.config.training.grad_clip_method == "norm":
             return full_tensor(self.accelerator.clip_grad_norm_(parameters, bound or float("inf")))
         self.accelerator.unscale_gradients()

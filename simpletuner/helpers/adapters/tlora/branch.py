@@ -1,12 +1,10 @@
 """The branch of a T-LoRA layer on a linear one, with its gradients in closed form.
 
-    y = output + m (x A') B',   A = [ Q ; lambda0 dQ + dlambda Q ],   B = s [ lambda dP, P0 ]
+    y = output + s (m x A') B',   A = [ lambda Q ; lambda0 dQ + dlambda Q ],   B = [ dP, P0 ]
 
-It is the contract's product with lambda moved from the first half of A to that of B, so that u = x Q' is at
-hand in backward: with g the gradient of y, and v = g s (P0 + dP)',
+With g the gradient of y, h = s m x A' and v = s m g (dP + P0), a sum of the two halves of s m g B,
 
-    g_x = m (g B) A,    g_dQ = (m lambda v)' x,    g_dlambda = columns of (v * m u) summed,
-    g_dP = s lambda g' m u
+    g_x = s (m g B) A,    g_dQ = lambda v' x,    g_dlambda = rows of (v' x) * Q summed,    g_dP = g' h[:, :r]
 
 Nothing is computed for the frozen factors. Narrow layers cost the host's time, call by call: calls are few.
 
@@ -24,17 +22,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from simpletuner.helpers.adapters.tlora.delta import Triplet
+from simpletuner.helpers.adapters.tlora.forming import Formed
 
 
 class Branch(NamedTuple):
     """What a layer's branch has besides the tensors with gradients."""
 
-    base: Triplet
-    """Q0 [R, I], P0 [O, R], lambda0 [R]."""
-    rank: int
-    """r, the ranks that are computed."""
+    formed: Formed
+    """Over the r ranks that are computed."""
     rank_mask: Tensor | None
-    """m: [1, R] or [B, R]; None computes the first r ranks alike for all samples."""
+    """m: [1, R] or [B, R]; None computes the r ranks alike for all samples."""
     scale: float
     """s, the strength with everything in it."""
 
@@ -43,58 +40,51 @@ def add_branch(branch: Branch, x: Tensor, *, output: Tensor, differences: Triple
     """The output with the branch added.
 
     Args:
-        branch: Frozen factors, mask and strength.
+        branch: Formed factors, mask and strength.
         x: [B, I] or [B, ..., I].
         output: The base layer's output for x.
-        differences: dQ [R, I], dP [O, R], dlambda [R]; float32.
+        differences: dQ [R, I], dP [O, R], dlambda [R] of which the factors were formed.
     """
     return cast(Tensor, _AddBranch.apply(branch, x, output, *differences))  # type: ignore[no-untyped-call]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a linear layer's products: the autocast one where it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class _AddBranch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, branch: Branch, *tensors: Tensor) -> Tensor:
-        x, output, *differences = tensors
-        base_q, base_p, base_lambda = _first_ranks(branch.base, branch.rank)
-        delta_q, delta_p, delta_lambda = _first_ranks(differences, branch.rank)
-        q, values = base_q + delta_q, base_lambda + delta_lambda
-        a = torch.cat([q, (base_lambda[:, None] * delta_q).addcmul_(delta_lambda[:, None], q)])
-        b = torch.cat([delta_p * values, base_p, base_p + delta_p], dim=1)  # the last third is for backward
-        if branch.scale != 1.0:
-            b.mul_(branch.scale)
-        dtype = _product_dtype(x)
-        a, b, rows = a.to(dtype), b.to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
-        hidden = _masked(rows.mm(a.t()), branch)
-        ctx.branch = branch
+        x, output, _, _, delta_lambda = tensors
+        a, b, q, values = branch.formed
+        rows = x.reshape(-1, x.shape[-1]).to(b.dtype)
+        hidden = _scaled(rows.mm(a.t()), branch)
+        ctx.rank_mask, ctx.scale, ctx.max_rank = branch.rank_mask, branch.scale, delta_lambda.shape[0]
         # A is for the gradient of x alone, which text does not need.
-        ctx.save_for_backward(rows, hidden, a if ctx.needs_input_grad[1] else None, b, values)
-        factor = b[:, : 2 * branch.rank].t()
-        if output.dtype != dtype:
-            return output + hidden.mm(factor).view(output.shape).to(output.dtype)
-        return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, factor).view(output.shape)
+        ctx.save_for_backward(rows, hidden, a if ctx.needs_input_grad[1] else None, b, q, values)
+        if output.dtype != b.dtype:
+            return output + hidden.mm(b.t()).view(output.shape).to(output.dtype)
+        return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, b.t()).view(output.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        rows, hidden, a, b, values = ctx.saved_tensors
-        branch: Branch = ctx.branch
+        rows, hidden, a, b, q, values = ctx.saved_tensors
         _, needs_x, _, needs_q, needs_p, needs_lambda = ctx.needs_input_grad
-        rank, closed = branch.rank, branch.base[2].shape[0] - branch.rank
-        incoming = gradients[0].reshape(-1, b.shape[0]).to(b.dtype)  # g, [M, O]
-        parts = incoming.mm(b)  # [M, 3r]
-        v, u = parts[:, 2 * rank :], hidden[:, :rank]
+        rank, closed = len(q), ctx.max_rank - len(q)
+        incoming = gradients[0].reshape(-1, len(b)).to(b.dtype)  # g, [M, O]
+        parts = _scaled(incoming.mm(b), ctx)  # [M, 2r]
         of_x = of_q = of_p = of_lambda = None
-        if needs_lambda:
-            of_lambda = _padded((v * u).sum(0, dtype=values.dtype), closed)
-        parts = _masked(parts, branch)
-        scales = values.to(b.dtype)
         if needs_x:
-            of_x = parts[:, : 2 * rank].mm(a).view(*gradients[0].shape[:-1], rows.shape[1])
-        if needs_q:
-            of_q = _padded((v * scales).t().mm(rows).to(values.dtype), 0, closed)
+            of_x = parts.mm(a).view(*gradients[0].shape[:-1], rows.shape[1])
+        if needs_q or needs_lambda:
+            product = (parts[:, :rank] + parts[:, rank:]).t().mm(rows).to(values.dtype)  # v' x, [r, I]
+            of_lambda = _padded((product * q).sum(1), closed) if needs_lambda else None
+            of_q = _padded(product.mul_(values), 0, closed)
         if needs_p:
-            product = incoming.t().mm(u * scales).to(values.dtype)
-            of_p = _padded(product if branch.scale == 1.0 else product.mul_(branch.scale), closed)
+            of_p = _padded(incoming.t().mm(hidden[:, :rank]).to(values.dtype), closed)
         return None, of_x, gradients[0], of_q, of_p, of_lambda
 
 
@@ -103,20 +93,8 @@ def _padded(gradient: Tensor, *closed: int) -> Tensor:
     return F.pad(gradient, [end for number in closed for end in (0, number)]) if any(closed) else gradient
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a linear layer's products: the autocast one where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _first_ranks(factors: Any, rank: int) -> Triplet:
-    """[r, I], [O, r] and [r]: the first r ranks of [R, I], [O, R] and [R]."""
-    q, p, values = factors
-    return (q, p, values) if rank == values.shape[0] else (q[:rank], p[:, :rank], values[:rank])
-
-
-def _masked(hidden: Tensor, branch: Branch) -> Tensor:
-    """[M, k r], in place times the mask of each row's sample."""
+def _scaled(hidden: Tensor, branch: Any) -> Tensor:
+    """[M, 2r], in place times the mask of each row's sample and the strength."""
     if (mask := branch.rank_mask) is not None:
-        hidden.view(len(mask), -1, hidden.shape[1] // branch.rank, branch.rank).mul_(mask[:, None, None])
-    return hidden
+        hidden.view(len(mask), -1, 2, hidden.shape[1] // 2).mul_(mask[:, None, None])
+    return hidden if branch.scale == 1.0 else hidden.mul_(branch.scale)

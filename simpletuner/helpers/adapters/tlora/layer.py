@@ -28,9 +28,9 @@ from lycoris.modules.tlora import TLoraModule
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.quantised import dequantize
-from simpletuner.helpers.adapters.sharding import full_tensor
+from simpletuner.helpers.adapters.sharding import full_tensor, is_sharded
 from simpletuner.helpers.adapters.tlora import initialisation, mask
-from simpletuner.helpers.adapters.tlora.branch import Branch, add_branch
+from simpletuner.helpers.adapters.tlora.branch import Branch, add_branch, product_dtype
 from simpletuner.helpers.adapters.tlora.delta import (
     Triplet,
     difference_factors,
@@ -38,6 +38,7 @@ from simpletuner.helpers.adapters.tlora.delta import (
     shrink,
     ungrouped,
 )
+from simpletuner.helpers.adapters.tlora.forming import form
 from simpletuner.helpers.adapters.tlora.lokr_layer import TLokrLayer
 from simpletuner.helpers.adapters.tlora.masked_layer import MaskedLayer
 from simpletuner.helpers.adapters.tlora.rank_schedule import RankSchedule
@@ -91,6 +92,11 @@ class TLoraLayer(MaskedLayer):
         self._create_factors(factors or self._initial_factors(seed))
 
     @property
+    def is_fused(self) -> bool:
+        """Whether forward and backward are those of `branch`."""
+        return not self.is_vanilla and self.module_type == "linear"
+
+    @property
     def num_groups(self) -> int:
         """Groups of the convolution; 1 for a linear layer."""
         return int(self.kw_dict.get("groups", 1))
@@ -131,14 +137,16 @@ class TLoraLayer(MaskedLayer):
         """
         if self.is_vanilla:
             return self.down[:rank], self.up[:, :rank]
-        return difference_factors(self._base, self._differences, rank=rank)
+        return difference_factors(self.base, self.differences, rank=rank)
 
     @property
-    def _base(self) -> Triplet:
+    def base(self) -> Triplet:
+        """Q0 [R, I, ...], P0 [O, R] and lambda0 [R]; not there in a vanilla layer."""
         return self.base_q, self.base_p, self.base_lambda
 
     @property
-    def _differences(self) -> Triplet:
+    def differences(self) -> Triplet:
+        """dQ, dP and dlambda, the trained parameters, of the same shapes."""
         return self.delta_q, self.delta_p, self.delta_lambda
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
@@ -154,29 +162,50 @@ class TLoraLayer(MaskedLayer):
         """
         if self.multiplier == 0:
             return output
-        rank_mask, rank, gain = self._active_ranks(x)
-        if self.module_type == "linear" and not self.is_vanilla and not torch.compiler.is_compiling():
-            scale = self.scale * self.multiplier * gain
-            branch = Branch(self._base, self.lora_dim if rank is None else rank, rank_mask, scale)
-            return add_branch(branch, x, output=output, differences=self._differences)
-        a, b = self.lora_factors(rank)
-        b = b * (self.scale * self.multiplier * gain)
+        current = self._group.current(self.ranks)
+        rank_mask, rank, gain = self._active_ranks(current, x)
+        strength = self.scale * self.multiplier * gain
+        if self.is_fused and not torch.compiler.is_compiling():
+            rank, dtype = rank or self.lora_dim, product_dtype(x)
+            factors = self._factors_of_step(current, rank=rank, dtype=dtype)
+            if factors is None:
+                differences = self.differences
+                formed = form(self.base, differences, rank=rank, dtype=dtype)
+                branch = Branch(formed, rank_mask, strength)
+                return add_branch(branch, x, output=output, differences=differences)
+            a, b = factors
+        else:
+            a, b = self.lora_factors(rank)
         if rank_mask is not None:
-            if not self.is_vanilla:
-                rank_mask = torch.cat([rank_mask, rank_mask], dim=1)
+            if current is not None and not self.is_vanilla:
+                rank_mask = current.of_both_halves(x.device)
             if rank_mask.shape[0] == 1:
                 a, rank_mask = a * rank_mask.view(-1, *(1,) * (a.ndim - 1)), None
         if self.module_type != "linear":
-            return self._convolve(x, output, a=a, b=b, rank_mask=rank_mask)
+            return self._convolve(x, output, a=a, b=b * strength, rank_mask=rank_mask)
         hidden = F.linear(x, a.to(x.dtype))
         if rank_mask is not None:
             # [B, 1, 2R]: without the token axis torch would mask tokens whenever N == B.
             hidden = hidden * rank_mask.to(hidden.dtype).view(len(rank_mask), *(1,) * (hidden.ndim - 2), -1)
         b = b.to(hidden.dtype)
         if hidden.dtype != output.dtype:
-            return output + F.linear(hidden, b).to(output.dtype)
-        total = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1]), b.T)
-        return total.view(output.shape)
+            return output + F.linear(hidden, b * strength).to(output.dtype)
+        rows, hidden = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+        return torch.addmm(rows, hidden, b.t(), alpha=strength).view(output.shape)
+
+    def _factors_of_step(
+        self, current: mask.RankMask | None, *, rank: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor] | None:
+        """A and B formed with those of other layers; None where this layer's are formed alone."""
+        if current is None or current.formed is None or not torch.is_grad_enabled() or is_sharded(self):
+            return None
+        members = self._group.members.items()
+        others = (
+            layer
+            for layer, ranks in members
+            if isinstance(layer, TLoraLayer) and layer.is_fused and ranks == self.ranks
+        )
+        return current.formed.of(self, others, rank=rank, dtype=dtype)
 
     def _convolve(
         self, x: Tensor, output: Tensor, *, a: Tensor, b: Tensor, rank_mask: Tensor | None

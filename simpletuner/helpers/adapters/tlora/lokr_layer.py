@@ -101,7 +101,7 @@ class TLokrLayer(MaskedLayer, LokrLayer):
         """
         if self.multiplier == 0:
             return output
-        rank_mask, rank, gain = self._active_ranks(x)
+        rank_mask, rank, gain = self._active_ranks(self._group.current(self.ranks), x)
         a = self.lokr_w2_a[:, :rank] * (self.scale * self.multiplier * gain)
         b = self.lokr_w2_b[:rank]
         if rank_mask is not None and rank_mask.shape[0] == 1:

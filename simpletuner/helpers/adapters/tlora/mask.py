@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from lycoris.modules.tlora import clear_timestep_mask, get_timestep_mask, set_timestep_mask
-from torch import Tensor
+from torch import Tensor, nn
 
+from simpletuner.helpers.adapters.tlora.forming import FormedOfStep
 from simpletuner.helpers.adapters.tlora.rank_schedule import LayerRanks, RankSchedule
 from simpletuner.helpers.configuration.schema.lycoris import FIRST_OWN_MASK_GROUP
 
@@ -37,6 +39,9 @@ class RankMask:
     """Rank of the network that the mask was made for; None for a mask set through LyCORIS."""
     gain: float = 1.0
     """Value of the active ranks, where `shared_rank` is a number."""
+    formed: FormedOfStep | None = None
+    """Factors formed under this mask; None where the parameters may change meanwhile."""
+    _doubled: Tensor | None = None
 
     def on(self, device: torch.device) -> Tensor:
         """The values, moved to a device once for all layers that share them."""
@@ -44,6 +49,13 @@ class RankMask:
         if values.device != device:
             values = self.values = values.to(device)
         return values
+
+    def of_both_halves(self, device: torch.device) -> Tensor:
+        """The values for both halves of a T-LoRA layer's hidden ranks, made once: [1, 2R] or [B, 2R]."""
+        if self._doubled is None or self._doubled.device != device:
+            values = self.on(device)
+            self._doubled = torch.cat([values, values], dim=1)
+        return self._doubled
 
 
 @dataclass(eq=False)
@@ -57,6 +69,8 @@ class MaskGroup:
     layers: set[LayerRanks] = field(default_factory=set)
     is_held: bool = False
     """Whether a pending backward may still need the masks."""
+    members: WeakKeyDictionary[nn.Module, LayerRanks] = field(default_factory=WeakKeyDictionary)
+    """Layer -> its ranks, in the order of the network."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # a copy of a layer reads the masks of the original's group
         return mask_group, (self.number,)
@@ -171,8 +185,13 @@ def clear_mask(group: int = PUBLIC_GROUP) -> None:
 def rank_mask(
     schedule: RankSchedule, timesteps: Sequence[int], *, group: int, device: torch.device | None = None
 ) -> Iterator[None]:
-    """Hold the masks of these timesteps for a forward and its backward, and clear them whatever happens."""
+    """Hold the masks of these timesteps for a forward and its backward, and clear them whatever happens.
+
+    The adapter's parameters must not change meanwhile: layers form their factors once.
+    """
     set_mask(schedule, timesteps, group=group, device=device, hold=True)
+    for each in mask_group(group).masks.values():
+        each.formed = FormedOfStep()
     try:
         yield
     finally:

@@ -32,6 +32,7 @@ class MaskedLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # Ly
 
     spec: TLoraSpec
     _attachment: Attachment | None = None
+    _group = mask.mask_group(mask.PUBLIC_GROUP)  # until `set_group`
 
     @property
     def schedule(self) -> RankSchedule | None:
@@ -50,12 +51,15 @@ class MaskedLayer(UnlistedChild, LycorisBaseModule):  # type: ignore[misc]  # Ly
 
     def set_group(self, group: int) -> None:
         """Read the masks of this group from now on."""
+        self._group.members.pop(self, None)
         self.ranks = self.spec.ranks(self.lora_dim)
         self._group = mask.join_group(group, layer=self.ranks)
+        self._group.members[self] = self.ranks
 
-    def _active_ranks(self, x: Tensor) -> tuple[Tensor | None, int | None, float]:
+    def _active_ranks(
+        self, current: mask.RankMask | None, x: Tensor
+    ) -> tuple[Tensor | None, int | None, float]:
         """The mask to multiply by, or the rank to slice to and its gain; both None activates every rank."""
-        current = self._group.current(self.ranks)
         if current is None:
             self._refuse_to_train_unmasked()
             return None, None, 1.0
