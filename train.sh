@@ -15,7 +15,7 @@
 #
 # config/config.env and config/<ENV>/config.env may set the same names (shell assignments); the second file
 # overrides the first, and the environment of this command overrides both.
-# Exit codes: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped by a signal and resumable.
+# Exit codes: 0 done, 1 failure, 2 bad configuration, 3 nothing to resume, 75 stopped and resumable.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 case "${1:-}" in

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_cache, cli_data, cli_files
+from simpletuner import __version__, cli_cache, cli_data, cli_files, cli_runs
 from simpletuner.cli_options import (
     TAKES_OVERRIDES,
     AdapterArgument,
@@ -24,6 +24,7 @@ from simpletuner.cli_options import (
     Overrides,
     Overwrite,
     PerLayer,
+    RunFolder,
     one_adapter,
 )
 from simpletuner.helpers.errors import SimpleTunerError
@@ -326,7 +327,7 @@ def export_command(
             print(f"{error:.1e} {path}")
 
 
-for name, command in cli_files.COMMANDS.items():
+for name, command in {**cli_files.COMMANDS, **cli_runs.COMMANDS}.items():
     app.command(name)(command)
 
 
@@ -354,13 +355,21 @@ def publish_command(
 
 @app.command("report")
 def report_command(
-    output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="The output_dir of a run.")],
+    output_dir: RunFolder,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            metavar="RUN",
+            help="Write a page of its own with the images of another run beside. May be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Write report.html from the files of a run, finished or not."""
-    from simpletuner.helpers.io.paths import portable
     from simpletuner.helpers.reporting.html_report.page import write_page
+    from simpletuner.helpers.reporting.run_list import find_run
 
-    print(write_page(portable(output_dir)))
+    print(write_page(find_run(output_dir), others=[find_run(each) for each in others or ()]))
 
 
 @benchmark_app.command("tlora")

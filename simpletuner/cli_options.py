@@ -29,6 +29,9 @@ ADAPTER_ARGUMENT = typer.Argument(
 )
 AdapterFile = Annotated[Path, ADAPTER_ARGUMENT]
 AdapterArgument = Annotated[Path | None, ADAPTER_ARGUMENT]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="The output_dir of a run, or its name below output.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")]
 
 Layout = Literal["diffusers", "kohya", "comfyui", "lycoris"]

@@ -16,7 +16,12 @@ from threading import Timer
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, stop_signals
+from simpletuner.helpers.checkpointing.preemption import (
+    EXIT_PREEMPTED,
+    STOP_WANTED,
+    launch_folder,
+    stop_signals,
+)
 from simpletuner.helpers.configuration.finding import choose_config
 from simpletuner.helpers.errors import ConfigError, SimpleTunerError
 from simpletuner.helpers.io.atomic import JsonValue, write_json
@@ -36,14 +41,10 @@ OUTCOMES = {
     EXIT_FAILED: "failed",
     2: "bad configuration",
     3: "nothing to resume",
-    EXIT_PREEMPTED: "stopped by a signal, the same command goes on",
+    EXIT_PREEMPTED: "stopped, the same command goes on",
 }
-LAUNCH_DIR = "SIMPLETUNER_LAUNCH_DIR"
-"""Environment variable with the launch folder, where train.sh reads process ids and the exit code."""
 EXIT_CODE = "exit_code"
 """File in the launch folder: the exit code that train.sh returns."""
-SIGNALLED = "signalled"
-"""File in the launch folder: train.sh received a stop signal."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +125,7 @@ def is_main_process() -> bool:
 def _signals_before_training() -> Iterator[None]:
     """Until the trainer installs handlers that save first, a stop signal ends the process at once."""
     # Under a launcher a process may wait for another one inside torch, where no Python handler runs.
-    handler = signal.SIG_DFL if LAUNCH_DIR in os.environ else _interrupt
+    handler = signal.SIG_DFL if launch_folder() is not None else _interrupt
     previous = {number: signal.signal(number, handler) for number in stop_signals()}
     try:
         yield
@@ -138,35 +139,35 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _register_with_launcher() -> None:
-    folder = os.environ.get(LAUNCH_DIR)
+    folder = launch_folder()
     if folder is None:
         return
-    (Path(folder) / f"{os.getpid()}.pid").touch()
+    (folder / f"{os.getpid()}.pid").touch()
     # train.sh recorded a signal that came before it knew this process id.
-    if (Path(folder) / SIGNALLED).exists():
+    if (folder / STOP_WANTED).exists():
         raise KeyboardInterrupt
 
 
 def _failed_elsewhere(code: int) -> int:
-    """The code; without a signal to train.sh that of the process that failed, else 1."""
-    folder = os.environ.get(LAUNCH_DIR)
-    if code != EXIT_PREEMPTED or folder is None or (Path(folder) / SIGNALLED).exists():
+    """The code; where nobody wanted the launch to stop that of the process that failed, else 1."""
+    folder = launch_folder()
+    if code != EXIT_PREEMPTED or folder is None or (folder / STOP_WANTED).exists():
         return code
     _say("Stopped by the launcher because another process of this run failed.")
     try:
-        return int((Path(folder) / EXIT_CODE).read_bytes())
+        return int((folder / EXIT_CODE).read_bytes())
     except (OSError, ValueError):
         return EXIT_FAILED
 
 
 def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
     """Write the code into the launch folder and, in the main process, into the output folder."""
-    folder = os.environ.get(LAUNCH_DIR)
+    folder = launch_folder()
     if folder is not None:
         is_first = os.environ.get("LOCAL_RANK", "0") == "0"
         # The launcher kills the first process when another one fails, maybe before the first can write.
         if is_first or code not in (0, EXIT_PREEMPTED):
-            with suppress(OSError), (Path(folder) / EXIT_CODE).open("wb" if is_first else "xb") as file:
+            with suppress(OSError), (folder / EXIT_CODE).open("wb" if is_first else "xb") as file:
                 file.write(f"{code}\n".encode())  # the launch folder is gone when train.sh was killed
     if output_dir is None or not is_main_process():
         return
@@ -183,11 +184,11 @@ def _write_exit_code(code: int, *, output_dir: Path | None) -> None:
 
 
 def _say_last(message: str, *, code: int) -> None:
-    """The last line of the run: its error, or what to do after a stop signal."""
+    """The last line of the run: its error, or what to do after a stop."""
     if message:
         _say(message)
     elif code == EXIT_PREEMPTED and is_main_process():
-        _say("Stopped by a signal. The same command goes on.")
+        _say("Stopped. The same command goes on.")
 
 
 def _say(message: str) -> None:
@@ -211,7 +212,7 @@ def _process_status(code: int) -> int:
     Other ranks may still be writing the checkpoint, so return 0 under a launcher; train.sh reads the real
     code from the launch folder.
     """
-    return 0 if code == EXIT_PREEMPTED and LAUNCH_DIR in os.environ else code
+    return 0 if code == EXIT_PREEMPTED and launch_folder() is not None else code
 
 
 if __name__ == "__main__":

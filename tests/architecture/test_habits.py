@@ -51,6 +51,7 @@ PRINTING = {
     "simpletuner/cli_cache.py",
     "simpletuner/cli_data.py",
     "simpletuner/cli_files.py",
+    "simpletuner/cli_runs.py",
 }
 
 # Untrusted bytes become objects or code there.

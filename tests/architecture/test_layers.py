@@ -56,7 +56,7 @@ PLACES = {
     "huggingface_hub": ("helpers/models/", "helpers/publishing/", "helpers/data/sources/hub.py"),
     "pydantic": ("helpers/configuration/",),
     "yaml": ("helpers/configuration/migration/", "helpers/publishing/"),
-    "typer": ("cli.py", "cli_cache.py", "cli_data.py", "cli_files.py", "cli_options.py"),
+    "typer": ("cli.py", "cli_cache.py", "cli_data.py", "cli_files.py", "cli_options.py", "cli_runs.py"),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),
     "trackio": ("helpers/reporting/",),

@@ -101,6 +101,13 @@ def test_an_upload_imports_no_heavy_library() -> None:
     assert not {name.partition(".")[0] for name in own.modules} & HEAVY
 
 
+def test_a_request_to_a_run_and_the_list_of_runs_import_no_heavy_library() -> None:
+    own = start(
+        "\n    import simpletuner.helpers.checkpointing.requests, simpletuner.helpers.reporting.run_list\n"
+    )
+    assert not {name.partition(".")[0] for name in own.modules} & HEAVY
+
+
 def test_a_look_at_the_data_imports_no_heavy_library() -> None:
     own = start("\n    from simpletuner.helpers.reporting.data_page import look, page\n")
     assert not {name.partition(".")[0] for name in own.modules} & HEAVY

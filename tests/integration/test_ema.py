@@ -157,7 +157,7 @@ def test_images_of_the_average_have_a_column_of_their_own(
     with Image.open(step / "grid.png") as grid:
         assert grid.width == 200 + 8 + columns * (128 + 8)
     (row,) = read_run(run.output_dir).images
-    assert sorted(row.by_column) == [(2, bool(name)) for name in folders]
+    assert sorted(row.by_column) == [("", 2, bool(name)) for name in folders]
     assert ("step 2, EMA" in (run.output_dir / "report.html").read_text()) is ("ema" in folders)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -20,6 +21,24 @@ SIGNALS = tuple(signal.Signals[name] for name in _NAMES if name in signal.Signal
 """Those that this system has."""
 # One Ctrl-C reaches a run twice, from the terminal and from the launcher that forwards it.
 SAME_REQUEST_S = 0.5
+LAUNCH_DIR = "SIMPLETUNER_LAUNCH_DIR"
+"""Environment variable with the launch folder, where train.sh reads process ids and the exit code."""
+STOP_WANTED = "signalled"
+"""File in the launch folder: train.sh received a stop signal, or the run was asked to stop."""
+
+
+def launch_folder() -> Path | None:
+    """The folder of a launch of several processes by train.sh; None without."""
+    folder = os.environ.get(LAUNCH_DIR)
+    return None if folder is None else Path(folder)
+
+
+def mark_stop_wanted() -> None:
+    """Tell the launch that its processes stop because somebody wants it, not because one of them failed."""
+    folder = launch_folder()
+    if folder is not None:
+        with suppress(OSError):  # it is gone when train.sh was killed
+            (folder / STOP_WANTED).touch()
 
 
 def stop_signals() -> list[signal.Signals]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from uuid import uuid4
 
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.io.names import file_name
@@ -26,6 +28,10 @@ WANDB_FOLDER = "wandb"
 TRACKIO_FILE = "trackio_run.json"
 TENSORBOARD_FOLDER = "tensorboard"
 PAGE_FILE = "report.html"
+PROGRESS_FILE = "progress.json"
+"""Step and time left of the run, rewritten every few seconds."""
+REQUESTS_FOLDER = "requests"
+"""Requests that wait for the run's next optimiser step, and its answers."""
 SUMMARY_FILE = "finished.json"
 """Written last; it marks the run as finished."""
 
@@ -79,6 +85,7 @@ REMOVED_PREFIX = ".removed-"
 """A checkpoint is renamed before it is removed."""
 _CHECKPOINT = "checkpoint-"
 _STEP = "step-"
+_ANSWER = ".answer.json"
 _IMAGE = re.compile(r"\d\d+-(?P<prompt>.+)-(?P<size>\d+x\d+)-seed(?P<seed>-?\d+)")
 _CACHED_IMAGE = re.compile(r"(?P<name>.+)-[0-9a-f]{16}\.png")
 
@@ -107,6 +114,26 @@ def model_files(folder: Path) -> list[Path]:
     """The weight files of a whole model in an output folder or a checkpoint; none beside an adapter."""
     found = sorted(folder.glob("*/diffusion_pytorch_model*.safetensors"))
     return [file for file in found if file.parent.name != ema_folder(file.parent.name.removesuffix("_ema"))]
+
+
+def new_request_file(output_dir: Path, kind: str) -> Path:
+    """The file of a new request to the run of this folder."""
+    return output_dir / REQUESTS_FOLDER / f"{kind}-{uuid4().hex[:8]}.json"
+
+
+def is_request_file(name: str) -> bool:
+    """Whether a file of this name in REQUESTS_FOLDER is a request, and neither an answer nor half written."""
+    return name.endswith(".json") and not name.endswith(_ANSWER) and not name.startswith(".")
+
+
+def answer_file(request: Path) -> Path:
+    """The run's answer to a request, beside it."""
+    return request.with_name(f"{request.stem}{_ANSWER}")
+
+
+def compared_page_name(others: Sequence[str]) -> str:
+    """Name of the report that shows images of these other runs beside the run's own."""
+    return f"report-with-{file_name('-'.join(others))}.html"
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:

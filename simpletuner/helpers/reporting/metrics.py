@@ -107,13 +107,13 @@ class StepAccumulator:
         elif isinstance(value, float | int):
             self._numbers[name].append(value)
 
-    def reduce(self, accelerator: Accelerator, *, step: int, stop: bool) -> bool:
+    def reduce(self, accelerator: Accelerator, *, step: int, flags: Mapping[str, bool]) -> frozenset[str]:
         """Average over micro-batches and processes, and read the device in a single transfer.
 
-        A result that is not finite becomes None.
+        A result that is not finite becomes None. Every process has the same flags, in one order.
 
         Returns:
-            Whether `stop` is true on any process.
+            The names of the flags that are true on any process.
 
         Raises:
             TrainingError: A loss or the gradient is not finite. With a gradient scaler, which skips steps of
@@ -122,13 +122,15 @@ class StepAccumulator:
         losses = torch.stack(self._tensors["loss"])  # [micro-batches]
         tensors = torch.stack([torch.stack(values).mean().to(losses) for values in self._tensors.values()])
         numbers = [sum(values) / len(values) for values in self._numbers.values()]
-        shared = torch.cat([tensors, losses.new_tensor([*numbers, float(stop)]), self._by_band()])
+        shared = torch.cat(
+            [tensors, losses.new_tensor([*numbers, *map(float, flags.values())]), self._by_band()]
+        )
         shared = accelerator.reduce(shared, reduction="mean")
         unread = {name: value for name, value in self._values.items() if isinstance(value, torch.Tensor)}
         own = [value.to(losses)[None] for value in unread.values()]
         read = iter(torch.cat([shared, *own, losses]).tolist())
         means = {name: next(read) for name in (*self._tensors, *self._numbers)}
-        any_stop: bool = next(read) > 0
+        raised = frozenset([name for name in flags if next(read) > 0])
         totals, counts = (list(islice(read, len(BANDS))) for _ in range(2))
         last = {name: next(read) for name in unread}
         self._refuse_non_finite(list(read), loss=means["loss"], step=step)
@@ -144,7 +146,7 @@ class StepAccumulator:
             band: total / count if count else None
             for band, total, count in zip(BANDS, totals, counts, strict=True)
         }
-        return any_stop
+        return raised
 
     def complete(self) -> StepMetrics:
         """The row of this optimiser step; the next one begins."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -13,12 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from simpletuner.helpers.io.logs import leave_closed_terminal, terminal
 from simpletuner.helpers.reporting.metrics import StepMetrics
+from simpletuner.helpers.reporting.run_state import save_progress
 from simpletuner.helpers.reporting.smoothing import RunningMean
 
 logger = logging.getLogger(__name__)
 
 STEPS_BETWEEN_LINES = 10
 SECONDS_BETWEEN_IMAGE_LINES = 10.0
+SECONDS_BETWEEN_FILES = 5.0
 
 
 def _no_images(_step: int) -> int:
@@ -35,6 +39,7 @@ class ProgressDisplay:
         step: Steps taken so far.
         enabled: Whether to show anything.
         images_left: Number of validation images that a run still generates after a step.
+        output_dir: Of the run, which gets a file with the step and the time left.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class ProgressDisplay:
         step: int,
         enabled: bool = True,
         images_left: Callable[[int], int] = _no_images,
+        output_dir: Path | None = None,
     ) -> None:
         self.total_steps = total_steps
         self._step = step
@@ -53,6 +59,9 @@ class ProgressDisplay:
         self._image_seconds = RunningMean()
         self._seconds_per_image = 0.0
         self._logged_s = time.monotonic()
+        self._output_dir = output_dir if enabled else None
+        self._saved_s = -math.inf
+        self._left_s: float | None = None
         self._enabled = enabled
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -70,6 +79,7 @@ class ProgressDisplay:
             self._task = self._bar.add_task("step", total=total_steps, completed=step, numbers="")
 
     def __enter__(self) -> Self:
+        self._save()
         if self._bar:
             self._bar.start()
         return self
@@ -80,6 +90,7 @@ class ProgressDisplay:
         if self._bar:
             leave_closed_terminal()  # a run under nohup or disown outlives its terminal
             self._bar.stop()
+        self._save()
 
     def update(self, metrics: StepMetrics) -> None:
         """Show one optimiser step."""
@@ -89,6 +100,8 @@ class ProgressDisplay:
         loss, seconds = self._loss.update(metrics.loss), self._seconds.update(metrics.seconds)
         left_s = seconds * (self.total_steps - metrics.step)
         left_s += self._seconds_per_image * self._images_left(metrics.step)
+        self._left_s = left_s
+        self._save(after_s=SECONDS_BETWEEN_FILES)
         rank = "" if metrics.mean_active_rank is None else f"  rank {metrics.mean_active_rank:.1f}"
         numbers = f"loss {loss:.4f}  lr {metrics.lr:.2e}{rank}"
         if self._bar:
@@ -101,10 +114,16 @@ class ProgressDisplay:
     def image(self, number: int, total: int) -> Iterator[None]:
         """Show which validation image is generated inside the context, and measure its time."""
         if self._enabled:
+            self._save(after_s=SECONDS_BETWEEN_FILES)
             self._show_image(f"validation image {number} of {total}")
         started_s = time.monotonic()
         yield
         self._seconds_per_image = self._image_seconds.update(time.monotonic() - started_s)
+
+    def _save(self, *, after_s: float = 0.0) -> None:
+        if self._output_dir is not None and time.monotonic() - self._saved_s >= after_s:
+            save_progress(self._output_dir, step=self._step, left_s=self._left_s)
+            self._saved_s = time.monotonic()
 
     def _show_image(self, text: str) -> None:
         if self._bar:

@@ -29,6 +29,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
 )
 from simpletuner.helpers.checkpointing.intervals import Epochs
 from simpletuner.helpers.checkpointing.progress import Progress
+from simpletuner.helpers.checkpointing.requests import RunRequests
 from simpletuner.helpers.checkpointing.state import RunState
 from simpletuner.helpers.checkpointing.weight_identity import base_weights_hash, weight_hashes
 from simpletuner.helpers.choices.precisions import UNCHANGED
@@ -155,6 +156,7 @@ def build_components(
         step=context.step,
         enabled=accelerator.is_main_process,
         images_left=lambda step: validation.images_left(step, max_steps=context.max_steps),
+        output_dir=config.checkpoint.output_dir,
     )
     sampler = build_sampler(context, prompts, base_model=base_model, display=display)
     comparison = build_comparison(config, sampler)
@@ -236,6 +238,7 @@ def build_components(
         final_files=build_final_files(context, state),
         uploads=build_uploads(context),
         preemption=context.preemption,
+        requests=RunRequests(output_dir=config.checkpoint.output_dir, is_enabled=accelerator.is_main_process),
         max_steps=context.max_steps,
         resources=resources.pop_all(),
     )

@@ -23,6 +23,7 @@ from simpletuner.helpers.checkpointing.fingerprint import (
     resume_fingerprint,
 )
 from simpletuner.helpers.checkpointing.preemption import Preemption
+from simpletuner.helpers.checkpointing.requests import remove_requests
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.translation_lines import translation_lines
 from simpletuner.helpers.data.dataset import TrainingData
@@ -110,6 +111,7 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     if accelerator.is_main_process:
         resources.enter_context(run_lock(config.checkpoint.output_dir))
         remove_unfinished(config.checkpoint.output_dir)
+        remove_requests(config.checkpoint.output_dir)
         (config.checkpoint.output_dir / EXIT_FILE).unlink(missing_ok=True)  # of the run before
     accelerator.wait_for_everyone()
     resumed = find_checkpoint(config.checkpoint, settings=resume_fingerprint(config))

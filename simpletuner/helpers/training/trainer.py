@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from simpletuner.helpers.adapters.sharding import full_tensor
-from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted
+from simpletuner.helpers.checkpointing.preemption import EXIT_PREEMPTED, Preempted, mark_stop_wanted
+from simpletuner.helpers.checkpointing.requests import REQUESTS, Answer
 from simpletuner.helpers.contracts import MicroBatchOutput
 from simpletuner.helpers.errors import LoaderTimeoutError, TrainingError
 from simpletuner.helpers.io.names import printable
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from simpletuner.helpers.checkpointing.checkpoints import Checkpoints
     from simpletuner.helpers.checkpointing.preemption import Preemption
     from simpletuner.helpers.checkpointing.progress import Progress
+    from simpletuner.helpers.checkpointing.requests import RunRequests
     from simpletuner.helpers.checkpointing.state import RunState
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.configuration.schema.tracking import Level
@@ -60,6 +62,7 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_STEPS = 25
 # A scheduler kills a stopped run after 30 seconds or so, and then its exit code says nothing.
 STOP_WAIT_S = 5.0
+SIGNAL = "signal"
 
 
 @dataclass(kw_only=True)
@@ -88,6 +91,7 @@ class Trainer:
     final_files: FinalFiles
     uploads: Uploads
     preemption: Preemption
+    requests: RunRequests
     max_steps: int
     resources: ExitStack
     """Run lock and signal handlers, held until the run ends."""
@@ -99,8 +103,8 @@ class Trainer:
     """Consecutive optimiser steps that the gradient scaler skipped."""
     is_state_checked: bool = False
     """A checkpoint can hold the optimiser's state, which is there from the first step on."""
-    stop_agreed: bool = False
-    """In the last step, some process had received a signal."""
+    agreed: frozenset[str] = frozenset()
+    """Requests that the main process found in the last step, and SIGNAL if some process had received one."""
 
     def run(self) -> int:
         """Train from the current step to the last one.
@@ -132,8 +136,9 @@ class Trainer:
             if in_any_process(self.accelerator, flag=self.should_stop or self.preemption.requested):
                 self.trackers.limit_wait(STOP_WAIT_S)
                 self.page.write("stopped")
+                reason = "a request" if "stop" in self.agreed else "a signal"
                 self._notify(
-                    "stopped", f"Stopped by a signal at step {self.progress.step}; the next start goes on"
+                    "stopped", f"Stopped by {reason} at step {self.progress.step}; the next start goes on"
                 )
                 return EXIT_PREEMPTED
             grid, page = self.validation.grid_file(self.progress.step), self.page.write("finished")
@@ -163,8 +168,9 @@ class Trainer:
 
     @property
     def should_stop(self) -> bool:
-        """Whether a signal ends the run now; several processes agree on that in `apply_gradients`."""
-        return self.stop_agreed or (self.accelerator.num_processes == 1 and self.preemption.requested)
+        """Whether a signal or a request ends the run; `apply_gradients` lets several processes agree."""
+        is_alone = self.accelerator.num_processes == 1
+        return bool(self.agreed & {"stop", SIGNAL}) or (is_alone and self.preemption.requested)
 
     def state_digest(self) -> str:
         """SHA-256 of the state that must survive a restart."""
@@ -229,8 +235,10 @@ class Trainer:
         self._drop_ended_gradients()
         self._record_rates()
         self.metrics.record("grad_norm", self._clip())
-        step, stop = self.progress.step + 1, self.preemption.requested
-        self.stop_agreed = self.metrics.reduce(self.accelerator, step=step, stop=stop)
+        step, wanted = self.progress.step + 1, self.requests.wanted()
+        flags: dict[str, bool] = {each: each in wanted for each in REQUESTS}
+        flags[SIGNAL] = self.preemption.requested
+        self.agreed = self.metrics.reduce(self.accelerator, step=step, flags=flags)
         self.optimizer.step()
         self.lr_schedule.step()
         self.optimizer.zero_grad()
@@ -298,22 +306,52 @@ class Trainer:
             raise
 
     def _after_step(self, metrics: StepMetrics) -> None:
-        """Log, save, evaluate and validate, in that order."""
-        step = metrics.step
+        """Log, save, evaluate and validate, in that order, then answer requests."""
+        step, asked = metrics.step, self.agreed.intersection(REQUESTS)
         if not self.is_state_checked:
             self.state.check_optimizer()
             self.is_state_checked = True
         self.display.update(metrics)
         self.trackers.log(metrics)
-        if self.should_stop or self.checkpoints.is_due(step):
+        if self.should_stop or "save" in asked or self.checkpoints.is_due(step):
             self.save_checkpoint()
         goes_on = step < self.max_steps and not self.should_stop
         if self.evaluation.is_due(step) and goes_on:
             self.evaluation.run(step)
-        if self.validation.is_due(step) and goes_on:
+        if (self.validation.is_due(step) and goes_on) or ("sample" in asked and not self.should_stop):
             self.validation.run(step)
-        if any(each.is_due(step) for each in (self.checkpoints, self.evaluation, self.validation)):
+        is_due = any(each.is_due(step) for each in (self.checkpoints, self.evaluation, self.validation))
+        if asked:
+            self._answer()
+        elif is_due or self.page.is_old:
             self.page.refresh()
+
+    def _answer(self) -> None:
+        """Answer the requests of this step, and show them in the report."""
+        step, has_prompts = self.progress.step, bool(self.validation.sampler.prompts)
+        grid, saved = self.validation.grid_file(step), f"The checkpoint of step {step} is saved"
+        if "stop" in self.agreed:
+            mark_stop_wanted()
+        else:
+            self.page.write("running")
+        if grid.exists():
+            sample = Answer(f"Images of step {step}: {grid}")
+        elif not has_prompts:
+            sample = Answer(
+                "This run generates no validation images. Set validation_prompt, and validation_disable to "
+                "false, before its next start.",
+                is_done=False,
+            )
+        else:
+            reason = "the run stops" if self.should_stop else "its log says why"
+            sample = Answer(f"No images of step {step}: {reason}.", is_done=False)
+        self.requests.answer(
+            {
+                "save": Answer(f"{saved}."),
+                "sample": sample,
+                "stop": Answer(f"{saved}, and the run stops. The same command goes on."),
+            }
+        )
 
     def _drop_ended_gradients(self) -> None:
         """Leave parameters as they are from the end step of their group on."""

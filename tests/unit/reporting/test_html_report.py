@@ -15,6 +15,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -295,6 +296,8 @@ def test_changes_of_a_later_start_are_listed_and_marked_in_every_chart_over_step
 def test_state_follows_from_the_files_of_the_folder(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path)
     run.write()
+    assert read_run(tmp_path).state == "died"
+    run.json("exit.json", {"outcome": "stopped, the same command goes on"})
     assert read_run(tmp_path).state == "stopped"
     run.json("exit.json", {"outcome": "failed"})
     assert read_run(tmp_path).state == "failed"
@@ -314,7 +317,7 @@ def test_steps_are_those_of_the_state_where_a_full_disk_cut_the_log(tmp_path: Pa
     run = SyntheticRun(tmp_path, steps=12)
     run.write()
     (tmp_path / "checkpoint-20").mkdir()
-    assert "stopped at step 20 of 24" in write_page(tmp_path).read_text()
+    assert "died at step 20 of 24" in write_page(tmp_path).read_text()
     run.json("finished.json", {"step": 24})
     assert "finished, 24 steps" in write_page(tmp_path).read_text()
     assert "running at step 15 of 24" in write_page(tmp_path, state="running", step=15).read_text()
@@ -466,6 +469,51 @@ def test_image_of_the_average_is_beside_that_of_the_trained_weights(tmp_path: Pa
     assert "mean of the EMA images" in html
 
 
+def series_of(file: Path) -> list[tuple[str | None, str | None]]:
+    """What each column of the table is of: its series and its step."""
+    heads = Page(file.read_text(encoding="utf-8")).all("th")
+    return [(each["data-series"], each.get("data-step")) for each in heads if "data-series" in each]
+
+
+def test_images_of_other_runs_are_beside_those_of_the_same_prompt_and_seed(tmp_path: Path) -> None:
+    mine, other, third = (tmp_path / name for name in ("mine", "日本", "third"))
+    SyntheticRun(mine, prompts=("a dog",)).write()
+    SyntheticRun(other, prompts=("a dog", "a bird"), steps=30).write()
+    SyntheticRun(third, prompts=("a fish",), validations=1).write()
+    own = [("base model", None), ("this run", "25"), ("this run", "50")]
+    assert series_of(write_page(mine)) == own
+    before = (mine / "report.html").read_bytes()
+    page = write_page(mine, others=[other, third])
+    assert page == mine / "report-with-日本-third.html"
+    assert series_of(page) == [*own, ("日本", "15"), ("日本", "30")]
+    text = page.read_text(encoding="utf-8")
+    assert "third has no image of a prompt, size, seed and strength here." in text
+    assert "a bird" not in text
+    assert (mine / "report.html").read_bytes() == before, "the running run's own page"
+
+
+def test_two_runs_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    runs = [tmp_path / place / "run" for place in ("a", "b", "c")]
+    for run in runs:
+        SyntheticRun(run, prompts=("a dog",), validations=1).write()
+    shown = series_of(write_page(runs[0], others=runs[1:]))
+    assert [name for name, _ in shown] == ["base model", "this run", *map(display_path, runs[1:])]
+
+
+def test_images_of_a_compared_run_have_their_share_of_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    SyntheticRun(mine, steps=60, validations=6, prompts=("a dog",)).write()
+    SyntheticRun(other, steps=90, validations=9, prompts=("a dog",)).write()
+    one = gallery.thumbnail(next((mine / "validation" / "base").glob("*.png")), -2)
+    monkeypatch.setattr(gallery, "BUDGET_BYTES", one.num_bytes * 5)
+    page = write_page(mine, others=[other])
+    assert [step for _, step in series_of(page)] == [None, "10", "60", "10", "90"]
+    assert "4 validations left out" in page.read_text()
+    assert "7 validations of other left out" in page.read_text()
+
+
 def test_images_of_another_size_stay_on_the_page(tmp_path: Path) -> None:
     run = SyntheticRun(tmp_path, prompts=("a dog",), picture_px=48)
     run.write()
@@ -562,6 +610,21 @@ def test_page_takes_at_most_two_per_cent_of_the_time(tmp_path: Path, monkeypatch
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(("took_s", "after_s"), [(0.0, 60.0), (0.25, 60.0), (2.0, 400.0)])
+def test_old_page_of_a_running_run_is_written_again_without_anything_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, took_s: float, after_s: float
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(writer, "write_page", lambda *_, **__: clock.append(1000.0 + took_s))
+    monkeypatch.setattr(writer.time, "monotonic", lambda: clock[-1])
+    page, other = RunPage(tmp_path, is_enabled=True), RunPage(tmp_path, is_enabled=False)
+    page.refresh()
+    for age_s, is_old in ((after_s - 1.0, False), (after_s, True)):
+        clock.append(1000.0 + age_s)
+        assert page.is_old is is_old
+        assert not other.is_old
+
+
 def test_running_page_has_the_step_of_the_state_and_not_of_the_log(tmp_path: Path) -> None:
     SyntheticRun(tmp_path, steps=12).write()
     file = RunPage(tmp_path, is_enabled=True, step=lambda: 17).write("running")
@@ -595,36 +658,44 @@ const after = values.map((each) => each.textContent);
 document.querySelector(".pictures img").click();
 const alt = document.querySelector("dialog[open] img").alt;
 document.querySelector("dialog").close();
+const alts = () => [...document.querySelectorAll(".viewer figure img")].slice(0, 2).map((each) => each.alt);
+const viewer = [alts()];
+const [left] = document.querySelectorAll(".viewer select");
+const [, slider] = document.querySelectorAll(".viewer input[type=range]");
+slider.value = 0;
+slider.dispatchEvent(new Event("input"));
+viewer.push(alts());
+left.value = "this run";
+left.dispatchEvent(new Event("change"));
+viewer.push(alts());
 parent.postMessage(JSON.stringify({
-  errors, during, after, alt,
+  errors, during, after, alt, viewer,
   width: innerWidth, scroll: document.documentElement.scrollWidth,
   broken: [...document.images].filter((each) => each.src && !each.naturalWidth).length,
 }), "*");
 """
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
-    tmp_path: Path, html: str, width: int
-) -> None:
-    before, after = f"const errors = [];{PROBE}", QUESTIONS
+def asked_in_browser(folder: Path, html: str, *, questions: str, width: int = 1280) -> list[Any]:
+    """The JSON that a script at the end of the page sends to its parent, at each time it is loaded."""
+    before, after = f"const errors = [];{PROBE}", questions
     hashes = [base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (before, after)]
     probed = html.replace("script-src", "script-src " + " ".join(f"'sha256-{each}'" for each in hashes), 1)
     probed = probed.replace("<style>", f"<script>{before}</script><style>", 1)
     probed = probed.replace("</body>", f"<script>{after}</script></body>")
-    (tmp_path / "page.html").write_text(probed)
+    (folder / "page.html").write_text(probed)
     # A window is at least 500 px wide; a frame has any width.
-    outer = tmp_path / "outer.html"
+    outer = folder / "outer.html"
     outer.write_text(
         f'<iframe src="page.html" width="{width}" height="900" frameborder="0"></iframe>'
-        "<script>onmessage = (event) => { document.title = event.data; }</script>"
+        "<script>const all = [];"
+        "onmessage = (event) => { all.push(event.data); document.title = `[${all}]`; }</script>"
     )
     shown = subprocess.run(
         [
             str(CHROMIUM),
-            *("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000", "--dump-dom"),
-            f"--user-data-dir={tmp_path / 'profile'}",
+            *("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"),
+            f"--user-data-dir={folder / 'profile'}",
             outer.as_uri(),
         ],
         capture_output=True,
@@ -633,7 +704,16 @@ def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
         timeout=120,
     ).stdout
     title = shown.partition("<title>")[2].partition("</title>")[0]
-    found = json.loads(Page(f"<p>{title}</p>").text)
+    answers: list[Any] = json.loads(Page(f"<p>{title}</p>").text)
+    return answers
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
+    tmp_path: Path, html: str, width: int
+) -> None:
+    (found,) = asked_in_browser(tmp_path, html, questions=QUESTIONS, width=width)
     assert found["errors"] == []
     assert found["broken"] == 0
     assert found["width"] == width
@@ -642,6 +722,55 @@ def test_browser_shows_the_page_without_an_error_or_sideways_scrolling(
     assert float(found["during"][0]) == pytest.approx(record(int(found["during"][-1]))["loss"], rel=1e-3)
     assert found["after"][-1] == "50"
     assert found["alt"] == f"{NASTY}, base model, 32x32, seed 1"
+    sides = [[alt.removeprefix(f"{NASTY}, ").split(", ")[0] for alt in alts] for alts in found["viewer"]]
+    assert sides == [["base model", "step 50"], ["base model", "step 25"], ["step 25", "step 25"]]
+
+
+VIEW = """
+const [left] = document.querySelectorAll(".viewer select");
+if (performance.getEntriesByType("navigation")[0].type !== "reload") {
+  left.value = "this run";
+  left.dispatchEvent(new Event("change"));
+  const [slider] = document.querySelectorAll(".viewer input[type=range]");
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  document.querySelector("details").open = true;
+  scrollTo(0, 700);
+}
+setTimeout(() => parent.postMessage(JSON.stringify({
+  errors, scroll: scrollY, open: document.querySelector("details").open,
+  sides: [...document.querySelectorAll(".viewer output")].map((each) => each.textContent),
+}), "*"), 300);
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_browser_loads_the_page_of_a_running_run_again_and_shows_it_as_it_was_left(tmp_path: Path) -> None:
+    SyntheticRun(tmp_path / "run").write()
+    html = write_page(tmp_path / "run", state="running").read_text(encoding="utf-8")
+    views = asked_in_browser(
+        tmp_path, html.replace('data-reload="60"', 'data-reload="1"'), questions=VIEW, width=700
+    )
+    assert len(views) >= 2, "it was not loaded again"
+    assert views[0] == {"errors": [], "scroll": 700, "open": True, "sides": ["step 25", "step 50"]}
+    assert all(view == views[0] for view in views)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_browser_loads_the_page_of_a_finished_run_once(tmp_path: Path, html: str) -> None:
+    assert len(asked_in_browser(tmp_path, html, questions=VIEW)) == 1
+
+
+def test_page_of_a_running_run_is_loaded_again_and_no_other(tmp_path: Path) -> None:
+    for name in ("mine", "other"):
+        SyntheticRun(tmp_path / name).write()
+    running = Page(write_page(tmp_path / "mine", state="running").read_text())
+    assert [each["data-reload"] for each in running.all("span") if "data-reload" in each] == ["60"]
+    for page in (
+        write_page(tmp_path / "mine", state="finished"),
+        write_page(tmp_path / "mine", state="running", others=[tmp_path / "other"]),
+    ):
+        assert 'data-reload="' not in page.read_text()
 
 
 def test_path_on_another_drive_is_shown_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,14 +56,14 @@ def accelerator() -> Accelerator:
 
 def test_metrics_average_the_micro_batches(accelerator: Accelerator) -> None:
     metrics = accumulated(1.0, 3.0)
-    assert not metrics.reduce(accelerator, step=1, stop=False)
+    assert not metrics.reduce(accelerator, step=1, flags={"stop": False})
     row = complete(metrics)
     assert (row.loss, row.grad_norm, row.mean_active_rank, row.lr) == (2.0, 0.5, 8.0, 0.1)
 
 
 def test_metrics_of_the_next_step_begin_anew(accelerator: Accelerator) -> None:
     metrics = accumulated(1.0, 3.0)
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     complete(metrics)
     assert metrics == StepAccumulator()
 
@@ -75,21 +75,21 @@ def test_a_number_recorded_under_the_name_of_a_field_is_averaged_wherever_it_was
     metrics = accumulated(1.0, 3.0, rank=None)
     for rank in (4.0, 5.0):
         metrics.record("mean_active_rank", value(rank), reduction="mean")
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     assert complete(metrics).mean_active_rank == 4.5
 
 
 def test_a_number_under_an_unknown_name_is_refused(accelerator: Accelerator) -> None:
     metrics = accumulated(1.0)
     metrics.record("lattent_norm", 1.0)
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     with pytest.raises(TypeError, match="lattent_norm"):
         complete(metrics)
 
 
 def test_curves_hold_every_number_that_has_a_value(accelerator: Accelerator) -> None:
     metrics = accumulated(1.0, 3.0, rank=None)
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     assert complete(metrics).curves == {
         "loss": 2.0,
         "grad_norm": 0.5,
@@ -110,7 +110,7 @@ def test_metrics_tell_the_losses_of_the_noise_bands_apart(accelerator: Accelerat
     metrics.add(
         batch("b.png"), MicroBatchOutput(torch.tensor(6.0), torch.tensor([5.0, 7.0]), 2, (499, 799), None)
     )
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     row = complete(metrics)
     assert row.loss_by_band == {"0-500": 3.0, "500-800": 5.0, "800-1000": None}
     assert row.loss == 4.0
@@ -130,7 +130,7 @@ def test_metrics_read_the_device_once(accelerator: Accelerator, monkeypatch: pyt
         )
     metrics = accumulated(1.0, 3.0)
     metrics.record("mean_active_rank", torch.tensor(5.0), reduction="mean")
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     assert reads == ["tolist"]
 
 
@@ -140,7 +140,8 @@ def test_peak_memory_of_a_device_is_that_of_a_gpu() -> None:
 
 def test_metrics_agree_on_a_stop_and_have_no_rank_without_a_schedule(accelerator: Accelerator) -> None:
     metrics = accumulated(1.0, rank=None)
-    assert metrics.reduce(accelerator, step=1, stop=True)
+    raised = metrics.reduce(accelerator, step=1, flags={"save": False, "stop": True, "sample": False})
+    assert raised == {"stop"}
     assert complete(metrics).mean_active_rank is None
 
 
@@ -150,20 +151,20 @@ def test_loss_that_is_not_finite_is_refused_naming_step_sample_and_timestep(
     accelerator: Accelerator, value: float
 ) -> None:
     with pytest.raises(TrainingError, match=r"Step 7: .*(nan|inf).*cats/b\.png at timestep 200") as info:
-        accumulated(1.0, value).reduce(accelerator, step=7, stop=False)
+        accumulated(1.0, value).reduce(accelerator, step=7, flags={})
     assert "a.png" not in str(info.value)
 
 
 @pytest.mark.reliability_row(12)
 def test_gradient_that_is_not_finite_is_refused(accelerator: Accelerator) -> None:
     with pytest.raises(TrainingError, match=r"Step 7: .*nan.*cats/a\.png at timestep 100"):
-        accumulated(1.0, grad_norm=math.nan).reduce(accelerator, step=7, stop=False)
+        accumulated(1.0, grad_norm=math.nan).reduce(accelerator, step=7, flags={})
 
 
 def test_an_overflowed_gradient_is_left_to_the_scaler_and_has_no_norm(accelerator: Accelerator) -> None:
     accelerator.scaler = torch.amp.GradScaler("cpu")
     metrics = accumulated(1.0, grad_norm=math.inf)
-    metrics.reduce(accelerator, step=1, stop=False)
+    metrics.reduce(accelerator, step=1, flags={})
     assert complete(metrics).grad_norm is None
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from simpletuner.helpers.checkpointing.progress import Progress
+from simpletuner.helpers.io.run_folder import PROGRESS_FILE
 from simpletuner.helpers.reporting.metrics import StepMetrics
 from simpletuner.helpers.reporting.progress_bar import ProgressDisplay, duration
 
@@ -131,6 +134,33 @@ def test_the_time_left_counts_the_images_of_validations(
     with caplog.at_level(logging.INFO):
         display.update(record(10))  # 0.1 s a step
     assert "1 min 10 s left" in caplog.text
+
+
+def test_step_and_time_left_are_written_every_five_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("simpletuner.helpers.reporting.progress_bar.time.monotonic", lambda: clock[-1])
+
+    def progress() -> dict[str, object]:
+        content: dict[str, object] = json.loads((tmp_path / PROGRESS_FILE).read_bytes())
+        return content
+
+    with ProgressDisplay(total_steps=110, step=3, output_dir=tmp_path) as display:
+        assert progress() == {"step": 3, "left_s": None}
+        for now_s, shown in ((104.9, 3), (105.0, 20), (109.0, 20), (110.0, 40)):
+            clock.append(now_s)
+            display.update(record(20 if now_s < 110 else 40))
+            assert progress()["step"] == shown
+        assert progress()["left_s"] == pytest.approx(7.0)
+        display.update(record(50))
+    assert progress()["step"] == 50
+
+
+def test_other_processes_write_no_progress(tmp_path: Path) -> None:
+    with ProgressDisplay(total_steps=4, step=0, enabled=False, output_dir=tmp_path) as display:
+        display.update(record(1))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def make(weight: nn.Parameter, *, end_step: int | None = None, **keys: object) -
         "lr_schedule": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step),
         "state": SimpleNamespace(progress=Progress()),
         "preemption": SimpleNamespace(requested=False),
+        "requests": SimpleNamespace(wanted=frozenset),
         "text_encoding": SimpleNamespace(average_gradients=lambda _: None),
     }
     required = [each.name for each in fields(Trainer) if each.default is each.default_factory is MISSING]

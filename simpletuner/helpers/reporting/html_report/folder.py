@@ -9,24 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.configuration.text.secrets import without_secrets
-from simpletuner.helpers.errors import SimpleTunerError
-from simpletuner.helpers.io.lock import is_held
 from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     COMFYUI_FILE,
     CONFIG_FILE,
     EMA_FILES,
     EVALUATIONS_FILE,
-    EXIT_FILE,
     METRICS_FILE,
     RUN_MANIFEST_FILE,
     SCORES_FILE,
-    SUMMARY_FILE,
     VALIDATION_FOLDER,
     adapter_in,
     ema_folder,
@@ -35,12 +31,7 @@ from simpletuner.helpers.io.run_folder import (
 )
 from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
 from simpletuner.helpers.reporting.html_report.series import Log, read_log
-
-State = Literal["running", "finished", "stopped", "failed"]
-
-
-class NoRunError(SimpleTunerError):
-    """The folder is not the output_dir of a run."""
+from simpletuner.helpers.reporting.run_state import NoRunError, State, read_json, saved_step, state_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,9 +80,9 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         raise NoRunError(
             f"{path} holds neither {METRICS_FILE} nor {CONFIG_FILE}. Give the output_dir of a run."
         )
-    config = _json(path / CONFIG_FILE)
+    config = read_json(path / CONFIG_FILE)
     hide_named(json.dumps(config))  # the paths of the run hold the values
-    manifest = without_secrets(_json(path / RUN_MANIFEST_FILE))
+    manifest = without_secrets(read_json(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
     images = image_rows(
         path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
@@ -101,7 +92,7 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
     adapter = _adapter(path, is_token=config.get("model_type") == "embedding")
     return RunSnapshot(
         path=path,
-        state=state or _state(path, step),
+        state=state or state_of(path, step),
         step=step,
         written=time.strftime("%Y-%m-%d %H:%M"),
         log=log,
@@ -138,28 +129,13 @@ def display_path(path: str | Path) -> str:
 
 def _clip_scores(validation: Path, name: str) -> dict[int, float]:
     files = ((step, folder / SCORES_FILE) for step, folder in validation_step_folders(validation))
-    found = ((step, _json(file).get(name)) for step, file in files)
+    found = ((step, read_json(file).get(name)) for step, file in files)
     return {step: fmean(each.values()) for step, each in found if isinstance(each, dict) and each}
-
-
-def _state(path: Path, step: int) -> State:
-    if step > 0 and step == _finished_step(path):
-        return "finished"
-    if is_held(path):
-        return "running"
-    return "failed" if _json(path / EXIT_FILE).get("outcome") == "failed" else "stopped"
 
 
 def _step(path: Path, log: Log) -> int:
     """The step of the newest checkpoint, of the last row or of the end, whichever is highest."""
-    checkpoints = [checkpoint.step for checkpoint in current_checkpoints(path)]
-    rows = [int(step) for step in log.steps[-1:]]
-    return max(*checkpoints, *rows, _finished_step(path), 0)
-
-
-def _finished_step(path: Path) -> int:
-    step = _json(path / SUMMARY_FILE).get("step")
-    return step if isinstance(step, int) else 0
+    return max(*(int(step) for step in log.steps[-1:]), saved_step(path), 0)
 
 
 def _adapter(path: Path, *, is_token: bool) -> Path | None:
@@ -177,11 +153,3 @@ def _beside(adapter: Path | None) -> Path | None:
         return None
     file = adapter.with_name(ema_folder(adapter.name) if adapter.is_dir() else EMA_FILES[adapter.name])
     return file if file.exists() else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -30,8 +31,27 @@ BUDGET_BYTES = 9 << 20
 """Limit for all thumbnails; base64 adds a third in the page."""
 MAX_PIXELS = 1 << 26
 
-Column = tuple[int, bool]
-"""Step of a validation, and whether its images are those of the EMA weights."""
+OWN_RUN = ""
+"""Column.run of the run that the report is of."""
+
+
+class Column(NamedTuple):
+    """A validation of a run; columns are sorted by run, then step."""
+
+    run: str
+    step: int
+    is_ema: bool
+    """Whether its images are those of the EMA weights."""
+
+    @property
+    def title(self) -> str:
+        """Of its column in the table."""
+        return f"{f'{self.run}, ' if self.run else ''}step {self.step:,}{', EMA' if self.is_ema else ''}"
+
+    @property
+    def series(self) -> str:
+        """What the same weights are called at every step."""
+        return f"{self.run or 'this run'}{', EMA' if self.is_ema else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +76,28 @@ class Thumbnail:
     num_bytes: int
 
 
-def render_gallery(rows: Sequence[ImageRow]) -> str:
-    """A table with a row of images below each prompt; a note names the steps left out to save space."""
+def render_gallery(rows: Sequence[ImageRow], *, compared: Sequence[str] = ()) -> str:
+    """A table with a row of images below each prompt; a note names the steps left out to save space.
+
+    The page's script shows two columns side by side above it. A note names compared runs without an image.
+    """
     rows = [row for row in rows if row.by_column or row.fixed]
     if not rows:
         return ""
-    every_step = sorted({step for row in rows for step, _ in row.by_column})
-    steps, shown = _affordable(rows, every_step)
+    columns, shown = _affordable(rows)
     titles = list(dict.fromkeys(title for row in shown for title, _ in row.fixed))
-    columns = sorted({column for row in shown for column in row.by_column if column[0] in steps})
-    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in [*titles, *map(_title, columns)])
+    heads = "".join(
+        [_head(title, f'data-series="{escape(title)}"') for title in titles]
+        + [
+            _head(each.title, f'data-series="{escape(each.series)}" data-step="{each.step}"')
+            for each in columns
+        ]
+    )
     bodies = "\n".join(_body(row, titles, columns) for row in shown)
     return (
-        f"{_left_out(every_step, steps, num_rows=len(rows) - len(shown))}"
+        f"{_left_out(_columns(rows), columns, num_rows=len(rows) - len(shown))}"
+        f"{_without_images(_columns(rows), compared)}"
+        '<div class="viewer"></div>\n'
         '<div class="scroll"><table class="pictures">\n'
         f"<thead><tr>{heads}</tr></thead>\n{bodies}\n</table></div>"
     )
@@ -112,27 +141,47 @@ def _thumbnail_or_none(file: Path) -> Thumbnail | None:
         return None
 
 
-def _affordable(rows: Sequence[ImageRow], steps: Sequence[int]) -> tuple[list[int], list[ImageRow]]:
-    """The steps and rows within BUDGET_BYTES: first, last and evenly spaced steps; leading rows."""
-    shown_rows = list(rows)
-    while len(shown_rows) > 1 and _num_bytes(shown_rows, spread_evenly(steps, 2)) > BUDGET_BYTES:
+def _affordable(rows: Sequence[ImageRow]) -> tuple[list[Column], list[ImageRow]]:
+    """Columns and rows within BUDGET_BYTES: first, last and evenly spaced steps of each run; leading rows."""
+    shown_rows, every = list(rows), _columns(rows)
+    while len(shown_rows) > 1 and _num_bytes(shown_rows, _spread(every, 2)) > BUDGET_BYTES:
         shown_rows = shown_rows[: len(shown_rows) // 2]
-    shown_steps = spread_evenly(steps, MAX_STEPS)
-    while len(shown_steps) > 2 and _num_bytes(shown_rows, shown_steps) > BUDGET_BYTES:
-        shown_steps = spread_evenly(steps, len(shown_steps) - 1)
-    return shown_steps, shown_rows
+    count = MAX_STEPS
+    shown = _spread(every, count)
+    while count > 2 and _num_bytes(shown_rows, shown) > BUDGET_BYTES:
+        count -= 1
+        shown = _spread(every, count)
+    has_image = set(_columns(shown_rows))
+    return [column for column in shown if column in has_image], shown_rows
 
 
-def _num_bytes(rows: Sequence[ImageRow], steps: Sequence[int]) -> int:
+def _columns(rows: Sequence[ImageRow]) -> list[Column]:
+    return sorted({column for row in rows for column in row.by_column})
+
+
+def _spread(columns: Sequence[Column], count: int) -> list[Column]:
+    """The columns of `count` steps of each run."""
+    steps: dict[str, dict[int, None]] = {}
+    for column in columns:
+        steps.setdefault(column.run, {})[column.step] = None
+    kept = {run: set(spread_evenly([*each], count)) for run, each in steps.items()}
+    return [column for column in columns if column.step in kept[column.run]]
+
+
+def _num_bytes(rows: Sequence[ImageRow], columns: Sequence[Column]) -> int:
     files = [file for row in rows for _, file in row.fixed]
-    files += [file for row in rows for (step, _), file in row.by_column.items() if step in steps]
+    files += [row.by_column[column] for row in rows for column in columns if column in row.by_column]
     return sum(image.num_bytes for image in map(_thumbnail_or_none, files) if image is not None)
+
+
+def _head(title: str, attributes: str) -> str:
+    return f"<th scope=col {attributes}>{escape(title)}</th>"
 
 
 def _body(row: ImageRow, titles: Sequence[str], columns: Sequence[Column]) -> str:
     fixed = dict(row.fixed)
     cells = [_cell(row, title, fixed.get(title), css_class="fixed") for title in titles]
-    cells += [_cell(row, _title(each), row.by_column.get(each), css_class="made") for each in columns]
+    cells += [_cell(row, each.title, row.by_column.get(each), css_class="made") for each in columns]
     head = f"<span>{escape(row.prompt) or '<em>no prompt</em>'} <small>{escape(row.details)}</small></span>"
     return (
         f'<tbody><tr><th scope="rowgroup" colspan="{len(cells)}">{head}</th></tr>'
@@ -152,24 +201,48 @@ def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> st
     )
 
 
-def _title(column: Column) -> str:
-    step, is_ema = column
-    return f"step {step:,}{', EMA' if is_ema else ''}"
-
-
-def _left_out(every: Sequence[int], shown: Sequence[int], *, num_rows: int) -> str:
-    missing = [step for step in every if step not in set(shown)]
+def _left_out(every: Sequence[Column], shown: Sequence[Column], *, num_rows: int) -> str:
     parts = []
-    if missing:
-        ranges = ", ".join(f"{step:,}" for step in missing)
-        parts.append(
-            f"{format_count(len(missing), 'validation')} left out to keep the page small: step {ranges}."
-        )
+    for run in dict.fromkeys(column.run for column in every):
+        kept = {column.step for column in shown if column.run == run}
+        missing = sorted({column.step for column in every if column.run == run} - kept)
+        if missing:
+            steps = ", ".join(f"{step:,}" for step in missing)
+            name = f" of {run}" if run else ""
+            number = format_count(len(missing), "validation")
+            parts.append(f"{number}{name} left out to keep the page small: step {steps}.")
     if num_rows:
         parts.append(f"{format_count(num_rows, 'prompt')} left out to keep the page small.")
     if parts:
         parts.append("Every image is in the run's folder validation/.")
     return note(" ".join(parts))
+
+
+def _without_images(columns: Sequence[Column], compared: Sequence[str]) -> str:
+    missing = [title for title in compared if title not in {column.run for column in columns}]
+    return note(
+        " ".join(f"{title} has no image of a prompt, size, seed and strength here." for title in missing)
+    )
+
+
+def with_others(rows: Sequence[ImageRow], others: Mapping[str, Sequence[ImageRow]]) -> list[ImageRow]:
+    """The rows with the images of other runs, by title, of the same prompt, size, seed and strength."""
+    return [
+        replace(
+            row,
+            by_column={
+                **row.by_column,
+                **{
+                    column._replace(run=title): file
+                    for title, other in others.items()
+                    for each in other
+                    if (each.prompt, each.details) == (row.prompt, row.details)
+                    for column, file in each.by_column.items()
+                },
+            },
+        )
+        for row in rows
+    ]
 
 
 def image_rows(
@@ -181,7 +254,7 @@ def image_rows(
     or sizes, prompt, size and seed come from the file names.
     """
     made = {
-        (step, bool(name)): image_files(each / name)
+        Column(OWN_RUN, step, bool(name)): image_files(each / name)
         for step, each in validation_step_folders(folder)
         for name in ("", EMA_FOLDER)
     }

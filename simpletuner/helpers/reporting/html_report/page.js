@@ -48,6 +48,138 @@ for (const chart of document.querySelectorAll("figure.chart")) {
   });
 }
 
+// Two images of each prompt side by side. Each side has a choice of a run, or of the base model, and a slider
+// over the steps of a run.
+const table = document.querySelector("table.pictures");
+const sides = table && table.tHead.rows[0].cells.length > 1 ? [0, 1].map((number) => viewerSide(number)) : [];
+
+function element(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+function viewerSide(number) {
+  const series = new Map(); // title -> columns of the table
+  [...table.tHead.rows[0].cells].forEach((head, index) => {
+    const title = head.dataset.series;
+    if (!series.has(title)) series.set(title, []);
+    series.get(title).push({ index, step: Number(head.dataset.step ?? -1) });
+  });
+  const titles = [...series.keys()];
+  const choice = element("select", { ariaLabel: ["left", "right"][number] });
+  choice.append(...titles.map((title) => element("option", { value: title, textContent: title })));
+  const slider = element("input", { type: "range", min: 0, ariaLabel: "step" });
+  const label = element("output");
+  const figures = [...table.tBodies].map(() => element("figure"));
+  const columns = () => series.get(choice.value);
+  const side = {
+    figures,
+    choice,
+    controls: element("div", { className: "controls" }, choice, slider, label),
+    columns,
+    step: () => columns()[slider.value].step,
+    isAtEnd: () => Number(slider.value) === columns().length - 1,
+    // The last of its steps that is not after this one, else the first.
+    goTo(step) {
+      slider.max = columns().length - 1;
+      slider.value = Math.max(0, columns().findLastIndex((column) => column.step <= step));
+      side.show();
+    },
+    show() {
+      const { index, step } = columns()[slider.value];
+      slider.hidden = columns().length < 2;
+      label.textContent = step < 0 ? "" : `step ${step.toLocaleString("en-US")}`;
+      figures.forEach((figure, row) => {
+        const image = table.tBodies[row].rows[1].cells[index].querySelector("img");
+        if (!image) {
+          figure.replaceChildren(element("span", { className: "missing", textContent: "none" }));
+          return;
+        }
+        const copy = image.cloneNode();
+        copy.addEventListener("click", () => open(images.indexOf(image)));
+        figure.replaceChildren(copy);
+      });
+    },
+  };
+  slider.addEventListener("input", () => {
+    side.show();
+    if (together.checked && canGoTogether()) other(side).goTo(side.step());
+  });
+  choice.addEventListener("change", () => {
+    side.goTo(other(side).step() < 0 ? Infinity : other(side).step());
+    together.parentElement.hidden = !canGoTogether();
+  });
+  choice.value = number === 0 ? titles[0] : titles.find((title) => series.get(title)[0].step >= 0) ?? titles[1];
+  return side;
+}
+
+function other(side) {
+  return sides[0] === side ? sides[1] : sides[0];
+}
+
+// Two runs, each with steps.
+function canGoTogether() {
+  return sides[0].choice.value !== sides[1].choice.value && sides.every((side) => side.columns().length > 1);
+}
+
+const together = element("input", { type: "checkbox", checked: true });
+if (sides.length) {
+  const rows = [...table.tBodies].map((body, row) => element("div", { className: "row" },
+    element("p", { className: "prompt" }, ...body.querySelector("span").cloneNode(true).childNodes),
+    ...sides.map((side) => side.figures[row])));
+  document.querySelector(".viewer").append(
+    element("div", { className: "row sliders" }, ...sides.map((side) => side.controls),
+      element("label", {}, together, " both at one step")), ...rows);
+  sides[0].goTo(-1);
+  sides[1].goTo(Infinity);
+  together.parentElement.hidden = !canGoTogether();
+}
+
+// The page of a run that goes on is loaded again, and then shown as it was left; browsers keep the place on it.
+const KEPT = `report ${location.pathname}`;
+const reload = document.querySelector("[data-reload]");
+
+function keepView() {
+  const view = {
+    open: [...document.querySelectorAll("details")].map((each) => each.open),
+    together: together.checked,
+    sides: sides.map((side) => [side.choice.value, side.isAtEnd() ? null : side.step()]),
+  };
+  try { sessionStorage.setItem(KEPT, JSON.stringify(view)); } catch { /* the browser keeps nothing */ }
+}
+
+function restoreView() {
+  let view = null;
+  try {
+    view = JSON.parse(sessionStorage.getItem(KEPT));
+    sessionStorage.removeItem(KEPT);
+  } catch { /* the browser keeps nothing */ }
+  if (!view) return;
+  document.querySelectorAll("details").forEach((each, number) => { each.open = Boolean(view.open[number]); });
+  together.checked = view.together;
+  sides.forEach((side, number) => {
+    const [title, step] = view.sides[number] ?? [];
+    if ([...side.choice.options].some((option) => option.value === title)) {
+      side.choice.value = title;
+      side.goTo(step ?? Infinity);
+    }
+  });
+  if (sides.length) together.parentElement.hidden = !canGoTogether();
+}
+
+restoreView();
+if (reload) {
+  const loaded = performance.now();
+  const loadAgain = () => {
+    const isOld = performance.now() - loaded >= Number(reload.dataset.reload) * 1000;
+    if (!isOld || document.hidden || document.querySelector("dialog[open], input:active")) return;
+    keepView();
+    location.reload();
+  };
+  setInterval(loadAgain, 1000);
+}
+
 // An image, enlarged; the arrow keys show the previous and next one.
 const images = [...document.querySelectorAll(".pictures img")];
 const dialog = document.createElement("dialog");

@@ -9,47 +9,75 @@ from pathlib import Path
 import numpy as np
 
 from simpletuner.helpers.io.atomic import write_text
-from simpletuner.helpers.io.run_folder import PAGE_FILE
+from simpletuner.helpers.io.run_folder import PAGE_FILE, compared_page_name
 from simpletuner.helpers.reporting.html_report import sections
 from simpletuner.helpers.reporting.html_report.charts import Chart, Curve, draw_chart
-from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, State, read_run
-from simpletuner.helpers.reporting.html_report.gallery import render_gallery
+from simpletuner.helpers.reporting.html_report.folder import RunSnapshot, display_path, read_run
+from simpletuner.helpers.reporting.html_report.gallery import render_gallery, with_others
 from simpletuner.helpers.reporting.html_report.markup import document, section
 from simpletuner.helpers.reporting.html_report.schedule import render_schedule
 from simpletuner.helpers.reporting.html_report.series import Floats, downsample, smooth
 from simpletuner.helpers.reporting.html_report.usage import render_usage
 from simpletuner.helpers.reporting.noise_bands import BANDS
+from simpletuner.helpers.reporting.run_state import State
 
 _SCRIPT = Path(__file__).with_name("page.js")
 
 
-def write_page(output_dir: Path, *, state: State | None = None, step: int | None = None) -> Path:
+def write_page(
+    output_dir: Path, *, state: State | None = None, step: int | None = None, others: Sequence[Path] = ()
+) -> Path:
     """Render the report of an output folder and write it there; a run gives its state and step.
 
+    With other runs it is a page of its own, which a run that goes on does not write over.
+
     Raises:
-        NoRunError: The folder is not the output_dir of a run.
+        NoRunError: A folder is not the output_dir of a run.
         StorageError: The report is not writable; an earlier report stays unchanged.
     """
-    file = output_dir / PAGE_FILE
-    write_text(file, render_page(read_run(output_dir, state=state, step=step)))
+    run = read_run(output_dir, state=state, step=step)
+    if not others:
+        file = output_dir / PAGE_FILE
+        write_text(file, render_page(run, reloads=run.state == "running"))
+        return file
+    snapshots = [read_run(each) for each in others]
+    compared = dict(zip(_titles(run, snapshots), (each.images for each in snapshots), strict=True))
+    run = replace(run, images=with_others(run.images, compared))
+    file = output_dir / compared_page_name([each.resolve().name for each in others])
+    write_text(file, render_page(run, compared=[*compared]))
     return file
 
 
-def render_page(run: RunSnapshot) -> str:
-    """The report as one self-contained HTML document."""
+def render_page(run: RunSnapshot, *, reloads: bool = False, compared: Sequence[str] = ()) -> str:
+    """The report as one self-contained HTML document.
+
+    Args:
+        run: What it is of.
+        reloads: Whether the browser loads it again every minute.
+        compared: Titles of other runs, whose images are among the run's.
+    """
     blocks = [
         section("course", "Curves", _charts(run)),
         section("changes", "Changes during the run", sections.render_changes(run)),
         section("schedule", "Rank schedule", render_schedule(run)),
-        section("pictures", "Images", render_gallery(run.images)),
+        section("pictures", "Images", render_gallery(run.images, compared=compared)),
         section("data", "Data", sections.render_datasets(run)),
         section("configuration", "Configuration", sections.render_configuration(run)),
         section("environment", "Environment", sections.render_environment(run)),
         section("use", "Use what was trained", render_usage(run)),
     ]
-    body = "\n".join([sections.render_heading(run), *filter(None, blocks)])
+    body = "\n".join([sections.render_heading(run, reloads=reloads), *filter(None, blocks)])
     title = f"{sections.run_title(run)}: {run.state} at step {run.step}"
     return document(title, body, script=_SCRIPT.read_text(encoding="utf-8"))
+
+
+def _titles(run: RunSnapshot, others: Sequence[RunSnapshot]) -> list[str]:
+    """Titles of other runs; the path of one whose title is not its own."""
+    titles = [sections.run_title(each) for each in (run, *others)]
+    return [
+        title if titles.count(title) == 1 else display_path(other.path)
+        for title, other in zip(titles[1:], others, strict=True)
+    ]
 
 
 def _charts(run: RunSnapshot) -> str:

@@ -20,10 +20,11 @@ from simpletuner.helpers.reporting.html_report.markup import (
 )
 from simpletuner.helpers.reporting.html_report.series import downsample, smooth
 
+RELOAD_S = 60
 PATH_KEYS = ("_dir", "_dir_vae", "_dir_text", "_path", "_config", "_library", "init_lora")
 
 
-def render_heading(run: RunSnapshot) -> str:
+def render_heading(run: RunSnapshot, *, reloads: bool) -> str:
     """Name and state of the run, and its main numbers."""
     of = f" of {run.max_steps:,}" if run.max_steps else ""
     state = (
@@ -37,9 +38,11 @@ def render_heading(run: RunSnapshot) -> str:
         if run.state != "finished" and run.max_steps
         else ""
     )
+    again = f'<span data-reload="{RELOAD_S}">, loaded again every minute</span>' if reloads else ""
     return (
         f"<header>\n<p class=over>{escape(_adapter_and_base(run))}</p>\n<h1>{escape(run_title(run))}</h1>\n"
-        f'<p><span class="state {run.state}">{state}</span> <small>as of {run.written}</small></p>\n{bar}'
+        f'<p><span class="state {run.state}">{state}</span> <small>as of {run.written}{again}</small></p>\n'
+        f"{bar}"
         f"{_headline(run)}\n</header>"
     )
 

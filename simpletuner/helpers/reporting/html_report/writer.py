@@ -12,14 +12,19 @@ from typing import Any, Self
 
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.atomic import write_json
+from simpletuner.helpers.io.logs import log_once
 from simpletuner.helpers.io.run_folder import RUN_MANIFEST_FILE
-from simpletuner.helpers.reporting.html_report.folder import State
 from simpletuner.helpers.reporting.html_report.page import write_page
+from simpletuner.helpers.reporting.run_state import State
 
 logger = logging.getLogger(__name__)
 
 LARGEST_SHARE = 0.02
 """Of a run's time that goes into its report."""
+OLD_S = 60.0
+"""Age of a report that is written again although nothing but steps is new."""
+SHARE_OF_STEPS = 0.005
+"""Of a run's time that goes into such reports."""
 
 
 @dataclass(slots=True)
@@ -37,6 +42,7 @@ class RunPage:
     step: Callable[[], int] | None = None
     """Optimiser steps so far; without it, the files of the folder tell them."""
     _next_s: float = 0.0
+    _old_s: float = 0.0
 
     def __enter__(self) -> Self:
         if self.is_enabled and self._best_effort(
@@ -51,6 +57,11 @@ class RunPage:
         if isinstance(error, SimpleTunerError):
             self.write("failed")
 
+    @property
+    def is_old(self) -> bool:
+        """Whether the report of the running run is older than OLD_S, or than its writing time allows."""
+        return self.is_enabled and time.monotonic() >= self._old_s
+
     def refresh(self) -> None:
         """Write the report of the running run, unless its share of the run's time is used up."""
         if self.is_enabled and time.monotonic() >= self._next_s:
@@ -58,6 +69,7 @@ class RunPage:
             self.write("running")
             took_s = time.monotonic() - started_s
             self._next_s = time.monotonic() + took_s / LARGEST_SHARE
+            self._old_s = started_s + max(OLD_S, took_s / SHARE_OF_STEPS)
 
     def write(self, state: State) -> Path | None:
         """Write the report of the run in this state; None when that failed or is disabled."""
@@ -71,6 +83,6 @@ class RunPage:
         try:
             write()
         except Exception as error:  # noqa: BLE001 - named boundary: a page must never end a run
-            logger.warning("The report was not written: %s: %s", type(error).__name__, error)
+            log_once(logger.warning, f"The report was not written: {type(error).__name__}: {error}")
             return False
         return True
