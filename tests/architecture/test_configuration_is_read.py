@@ -11,7 +11,6 @@ from tests.architecture.package_source import Module, assert_only, modules
 # "Class.field" -> what it becomes while the configuration is loaded; not read by its own name afterwards.
 _OPENED = "names a file or a rule that is read while the configuration is loaded"
 _ONE_VALUE = "has one value; the key is accepted because users' files have it"
-_HANDED_ON = "handed to LyCORIS by its own name, as part of a mapping"
 READ_WHILE_LOADING: dict[str, str] = {
     "NoiseConfig.flux2_training_shift": "read by the family's spec, from a mapping",
     "AdapterConfig.flux_lora_target": "becomes peft_lora_target_modules while the configuration is loaded",
@@ -23,7 +22,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "ConditioningConfig.dataset_type": _ONE_VALUE,
     "DatasetConfig.dataset_type": "read through DatasetConfig.is_trained",
     "ReferenceConfig.dataset_type": _ONE_VALUE,
-    "DatasetConfig.enable_wildcard": "read by its name, as the switch of a caption step",
     "DatasetConfig.cache_dir_vae": "read through DataConfig.latents_folder",
     "NoiseConfig.timestep_bias_begin": "read through biased_timesteps",
     "NoiseConfig.timestep_bias_end": "read through biased_timesteps",
@@ -38,7 +36,6 @@ READ_WHILE_LOADING: dict[str, str] = {
     "ValidationConfig.validation_compared_config": _OPENED,
     "ValidationConfig.validation_prompt": _OPENED,
     "ValidationConfig.validation_prompt_library": _OPENED,
-    "TargetPreset.use_fnmatch": _HANDED_ON,
 }
 
 

@@ -50,6 +50,7 @@ PRINTING = {
     "simpletuner/cli.py",
     "simpletuner/cli_cache.py",
     "simpletuner/cli_data.py",
+    "simpletuner/cli_estimate.py",
     "simpletuner/cli_files.py",
     "simpletuner/cli_runs.py",
 }

@@ -24,8 +24,8 @@ from blocks import KINDS, Case, Shape, measure
 from measure import machine
 
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
+from simpletuner.helpers.estimating.step_memory import states_bytes
 from simpletuner.helpers.models.memory_model import Arithmetic, Layout, block_bytes, working_bytes
-from simpletuner.helpers.training.memory import states_bytes
 
 FLOAT32 = Arithmetic(is_mixed=False, is_gpu=False)
 GPU = Arithmetic(is_mixed=True, is_gpu=True)

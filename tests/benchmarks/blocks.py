@@ -179,7 +179,8 @@ class Case:
     kind: str
     shape: Shape
     training: str
-    """The whole block, LoRA on attention, T-LoRA on attention and feed-forward, or T-LoRA on all layers."""
+    """The whole block, LoRA on attention, T-LoRA on attention and feed-forward, or T-LoRA on all layers; or
+    LoRA of LyCORIS on the layers of T-LoRA, which it merges into the weights."""
     arithmetic: Arithmetic
     rank: int
 
@@ -192,14 +193,16 @@ class Case:
     def _low_rank(self) -> LowRank | None:
         if self.training == "whole":
             return None
+        if self.training == "merged lora":
+            return LowRank(rank=self.rank, is_tlora=False, adapts=lambda layer: layer.is_target, merges=True)
         if self.training.startswith("tlora"):
-            return LowRank(rank=self.rank, is_tlora=True, adapts=self.has_tlora)
+            return LowRank(rank=self.rank, is_tlora=True, adapts=self.has_lycoris)
         return LowRank(
             rank=self.rank, is_tlora=False, adapts=lambda layer: layer.name.endswith(self.peft_targets)
         )
 
-    def has_tlora(self, layer: Layer) -> bool:
-        """Whether a T-LoRA is on this layer."""
+    def has_lycoris(self, layer: Layer) -> bool:
+        """Whether an adapter of LyCORIS is on this layer."""
         return layer.is_target or self.training == "tlora on all"
 
     @property
@@ -369,15 +372,18 @@ def _adapt(model: nn.ModuleDict, case: Case, active: ExitStack) -> None:
     """Attach the adapter; a T-LoRA's mask is set while `active` is open."""
     if case.training == "peft":
         inject_adapter_in_model(LoraConfig(r=case.rank, target_modules=[*case.peft_targets]), model)
-    if case.training.startswith("tlora"):
+    if "lora" in case.training:
         layers = KINDS[case.kind].block(case.shape).layers
-        names = [rf".*\.{re.escape(layer.name)}$" for layer in layers if case.has_tlora(layer)]
-        values = {"algo": "tlora", "multiplier": 1.0, "linear_dim": case.rank, "linear_alpha": 1.0}
+        names = [rf".*\.{re.escape(layer.name)}$" for layer in layers if case.has_lycoris(layer)]
+        is_tlora = case.training.startswith("tlora")
+        values = {"multiplier": 1.0, "linear_dim": case.rank, "linear_alpha": 1.0}
+        values |= {"algo": "tlora", "tlora_min_rank": case.rank} if is_tlora else {"algo": "lora"}
         config = LycorisConfig.model_validate(
-            {**values, "tlora_min_rank": case.rank, "apply_preset": {"target_name": names}, "raw": values}
+            {**values, "apply_preset": {"target_name": names}, "raw": values}
         )
         adapter = LycorisAdapter.create(model, config, spec=KINDS[case.kind].spec, seed=0)
-        active.enter_context(adapter.rank_mask_for([500] * case.shape.batch))
+        if is_tlora:
+            active.enter_context(adapter.rank_mask_for([500] * case.shape.batch))
     for weight in model.parameters():
         if weight.requires_grad and case.training != "whole":
             weight.data = weight.data.float()

@@ -1,4 +1,4 @@
-"""Memory of a training step, counted from a denoiser's layers. Imports no torch.
+"""Memory and arithmetic of a training step, counted from a denoiser's layers. Imports no torch.
 
 A block keeps for its backward pass what its operations read there: the inputs of norms and activations, the
 tensors of attention, and the inputs of linear layers whose weights, or whose adapters, are trained.
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from simpletuner.helpers.choices.precisions import KEPT_IN_NAMES, TILE, Precision
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.models.component_memory import TextEncoder
 
 Shape = tuple[int, ...]
 
@@ -118,6 +119,8 @@ class Layer:
     """Its input is the text, which needs no gradient."""
     is_target: bool = True
     """Whether the adapter targets Attention and FeedForward select it."""
+    stride: int = 1
+    """Of a convolution: `rows` are positions of its input, of which it makes one in stride x stride."""
 
     @property
     def num_weights(self) -> int:
@@ -129,6 +132,11 @@ class Layer:
         """Shapes of weight and bias."""
         weight = (self.outputs, self.inputs, *self.kernel_shape)
         return (weight, (self.outputs,)) if self.has_bias else (weight,)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions for one sample."""
+        return 2 * (self.rows // self.stride**2) * self.inputs * self.outputs * self.kernel
 
     @property
     def kernel_shape(self) -> Shape:
@@ -156,6 +164,8 @@ class Block:
     """Numbers of one sample that enter it; all that a recomputed block keeps."""
     norm_weights: tuple[int, ...] = ()
     """Sizes of the weights and biases of norms."""
+    attention_pairs: int = 0
+    """Queries times keys times width of one sample, of all its attentions."""
     is_recomputed: bool = True
     """Whether gradient checkpointing runs it again."""
 
@@ -169,6 +179,16 @@ class Block:
     def num_weights(self) -> int:
         """Weights of layers and norms."""
         return sum(map(prod, self.shapes))
+
+    @property
+    def linear_flops(self) -> int:
+        """Multiplications and additions of its layers in a forward pass of one sample."""
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def attention_flops(self) -> int:
+        """The same of its attentions: scores, and sums of values."""
+        return 4 * self.attention_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +229,16 @@ class FamilyMemory(Protocol):
     """Flavour -> configuration of its denoiser."""
     TEXT_TOKENS: Mapping[str, int]
     """Flavour -> tokens of a prompt."""
+    TEXT_ENCODERS: Mapping[str, tuple[TextEncoder, ...]]
+    """Flavour -> its text encoders, in their order."""
+    PUBLISHED_BYTES: int
+    """Bytes of a weight in the files that are published without a variant."""
+    LATENT_CHANNELS: int
+    """Channels of latents, of 8 x 8 pixels."""
+    TEXT_WIDTH_KEY: str
+    """Key of the denoiser's configuration with the width of cached prompt embeds."""
+    TEXT_BYTES: int
+    """Bytes of a number of those in a run in 16 bits."""
 
     def layout(self, config: Mapping[str, Any], *, size: Size, text_tokens: int) -> Layout:
         """A denoiser of this configuration on images of a size in pixels."""
@@ -222,6 +252,8 @@ class LowRank:
     """Of a T-LoRA the active rank: its forward and backward see no other."""
     is_tlora: bool
     adapts: Callable[[Layer], bool]
+    merges: bool = False
+    """It adds to the weight in each forward pass, as LyCORIS does without bypass_mode."""
 
     def shapes_on(self, layer: Layer) -> tuple[Shape, ...]:
         """Shapes of the parameters that a layer's adapter trains."""
@@ -256,9 +288,10 @@ def block_bytes(block: Block, step: Step) -> int:
     if adapter is None:
         return step.batch_size * (numbers + arithmetic.compute_bytes * _input_numbers(trained, step))
     # PEFT casts each input to float32, so that autocast makes a copy for each layer.
-    shares = adapter.is_tlora or not arithmetic.is_mixed
+    shares = adapter.is_tlora or adapter.merges or not arithmetic.is_mixed
     inputs = _input_numbers(trained, step) if shares else sum(each.inputs * each.rows for each in trained)
-    hidden = sum(layer.rows for layer in trained) * adapter.rank * (2 if adapter.is_tlora else 1)
+    hidden = 0 if adapter.merges else sum(layer.rows for layer in trained) * adapter.rank
+    hidden *= 2 if adapter.is_tlora else 1
     factors = sum(_factor_bytes(layer, adapter, arithmetic) for layer in trained)
     return step.batch_size * (numbers + arithmetic.compute_bytes * (inputs + hidden)) + factors
 
@@ -279,6 +312,9 @@ def _factor_bytes(layer: Layer, adapter: LowRank, arithmetic: Arithmetic) -> int
     """Bytes of the factors that are made in a forward pass and kept."""
     inputs, outputs = layer.inputs * layer.kernel, layer.outputs
     first = 0 if layer.reads_text else inputs  # the first factor is for the gradient of the input
+    if adapter.merges:  # so is the merged weight
+        factors = MIXED * (inputs + outputs) if arithmetic.is_mixed else FLOAT32 * outputs
+        return first * outputs * arithmetic.compute_bytes + adapter.rank * factors
     if adapter.is_tlora:  # A and B of twice the rank, and Q for the gradient of lambda
         return adapter.rank * arithmetic.compute_bytes * (2 * first + inputs + 2 * outputs)
     return adapter.rank * MIXED * (first + outputs) if arithmetic.is_mixed else 0
@@ -287,14 +323,14 @@ def _factor_bytes(layer: Layer, adapter: LowRank, arithmetic: Arithmetic) -> int
 def kept_bytes(layout: Layout, step: Step) -> int:
     """Bytes that the whole denoiser keeps between forward and backward."""
     total = 0
-    for block, is_recomputed in _with_recomputing(layout, step):
+    for block, is_recomputed in with_recomputing(layout, step):
         total += _entering_bytes(block, step) if is_recomputed else block_bytes(block, step)
     return total
 
 
 def recomputed_bytes(layout: Layout, step: Step) -> int:
     """Further bytes of the largest block that is run again; 0 if none is."""
-    again = [block for block, is_recomputed in _with_recomputing(layout, step) if is_recomputed]
+    again = [block for block, is_recomputed in with_recomputing(layout, step) if is_recomputed]
     return max((block_bytes(block, step) - _entering_bytes(block, step) for block in again), default=0)
 
 
@@ -316,7 +352,7 @@ def _entering_bytes(block: Block, step: Step) -> int:
     return step.batch_size * block.input_numbers * step.arithmetic.compute_bytes
 
 
-def _with_recomputing(layout: Layout, step: Step) -> list[tuple[Block, bool]]:
+def with_recomputing(layout: Layout, step: Step) -> list[tuple[Block, bool]]:
     """Each block, and whether it is recomputed."""
     index, pairs = 0, []
     for block in layout.blocks:

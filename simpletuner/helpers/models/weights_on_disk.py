@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.model import ModelConfig
@@ -30,6 +30,15 @@ def num_denoiser_weights(model: ModelConfig, spec: ModelSpec) -> int | None:
         return sum(_numbers_of_values(source, spec)) or None
     flavours = {repository: name for name, repository in spec.flavours.items()}
     return spec.num_weights.get(flavours.get(str(source), ""))
+
+
+def num_weights_in(folder: Path) -> int | None:
+    """Number of the weights in a component's folder; None if it has no safetensors files.
+
+    Raises:
+        ModelError: A file is no safetensors file.
+    """
+    return sum(_numbers_in(sorted(folder.glob(f"*{FILE_SUFFIX}")), prefix="")) or None
 
 
 def scheduler_config(model: ModelConfig) -> Mapping[str, object] | None:
@@ -67,7 +76,11 @@ def _numbers_of_values(source: Path, spec: ModelSpec) -> Iterator[int]:
         if source.is_file()
         else sorted((folder if folder.is_dir() else source).glob(f"*{FILE_SUFFIX}"))
     )
+    yield from _numbers_in(files, prefix=DENOISER_PREFIX)
+
+
+def _numbers_in(files: Sequence[Path], *, prefix: str) -> Iterator[int]:
     # Variants of the weights may lie beside each other: the plain ones count, else the first variant.
     plain = [file for file in files if "." not in file.stem]
     for file in plain or files:
-        yield sum(map(math.prod, own_shapes(read_header(file, error=ModelError), prefix=DENOISER_PREFIX)))
+        yield sum(map(math.prod, own_shapes(read_header(file, error=ModelError), prefix=prefix)))

@@ -50,6 +50,13 @@ def refuse_cpu(config: RunConfig, device: torch.device, *, num_weights: int | No
         )
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a device that is not limited by memory of its own."""
+    import torch
+
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def device_name(device: torch.device) -> str:
     """The device in words: its name and memory, or number of threads."""
     import torch

@@ -28,6 +28,8 @@ from simpletuner.helpers.data.phases import (
 from simpletuner.helpers.data.preview import DatasetPreview
 from simpletuner.helpers.data.scan_report import listed, shown
 from simpletuner.helpers.errors import MissingDependencyError
+from simpletuner.helpers.estimating.estimate import estimate
+from simpletuner.helpers.estimating.report import summary
 from simpletuner.helpers.io.names import counted, printable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -92,6 +94,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     rows += [
         ("steps", _steps(config, previews, calendar=calendar)),
         *_block("", stretch_lines(trained, calendar, config.training)),
+        *_memory(config),
         ("validation", _validation(config, calendar=calendar)),
         *evaluation_rows(config, previews),
         ("writes", _written(config, spec)),
@@ -174,6 +177,12 @@ def warnings_of(config: RunConfig, spec: ModelSpec, *, calendar: Calendar) -> li
             "never reached. Lower it."
         )
     return found
+
+
+def _memory(config: RunConfig) -> Iterator[tuple[str, str]]:
+    found = estimate(config)
+    if found is not None:
+        yield "memory", summary(found)
 
 
 def _repeated_folders(config: RunConfig) -> Iterator[str]:

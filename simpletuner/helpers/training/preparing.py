@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from simpletuner.helpers.caching.prefetch import FIRST_NOTICE_S, LoaderWatch
 from simpletuner.helpers.checkpointing.branch import Branch, save_branch
@@ -44,9 +44,10 @@ from simpletuner.helpers.training.accelerator import (
     check_distribution,
     with_shared_seed,
 )
-from simpletuner.helpers.training.device import device_name, refuse_cpu
+from simpletuner.helpers.training.device import device_memory, device_name, refuse_cpu
 from simpletuner.helpers.training.final_files import restore_damaged
 from simpletuner.helpers.training.finished import repository_name, uploads_of
+from simpletuner.helpers.training.fitting import check_fit
 from simpletuner.helpers.training.lost_processes import naming_lost_processes
 from simpletuner.helpers.training.packages import check_packages
 from simpletuner.helpers.training.plan import rank_line, warnings_of
@@ -102,6 +103,8 @@ def prepare_run(config: RunConfig, resources: ExitStack) -> RunContext:
     config = with_shared_seed(config)
     check_distribution(config, accelerator)
     device = accelerator.device
+    is_sharded = accelerator.distributed_type == DistributedType.FSDP  # no device holds the whole model
+    check_fit(config, memory_bytes=None if is_sharded else device_memory(device))
     # Before a model is downloaded; below once more, of a repository whose size is known only then.
     refuse_cpu(
         config, device, num_weights=num_denoiser_weights(config.model, specs()[config.model.model_family])

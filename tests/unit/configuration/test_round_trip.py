@@ -173,6 +173,7 @@ CONFIG = {
     "group_offload_type": st.sampled_from(["block_level", "leaf_level"]),
     "group_offload_blocks_per_group": COUNTS,
     "allow_cpu": SWITCHES,
+    "skip_estimate": SWITCHES,
     # Others are refused with routes: test_compile_rules.py has them.
     "dynamo_backend": st.just("no"),
     "dynamo_mode": st.sampled_from(["default", "max-autotune-no-cudagraphs"]),

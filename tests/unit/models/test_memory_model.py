@@ -48,6 +48,7 @@ CASES = [
     *((kind, training) for kind in KINDS if "residual" not in kind for training in TRAININGS[:3]),
     # The modulation is adapted too.
     *((kind, "tlora on all") for kind in ("Flux.1 double", "Flux.1 single")),
+    *((kind, "merged lora") for kind in KINDS if "residual" not in kind),
 ]
 
 

@@ -112,6 +112,9 @@ class PrecisionConfig(Section):
     """Multiply float32 matrices in TF32 on GPUs that can: faster, with 10 bits of mantissa."""
     allow_cpu: bool = False
     """Train a denoiser of more than 300 million weights without a GPU, which takes days."""
+    skip_estimate: bool = False
+    """Only warn where the run needs over 1.3 times the GPU's memory, or more disk space than is free, instead
+    of ending before anything is downloaded."""
     vae_batch_size: Count = 1
     """Images encoded at a time; above 1, the last bits of latents depend on it."""
     vae_enable_tiling: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.models.component_memory import CLIP_L, TextEncoder
 from simpletuner.helpers.models.flux.spec import FLAVOURS
 from simpletuner.helpers.models.memory_model import Block, Kept, Layer, Layout, attention_kept
 from simpletuner.helpers.models.two_stream_memory import modulated_kept, two_stream_layout
@@ -29,6 +30,25 @@ PUBLISHED: Mapping[str, Mapping[str, int]] = {
 }
 """Flavour -> configuration of its transformer."""
 TEXT_TOKENS = {name: flavour.text_tokens for name, flavour in FLAVOURS.items()}
+TEXT_ENCODERS = {
+    name: (
+        CLIP_L,
+        # T5-XXL; the output of its feed-forward layers stays in 16 bits, beside its embeddings.
+        TextEncoder(
+            num_weights=4_762_310_656,
+            kept_weights=1_138_229_248,
+            layers=24,
+            width=4096,
+            hidden=10_240,
+            heads=64,
+            tokens=tokens,
+        ),
+    )
+    for name, tokens in TEXT_TOKENS.items()
+}
+PUBLISHED_BYTES = 2
+LATENT_CHANNELS = 16
+TEXT_WIDTH_KEY, TEXT_BYTES = "joint_attention_dim", 2
 
 
 def layout(config: Mapping[str, int], *, size: Size, text_tokens: int) -> Layout:
@@ -76,6 +96,7 @@ def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
         kept=tuple(kept),
         input_numbers=(image + text) * width,
         norm_weights=(width // heads,) * 4,
+        attention_pairs=(image + text) ** 2 * width,
     )
 
 
@@ -100,6 +121,7 @@ def single_block(*, image: int, text: int, width: int, heads: int) -> Block:
         kept=kept,
         input_numbers=tokens * width,
         norm_weights=(width // heads,) * 2,
+        attention_pairs=tokens**2 * width,
     )
 
 

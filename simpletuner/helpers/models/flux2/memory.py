@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.models.component_memory import TextEncoder
 from simpletuner.helpers.models.flux2.spec import FLAVOURS, SIZES
 from simpletuner.helpers.models.memory_model import Block, Kept, Layer, Layout, attention_kept
 from simpletuner.helpers.models.two_stream_memory import modulated_kept, two_stream_layout
@@ -37,6 +38,44 @@ PUBLISHED: Mapping[str, Mapping[str, int]] = {
 }
 """Flavour -> configuration of its transformer."""
 TEXT_TOKENS = dict.fromkeys(FLAVOURS, 512)
+_ENCODERS = {
+    # Mistral Small 3.2, with its part for images.
+    "dev": TextEncoder(
+        num_weights=24_011_361_280,
+        kept_weights=1_342_177_280,
+        layers=40,
+        width=5120,
+        hidden=32_768,
+        heads=32,
+        tokens=512,
+        vocabulary=131_072,
+    ),
+    # Qwen3 4B, whose head has the weights of its embeddings, and 8B.
+    "4b": TextEncoder(
+        num_weights=4_022_468_096,
+        kept_weights=388_956_160,
+        layers=36,
+        width=2560,
+        hidden=9728,
+        heads=32,
+        tokens=512,
+        vocabulary=151_936,
+    ),
+    "9b": TextEncoder(
+        num_weights=8_190_735_360,
+        kept_weights=1_244_659_712,
+        layers=36,
+        width=4096,
+        hidden=12_288,
+        heads=32,
+        tokens=512,
+        vocabulary=151_936,
+    ),
+}
+TEXT_ENCODERS = {name: (_ENCODERS[size],) for name, size in SIZES.items()}
+PUBLISHED_BYTES = 2
+LATENT_CHANNELS = 32
+TEXT_WIDTH_KEY, TEXT_BYTES = "joint_attention_dim", 2
 
 
 def layout(config: Mapping[str, int], *, size: Size, text_tokens: int) -> Layout:
@@ -86,6 +125,7 @@ def double_block(*, image: int, text: int, width: int, heads: int) -> Block:
         kept=tuple(kept),
         input_numbers=(image + text) * width,
         norm_weights=(width // heads,) * 4,
+        attention_pairs=(image + text) ** 2 * width,
     )
 
 
@@ -110,6 +150,7 @@ def single_block(*, image: int, text: int, width: int, heads: int) -> Block:
         kept=kept,
         input_numbers=tokens * width,
         norm_weights=(width // heads,) * 2,
+        attention_pairs=tokens**2 * width,
     )
 
 

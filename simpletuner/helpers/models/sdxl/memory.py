@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from simpletuner.helpers.contracts import Size
+from simpletuner.helpers.models.component_memory import CLIP_L, TextEncoder
 from simpletuner.helpers.models.memory_model import Block, Kept, Layer, Layout, attention_kept
 from simpletuner.helpers.models.sdxl.spec import SPEC
 
@@ -29,6 +30,19 @@ _BASE: Mapping[str, Any] = {
 PUBLISHED: Mapping[str, Mapping[str, Any]] = dict.fromkeys(SPEC.flavours, _BASE)
 """Flavour -> configuration of its UNet."""
 TEXT_TOKENS = dict.fromkeys(SPEC.flavours, 77)
+_CLIP_BIGG = TextEncoder(
+    num_weights=694_659_840,
+    kept_weights=63_340_800 + 1280 * 1280,  # with its projection
+    layers=32,
+    width=1280,
+    hidden=5120,
+    heads=20,
+    tokens=77,
+)
+TEXT_ENCODERS = dict.fromkeys(SPEC.flavours, (CLIP_L, _CLIP_BIGG))
+PUBLISHED_BYTES = 4
+LATENT_CHANNELS = 4
+TEXT_WIDTH_KEY, TEXT_BYTES = "cross_attention_dim", 4
 
 
 def layout(config: Mapping[str, Any], *, size: Size, text_tokens: int) -> Layout:
@@ -58,9 +72,10 @@ def layout(config: Mapping[str, Any], *, size: Size, text_tokens: int) -> Layout
 def _blocks(config: Mapping[str, Any], size: Size, text: int) -> Iterator[Block]:
     widths, groups = config["block_out_channels"], config["norm_num_groups"]
     height, width = size.height // LATENT_EDGE_PX, size.width // LATENT_EDGE_PX
-    time, depth = 4 * widths[0], config["transformer_layers_per_block"]
-    heads, context = config["attention_head_dim"], config["cross_attention_dim"]
-    last = len(widths) - 1
+    last, time, context = len(widths) - 1, 4 * widths[0], config["cross_attention_dim"]
+    depth, heads = (
+        _of_levels(config[key], len(widths)) for key in ("transformer_layers_per_block", "attention_head_dim")
+    )
 
     def stage(inputs: int, level: int, *, attends: bool) -> Iterator[Block]:
         """A residual block and, in some stages, a transformer."""
@@ -80,7 +95,9 @@ def _blocks(config: Mapping[str, Any], size: Size, text: int) -> Iterator[Block]
             channels = widths[level]
             skips.append(channels)
         if level < last:
-            yield convolution("downsample", channels, positions=(height >> level) * (width >> level))
+            yield convolution(
+                "downsample", channels, positions=(height >> level) * (width >> level), stride=2
+            )
             skips.append(channels)
     yield from stage(channels, last, attends=True)
     yield from stage(channels, last, attends=False)
@@ -94,6 +111,11 @@ def _blocks(config: Mapping[str, Any], size: Size, text: int) -> Iterator[Block]
                 "upsample", channels, positions=(height >> (level - 1)) * (width >> (level - 1))
             )
     yield output_block(channels, config["in_channels"], positions=height * width, groups=groups)
+
+
+def _of_levels(value: int | Sequence[int], number: int) -> Sequence[int]:
+    """One number for each level; a configuration may give one for all."""
+    return (value,) * number if isinstance(value, int) else value
 
 
 def transformer_block(*, tokens: int, text: int, width: int, heads: int, context: int) -> Block:
@@ -119,7 +141,12 @@ def transformer_block(*, tokens: int, text: int, width: int, heads: int, context
         Kept("geglu gate", tokens * hidden),
     )
     return Block(
-        kind="transformer", layers=layers, kept=kept, input_numbers=tokens * width, norm_weights=(width,) * 6
+        kind="transformer",
+        layers=layers,
+        kept=kept,
+        input_numbers=tokens * width,
+        norm_weights=(width,) * 6,
+        attention_pairs=(tokens + text) * tokens * width,
     )
 
 
@@ -171,9 +198,9 @@ def resnet_block(inputs: int, outputs: int, *, positions: int, time: int, groups
     )
 
 
-def convolution(kind: str, channels: int, *, positions: int) -> Block:
+def convolution(kind: str, channels: int, *, positions: int, stride: int = 1) -> Block:
     """A 3x3 convolution between stages; `positions` of its input."""
-    layer = _convolution("conv", channels, channels, positions=positions)
+    layer = _convolution("conv", channels, channels, positions=positions, stride=stride)
     return Block(
         kind=kind,
         layers=(layer,),
@@ -201,5 +228,16 @@ def output_block(channels: int, outputs: int, *, positions: int, groups: int) ->
     )
 
 
-def _convolution(name: str, inputs: int, outputs: int, *, positions: int, kernel: int = 9) -> Layer:
-    return Layer(name, inputs, outputs, positions, kernel=kernel, is_convolution=True, is_target=False)
+def _convolution(
+    name: str, inputs: int, outputs: int, *, positions: int, kernel: int = 9, stride: int = 1
+) -> Layer:
+    return Layer(
+        name,
+        inputs,
+        outputs,
+        positions,
+        kernel=kernel,
+        is_convolution=True,
+        is_target=False,
+        stride=stride,
+    )

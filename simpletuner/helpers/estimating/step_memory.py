@@ -1,25 +1,23 @@
-"""Memory of a run by part: what `models/memory_model` counts of the denoiser, and what belongs to training.
+"""Memory of a training step by part: the denoiser's by `models/memory_model`, and that of training.
 
-One process, on one device, at the peak of a step. `documentation/memory.md` says what is not counted.
+Imports no torch. One process, on one device, at the peak of a step; `documentation/memory.md` says what is
+not counted.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, fields
-from functools import cache
 from math import prod
 
-import torch
-from torch import nn
-
-from simpletuner.helpers.adapters.trainable import one_group
-from simpletuner.helpers.checkpointing.optimizer_state import num_state_bytes
+from simpletuner.helpers.choices.optimizer_states import state_bytes
 from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.models.memory_model import (
     FLOAT32,
     MIXED,
+    Layer,
     Layout,
     LowRank,
     Shape,
@@ -28,13 +26,6 @@ from simpletuner.helpers.models.memory_model import (
     recomputed_bytes,
     working_bytes,
 )
-from simpletuner.helpers.training.optimizers import build_optimizer
-
-LARGEST_PROBE = 2**16
-"""Numbers of the largest parameter whose state is made in order to count it."""
-PROBE_EDGES = (256, 512)
-PROBE_SIZES = (2**14, 2**15)
-"""Rows or columns of two matrices, and sizes of two vectors, between which a state grows evenly."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +67,8 @@ class TrainingSetup:
     has_ema: bool = False
     steps_in_backward: bool = False
     """Each weight is stepped as soon as its gradient is complete, and its gradient freed."""
+    layer_filter: tuple[str, ...] = ()
+    """Of a whole model: patterns in the names of the weights that are trained; none for all."""
 
 
 def run_memory(setup: TrainingSetup) -> RunMemory:
@@ -83,7 +76,11 @@ def run_memory(setup: TrainingSetup) -> RunMemory:
     step, adapter = setup.step, setup.step.adapter
     is_mixed = step.arithmetic.is_mixed and not setup.has_float32_weights
     weight_bytes = MIXED if is_mixed else FLOAT32
-    shapes = setup.layout.shapes if adapter is None else adapter_shapes(setup.layout, adapter)
+    shapes = (
+        whole_shapes(setup.layout, setup.layer_filter)
+        if adapter is None
+        else adapter_shapes(setup.layout, adapter)
+    )
     num_trained = sum(prod(shape) * count for shape, count in shapes.items())
     largest = max(map(prod, shapes), default=0)
     gradient_bytes = weight_bytes if adapter is None else FLOAT32
@@ -99,6 +96,21 @@ def run_memory(setup: TrainingSetup) -> RunMemory:
     )
 
 
+def whole_shapes(layout: Layout, layer_filter: tuple[str, ...]) -> Counter[Shape]:
+    """Shape -> number of a denoiser's trained weights of it.
+
+    All weights count if no pattern fits the path of a layer in its block: whole paths are not known here.
+    """
+
+    def is_trained(layer: Layer) -> bool:
+        return any(re.search(pattern, layer.name) for pattern in layer_filter)
+
+    layers = [layer for block in layout.blocks for layer in block.layers if is_trained(layer)]
+    if not layers:
+        return layout.shapes
+    return Counter(shape for layer in layers for shape in layer.shapes)
+
+
 def adapter_shapes(layout: Layout, adapter: LowRank) -> Counter[Shape]:
     """Shape -> number of the adapter's trained parameters of it."""
     layers = [layer for block in layout.blocks for layer in block.layers if adapter.adapts(layer)]
@@ -111,32 +123,8 @@ def _adapter_bytes(num_trained: int, adapter: LowRank) -> int:
 
 
 def states_bytes(shapes: Counter[Shape], config: OptimizerConfig) -> int:
-    """Bytes that an optimiser keeps for float32 parameters of these shapes.
-
-    The state of a large parameter follows from those of small ones: along each of its first two axes it grows
-    evenly, as elements, rows and columns do.
-
-    Raises:
-        MissingDependencyError: The optimiser's package is not installed.
-    """
-
-    @cache
-    def made(shape: Shape) -> int:
-        weight = nn.Parameter(torch.zeros(shape))
-        weight.grad = torch.full_like(weight, 1e-3)
-        optimizer = build_optimizer(one_group("weight", [weight]), config)
-        with torch.compiler.set_stance("force_eager"):
-            optimizer.step()
-        return num_state_bytes(optimizer)
-
-    def extrapolated(shape: Shape, axis: int) -> float:
-        low, high = PROBE_SIZES if len(shape) == 1 else PROBE_EDGES
-        if prod(shape) <= LARGEST_PROBE or axis == min(len(shape), 2):
-            return made(shape)
-        if shape[axis] <= high:
-            return extrapolated(shape, axis + 1)
-        before, after = shape[:axis], shape[axis + 1 :]
-        small, large = (extrapolated((*before, edge, *after), axis + 1) for edge in (low, high))
-        return small + (large - small) * (shape[axis] - low) / (high - low)
-
-    return round(sum(count * extrapolated(shape, 0) for shape, count in shapes.items()))
+    """Bytes that an optimiser keeps for float32 parameters of these shapes."""
+    return sum(
+        count * state_bytes(config.optimizer, shape, config.optimizer_config)
+        for shape, count in shapes.items()
+    )

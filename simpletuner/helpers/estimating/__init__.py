@@ -1,0 +1,1 @@
+"""Memory, disk space and time of a run before it begins, counted from its configuration."""
