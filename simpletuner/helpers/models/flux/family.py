@@ -42,7 +42,7 @@ from simpletuner.helpers.models.flux.tokens import unpack as unpack
 from simpletuner.helpers.models.key_groups import NO_GUIDANCE
 from simpletuner.helpers.models.loading import quiet
 from simpletuner.helpers.models.shift import shift_at
-from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
+from simpletuner.helpers.models.text import ScriptWarning, TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
@@ -71,6 +71,7 @@ class Flux(ModelFamily):
         self.components = find_components(context.model)
         self._distribution = distribution_of(context.noise)
         self._truncation_warning = TruncationWarning(limit=self.components.text_tokens, encoder="T5")
+        self._script_warning = ScriptWarning(encoder="T5")
         guidance = {key: value for key, value in context.noise if key in NO_GUIDANCE}
         if not self.components.has_guidance and guidance != NO_GUIDANCE:
             logger.warning("This model has no guidance embedding: flux_guidance_* has no effect.")
@@ -255,6 +256,7 @@ class Flux(ModelFamily):
                 list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             )
             lengths = [len(ids) for ids in tokenizer(list(prompts)).input_ids]
+            self._script_warning.check(prompts, tokenizer)
         self._truncation_warning.check(prompts, lengths)
         mask: Tensor = encoded.attention_mask.bool()
         return mask

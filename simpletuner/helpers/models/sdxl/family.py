@@ -30,7 +30,7 @@ from simpletuner.helpers.models.sdxl.pipeline import (
     StableDiffusionXLPipeline,
 )
 from simpletuner.helpers.models.sdxl.spec import SPEC
-from simpletuner.helpers.models.text import TruncationWarning, check_finite_text
+from simpletuner.helpers.models.text import ScriptWarning, TruncationWarning, check_finite_text
 
 if TYPE_CHECKING:
     from simpletuner.helpers.configuration.schema.sections import ValidationConfig
@@ -61,6 +61,7 @@ class SDXL(ModelFamily):
         )
         self._num_chunks = context.model.max_token_length // WORD_TOKENS
         self._truncation_warning = TruncationWarning(limit=context.model.max_token_length + 2)
+        self._script_warning = ScriptWarning(encoder="CLIP")
 
     @cached_property
     def text_identity(self) -> str:
@@ -148,6 +149,7 @@ class SDXL(ModelFamily):
             # A new token of several embeddings is one word in a prompt.
             expanded = encoder.maybe_convert_prompt(list(prompts), encoder.tokenizer)
             lengths = [len(ids) for ids in encoder.tokenizer(expanded).input_ids]
+            self._script_warning.check(prompts, encoder.tokenizer)
         self._truncation_warning.check(prompts, lengths)
         with torch.autocast(self.device.type, enabled=False), quiet():
             return list((self._in_chunks if self._num_chunks > 1 else self._in_one)(prompts))
