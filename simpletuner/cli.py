@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_cache, cli_data, cli_estimate, cli_files, cli_runs
+from simpletuner import __version__, cli_cache, cli_data, cli_estimate, cli_files, cli_init, cli_runs
 from simpletuner.cli_options import (
     TAKES_OVERRIDES,
     AdapterArgument,
@@ -327,6 +327,7 @@ def export_command(
             print(f"{error:.1e} {path}")
 
 
+app.command("init")(cli_init.init)
 app.command("estimate", context_settings=TAKES_OVERRIDES)(cli_estimate.estimate_command)
 for name, command in {**cli_files.COMMANDS, **cli_runs.COMMANDS}.items():
     app.command(name)(command)

@@ -52,6 +52,7 @@ PRINTING = {
     "simpletuner/cli_data.py",
     "simpletuner/cli_estimate.py",
     "simpletuner/cli_files.py",
+    "simpletuner/cli_init.py",
     "simpletuner/cli_runs.py",
 }
 

@@ -28,6 +28,7 @@ LAYERS = (
     ("checkpointing",),
     ("reporting", "sampling"),
     ("training",),
+    ("new_run",),
     ("entry",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
@@ -63,6 +64,7 @@ PLACES = {
         "cli_data.py",
         "cli_estimate.py",
         "cli_files.py",
+        "cli_init.py",
         "cli_options.py",
         "cli_runs.py",
     ),

@@ -11,6 +11,7 @@ HOME = Module(HELPERS / "io" / "run_folder.py")
 OTHER_FILES: dict[str, str] = {
     "simpletuner/helpers/adapters/files/foreign/schedules.py lycoris_config.json": "of another program's run",
     "simpletuner/helpers/configuration/examples.py README.md": "of the examples",
+    "simpletuner/helpers/new_run/writing.py README.md": "of a new configuration",
 }
 
 

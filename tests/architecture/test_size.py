@@ -18,6 +18,7 @@ MORE_PARAMETERS: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
     "simpletuner/cli.py sample_command": "each is an option of the command line",
     "simpletuner/cli.py export_command": "each is an option of the command line",
+    "simpletuner/cli_init.py init": "each is an option of the command line",
     "simpletuner/cli_files.py merge": "each is an option of the command line",
     "simpletuner/cli_files.py resize": "each is an option of the command line",
     "simpletuner/cli_files.py extract": "each is an option of the command line",

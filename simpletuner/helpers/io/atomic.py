@@ -136,6 +136,28 @@ def publish_folder(path: Path, *, needed: int | None = None) -> Iterator[Path]:
         raise storage_error(path, error, needed=needed) from error
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; on exit it becomes `path`, complete. When the body raises, nothing is left.
+
+    Raises:
+        StorageError: Something has the name, or the folder cannot be written.
+    """
+    partial = path.parent / _partial_name()
+    try:
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if os.path.lexists(path):
+                raise FileExistsError(errno.EEXIST, "exists already")
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
 def verify_manifest(folder: Path) -> list[str]:
     """One sentence for each damage of a published folder; empty when every file is intact."""
     manifest = folder / CHECKPOINT_MANIFEST_FILE

@@ -68,6 +68,8 @@ EXAMPLE_SUBJECT = "sks cat"
 FEWEST_TLORA_STEPS = 100
 MOST_REPEATS = 999
 """A larger number before a folder's name is a year."""
+WARNING = "  warning     "
+"""Begins the line of a warning."""
 _SHOWN_BUCKETS = 6
 _UNSEEN = "downloaded by the run or by validate --data, and not checked before"
 
@@ -115,7 +117,7 @@ def plan_lines(config: RunConfig, spec: ModelSpec, *, reads_all: bool = False) -
     if not (unseen or unreached) or config.training.max_train_steps is not None:  # else steps are unknown
         problems += warnings_of(config, spec, calendar=calendar)
     for text in (*problems, *_only_before(config, spec)):
-        yield f"  warning     {text}"
+        yield f"{WARNING}{text}"
 
 
 def _weights(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,66 @@
+"""`simpletuner init` in a real terminal."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+if sys.platform == "win32":
+    pytest.skip("needs a pseudo-terminal", allow_module_level=True)
+
+ANSWERS = ["写真", "", "sks toy", "0", "", "short", "mine"]
+
+
+@pytest.mark.parametrize("stops", [False, True], ids=["answers", "ctrl-c"])
+def test_questions_are_asked_in_a_terminal_without_colours(stops: bool, tmp_path: Path) -> None:
+    (tmp_path / "写真").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "写真" / "猫.png")
+    master, slave = os.openpty()
+    environment = {
+        **os.environ,
+        "TERM": "dumb",
+        "NO_COLOR": "1",
+        "LANG": "ja_JP.UTF-8",
+        "PATH": "",
+        "COLUMNS": "80",
+    }
+    environment.pop("LC_ALL", None)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "simpletuner", "init"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = _until(master, "画像フォルダ: ")
+    if stops:
+        process.send_signal(signal.SIGINT)
+    else:
+        os.write(master, "".join(f"{each}\n" for each in ANSWERS).encode())
+    shown += _until(master, None)
+    os.close(master)
+    assert process.wait(timeout=60) == (1 if stops else 0), shown
+    assert (tmp_path / "config" / "mine" / "config.json").exists() is not stops
+    assert not list(tmp_path.glob("config/.*"))
+    assert "\x1b" not in shown
+    assert "Traceback" not in shown
+    assert ("学習を開始するコマンド: simpletuner train mine" in shown) is not stops
+
+
+def _until(terminal: int, text: str | None) -> str:
+    """What a terminal shows until a text, or to its end."""
+    shown = b""
+    while text is None or text.encode() not in shown:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # the other end was closed
+            break
+    return shown.decode("utf-8")
