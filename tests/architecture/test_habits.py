@@ -25,6 +25,7 @@ FOREIGN_ATTRIBUTES: dict[str, str] = {
     "simpletuner/helpers/adapters/new_tokens.py eos_token_id": "transformers pools there, and reads it once",
     "simpletuner/helpers/adapters/peft_lora.py _disable_adapters": "PEFT's own switch freezes factors too",
     "simpletuner/helpers/adapters/tlora/branch.py branch": "autograd's context holds what is no tensor",
+    "simpletuner/helpers/adapters/tlora/forming.py kept": "the same",
     "simpletuner/helpers/adapters/rebuilding.py bypass_mode": "LyCORIS reads it; no tensor states it",
     "simpletuner/helpers/adapters/pipeline.py _compiled_call_impl": "torch compiles hooks with the module",
     "simpletuner/helpers/models/compiling.py _compiled_call_impl": "torch has no way back",

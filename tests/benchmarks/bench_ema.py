@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from simpletuner.demo.comparison import measure
 from simpletuner.demo.comparison.concepts import CONCEPTS
 from simpletuner.demo.comparison.measure import AdapterEvaluator
 from simpletuner.demo.comparison.plan import CONTENDERS, STANDARD, Run
@@ -52,7 +53,7 @@ def main() -> None:
     plan, concepts = replace(STANDARD, steps=(options.steps // 2, options.steps)), list(CONCEPTS)
     if options.quick:
         plan = replace(plan, steps=(1, 2), prompts=1, neutral=1, sampling_steps=2)
-        concepts, options.seeds = concepts[:1], 1
+        concepts, options.seeds, measure.NOISES_PER_VIEW = concepts[:1], 1, 1
     with TemporaryDirectory() as scratch:
         benchmark = Benchmark(Path(scratch) if options.quick else options.folder, MODEL, plan)
         runs = [
@@ -63,12 +64,10 @@ def main() -> None:
         f"{len(runs)} runs\n\n| step | measure | trained weights | EMA | difference |\n|---|---|---|---|---|"
     )
     for step in map(str, plan.steps):
-        for measure in (*SHOWN, *(f"loss {band}" for band in records[0][step]["plain"]["loss"])):
-            plain, ema = (
-                np.array([value(each[step][which], measure) for each in records]) for which in FILES
-            )
+        for name in (*SHOWN, *(f"loss {band}" for band in records[0][step]["plain"]["loss"])):
+            plain, ema = (np.array([value(each[step][which], name) for each in records]) for which in FILES)
             row = (estimate(plain), estimate(ema), difference(ema, plain))
-            print(f"| {step} | {measure} | {' | '.join(map(shown, row))} |", flush=True)
+            print(f"| {step} | {name} | {' | '.join(map(shown, row))} |", flush=True)
 
 
 def record_of(benchmark: Benchmark, run: Run) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from simpletuner.demo.comparison import measure
 from simpletuner.demo.comparison.concepts import CONCEPTS
 from simpletuner.demo.comparison.measure import AdapterEvaluator
 from simpletuner.demo.comparison.plan import LORA, STANDARD, Run
@@ -57,6 +58,7 @@ def main() -> None:
     concepts, variants = list(CONCEPTS), list(VARIANTS)
     if options.quick:
         concepts, variants, options.seeds, options.steps = concepts[:1], variants[:2], 1, 1
+        measure.NOISES_PER_VIEW = 1
     runs = [Run(LORA, RANK, concept, seed) for seed, concept in product(range(options.seeds), concepts)]
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) if options.quick else options.folder

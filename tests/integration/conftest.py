@@ -8,6 +8,7 @@ import pytest
 
 from simpletuner.helpers.adapters.tlora import mask
 from tests.integration.processes import stop_server
+from tests.integration.tiny_runs import TinyRun, common_caches
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +22,17 @@ def _no_mask_left_behind() -> Iterator[None]:
 def _server_of_processes() -> Iterator[None]:
     yield
     stop_server()
+
+
+@pytest.fixture(scope="module")
+def shared_caches() -> Iterator[None]:
+    """For files that do not test encoding: an image or caption is encoded once for all their runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TinyRun, "caches", common_caches())
+        yield
+
+
+@pytest.fixture
+def own_caches(shared_caches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a test of encoding in such a file."""
+    monkeypatch.setattr(TinyRun, "caches", None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Transformer2DModel, FluxTransformer2DModel, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from simpletuner.helpers.adapters.adapter import Adapter
 from simpletuner.helpers.adapters.network import LycorisAdapter
@@ -60,6 +62,20 @@ KLEIN_9B = KLEIN | {
 }
 
 
+class Unfilled(TorchFunctionMode):
+    """Leaves new weights as they are: on meta there is nothing to fill, and torch takes long to do so."""
+
+    FILLING = frozenset({nn.init.kaiming_uniform_, Tensor.uniform_})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.FILLING:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 @dataclass(frozen=True)
 class Model:
     """A denoiser of real size, and the class names that users write for it."""
@@ -71,8 +87,14 @@ class Model:
     config: Mapping[str, Any]
     classes: tuple[tuple[str, ...], ...]
 
+    @functools.cached_property
+    def denoiser(self) -> Any:
+        """One for all that leave it as it was."""
+        return self.make()
+
     def make(self, **changes: Any) -> Any:
-        with torch.device("meta"):
+        """A new one."""
+        with torch.device("meta"), Unfilled():
             return self.kind(**{**self.config, **changes}).requires_grad_(False)
 
 
@@ -151,7 +173,7 @@ def lycoris(values: Mapping[str, Any], denoiser: Any, spec: ModelSpec) -> Count:
 def sides_of(model: Model) -> dict[str, int | None]:
     """Class of a module with linear layers or convolutions -> smaller side of its smallest linear layer."""
     sides: dict[str, int | None] = {}
-    for module in model.make().modules():
+    for module in model.denoiser.modules():
         inside = [each for each in module.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
         linear = [min(each.weight.shape) for each in inside if isinstance(each, nn.Linear)]
         name = type(module).__name__
@@ -179,10 +201,10 @@ def _count(adapter: Adapter) -> Count:
 
 def counts_of(model: Model) -> dict[str, Count]:
     """Choice of targets, as the table says it -> the adapter of rank 64."""
-    denoiser, counts = model.make(), {}
+    counts = {}
     for names in dict.fromkeys((*GENERIC, *model.classes)):
         values = TLORA | {"apply_preset": {"target_module": list(names)}}
-        counts[", ".join(f"`{name}`" for name in names)] = lycoris(values, denoiser, model.spec)
+        counts[", ".join(f"`{name}`" for name in names)] = lycoris(values, model.denoiser, model.spec)
     presets = {"`standard`": model.spec.lora_targets}
     presets |= {f"`standard`, `{name}`": targets for name, targets in model.spec.lora_presets.items()}
     # PEFT leaves its wrappers behind, so each needs a new one.
@@ -193,7 +215,7 @@ def layer_rows() -> list[str]:
     """The table of layers and parameters for each choice of targets."""
     rows = []
     for model in MODELS:
-        billions = sum(parameter.numel() for parameter in model.make().parameters()) / 1e9
+        billions = sum(parameter.numel() for parameter in model.denoiser.parameters()) / 1e9
         title = f"{model.title}, {billions:.2f} B"
         for targets, count in counts_of(model).items():
             rows.append(f"| {title} | {targets} | {count.layers} | {count.text} |")
@@ -203,13 +225,12 @@ def layer_rows() -> list[str]:
 
 def algorithm_rows(jsons: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The table of what each algorithm's json trains on each model; none where LyCORIS cannot build it."""
-    denoisers = [(model.make(), model.spec) for model in MODELS]
     rows = []
     for algo, values in jsons.items():
         cells = []
-        for denoiser, spec in denoisers:
+        for model in MODELS:
             try:
-                cells.append(lycoris(values, denoiser, spec).text)
+                cells.append(lycoris(values, model.denoiser, model.spec).text)
             except ConfigError:
                 cells.append("none")
         rows.append(f"| `{algo}` | {' | '.join(cells)} |")

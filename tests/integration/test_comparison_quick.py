@@ -27,14 +27,17 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from simpletuner import cli
+from simpletuner.demo.comparison import measure
 from simpletuner.demo.comparison.plan import PLANS
+
+measure.NOISES_PER_VIEW = 1  # in the workers too, which import this file
 
 def start(output):
     sys.argv[1:] = "benchmark tlora --size quick --workers 2 --output".split() + [str(output)]
     with suppress(SystemExit):
         cli.main()
 
-if __name__ == "__main__":  # the workers import this file
+if __name__ == "__main__":
     output = Path(sys.argv[1])
     PLANS["quick"] = replace(PLANS["quick"], **{SHORTER})
     # In place of workers that import torch one by one.

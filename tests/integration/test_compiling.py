@@ -21,6 +21,8 @@ from tests.integration.family_runs import IMAGES, MODELS, SDXL, FamilyModel
 from tests.integration.processes import wait_for_all
 from tests.integration.tiny_runs import TLORA, TinyRun, deep_model, gradients, start_pair
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 DEEP = FamilyModel(SDXL.family, deep_model, SDXL.targets, 2 * SDXL.num_layers)
 TWO_LAYERS = {**TLORA, "apply_preset": {"target_name": [r".*mid_block.*attn1\.to_q"]}}
 """In two blocks; the others, which run before them, have no adapter."""

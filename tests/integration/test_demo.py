@@ -17,8 +17,8 @@ from simpletuner.helpers.sampling.images import LABEL_WIDTH_PX, MARGIN_PX, SMALL
 from tests.integration.processes import start
 
 pytestmark = pytest.mark.timeout(900)  # two runs, on a machine that may be busy
-STEPS = 10
-SHORTER = {"max_train_steps": STEPS, "validation_num_inference_steps": 3}
+STEPS = 4
+SHORTER = {"max_train_steps": STEPS, "validation_num_inference_steps": 2}
 """Instead of the demo's own numbers, for both runs."""
 
 

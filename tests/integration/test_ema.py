@@ -30,6 +30,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 KEYS = {"use_ema": True, "lr_scheduler": "constant", "learning_rate": 1e-2}
 VARIANTS = {
     "T-LoRA, accumulating": {"gradient_accumulation_steps": 2, "ema_update_interval": 2},

@@ -16,6 +16,8 @@ from tests.integration.attached import command
 from tests.integration.family_runs import DEV, FLUX, IMAGES, KLEIN, MODELS, FamilyModel, image_in
 from tests.integration.tiny_runs import gradients
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_run_ends_with_everything_it_promises(

@@ -24,6 +24,8 @@ from simpletuner.helpers.models import registry
 from tests.integration.tiny_pipelines import attach, load, trained_adapter_file
 from tests.integration.tiny_runs import TinyRun, deep_model
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 
 def test_tlora_file_of_a_run_tells_everything_about_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,7 +45,7 @@ def test_the_sides_and_the_size_that_a_family_states_are_its_models(model: Any) 
                 "CombinedTimestepTextProjEmbeddings"
             )
         assert stated == sides_of(model)
-        number = sum(weight.numel() for weight in model.make().parameters())
+        number = sum(weight.numel() for weight in model.denoiser.parameters())
         assert model.spec.num_weights[flavour] == pytest.approx(number, rel=0.02)
 
 
@@ -80,7 +80,7 @@ def test_every_flavour_of_the_families_has_a_model() -> None:
 def test_targets_adapt_the_layers_that_they_name(
     model: Any, targets: list[str], layers: int, parameters: int | None
 ) -> None:
-    count = lycoris(TLORA | {"apply_preset": {"target_module": targets}}, model.make(), model.spec)
+    count = lycoris(TLORA | {"apply_preset": {"target_module": targets}}, model.denoiser, model.spec)
     assert count.layers == layers
     assert parameters is None or count.parameters == pytest.approx(parameters, rel=1e-3)
 
@@ -98,9 +98,9 @@ def test_flavour_without_guidance_has_the_same_layers_among_its_targets() -> Non
 )
 def test_boft_needs_the_block_that_the_page_says(model: Any, least: int) -> None:
     values = default_lycoris_config("boft") | {"linear_dim": least}
-    assert lycoris(values, model.make(), model.spec).layers > 0
+    assert lycoris(values, model.denoiser, model.spec).layers > 0
     with pytest.raises(ConfigError, match=rf"impossible to decompose.*Raise linear_dim to {least}, "):
-        lycoris(values | {"linear_dim": least - 1}, model.make(), model.spec)
+        lycoris(values | {"linear_dim": least - 1}, model.denoiser, model.spec)
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, Sequence[str], Callable[[str], bool]]] = {
 def test_the_target_names_are_the_layers_of_the_program(
     title: str, names: Sequence[str], is_adapted: Callable[[str], bool]
 ) -> None:
-    denoiser = next(model for model in MODELS if model.title == title).make()
+    denoiser = next(model for model in MODELS if model.title == title).denoiser
     layers = {path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     # PEFT takes a name for the end of a path.
     ours = {path for path in layers if any(path == name or path.endswith(f".{name}") for name in names)}

@@ -26,6 +26,8 @@ from tests.integration.processes import wait_for_all
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TLORA, TinyRun, start, start_pair, wait_for_steps
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 YEAR_S = 365 * 24 * 3600
 
 
@@ -81,6 +83,7 @@ def test_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.usefixtures("own_caches")
 def test_what_is_encoded_on_demand_trains_as_what_was_encoded_before(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +97,7 @@ def test_what_is_encoded_on_demand_trains_as_what_was_encoded_before(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_caches")
 def test_a_run_with_caches_off_trains_as_one_with_caches_and_writes_none(run: TinyRun) -> None:
     whole, expected = whole_run()
     keys = {"vae_cache_disable": True, "text_cache_disable": True}

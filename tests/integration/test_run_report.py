@@ -23,6 +23,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.synthetic_run import Page, code_of
 from tests.integration.tiny_runs import TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 PROMPT = 'a "photo" of <b>sks</b> cat'
 PICTURES = {
     "validation_disable": False,

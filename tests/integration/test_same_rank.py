@@ -24,6 +24,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.flux_pipelines import tiny_flux
 from tests.integration.tiny_runs import TLORA, TinyRun, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 SCHEDULE = RankSchedule(8, min_rank=2)
 PICTURES = {
     "validation_disable": False,

@@ -16,6 +16,8 @@ from tests.integration.family_runs import FLUX
 from tests.integration.processes import start, start_ranks, wait_for_all
 from tests.integration.tiny_runs import TLORA, TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 SCRIPT = """
 import json, os, sys
 from pathlib import Path

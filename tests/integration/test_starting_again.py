@@ -18,6 +18,8 @@ from tests.integration.test_resume import Killed
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 BACK = {
     "resume_from_checkpoint": "checkpoint-1",
     "checkpoints_total_limit": 1,

@@ -26,6 +26,8 @@ from simpletuner.lycoris_defaults import default_lycoris_config
 from tests.integration.flux_pipelines import tiny_flux
 from tests.integration.tiny_runs import TinyRun, gradients, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 ALGORITHMS = tuple(RECORDS)
 MODELS = {"sdxl": tiny_model, "flux": tiny_flux}
 
@@ -311,6 +313,7 @@ def test_second_run_on_one_output_folder_is_refused(run: TinyRun) -> None:
         pass
 
 
+@pytest.mark.usefixtures("own_caches")
 def test_caches_are_filled_once_and_no_encoder_stays_loaded(
     run: TinyRun, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,6 +16,8 @@ from tests.integration.family_runs import FLUX, IMAGES
 from tests.integration.flux_pipelines import TEXT_TO_IMAGE, attach, sample
 from tests.integration.tiny_runs import TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 GUIDED = {"true_cfg_scale": 3.0, "negative_prompt": "a dog"}
 
 

@@ -20,6 +20,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.tiny_runs import TinyRun
 from tests.unit.models.tiny_clip import save_tiny_clip
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 PICTURES = {
     "validation_disable": False,
     "validation_prompt": "a cat on a sofa",

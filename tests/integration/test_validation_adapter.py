@@ -29,6 +29,8 @@ from tests.integration.test_preemption import signal_at
 from tests.integration.test_validation import PICTURES, pixels
 from tests.integration.tiny_runs import TLORA, TinyRun, reset_accelerate, tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 LORA: dict[str, object] = TLORA | {"algo": "lora", "linear_dim": 4, "linear_alpha": 4}
 del LORA["tlora_min_rank"]
 SHORT = {"max_train_steps": 2, "checkpoint_step_interval": 0, "validation_step_interval": 0}

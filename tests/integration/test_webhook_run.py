@@ -12,6 +12,8 @@ from simpletuner.helpers.training.trainer import Trainer
 from tests.integration.tiny_runs import TinyRun
 from tests.receiver import TOKEN, receiving
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 
 def test_a_run_tells_of_its_start_its_checkpoints_and_its_end(
     tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -27,6 +27,8 @@ from tests.integration.test_several_processes import train
 from tests.integration.test_validation import PICTURES
 from tests.integration.tiny_runs import TinyRun
 
+pytestmark = pytest.mark.usefixtures("shared_caches")
+
 FULL: dict[str, object] = {
     "model_type": "full",
     "lora_type": "standard",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -54,9 +54,18 @@ def deep_model() -> Path:
     return folder
 
 
+@functools.cache
+def common_caches() -> Path:
+    """A folder for the caches of a process's runs; an entry's key says what it was encoded from."""
+    return Path(tempfile.mkdtemp(prefix="caches_"))
+
+
 @dataclass
 class TinyRun:
     """A run in its own folder; keyword arguments are keys of config.json."""
+
+    caches: ClassVar[Path | None] = None
+    """Folder of the caches of every run; if None, each has them in its own."""
 
     folder: Path
     lycoris: dict[str, object] = field(default_factory=lambda: dict(TLORA))
@@ -80,6 +89,7 @@ class TinyRun:
 
     def config(self, **overrides: object) -> RunConfig:
         """The configuration, from files in the run's folder."""
+        caches = self.caches or self.folder / "cache"
         keys: dict[str, object] = {
             "model_family": "sdxl",
             "pretrained_model_name_or_path": str(tiny_model()),
@@ -87,8 +97,8 @@ class TinyRun:
             "lycoris_config": "lycoris.json",
             "data_backend_config": "data.json",
             "output_dir": str(self.output_dir),
-            "cache_dir_vae": str(self.folder / "cache" / "vae"),
-            "cache_dir_text": str(self.folder / "cache" / "text"),
+            "cache_dir_vae": str(caches / "vae"),
+            "cache_dir_text": str(caches / "text"),
             "resolution": 64,
             "mixed_precision": "no",
             "max_train_steps": 4,

@@ -26,26 +26,27 @@ from simpletuner.helpers.adapters.tlora.forming import Formed
 
 
 class Branch(NamedTuple):
-    """What a layer's branch has besides the tensors with gradients."""
+    """What a layer's branch has besides its factors."""
 
-    formed: Formed
-    """Over the r ranks that are computed."""
+    max_rank: int
+    """R."""
     rank_mask: Tensor | None
     """m: [1, R] or [B, R]; None computes the r ranks alike for all samples."""
     scale: float
     """s, the strength with everything in it."""
 
 
-def add_branch(branch: Branch, x: Tensor, *, output: Tensor, differences: Triplet) -> Tensor:
+def add_branch(branch: Branch, x: Tensor, *, output: Tensor, formed: Formed, differences: Triplet) -> Tensor:
     """The output with the branch added.
 
     Args:
-        branch: Formed factors, mask and strength.
+        branch: Mask and strength.
         x: [B, I] or [B, ..., I].
         output: The base layer's output for x.
-        differences: dQ [R, I], dP [O, R], dlambda [R] of which the factors were formed.
+        formed: Factors over the r ranks that are computed.
+        differences: dQ [R, I], dP [O, R], dlambda [R] of which they were formed.
     """
-    return cast(Tensor, _AddBranch.apply(branch, x, output, *differences))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _AddBranch.apply(branch, formed, x, output, *differences))  # type: ignore[no-untyped-call]
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -56,14 +57,14 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 class _AddBranch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, branch: Branch, *tensors: Tensor) -> Tensor:
-        x, output, _, _, delta_lambda = tensors
-        a, b, q, values = branch.formed
+    def forward(ctx: Any, branch: Branch, formed: Formed, *tensors: Tensor) -> Tensor:
+        x, output, *_ = tensors
+        a, b, q, values = formed
         rows = x.reshape(-1, x.shape[-1]).to(b.dtype)
         hidden = _scaled(rows.mm(a.t()), branch)
-        ctx.rank_mask, ctx.scale, ctx.max_rank = branch.rank_mask, branch.scale, delta_lambda.shape[0]
+        ctx.branch = branch
         # A is for the gradient of x alone, which text does not need.
-        ctx.save_for_backward(rows, hidden, a if ctx.needs_input_grad[1] else None, b, q, values)
+        ctx.save_for_backward(rows, hidden, a if ctx.needs_input_grad[2] else None, b, q, values)
         if output.dtype != b.dtype:
             return output + hidden.mm(b.t()).view(output.shape).to(output.dtype)
         return torch.addmm(output.reshape(-1, output.shape[-1]), hidden, b.t()).view(output.shape)
@@ -72,10 +73,10 @@ class _AddBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         rows, hidden, a, b, q, values = ctx.saved_tensors
-        _, needs_x, _, needs_q, needs_p, needs_lambda = ctx.needs_input_grad
-        rank, closed = len(q), ctx.max_rank - len(q)
+        _, _, needs_x, _, needs_q, needs_p, needs_lambda = ctx.needs_input_grad
+        rank, closed = len(q), ctx.branch.max_rank - len(q)
         incoming = gradients[0].reshape(-1, len(b)).to(b.dtype)  # g, [M, O]
-        parts = _scaled(incoming.mm(b), ctx)  # [M, 2r]
+        parts = _scaled(incoming.mm(b), ctx.branch)  # [M, 2r]
         of_x = of_q = of_p = of_lambda = None
         if needs_x:
             of_x = parts.mm(a).view(*gradients[0].shape[:-1], rows.shape[1])
@@ -85,7 +86,7 @@ class _AddBranch(torch.autograd.Function):
             of_q = _padded(product.mul_(values), 0, closed)
         if needs_p:
             of_p = _padded(incoming.t().mm(hidden[:, :rank]).to(values.dtype), closed)
-        return None, of_x, gradients[0], of_q, of_p, of_lambda
+        return None, None, of_x, gradients[0], of_q, of_p, of_lambda
 
 
 def _padded(gradient: Tensor, *closed: int) -> Tensor:
@@ -93,7 +94,7 @@ def _padded(gradient: Tensor, *closed: int) -> Tensor:
     return F.pad(gradient, [end for number in closed for end in (0, number)]) if any(closed) else gradient
 
 
-def _scaled(hidden: Tensor, branch: Any) -> Tensor:
+def _scaled(hidden: Tensor, branch: Branch) -> Tensor:
     """[M, 2r], in place times the mask of each row's sample and the strength."""
     if (mask := branch.rank_mask) is not None:
         hidden.view(len(mask), -1, 2, hidden.shape[1] // 2).mul_(mask[:, None, None])

@@ -126,11 +126,13 @@ class FormedOfStep:
         first: dict[Factors, Tensor] = {}
         for group in _alike(chosen, edge=1):
             parameters = [tensor for each in group for tensor in each.differences[::2]]
-            formed = _FormA.apply([each.base for each in group], rank, dtype, *parameters)  # type: ignore[no-untyped-call]
+            bases = [(each.base[0], each.base[2]) for each in group]
+            formed = _FormA.apply(_Bases(bases, rank, dtype), *parameters)  # type: ignore[no-untyped-call]
             first.update(zip((each.layer for each in group), formed, strict=True))
         for group in _alike(chosen, edge=0):
             parameters = [each.differences[1] for each in group]
-            formed = _FormB.apply([each.base[1] for each in group], rank, dtype, *parameters)  # type: ignore[no-untyped-call]
+            frozen = [(each.base[1],) for each in group]
+            formed = _FormB.apply(_Bases(frozen, rank, dtype), *parameters)  # type: ignore[no-untyped-call]
             self._factors.update(
                 (each.layer, (first[each.layer], b)) for each, b in zip(group, formed, strict=True)
             )
@@ -185,45 +187,55 @@ def _stacked_gradients(gradients: Sequence[Tensor | None], dtype: torch.dtype) -
     return _stacked([zeros if each is None else each for each in gradients]).to(dtype)
 
 
+class _Bases(NamedTuple):
+    """What nodes read besides the parameters."""
+
+    factors: Sequence[tuple[Tensor, ...]]
+    """Frozen ones of each layer."""
+    rank: int
+    dtype: torch.dtype
+
+
 class _FormA(torch.autograd.Function):
     """The A [2r, I] of L layers with as many inputs; of their dQ and dlambda in turn."""
 
     @staticmethod
-    def forward(ctx: Any, bases: list[Triplet], rank: int, dtype: torch.dtype, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, bases: _Bases, *parameters: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        base_q, base_lambda = (_stacked(each) for each in list(zip(*bases, strict=True))[::2])
+        base = tuple(map(_stacked, zip(*bases.factors, strict=True)))
         delta_q, delta_lambda = _stacked(parameters[::2]), _stacked(parameters[1::2])
-        a, q, ctx.values = _first_factor((base_q, base_lambda), (delta_q, delta_lambda), rank)
-        ctx.q, ctx.closed = q.to(dtype), delta_lambda.shape[1] - rank
-        return a.to(dtype).unbind()
+        a, q, values = _first_factor(base, (delta_q, delta_lambda), bases.rank)
+        ctx.kept = q.to(bases.dtype), values, delta_lambda.shape[1] - bases.rank
+        return a.to(bases.dtype).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_a, rank = _stacked_gradients(gradients, ctx.values.dtype), ctx.values.shape[1]
+        q, values, closed = ctx.kept
+        of_a, rank = _stacked_gradients(gradients, values.dtype), values.shape[1]
         product = of_a[:, :rank] + of_a[:, rank:]
-        of_lambda = (product * ctx.q).sum(-1)
-        of_q = product.mul_(ctx.values)
-        if ctx.closed:
-            of_lambda, of_q = F.pad(of_lambda, [0, ctx.closed]), F.pad(of_q, [0, 0, 0, ctx.closed])
+        of_lambda = F.pad((product * q).sum(-1), [0, closed])
+        of_q = F.pad(product.mul_(values), [0, 0, 0, closed])
         found = zip(gradients, of_q.unbind(), of_lambda.unbind(), strict=True)
         pairs = ((None, None) if given is None else pair for given, *pair in found)
-        return (None, None, None, *(tensor for pair in pairs for tensor in pair))
+        return (None, *(tensor for pair in pairs for tensor in pair))
 
 
 class _FormB(torch.autograd.Function):
     """The B [O, 2r] of L layers with as many outputs; of their dP."""
 
     @staticmethod
-    def forward(ctx: Any, bases: list[Tensor], rank: int, dtype: torch.dtype, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, bases: _Bases, *parameters: Tensor) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.rank, ctx.closed, ctx.dtype = rank, parameters[0].shape[1] - rank, parameters[0].dtype
-        delta_p, base_p = _stacked(parameters)[..., :rank], _stacked(bases)[..., :rank]
-        return torch.cat([delta_p, base_p], dim=-1).to(dtype).unbind()
+        (base_p,) = map(_stacked, zip(*bases.factors, strict=True))
+        delta_p, rank = _stacked(parameters), bases.rank
+        ctx.kept = rank, delta_p.shape[2] - rank, delta_p.dtype
+        return torch.cat([delta_p[..., :rank], base_p[..., :rank]], dim=-1).to(bases.dtype).unbind()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_p = F.pad(_stacked_gradients(gradients, ctx.dtype)[..., : ctx.rank], [0, ctx.closed])
+        rank, closed, dtype = ctx.kept
+        of_p = F.pad(_stacked_gradients(gradients, dtype)[..., :rank], [0, closed])
         found = zip(gradients, of_p.unbind(), strict=True)
-        return (None, None, None, *(None if given is None else tensor for given, tensor in found))
+        return (None, *(None if given is None else tensor for given, tensor in found))

@@ -171,8 +171,8 @@ class TLoraLayer(MaskedLayer):
             if factors is None:
                 differences = self.differences
                 formed = form(self.base, differences, rank=rank, dtype=dtype)
-                branch = Branch(formed, rank_mask, strength)
-                return add_branch(branch, x, output=output, differences=differences)
+                branch = Branch(self.lora_dim, rank_mask, strength)
+                return add_branch(branch, x, output=output, formed=formed, differences=differences)
             a, b = factors
         else:
             a, b = self.lora_factors(rank)

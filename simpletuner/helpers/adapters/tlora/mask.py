@@ -43,6 +43,10 @@ class RankMask:
     """Factors formed under this mask; None where the parameters may change meanwhile."""
     _doubled: Tensor | None = None
 
+    def form_once(self) -> None:
+        """Let layers keep their factors, since the parameters stay as they are under this mask."""
+        self.formed = FormedOfStep()
+
     def on(self, device: torch.device) -> Tensor:
         """The values, moved to a device once for all layers that share them."""
         values = self.values
@@ -191,7 +195,7 @@ def rank_mask(
     """
     set_mask(schedule, timesteps, group=group, device=device, hold=True)
     for each in mask_group(group).masks.values():
-        each.formed = FormedOfStep()
+        each.form_once()
     try:
         yield
     finally:

@@ -47,8 +47,8 @@ def plain(case: Case, x: Tensor, *, output: Tensor, differences: Triplet) -> Ten
 def fused(case: Case, x: Tensor, *, output: Tensor, differences: Triplet) -> Tensor:
     """The branch under test."""
     formed = form(case.base, differences, rank=case.rank, dtype=product_dtype(x))
-    branch = Branch(formed, case.rank_mask, case.scale)
-    return add_branch(branch, x, output=output, differences=differences)
+    branch = Branch(RANK, case.rank_mask, case.scale)
+    return add_branch(branch, x, output=output, formed=formed, differences=differences)
 
 
 MASKS = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner.helpers.adapters.tlora import forming, mask
+from simpletuner.helpers.adapters.tlora import layer as layer_module
 from simpletuner.helpers.adapters.tlora.delta import Triplet, difference_factors
 from simpletuner.helpers.adapters.tlora.forming import FormedOfStep, form
 from simpletuner.helpers.adapters.tlora.layer import TLoraLayer
@@ -193,3 +194,28 @@ class TestInALayer:
                 layer.org_module[0](x)
             layer.org_module[0](x).sum().backward()
         assert all(tensor.grad is not None for tensor in layer.differences)
+
+    def test_no_layer_under_a_held_mask_is_formed_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(layer_module, "form", None)
+        network, x = self.network(), torch.randn(2, 8)
+        with mask.rank_mask(self.schedule, [300], group=self.group):
+            for layer in network:
+                layer.org_module[0](x).sum().backward()
+        assert all(tensor.grad is not None for layer in network for tensor in layer.differences)
+
+    def test_only_linear_layers_of_the_same_rank_and_group_are_formed_together(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        group, elsewhere = mask.new_group(), mask.new_group()
+        linear, other_rank, moved, vanilla = (
+            TLoraLayer("layer", nn.Linear(8, 8), 1.0, rank, mask_group_id=group, tlora_init=init)
+            for rank, init in ((4, "random"), (2, "random"), (4, "random"), (4, "vanilla"))
+        )
+        convolution = TLoraLayer("layer", nn.Conv2d(8, 8, 1), 1.0, 4, mask_group_id=group)
+        moved.set_group(elsewhere)
+        given: list[object] = []
+        monkeypatch.setattr(FormedOfStep, "of", lambda _, layer, others, **__: given.extend(others))
+        with mask.rank_mask(self.schedule, [0], group=group):
+            linear(torch.randn(2, 8), torch.zeros(2, 8))
+        assert given == [linear]
+        assert not {other_rank, moved, vanilla, convolution} & set(given)

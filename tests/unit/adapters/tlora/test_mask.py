@@ -147,3 +147,12 @@ def test_mask_set_through_lycoris_is_scaled_for_layers_that_are() -> None:
     assert scaled is not None
     assert plain.values.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
     assert scaled.values.tolist() == [[2, 2, 0, 0], [4, 0, 0, 0]]
+
+
+def test_values_of_both_halves_follow_the_device() -> None:
+    values = torch.tensor([[1.0, 1, 0], [1, 0, 0]])
+    found = mask.RankMask(values, shared_rank=None, max_rank=3)
+    on_cpu = found.of_both_halves(torch.device("cpu"))
+    assert torch.equal(on_cpu, torch.cat([values, values], dim=1))
+    assert found.of_both_halves(torch.device("cpu")) is on_cpu
+    assert found.of_both_halves(torch.device("meta")).is_meta
