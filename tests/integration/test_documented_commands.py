@@ -117,17 +117,19 @@ def test_a_block_that_needs_a_configuration_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", _noted("trained"), ids=str)
-def test_a_block_that_needs_a_run_runs(
-    block: Block, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("page", sorted({block.page for block in _noted("trained")}))
+def test_the_blocks_of_a_page_that_need_a_run_run_one_after_the_other(
+    page: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found = [block for block in _noted("trained") if block.page == page]
     folder = tmp_path / "clone"
-    if "examples copy" in block.text:
+    if "examples copy" in found[0].text:
         _folder(folder)
     else:
         shutil.copytree(trained, folder, symlinks=True)
     monkeypatch.chdir(folder)
-    _run_block(block)
+    for block in found:
+        _run_block(block)
 
 
 def test_there_are_blocks_of_both_kinds() -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner import train
+from simpletuner.helpers.checkpointing.preemption import LAUNCH_DIR
 
 PYTHON = """#!/bin/sh
 if [ "$1 $2" = "-m pip" ]; then
@@ -376,7 +377,7 @@ def test_two_processes_return_the_code_of_the_one_that_failed(
 def test_the_code_of_a_failed_process_counts_until_the_first_one_writes_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(train.LAUNCH_DIR, str(tmp_path))
+    monkeypatch.setenv(LAUNCH_DIR, str(tmp_path))
 
     def leaves(rank: str, code: int) -> str:
         monkeypatch.setenv("RANK", rank)

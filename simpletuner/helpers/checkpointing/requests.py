@@ -110,9 +110,9 @@ def remove_requests(output_dir: Path) -> None:
     """
     requests = _request_files(output_dir)
     try:
-        for file in requests:
-            for each in (file, answer_file(file)):
-                each.unlink(missing_ok=True)
+        for file in (output_dir / REQUESTS_FOLDER).glob("*.json"):  # answers that nobody waited for too
+            if not file.is_dir():
+                file.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(output_dir / REQUESTS_FOLDER, error) from error
     if requests:
@@ -180,7 +180,7 @@ def _request_files(output_dir: Path) -> list[Path]:
     folder = output_dir / REQUESTS_FOLDER
     try:
         with os.scandir(folder) as entries:
-            return [Path(entry) for entry in entries if is_request_file(entry.name)]
+            return [Path(each) for each in entries if is_request_file(each.name) and not each.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:

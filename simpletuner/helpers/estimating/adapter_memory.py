@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from math import isqrt
 
 from simpletuner.helpers.choices.algorithms import ALGORITHMS
+from simpletuner.helpers.configuration.schema.adapter import AdapterConfig
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec
-from simpletuner.helpers.models.memory_model import Layer, LowRank, Shape
+from simpletuner.helpers.models.memory_model import Layer, Layout, LowRank, Shape
 
 Shapes = tuple[Shape, ...]
 
@@ -28,21 +30,33 @@ class OtherAdapter(LowRank):
         return self.shapes(layer)
 
 
-def adapter_of(run: RunConfig, spec: ModelSpec) -> LowRank:
-    """The adapter of a run that trains one; of a new token alone one without layers."""
+def adapter_of(run: RunConfig, spec: ModelSpec, *, layout: Layout, paths: Sequence[str]) -> LowRank:
+    """The adapter of a run that trains one; of a new token alone one without layers.
+
+    Args:
+        run: The run.
+        spec: Its family.
+        layout: Its denoiser, of any size.
+        paths: Of one block of each kind. If targets are in none of them, as where they name the numbers of
+            blocks, attention and feed-forward layers of all blocks count.
+    """
     if not run.model.has_adapter:
         return LowRank(rank=1, is_tlora=False, adapts=lambda _: False)
-    if run.lycoris is None:
-        return LowRank(
-            rank=run.adapter.lora_rank,
-            is_tlora=False,
-            adapts=_named(run.adapter.peft_lora_target_modules or spec.lora_targets),
-        )
-    return _lycoris(run.lycoris, spec)
+    adapter = _peft(run.adapter, spec, paths) if run.lycoris is None else _lycoris(run.lycoris, spec, paths)
+    layers = (layer for block in layout.blocks for layer in block.layers)
+    if not any(map(adapter.adapts, layers)):
+        return replace(adapter, adapts=lambda layer: layer.is_target)
+    return adapter
 
 
-def _lycoris(config: LycorisConfig, spec: ModelSpec) -> LowRank:
-    adapts, algorithm, rank = _targeted(config, spec), ALGORITHMS[config.algo], config.linear_dim
+def _peft(config: AdapterConfig, spec: ModelSpec, paths: Sequence[str]) -> LowRank:
+    targets = config.peft_lora_target_modules or spec.lora_targets
+    adapts = _matching([targets], paths, match=re.fullmatch) if isinstance(targets, str) else _named(targets)
+    return LowRank(rank=config.lora_rank, is_tlora=False, adapts=adapts)
+
+
+def _lycoris(config: LycorisConfig, spec: ModelSpec, paths: Sequence[str]) -> LowRank:
+    adapts, algorithm, rank = _targeted(config, spec, paths), ALGORITHMS[config.algo], config.linear_dim
     shapes = _shapes_of(config)
     if shapes is None:
         is_tlora = algorithm.has_rank_schedule
@@ -99,13 +113,8 @@ def _butterfly(edge: int, largest: int) -> Shape:
     return number, edge, block
 
 
-def _named(targets: Iterable[str] | str) -> Callable[[Layer], bool]:
-    """PEFT's targets: ends of paths; of a path in the whole denoiser the part in a block decides."""
-    if isinstance(targets, str):
-        pattern = re.compile(targets)
-        return lambda layer: (
-            pattern.search(layer.name) is not None or pattern.search("." + layer.name) is not None
-        )
+def _named(targets: Iterable[str]) -> Callable[[Layer], bool]:
+    """PEFT's names, each the end of a path; of a longer path the part in a block decides."""
     ends = tuple(targets)
 
     def adapts(layer: Layer) -> bool:
@@ -115,7 +124,14 @@ def _named(targets: Iterable[str] | str) -> Callable[[Layer], bool]:
     return adapts
 
 
-def _targeted(config: LycorisConfig, spec: ModelSpec) -> Callable[[Layer], bool]:
+def _matching(
+    patterns: Sequence[str], paths: Sequence[str], *, match: Callable[[str, str], object]
+) -> Callable[[Layer], bool]:
+    """Patterns of whole paths, on the layer's path in one block of each kind."""
+    return lambda layer: any(match(pattern, f"{path}.{layer.name}") for pattern in patterns for path in paths)
+
+
+def _targeted(config: LycorisConfig, spec: ModelSpec, paths: Sequence[str]) -> Callable[[Layer], bool]:
     """The layers of apply_preset: those of attention or feed-forward, patterns of paths, else all of both."""
     preset = config.apply_preset
     modules = {*preset.target_module, *preset.module_algo_map}
@@ -129,15 +145,10 @@ def _targeted(config: LycorisConfig, spec: ModelSpec) -> Callable[[Layer], bool]
     if modules - attention - feed_forward:  # whole blocks, with the layers of their modulation
         return lambda layer: layer.is_target or layer.name.startswith("norm")
     patterns = [*preset.target_name, *preset.name_algo_map]
-    if patterns and not modules and not preset.use_fnmatch:
-        ends = [re.compile(_within_block(pattern)) for pattern in patterns]
-        return lambda layer: any(end.search(layer.name) for end in ends)
+    if patterns and not modules:
+        match = (lambda pattern, path: fnmatch(path, pattern)) if preset.use_fnmatch else re.match
+        return _matching(patterns, paths, match=match)
     return lambda layer: layer.is_target
-
-
-def _within_block(pattern: str) -> str:
-    """The part of a pattern that fits a path in a block: what follows a leading `.*`, and all numbers."""
-    return re.sub(r"^(\^|\.\*|\\\.)+", "", pattern)
 
 
 def _divided(edge: int, factor: int) -> tuple[int, int]:

@@ -8,19 +8,20 @@ from functools import partial
 from typing import Any
 
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
-from simpletuner.helpers.choices.precisions import UNCHANGED
+from simpletuner.helpers.choices.precisions import PRECISIONS, UNCHANGED
+from simpletuner.helpers.choices.registry import Choice
 from simpletuner.helpers.configuration.loading.rules import training_size
 from simpletuner.helpers.configuration.schema.adapter import CHANGE_THE_BASE
 from simpletuner.helpers.configuration.schema.resolution import square_size
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec, Size
-from simpletuner.helpers.estimating.device_memory import peak_bytes
+from simpletuner.helpers.estimating.device_memory import phases_of
 from simpletuner.helpers.estimating.run_facts import facts_of
 
 FITS = 0.95
 """Share of a card's memory up to which an estimate counts as fitting."""
 LEAST_EFFECT = 0.99
-"""A change is named if the peak falls to less than this share."""
+"""A change is named if the largest phase falls to less than this share."""
 RESOLUTIONS = (768.0, 512.0)
 SMALL_STATES = "bnb-adamw8bit"
 
@@ -46,16 +47,12 @@ class _Change:
 def suggestions(run: RunConfig, spec: ModelSpec, *, memory_bytes: int) -> list[Suggestion]:
     """Changes after which a run fits a memory, or as many as there are; none if it fits as it is."""
     changes: list[_Change] = []
-    changed, peak, limit = run, _peak(run, spec), FITS * memory_bytes
+    changed, limit = run, FITS * memory_bytes
     # From the cheapest on after each change: another phase may be the largest then.
-    while peak > limit:
-        best = _cheapest(changed, spec, below=LEAST_EFFECT * peak, limit=limit)
-        if best is None:
-            break
-        change, peak = best
+    while _peak(changed, spec) > limit and (change := _cheapest(changed, spec, limit=limit)) is not None:
         changed = change.apply(changed)
         changes.append(change)
-    if peak <= limit:
+    if _peak(changed, spec) <= limit:
         changes = _needed(run, spec, changes, limit=limit)
     found = []
     for change in changes:
@@ -77,24 +74,35 @@ def _needed(run: RunConfig, spec: ModelSpec, changes: list[_Change], *, limit: f
     return changes
 
 
-def _cheapest(run: RunConfig, spec: ModelSpec, *, below: float, limit: float) -> tuple[_Change, int] | None:
-    """The cheapest change with a peak below a number, and that peak; None without any.
+def _cheapest(run: RunConfig, spec: ModelSpec, *, limit: float) -> _Change | None:
+    """The cheapest change that makes the largest phase smaller and no other larger; None without any.
 
     Of several degrees of a change it is the first one that keeps the limit, else that of the lowest peak.
     """
+    before = _phases(run, spec)
+    largest = max(before, key=lambda name: before[name])
     for degrees in _CHANGES:
-        peaks = [(change, _peak(change.apply(run), spec)) for change in degrees(run, spec)]
-        effective = [(change, peak) for change, peak in peaks if peak < below]
+        effective = []
+        for change in degrees(run, spec):
+            after = _phases(change.apply(run), spec)
+            peak = max(after.values())
+            if after.get(largest, 0) < LEAST_EFFECT * before[largest] and peak <= before[largest]:
+                effective.append((change, peak))
         if effective:
             lowest = min(effective, key=lambda each: each[1])
-            return next((each for each in effective if each[1] <= limit), lowest)
+            return next((each for each in effective if each[1] <= limit), lowest)[0]
     return None
 
 
-def _peak(run: RunConfig, spec: ModelSpec) -> int:
+def _phases(run: RunConfig, spec: ModelSpec) -> dict[str, int]:
+    """Name of a phase -> its device memory."""
     facts = facts_of(run, spec)
     assert facts is not None, "a family without a memory model has no estimate to improve"
-    return peak_bytes(facts)
+    return {phase.name: phase.num_bytes for phase in phases_of(facts)}
+
+
+def _peak(run: RunConfig, spec: ModelSpec) -> int:
+    return max(_phases(run, spec).values())
 
 
 def _shown(value: object) -> str:
@@ -141,12 +149,18 @@ def _tiles(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
         yield _changed("precision", "slightly other latents and images", vae_enable_tiling=True)
 
 
+def _needs(choice: Choice) -> str:
+    """The package of a choice, for the end of a cost."""
+    return f"; needs {choice.package}" if choice.package else ""
+
+
 def _small_text_encoder(run: RunConfig, spec: ModelSpec) -> Iterator[_Change]:
     key = f"text_encoder_{spec.num_text_encoders}_precision"  # the last one is the largest
     if run.trains_text or getattr(run.precision, key) != UNCHANGED:
         return
     for precision in ("int8-torchao", "nf4-bnb"):
-        yield _changed("precision", "prompt embeds are a little less exact", **{key: precision})
+        cost = f"prompt embeds are a little less exact{_needs(PRECISIONS[precision])}"
+        yield _changed("precision", cost, **{key: precision})
 
 
 def _small_batches(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
@@ -162,7 +176,8 @@ def _small_batches(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
 
 def _small_states(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
     if run.optimizer.optimizer == "adamw":
-        yield _changed("optimizer", "the optimiser's state in 8 bits", optimizer=SMALL_STATES)
+        cost = f"the optimiser's state in 8 bits{_needs(OPTIMIZERS[SMALL_STATES])}"
+        yield _changed("optimizer", cost, optimizer=SMALL_STATES)
 
 
 def _step_in_backward(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
@@ -179,9 +194,11 @@ def _small_weights(run: RunConfig, _spec: ModelSpec) -> Iterator[_Change]:
     if not run.model.has_adapter or _needs_dense_weights(run):
         return
     if precision.base_model_precision == UNCHANGED:
-        yield _changed("precision", "weights are 1 % off", base_model_precision="int8-torchao")
+        cost = f"weights are 1 % off{_needs(PRECISIONS['int8-torchao'])}"
+        yield _changed("precision", cost, base_model_precision="int8-torchao")
     if not precision.enable_group_offload:
-        yield _changed("precision", "weights are 9 % off", base_model_precision="nf4-bnb")
+        cost = f"weights are 9 % off{_needs(PRECISIONS['nf4-bnb'])}"
+        yield _changed("precision", cost, base_model_precision="nf4-bnb")
 
 
 def _needs_dense_weights(run: RunConfig) -> bool:

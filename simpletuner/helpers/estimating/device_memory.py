@@ -47,11 +47,6 @@ def phases_of(facts: RunFacts) -> tuple[Phase, ...]:
     )
 
 
-def peak_bytes(facts: RunFacts) -> int:
-    """Device memory of the largest phase."""
-    return max(phase.num_bytes for phase in phases_of(facts))
-
-
 def text_encoder_bytes(facts: RunFacts) -> int:
     """Bytes of all text encoders, which are loaded together."""
     unquantised = facts.arithmetic.compute_bytes

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simpletuner.helpers.estimating.device_memory import device_weights, text_encoder_bytes, weight_bytes
-from simpletuner.helpers.estimating.disk import caption_bytes
+from simpletuner.helpers.estimating.disk import GIB, caption_bytes
 from simpletuner.helpers.estimating.run_facts import RunFacts
 from simpletuner.helpers.estimating.step_memory import run_memory
 
-PROGRAM_BYTES = 3 << 30
+PROGRAM_BYTES = 3 * GIB
 """Of Python, torch, CUDA's libraries and the loader; not measured on a GPU."""
-GIB = 1 << 30
 
 
 def host_memory(facts: RunFacts) -> Mapping[str, int]:

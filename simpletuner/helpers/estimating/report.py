@@ -21,10 +21,10 @@ _WIDTH = 26
 def summary(estimate: Estimate) -> str:
     """One line: the peak, where it is, the cards that it fits, and the disk space."""
     peak, phase = estimate.peak_device_bytes, estimate.peak.name
-    least = next((size for size in SIZES_GIB if peak <= FITS * size * GIB), None)
-    fits = f"fits {least} GiB" if least is not None else "fits no single GPU"
     disk = f"; writes {estimate.disk_bytes / GIB:.1f} GiB" if estimate.disk_bytes > GIB // 10 else ""
-    return f"{peak / GIB:.1f} GiB of a GPU at the peak, in {phase}: {fits}{disk} (simpletuner estimate)"
+    return (
+        f"{peak / GIB:.1f} GiB of a GPU at the peak, in {phase}: {_least(peak)}{disk} (simpletuner estimate)"
+    )
 
 
 def lines(estimate: Estimate, *, memory_gib: float | None, card: Card | None) -> Iterator[str]:
@@ -37,8 +37,8 @@ def lines(estimate: Estimate, *, memory_gib: float | None, card: Card | None) ->
     """
     yield from _table(estimate)
     yield ""
-    yield _row("device memory", f"{verdict(estimate.peak_device_bytes, memory_gib)}")
-    parts = _parts(estimate.host)
+    yield _row("device memory", verdict(estimate.peak_device_bytes, memory_gib))
+    parts = ", ".join(f"{name} {number / GIB:.1f}" for name, number in estimate.host.items())
     yield _row("main memory", f"{estimate.host_bytes / GIB:.1f} GiB: {parts}")
     if estimate.disk:
         yield _row("disk", f"{estimate.disk_bytes / GIB:.1f} GiB are still to be written")
@@ -80,11 +80,16 @@ def verdict(peak: int, memory_gib: float | None) -> str:
     """The peak, and whether it fits."""
     text = f"{peak / GIB:.1f} GiB at the peak"
     if memory_gib is None:
-        least = next((size for size in SIZES_GIB if peak <= FITS * size * GIB), None)
-        return f"{text}; " + (f"fits {least} GiB" if least is not None else "fits no single card")
+        return f"{text}; {_least(peak)}"
     share = peak / (memory_gib * GIB)
     word = "fits" if share <= FITS else "may not fit" if share <= 1 else "does not fit"
     return f"{text}, {share:.0%} of {memory_gib:g} GiB: {word}"
+
+
+def _least(peak: int) -> str:
+    """The smallest usual memory that a peak fits."""
+    least = next((size for size in SIZES_GIB if peak <= FITS * size * GIB), None)
+    return "fits no single GPU" if least is None else f"fits {least} GiB"
 
 
 def _table(estimate: Estimate) -> Iterator[str]:
@@ -104,11 +109,6 @@ def _cell(number: int | None) -> str:
     return "" if number is None else f"{number / GIB:.2f}"
 
 
-def _parts(parts: object) -> str:
-    assert isinstance(parts, dict)
-    return ", ".join(f"{name} {number / GIB:.1f}" for name, number in parts.items())
-
-
 def _times(estimate: Estimate, card: Card | None) -> Iterator[str]:
     work = estimate.work
     if work is None:
@@ -125,8 +125,10 @@ def _times(estimate: Estimate, card: Card | None) -> Iterator[str]:
 
 def _duration(seconds: float) -> str:
     minutes = round(seconds / 60)
+    if minutes == 0:
+        return "under a minute"
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _row(name: str, text: str) -> str:
-    return f"{name:{16}}{text}"
+    return f"{name:16}{text}"

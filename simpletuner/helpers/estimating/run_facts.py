@@ -82,7 +82,10 @@ class RunFacts:
     @cached_property
     def adapter(self) -> LowRank | None:
         """The adapter; None if the whole model is trained."""
-        return None if self.run.model.is_full else adapter_of(self.run, self.spec)
+        if self.run.model.is_full:
+            return None
+        layout, paths = self.layout(Size(height=64, width=64)), self.memory.BLOCK_PATHS
+        return adapter_of(self.run, self.spec, layout=layout, paths=paths)
 
     @cached_property
     def training_size(self) -> Size:

@@ -235,6 +235,8 @@ class FamilyMemory(Protocol):
     """Bytes of a weight in the files that are published without a variant."""
     LATENT_CHANNELS: int
     """Channels of latents, of 8 x 8 pixels."""
+    BLOCK_PATHS: tuple[str, ...]
+    """Paths in the denoiser of one block of each kind that adapters target."""
     TEXT_WIDTH_KEY: str
     """Key of the denoiser's configuration with the width of cached prompt embeds."""
     TEXT_BYTES: int

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from tests.pages import REPOSITORY
 
@@ -95,6 +96,14 @@ def test_each_section_has_the_same_tables_keys_and_links(japanese: str, english:
 @pytest.mark.parametrize(("japanese", "english"), PAIRS.items(), ids=list(PAIRS))
 def test_the_code_is_the_same_but_for_its_comments(japanese: str, english: str) -> None:
     assert _code(japanese) == _code(english)
+
+
+@pytest.mark.parametrize("japanese", PAIRS)
+def test_a_paragraph_is_one_line(japanese: str) -> None:
+    # A browser shows a line break as a space, which Japanese does not have.
+    tokens = MarkdownIt("commonmark").enable("table").parse(_text(japanese))
+    broken = [each.content for each in tokens if any(c.type == "softbreak" for c in each.children or ())]
+    assert not broken
 
 
 def test_every_japanese_page_has_an_english_one() -> None:

@@ -9,6 +9,7 @@ import json
 import re
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,7 +68,8 @@ def counted(example: Example, title: str, *overrides: str) -> float:
     memory = memory_of(run.model.model_family)
     assert memory is not None
     layout = memory.layout(memory.PUBLISHED[flavour], size=Size(64, 64), text_tokens=77)
-    shapes = adapter_shapes(layout, adapter_of(run, specs()[run.model.model_family]))
+    spec = specs()[run.model.model_family]
+    shapes = adapter_shapes(layout, adapter_of(run, spec, layout=layout, paths=memory.BLOCK_PATHS))
     return sum(prod(shape) * number for shape, number in shapes.items()) / 1e6
 
 
@@ -99,3 +101,41 @@ def test_targets_have_the_parameters_of_their_table(
         assert found > millions
     else:
         assert found == pytest.approx(millions, rel=0.01, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("preset", "same"),
+    [
+        ({"target_name": [".*attn.*"]}, {"target_module": ["Attention"]}),
+        ({"target_name": [".*?\\.ff"]}, {"target_module": ["FeedForward"]}),
+        ({"target_name": ["*.ff.*"], "use_fnmatch": True}, {"target_module": ["FeedForward"]}),
+        # Blocks with numbers are not followed: all targets count.
+        ({"target_name": ["up_blocks\\.1\\..*attn1"]}, {"target_module": ["Attention", "FeedForward"]}),
+    ],
+)
+def test_patterns_of_paths_are_those_of_lycoris(
+    example: Example, tmp_path: Path, preset: dict[str, Any], same: dict[str, Any]
+) -> None:
+    found = []
+    for each in (preset, same):
+        file = tmp_path / "lycoris.json"
+        file.write_text(json.dumps(JSONS["tlora"] | {"apply_preset": each}))
+        found.append(counted(example, "SDXL", f"lycoris_config={file}"))
+    assert found[0] == found[1] > 0
+
+
+def test_a_regular_expression_of_peft_is_one_of_whole_paths(example: Example) -> None:
+    def of(targets: str) -> float:
+        return counted(example, "SDXL", "lora_type=standard", f"peft_lora_target_modules={targets}")
+
+    assert of(r".*\.attn[12]\.to_(q|k)$") == of("to_q,to_k") > 0
+    assert of(r"attn1\.to_q") > of("to_q")  # no whole path: all targets count
+
+
+def test_a_whole_matrix_of_lokr_is_not_split(example: Example, tmp_path: Path) -> None:
+    found = []
+    for changes in ({}, {"linear_dim": 8, "full_matrix": True}, {"linear_dim": 8}):
+        file = tmp_path / "lycoris.json"
+        file.write_text(json.dumps(JSONS["lokr"] | changes))
+        found.append(counted(example, "SDXL", f"lycoris_config={file}"))
+    assert found[0] == found[1] > found[2]

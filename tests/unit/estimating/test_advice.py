@@ -63,3 +63,15 @@ def test_a_whole_model_steps_in_the_backward_pass(example: Example) -> None:
     given = ("fused_backward_pass=false", "optimizer=adafactor")
     found = advice(example, "sdxl-full", *given, memory_gib=12)
     assert ("fused_backward_pass=true", "max_grad_norm=0") in [each.values for each in found]
+
+
+def test_images_get_smaller_with_their_validation_images(example: Example) -> None:
+    found = advice(example, "flux-dev-tlora", memory_gib=11)
+    assert found[-1].values == ("resolution=768",)
+    assert found[-1].peak_device_bytes <= FITS * 11 * GIB < found[-2].peak_device_bytes
+
+
+def test_two_phases_of_nearly_one_size_get_smaller_in_turn(example: Example) -> None:
+    found = advice(example, "flux-dev-tlora", memory_gib=8)
+    assert found[-1].peak_device_bytes <= FITS * 8 * GIB
+    assert found[0].values == ("text_encoder_2_precision=int8-torchao",)

@@ -121,8 +121,10 @@ def test_tiling_bounds_what_a_vae_takes(example: Example) -> None:
 
 
 def test_a_local_model_counts_with_its_own_layers(example: Example) -> None:
-    parts = phase(example("demo-lora"), "training").parts
-    assert parts["weights"] < 0.1 * GIB
+    run = example("demo-lora")
+    assert phase(run, "training").parts["weights"] < 0.1 * GIB
+    assert phase(run, "captions").parts["text encoders"] < 0.1 * GIB
+    assert phase(run, "latents").parts["VAE"] < 0.1 * GIB
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ WHOLE = TrainingSetup(
 )
 
 
-@pytest.mark.parametrize("shape", [(300,), (98304,), (64, 3072), (1536, 768), (64, 32, 3, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(300,), (98304,), (70, 67), (64, 3072), (1536, 768), (64, 32, 3, 3)], ids=str
+)
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_state_has_the_bytes_of_the_real_optimiser(name: str, shape: Shape) -> None:
     config = OptimizerConfig(optimizer=name)

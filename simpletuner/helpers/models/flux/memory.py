@@ -48,6 +48,7 @@ TEXT_ENCODERS = {
 }
 PUBLISHED_BYTES = 2
 LATENT_CHANNELS = 16
+BLOCK_PATHS = ("transformer_blocks.0", "single_transformer_blocks.0")
 TEXT_WIDTH_KEY, TEXT_BYTES = "joint_attention_dim", 2
 
 

@@ -75,6 +75,7 @@ _ENCODERS = {
 TEXT_ENCODERS = {name: (_ENCODERS[size],) for name, size in SIZES.items()}
 PUBLISHED_BYTES = 2
 LATENT_CHANNELS = 32
+BLOCK_PATHS = ("transformer_blocks.0", "single_transformer_blocks.0")
 TEXT_WIDTH_KEY, TEXT_BYTES = "joint_attention_dim", 2
 
 

@@ -42,6 +42,9 @@ _CLIP_BIGG = TextEncoder(
 TEXT_ENCODERS = dict.fromkeys(SPEC.flavours, (CLIP_L, _CLIP_BIGG))
 PUBLISHED_BYTES = 4
 LATENT_CHANNELS = 4
+BLOCK_PATHS = tuple(
+    f"{stage}.attentions.0.transformer_blocks.0" for stage in ("down_blocks.1", "mid_block", "up_blocks.0")
+)
 TEXT_WIDTH_KEY, TEXT_BYTES = "cross_attention_dim", 4
 
 
