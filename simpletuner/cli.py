@@ -10,10 +10,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from simpletuner import __version__, cli_cache, cli_data, cli_estimate, cli_files, cli_init, cli_runs
+from simpletuner import (
+    __version__,
+    cli_cache,
+    cli_compare,
+    cli_data,
+    cli_estimate,
+    cli_files,
+    cli_init,
+    cli_runs,
+    cli_sample,
+)
 from simpletuner.cli_options import (
+    SAMPLE_OPTIONS,
     TAKES_OVERRIDES,
-    AdapterArgument,
     AdapterFile,
     ConfigOption,
     Dtype,
@@ -25,6 +35,8 @@ from simpletuner.cli_options import (
     Overwrite,
     PerLayer,
     RunFolder,
+    ScheduleOption,
+    given_values,
     one_adapter,
 )
 from simpletuner.helpers.errors import SimpleTunerError
@@ -33,32 +45,8 @@ from simpletuner.helpers.io.redaction import redact_terminal
 
 REFERENCE = Path("documentation/config-reference.md")
 
-SAMPLES = Path("output/samples")
 COMPARISON = Path("output/benchmark-tlora")
 PlanName = Literal["quick", "standard", "full"]
-ScheduleOption = Annotated[
-    str | None,
-    typer.Option(
-        "--schedule",
-        metavar="KEY=VALUE,...",
-        help="Rank schedule in place of the file's, of min_rank, alpha, kind, scale: min_rank=8,alpha=1.0.",
-    ),
-]
-SAMPLE_OPTIONS = {
-    "model_family": "--family",
-    "pretrained_model_name_or_path": "--model",
-    "validation_resolution": "--size",
-    "validation_num_inference_steps": "--steps",
-    "validation_guidance": "--guidance",
-    "validation_guidance_real": "--guidance-real",
-    "validation_seed": "--seed",
-    "num_validation_images": "--count",
-    "validation_noise_scheduler": "--scheduler",
-    "validation_reference_images": "--reference",
-    "base_model_precision": "--precision",
-}
-"""Configuration key -> option of `sample`, for messages."""
-
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -130,112 +118,6 @@ def validate(
     print(f"{file}: valid.")
     for line in lines:
         print(line)
-
-
-@app.command("sample")
-def sample_command(
-    *,
-    adapter: AdapterArgument = None,
-    option: Annotated[
-        Path | None, typer.Option("--adapter", metavar="ADAPTER", help="The same.", show_default=False)
-    ] = None,
-    prompt: Annotated[list[str], typer.Option("--prompt", metavar="TEXT", help="May be repeated.")],
-    reference: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--reference",
-            metavar="FILE",
-            help="Reference image of every prompt, for models that edit. May be repeated.",
-        ),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="Folder of the images; none is overwritten.")
-    ] = SAMPLES,
-    negative: Annotated[str, typer.Option("--negative", metavar="TEXT", help="Negative prompt.")] = "",
-    size: Annotated[str | None, typer.Option("--size", metavar="WxH", help="Default: the family's.")] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Denoising steps.")] = 30,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", help="Guidance scale; 1 or below disables it. Default: the family's."),
-    ] = None,
-    guidance_real: Annotated[
-        float,
-        typer.Option(
-            "--guidance-real",
-            help="Classifier-free guidance by a second pass, for families with a guidance embedding.",
-        ),
-    ] = 1.0,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the first image; the others count up.")] = 0,
-    count: Annotated[int, typer.Option("--count", help="Images per prompt and size.")] = 1,
-    strength: Annotated[
-        float, typer.Option("--strength", help="Strength of the adapter; 0 is the base model.")
-    ] = 1.0,
-    scheduler: Annotated[
-        str | None,
-        typer.Option("--scheduler", help="Sampler, as validation_noise_scheduler. Default: the model's."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="Folder or repository. Default: from the file."),
-    ] = None,
-    family: Annotated[str | None, typer.Option("--family", help="Default: from the file.")] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", help="As base_model_precision. Default: from the file."),
-    ] = None,
-    embedding: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--embedding",
-            metavar="FILE[=TOKEN]",
-            help="Embeddings of a new token (textual inversion), beside those of the adapter's run. May be "
-            "repeated.",
-        ),
-    ] = None,
-    schedule: ScheduleOption = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Dtype of the model. Default: bf16 on a GPU, else fp32.")
-    ] = None,
-) -> None:
-    """Generate images with an adapter, or with the whole model of a run; its file names the base model."""
-    configure_logging(main_process=True)
-    from simpletuner.helpers.adapters.files.finding import find_model
-    from simpletuner.helpers.configuration.schema.schedule_options import schedule_options
-    from simpletuner.helpers.io.paths import portable
-    from simpletuner.helpers.models import registry
-    from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
-
-    whole_model = find_model(adapter) if adapter is not None and option is None else None
-    file = whole_model or one_adapter(adapter, option)
-
-    request = SampleRequest(
-        adapter=file,
-        prompts=prompt,
-        model=_given(model_family=family, pretrained_model_name_or_path=model),
-        validation=_given(
-            validation_negative_prompt=negative,
-            validation_resolution=size,
-            validation_num_inference_steps=steps,
-            validation_guidance=guidance,
-            validation_guidance_real=guidance_real,
-            validation_seed=seed,
-            num_validation_images=count,
-            validation_lycoris_strength=strength,
-            validation_noise_scheduler=scheduler,
-            validation_reference_images=reference or None,
-        ),
-        dtype=dtype,
-        precision=_given(base_model_precision=precision),
-        embeddings=embedding or (),
-        schedule=schedule_options(schedule) if schedule is not None else {},
-        options=SAMPLE_OPTIONS,
-    )
-    for file in sample(request, output=portable(output), families=registry.specs()):
-        print(file)
-
-
-def _given(**values: object) -> dict[str, object]:
-    return {key: value for key, value in values.items() if value is not None}
 
 
 @app.command("inspect")
@@ -315,7 +197,7 @@ def export_command(
         request = SampleRequest(
             adapter=adapter,
             prompts=(),
-            model=_given(model_family=family, pretrained_model_name_or_path=model),
+            model=given_values(model_family=family, pretrained_model_name_or_path=model),
             validation={},
             dtype=None,
             options=SAMPLE_OPTIONS,
@@ -329,7 +211,12 @@ def export_command(
 
 app.command("init")(cli_init.init)
 app.command("estimate", context_settings=TAKES_OVERRIDES)(cli_estimate.estimate_command)
-for name, command in {**cli_files.COMMANDS, **cli_runs.COMMANDS}.items():
+for name, command in {
+    **cli_sample.COMMANDS,
+    **cli_compare.COMMANDS,
+    **cli_files.COMMANDS,
+    **cli_runs.COMMANDS,
+}.items():
     app.command(name)(command)
 
 

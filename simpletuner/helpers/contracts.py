@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -289,3 +290,52 @@ class MicroBatchOutput:
     timesteps: tuple[int, ...]
     active_rank: float | None
     """Mean active rank; None for an adapter without a rank schedule."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedRow:
+    """A prompt, a size and a seed, of which every column of a comparison has an image."""
+
+    name: str
+    prompt: str
+    details: str
+    """Size and seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedColumn:
+    """The images of one checkpoint, at one strength and with one rank schedule."""
+
+    title: str
+    """Run and step."""
+    details: str = ""
+    """Strength and rank schedule, where they are not as trained."""
+    run: Path | None = None
+    """The output_dir of its run; None for the base model and for a file of no run."""
+    step: int | None = None
+    images: Mapping[str, Path] = field(default_factory=dict)
+    """Name of a row -> file."""
+    problem: str | None = None
+    """The reason why images are missing."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Name of a measure -> mean over the images."""
+
+    is_base: bool = False
+    """Whether it is the base model."""
+
+    @property
+    def is_as_trained(self) -> bool:
+        """Whether it is a checkpoint at strength 1 with its own rank schedule."""
+        return self.run is not None and not self.details
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparedGroup:
+    """The columns of one base model, with the same prompts, seeds and settings."""
+
+    model: str
+    """Folder or repository of the base model."""
+    settings: str
+    """Steps, guidance and sampler, for display."""
+    rows: tuple[ComparedRow, ...]
+    columns: tuple[ComparedColumn, ...]

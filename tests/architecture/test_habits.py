@@ -50,11 +50,13 @@ BROAD_EXCEPTS: dict[str, str] = {
 PRINTING = {
     "simpletuner/cli.py",
     "simpletuner/cli_cache.py",
+    "simpletuner/cli_compare.py",
     "simpletuner/cli_data.py",
     "simpletuner/cli_estimate.py",
     "simpletuner/cli_files.py",
     "simpletuner/cli_init.py",
     "simpletuner/cli_runs.py",
+    "simpletuner/cli_sample.py",
 }
 
 # Untrusted bytes become objects or code there.

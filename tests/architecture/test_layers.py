@@ -38,7 +38,7 @@ LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 NESTED = {
     "adapters": ("tlora", "files", "network", "inference"),
     "configuration": ("text", "schema", "loading", "load", "reference", "migration"),
-    "reporting": ("metrics", "html_report", "data_page"),
+    "reporting": ("metrics", "html_report", "data_page", "compare_page"),
     "training": ("trainer", "build", "runs"),
 }
 
@@ -61,12 +61,14 @@ PLACES = {
     "typer": (
         "cli.py",
         "cli_cache.py",
+        "cli_compare.py",
         "cli_data.py",
         "cli_estimate.py",
         "cli_files.py",
         "cli_init.py",
         "cli_options.py",
         "cli_runs.py",
+        "cli_sample.py",
     ),
     "wandb": ("helpers/reporting/",),
     "tensorboard": ("helpers/reporting/",),

@@ -16,7 +16,8 @@ MAX_POSITIONAL = 3
 # "module function" -> why the rule would make this code worse. An entry that is no longer needed fails.
 MORE_PARAMETERS: dict[str, str] = {
     "simpletuner/helpers/adapters/tlora/layer.py TLoraLayer.__init__": "LyCORIS calls it so, and by position",
-    "simpletuner/cli.py sample_command": "each is an option of the command line",
+    "simpletuner/cli_sample.py sample_command": "each is an option of the command line",
+    "simpletuner/cli_compare.py compare_command": "each is an option of the command line",
     "simpletuner/cli.py export_command": "each is an option of the command line",
     "simpletuner/cli_init.py init": "each is an option of the command line",
     "simpletuner/cli_files.py merge": "each is an option of the command line",

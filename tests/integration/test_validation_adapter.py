@@ -20,7 +20,7 @@ from simpletuner.helpers.errors import AdapterError, CheckpointError, TrainingEr
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE
 from simpletuner.helpers.models import registry
 from simpletuner.helpers.reporting.run_summary import RunSummary
-from simpletuner.helpers.sampling import comparison
+from simpletuner.helpers.sampling import attached, comparison
 from simpletuner.helpers.sampling.sample_command import SampleRequest, sample
 from simpletuner.helpers.training import runs, validation
 from simpletuner.helpers.training.trainer import Trainer
@@ -170,7 +170,7 @@ def test_training_of_a_lora_beside_another_is_bit_identical_to_a_run_that_is_com
 
 
 def test_adapter_that_stays_in_the_model_ends_the_run(run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "remove_from_pipeline", lambda *_: None)
+    monkeypatch.setattr(attached, "remove_from_pipeline", lambda *_: None)
     with pytest.raises(TrainingError, match=ADAPTER_FILE):
         train(run)
     assert steps(run) == 0
@@ -216,7 +216,7 @@ def test_adapter_that_cannot_be_shown_leaves_its_column_empty_and_the_run_goes_o
     def refused(*_: object, **__: object) -> None:
         raise AdapterError(f"{other_adapter}: torn")
 
-    monkeypatch.setattr(comparison, "loaded_adapter", refused)
+    monkeypatch.setattr(comparison, "attached", refused)
     assert train(run) == 0
     assert f"{other_adapter}: torn" in caplog.text
     assert (run.output_dir / "validation" / "step-2" / "grid.png").is_file()
@@ -296,11 +296,9 @@ def test_signal_in_the_other_runs_last_moment_leaves_this_one_for_the_next_start
 def test_signal_while_the_pictures_are_made_ends_before_the_first_step(
     run: TinyRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded_adapter = comparison.loaded_adapter
+    attach = comparison.attached
     with monkeypatch.context() as patched:
-        patched.setattr(
-            comparison, "loaded_adapter", signal_at(1, number=signal.SIGTERM, then=loaded_adapter)
-        )
+        patched.setattr(comparison, "attached", signal_at(1, number=signal.SIGTERM, then=attach))
         assert run_command(run) == EXIT_PREEMPTED
     assert steps(run) == 0
     assert run_command(run) == 0

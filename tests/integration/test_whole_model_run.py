@@ -7,9 +7,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -204,8 +206,8 @@ def test_sample_takes_the_run_of_a_whole_model(tmp_path: Path) -> None:
         arguments[1] = str(model)
         result = CliRunner().invoke(app, [*arguments, "--dtype", "fp32", "--output", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
-        images += [file.read_bytes() for file in (tmp_path / name).glob("*.png")]
-    assert images[0] == images[1]
+        images += [np.asarray(Image.open(file)) for file in (tmp_path / name).glob("*.png")]
+    assert np.array_equal(*images)
     refused = CliRunner().invoke(app, [*arguments, "--strength", "0.5"])
     assert isinstance(refused.exception, ConfigError)
 

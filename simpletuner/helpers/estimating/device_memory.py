@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from simpletuner.helpers.choices.precisions import PRECISIONS, Precision
 from simpletuner.helpers.contracts import Size
 from simpletuner.helpers.estimating.run_facts import RunFacts
-from simpletuner.helpers.estimating.step_memory import run_memory
 from simpletuner.helpers.models.component_memory import vae_working_bytes
 from simpletuner.helpers.models.memory_model import Block, Layout, kept_bytes, recomputed_bytes, working_bytes
 
@@ -88,7 +87,7 @@ def _latents(facts: RunFacts) -> dict[str, int]:
 
 
 def _training(facts: RunFacts) -> dict[str, int]:
-    run, memory = facts.run, run_memory(facts.setup)
+    run, memory = facts.run, facts.step_memory
     parts = {
         "weights": device_weights(facts),
         "adapter": memory.adapter,
@@ -166,16 +165,9 @@ def num_passes(facts: RunFacts) -> int:
     return 2 if guidance > 1 else 1
 
 
-def weight_bytes(facts: RunFacts) -> int:
-    """Bytes of the denoiser's weights, wherever they are."""
-    precision = PRECISIONS[facts.run.precision.base_model_precision]
-    return facts.setup.layout.weight_bytes(precision, unquantised=facts.arithmetic.compute_bytes)
-
-
 def device_weights(facts: RunFacts) -> int:
     """Bytes of the denoiser's weights on the device: with group offloading one group and what is in none."""
-    precision = facts.run.precision
-    total = weight_bytes(facts)
+    precision, total = facts.run.precision, facts.step_memory.weights
     if not precision.enable_group_offload:
         return total
     layout = facts.setup.layout

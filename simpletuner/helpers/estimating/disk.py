@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
-from simpletuner.helpers.estimating.device_memory import weight_bytes
 from simpletuner.helpers.estimating.run_facts import RunFacts
-from simpletuner.helpers.estimating.step_memory import run_memory
 from simpletuner.helpers.io.names import printable
 from simpletuner.helpers.models.component_memory import VAE_WEIGHTS
 from simpletuner.helpers.models.hub_cache import cached_bytes, hub_folder
@@ -106,8 +104,8 @@ def _checkpoints(facts: RunFacts) -> DiskNeed:
     made = 1 if not interval or steps is None else -(-steps // interval)
     # The oldest one goes when the newest is there.
     kept = made if limit is None else min(made, limit + 1)
-    memory = run_memory(facts.setup)
-    weights = weight_bytes(facts) if facts.run.model.is_full else memory.adapter
+    memory = facts.step_memory
+    weights = memory.weights if facts.run.model.is_full else memory.adapter
     state = weights + memory.states + memory.ema
     return _missing("checkpoints", checkpoint.output_dir, kept * state + weights + memory.ema)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from simpletuner.helpers.estimating.device_memory import device_weights, text_encoder_bytes, weight_bytes
+from simpletuner.helpers.estimating.device_memory import device_weights, text_encoder_bytes
 from simpletuner.helpers.estimating.disk import GIB, caption_bytes
 from simpletuner.helpers.estimating.run_facts import RunFacts
-from simpletuner.helpers.estimating.step_memory import run_memory
 
 PROGRAM_BYTES = 3 * GIB
 """Of Python, torch, CUDA's libraries and the loader; not measured on a GPU."""
@@ -17,7 +16,7 @@ def host_memory(facts: RunFacts) -> Mapping[str, int]:
     """Name -> bytes of main memory, each at its peak, without empty parts."""
     run = facts.run
     loaded = facts.setup.layout.num_weights * facts.arithmetic.compute_bytes
-    offloaded = weight_bytes(facts) - device_weights(facts)
+    offloaded = facts.step_memory.weights - device_weights(facts)
     embeds = run.data.text_cache_memory * GIB
     if facts.num_images is not None:
         embeds = min(embeds, facts.num_images * caption_bytes(facts))
@@ -25,7 +24,7 @@ def host_memory(facts: RunFacts) -> Mapping[str, int]:
         "program": PROGRAM_BYTES,
         "model while it is loaded": max(loaded, text_encoder_bytes(facts)) - offloaded,
         "offloaded weights": offloaded,
-        "EMA": run_memory(facts.setup).ema if run.ema.ema_device == "cpu" else 0,
+        "EMA": facts.step_memory.ema if run.ema.ema_device == "cpu" else 0,
         "prompt embeds": 0 if run.trains_text else round(embeds),
     }
     return {name: number for name, number in parts.items() if number}

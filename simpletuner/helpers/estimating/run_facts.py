@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec, Size
 from simpletuner.helpers.data.sources.opening import open_source
 from simpletuner.helpers.estimating.adapter_memory import adapter_of
-from simpletuner.helpers.estimating.step_memory import TrainingSetup
+from simpletuner.helpers.estimating.step_memory import RunMemory, TrainingSetup, run_memory
 from simpletuner.helpers.models.component_memory import FLOAT32, VAE_WEIGHTS, TextEncoder
 from simpletuner.helpers.models.memory_model import Arithmetic, FamilyMemory, Layout, LowRank, Step
 from simpletuner.helpers.models.registry import memory_of
@@ -35,6 +35,7 @@ class RunFacts:
     run: RunConfig
     spec: ModelSpec
     memory: FamilyMemory
+    _layouts: dict[Size, Layout] = field(default_factory=dict)
 
     @cached_property
     def flavour(self) -> str:
@@ -104,8 +105,10 @@ class RunFacts:
 
     def layout(self, size: Size) -> Layout:
         """The denoiser on images of a size, with as many references of the same size as a run has at once."""
-        seen = Size(height=size.height * (1 + self.num_references), width=size.width)
-        return self.memory.layout(self.denoiser, size=seen, text_tokens=self.text_tokens)
+        if size not in self._layouts:
+            seen = Size(height=size.height * (1 + self.num_references), width=size.width)
+            self._layouts[size] = self.memory.layout(self.denoiser, size=seen, text_tokens=self.text_tokens)
+        return self._layouts[size]
 
     @property
     def num_references(self) -> int:
@@ -149,6 +152,11 @@ class RunFacts:
             steps_in_backward=run.model.is_full and run.whole_model.fused_backward_pass,
             layer_filter=run.whole_model.layer_filter if run.model.is_full else (),
         )
+
+    @cached_property
+    def step_memory(self) -> RunMemory:
+        """The parts of a training step, without what is beside the denoiser."""
+        return run_memory(self.setup)
 
     @cached_property
     def images(self) -> Mapping[str, int | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simpletuner.helpers.estimating.cards import Work
-from simpletuner.helpers.estimating.device_memory import num_passes, weight_bytes
+from simpletuner.helpers.estimating.device_memory import num_passes
 from simpletuner.helpers.estimating.run_facts import RunFacts
 from simpletuner.helpers.estimating.step_flops import forward_flops, step_flops
 
@@ -17,7 +17,7 @@ def work_of(facts: RunFacts) -> Work | None:
     passes = 2 if run.precision.enable_group_offload else 0
     return Work(
         flops_per_step=step_flops(setup.layout, setup.step) * accumulated,
-        copied_per_step=passes * accumulated * weight_bytes(facts),
+        copied_per_step=passes * accumulated * facts.step_memory.weights,
         validation_flops=_validation_flops(facts),
         num_steps=facts.num_steps,
     )

@@ -6,7 +6,7 @@ Shapes: B batch, H W pixels, ... the axes of one sample's latents ([C, h, w] for
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,6 +211,11 @@ class ModelFamily(ABC):
         Raises:
             ModelError: The sampler is unknown, or the family has no such pipeline.
         """
+
+    @property
+    def pipelines(self) -> Mapping[PipelineType, type[Any]]:
+        """The classes that `make_pipeline` makes, of a family that starts from images too."""
+        return {}
 
     @abstractmethod
     def pipeline_inputs(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub.constants import HF_HUB_CACHE
-
 
 def hub_folder() -> Path:
     """The folder of the hub's cache, to which models are downloaded."""
+    # A model on this machine needs none of it.
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     return Path(HF_HUB_CACHE)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import isqrt, prod
 from typing import Any, Literal, Protocol
 
@@ -64,25 +65,27 @@ class Arithmetic:
         """Whether norms compute in another format than the layers."""
         return self.norm_bytes != self.compute_bytes
 
-    def bytes_of(self, role: Role, *, is_whole: bool, is_modulated: bool) -> int:
-        """Bytes kept for each number of an activation; 0 if it is not kept.
 
-        Args:
-            role: Of the activation.
-            is_whole: Whether the whole model is trained.
-            is_modulated: Whether the factors that the timestep gives need gradients.
-        """
-        table: dict[Role, int] = {
-            "compute": self.compute_bytes,
-            "norm": self.norm_bytes,
-            "float32": FLOAT32,
-            "cast": FLOAT32 if self.is_mixed else 0,
-            "uncast": self.compute_bytes if self.norms_cast else 0,
-            "modulated": self.compute_bytes if is_modulated else 0,
-            "modulated norm": self.norm_bytes if is_modulated else 0,
-            "normalised": FLOAT32 if is_whole and not self.is_gpu else 0,
-        }
-        return table[role]
+@cache
+def bytes_of_roles(arithmetic: Arithmetic, *, is_whole: bool, is_modulated: bool) -> Mapping[Role, int]:
+    """Role -> bytes kept for each number of an activation; 0 if it is not kept.
+
+    Args:
+        arithmetic: Formats of the run.
+        is_whole: Whether the whole model is trained.
+        is_modulated: Whether the factors that the timestep gives need gradients.
+    """
+    compute, norm = arithmetic.compute_bytes, arithmetic.norm_bytes
+    return {
+        "compute": compute,
+        "norm": norm,
+        "float32": FLOAT32,
+        "cast": FLOAT32 if arithmetic.is_mixed else 0,
+        "uncast": compute if arithmetic.norms_cast else 0,
+        "modulated": compute if is_modulated else 0,
+        "modulated norm": norm if is_modulated else 0,
+        "normalised": FLOAT32 if is_whole and not arithmetic.is_gpu else 0,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +286,8 @@ def block_bytes(block: Block, step: Step) -> int:
     arithmetic, adapter = step.arithmetic, step.adapter
     trained = [layer for layer in block.layers if adapter is None or adapter.adapts(layer)]
     is_modulated = any(layer.source.startswith("silu") for layer in trained) or adapter is None
-    numbers = sum(
-        kept.numbers * arithmetic.bytes_of(kept.role, is_whole=adapter is None, is_modulated=is_modulated)
-        for kept in block.kept
-    )
+    per_number = bytes_of_roles(arithmetic, is_whole=adapter is None, is_modulated=is_modulated)
+    numbers = sum(kept.numbers * per_number[kept.role] for kept in block.kept)
     if adapter is None:
         return step.batch_size * (numbers + arithmetic.compute_bytes * _input_numbers(trained, step))
     # PEFT casts each input to float32, so that autocast makes a copy for each layer.

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import xxhash
 
 from simpletuner.helpers.adapters.files import adapter_file, embeddings
-from simpletuner.helpers.adapters.files.embeddings import is_embeddings
-from simpletuner.helpers.adapters.files.text_layers import encoders_in, without_encoders
-from simpletuner.helpers.adapters.inference import (
-    attach_to_encoders,
-    attach_to_pipeline,
-    is_read_by_diffusers,
-    load_peft_into_pipeline,
-    remove_from_pipeline,
-)
-from simpletuner.helpers.adapters.new_tokens import TokenEmbedding, attach_embeddings
+from simpletuner.helpers.adapters.files.text_layers import encoders_in
 from simpletuner.helpers.checkpointing.weight_identity import weight_hashes
 from simpletuner.helpers.errors import TrainingError
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import ADAPTER_FILE, EMBEDDING_FILE, embedding_file
-from simpletuner.helpers.sampling.embeddings import text_parts
+from simpletuner.helpers.sampling.attached import InText, attach_in_text, attached
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from simpletuner.helpers.adapters.network import LycorisAdapter
+    from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
     from simpletuner.helpers.configuration.schema.sections import RunConfig
     from simpletuner.helpers.sampling.prompts import PromptSpec
     from simpletuner.helpers.sampling.validation_sampler import ValidationSampler
@@ -92,9 +83,10 @@ class Comparison:
         before = weight_hashes(denoiser)
         with self.sampler.best_effort(f"the images of {self.adapter}"), self.sampler.eval_mode(denoiser):
             pipeline = self.sampler.make_pipeline(denoiser)
+            stored = adapter_file.read(self.adapter, takes_embeddings=True)
             with (
-                self._text_encoders() as (sampler, in_text),
-                loaded_adapter(pipeline, self.adapter, encoders=[*in_text.loras]) as set_strength,
+                self._text_encoders(stored) as (sampler, in_text),
+                attached(pipeline, stored, encoders=[*in_text.loras]) as set_strength,
             ):
 
                 def prepare(prompt: PromptSpec) -> None:
@@ -109,64 +101,19 @@ class Comparison:
             )
 
     @contextmanager
-    def _text_encoders(self) -> Iterator[tuple[ValidationSampler, InText]]:
+    def _text_encoders(self, stored: AdapterFile) -> Iterator[tuple[ValidationSampler, InText]]:
         """The sampler with the text encoders of the other run, and what is attached to them."""
-        stored, family = adapter_file.read(self.adapter, takes_embeddings=True), self.sampler.family
+        family = self.sampler.family
         if not encoders_in(stored) and self.token is None:
             yield self.sampler, InText()
             return
         family.unload_text_encoders()  # a token that is added to their tokenizers stays there
         family.load_text_encoders()
-        loras, tokens = attach_to_encoders(stored, family.text_encoders), []
-        if self.token is not None:
-            learned = embeddings.read(embedding_file(self.adapter), token=self.token)
-            tokens = attach_embeddings(text_parts(family), learned)
+        files = [] if self.token is None else [embedding_file(self.adapter)]
         try:
+            tokens = [embeddings.read(file, token=self.token) for file in files]
+            in_text = attach_in_text(family, stored, tokens)
             sampler = replace(self.sampler, text_embeds=lambda text: family.encode_prompts([text])[0])
-            yield sampler, InText(loras, tokens)
+            yield sampler, in_text
         finally:
             family.unload_text_encoders()
-
-
-@dataclass(frozen=True, slots=True)
-class InText:
-    """What of another run is attached to the text encoders."""
-
-    loras: Mapping[str, LycorisAdapter] = field(default_factory=dict)
-    """By the name of the text encoder."""
-    tokens: Sequence[TokenEmbedding] = ()
-
-    def set_strength(self, strength: float) -> None:
-        """Scale all of it."""
-        for lora in self.loras.values():
-            lora.set_strength(strength)
-        for token in self.tokens:
-            token.set_strength(strength)
-
-
-@contextmanager
-def loaded_adapter(
-    pipeline: Any, file: Path, *, encoders: Collection[str] = ()
-) -> Iterator[Callable[[float], None]]:
-    """Attach the adapter of a LyCORIS or PEFT file to a pipeline; yields the function that sets its strength.
-
-    The layers of these text encoders and a new token, which are attached elsewhere, are left out.
-
-    Raises:
-        AdapterError: The file is unreadable or does not fit the model.
-    """
-    stored = adapter_file.read(file, takes_embeddings=True)
-    if is_embeddings(stored):
-        yield lambda _: None
-    elif is_read_by_diffusers(stored):
-        name = load_peft_into_pipeline(pipeline, file)
-        try:
-            yield lambda strength: pipeline.set_adapters(name, strength)
-        finally:
-            pipeline.unload_lora_weights()
-    else:
-        adapter = attach_to_pipeline(pipeline, without_encoders(stored, encoders))
-        try:
-            yield adapter.set_strength
-        finally:
-            remove_from_pipeline(pipeline, adapter)

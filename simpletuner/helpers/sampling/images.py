@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from simpletuner.helpers.io.atomic import write_bytes
 
@@ -48,10 +49,12 @@ def labelled_grid(rows: Sequence[Row], *, columns: Sequence[str]) -> Image.Image
     return grid
 
 
-def save_png(image: Image.Image, file: Path) -> None:
-    """Write an image atomically."""
-    data = io.BytesIO()
-    image.save(data, format="PNG")
+def save_png(image: Image.Image, file: Path, *, parameters: str | None = None) -> None:
+    """Write an image atomically, with the text of its parameters where image programs look for it."""
+    data, metadata = io.BytesIO(), PngInfo()
+    if parameters is not None:
+        metadata.add_text("parameters", parameters)  # as iTXt where it is not Latin-1
+    image.save(data, format="PNG", pnginfo=metadata)
     write_bytes(file, data.getvalue())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,19 +56,31 @@ class PromptSpec:
     def label(self) -> str:
         """Label of the image in a grid."""
         strength = "" if self.strength == 1 else f"  strength {self.strength:g}"
+        return self._label(strength)
+
+    @property
+    def label_of_row(self) -> str:
+        """The label where the columns say the strength."""
+        return self._label("")
+
+    def _label(self, strength: str) -> str:
         names = ", ".join(self.reference_names)
         of = f"\nof {names}" if names else ""
         return f"{redacted(self.text)}\n{self.size}  seed {self.seed}{strength}{of}"
 
 
-def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, ...]:
+def expand_prompts(
+    config: ValidationConfig, *, seed: int, seeds: Sequence[int] = ()
+) -> tuple[PromptSpec, ...]:
     """Every prompt at every size, `num_validation_images` times with consecutive seeds; none when disabled.
 
-    `seed` is the run's; it applies when validation_seed is unset.
+    `seed` is the run's; it applies when validation_seed is unset. `seeds` are first seeds in place of both.
     """
     if config.validation_disable:
         return ()
-    first_seed = seed if config.validation_seed is None else config.validation_seed
+    firsts = seeds or [seed if config.validation_seed is None else config.validation_seed]
+    number = config.num_validation_images
+    every_seed = dict.fromkeys(first + index for first in firsts for index in range(number))
     return tuple(
         PromptSpec(
             name=image_name(index, prompt.name, size=size, seed=image_seed),
@@ -80,7 +92,7 @@ def expand_prompts(config: ValidationConfig, *, seed: int) -> tuple[PromptSpec, 
         )
         for index, prompt in enumerate(config.prompts)
         for size in config.validation_resolution
-        for image_seed in range(first_seed, first_seed + config.num_validation_images)
+        for image_seed in every_seed
     )
 
 

@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import nn
 
 from simpletuner.helpers.adapters.files import adapter_file
-from simpletuner.helpers.adapters.files.embeddings import is_embeddings
-from simpletuner.helpers.adapters.files.text_layers import without_encoders
-from simpletuner.helpers.adapters.inference import (
-    attach_to_encoders,
-    attach_to_pipeline,
-    is_read_by_diffusers,
-    load_peft_into_pipeline,
-)
-from simpletuner.helpers.adapters.new_tokens import attach_embeddings
+from simpletuner.helpers.adapters.files.adapter_file import AdapterFile
+from simpletuner.helpers.adapters.files.embeddings import Embeddings, is_embeddings
 from simpletuner.helpers.configuration.loading import rules
 from simpletuner.helpers.configuration.loading.building import S, Source, Validated, build
+from simpletuner.helpers.configuration.loading.prompts import read_prompts
 from simpletuner.helpers.configuration.schema.base import PathContext
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.model_source import FILE_SUFFIX
@@ -31,22 +27,30 @@ from simpletuner.helpers.configuration.schema.sections import (
     ValidationPrompt,
 )
 from simpletuner.helpers.configuration.text.problems import Problems, nearest
-from simpletuner.helpers.contracts import ModelSpec
+from simpletuner.helpers.contracts import ModelSpec, Size
 from simpletuner.helpers.errors import ConfigError, ModelError
+from simpletuner.helpers.io.names import file_name
 from simpletuner.helpers.io.new_files import unused
 from simpletuner.helpers.io.redaction import PLACEHOLDER
+from simpletuner.helpers.io.run_folder import GRID_FILE
 from simpletuner.helpers.io.safetensors_file import read_metadata
 from simpletuner.helpers.models.denoiser_weights import find_denoiser
 from simpletuner.helpers.models.family import FamilyContext, ModelFamily
 from simpletuner.helpers.models.quantisation import quantize_and_move
 from simpletuner.helpers.models.registry import load_family
-from simpletuner.helpers.sampling.embeddings import read_embeddings, text_parts
-from simpletuner.helpers.sampling.images import save_png
-from simpletuner.helpers.sampling.prompts import expand_prompts, pipeline_inputs, pipeline_type
+from simpletuner.helpers.sampling.attached import attach_in_text, attached, encode, open_ranks
+from simpletuner.helpers.sampling.embeddings import read_embeddings
+from simpletuner.helpers.sampling.generating import description, generate, image_progress
+from simpletuner.helpers.sampling.images import Row, labelled_grid, save_png
+from simpletuner.helpers.sampling.prompts import PromptSpec, expand_prompts, pipeline_type
 from simpletuner.helpers.sampling.references import with_references
+from simpletuner.helpers.sampling.start_image import StartImage, StartOptions, check_pipeline, read_start
 
+STRENGTH_KEY = "validation_lycoris_strength"
+TITLES = {STRENGTH_KEY: "strength {}", "validation_num_inference_steps": "{} steps"}
+"""Key of a column of a grid -> its title."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COMMAND = "sample"
+COMMAND = "command line"
 MODEL_KEY = "pretrained_model_name_or_path"
 HEADER_KEYS = {
     "model_family": "model_family",
@@ -64,13 +68,18 @@ PRECISION_KEYS = tuple(key for key in PrecisionConfig.model_fields if "model" in
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Sections:
+class Sections:
     """The configuration sections that sampling needs."""
 
     model: ModelConfig
     noise: NoiseConfig
     precision: PrecisionConfig
     validation: ValidationConfig
+
+    def at_size(self, size: Size) -> Sections:
+        """The sections for images of another size."""
+        validation = self.validation.model_copy(update={"validation_resolution": (size,)})
+        return replace(self, validation=validation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +89,18 @@ class SampleRequest:
     adapter: Path
     """The file; or the folder of a whole denoiser in diffusers' layout."""
     prompts: Sequence[str]
+    prompts_file: Path | None = None
+    """Further prompts: a json as for user_prompt_library, or a text with one on each line."""
     model: Mapping[str, object]
     """Keys of the model section; they override the file's header."""
     validation: Mapping[str, object]
     """Keys of the validation section."""
+    columns: Sequence[Mapping[str, object]] = ({},)
+    """Further keys of it for each column of a grid."""
+    seeds: Sequence[int] = ()
+    """First seeds of each prompt; empty for validation_seed."""
+    start: StartOptions | None = None
+    """An image to start from."""
     dtype: str | None
     """Key of DTYPES; None is bf16 on a GPU and fp32 elsewhere."""
     precision: Mapping[str, object] = field(default_factory=dict)
@@ -92,78 +109,212 @@ class SampleRequest:
     """Files of new tokens beside the adapter's own, each as FILE or FILE=TOKEN."""
     schedule: Mapping[str, int | float | str] = field(default_factory=dict)
     """Values of the rank schedule; they override the file's."""
+    opens_ranks: bool = False
+    """Keep every rank active at every timestep."""
     options: Mapping[str, str]
     """Key of a section -> its command-line option, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """The content of an adapter file, or the header of a whole model."""
+
+    request: SampleRequest
+    """With a whole model as the denoiser, and the rank schedule that the images have."""
+    header: Mapping[str, str]
+    stored: AdapterFile | None
+    """None for a whole model and for a token that was trained alone."""
+    tokens: Sequence[Embeddings]
+
+
+def open_adapter(request: SampleRequest) -> Opened:
+    """Read the file of a request, before a model is loaded: a damaged one fails at once.
+
+    Raises:
+        ConfigError: A strength or a rank schedule is given, and it has none.
+        AdapterError: The file is unreadable.
+        ModelError: The folder is no denoiser of a known family.
+    """
+    file = request.adapter
+    stored = None if file.is_dir() else adapter_file.read(file, takes_embeddings=True)
+    if stored is None:
+        request, header = _of_whole_model(request)
+    else:
+        header = stored.metadata
+    is_alone = stored is not None and is_embeddings(stored)  # a token that was trained alone
+    tokens = read_embeddings(file, header, is_alone=is_alone, given=request.embeddings)
+    stored = None if is_alone else stored
+    if request.opens_ranks:
+        schedule = None if stored is None else open_ranks(stored)
+        if schedule is None:
+            raise ConfigError(f"{file} is no T-LoRA and has no rank schedule. Remove --open-ranks.")
+        request = replace(request, schedule=schedule)
+    return Opened(request=request, header=header, stored=stored, tokens=tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the grid."""
+
+    title: str
+    """"" for the only one."""
+    validation: ValidationConfig
+    prompts: tuple[PromptSpec, ...]
+    """The same in each column, but for the strength."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Images:
+    """The images of a request, before a model is loaded."""
+
+    request: SampleRequest
+    family: ModelFamily
+    sections: Sections
+    columns: Sequence[_Column]
+    start: StartImage | None
+
+    @property
+    def cells(self) -> list[tuple[_Column, PromptSpec]]:
+        """Column and prompt of each image, row by row."""
+        rows = zip(*(column.prompts for column in self.columns), strict=True)
+        return [cell for row in rows for cell in zip(self.columns, row, strict=True)]
+
+    def make_pipeline(self) -> Any:
+        """The pipeline with the denoiser, without an adapter."""
+        prompts = (prompt for _, prompt in self.cells)
+        kind = pipeline_type(prompts) if self.start is None else self.start.pipeline_type
+        scheduler = self.sections.validation.validation_noise_scheduler
+        return self.family.make_pipeline(load_denoiser(self.family, self.sections), kind, scheduler=scheduler)
+
+    def description(self, column: _Column, prompt: PromptSpec) -> str:
+        """The parameters of an image."""
+        request = self.request
+        return description(
+            prompt,
+            column.validation,
+            start=self.start,
+            model=Path(self.sections.model.pretrained_model_name_or_path).name,
+            adapter="/".join(request.adapter.parts[-2:]),
+            adapter_strength=f"{prompt.strength:g}",
+            rank_schedule=" ".join(f"{key} {value}" for key, value in request.schedule.items()) or None,
+        )
 
 
 def sample(request: SampleRequest, *, output: Path, families: Mapping[str, ModelSpec]) -> Iterator[Path]:
     """Generate the images and write each as PNG; a name that exists gets a number.
 
     Yields:
-        The path of each written file, in the order of prompts, sizes and seeds.
+        The path of each written file, in the order of prompts, sizes, seeds and columns; the grid of several
+        columns last.
 
     Raises:
         ConfigError: The base model is unknown, or values are invalid; it lists every problem.
         AdapterError: The file is unreadable or does not fit the model.
+        DataError: The image to start from cannot be used.
         ModelError: The model is missing or does not load.
     """
-    # Before the model: a damaged file fails at once.
-    stored = None if request.adapter.is_dir() else adapter_file.read(request.adapter, takes_embeddings=True)
-    if stored is None:
-        request, header = _of_whole_model(request)
-    else:
-        header = stored.metadata
-    is_alone = stored is not None and is_embeddings(stored)  # a token that was trained alone
-    tokens = read_embeddings(request.adapter, header, is_alone=is_alone, given=request.embeddings)
-    stored = None if is_alone else stored
-    sections = sections_of(request, header=header, families=families)
-    family, validation = make_family(sections, dtype=request.dtype), sections.validation
-    prompts = with_references(
-        expand_prompts(validation, seed=0), alignment=family.spec.pixel_alignment, fills_image=False
-    )
-    negative = validation.validation_negative_prompt
-    texts = sorted({negative, *(prompt.text for prompt in prompts)})
+    opened = open_adapter(request)
+    plan = _planned(opened, families=families)
+    family, negative = plan.family, plan.sections.validation.validation_negative_prompt
+    texts, strengths = {each.text for _, each in plan.cells}, {each.strength for _, each in plan.cells}
     family.load_text_encoders()
-    strength = validation.validation_lycoris_strength
-    if stored is not None:
-        attach_to_encoders(stored, family.text_encoders, strength=strength)
-    for each in tokens:
-        attach_embeddings(text_parts(family), each, strength=strength)
-    embeds = dict(zip(texts, family.encode_prompts(texts), strict=True))
+    in_text = attach_in_text(family, opened.stored, opened.tokens)
+    embeds = encode(family, in_text, {*texts, negative}, strengths=strengths)
     applied = list(family.text_encoders)
     family.unload_text_encoders()
-    precision = sections.precision.base_model_precision
-    denoiser = quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
-    pipeline: Any = family.make_pipeline(
-        denoiser, pipeline_type(prompts), scheduler=validation.validation_noise_scheduler
-    )
-    if stored is not None:
-        _load_adapter(pipeline, stored, request, applied=applied, strength=strength)
-    del stored
-    for prompt in prompts:
-        inputs = pipeline_inputs(
-            family, prompt, texts=(embeds[prompt.text], embeds[negative]), config=validation
-        )
-        image = pipeline(**inputs).images[0]
-        file = unused(output / f"{prompt.name}.png")
-        save_png(image, file)
+    pipeline = plan.make_pipeline()
+    images: list[Image.Image] = []
+    with (
+        attached(pipeline, opened.stored, encoders=applied, schedule=opened.request.schedule) as set_strength,
+        image_progress(len(plan.cells)) as progress,
+    ):
+        del opened
+        for column, prompt in plan.cells:
+            set_strength(prompt.strength)
+            own = embeds[prompt.strength]
+            image = generate(
+                family,
+                pipeline,
+                prompt,
+                texts=(own[prompt.text], own[negative]),
+                config=column.validation,
+                start=plan.start,
+                on_step=lambda share: progress(len(images) + share),
+            )
+            images.append(image)
+            file = unused(output / f"{prompt.name}{file_suffix(column.title)}.png")
+            save_png(image, file, parameters=plan.description(column, prompt))
+            yield file
+    if len(plan.columns) > 1:
+        file = unused(output / GRID_FILE)
+        save_png(_grid(plan, images), file)
         yield file
 
 
-def _load_adapter(
-    pipeline: Any,
-    stored: adapter_file.AdapterFile,
-    request: SampleRequest,
-    *,
-    applied: Sequence[str],
-    strength: float,
-) -> None:
-    """Attach the adapter's layers of the denoiser; `applied` names the text encoders that have theirs."""
-    if is_read_by_diffusers(stored) and not request.schedule:
-        load_peft_into_pipeline(pipeline, request.adapter, strength=strength)
-    else:
-        rest = without_encoders(stored, applied)
-        attach_to_pipeline(pipeline, rest, strength=strength, schedule=request.schedule)
+def _planned(opened: Opened, *, families: Mapping[str, ModelSpec]) -> _Images:
+    """The images of a request.
+
+    Raises:
+        ConfigError: Values are invalid, or the family has no such pipeline.
+        DataError: A reference image or the image to start from cannot be used.
+        ModelError: The model is missing.
+    """
+    request = opened.request
+    every = [
+        sections_of(
+            replace(request, validation={**request.validation, **each}),
+            header=opened.header,
+            families=families,
+        )
+        for each in request.columns
+    ]
+    if not every[0].validation.prompts:
+        raise ConfigError("No prompt is given. Give --prompt or --prompts-file.")
+    start = None
+    if request.start is not None:
+        steps = min(each.validation.validation_num_inference_steps for each in every)
+        start = read_start(request.start, steps=steps)
+    family = make_family(every[0], dtype=request.dtype)
+    if start is not None:
+        check_pipeline(family, start)
+        if "validation_resolution" not in request.validation:
+            size = start.size(family.spec.default_resolution, alignment=family.spec.pixel_alignment)
+            every = [each.at_size(size) for each in every]
+    prompts = with_references(
+        expand_prompts(every[0].validation, seed=0, seeds=request.seeds),
+        alignment=family.spec.pixel_alignment,
+        fills_image=False,
+    )
+    titles = [", ".join(TITLES[key].format(value) for key, value in each.items()) for each in request.columns]
+    columns = [
+        _Column(
+            title,
+            each.validation,
+            tuple(
+                replace(prompt, strength=own.strength)
+                for prompt, own in zip(
+                    prompts, expand_prompts(each.validation, seed=0, seeds=request.seeds), strict=True
+                )
+            ),
+        )
+        for title, each in zip(titles, every, strict=True)
+    ]
+    return _Images(request=request, family=family, sections=every[0], columns=columns, start=start)
+
+
+def _grid(plan: _Images, images: Sequence[Image.Image]) -> Image.Image:
+    width = len(plan.columns)
+    rows = [
+        Row(prompt.label_of_row, tuple(images[index : index + width]))
+        for index, (_, prompt) in enumerate(plan.cells)
+        if index % width == 0
+    ]
+    return labelled_grid(rows, columns=[column.title for column in plan.columns])
+
+
+def file_suffix(title: str) -> str:
+    """The end of a file name by the title of a column; "" for the only one."""
+    return f"-{file_name(title)}" if title else ""
 
 
 def _of_whole_model(request: SampleRequest) -> tuple[SampleRequest, Mapping[str, str]]:
@@ -174,7 +325,9 @@ def _of_whole_model(request: SampleRequest) -> tuple[SampleRequest, Mapping[str,
         ModelError: It is no denoiser of a known family.
     """
     folder = request.adapter
-    if request.schedule or request.validation.get("validation_lycoris_strength", 1.0) != 1.0:
+    given = [request.validation, *request.columns]
+    strengths = [each[STRENGTH_KEY] for each in given if STRENGTH_KEY in each]
+    if request.schedule or request.opens_ranks or any(str(each) not in ("1", "1.0") for each in strengths):
         raise ConfigError(f"{folder} is a whole model, which has no strength and no rank schedule.")
     found = find_denoiser(str(folder), option="ADAPTER")
     weights = sorted(folder.glob(f"*{FILE_SUFFIX}"))
@@ -185,7 +338,7 @@ def _of_whole_model(request: SampleRequest) -> tuple[SampleRequest, Mapping[str,
 
 def sections_of(
     request: SampleRequest, *, header: Mapping[str, str], families: Mapping[str, ModelSpec]
-) -> _Sections:
+) -> Sections:
     """The configuration sections for an adapter file: its header's values under the request's.
 
     Raises:
@@ -219,10 +372,14 @@ def sections_of(
     rules.check_validation(validation, spec, source)
     images = () if validation.section is None else validation.section.validation_reference_images
     prompts = tuple(ValidationPrompt(name=text, text=text, images=images) for text in request.prompts)
-    if images and not spec.reference_flavours:
+    if request.prompts_file is not None:
+        prompts += read_prompts(request.prompts_file, source, images=images)
+    if STRENGTH_KEY in request.validation:
+        prompts = tuple(each.model_copy(update={"strength": None}) for each in prompts)
+    if any(each.images for each in prompts) and not spec.reference_flavours:
         source.add("validation_reference_images", f"{spec.name} takes no reference images. Remove it.")
     problems.raise_if_any()
-    return _Sections(
+    return Sections(
         model=_valid(model),
         noise=_valid(noise),
         precision=_valid(precision),
@@ -271,9 +428,9 @@ def _valid(validated: Validated[S]) -> S:
     return validated.section
 
 
-def make_family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
+def make_family(sections: Sections, *, dtype: str | None) -> ModelFamily:
     """The model family of these sections, on the accelerator if there is one."""
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = default_device()
     default = "bf16" if device.type == "cuda" else "fp32"
     return load_family(sections.model.model_family)(
         FamilyContext(
@@ -284,3 +441,14 @@ def make_family(sections: _Sections, *, dtype: str | None) -> ModelFamily:
             weight_dtype=DTYPES[dtype or default],
         )
     )
+
+
+def load_denoiser(family: ModelFamily, sections: Sections) -> nn.Module:
+    """The family's denoiser in the precision of these sections, on the device."""
+    precision = sections.precision.base_model_precision
+    return quantize_and_move(family.load_denoiser(), precision=precision, device=family.device).eval()
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the processor."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

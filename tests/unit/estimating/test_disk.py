@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from huggingface_hub import constants
 
 from simpletuner.helpers.estimating import disk as module
 from simpletuner.helpers.estimating.disk import DiskNeed, disk_problems
 from simpletuner.helpers.estimating.estimate import Estimate, estimate
-from simpletuner.helpers.models import hub_cache
 from tests.unit.estimating.conftest import Example
 
 GIB = 2**30
@@ -21,7 +21,7 @@ KLEIN = "flux2-klein-4b-tlora"
 @pytest.fixture(autouse=True)
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache of the hub."""
-    monkeypatch.setattr(hub_cache, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 

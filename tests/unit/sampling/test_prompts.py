@@ -57,3 +57,9 @@ def test_label_names_a_strength_other_than_one() -> None:
         expand_prompts(config(validation_lycoris_strength=value), seed=7)[0].label for value in (1, -0.5)
     )
     assert half == f"{full}  strength -0.5"
+
+
+def test_seeds_are_first_seeds_and_count_once() -> None:
+    made = expand_prompts(config(num_validation_images=2, validation_seed=9), seed=0, seeds=(5, 6, 1))
+    assert [each.seed for each in made[:5]] == [5, 6, 7, 1, 2]
+    assert len(made) == 4 * 5

@@ -14,6 +14,7 @@ from simpletuner.helpers.configuration.schema.base import InputFiles, Section
 from simpletuner.helpers.configuration.schema.model import ModelConfig
 from simpletuner.helpers.configuration.schema.sections import ValidationPrompt
 from simpletuner.helpers.configuration.text.problems import unknown_key
+from simpletuner.helpers.configuration.text.reading import read_json, read_text
 from simpletuner.helpers.contracts import ModelSpec
 
 LIBRARY: Mapping[str, str] = {
@@ -106,6 +107,24 @@ def read_library(
         source.add("", "is empty. Add a prompt, or remove user_prompt_library.")
     prompts = [_prompt(name, value, source, images=images) for name, value in values.items()]
     return tuple(prompt for prompt in prompts if prompt is not None)
+
+
+def read_prompts(file: Path, source: Source, *, images: tuple[Path, ...]) -> tuple[ValidationPrompt, ...]:
+    """The prompts of a file: a json as for user_prompt_library, else one on each line; notes every problem.
+
+    `images` are the reference images of prompts that name none.
+    """
+    own, problems = replace(source, name_of=lambda _: str(file)), source.problems
+    if file.suffix.lower() == ".json":
+        values = read_json(file, source=str(file), problems=problems)
+        return () if values is None else read_library(values, own, images=images)
+    text = read_text(file, source=str(file), problems=problems)
+    if text is None:
+        return ()
+    lines = [line for each in text.splitlines() if (line := each.strip())]
+    if not lines:
+        own.add("", "has no prompt. Write one on each line.")
+    return tuple(ValidationPrompt(name=line, text=line, images=images) for line in lines)
 
 
 def _prompt(

@@ -7,7 +7,7 @@ P pooled width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -196,6 +196,11 @@ class Flux(ModelFamily):
             scheduler=unshifted_sampler(self.components.scheduler, name=scheduler),
             **NO_TEXT_ENCODERS,
         )
+
+    @property
+    def pipelines(self) -> Mapping[PipelineType, type[diffusers.DiffusionPipeline]]:
+        """The bundled pipelines, by their input."""
+        return PIPELINES
 
     def pipeline_inputs(
         self,

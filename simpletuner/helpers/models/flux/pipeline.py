@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+from torch import Generator, Tensor
 
 from simpletuner.helpers.adapters.pipeline import MaskedDenoising
 
@@ -13,13 +14,22 @@ class FluxPipeline(MaskedDenoising, diffusers.FluxPipeline):  # type: ignore[mis
     denoiser_name = "transformer"
 
 
-class FluxImg2ImgPipeline(MaskedDenoising, diffusers.FluxImg2ImgPipeline):  # type: ignore[misc]
+class _KeepsDtypeOfImage:
+    """Mixin: latents have the dtype of their image, so a VAE in float32 suits a 16-bit transformer."""
+
+    def _encode_vae_image(self, image: Tensor, generator: Generator) -> Tensor:
+        """[B, 3, H, W] pixels to scaled [B, 16, H/8, W/8] latents."""
+        latents: Tensor = super()._encode_vae_image(image, generator)  # type: ignore[misc]
+        return latents.to(image.dtype)
+
+
+class FluxImg2ImgPipeline(_KeepsDtypeOfImage, MaskedDenoising, diffusers.FluxImg2ImgPipeline):  # type: ignore[misc]
     """Flux.1 from image and text to image."""
 
     denoiser_name = "transformer"
 
 
-class FluxInpaintPipeline(MaskedDenoising, diffusers.FluxInpaintPipeline):  # type: ignore[misc]
+class FluxInpaintPipeline(_KeepsDtypeOfImage, MaskedDenoising, diffusers.FluxInpaintPipeline):  # type: ignore[misc]
     """Flux.1 that repaints the masked part of an image."""
 
     denoiser_name = "transformer"

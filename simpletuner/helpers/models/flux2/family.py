@@ -6,7 +6,7 @@ Shapes: B batch, C latent channels, h w latent height and width, L text tokens, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -190,6 +190,11 @@ class Flux2(ModelFamily):
             scheduler=unshifted_sampler(self.components.scheduler, name=scheduler),
             **options,
         )
+
+    @property
+    def pipelines(self) -> Mapping[PipelineType, type[diffusers.DiffusionPipeline]]:
+        """The bundled pipelines, by their input."""
+        return self.components.variant.pipelines
 
     def pipeline_inputs(
         self,

@@ -5,7 +5,7 @@ Shapes: B batch, L text tokens, D text width, P pooled width, h w latent height 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +225,11 @@ class SDXL(ModelFamily):
             add_watermarker=False,
             **NO_TEXT_ENCODERS,
         )
+
+    @property
+    def pipelines(self) -> Mapping[PipelineType, type[diffusers.DiffusionPipeline]]:
+        """The bundled pipelines, by their input."""
+        return PIPELINES
 
     def pipeline_inputs(
         self, prompt: TextEmbeds, negative: TextEmbeds, *, validation: ValidationConfig, size: Size

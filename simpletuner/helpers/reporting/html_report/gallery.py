@@ -97,10 +97,14 @@ def render_gallery(rows: Sequence[ImageRow], *, compared: Sequence[str] = ()) ->
     return (
         f"{_left_out(_columns(rows), columns, num_rows=len(rows) - len(shown))}"
         f"{_without_images(_columns(rows), compared)}"
-        '<div class="viewer"></div>\n'
-        '<div class="scroll"><table class="pictures">\n'
-        f"<thead><tr>{heads}</tr></thead>\n{bodies}\n</table></div>"
+        f'<div class="viewer"></div>\n{image_table(heads, bodies)}'
     )
+
+
+def image_table(heads: str, bodies: str) -> str:
+    """A table of images, which the page's script enlarges; `heads` are cells and `bodies` row groups."""
+    table = f"<thead><tr>{heads}</tr></thead>\n{bodies}\n"
+    return f'<div class="scroll"><table class="pictures">\n{table}</table></div>'
 
 
 @lru_cache(maxsize=4096)
@@ -134,7 +138,8 @@ def spread_evenly(items: Sequence[int], count: int) -> list[int]:
     return [items[round(index * (len(items) - 1) / (count - 1))] for index in range(count)]
 
 
-def _thumbnail_or_none(file: Path) -> Thumbnail | None:
+def thumbnail_or_none(file: Path) -> Thumbnail | None:
+    """The image scaled down; None for a file that is gone or damaged."""
     try:
         return thumbnail(file, file.stat().st_mtime_ns)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # Pillow raises any of these
@@ -171,7 +176,7 @@ def _spread(columns: Sequence[Column], count: int) -> list[Column]:
 def _num_bytes(rows: Sequence[ImageRow], columns: Sequence[Column]) -> int:
     files = [file for row in rows for _, file in row.fixed]
     files += [row.by_column[column] for row in rows for column in columns if column in row.by_column]
-    return sum(image.num_bytes for image in map(_thumbnail_or_none, files) if image is not None)
+    return sum(image.num_bytes for image in map(thumbnail_or_none, files) if image is not None)
 
 
 def _head(title: str, attributes: str) -> str:
@@ -190,7 +195,7 @@ def _body(row: ImageRow, titles: Sequence[str], columns: Sequence[Column]) -> st
 
 
 def _cell(row: ImageRow, title: str, file: Path | None, *, css_class: str) -> str:
-    image = None if file is None else _thumbnail_or_none(file)
+    image = None if file is None else thumbnail_or_none(file)
     if image is None:
         return f'<td class="{css_class}"><span class="missing">none</span></td>'
     alt = escape(", ".join(filter(None, (row.prompt or "no prompt", title, row.details))))

@@ -50,7 +50,8 @@ for (const chart of document.querySelectorAll("figure.chart")) {
 
 // Two images of each prompt side by side. Each side has a choice of a run, or of the base model, and a slider
 // over the steps of a run.
-const table = document.querySelector("table.pictures");
+const viewer = document.querySelector(".viewer"); // a page without one has tables of images alone
+const table = viewer && document.querySelector("table.pictures");
 const sides = table && table.tHead.rows[0].cells.length > 1 ? [0, 1].map((number) => viewerSide(number)) : [];
 
 function element(name, properties, ...children) {
@@ -128,7 +129,7 @@ if (sides.length) {
   const rows = [...table.tBodies].map((body, row) => element("div", { className: "row" },
     element("p", { className: "prompt" }, ...body.querySelector("span").cloneNode(true).childNodes),
     ...sides.map((side) => side.figures[row])));
-  document.querySelector(".viewer").append(
+  viewer.append(
     element("div", { className: "row sliders" }, ...sides.map((side) => side.controls),
       element("label", {}, together, " both at one step")), ...rows);
   sides[0].goTo(-1);

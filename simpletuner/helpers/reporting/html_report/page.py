@@ -68,7 +68,12 @@ def render_page(run: RunSnapshot, *, reloads: bool = False, compared: Sequence[s
     ]
     body = "\n".join([sections.render_heading(run, reloads=reloads), *filter(None, blocks)])
     title = f"{sections.run_title(run)}: {run.state} at step {run.step}"
-    return document(title, body, script=_SCRIPT.read_text(encoding="utf-8"))
+    return document(title, body, script=script())
+
+
+def script() -> str:
+    """The page's script: values under the pointer of a chart, enlarged images, buttons that copy."""
+    return _SCRIPT.read_text(encoding="utf-8")
 
 
 def _titles(run: RunSnapshot, others: Sequence[RunSnapshot]) -> list[str]:
