@@ -86,7 +86,7 @@ def sample_command(
     ] = SAMPLES,
     negative: Negative = None,
     size: Annotated[
-        str | None, typer.Option("--size", metavar="WxH", help="Default: that of --image, else the family's.")
+        str | None, typer.Option("--size", metavar="WxH", help="Default: that of --image, else the model's.")
     ] = None,
     steps: Annotated[
         str, typer.Option("--steps", metavar="N,...", help="Denoising steps; several make a grid.")

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner.helpers.adapters.network import LycorisAdapter
+from simpletuner.helpers.adapters.tlora import mask
 from simpletuner.helpers.checkpointing.optimizer_state import num_state_bytes
 from simpletuner.helpers.configuration.schema.lycoris import LycorisConfig
 from simpletuner.helpers.contracts import ModelSpec
@@ -384,6 +385,9 @@ def _adapt(model: nn.ModuleDict, case: Case, active: ExitStack) -> None:
         adapter = LycorisAdapter.create(model, config, spec=KINDS[case.kind].spec, seed=0)
         if is_tlora:
             active.enter_context(adapter.rank_mask_for([500] * case.shape.batch))
+            # Layers of real width are formed alone; small ones keep as much, but not all where hooks see it.
+            for each in mask.mask_group(adapter.group).masks.values():
+                each.formed = None
     for weight in model.parameters():
         if weight.requires_grad and case.training != "whole":
             weight.data = weight.data.float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,18 @@ def test_file_without_a_header_needs_the_model_and_says_how(
     assert command(monkeypatch, "sample", *arguments) == 2
     assert "--family and --model" in capsys.readouterr().err
     assert command(monkeypatch, "sample", *arguments, "--family", "sdxl", "--model", tiny_model()) == 0
+
+
+def test_image_without_a_size_has_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    config = json.loads((model / "unet" / "config.json").read_text())
+    stages = len(json.loads((model / "vae" / "config.json").read_text())["block_out_channels"])
+    (model / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 12}))
+    given = ("--adapter", trained_adapter_file(), "--model", model, "--prompt", PROMPT, "--steps", 1)
+    assert command(monkeypatch, "sample", *given, "--output", tmp_path / "out") == 0
+    assert pixels(Path(capsys.readouterr().out.strip())).shape[0] == 12 * 2 ** (stages - 1)
 
 
 def test_images_of_an_earlier_call_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

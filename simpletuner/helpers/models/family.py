@@ -73,6 +73,11 @@ class ModelFamily(ABC):
         return f"{self.components.vae.identity()} float32 mean{tiling}"
 
     @property
+    def default_resolution(self) -> int:
+        """Edge in pixels of an image whose size nobody states."""
+        return self.spec.default_resolution
+
+    @property
     @abstractmethod
     def text_identity(self) -> str:
         """Text that changes with everything that changes prompt embeds; part of their cache key.

@@ -277,9 +277,12 @@ def _planned(opened: Opened, *, families: Mapping[str, ModelSpec]) -> _Images:
     family = make_family(every[0], dtype=request.dtype)
     if start is not None:
         check_pipeline(family, start)
-        if "validation_resolution" not in request.validation:
-            size = start.size(family.spec.default_resolution, alignment=family.spec.pixel_alignment)
-            every = [each.at_size(size) for each in every]
+    if "validation_resolution" not in request.validation:
+        edge = family.default_resolution
+        size = Size(edge, edge)
+        if start is not None:
+            size = start.size(edge, alignment=family.spec.pixel_alignment)
+        every = [each.at_size(size) for each in every]
     prompts = with_references(
         expand_prompts(every[0].validation, seed=0, seeds=request.seeds),
         alignment=family.spec.pixel_alignment,

@@ -224,7 +224,8 @@ def test_tlora_layers_of_a_pattern_open_their_own_share_of_the_ranks(family: str
             if (found := mask.current_mask(adapter.group, rank)) is not None
         }
         for layer in adapter.network.loras:
-            rank_mask, shared, gain = layer._active_ranks(torch.zeros(1, layer.shape[1]))
+            current = layer._group.current(layer.ranks)
+            rank_mask, shared, gain = layer._active_ranks(current, torch.zeros(1, layer.shape[1]))
             assert (rank_mask, shared, gain) == (None, active[layer.lora_dim], 1.0)
     assert active == {2: 1, 4: 2}
     adapter.save(tmp_path / "a.safetensors", metadata={})

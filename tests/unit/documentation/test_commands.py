@@ -84,7 +84,7 @@ def in_source(file: Path, arguments: list[str]) -> None:
     [
         "simpletuner samples mine --prompt x",
         "simpletuner sample mine --promt x",
-        "simpletuner sample mine",
+        "simpletuner ask mine",
         "simpletuner export a.safetensors --output b --format comfy",
         "simpletuner cache stat cache",
         "python tests/benchmarks/gpu_suite.py --minute 8",

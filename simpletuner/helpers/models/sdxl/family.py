@@ -63,6 +63,15 @@ class SDXL(ModelFamily):
         self._truncation_warning = TruncationWarning(limit=context.model.max_token_length + 2)
         self._script_warning = ScriptWarning(encoder="CLIP")
 
+    @property
+    def default_resolution(self) -> int:
+        """What the UNet states, as in diffusers' pipelines: the embedded model has 64 px."""
+        edge = self.components.denoiser.config.get("sample_size")
+        channels = self.components.vae.config.get("block_out_channels")
+        if not isinstance(edge, int) or not isinstance(channels, list):
+            return super().default_resolution
+        return edge << (len(channels) - 1)
+
     @cached_property
     def text_identity(self) -> str:
         """Text that changes with tokenizers, text encoders, precision and the encoding of no prompt."""

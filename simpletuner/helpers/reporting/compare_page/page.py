@@ -17,7 +17,7 @@ from simpletuner.helpers.reporting.compare_page.held_out import (
     lowest_of,
 )
 from simpletuner.helpers.reporting.html_report import page as report
-from simpletuner.helpers.reporting.html_report.folder import NoRunError, display_path, read_run
+from simpletuner.helpers.reporting.html_report.folder import display_path, read_run
 from simpletuner.helpers.reporting.html_report.gallery import (
     PIXEL_ART_EDGE_PX,
     image_table,
