@@ -15,8 +15,7 @@ Source: T-LoRA, arXiv:2507.05964.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import dropwhile
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -105,7 +104,7 @@ class FormedOfStep:
     ) -> tuple[Tensor, Tensor] | None:
         """A [2r, I] and B [O, 2r] of a layer, with a graph; None for a layer that is not small.
 
-        When they are not at hand, those of the layers behind it are formed too.
+        When they are not at hand, those of the layers around it are formed too.
 
         Args:
             layer: The layer.
@@ -153,22 +152,29 @@ def _alike(layers: Sequence[_Chosen], *, edge: int) -> Iterable[list[_Chosen]]:
     return found.values()
 
 
-def _neighbours(
-    layer: Factors, others: Iterable[Factors], *, rank: int, dtype: torch.dtype
-) -> Iterator[Factors]:
-    """The layer, and the small ones behind it that are trained alike on its device."""
-    yield layer
+def _neighbours(layer: Factors, others: Iterable[Factors], *, rank: int, dtype: torch.dtype) -> list[Factors]:
+    """The layer and the small ones around it that are trained alike on its device.
+
+    The network is divided into the same parts whichever layer is asked for: gradient checkpointing asks for
+    its blocks from the last to the first.
+    """
     wanted = layer.differences[0]
-    device, is_trained, size = wanted.device, wanted.requires_grad, _num_bytes(layer, rank, dtype)
-    for other in dropwhile(lambda each: each is not layer, others):
+    device, is_trained = wanted.device, wanted.requires_grad
+    part: list[Factors] = []
+    size, is_found = 0, False
+    for other in others:
         own, delta_q = _num_bytes(other, rank, dtype), other.differences[0]
         is_alike = delta_q.device == device and delta_q.requires_grad == is_trained
-        if other is layer or own > SMALL_BYTES or not is_alike:
+        if own > SMALL_BYTES or not is_alike:
             continue
+        if size + own > KEPT_BYTES:
+            if is_found:
+                break
+            part, size = [], 0
+        part.append(other)
         size += own
-        if size > KEPT_BYTES:
-            return
-        yield other
+        is_found = is_found or other is layer
+    return part if is_found else [layer]
 
 
 def _num_bytes(layer: Factors, rank: int, dtype: torch.dtype) -> int:

@@ -117,6 +117,22 @@ def test_no_more_is_kept_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None
     assert of_step(step, network[0], network)[0] is not first[0]
 
 
+def test_parts_are_the_same_from_the_last_layer_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, step = layers(), FormedOfStep()
+    monkeypatch.setattr(forming, "KEPT_BYTES", 2 * RANK * (24 + 24) * 8)
+    last = of_step(step, network[3], network)
+    of_step(step, network[2], network)
+    assert of_step(step, network[3], network)[0] is last[0]
+
+
+def test_layer_outside_the_network_is_formed_alone() -> None:
+    network, step = layers(), FormedOfStep()
+    a, b = of_step(step, network[0], network[1:])
+    formed = form(network[0].base, network[0].differences, rank=RANK, dtype=torch.float64)
+    assert torch.equal(a, formed.a)
+    assert torch.equal(b, formed.b)
+
+
 def test_large_layer_is_formed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     network, step = layers(), FormedOfStep()
     monkeypatch.setattr(forming, "SMALL_BYTES", 2 * RANK * 23 * 8)
