@@ -174,13 +174,19 @@ def _answer(request: Path) -> Answer | None:
         return Answer(**json.loads(answer_file(request).read_bytes()))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError):  # of another version, or changed by another hand
+        return Answer("The run answered, and its answer cannot be read. Its log has it too.", is_done=False)
 
 
 def _request_files(output_dir: Path) -> list[Path]:
     folder = output_dir / REQUESTS_FOLDER
     try:
         with os.scandir(folder) as entries:
-            return [Path(each) for each in entries if is_request_file(each.name) and not each.is_dir()]
+            return [
+                Path(each)
+                for each in entries
+                if is_request_file(each.name) and not each.is_dir(follow_symlinks=False)
+            ]
     except FileNotFoundError:
         return []
     except OSError as error:

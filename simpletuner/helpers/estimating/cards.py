@@ -65,7 +65,9 @@ def cards() -> tuple[Card, ...]:
 
 
 def card_named(name: str) -> Card:
-    """The card of a name as in the table but for capitals, blanks, the vendor, and what follows its number.
+    """The card of a name as in the table, but for capitals, blanks, vendor and form.
+
+    A name without its memory is the smallest of the cards that have it.
 
     Raises:
         ConfigError: No card has the name.
@@ -83,13 +85,14 @@ def card_named(name: str) -> Card:
 
 
 def _goes_on(name: str, wanted: str) -> bool:
-    """Whether a name is what is wanted and a variant of it, such as 40gb."""
+    """Whether a name is what is wanted with a memory, such as 40gb; other letters are other cards."""
     has_number = any(each.isdigit() for each in wanted)
-    return has_number and re.fullmatch(rf"(rtx)?{wanted}(\d\dgb|[a-z]\w*)", name) is not None
+    return has_number and re.fullmatch(rf"(rtx)?{wanted}\d\d?gb", name) is not None
 
 
 def _plain(name: str) -> str:
     plain = "".join(each for each in name.lower() if each.isascii() and each.isalnum())
+    plain = re.sub("pcie|sxm[45]?|hbm3e?|generation", "", plain)
     for word in ("nvidia", "geforce", "amd", "instinct"):
         plain = plain.replace(word, "")
     return plain

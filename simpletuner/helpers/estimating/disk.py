@@ -53,10 +53,14 @@ def disk_problems(needs: Sequence[DiskNeed]) -> list[str]:
 
 
 def download_bytes(facts: RunFacts) -> int:
-    """Bytes of the model's published files."""
-    per_weight = 2 if facts.run.model.variant == "fp16" else facts.memory.PUBLISHED_BYTES
+    """Bytes of the model's published files; of a repository that is not known here in 16 bits."""
+    model = facts.run.model
+    is_known = facts.spec.flavour_of(model.pretrained_model_name_or_path) is not None
+    per_weight = facts.memory.PUBLISHED_BYTES if is_known and model.variant != "fp16" else 2
     num_text = sum(each.num_weights for each in facts.text_encoders)
-    return per_weight * (facts.setup.layout.num_weights + num_text + VAE_WEIGHTS)
+    is_swapped = model.pretrained_unet_model_name_or_path or model.pretrained_transformer_model_name_or_path
+    denoiser = 0 if is_swapped else facts.setup.layout.num_weights
+    return per_weight * (denoiser + num_text + VAE_WEIGHTS)
 
 
 def _download(facts: RunFacts) -> Iterator[DiskNeed]:

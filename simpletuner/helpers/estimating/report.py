@@ -13,7 +13,7 @@ from simpletuner.helpers.io.names import counted, printable
 
 SIZES_GIB = (8, 12, 16, 24, 32, 48, 80, 141, 192)
 """Memory of the cards that people have."""
-SHOWN_CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100")
+SHOWN_CARDS = ("RTX 3060", "RTX 3090", "RTX 4090", "RTX 5090", "A100 80GB", "H100 80GB")
 """Cards of the times where none is named."""
 _WIDTH = 26
 
@@ -22,6 +22,7 @@ def summary(estimate: Estimate) -> str:
     """One line: the peak, where it is, the cards that it fits, and the disk space."""
     peak, phase = estimate.peak_device_bytes, estimate.peak.name
     disk = f"; writes {estimate.disk_bytes / GIB:.1f} GiB" if estimate.disk_bytes > GIB // 10 else ""
+    disk += "".join(f"; does not fit: {problem}" for problem in disk_problems(estimate.disk))
     return (
         f"{peak / GIB:.1f} GiB of a GPU at the peak, in {phase}: {_least(peak)}{disk} (simpletuner estimate)"
     )

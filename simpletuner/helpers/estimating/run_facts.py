@@ -211,7 +211,8 @@ def _is_of_the_family(facts: RunFacts) -> bool:
     """Whether the layers follow from the denoiser's config.json; the run itself names what is wrong there."""
     try:
         facts.layout(Size(height=64, width=64))
-    except (ArithmeticError, LookupError, TypeError, ValueError):
+        int(facts.denoiser[facts.memory.TEXT_WIDTH_KEY])
+    except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError):
         return False
     return True
 

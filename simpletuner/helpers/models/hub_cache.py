@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -15,8 +17,11 @@ def hub_folder() -> Path:
 
 def cached_bytes(repository: str) -> int:
     """Bytes of a repository's files in the cache, those of an unfinished download included."""
-    blobs = hub_folder() / f"models--{repository.replace('/', '--')}" / "blobs"
-    try:
-        return sum(file.stat().st_size for file in blobs.iterdir() if file.is_file())
-    except OSError:
-        return 0
+    folder, total = hub_folder() / f"models--{repository.replace('/', '--')}", 0
+    # Snapshots link to the blobs; where the system allows no links, they hold the files themselves.
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            with suppress(OSError):  # another process may finish its download meanwhile
+                total += 0 if file.is_symlink() else file.stat().st_size
+    return total

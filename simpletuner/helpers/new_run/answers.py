@@ -21,6 +21,8 @@ from simpletuner.helpers.new_run.texts import Texts
 
 CONFIGURATIONS, RUNS = Path("config"), Path("output")
 LONGEST_TRIGGER = 60
+DEMO = "default"
+"""`./train.sh default` trains config/config.json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,16 @@ def images_in(text: str, texts: Texts) -> Images:
         ConfigError: There is no such folder, or no image that can be read here in it.
         DataError: The folder cannot be listed.
     """
-    folder = portable(Path(text.strip()).expanduser())
-    if not text.strip() or not folder.is_dir():
-        key = "no_folder_but_file" if text.strip() and folder.is_file() else "no_folder"
-        raise ConfigError(texts(key, path=printable(text)))
+    try:
+        folder = portable(Path(text.strip()).expanduser())
+        is_folder, is_file = folder.is_dir(), folder.is_file()
+        is_above = Path.cwd().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:  # a name too long, an unknown user, no permission
+        raise ConfigError(texts("no_folder", path=printable(text))) from error
+    if not text.strip() or not is_folder:
+        raise ConfigError(texts("no_folder_but_file" if is_file else "no_folder", path=printable(text)))
+    if is_above or set("{}") & set(str(folder)):
+        raise ConfigError(texts("folder_above" if is_above else "folder_with_braces", path=printable(text)))
     scan = scan_source(LocalFolder(folder))
     names = [file.name for file in scan.images]
     if not names and scan.unread:
@@ -130,10 +138,10 @@ def trigger_of(text: str, texts: Texts) -> str:
     """The words that the images are learnt under.
 
     Raises:
-        ConfigError: They are empty, long, on several lines, or have braces, which mean values there.
+        ConfigError: They are empty, long, on several lines, or have braces or backticks.
     """
     trigger = text.strip()
-    if not 0 < len(trigger) <= LONGEST_TRIGGER or not trigger.isprintable() or set("{}") & set(trigger):
+    if not 0 < len(trigger) <= LONGEST_TRIGGER or not trigger.isprintable() or set("{}`") & set(trigger):
         raise ConfigError(texts("bad_trigger", value=printable(text)))
     return trigger
 
@@ -177,6 +185,8 @@ def name_of(text: str, texts: Texts) -> str:
         ConfigError: It is no name of a folder, or there is a configuration or a run of this name.
     """
     name = text.strip()
+    if name.lower() == DEMO:
+        raise ConfigError(texts("name_of_the_demo", name=name))
     if not name or name != file_name(name):
         raise ConfigError(texts("bad_name", value=printable(text), suggested=file_name(name)))
     for folder in (CONFIGURATIONS / name, RUNS / name):

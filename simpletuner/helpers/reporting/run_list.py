@@ -18,6 +18,8 @@ from simpletuner.helpers.reporting.run_state import NoRunError, RunStatus, read_
 
 DEPTHS = ("", "*/", "*/*/")
 """Runs are looked for in a folder and in two levels of folders below it."""
+MAX_NAME_BYTES = 255
+"""Of a file system; a longer name is an error of its own there."""
 HEADS = ("RUN", "STATE", "STEP", "LEFT", "LAST NEWS", "LAST GRID")
 
 
@@ -28,6 +30,8 @@ def find_run(path: Path) -> Path:
         NoRunError: There is none.
     """
     path = portable(path)
+    if len(path.name.encode()) > MAX_NAME_BYTES:
+        raise NoRunError(f"{_shown(path)[:60]}…: no folder has so long a name. Give the output_dir of a run.")
     folder = path if path.exists() else RUNS / path
     if is_run(folder) or is_held(folder):
         return folder
@@ -52,9 +56,9 @@ def list_runs(folder: Path) -> list[RunStatus]:
     Raises:
         NoRunError: There is no such folder.
     """
-    if not folder.is_dir():
+    if len(folder.name.encode()) > MAX_NAME_BYTES or not folder.is_dir():
         raise NoRunError(
-            f"{_shown(folder)}: no such folder. Give the folder with the output_dir of your runs."
+            f"{_shown(folder)[:200]}: no such folder. Give the folder with the output_dir of your runs."
         )
     files = (file for depth in DEPTHS for file in folder.glob(f"{depth}{CONFIG_FILE}"))
     runs = (read_status(file.parent) for file in files if is_run(file.parent))

@@ -59,11 +59,17 @@ def save_progress(output_dir: Path, *, step: int, left_s: float | None) -> None:
         write_bytes(output_dir / PROGRESS_FILE, content, durable=False)
 
 
+MAX_LEFT_S = 1e9
+"""Of a time left; a longer one is damage."""
+
+
 def read_status(path: Path) -> RunStatus:
     """How the run of an output folder stands."""
     progress = read_json(path / PROGRESS_FILE)
     step, left_s = progress.get("step"), progress.get("left_s")
-    step = max(step, finished_step(path)) if isinstance(step, int) else saved_step(path)
+    known = step if isinstance(step, int) and not isinstance(step, bool) else saved_step(path)
+    step = max(known, finished_step(path), 0)
+    has_time = isinstance(left_s, int | float) and 0 <= left_s < MAX_LEFT_S
     state, max_steps = state_of(path, step), read_json(path / RUN_MANIFEST_FILE).get("max_steps")
     grids = [folder / GRID_FILE for _, folder in validation_step_folders(path / VALIDATION_FOLDER)]
     return RunStatus(
@@ -71,7 +77,7 @@ def read_status(path: Path) -> RunStatus:
         state=state,
         step=step,
         max_steps=max_steps if isinstance(max_steps, int) else None,
-        left_s=left_s if state == "running" and isinstance(left_s, int | float) else None,
+        left_s=left_s if state == "running" and has_time else None,
         age_s=_age_s(path),
         grid=next((grid for grid in reversed(grids) if grid.exists()), None),
     )
@@ -104,7 +110,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a file; empty if it is missing or damaged."""
     try:
         content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.estimating.advice import FITS, suggestions
-from simpletuner.helpers.estimating.disk import GIB, disk_problems
+from simpletuner.helpers.estimating.device_memory import Phase
+from simpletuner.helpers.estimating.disk import GIB, disk_problems, folder_bytes
 from simpletuner.helpers.estimating.estimate import Estimate, estimate
 from simpletuner.helpers.models.registry import specs
 
@@ -32,8 +33,9 @@ def check_fit(config: RunConfig, *, memory_bytes: int | None) -> None:
     found = estimate(config)
     if found is None:
         return
-    share = 0 if memory_bytes is None else found.peak_device_bytes / memory_bytes
-    problems = [*_memory_problem(config, found, memory_bytes=memory_bytes), *disk_problems(found.disk)]
+    peak = max(_phases_ahead(config, found), key=lambda phase: phase.num_bytes)
+    share = 0 if memory_bytes is None else peak.num_bytes / memory_bytes
+    problems = [*_memory_problem(config, peak, memory_bytes=memory_bytes), *disk_problems(found.disk)]
     is_fatal = share > REFUSED or len(problems) > (share > FITS)
     if is_fatal and not config.precision.skip_estimate:
         raise ConfigError(
@@ -44,12 +46,22 @@ def check_fit(config: RunConfig, *, memory_bytes: int | None) -> None:
         logger.warning("By the estimate, %s.", problem)
 
 
-def _memory_problem(config: RunConfig, found: Estimate, *, memory_bytes: int | None) -> Iterator[str]:
-    if memory_bytes is None or found.peak_device_bytes <= FITS * memory_bytes:
+def _phases_ahead(config: RunConfig, found: Estimate) -> list[Phase]:
+    """The phases but for those whose caches are there, which load no text encoder and no VAE again."""
+    folders = {
+        "captions": [config.data.cache_dir_text],
+        "latents": [config.data.latents_folder(each) for each in config.datasets],
+    }
+    is_done = {name: all(folder_bytes(each) for each in own) for name, own in folders.items()}
+    return [phase for phase in found.phases if not is_done.get(phase.name)]
+
+
+def _memory_problem(config: RunConfig, phase: Phase, *, memory_bytes: int | None) -> Iterator[str]:
+    peak = phase.num_bytes
+    if memory_bytes is None or peak <= FITS * memory_bytes:
         return
-    peak, phase = found.peak_device_bytes, found.peak.name
     changes = suggestions(config, specs()[config.model.model_family], memory_bytes=memory_bytes)
     advice = ", ".join(value for each in changes for value in each.values)
-    text = f"it needs about {peak / GIB:.1f} GiB of device memory in {phase}, {peak / memory_bytes:.2f} times"
-    text += f" the {memory_bytes / GIB:.1f} GiB of this GPU"
+    text = f"it needs about {peak / GIB:.1f} GiB of device memory in {phase.name}, "
+    text += f"{peak / memory_bytes:.2f} times the {memory_bytes / GIB:.1f} GiB of this GPU"
     yield f"{text} (what lowers it: {advice})" if advice else text

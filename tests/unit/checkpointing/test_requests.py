@@ -166,6 +166,21 @@ def test_pipe_is_not_waited_for(run: RunRequests, caplog: pytest.LogCaptureFixtu
     assert files(run) == []
 
 
+def test_link_to_itself_does_not_hide_other_requests(run: RunRequests) -> None:
+    put(run, "save-1.json", b'{"request": "save"}')
+    (run.output_dir / "requests" / "loop.json").symlink_to("loop.json")
+    assert run.wanted() == {"save"}
+    assert files(run) == ["save-1.json"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"text": "x", "newer": 1}'])
+def test_answer_that_cannot_be_read_is_told(run: RunRequests, content: bytes) -> None:
+    put(run, "save-1.json", b"{}").with_name("save-1.answer.json").write_bytes(content)
+    answer = requests._answer(run.output_dir / "requests" / "save-1.json")
+    assert answer is not None
+    assert not answer.is_done
+
+
 def test_files_of_other_names_are_left(run: RunRequests) -> None:
     for name in ("notes.txt", ".partial_host_1_0123abcd", "save-1.answer.json"):
         put(run, name, b'{"request": "stop"}')

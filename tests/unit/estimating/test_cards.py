@@ -24,7 +24,11 @@ CARD = Card("test", 24, 100.0)
         ("4080", "RTX 4080"),
         ("rtx 4080 super", "RTX 4080 SUPER"),
         ("a100", "A100 40GB"),
-        ("4060 ti", "RTX 4060 Ti 16GB"),
+        ("4060 ti", "RTX 4060 Ti 8GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("h100", "H100 80GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
         ("4070 ti", "RTX 4070 Ti"),
         ("AMD Instinct MI300X", "MI300X"),
     ],
@@ -33,7 +37,9 @@ def test_a_card_is_found_by_its_name(name: str, found: str) -> None:
     assert card_named(name).name == found
 
 
-@pytest.mark.parametrize("name", ["", "RTX", "RTX 9999", "nvidia", "日本", "40", "RTX 40", "A1"])
+@pytest.mark.parametrize(
+    "name", ["", "RTX", "RTX 9999", "L40", "RTX 6000", "nvidia", "日本", "40", "RTX 40", "A1"]
+)
 def test_an_unknown_card_lists_the_known_ones(name: str) -> None:
     with pytest.raises(ConfigError, match=r"RTX 3060.*MI300X.*--memory"):
         card_named(name)

@@ -55,6 +55,26 @@ def test_files_in_the_hubs_cache_are_not_downloaded_again(
     assert needs(example, tmp_path)["download"] == before - 1000
 
 
+def test_a_cache_without_links_counts_too(example: Example, tmp_path: Path, hub: Path) -> None:
+    before = needs(example, tmp_path)["download"]
+    snapshot = hub / "models--black-forest-labs--FLUX.2-klein-base-4B" / "snapshots" / "abc" / "vae"
+    snapshot.mkdir(parents=True)
+    (snapshot / "part").write_bytes(bytes(1000))
+    (snapshot / "link").symlink_to(snapshot / "part")
+    assert needs(example, tmp_path)["download"] == before - 1000
+
+
+def test_a_denoiser_from_elsewhere_is_not_downloaded_with_the_model(example: Example, tmp_path: Path) -> None:
+    swapped = needs(example, tmp_path, f"pretrained_transformer_model_name_or_path={tmp_path}")["download"]
+    assert swapped / 1e9 == pytest.approx(2 * (4.02 + 0.084), rel=0.01)
+
+
+def test_an_unknown_repository_counts_in_16_bits(example: Example, tmp_path: Path) -> None:
+    sdxl = needs(example, tmp_path, name="sdxl-tlora-paper")["download"]
+    other = "pretrained_model_name_or_path=someone/fine-tune"
+    assert needs(example, tmp_path, other, name="sdxl-tlora-paper")["download"] == sdxl // 2
+
+
 def test_a_local_model_needs_no_download(example: Example, tmp_path: Path) -> None:
     assert "download" not in needs(example, tmp_path, name="demo-lora")
 

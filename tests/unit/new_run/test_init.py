@@ -174,7 +174,13 @@ def test_a_pipe_names_the_options_that_are_missing(
         ("images", "empty", "empty: no image among 1 files"),
         ("images", "unread", "x.tga: its format is not read here"),
         ("images", "damaged", "no image in"),
-        ("images", ".", "is inside instance_data_dir"),
+        ("images", ".", "run init from another folder"),
+        ("images", "..", "run init from another folder"),
+        ("images", "x" * 300, "there is no such folder"),
+        ("images", "~nobody-here/x", "there is no such folder"),
+        ("images", "br{a}ces", "the path has braces"),
+        ("name", "default", "trains the demo"),
+        ("trigger", "a `b`", "must be one line"),
         ("purpose", "both", "both: unknown. Choose one of subject, style."),
         ("trigger", " ", "must be one line"),
         ("trigger", "{env:HOME}", "must be one line"),
@@ -200,7 +206,7 @@ def test_a_wrong_value_is_refused_in_one_message_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for folder in ("empty", "unread", "damaged", "config/taken", "output/trained"):
+    for folder in ("empty", "unread", "damaged", "br{a}ces", "config/taken", "output/trained"):
         Path(folder).mkdir(parents=True)
     for file in ("empty/note.doc", "unread/x.tga", "damaged/a.png"):
         Path(file).touch()

@@ -78,7 +78,20 @@ def test_run_of_an_earlier_version_is_at_its_newest_checkpoint(tmp_path: Path) -
     assert table([status], below=tmp_path)[1].split()[:3] == [".", "died", "30"]
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"step": "x", "left_s": "y"}', b"\x00" * 30])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b'{"step": "x", "left_s": "y"}',
+        b"\x00" * 30,
+        b'{"step": true, "left_s": NaN}',
+        b'{"step": -3, "left_s": -5}',
+        b'{"step": 0, "left_s": Infinity}',
+        b"[" * 100_000,
+    ],
+    ids=range(8),
+)
 def test_damaged_progress_file_is_as_none(tmp_path: Path, content: bytes) -> None:
     (written(tmp_path) / "progress.json").write_bytes(content)
     with run_lock(tmp_path):
@@ -121,6 +134,7 @@ def test_run_that_has_only_begun_is_found(tmp_path: Path) -> None:
         ("output", "holds neither metrics.jsonl nor config.resolved.json"),
         ("a file", "holds neither"),
         ("line\nbreak", "no such folder"),
+        ("x" * 300, "no folder has so long a name"),
     ],
 )
 def test_what_is_no_run_is_named_with_what_to_do(

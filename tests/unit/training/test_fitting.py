@@ -58,6 +58,25 @@ def test_the_share_of_the_memory_decides(
         assert bool(caplog.records) is (outcome == "warns")
 
 
+def test_caches_that_are_there_need_no_encoders(tmp_path: Path, config: RunConfig) -> None:
+    own = load(
+        tmp_path,
+        f"cache_dir_text={tmp_path / 'text'}",
+        "base_model_precision=int8-torchao",
+        "enable_group_offload=true",
+        "validation_disable=true",
+    )
+    found = estimate(own)
+    assert found is not None
+    assert found.peak.name == "captions"
+    memory = round(found.peak_device_bytes / 1.31)
+    with pytest.raises(ConfigError, match="captions"):
+        check_fit(own, memory_bytes=memory)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "shard").write_bytes(b"x")
+    check_fit(own, memory_bytes=memory)
+
+
 def test_a_run_without_a_gpu_is_not_limited_by_memory(config: RunConfig) -> None:
     check_fit(config, memory_bytes=None)
 

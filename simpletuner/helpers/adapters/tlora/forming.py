@@ -96,8 +96,7 @@ class FormedOfStep:
     """The factors of neighbouring small layers, while the parameters stay as they are."""
 
     def __init__(self) -> None:
-        self._factors: dict[Factors, tuple[Tensor, Tensor]] = {}
-        self._dtype: torch.dtype | None = None
+        self._factors: dict[torch.dtype, dict[Factors, tuple[Tensor, Tensor]]] = {}
 
     def of(
         self, layer: Factors, others: Iterable[Factors], *, rank: int, dtype: torch.dtype
@@ -112,12 +111,12 @@ class FormedOfStep:
             rank: r, the same in every call.
             dtype: Of the products.
         """
-        if dtype == self._dtype and (found := self._factors.get(layer)) is not None:
+        factors = self._factors.setdefault(dtype, {})
+        if (found := factors.get(layer)) is not None:
             return found
         if _num_bytes(layer, rank, dtype) > SMALL_BYTES:
             return None
-        self._factors.clear()  # before others are made
-        self._dtype = dtype
+        factors.clear()  # before others are made
         chosen = [
             _Chosen(each, each.base, each.differences)
             for each in _neighbours(layer, others, rank=rank, dtype=dtype)
@@ -132,10 +131,10 @@ class FormedOfStep:
             parameters = [each.differences[1] for each in group]
             frozen = [(each.base[1],) for each in group]
             formed = _FormB.apply(_Bases(frozen, rank, dtype), *parameters)  # type: ignore[no-untyped-call]
-            self._factors.update(
+            factors.update(
                 (each.layer, (first[each.layer], b)) for each, b in zip(group, formed, strict=True)
             )
-        return self._factors[layer]
+        return factors[layer]
 
 
 class _Chosen(NamedTuple):
@@ -217,6 +216,8 @@ class _FormA(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(each is None for each in gradients):
+            return (None,) * (1 + 2 * len(gradients))
         q, values, closed = ctx.kept
         of_a, rank = _stacked_gradients(gradients, values.dtype), values.shape[1]
         product = of_a[:, :rank] + of_a[:, rank:]
@@ -241,6 +242,8 @@ class _FormB(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(each is None for each in gradients):
+            return (None,) * (1 + len(gradients))
         rank, closed, dtype = ctx.kept
         of_p = F.pad(_stacked_gradients(gradients, dtype)[..., :rank], [0, closed])
         found = zip(gradients, of_p.unbind(), strict=True)

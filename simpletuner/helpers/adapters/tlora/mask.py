@@ -191,7 +191,9 @@ def rank_mask(
 ) -> Iterator[None]:
     """Hold the masks of these timesteps for a forward and its backward, and clear them whatever happens.
 
-    The adapter's parameters must not change meanwhile: layers form their factors once.
+    Meanwhile the adapter's parameters must not change, since layers form their factors once. Gradient
+    checkpointing must be that of `use_reentrant=False`: the factors of many layers have one node of the
+    graph, which a nested backward pass would run again for each block.
     """
     set_mask(schedule, timesteps, group=group, device=device, hold=True)
     for each in mask_group(group).masks.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def test_layers_outside_the_loss_have_no_gradient() -> None:
     assert has_gradient == [[False] * 3, [True] * 3, [True] * 3, [False] * 3, [False] * 3]
 
 
+def test_outputs_without_a_gradient_give_none() -> None:
+    class Drop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, kept: Tensor, dropped: Tensor) -> Tensor:
+            return kept + dropped.sum()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+            return gradients[0], None
+
+    network, step = layers(), FormedOfStep()
+    kept = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for tensor in of_step(step, network[0], network):
+        Drop.apply(kept, tensor).backward()  # type: ignore[no-untyped-call]
+    assert kept.grad == 2
+    assert all(each.grad is None for each in network[0].differences)
+
+
 def test_gradients_of_two_backward_passes_add_up() -> None:
     network, step = layers(), FormedOfStep()
     gradients = []
@@ -151,6 +170,14 @@ def test_factors_follow_the_dtype_of_the_products() -> None:
             tensor.grad is not None and tensor.grad.dtype == torch.float32
             for tensor in network[0].differences
         )
+
+
+def test_products_of_two_dtypes_keep_each_others_factors() -> None:
+    network, step = layers(dtype=torch.float32), FormedOfStep()
+    found = [
+        step.of(network[0], network, rank=RANK, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert step.of(network[0], network, rank=RANK, dtype=torch.float32) is found[0]
 
 
 def test_frozen_layers_are_not_formed_with_trained_ones() -> None:
