@@ -98,7 +98,7 @@ def test_each_checkpoint_has_the_image_that_sample_makes(runs: list[Path], tmp_p
     assert images_of(page) == [f"{title}, {details}" for title in titles]
     assert "2 steps, guidance 3" in page.text
     assert PROMPT in page.text
-    assert "stopped at step 10 of 9" in page.text
+    assert "died at step 10 of 9" in page.text
     assert not [each for each in page.all("link") + page.all("script") if "src" in each]
     sample = ["sample", runs[0] / "checkpoint-2", "--prompt", PROMPT, "--size", "64", "--guidance", "3"]
     sample += ["--steps", "2", "--seed", "5", "--dtype", "fp32", "--output", tmp_path / "sample"]

@@ -25,11 +25,11 @@ def state_bytes(name: str, shape: Shape, arguments: Arguments) -> int:
     """Bytes that an optimiser keeps for one parameter.
 
     Args:
-        name: A name of choices/optimizers.
+        name: A name of choices/optimizers; an optimiser of another package counts as AdamW does.
         shape: Of the parameter.
         arguments: Those of the run's optimizer_config; the ones that change the size of a state count.
     """
-    return _STATES[name](shape, arguments)
+    return _STATES.get(name, _OF_OTHERS)(shape, arguments)
 
 
 def _plain(num_states: int, *, counters: int = 0) -> StateBytes:
@@ -95,8 +95,9 @@ def _number(arguments: Arguments, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
+_OF_OTHERS = _plain(2, counters=1)
 _STATES: Mapping[str, StateBytes] = {
-    "adamw": _plain(2, counters=1),
+    "adamw": _OF_OTHERS,
     "bnb-adamw8bit": _bitsandbytes(2),
     "bnb-adamw8bit-paged": _bitsandbytes(2),
     "ao-adamw8bit": _torchao(8),

@@ -11,6 +11,7 @@ from torch import nn
 
 from simpletuner.helpers.adapters.trainable import one_group
 from simpletuner.helpers.checkpointing.optimizer_state import num_state_bytes
+from simpletuner.helpers.choices.optimizer_states import state_bytes
 from simpletuner.helpers.choices.optimizers import OPTIMIZERS
 from simpletuner.helpers.configuration.schema.sections import OptimizerConfig
 from simpletuner.helpers.estimating.step_memory import TrainingSetup, run_memory, states_bytes
@@ -76,6 +77,10 @@ def measured(config: OptimizerConfig, shape: Shape) -> int:
     with torch.compiler.set_stance("force_eager"):
         optimizer.step()
     return num_state_bytes(optimizer)
+
+
+def test_optimiser_of_another_package_counts_as_adamw() -> None:
+    assert state_bytes("outside", (3, 4), {}) == state_bytes("adamw", (3, 4), {})
 
 
 def test_parts_of_a_whole_model_in_16_bits() -> None:

@@ -49,6 +49,30 @@ def add_branch(branch: Branch, x: Tensor, *, output: Tensor, formed: Formed, dif
     return cast(Tensor, _AddBranch.apply(branch, formed, x, output, *differences))  # type: ignore[no-untyped-call]
 
 
+def add_factors(
+    x: Tensor, output: Tensor, *, a: Tensor, b: Tensor, rank_mask: Tensor | None, strength: float
+) -> Tensor:
+    """The output with x A' B' added, differentiated by autograd.
+
+    Args:
+        x: [B, I] or [B, ..., I].
+        output: The base layer's output for x.
+        a: [r, I] with as many rows as B has columns.
+        b: [O, r].
+        rank_mask: [B, r] or [1, r]; None for none.
+        strength: Factor of the product.
+    """
+    hidden = F.linear(x, a)
+    if rank_mask is not None:
+        # [B, 1, r]: without the token axis torch would mask tokens whenever N == B.
+        hidden = hidden * rank_mask.to(hidden.dtype).view(len(rank_mask), *(1,) * (hidden.ndim - 2), -1)
+    b = b.to(hidden.dtype)
+    if hidden.dtype != output.dtype:
+        return output + F.linear(hidden, b * strength).to(output.dtype)
+    rows, hidden = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+    return torch.addmm(rows, hidden, b.t(), alpha=strength).view(output.shape)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a linear layer's products: the autocast one where it is on."""
     device = x.device.type

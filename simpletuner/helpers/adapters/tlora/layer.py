@@ -21,7 +21,6 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from lycoris import modules as lycoris_modules
 from lycoris import wrapper as lycoris_wrapper
 from lycoris.modules.tlora import TLoraModule
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from simpletuner.helpers.adapters.quantised import dequantize
 from simpletuner.helpers.adapters.sharding import full_tensor, is_sharded
 from simpletuner.helpers.adapters.tlora import initialisation, mask
-from simpletuner.helpers.adapters.tlora.branch import Branch, add_branch, product_dtype
+from simpletuner.helpers.adapters.tlora.branch import Branch, add_branch, add_factors, product_dtype
 from simpletuner.helpers.adapters.tlora.delta import (
     Triplet,
     difference_factors,
@@ -166,32 +165,39 @@ class TLoraLayer(MaskedLayer):
         rank_mask, rank, gain = self._active_ranks(current, x)
         strength = self.scale * self.multiplier * gain
         if self.is_fused and not torch.compiler.is_compiling():
-            rank, dtype = rank or self.lora_dim, product_dtype(x)
-            factors = self._factors_of_step(current, rank=rank, dtype=dtype)
-            if factors is None:
-                differences = self.differences
-                formed = form(self.base, differences, rank=rank, dtype=dtype)
-                branch = Branch(self.lora_dim, rank_mask, strength)
-                return add_branch(branch, x, output=output, formed=formed, differences=differences)
-            a, b = factors
-        else:
-            a, b = self.lora_factors(rank)
+            rank = rank or self.lora_dim
+            return self._fused(x, output, current=current, rank_mask=rank_mask, rank=rank, strength=strength)
+        a, b = self.lora_factors(rank)
         if rank_mask is not None:
-            if current is not None and not self.is_vanilla:
-                rank_mask = current.of_both_halves(x.device)
+            if not self.is_vanilla:
+                rank_mask = torch.cat([rank_mask, rank_mask], dim=1)
             if rank_mask.shape[0] == 1:
                 a, rank_mask = a * rank_mask.view(-1, *(1,) * (a.ndim - 1)), None
         if self.module_type != "linear":
             return self._convolve(x, output, a=a, b=b * strength, rank_mask=rank_mask)
-        hidden = F.linear(x, a.to(x.dtype))
-        if rank_mask is not None:
-            # [B, 1, 2R]: without the token axis torch would mask tokens whenever N == B.
-            hidden = hidden * rank_mask.to(hidden.dtype).view(len(rank_mask), *(1,) * (hidden.ndim - 2), -1)
-        b = b.to(hidden.dtype)
-        if hidden.dtype != output.dtype:
-            return output + F.linear(hidden, b * strength).to(output.dtype)
-        rows, hidden = output.reshape(-1, output.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-        return torch.addmm(rows, hidden, b.t(), alpha=strength).view(output.shape)
+        return add_factors(x, output, a=a.to(x.dtype), b=b, rank_mask=rank_mask, strength=strength)
+
+    def _fused(
+        self,
+        x: Tensor,
+        output: Tensor,
+        *,
+        current: mask.RankMask | None,
+        rank_mask: Tensor | None,
+        rank: int,
+        strength: float,
+    ) -> Tensor:
+        """A linear layer's output with factors formed for many layers, or with a backward pass of its own."""
+        dtype = product_dtype(x)
+        factors = self._factors_of_step(current, rank=rank, dtype=dtype)
+        if current is None or factors is None:
+            differences = self.differences
+            formed = form(self.base, differences, rank=rank, dtype=dtype)
+            branch = Branch(self.lora_dim, rank_mask, strength)
+            return add_branch(branch, x, output=output, formed=formed, differences=differences)
+        a, b = factors
+        both = None if rank_mask is None else current.of_both_halves(x.device)
+        return add_factors(x, output, a=a, b=b, rank_mask=both, strength=strength)
 
     def _factors_of_step(
         self, current: mask.RankMask | None, *, rank: int, dtype: torch.dtype
