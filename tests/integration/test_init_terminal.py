@@ -14,6 +14,13 @@ from PIL import Image
 if sys.platform == "win32":
     pytest.skip("needs a pseudo-terminal", allow_module_level=True)
 
+# A command that a script starts in the background ignores Ctrl-C, and what it starts inherits that.
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from simpletuner import cli
+cli.main()
+"""
 ANSWERS = ["写真", "", "sks toy", "0", "", "short", "mine"]
 
 
@@ -32,7 +39,7 @@ def test_questions_are_asked_in_a_terminal_without_colours(stops: bool, tmp_path
     }
     environment.pop("LC_ALL", None)
     process = subprocess.Popen(
-        [sys.executable, "-m", "simpletuner", "init"],
+        [sys.executable, "-c", COMMAND, "init"],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=slave,
