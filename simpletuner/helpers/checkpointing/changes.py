@@ -17,6 +17,7 @@ from simpletuner.helpers.configuration.schema.sections import (
 )
 from simpletuner.helpers.configuration.schema.tracking import TrackingConfig
 from simpletuner.helpers.io.atomic import JsonValue, write_json
+from simpletuner.helpers.io.json_files import read_object
 from simpletuner.helpers.io.redaction import redacted
 from simpletuner.helpers.io.run_folder import CHANGES_FILE, COMPATIBILITY_FILE, CONFIG_FILE
 
@@ -83,8 +84,8 @@ def hidden_facts(config: RunConfig) -> Values:
 
 def changes_since(checkpoint: Checkpoint, *, resolved: Values, data: Values) -> list[str]:
     """One line for each key that differs; keys that earlier versions did not save are left out."""
-    saved_data = _json(checkpoint.path / COMPATIBILITY_FILE).get(DATA_PART, {})
-    saved = {**dict(_flat(_json(checkpoint.path / CONFIG_FILE))), **saved_data}
+    saved_data = read_object(checkpoint.path / COMPATIBILITY_FILE).get(DATA_PART, {})
+    saved = {**dict(_flat(read_object(checkpoint.path / CONFIG_FILE))), **saved_data}
     now = {**dict(_flat(json.loads(json.dumps(resolved)))), **data}
     return [
         f"{key}: {_shown(saved[key])} before, {_shown(now[key])} now"
@@ -113,14 +114,6 @@ def _flat(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 )
         elif key not in _IGNORED:
             yield key, value
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _shown(value: object) -> str:

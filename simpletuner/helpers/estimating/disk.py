@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.datasets import DatasetConfig
 from simpletuner.helpers.estimating.run_facts import RunFacts
 from simpletuner.helpers.io.names import printable
+from simpletuner.helpers.io.paths import folder_bytes
 from simpletuner.helpers.models.component_memory import VAE_WEIGHTS
 from simpletuner.helpers.models.hub_cache import cached_bytes, hub_folder
 
@@ -117,16 +117,6 @@ def _checkpoints(facts: RunFacts) -> DiskNeed:
 def _missing(name: str, folder: Path, num_bytes: int) -> DiskNeed:
     """What is to be written of something that may be there in part."""
     return DiskNeed(name, folder, num_bytes - folder_bytes(folder))
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder and below it, which another run may remove meanwhile; 0 without any."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError):
-                total += os.lstat(os.path.join(root, name)).st_size
-    return total
 
 
 def _existing(folder: Path) -> Path:

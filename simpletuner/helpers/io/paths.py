@@ -1,8 +1,10 @@
-"""Paths that a user writes, on this system or on another."""
+"""Paths that a user writes, on this system or on another, and what lies below them."""
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\")
@@ -24,3 +26,17 @@ def portable(path: Path) -> Path:
 def has_drive(text: str) -> bool:
     """Whether a path begins with a drive of Windows, or a server or the present drive."""
     return _DRIVE.match(text) is not None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files in a folder and below it, links not counted; 0 without any.
+
+    A file that another process removes meanwhile counts nothing.
+    """
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            with suppress(OSError):
+                total += 0 if file.is_symlink() else file.stat().st_size
+    return total

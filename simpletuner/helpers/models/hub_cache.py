@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
+
+from simpletuner.helpers.io.paths import folder_bytes
 
 
 def hub_folder() -> Path:
@@ -17,11 +17,5 @@ def hub_folder() -> Path:
 
 def cached_bytes(repository: str) -> int:
     """Bytes of a repository's files in the cache, those of an unfinished download included."""
-    folder, total = hub_folder() / f"models--{repository.replace('/', '--')}", 0
     # Snapshots link to the blobs; where the system allows no links, they hold the files themselves.
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            with suppress(OSError):  # another process may finish its download meanwhile
-                total += 0 if file.is_symlink() else file.stat().st_size
-    return total
+    return folder_bytes(hub_folder() / f"models--{repository.replace('/', '--')}")

@@ -15,6 +15,7 @@ from simpletuner.helpers.configuration.load import load_config
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.contracts import ModelSpec
 from simpletuner.helpers.estimating.cards import EFFICIENCY
+from simpletuner.helpers.estimating.disk import GIB
 from simpletuner.helpers.estimating.estimate import estimate
 from simpletuner.helpers.io.atomic import write_json
 from simpletuner.helpers.io.names import printable
@@ -24,7 +25,6 @@ from simpletuner.helpers.new_run.texts import Texts
 from simpletuner.helpers.new_run.timing import minutes_on
 from simpletuner.helpers.new_run.writing import PARTS, Written, settings_of
 
-GIB = 2**30
 _LABEL_CELLS = 14
 EXAMPLE_IMAGES = Path(simpletuner.__file__).parent / "demo" / "photo"
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from simpletuner.helpers.configuration.text.secrets import without_secrets
 from simpletuner.helpers.errors import PublishError
+from simpletuner.helpers.io.json_files import read_object
 from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -145,7 +146,7 @@ def read_run(folder: Path) -> RunFiles:
     Raises:
         PublishError: It is no output folder of a run, or the run has saved no adapter.
     """
-    config, manifest = (_json(folder / name) for name in (CONFIG_FILE, RUN_MANIFEST_FILE))
+    config, manifest = (read_object(folder / name) for name in (CONFIG_FILE, RUN_MANIFEST_FILE))
     if not config:
         raise PublishError(f"{folder} holds no readable {CONFIG_FILE}. Give the output_dir of a run.")
     hide_named(json.dumps(config))  # the paths of the run hold the values
@@ -192,11 +193,3 @@ def waiting_adapters(folder: Path) -> list[Path]:
 
 def _in_repository(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

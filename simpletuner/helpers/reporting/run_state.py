@@ -8,12 +8,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import SimpleTunerError
 from simpletuner.helpers.io.atomic import write_bytes
 from simpletuner.helpers.io.faults import StorageError
+from simpletuner.helpers.io.json_files import read_object
 from simpletuner.helpers.io.lock import is_held
 from simpletuner.helpers.io.run_folder import (
     CONFIG_FILE,
@@ -65,12 +66,12 @@ MAX_LEFT_S = 1e9
 
 def read_status(path: Path) -> RunStatus:
     """How the run of an output folder stands."""
-    progress = read_json(path / PROGRESS_FILE)
+    progress = read_object(path / PROGRESS_FILE)
     step, left_s = progress.get("step"), progress.get("left_s")
     known = step if isinstance(step, int) and not isinstance(step, bool) else saved_step(path)
     step = max(known, finished_step(path), 0)
     has_time = isinstance(left_s, int | float) and 0 <= left_s < MAX_LEFT_S
-    state, max_steps = state_of(path, step), read_json(path / RUN_MANIFEST_FILE).get("max_steps")
+    state, max_steps = state_of(path, step), read_object(path / RUN_MANIFEST_FILE).get("max_steps")
     grids = [folder / GRID_FILE for _, folder in validation_step_folders(path / VALIDATION_FOLDER)]
     return RunStatus(
         path=path,
@@ -89,7 +90,7 @@ def state_of(path: Path, step: int) -> State:
         return "finished"
     if is_held(path):
         return "running"
-    end = read_json(path / EXIT_FILE)
+    end = read_object(path / EXIT_FILE)
     if not end:
         return "died"
     return "failed" if end.get("outcome") == "failed" else "stopped"
@@ -102,17 +103,8 @@ def saved_step(path: Path) -> int:
 
 def finished_step(path: Path) -> int:
     """The last step of a finished run, else 0."""
-    step = read_json(path / SUMMARY_FILE).get("step")
+    step = read_object(path / SUMMARY_FILE).get("step")
     return step if isinstance(step, int) else 0
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty if it is missing or damaged."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _age_s(path: Path) -> float:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from simpletuner.helpers.adapters.files.finding import RUNS, find_model
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.errors import AdapterError
+from simpletuner.helpers.io.json_files import read_object
 from simpletuner.helpers.io.paths import portable
 from simpletuner.helpers.io.run_folder import (
     ADAPTER_FILE,
@@ -75,7 +74,7 @@ def find_contenders(paths: Iterable[Path], *, newest: int | None = None) -> list
 
 def validation_settings(run: Path) -> dict[str, object]:
     """Keys of the validation section by a run's configuration; empty if that is gone."""
-    config = _json(run / CONFIG_FILE)
+    config = read_object(run / CONFIG_FILE)
     values = {key: config[key] for key in SETTINGS if config.get(key) not in (None, [])}
     seed = config.get("validation_seed")
     if seed is None:
@@ -85,7 +84,7 @@ def validation_settings(run: Path) -> dict[str, object]:
 
 def run_prompts(run: Path) -> list[str]:
     """The distinct prompts of a run's validation images; empty if its files are gone."""
-    images = _json(run / RUN_MANIFEST_FILE).get("shots")
+    images = read_object(run / RUN_MANIFEST_FILE).get("shots")
     found = (
         [each.get("prompt") for each in images if isinstance(each, dict)] if isinstance(images, list) else []
     )
@@ -116,7 +115,7 @@ def _of_path(path: Path, *, newest: int | None) -> list[Contender]:
 
 def _of_run(folder: Path) -> list[Contender]:
     """The checkpoints of a run, oldest first, then its final weights where no checkpoint has their step."""
-    is_token = _json(folder / CONFIG_FILE).get("model_type") == "embedding"
+    is_token = read_object(folder / CONFIG_FILE).get("model_type") == "embedding"
     checkpoints: list[tuple[Path, int | None]] = [
         (each.path, each.step) for each in reversed(current_checkpoints(folder))
     ]
@@ -154,7 +153,7 @@ def _placed(file: Path, folder: Path) -> Contender:
 
 
 def _finished_step(run: Path) -> int | None:
-    step = _json(run / SUMMARY_FILE).get("step")
+    step = read_object(run / SUMMARY_FILE).get("step")
     return step if isinstance(step, int) else None
 
 
@@ -171,11 +170,3 @@ def _named(contenders: list[Contender]) -> list[Contender]:
         )
         for each in contenders
     ]
-
-
-def _json(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

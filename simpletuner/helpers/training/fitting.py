@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 from simpletuner.helpers.configuration.schema.sections import RunConfig
 from simpletuner.helpers.errors import ConfigError
 from simpletuner.helpers.estimating.advice import FITS, suggestions
 from simpletuner.helpers.estimating.device_memory import Phase
-from simpletuner.helpers.estimating.disk import GIB, disk_problems, folder_bytes
+from simpletuner.helpers.estimating.disk import GIB, disk_problems
 from simpletuner.helpers.estimating.estimate import Estimate, estimate
 from simpletuner.helpers.models.registry import specs
 
@@ -52,8 +53,12 @@ def _phases_ahead(config: RunConfig, found: Estimate) -> list[Phase]:
         "captions": [config.data.cache_dir_text],
         "latents": [config.data.latents_folder(each) for each in config.datasets],
     }
-    is_done = {name: all(folder_bytes(each) for each in own) for name, own in folders.items()}
+    is_done = {name: all(map(_has_files, own)) for name, own in folders.items()}
     return [phase for phase in found.phases if not is_done.get(phase.name)]
+
+
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _memory_problem(config: RunConfig, phase: Phase, *, memory_bytes: int | None) -> Iterator[str]:

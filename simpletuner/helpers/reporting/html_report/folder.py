@@ -14,6 +14,7 @@ from typing import Any
 from simpletuner.helpers.checkpointing.changes import load_changes
 from simpletuner.helpers.checkpointing.checkpoints import current_checkpoints
 from simpletuner.helpers.configuration.text.secrets import without_secrets
+from simpletuner.helpers.io.json_files import read_object
 from simpletuner.helpers.io.redaction import hide_named
 from simpletuner.helpers.io.run_folder import (
     COMFYUI_FILE,
@@ -31,7 +32,7 @@ from simpletuner.helpers.io.run_folder import (
 )
 from simpletuner.helpers.reporting.html_report.gallery import ImageRow, image_rows
 from simpletuner.helpers.reporting.html_report.series import Log, read_log
-from simpletuner.helpers.reporting.run_state import NoRunError, State, read_json, saved_step, state_of
+from simpletuner.helpers.reporting.run_state import NoRunError, State, saved_step, state_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,9 +81,9 @@ def read_run(path: Path, *, state: State | None = None, step: int | None = None)
         raise NoRunError(
             f"{path} holds neither {METRICS_FILE} nor {CONFIG_FILE}. Give the output_dir of a run."
         )
-    config = read_json(path / CONFIG_FILE)
+    config = read_object(path / CONFIG_FILE)
     hide_named(json.dumps(config))  # the paths of the run hold the values
-    manifest = without_secrets(read_json(path / RUN_MANIFEST_FILE))
+    manifest = without_secrets(read_object(path / RUN_MANIFEST_FILE))
     log = read_log(path / METRICS_FILE)
     images = image_rows(
         path / VALIDATION_FOLDER, manifest.get("shots", []), compared_with=manifest.get("compared_with")
@@ -129,7 +130,7 @@ def display_path(path: str | Path) -> str:
 
 def _clip_scores(validation: Path, name: str) -> dict[int, float]:
     files = ((step, folder / SCORES_FILE) for step, folder in validation_step_folders(validation))
-    found = ((step, read_json(file).get(name)) for step, file in files)
+    found = ((step, read_object(file).get(name)) for step, file in files)
     return {step: fmean(each.values()) for step, each in found if isinstance(each, dict) and each}
 
 
